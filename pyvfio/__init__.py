@@ -1,0 +1,104 @@
+"""Linux VFIO for Python: resizable RAM blocks that a real device reaches exactly as far as it may.
+
+    with pyvfio.open_device("0000:00:02.0") as device, pyvfio.RamBlockList() as blocks:
+        with pyvfio.DmaMapper(device.container, blocks) as mapper:
+            ring = blocks.add("ring", used_length=2 * pyvfio.MIB, max_length=pyvfio.GIB)
+            device.bus_master = True
+            program(device, mapper.iova(ring))
+            ring.resize(4 * pyvfio.MIB)
+
+Importing it needs neither root nor VFIO. `linux/vfio.h` in its own names is in `pyvfio.ioctls`.
+"""
+
+from pyvfio.caps import DeviceInfo, IommuInfo, IrqInfo, RegionInfo
+from pyvfio.container import Container, Group
+from pyvfio.device import Device, Irq, Region, RegionMap, open_device
+from pyvfio.dma import DmaMapper, DmaMapping
+from pyvfio.errors import (
+    AccessDeniedError,
+    CapabilityError,
+    ClosedError,
+    DeviceNotFoundError,
+    EntryLimitError,
+    ForkedError,
+    GroupBusyError,
+    GroupMember,
+    GroupNotViableError,
+    Holder,
+    IoctlError,
+    IovaOverlapError,
+    IovaRangeError,
+    MemoryNotReturnedWarning,
+    NotBoundError,
+    PinLimitError,
+    ReentrancyError,
+    RollbackError,
+    UnavailableError,
+    UnmapSizeError,
+    UnsupportedError,
+    VfioError,
+)
+from pyvfio.iova import IovaAllocator
+from pyvfio.kernel import Kernel, LinuxKernel, Memlock
+from pyvfio.memory import MemorySettings
+from pyvfio.ramblock import RamBlock, RamBlockList, RamBlockNotifier
+from pyvfio.space import AddressSpace, Mapping
+from pyvfio.units import GIB, KIB, MIB, PAGE_SIZE, TIB, Iova, IovaRange, Vaddr
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GIB",
+    "KIB",
+    "MIB",
+    "PAGE_SIZE",
+    "TIB",
+    "AccessDeniedError",
+    "AddressSpace",
+    "CapabilityError",
+    "ClosedError",
+    "Container",
+    "Device",
+    "DeviceInfo",
+    "DeviceNotFoundError",
+    "DmaMapper",
+    "DmaMapping",
+    "EntryLimitError",
+    "ForkedError",
+    "Group",
+    "GroupBusyError",
+    "GroupMember",
+    "GroupNotViableError",
+    "Holder",
+    "IoctlError",
+    "IommuInfo",
+    "Iova",
+    "IovaAllocator",
+    "IovaOverlapError",
+    "IovaRange",
+    "IovaRangeError",
+    "Irq",
+    "IrqInfo",
+    "Kernel",
+    "LinuxKernel",
+    "Mapping",
+    "Memlock",
+    "MemoryNotReturnedWarning",
+    "MemorySettings",
+    "NotBoundError",
+    "PinLimitError",
+    "RamBlock",
+    "RamBlockList",
+    "RamBlockNotifier",
+    "ReentrancyError",
+    "Region",
+    "RegionInfo",
+    "RegionMap",
+    "RollbackError",
+    "UnavailableError",
+    "UnmapSizeError",
+    "UnsupportedError",
+    "Vaddr",
+    "VfioError",
+    "open_device",
+]

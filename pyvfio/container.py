@@ -1,0 +1,572 @@
+"""A VFIO container with a type1 IOMMU: opening it, attaching groups, mapping memory for their devices.
+
+Source: Documentation/driver-api/vfio.rst; drivers/vfio/container.c, group.c and vfio_iommu_type1.c.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import stat
+import struct
+import threading
+from collections.abc import Callable
+
+from pyvfio import caps, ioctls, pci
+from pyvfio.errors import (
+    AccessDeniedError,
+    CapabilityError,
+    EntryLimitError,
+    GroupBusyError,
+    GroupNotViableError,
+    IoctlError,
+    IovaOverlapError,
+    IovaRangeError,
+    NotBoundError,
+    PinLimitError,
+    UnavailableError,
+    UnmapSizeError,
+    UnsupportedError,
+    VfioError,
+    describe_ranges,
+    raise_collected,
+)
+from pyvfio.handle import Handle
+from pyvfio.iova import IovaAllocator
+from pyvfio.kernel import Kernel, LinuxKernel
+from pyvfio.memory import describe
+from pyvfio.space import Mapping, MappingTable
+from pyvfio.units import GIB, U64_MAX, Iova, IovaRange, format_ranges, format_size, is_aligned
+
+logger = logging.getLogger(__name__)
+
+IommuType = ioctls.VfioExtension
+
+_READ = int(ioctls.VFIO_DMA_MAP_FLAG_READ)
+_WRITE = int(ioctls.VFIO_DMA_MAP_FLAG_WRITE)
+_ALL = int(ioctls.VFIO_DMA_UNMAP_FLAG_ALL)
+_INFO_MAX = 1 << 20  # an answer longer than this is no answer
+_UNKNOWN_RANGE = IovaRange(Iova(0), Iova(512 * GIB - 1))
+"""Assumed where the kernel reports no ranges (before 5.4): 39 bits, the least that an IOMMU of the field has."""
+
+
+def _open_error(error: OSError, path: str) -> VfioError:
+    if error.errno in (errno.EACCES, errno.EPERM):
+        try:
+            status = os.stat(path)
+            mode = f"{stat.filemode(status.st_mode)}, owner {status.st_uid}:{status.st_gid}"
+        except OSError:
+            mode = "of unknown mode"
+        return AccessDeniedError(
+            path,
+            hint=f"It is {mode}; this is user {os.geteuid()} with groups {sorted(os.getgroups())}. Run as root, or let "
+            f'a udev rule give it away: SUBSYSTEM=="vfio", GROUP="vfio", MODE="0660"',
+        )
+    return IoctlError.of(error, f"{path} could not be opened", request="open", arguments={"path": path})
+
+
+class Group(Handle):
+    """An open IOMMU group: the smallest set of devices that an IOMMU can keep apart from the rest.
+
+    Raises UnavailableError or NotBoundError when there is no node for it, GroupBusyError when it is open already,
+    AccessDeniedError. Source: `vfio_group_fops_open`.
+    """
+
+    def __init__(self, number: int, *, kernel: Kernel | None = None) -> None:
+        kernel = kernel or LinuxKernel()
+        path = str(pci.group_node(kernel, number))
+        try:
+            fd = kernel.open(path, os.O_RDWR)
+        except OSError as error:
+            raise self._explain(kernel, number, path, error) from error
+        super().__init__(kernel, fd, f"IOMMU group {number}")
+        self.number = number
+        self.container: Container | None = None
+        self.devices: list[Handle] = []
+
+    @staticmethod
+    def _explain(kernel: Kernel, number: int, path: str, error: OSError) -> VfioError:
+        if error.errno == errno.EBUSY:
+            return GroupBusyError(number, pci.holders_of(kernel, pci.group_node(kernel, number)))
+        if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+            members = " ".join(member.bdf for member in pci.group_members(kernel, number))
+            return NotBoundError(
+                f"there is no {path}: no device of IOMMU group {number} is bound to a VFIO driver",
+                hint=f"Bind one of its devices to vfio-pci: scripts/bind {members}",
+            )
+        return _open_error(error, path)
+
+    def get_status(self) -> ioctls.VfioGroupFlags:
+        """VFIO_GROUP_GET_STATUS: whether the group is viable and in a container."""
+        status = ioctls.vfio_group_status(argsz=ctypes.sizeof(ioctls.vfio_group_status))
+        self._ioctl("VFIO_GROUP_GET_STATUS", status)
+        return ioctls.VfioGroupFlags(status.flags)
+
+    def check_viable(self) -> None:
+        """Raises GroupNotViableError, with the members that block it, when a kernel driver owns one of its devices."""
+        if not self.get_status() & ioctls.VFIO_GROUP_FLAGS_VIABLE:
+            raise GroupNotViableError(self.number, pci.group_members(self.kernel, self.number))
+
+    def set_container(self, container: Container) -> None:
+        """VFIO_GROUP_SET_CONTAINER; `Container.attach` does all that belongs to it."""
+        hints = {
+            errno.EPERM: "A device of the group is not isolated: it belongs to a kernel driver, or the platform has no "
+            "interrupt remapping and vfio_iommu_type1 was loaded without allow_unsafe_interrupts=1",
+            errno.EINVAL: "The group is in a container already, or its IOMMU does not offer the IOVAs that are mapped "
+            "there; attach all groups before memory is mapped, or use a container for each",
+            errno.EBUSY: "The group's IOMMU domain is in other hands, or memory is being handed to another process",
+        }
+        argument = (ctypes.c_char * 4).from_buffer_copy(struct.pack("=i", container.fd))
+        self._ioctl("VFIO_GROUP_SET_CONTAINER", argument, hints=hints, fd=container.fd)
+
+    def unset_container(self) -> None:
+        """VFIO_GROUP_UNSET_CONTAINER; EBUSY while a device of the group is open."""
+        hints = {errno.EBUSY: "Close the group's devices first"}
+        self._ioctl("VFIO_GROUP_UNSET_CONTAINER", hints=hints)
+
+    def get_device_fd(self, bdf: str) -> int:
+        """VFIO_GROUP_GET_DEVICE_FD: a new descriptor of the device, close-on-exec; the caller closes it."""
+        hints = {errno.ENODEV: f"It is not in group {self.number}, or not bound to vfio-pci: scripts/bind {bdf}"}
+        name = ctypes.create_string_buffer(bdf.encode("ascii"))
+        return self._ioctl("VFIO_GROUP_GET_DEVICE_FD", name, hints=hints, name=bdf)
+
+    def close(self) -> None:
+        """Close its devices, take it out of its container, close it; twice is fine, in a forked child nothing happens.
+
+        Raises what the steps raise, after all of them were tried.
+        """
+        if self._forked or self.closed:
+            return
+        failures: list[Exception] = []
+        for device in tuple(self.devices):
+            _try(device.close, failures)
+        if self.container is not None:
+            self.container._forget(self, failures)
+            self.container = None
+            # Another process that still has a device open keeps the group in (EBUSY); it leaves when that one closes.
+            _try(self.unset_container, [])
+        _try(self._close_fd, failures)
+        raise_collected(f"closing IOMMU group {self.number}", failures)
+
+
+def _try(step: Callable[[], None], failures: list[Exception]) -> None:
+    try:
+        step()
+    except Exception as error:
+        failures.append(error)
+
+
+class Container(Handle):
+    """A VFIO container: an `AddressSpace` that the devices of its groups share.
+
+    `iommu_type` is VFIO_TYPE1v2_IOMMU where the kernel has it, unless the caller asks for VFIO_TYPE1_IOMMU.
+
+    Raises UnavailableError (no VFIO on this machine), AccessDeniedError, UnsupportedError (API version, no type1).
+
+    Synchronization: every method may be called from any thread; they take the container's lock, which a long map holds.
+    Cost: a map or unmap is one ioctl and 24 bytes.
+    """
+
+    def __init__(self, *, kernel: Kernel | None = None, iommu_type: ioctls.VfioExtension | None = None) -> None:
+        kernel = kernel or LinuxKernel()
+        if iommu_type not in (None, ioctls.VFIO_TYPE1_IOMMU, ioctls.VFIO_TYPE1v2_IOMMU):
+            raise ValueError(f"iommu_type must be VFIO_TYPE1_IOMMU or VFIO_TYPE1v2_IOMMU, not {iommu_type!r}")
+        super().__init__(kernel, self._open(kernel), "the VFIO container")
+        self._lock = threading.RLock()
+        self._groups: dict[int, Group] = {}
+        self._table = MappingTable()
+        self._info: caps.IommuInfo | None = None
+        self._entry_limit = caps.DEFAULT_DMA_AVAIL
+        self.allocator = IovaAllocator()
+        try:
+            self._check_version()
+            self._iommu_type = self._choose(iommu_type)
+        except BaseException:
+            self._close_fd()
+            raise
+
+    @staticmethod
+    def _open(kernel: Kernel) -> int:
+        path = str(kernel.dev / "vfio" / "vfio")
+        try:
+            return kernel.open(path, os.O_RDWR)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+                raise _open_error(error, path) from error
+            raise UnavailableError(
+                f"there is no {path}: this machine has no VFIO, or its module is not loaded",
+                hint="modprobe -a vfio-pci vfio_iommu_type1 as root; in a container, hand in /dev/vfio",
+            ) from error
+
+    def _check_version(self) -> None:
+        if (version := self.get_api_version()) != ioctls.VFIO_API_VERSION:
+            raise UnsupportedError(
+                f"the kernel speaks version {version} of the VFIO API, and pyvfio version {ioctls.VFIO_API_VERSION}"
+            )
+
+    def _choose(self, wanted: ioctls.VfioExtension | None) -> ioctls.VfioExtension:
+        preferred = [ioctls.VFIO_TYPE1v2_IOMMU, ioctls.VFIO_TYPE1_IOMMU] if wanted is None else [wanted]
+        for iommu_type in preferred:
+            if self.check_extension(iommu_type):
+                return iommu_type
+        names = " nor ".join(iommu_type.name for iommu_type in preferred)
+        raise UnsupportedError(
+            f"the kernel has no {names}", hint="modprobe vfio_iommu_type1; pyvfio needs that IOMMU driver"
+        )
+
+    # ------------------------------------------------------------------------------------------------ ioctls
+
+    def get_api_version(self) -> int:
+        """VFIO_GET_API_VERSION."""
+        return self._ioctl("VFIO_GET_API_VERSION")
+
+    def check_extension(self, extension: ioctls.VfioExtension) -> int:
+        """VFIO_CHECK_EXTENSION: 0 where the kernel, or the IOMMU that is set, has it not."""
+        return self._ioctl("VFIO_CHECK_EXTENSION", int(extension), extension=int(extension))
+
+    def set_iommu(self, iommu_type: ioctls.VfioExtension) -> None:
+        """VFIO_SET_IOMMU; `attach` does it with the first group."""
+        hints = {
+            errno.EPERM: "The platform has no interrupt remapping, so a device could forge interrupts. Turn it on in "
+            "the firmware (QEMU: intel-iommu,intremap=on), or accept the risk: modprobe vfio_iommu_type1 "
+            "allow_unsafe_interrupts=1",
+            errno.ENODEV: "modprobe vfio_iommu_type1",
+            errno.EINVAL: "The container has no group, or an IOMMU already, or the group's IOMMU offers no IOVAs",
+        }
+        self._ioctl("VFIO_SET_IOMMU", int(iommu_type), hints=hints, iommu=iommu_type.name)
+
+    def get_info(self) -> caps.IommuInfo:
+        """VFIO_IOMMU_GET_INFO, asked again with a larger buffer until all capabilities fit.
+
+        Raises CapabilityError for a malformed answer.
+        """
+        size = ctypes.sizeof(ioctls.vfio_iommu_type1_info)
+        while size <= _INFO_MAX:
+            buffer = bytearray(size)
+            struct.pack_into("=I", buffer, 0, size)  # never more than the buffer holds
+            self._ioctl("VFIO_IOMMU_GET_INFO", buffer, argsz=size)
+            (needed,) = struct.unpack_from("=I", buffer)
+            if needed <= size:
+                return caps.parse_iommu_info(buffer)
+            size = needed
+        raise CapabilityError(f"VFIO_IOMMU_GET_INFO wants a buffer of {size} bytes")
+
+    def map_dma(self, *, vaddr: int, iova: int, size: int, flags: int = _READ | _WRITE) -> None:
+        """VFIO_IOMMU_MAP_DMA, as it is: nothing is checked or recorded here. `map` is what you want.
+
+        Raises PinLimitError, EntryLimitError, IovaOverlapError, IovaRangeError or IoctlError.
+        """
+        argument = ioctls.vfio_iommu_type1_dma_map(32, flags, vaddr, iova, size)
+        try:
+            self._kernel.ioctl(self.fd, ioctls.VFIO_IOMMU_MAP_DMA, argument)
+        except OSError as error:
+            raise self._explain_map(error, vaddr=vaddr, iova=iova, size=size, flags=flags) from error
+
+    def unmap_dma(self, *, iova: int, size: int, flags: int = 0) -> int:
+        """VFIO_IOMMU_UNMAP_DMA, as it is: how many bytes the kernel unmapped. `unmap` is what you want."""
+        argument = ioctls.vfio_iommu_type1_dma_unmap(24, flags, iova, size)
+        hints = {errno.EINVAL: f"The range must cover mappings whole; here are: {self._describe(iova, size)}"}
+        self._ioctl(
+            "VFIO_IOMMU_UNMAP_DMA",
+            argument,
+            hints=hints,
+            iova=iova,
+            size=size,
+            flags=flags,
+        )
+        return argument.size
+
+    def _explain_map(self, error: OSError, *, vaddr: int, iova: int, size: int, flags: int) -> IoctlError:
+        explain = {
+            errno.ENOMEM: self._explain_enomem,
+            errno.ENOSPC: self._explain_enospc,
+            errno.EEXIST: self._explain_eexist,
+            errno.EINVAL: self._explain_einval,
+            errno.EOVERFLOW: self._explain_einval,
+        }.get(error.errno or 0)
+        arguments: dict[str, int | str] = {"vaddr": vaddr, "iova": iova, "size": size, "flags": flags}
+        if explain is not None:
+            return explain(error, arguments, iova, size)
+        text, hint = "", ""
+        if error.errno == errno.EFAULT:
+            text = "the memory cannot be pinned for this access"
+            hint = f"{describe(vaddr, size)}. It must be mapped and accessible, and writable where the device may write"
+        return IoctlError.of(
+            error, text or f"{error.strerror}", request="VFIO_IOMMU_MAP_DMA", arguments=arguments, hint=hint
+        )
+
+    def _explain_enomem(self, error: OSError, arguments: dict[str, int | str], iova: int, size: int) -> IoctlError:
+        del iova
+        lock = self._kernel.memlock()
+        if lock.limit is None or lock.privileged:
+            return PinLimitError.of(
+                error,
+                f"the kernel has no memory to map {format_size(size)}",
+                request="VFIO_IOMMU_MAP_DMA",
+                arguments=arguments,
+                hint="RLIMIT_MEMLOCK is not what stands in the way; free memory, or look at the cgroup's limit",
+            )
+        missing = lock.used + size - lock.limit
+        explained = PinLimitError.of(
+            error,
+            f"RLIMIT_MEMLOCK lets this process lock {format_size(lock.limit)}; {format_size(lock.used)} are locked and "
+            f"{format_size(size)} were asked for, so {format_size(missing)} are missing",
+            request="VFIO_IOMMU_MAP_DMA",
+            arguments=arguments,
+            hint=f"ulimit -l {-(-(lock.used + size) // 1024)} (KiB) or more in the shell, memlock in "
+            "/etc/security/limits.conf, LimitMEMLOCK=infinity in a systemd unit, --ulimit memlock=-1 for a container; "
+            "or CAP_IPC_LOCK",
+        )
+        explained.limit, explained.used, explained.asked = lock.limit, lock.used, size
+        return explained
+
+    def _explain_enospc(self, error: OSError, arguments: dict[str, int | str], iova: int, size: int) -> IoctlError:
+        del iova, size
+        explained = EntryLimitError.of(
+            error,
+            f"all {self._entry_limit} mappings that this container may hold are in use, {len(self._table)} of them "
+            "made here",
+            request="VFIO_IOMMU_MAP_DMA",
+            arguments=arguments,
+            hint="Map larger pieces, or raise /sys/module/vfio_iommu_type1/parameters/dma_entry_limit, which a "
+            "container reads when its first group is attached",
+        )
+        explained.used, explained.limit = len(self._table), self._entry_limit
+        return explained
+
+    def _explain_eexist(self, error: OSError, arguments: dict[str, int | str], iova: int, size: int) -> IoctlError:
+        existing = tuple(mapping.range for mapping in self._table.overlapping(iova=iova, size=size))
+        explained = IovaOverlapError.of(
+            error,
+            f"part of it is mapped already: {self._describe(iova, size)}",
+            request="VFIO_IOMMU_MAP_DMA",
+            arguments=arguments,
+            hint="Unmap that first, or reserve another IOVA",
+        )
+        explained.existing = existing
+        return explained
+
+    def _explain_einval(self, error: OSError, arguments: dict[str, int | str], iova: int, size: int) -> IoctlError:
+        last = iova + size - 1
+        if self._info is None:
+            hint = "The container has no group yet: attach one first"
+        elif size > 0 and not any(r.start <= iova and last <= r.last for r in self.iova_ranges):
+            outside = IovaRangeError.of(
+                error,
+                f"IOVA {iova:#x}-{last:#x} does not lie in one range of the IOMMU",
+                request="VFIO_IOMMU_MAP_DMA",
+                arguments=arguments,
+                hint=f"{describe_ranges(self.iova_ranges)}. Under QEMU an intel-iommu offers more with aw-bits=48",
+            )
+            outside.ranges = self.iova_ranges
+            return outside
+        else:
+            hint = f"Addresses and size must be multiples of {self.page_size:#x}, the size not 0, and the device must "
+            hint += "be let read or write"
+        return IoctlError.of(error, f"{error.strerror}", request="VFIO_IOMMU_MAP_DMA", arguments=arguments, hint=hint)
+
+    def _describe(self, iova: int, size: int) -> str:
+        found = self._table.overlapping(iova=iova, size=max(size, 1))
+        return format_ranges(mapping.range for mapping in found[:8]) + (", …" if len(found) > 8 else "")
+
+    # ------------------------------------------------------------------------------------------------ groups
+
+    @property
+    def iommu_type(self) -> ioctls.VfioExtension:
+        """The IOMMU type that is set with the first group."""
+        return self._iommu_type
+
+    def group(self, number: int) -> Group | None:
+        """The group with that number, if it is attached."""
+        return self._groups.get(number)
+
+    def attach(self, group: Group) -> None:
+        """Put a viable group into the container; the first one sets the IOMMU. Ranges are read anew.
+
+        Raises GroupNotViableError, IoctlError, CapabilityError, and IovaRangeError when an IOVA that is reserved could
+        not be used any more; the group is then outside as before. From now on the container closes the group.
+        """
+        with self._lock:
+            group.check_viable()
+            group.set_container(self)
+            first = not self._groups
+            try:
+                if first:
+                    self.set_iommu(self._iommu_type)
+                self._adopt(self.get_info())
+            except BaseException:
+                group.unset_container()
+                raise
+            if first and self._info is not None:
+                self._entry_limit = self._info.dma_avail
+            self._groups[group.number] = group
+            group.container = self
+        logger.debug("attached group %d: IOVA %s", group.number, format_ranges(self.iova_ranges))
+
+    def _adopt(self, info: caps.IommuInfo) -> None:
+        ranges = (_UNKNOWN_RANGE,) if info.iova_ranges is None else info.iova_ranges
+        self.allocator.set_ranges(ranges, page_size=info.iova_pgsizes & -info.iova_pgsizes)
+        self._info = info
+
+    def detach(self, group: Group) -> None:
+        """Take a group out of the container. Its devices must be closed (EBUSY).
+
+        Raises VfioError when it is the last one and memory is mapped: the kernel would unmap it unseen.
+        """
+        with self._lock:
+            if self._groups.get(group.number) is not group:
+                raise ValueError(f"group {group.number} is not in this container")
+            if len(self._groups) == 1 and len(self._table):
+                raise VfioError(
+                    f"group {group.number} is the container's last, and {len(self._table)} mappings are left",
+                    hint="Unmap them first: with the last group the kernel takes them all away",
+                )
+            group.unset_container()
+            group.container = None
+            del self._groups[group.number]
+            if self._groups:
+                self._adopt(self.get_info())
+            else:
+                self._info = None
+
+    # ------------------------------------------------------------------------------------------------ address space
+
+    @property
+    def page_size(self) -> int:
+        """The smallest page of the IOMMU, in bytes."""
+        return self.allocator.page_size
+
+    @property
+    def info(self) -> caps.IommuInfo:
+        """What the kernel said of the IOMMU when the last group was attached. Raises VfioError before the first."""
+        if self._info is None:
+            raise VfioError("the container has no group yet", hint="Attach a group first; it brings the IOMMU")
+        return self._info
+
+    @property
+    def iova_pgsizes(self) -> int:
+        """Bitmap of the page sizes that the IOMMU knows."""
+        return self.info.iova_pgsizes
+
+    @property
+    def iova_ranges(self) -> tuple[IovaRange, ...]:
+        """Where mappings may lie, ascending."""
+        return self.allocator.ranges
+
+    @property
+    def entries_left(self) -> int:
+        """How many more mappings the kernel takes. One ioctl."""
+        with self._lock:
+            # Kernels before 5.10 do not say (caps.DEFAULT_DMA_AVAIL stands in) and stop at the same number.
+            return min(self.get_info().dma_avail, self._entry_limit - len(self._table))
+
+    @property
+    def mappings(self) -> tuple[Mapping, ...]:
+        """What has been mapped through this object, ascending. O(n)."""
+        with self._lock:
+            return tuple(self._table)
+
+    def mapping_at(self, iova: int) -> Mapping | None:
+        """The mapping that covers `iova`. O(log n)."""
+        with self._lock:
+            return self._table.at(iova)
+
+    def reserve_iova(self, size: int, *, alignment: int, offset: int, top_down: bool = False) -> Iova:
+        """Reserve IOVA; as `IovaAllocator.reserve`. Raises VfioError while there is no group."""
+        with self._lock:
+            self._check_ready()
+            return self.allocator.reserve(size, alignment=alignment, offset=offset, top_down=top_down)
+
+    def reserve_iova_at(self, iova: int, size: int) -> Iova:
+        """Reserve the caller's own IOVA; as `IovaAllocator.reserve_at`. Raises VfioError while there is no group."""
+        with self._lock:
+            self._check_ready()
+            return self.allocator.reserve_at(iova, size)
+
+    def release_iova(self, iova: int) -> None:
+        """Give a reservation back; as `IovaAllocator.release`."""
+        with self._lock:
+            self.allocator.release(iova)
+
+    def _check_ready(self) -> None:
+        assert self.fd >= 0  # raises ClosedError or ForkedError
+        assert self.info is not None  # raises where there is no group
+
+    def map(self, *, vaddr: int, iova: int, size: int, read: bool = True, write: bool = True) -> None:
+        """Let the devices of the container's groups read and write `[vaddr, vaddr + size)` at `iova`.
+
+        Raises ValueError before any system call for what can never be right; otherwise as `map_dma`. All or nothing.
+        Cost: the kernel pins every page: some 30 ns each where they are there, and zeroing where they are not.
+        """
+        self._check_arguments(vaddr | iova | size, iova, size)
+        if not (read or write):
+            raise ValueError("the device must be let read or write")
+        with self._lock:
+            self.map_dma(vaddr=vaddr, iova=iova, size=size, flags=read * _READ | write * _WRITE)
+            self._table.add(iova=iova, size=size, vaddr=vaddr)
+        logger.debug("mapped iova=%#x vaddr=%#x size=%#x", iova, vaddr, size)
+
+    def unmap(self, *, iova: int, size: int) -> None:
+        """Take whole mappings away; when it returns, exactly `size` bytes at `iova` are out of the devices' reach.
+
+        Raises UnmapSizeError when the kernel says another number, IoctlError when it refuses.
+        """
+        self._check_arguments(iova | size, iova, size)
+        with self._lock:
+            if self.closed and not self._table.overlapping(iova=iova, size=size):
+                return  # close() has unmapped it
+            unmapped = self.unmap_dma(iova=iova, size=size)
+            if unmapped != size:
+                raise UnmapSizeError(iova=iova, asked=size, unmapped=unmapped)
+            self._table.discard(iova=iova, size=size)
+        logger.debug("unmapped iova=%#x size=%#x", iova, size)
+
+    def _check_arguments(self, joined: int, iova: int, size: int) -> None:
+        if size <= 0 or iova < 0 or not is_aligned(joined, self.page_size) or iova + size - 1 > U64_MAX:
+            raise ValueError(
+                f"addresses and size must be multiples of {self.page_size:#x}, the size above 0 and the end within 64 "
+                f"bits: iova {iova:#x}, size {size:#x}"
+            )
+
+    # ------------------------------------------------------------------------------------------------ the end
+
+    def close(self) -> None:
+        """Close the devices, unmap everything, take the groups out and close them, close the container.
+
+        Twice is fine; in a forked child nothing happens. Raises what the steps raise, after all of them were tried.
+        """
+        if self._forked or self.closed:
+            return
+        failures: list[Exception] = []
+        with self._lock:
+            for group in tuple(self._groups.values()):
+                for device in tuple(group.devices):
+                    _try(device.close, failures)
+            _try(self._unmap_everything, failures)
+            for group in tuple(self._groups.values()):
+                _try(group.close, failures)
+            _try(self._close_fd, failures)
+        raise_collected("closing the VFIO container", failures)
+
+    def _forget(self, group: Group, failures: list[Exception]) -> None:
+        with self._lock:
+            if self._groups.pop(group.number, None) is not None and not self._groups:
+                _try(self._unmap_everything, failures)  # the kernel would, with its last group, but unseen
+                self._info = None
+
+    def _unmap_everything(self) -> None:
+        if not len(self._table):
+            return
+        if self.check_extension(ioctls.VFIO_UNMAP_ALL):
+            self.unmap_dma(iova=0, size=0, flags=_ALL)
+            self._table.clear()
+            return
+        for mapping in tuple(self._table):
+            self.unmap(iova=mapping.iova, size=mapping.size)
+
+    def _check(self) -> None:
+        with self._lock:
+            self._table._check()
+            self.allocator._check()

@@ -1,0 +1,487 @@
+"""Keeps what a device can reach equal to what RAM blocks hold, through every resize, at an IOVA that never moves.
+
+A `DmaMapper` is a notifier of a `RamBlockList`. When a block comes, `max_length` of IOVA is reserved for it and its
+`used_length` is mapped; when it is resized, the old mapping is taken away and the new one made at the same IOVA; when
+it goes, both go. At every instant, also after any failure:
+
+    what the device can reach  ⊆  [0, used_length), and what is just being changed
+
+Unmapping and mapping again is not atomic: DMA into the block that is under way meanwhile is stopped. It is what
+`qemu_vfio_dma_map_resize` does (patch 14 of the series "Ram blocks with resizable anonymous allocations under POSIX",
+QEMU 2020), less the defects of the posted code: swapped arguments, a lock that is kept, a failing map that is taken for
+a mapping, a length of 0 that is lost, a new length that is not checked, an address in the unmapped tail that is not
+recognised.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import threading
+from bisect import bisect_right
+from collections.abc import Callable
+from types import TracebackType
+from typing import Literal, Self, TypeVar
+from weakref import WeakKeyDictionary
+
+from pyvfio.errors import ClosedError, IoctlError, RollbackError, VfioError, raise_collected
+from pyvfio.ramblock import RamBlock, RamBlockList
+from pyvfio.space import AddressSpace
+from pyvfio.units import MIB, U64_MAX, Iova, Vaddr, format_size
+
+logger = logging.getLogger(__name__)
+
+_LARGE_PAGE = 2 * MIB
+"""IOVA is congruent to vaddr modulo this, so that the IOMMU can use large pages where the memory does."""
+
+_Result = TypeVar("_Result")
+
+
+class DmaMapping:
+    """Memory of the caller's own that the device can reach: `size` bytes at `vaddr`, at `iova` for the device.
+
+    Made by `DmaMapper.map_dma`, `map_buffer` and `map_temporary`; a context manager. A buffer stays exported, so that
+    it cannot be freed or resized, until the kernel has unmapped it.
+    """
+
+    __slots__ = ("_buffer", "_mapper", "iova", "size", "vaddr")
+
+    def __init__(
+        self, mapper: DmaMapper | None, *, vaddr: Vaddr, iova: Iova, size: int, buffer: memoryview | None
+    ) -> None:
+        self._mapper = mapper  # None once closed, or where the mapping belongs to somebody else
+        self._buffer = buffer
+        self.vaddr = vaddr
+        self.iova = iova
+        self.size = size
+
+    def close(self) -> None:
+        """Take the mapping away; twice is fine.
+
+        A temporary one is only given up: it goes with the next `reset_temporary`. Where `map_dma` found the memory
+        mapped already, that mapping stays. Raises UnmapSizeError or IoctlError, and then it is still mapped.
+        """
+        if self._mapper is not None:
+            self._mapper._close_mapping(self)
+
+    def _drop(self) -> None:
+        self._mapper = None
+        if self._buffer is not None:
+            self._buffer.release()
+            self._buffer = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<DmaMapping vaddr={self.vaddr:#x} iova={self.iova:#x} size={self.size:#x}>"
+
+
+class _Followed:
+    """A block, the IOVA that is its own for `max_length` bytes, and how much of it the kernel has mapped."""
+
+    __slots__ = ("block", "iova", "mapped", "vaddr")
+
+    def __init__(self, block: RamBlock, iova: Iova) -> None:
+        self.block = block
+        self.vaddr = block.vaddr
+        self.iova = iova
+        self.mapped = 0
+
+    @property
+    def end(self) -> int:
+        return self.vaddr + self.block.max_length
+
+
+class DmaMapper:
+    """Maps RAM blocks, and buffers of the caller's own, into an `AddressSpace`.
+
+    `blocks`: follow that list from now on, blocks that it has included. `resize="remap"`: a resize unmaps the block and
+    maps it anew; DMA into it that is under way meanwhile is stopped, and must be quiesced by the caller.
+
+    Raises what mapping the existing blocks raises; then it follows nothing.
+
+    Synchronization: every method may be called from any thread. A block's hooks are called under the list's lock.
+    Cost: a resize is an unmap of the old length and a map of the new one, whatever the difference.
+    """
+
+    def __init__(
+        self, space: AddressSpace, blocks: RamBlockList | None = None, *, resize: Literal["remap"] = "remap"
+    ) -> None:
+        if resize != "remap":
+            raise ValueError(f"resize must be 'remap', not {resize!r}")
+        self._space = space
+        self._lock = threading.RLock()
+        self._followed: list[_Followed] = []  # sorted by vaddr
+        self._pid = os.getpid()
+        self._mappings: list[DmaMapping] = []  # map_dma and map_buffer, sorted by vaddr
+        self._temporary: dict[Iova, DmaMapping] = {}
+        self._former: WeakKeyDictionary[RamBlock, Iova] = WeakKeyDictionary()
+        self._closed = False
+        self._blocks = blocks
+        if blocks is not None:
+            blocks.add_notifier(self)
+
+    @property
+    def space(self) -> AddressSpace:
+        """Where it maps."""
+        return self._space
+
+    # ------------------------------------------------------------------------------------------------ RAM blocks
+
+    def ram_block_added(self, block: RamBlock, used_length: int, max_length: int) -> None:
+        """Reserve `max_length` of IOVA and map `used_length`, or nothing of it."""
+        with self._lock:
+            self._check_open()
+            followed = _Followed(block, self._reserve_for(block, max_length))
+            try:
+                if used_length:
+                    self._map(vaddr=followed.vaddr, iova=followed.iova, size=used_length)
+                    followed.mapped = used_length
+            except BaseException:
+                self._space.release_iova(followed.iova)
+                raise
+            self._followed.insert(bisect_right(self._followed, block.vaddr, key=lambda f: f.vaddr), followed)
+        logger.debug("added %r at iova=%#x", block, followed.iova)
+
+    def _reserve_for(self, block: RamBlock, max_length: int) -> Iova:
+        former = self._former.get(block)
+        if former is not None:  # a block that comes back, after an undo for instance, finds its IOVA again
+            try:
+                return self._space.reserve_iova_at(former, max_length)
+            except IoctlError:
+                logger.debug("iova=%#x of %r has been given to another", former, block)
+        return self._space.reserve_iova(max_length, alignment=_LARGE_PAGE, offset=block.vaddr)
+
+    def ram_block_removed(self, block: RamBlock, used_length: int, max_length: int) -> None:
+        """Unmap the block and give its IOVA back. Raises UnmapSizeError or IoctlError: it is then still reached."""
+        del used_length, max_length
+        with self._lock:
+            followed = self._find(block)
+            if followed.mapped:
+                self._space.unmap(iova=followed.iova, size=followed.mapped)
+                followed.mapped = 0
+            self._followed.remove(followed)
+            self._former[block] = followed.iova
+            self._space.release_iova(followed.iova)
+        logger.debug("removed %r from iova=%#x", block, followed.iova)
+
+    def ram_block_resized(self, block: RamBlock, old_length: int, new_length: int) -> None:
+        """Unmap the old length and map the new one at the same IOVA.
+
+        When the map is refused, the old mapping is made again and the refusal raised. When that fails too,
+        RollbackError: the device reaches nothing of the block until it is resized once more or removed.
+        """
+        with self._lock:
+            self._check_open()
+            followed = self._find(block)
+            if not 0 <= new_length <= block.max_length:
+                raise ValueError(f"{new_length:#x} is not within max_length {block.max_length:#x} of '{block.idstr}'")
+            before = followed.mapped  # old_length, unless an earlier resize ended in RollbackError
+            if before:
+                self._space.unmap(iova=followed.iova, size=before)
+                followed.mapped = 0
+            try:
+                self._map_block(followed, new_length)
+            except BaseException as error:
+                self._restore(followed, before, error)
+                raise
+        logger.debug("resized %r at iova=%#x from %#x to %#x", block, followed.iova, old_length, new_length)
+
+    def _map_block(self, followed: _Followed, length: int) -> None:
+        if length:
+            self._map(vaddr=followed.vaddr, iova=followed.iova, size=length)
+            followed.mapped = length
+
+    def _restore(self, followed: _Followed, length: int, cause: BaseException) -> None:
+        try:
+            self._map_block(followed, length)
+        except Exception as error:
+            first = cause if isinstance(cause, Exception) else VfioError(f"interrupted by {type(cause).__name__}")
+            raise RollbackError(
+                f"RAM block '{followed.block.idstr}' is not mapped any more: mapping its new length failed, and so did "
+                f"mapping the old one, {format_size(length)}, again",
+                [first, error],
+                hint="The device reaches nothing of it; its memory is kept. Resize it to another length, or remove it",
+            ) from cause
+
+    def _find(self, block: RamBlock) -> _Followed:
+        position = bisect_right(self._followed, block.vaddr, key=lambda f: f.vaddr) - 1
+        if position < 0 or self._followed[position].block is not block:
+            raise ValueError(f"RAM block '{block.idstr}' is not followed by this mapper")
+        return self._followed[position]
+
+    # ------------------------------------------------------------------------------------------------ look-ups
+
+    def iova(self, block: RamBlock) -> Iova:
+        """Where `block` begins for the device; it stays there until the block is removed. ValueError: not followed."""
+        with self._lock:
+            return self._find(block).iova
+
+    def translate_vaddr(self, vaddr: int, size: int = 1) -> Iova:
+        """The IOVA of `[vaddr, vaddr + size)`, all of which one block or one mapping of the caller's own has mapped.
+
+        Raises LookupError when it has not: the tail of a block behind `used_length` is never found. Temporary mappings
+        are not looked at. O(log n).
+        """
+        with self._lock:
+            position = bisect_right(self._followed, vaddr, key=lambda f: f.vaddr) - 1
+            if position >= 0:
+                followed = self._followed[position]
+                if vaddr + size <= followed.vaddr + followed.mapped:
+                    return Iova(followed.iova + vaddr - followed.vaddr)
+            position = bisect_right(self._mappings, vaddr, key=lambda m: m.vaddr) - 1
+            if position >= 0:
+                mapping = self._mappings[position]
+                if vaddr + size <= mapping.vaddr + mapping.size:
+                    return Iova(mapping.iova + vaddr - mapping.vaddr)
+        raise LookupError(f"{size:#x} bytes at vaddr {vaddr:#x} are not mapped for the device in one piece")
+
+    def translate_iova(self, iova: int, size: int = 1) -> Vaddr:
+        """Where in this process the device ends up with `[iova, iova + size)`, all in one mapping. LookupError when it
+        would be stopped. O(log n)."""
+        mapping = self._space.mapping_at(iova)
+        if mapping is None or iova + size > mapping.iova + mapping.size:
+            raise LookupError(f"{size:#x} bytes at IOVA {iova:#x} are not mapped in one piece")
+        return Vaddr(mapping.vaddr + iova - mapping.iova)
+
+    # ------------------------------------------------------------------------------------------------ own mappings
+
+    def map_dma(
+        self, *, vaddr: int, size: int, iova: int | None = None, read: bool = True, write: bool = True
+    ) -> DmaMapping:
+        """Let the device reach `[vaddr, vaddr + size)`, both multiples of the IOMMU's smallest page.
+
+        Memory that is wholly mapped already (part of a block, say) is not mapped again: the IOVA is the one it has, and
+        closing the result changes nothing. `iova`: the caller's own choice. The caller keeps the memory alive until the
+        mapping is closed; `map_buffer` sees to that itself.
+
+        Raises ValueError (misaligned; overlaps what is mapped, or the reserved tail of a block, which would get a
+        second IOVA when it grows), IovaRangeError, IovaOverlapError, PinLimitError, EntryLimitError, IoctlError.
+        """
+        return self._map_own(vaddr=vaddr, size=size, iova=iova, read=read, write=write, buffer=None)
+
+    def map_buffer(
+        self,
+        buffer: bytearray | memoryview | ctypes.Array[ctypes.c_char],
+        *,
+        iova: int | None = None,
+        read: bool = True,
+        write: bool = True,
+    ) -> DmaMapping:
+        """Let the device reach a writable buffer (mmap.mmap, memoryview, numpy array, ctypes array) as `map_dma` does.
+
+        The buffer must begin and end at a page. It stays exported until the mapping is closed, so it can be neither
+        freed nor resized.
+        """
+        view, vaddr = _export(buffer)
+        try:
+            return self._map_own(vaddr=vaddr, size=view.nbytes, iova=iova, read=read, write=write, buffer=view)
+        except BaseException:
+            view.release()
+            raise
+
+    def _map_own(
+        self, *, vaddr: int, size: int, iova: int | None, read: bool, write: bool, buffer: memoryview | None
+    ) -> DmaMapping:
+        self._check_extent(vaddr, size)
+        with self._lock:
+            self._check_open()
+            known = self._known(vaddr, size, iova)
+            if known is not None:
+                if buffer is not None:
+                    buffer.release()
+                return DmaMapping(None, vaddr=Vaddr(vaddr), iova=known, size=size, buffer=None)
+            if iova is None:
+                place = self._space.reserve_iova(size, alignment=self._alignment(size), offset=vaddr)
+            else:
+                place = self._space.reserve_iova_at(iova, size)
+            try:
+                self._map(vaddr=vaddr, iova=place, size=size, read=read, write=write)
+            except BaseException:
+                self._space.release_iova(place)
+                raise
+            mapping = DmaMapping(self, vaddr=Vaddr(vaddr), iova=place, size=size, buffer=buffer)
+            self._mappings.insert(bisect_right(self._mappings, vaddr, key=lambda m: m.vaddr), mapping)
+        return mapping
+
+    def _known(self, vaddr: int, size: int, iova: int | None) -> Iova | None:
+        """The IOVA of memory that is mapped whole; ValueError where it is in part, or would be later."""
+        try:
+            found = self.translate_vaddr(vaddr, size)
+        except LookupError:
+            self._check_apart(vaddr, size)
+            return None
+        if iova is not None and iova != found:
+            raise ValueError(f"vaddr {vaddr:#x} is mapped at IOVA {found:#x}, so it is not mapped at {iova:#x} as well")
+        return found
+
+    def _check_apart(self, vaddr: int, size: int) -> None:
+        position = bisect_right(self._followed, vaddr + size - 1, key=lambda f: f.vaddr) - 1
+        if position >= 0 and self._followed[position].end > vaddr:
+            block = self._followed[position].block
+            raise ValueError(
+                f"vaddr {vaddr:#x}-{vaddr + size - 1:#x} reaches into RAM block '{block.idstr}', which has IOVA of its "
+                f"own for all of {block.vaddr:#x}-{block.vaddr + block.max_length - 1:#x}; grow the block instead"
+            )
+        position = bisect_right(self._mappings, vaddr + size - 1, key=lambda m: m.vaddr) - 1
+        if position >= 0 and self._mappings[position].vaddr + self._mappings[position].size > vaddr:
+            raise ValueError(f"vaddr {vaddr:#x}-{vaddr + size - 1:#x} overlaps {self._mappings[position]!r}")
+
+    def map_temporary(
+        self, buffer: bytearray | memoryview | ctypes.Array[ctypes.c_char], *, read: bool = True, write: bool = True
+    ) -> DmaMapping:
+        """Map a buffer for one transfer, at an IOVA from the top down, so that it does not come between blocks.
+
+        Closing the result gives it up, but the kernel's mapping stays until `reset_temporary`, which many share, or
+        until mappings or memory to lock run out: then it is made by itself, and the map tried once more. The buffer
+        stays exported, and within the device's reach, until then. Raises as `map_buffer`.
+        """
+        view, vaddr = _export(buffer)
+        try:
+            self._check_extent(vaddr, view.nbytes)
+            with self._lock:
+                self._check_open()
+                place = self._recycling(lambda: self._reserve_temporary(vaddr, view.nbytes))
+                try:
+                    self._map(vaddr=vaddr, iova=place, size=view.nbytes, read=read, write=write)
+                except BaseException:
+                    self._space.release_iova(place)
+                    raise
+                mapping = DmaMapping(self, vaddr=Vaddr(vaddr), iova=place, size=view.nbytes, buffer=view)
+                self._temporary[place] = mapping
+        except BaseException:
+            view.release()
+            raise
+        return mapping
+
+    def _reserve_temporary(self, vaddr: int, size: int) -> Iova:
+        return self._space.reserve_iova(size, alignment=self._alignment(size), offset=vaddr, top_down=True)
+
+    def reset_temporary(self) -> int:
+        """Unmap all temporary mappings that have been closed; how many are still open, and stay.
+
+        Raises UnmapSizeError or IoctlError; what has not been unmapped stays known. Cost: one unmap for each run of
+        neighbours.
+        """
+        with self._lock:
+            given_up = sorted(iova for iova, mapping in self._temporary.items() if mapping._mapper is None)
+            while given_up:
+                self._unmap_run(self._take_run(given_up))
+            return len(self._temporary)
+
+    def _take_run(self, given_up: list[Iova]) -> list[DmaMapping]:
+        run = [self._temporary[given_up.pop()]]
+        while given_up and self._temporary[given_up[-1]].size + given_up[-1] == run[-1].iova:
+            run.append(self._temporary[given_up.pop()])
+        return run
+
+    def _unmap_run(self, run: list[DmaMapping]) -> None:
+        self._space.unmap(iova=run[-1].iova, size=sum(mapping.size for mapping in run))
+        for mapping in run:
+            del self._temporary[mapping.iova]
+            self._space.release_iova(mapping.iova)
+            mapping._drop()
+
+    def _close_mapping(self, mapping: DmaMapping) -> None:
+        with self._lock:
+            if self._temporary.get(mapping.iova) is mapping:
+                mapping._mapper = None
+                return
+            self._space.unmap(iova=mapping.iova, size=mapping.size)
+            del self._mappings[bisect_right(self._mappings, mapping.vaddr, key=lambda m: m.vaddr) - 1]
+            self._space.release_iova(mapping.iova)
+            mapping._drop()
+
+    # ------------------------------------------------------------------------------------------------ below
+
+    def _map(self, *, vaddr: int, iova: int, size: int, read: bool = True, write: bool = True) -> None:
+        self._recycling(lambda: self._space.map(vaddr=vaddr, iova=iova, size=size, read=read, write=write))
+
+    def _recycling(self, attempt: Callable[[], _Result]) -> _Result:
+        """Try; where mappings, memory to lock or IOVA ran out and temporary mappings were given up, try once more."""
+        try:
+            return attempt()
+        except IoctlError as error:
+            if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+                raise
+            if not any(mapping._mapper is None for mapping in self._temporary.values()):
+                raise
+            logger.debug("recycling temporary mappings: %s", error)
+            self.reset_temporary()
+        return attempt()
+
+    @staticmethod
+    def _alignment(size: int) -> int:
+        return _LARGE_PAGE if size >= _LARGE_PAGE else 1
+
+    def _check_extent(self, vaddr: int, size: int) -> None:
+        if size <= 0 or vaddr < 0 or vaddr + size - 1 > U64_MAX or (vaddr | size) % self._space.page_size:
+            raise ValueError(
+                f"vaddr {vaddr:#x} and size {size:#x} must be multiples of {self._space.page_size:#x}, the size above 0"
+            )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("this DmaMapper has been closed")
+
+    def close(self) -> None:
+        """Leave the list of blocks and unmap everything; twice is fine, and in a forked child nothing happens.
+
+        Raises what the steps raise, after all of them were tried; what could not be unmapped stays known, and `close`
+        may be called again.
+        """
+        if self._closed or os.getpid() != self._pid:
+            return
+        failures: list[Exception] = []
+        for step in (self._leave, *(mapping.close for mapping in self._own_mappings()), self.reset_temporary):
+            try:
+                step()
+            except Exception as error:
+                failures.append(error)
+        raise_collected("closing the DmaMapper", failures)
+        self._closed = True
+
+    def _leave(self) -> None:
+        if self._blocks is not None:
+            self._blocks.remove_notifier(self)
+            self._blocks = None
+
+    def _own_mappings(self) -> list[DmaMapping]:
+        with self._lock:
+            return [*self._mappings, *self._temporary.values()]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check(self) -> None:
+        """The invariant: for each block, the space has mapped exactly what the block holds."""
+        with self._lock:
+            for followed in self._followed:
+                assert followed.mapped <= followed.block.max_length
+                mapping = self._space.mapping_at(followed.iova)
+                reached = 0 if mapping is None else mapping.size
+                assert reached == followed.mapped, (followed.block, reached)
+                assert mapping is None or mapping.vaddr == followed.vaddr
+                assert followed.mapped <= followed.block.used_length
+
+
+def _export(buffer: bytearray | memoryview | ctypes.Array[ctypes.c_char]) -> tuple[memoryview, Vaddr]:
+    """A memoryview that keeps the buffer's memory where it is, and the address of its first byte."""
+    view = memoryview(buffer)
+    if view.readonly or not view.c_contiguous or view.nbytes == 0:
+        view.release()
+        raise ValueError("a buffer for DMA must be writable, contiguous and not empty")
+    return view, Vaddr(ctypes.addressof(ctypes.c_char.from_buffer(view)))

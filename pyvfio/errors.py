@@ -1,0 +1,236 @@
+"""Every exception that pyvfio raises of its own: what is wrong, with the numbers of the case, and what to do.
+
+`str(error)` says all of it. Catch `VfioError` for anything that pyvfio found wrong with the machine, the kernel's
+answer or the order of calls. Arguments that can never be right are ValueError or TypeError instead, raised before any
+system call. A subclass exists where a caller would act differently.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from pyvfio.units import IovaRange, format_ranges
+
+
+class VfioError(Exception):
+    """What is wrong, and in `hint` what to do about it (may be empty)."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}. {self.hint}" if self.hint else self.message
+
+
+class IoctlError(VfioError, OSError):
+    """A system call was refused. `errno` and `strerror` are the kernel's; `request` is the call's name in C,
+    `arguments` what it was given."""
+
+    def __init__(
+        self, number: int, message: str, *, request: str, arguments: Mapping[str, int | str], hint: str = ""
+    ) -> None:
+        OSError.__init__(self, number, os.strerror(number))
+        self.message = message
+        self.request = request
+        self.arguments = dict(arguments)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        given = ", ".join(f"{k}={v:#x}" if isinstance(v, int) else f"{k}={v}" for k, v in self.arguments.items())
+        name = errnos.errorcode.get(self.errno or 0, str(self.errno))
+        return f"{self.request}({given}): {name}, {VfioError.__str__(self)}"
+
+    @classmethod
+    def of(
+        cls, error: OSError, message: str, *, request: str, arguments: Mapping[str, int | str], hint: str = ""
+    ) -> Self:
+        """The same errno with an explanation; raise it `from error`."""
+        return cls(error.errno or 0, message, request=request, arguments=arguments, hint=hint)
+
+
+class PinLimitError(IoctlError):
+    """ENOMEM: the pages may not be locked. `limit`, `used`, `asked` in bytes (`limit` None: not the limit's doing)."""
+
+    limit: int | None = None
+    used: int = 0
+    asked: int = 0
+
+
+class EntryLimitError(IoctlError):
+    """ENOSPC: the container holds as many mappings as it may. `used` and `limit` count mappings."""
+
+    used: int = 0
+    limit: int = 0
+
+
+class IovaOverlapError(IoctlError):
+    """EEXIST: something is there already. `existing` says what, as far as this process put it there."""
+
+    existing: tuple[IovaRange, ...] = ()
+
+
+class IovaRangeError(IoctlError):
+    """No such I/O virtual addresses, or none left. `ranges` is what the IOMMU offers, `largest_free` the longest run
+    of bytes that is still free in it (0 where that was not the question)."""
+
+    ranges: tuple[IovaRange, ...] = ()
+    largest_free: int = 0
+
+
+class UnmapSizeError(VfioError):
+    """The kernel unmapped another number of bytes than it was asked to: `asked`, `unmapped`. What the device reaches
+    is not known any more, so the memory behind the range must not be given back."""
+
+    def __init__(self, *, iova: int, asked: int, unmapped: int) -> None:
+        super().__init__(
+            f"VFIO_IOMMU_UNMAP_DMA was asked for {asked:#x} bytes at IOVA {iova:#x} and unmapped {unmapped:#x}",
+            hint="Something else in this process maps or unmaps through the same container; its memory is kept",
+        )
+        self.iova = iova
+        self.asked = asked
+        self.unmapped = unmapped
+
+
+class CapabilityError(VfioError):
+    """A capability chain that the kernel returned is malformed."""
+
+
+class UnsupportedError(VfioError):
+    """The kernel or the device cannot do this: an API version, an extension, a reset, an interrupt."""
+
+
+class UnavailableError(VfioError):
+    """VFIO itself is not there: no /dev/vfio/vfio, or no IOMMU."""
+
+
+class DeviceNotFoundError(VfioError):
+    """No such device, or it is in no IOMMU group."""
+
+
+class NotBoundError(VfioError):
+    """The device is not bound to vfio-pci. `driver` is what it is bound to (None: nothing)."""
+
+    driver: str | None = None
+
+
+class AccessDeniedError(VfioError, PermissionError):
+    """This user may not open `path`."""
+
+    def __init__(self, path: str, *, hint: str) -> None:
+        PermissionError.__init__(self, errnos.EACCES, os.strerror(errnos.EACCES))
+        self.message = f"{path} may not be opened by this user"
+        self.path = path
+        self.hint = hint
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMember:
+    """A device of an IOMMU group, and whether its driver keeps the group from being used by VFIO."""
+
+    bdf: str
+    driver: str | None
+    blocks: bool
+
+
+class GroupNotViableError(VfioError):
+    """A device of the group belongs to a kernel driver. `members` lists all of them, each with whether it blocks."""
+
+    def __init__(self, group: int, members: Sequence[GroupMember]) -> None:
+        blockers = [member for member in members if member.blocks]
+        names = ", ".join(f"{member.bdf} ({member.driver})" for member in blockers) or "none that sysfs shows"
+        super().__init__(
+            f"IOMMU group {group} is not viable: of its {len(members)} devices these belong to kernel drivers: {names}",
+            hint="Bind each of them to vfio-pci or to no driver at all: scripts/bind "
+            + " ".join(member.bdf for member in blockers),
+        )
+        self.group = group
+        self.members = tuple(members)
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process that has a file open."""
+
+    pid: int
+    command: str
+
+
+class GroupBusyError(VfioError):
+    """The group is open already. `holders` are the processes that have it open, as far as this user may see."""
+
+    def __init__(self, group: int, holders: Sequence[Holder]) -> None:
+        names = ", ".join(f"{holder.command} (pid {holder.pid})" for holder in holders)
+        super().__init__(
+            f"IOMMU group {group} is already open" + (f" in {names}" if names else ""),
+            hint="A group can be open once at a time; end that process, or close its group and device descriptors"
+            if names
+            else "A group can be open once at a time; no holder was found: it may be in another PID namespace, "
+            "another user's process, or only a device descriptor of it may still be open",
+        )
+        self.group = group
+        self.holders = tuple(holders)
+
+
+class ClosedError(VfioError):
+    """A handle was used after it was closed."""
+
+
+class ForkedError(VfioError):
+    """A handle was used in a child of the process that opened it. The child shares the kernel's object, so that
+    whatever it did would happen to the parent."""
+
+    def __init__(self, what: str, *, owner: int) -> None:
+        super().__init__(
+            f"{what} belongs to process {owner}, and this is its child {os.getpid()}",
+            hint="Open the device anew in the child, after the parent has closed it",
+        )
+
+
+class ReentrancyError(VfioError):
+    """A RAM block was added, removed or resized from inside a notifier of the same list."""
+
+
+class RollbackError(VfioError, ExceptionGroup[Exception]):
+    """An operation failed and so did its undo. `exceptions` holds the first failure, then those of the undo; the
+    memory in question is kept."""
+
+    def __new__(cls, message: str, exceptions: Sequence[Exception], *, hint: str = "") -> RollbackError:
+        """As ExceptionGroup, which takes its arguments here."""
+        del hint
+        return ExceptionGroup.__new__(cls, message, exceptions)
+
+    def __init__(self, message: str, exceptions: Sequence[Exception], *, hint: str = "") -> None:
+        ExceptionGroup.__init__(self, message, exceptions)
+        self.hint = hint
+
+    def derive(self, excs: Sequence[Exception]) -> RollbackError:  # type: ignore[override]
+        """A RollbackError of some of its exceptions, for `split` and `subgroup`."""
+        return RollbackError(self.message, excs, hint=self.hint)
+
+    def __str__(self) -> str:
+        text = f"{self.message}: " + "; then ".join(str(error) for error in self.exceptions)
+        return f"{text}. {self.hint}" if self.hint else text
+
+
+class MemoryNotReturnedWarning(RuntimeWarning):
+    """A block shrank, but its memory could not be given back to the system. It stays charged, out of the device's
+    reach, and is zeroed before it is seen again."""
+
+
+def raise_collected(message: str, failures: Sequence[Exception]) -> None:
+    """Raise what a series of steps, each of which had to be tried, ran into: nothing, the one failure, or all."""
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        raise RollbackError(message, failures)
+
+
+def describe_ranges(ranges: Sequence[IovaRange]) -> str:
+    """A sentence with the ranges that an IOMMU offers, for hints."""
+    return f"The IOMMU offers {format_ranges(ranges)}"

@@ -1,0 +1,97 @@
+"""An owned file descriptor: open until it is closed, usable only in the process that opened it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from pyvfio import ioctls
+from pyvfio.errors import ClosedError, ForkedError, IoctlError
+from pyvfio.kernel import IoctlArgument, Kernel
+
+
+class Handle:
+    """Base of everything that owns a descriptor: `Container`, `Group`, `Device`.
+
+    A context manager; `close()` may be called twice. In a forked child, `fd` raises ForkedError and `close()` does
+    nothing: the descriptor is shared, and what the child did with it would happen to its parent. An object that is
+    forgotten warns ResourceWarning and closes its descriptor, as files do.
+
+    Synchronization: none of its own.
+    """
+
+    def __init__(self, kernel: Kernel, fd: int, what: str) -> None:
+        self._kernel = kernel
+        self._fd = fd
+        self._what = what
+        self._pid = os.getpid()
+
+    @property
+    def kernel(self) -> Kernel:
+        """Who makes the system calls; inherited by everything opened from here."""
+        return self._kernel
+
+    @property
+    def fd(self) -> int:
+        """The descriptor. Raises ClosedError, and ForkedError in a child of the process that opened it."""
+        if os.getpid() != self._pid:
+            raise ForkedError(self._what, owner=self._pid)
+        if self._fd < 0:
+            raise ClosedError(f"{self._what} has been closed")
+        return self._fd
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close()` has been called."""
+        return self._fd < 0
+
+    def _ioctl(
+        self,
+        request: str,
+        argument: IoctlArgument = 0,
+        /,
+        *,
+        hints: Mapping[int, str] | None = None,
+        **given: int | str,
+    ) -> int:
+        """Make the request that linux/vfio.h calls `request`; `given` and the hint for the errno go into IoctlError."""
+        number: int = vars(ioctls)[request]
+        try:
+            return self._kernel.ioctl(self.fd, number, argument)
+        except OSError as error:
+            raise IoctlError.of(
+                error,
+                f"{self._what}: {error.strerror}",
+                request=request,
+                arguments=given,
+                hint=(hints or {}).get(error.errno or 0, ""),
+            ) from error
+
+    def close(self) -> None:
+        """Close the descriptor; twice is fine, and in a forked child nothing happens."""
+        if not self._forked and self._fd >= 0:
+            self._close_fd()
+
+    @property
+    def _forked(self) -> bool:
+        return os.getpid() != self._pid
+
+    def _close_fd(self) -> None:
+        fd, self._fd = self._fd, -1  # first: a descriptor is gone even when close(2) reports an error
+        self._kernel.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0 and not self._forked:
+            warnings.warn(f"{self._what} was never closed", ResourceWarning, stacklevel=2, source=self)
+            self._close_fd()

@@ -1,0 +1,304 @@
+"""The seam: every system call that pyvfio makes, as one protocol, and the real kernel behind it.
+
+`Kernel` is what the floors above are written against. `LinuxKernel` passes each call on; `pyvfio.testing.FakeKernel`
+answers the calls on VFIO file descriptors itself and passes the ones on process memory on. Struct encoding, argsz, the
+lifetime of descriptors, the meaning of an errno and the order of calls are all above this line, so that one set of
+sentences (`tests/contract`) can judge the fake and the kernel alike.
+
+Whatever fails raises OSError with the kernel's errno and nothing else happens here.
+
+Synchronization: stateless; any thread may call anything. Calls that enter the kernel release the GIL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import resource
+import select
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+from pyvfio.units import PAGE_SIZE, Vaddr
+
+WritableBuffer: TypeAlias = bytearray | memoryview | ctypes.Structure | ctypes.Array[ctypes.c_char]
+IoctlArgument: TypeAlias = int | WritableBuffer
+"""What an ioctl is given: a number passed by value, or a buffer that the kernel may write. Never `bytes`: fcntl.ioctl
+would return a copy of the buffer in place of the kernel's answer, and a device descriptor would be lost."""
+
+_FCNTL_INT_MAX = (1 << 31) - 1  # fcntl.ioctl refuses larger ints up to Python 3.11 at least
+_FCNTL_BUFFER_MAX = 1024  # up to here fcntl.ioctl works on a copy and releases the GIL
+_CAP_IPC_LOCK = 14  # linux/capability.h
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+MAP_FIXED = 0x10
+MAP_FIXED_NOREPLACE = 0x100000
+MAP_NORESERVE = 0x4000
+PROT_NONE = 0
+MADV_DODUMP = 17
+
+
+@dataclass(frozen=True, slots=True)
+class Memlock:
+    """How much memory this process may lock, and has locked; bytes. VFIO charges each mapping to it.
+
+    `limit` is RLIMIT_MEMLOCK (None: unlimited), `used` is VmLck, `privileged` says that CAP_IPC_LOCK lifts the limit.
+    Source: `vfio_lock_acct` and `vfio_pin_pages_remote` in drivers/vfio/vfio_iommu_type1.c.
+    """
+
+    limit: int | None
+    used: int
+    privileged: bool
+
+
+class Registers(Protocol):
+    """A window on device registers, each access exactly as wide as asked for.
+
+    `offset` is in bytes from the window's start, `width` is 1, 2, 4 or 8. Nothing is checked here but that the window
+    is still open: `Region` has checked offset and width.
+    """
+
+    def read(self, offset: int, width: int) -> int:
+        """Load `width` bytes as a little-endian number."""
+        ...
+
+    def write(self, offset: int, width: int, value: int) -> None:
+        """Store `value` in `width` bytes, little-endian."""
+        ...
+
+    def close(self) -> None:
+        """Give the window back; twice is fine."""
+        ...
+
+
+class Kernel(Protocol):
+    """Every system call that pyvfio makes. Each method raises OSError with the kernel's errno."""
+
+    @property
+    def sysfs(self) -> Path:
+        """Where sysfs is mounted."""
+        ...
+
+    @property
+    def dev(self) -> Path:
+        """Where the device nodes are: `vfio/vfio`, `vfio/<group>`."""
+        ...
+
+    def open(self, path: str, flags: int) -> int:
+        """open(2); O_CLOEXEC is always added."""
+        ...
+
+    def close(self, fd: int) -> None:
+        """close(2)."""
+        ...
+
+    def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
+        """ioctl(2); a buffer holds what the kernel wrote, also when OSError is raised."""
+        ...
+
+    def pread(self, fd: int, size: int, offset: int) -> bytes:
+        """pread(2): up to `size` bytes."""
+        ...
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        """pwrite(2): how many bytes were taken."""
+        ...
+
+    def registers(self, fd: int, offset: int, size: int) -> Registers:
+        """Map `size` bytes of a device descriptor (both multiples of a page) for register access."""
+        ...
+
+    def eventfd(self, initial: int, flags: int) -> int:
+        """eventfd(2); EFD_CLOEXEC is always added."""
+        ...
+
+    def eventfd_read(self, fd: int) -> int:
+        """Read an eventfd's counter; EAGAIN when it is zero and the descriptor does not block."""
+        ...
+
+    def poll(self, fd: int, timeout: float | None) -> bool:
+        """Wait until `fd` can be read, `timeout` seconds at most (None: for ever); whether it can."""
+        ...
+
+    def mmap(self, vaddr: int, size: int, protection: int, flags: int, *, fd: int = -1, offset: int = 0) -> Vaddr:
+        """mmap(2); `vaddr` 0 lets the kernel choose."""
+        ...
+
+    def mprotect(self, vaddr: int, size: int, protection: int) -> None:
+        """mprotect(2)."""
+        ...
+
+    def madvise(self, vaddr: int, size: int, advice: int) -> None:
+        """madvise(2)."""
+        ...
+
+    def munmap(self, vaddr: int, size: int) -> None:
+        """munmap(2)."""
+        ...
+
+    def memlock(self) -> Memlock:
+        """RLIMIT_MEMLOCK, VmLck and CAP_IPC_LOCK of this process; some 50 µs, so for errors and plans only."""
+        ...
+
+
+def _load_libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int64,
+    ]
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
+    return libc
+
+
+_libc = _load_libc()
+
+
+def _checked(result: int) -> int:
+    # ctypes keeps errno per thread, so a signal handler or another thread cannot change it in between.
+    if result == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+class MappedRegisters:
+    """Device memory mapped into this process: each access is one load or store of exactly its width.
+
+    A memoryview's item access is a copy of `itemsize` bytes, which the C compiler makes one instruction; an 8-byte
+    pwrite into a BAR is cut in two by some kernels (`vfio_pci_core_do_io_rw` before 6.10 has no 8-byte access).
+    """
+
+    def __init__(self, kernel: Kernel, vaddr: Vaddr, size: int) -> None:
+        self._kernel = kernel
+        self._mapping: tuple[Vaddr, int] | None = (vaddr, size)
+        window = memoryview((ctypes.c_char * size).from_address(vaddr)).cast("B")
+        self._views = {1: window, 2: window.cast("H"), 4: window.cast("I"), 8: window.cast("Q")}
+
+    def read(self, offset: int, width: int) -> int:
+        """Load `width` bytes at `offset`, which is a multiple of `width`."""
+        return self._views[width][offset // width]
+
+    def write(self, offset: int, width: int, value: int) -> None:
+        """Store `value` in `width` bytes at `offset`, which is a multiple of `width`."""
+        self._views[width][offset // width] = value
+
+    def close(self) -> None:
+        """Unmap the window; twice is fine."""
+        if self._mapping is None:
+            return
+        (vaddr, size), self._mapping = self._mapping, None
+        for width in (8, 4, 2, 1):
+            self._views[width].release()
+        self._kernel.munmap(vaddr, size)
+
+
+class LinuxKernel:
+    """The running kernel. `sysfs` and `dev` may be elsewhere, for a container that has them mounted elsewhere."""
+
+    def __init__(self, *, sysfs: Path | str = "/sys", dev: Path | str = "/dev") -> None:
+        self._sysfs = Path(sysfs)
+        self._dev = Path(dev)
+
+    @property
+    def sysfs(self) -> Path:
+        """Where sysfs is mounted."""
+        return self._sysfs
+
+    @property
+    def dev(self) -> Path:
+        """Where the device nodes are."""
+        return self._dev
+
+    def open(self, path: str, flags: int) -> int:
+        """open(2) with O_CLOEXEC."""
+        return os.open(path, flags | os.O_CLOEXEC)
+
+    def close(self, fd: int) -> None:
+        """close(2)."""
+        os.close(fd)
+
+    def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
+        """ioctl(2) through `fcntl.ioctl`, a quarter of the cost of a ctypes call; numbers that it refuses and buffers
+        for which it would keep the GIL go through libc."""
+        if isinstance(argument, int):
+            if 0 <= argument <= _FCNTL_INT_MAX:
+                return fcntl.ioctl(fd, request, argument)
+            return _checked(_libc.ioctl(fd, request, argument))
+        with memoryview(argument) as view:
+            if view.readonly:
+                raise TypeError("an ioctl's buffer must be writable: the kernel answers in it")
+            if view.nbytes <= _FCNTL_BUFFER_MAX:
+                result: int = fcntl.ioctl(fd, request, argument)
+                return result
+        return _checked(_libc.ioctl(fd, request, ctypes.addressof(ctypes.c_char.from_buffer(argument))))
+
+    def pread(self, fd: int, size: int, offset: int) -> bytes:
+        """pread(2)."""
+        return os.pread(fd, size, offset)
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        """pwrite(2)."""
+        return os.pwrite(fd, data, offset)
+
+    def registers(self, fd: int, offset: int, size: int) -> Registers:
+        """mmap(2) a BAR shared, readable and writable."""
+        protection, shared = 3, 1
+        return MappedRegisters(self, self.mmap(0, size, protection, shared, fd=fd, offset=offset), size)
+
+    def eventfd(self, initial: int, flags: int) -> int:
+        """eventfd(2) with EFD_CLOEXEC."""
+        return os.eventfd(initial, flags | os.EFD_CLOEXEC)
+
+    def eventfd_read(self, fd: int) -> int:
+        """read(2) of eight bytes."""
+        value: int = struct.unpack("=Q", os.read(fd, 8))[0]
+        return value
+
+    def poll(self, fd: int, timeout: float | None) -> bool:
+        """poll(2)."""
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        return bool(poller.poll(None if timeout is None else timeout * 1000))
+
+    def mmap(self, vaddr: int, size: int, protection: int, flags: int, *, fd: int = -1, offset: int = 0) -> Vaddr:
+        """mmap(2)."""
+        result: int | None = _libc.mmap(vaddr, size, protection, flags, fd, offset)
+        if result == _MAP_FAILED:
+            _checked(-1)
+        return Vaddr(result or 0)
+
+    def mprotect(self, vaddr: int, size: int, protection: int) -> None:
+        """mprotect(2)."""
+        _checked(_libc.mprotect(vaddr, size, protection))
+
+    def madvise(self, vaddr: int, size: int, advice: int) -> None:
+        """madvise(2)."""
+        _checked(_libc.madvise(vaddr, size, advice))
+
+    def munmap(self, vaddr: int, size: int) -> None:
+        """munmap(2)."""
+        _checked(_libc.munmap(vaddr, size))
+
+    def memlock(self) -> Memlock:
+        """getrlimit(2) and /proc/self/status."""
+        soft, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        text = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        status = dict(line.split(":", 1) for line in text.splitlines())
+        return Memlock(
+            # The kernel compares whole pages: vfio_pin_pages_remote shifts the limit right by PAGE_SHIFT.
+            limit=None if soft == resource.RLIM_INFINITY else soft // PAGE_SIZE * PAGE_SIZE,
+            used=int(status.get("VmLck", "0 kB").split()[0]) * 1024,
+            privileged=bool(int(status["CapEff"], 16) >> _CAP_IPC_LOCK & 1),
+        )

@@ -1,0 +1,289 @@
+"""Process memory that can grow and shrink in place: reserve, activate, deactivate, release.
+
+A `Reservation` holds `max_length` bytes of address space. `[0, length)` can be used; what lies behind cannot be touched
+and is not charged. It is private anonymous memory, the kind that the series "Ram blocks with resizable anonymous
+allocations under POSIX" (QEMU, 2020, patches 9 to 12 and 15) resizes, with two departures, both seen to matter on
+running kernels:
+
+* it grows by mprotect(2), not by a MAP_FIXED mapping: with overcommit_memory=2 a MAP_FIXED mapping that fails with
+  ENOMEM has, on 6.1, already taken the reservation away, and a stranger's mmap can land in the hole. A failing mprotect
+  leaves everything as it was;
+* it shrinks by a fresh PROT_NONE mapping, which gives back the pages and the commit charge (mprotect with MADV_DONTNEED
+  gives back the pages only), and whose settings are made again at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import mmap
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyvfio.errors import ClosedError, IoctlError
+from pyvfio.kernel import MAP_FIXED, PROT_NONE, Kernel
+from pyvfio.units import MIB, PAGE_SIZE, Vaddr, align_up, format_size, is_aligned
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENT = 2 * MIB
+"""Reservations start at a multiple of this, so that transparent huge pages can back them from the first byte
+(QEMU_VMALLOC_ALIGN)."""
+
+_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySettings:
+    """What madvise(2) is told about all memory of a block, kept through every resize.
+
+    `dontfork`: a child does not inherit the memory (on by default: copy-on-write after a fork would part the process's
+    pages from those the device has). `hugepage`: transparent huge pages may back it. `dontdump`: left out of core
+    dumps. `mergeable`: KSM may merge it; merging moves pages, so leave it off for memory that a device reaches.
+    """
+
+    dontfork: bool = True
+    hugepage: bool = True
+    dontdump: bool = False
+    mergeable: bool = False
+
+    @property
+    def advices(self) -> tuple[int, ...]:
+        """The madvise advices, in the order of `qemu_ram_apply_settings`."""
+        chosen = (
+            (self.mergeable, mmap.MADV_MERGEABLE),
+            (self.dontdump, mmap.MADV_DONTDUMP),
+            (self.hugepage, mmap.MADV_HUGEPAGE),
+            (self.dontfork, mmap.MADV_DONTFORK),
+        )
+        return tuple(advice for wanted, advice in chosen if wanted)
+
+
+# A kernel built without KSM or without transparent huge pages answers EINVAL; both only save memory or time.
+_MAY_BE_MISSING = (mmap.MADV_MERGEABLE, mmap.MADV_HUGEPAGE)
+
+
+def apply_settings(kernel: Kernel, settings: MemorySettings, *, vaddr: int, size: int) -> None:
+    """Make `settings` on `[vaddr, vaddr + size)`. Raises OSError; up to four system calls."""
+    for advice in settings.advices:
+        try:
+            kernel.madvise(vaddr, size, advice)
+        except OSError as error:
+            if error.errno != errno.EINVAL or advice not in _MAY_BE_MISSING:
+                raise
+            logger.debug("madvise(%#x, %#x, %d): not built into this kernel", vaddr, size, advice)
+
+
+class Reservation:
+    """`max_length` bytes of address space at `vaddr`, of which `[0, length)` can be read and written.
+
+    `vaddr` is a multiple of 2 MiB; one page behind `max_length` stays inaccessible as a guard. New memory reads zero,
+    also where it has been used, given up and taken again.
+
+    Raises ValueError for a length that is not a positive multiple of the page size, OSError when there is no address
+    space. Nothing is charged for the reservation itself: 1 TiB succeeds with overcommit_memory=2.
+
+    Synchronization: none; the owner serializes calls. Cost: at most three system calls and one per setting.
+    Source: `qemu_ram_mmap_resizable`, `qemu_ram_mmap_resize` of the series.
+    """
+
+    __slots__ = ("_accessible", "_kernel", "_length", "_settings", "_touched", "_unsettled", "max_length", "vaddr")
+
+    def __init__(self, kernel: Kernel, *, max_length: int, settings: MemorySettings | None = None) -> None:
+        if max_length <= 0 or not is_aligned(max_length, PAGE_SIZE):
+            raise ValueError(f"max_length must be a positive multiple of {PAGE_SIZE} bytes, not {max_length}")
+        self._kernel = kernel
+        self._settings = settings or MemorySettings()
+        self.max_length = max_length
+        # Each of these is changed on the safe side of the system call it speaks of, so that a signal handler that
+        # raises in between leaves too much zeroing or too many mprotects to do, never too few.
+        self._length = 0
+        self._accessible = 0  # known to be readable and writable up to here
+        self._touched = 0  # old contents may be found up to here; above _length: not given back
+        self._unsettled: tuple[int, int] | None = None  # [start, end) that has lost its settings
+        self.vaddr = self._reserve()
+
+    @property
+    def length(self) -> int:
+        """Bytes that can be used, from `vaddr` on."""
+        return self._length
+
+    @property
+    def settings(self) -> MemorySettings:
+        """What holds for all of this memory."""
+        return self._settings
+
+    @property
+    def retained(self) -> int:
+        """Bytes behind `length` that a failed shrink could not give back; they are zeroed before they are seen."""
+        return self._touched - self._length
+
+    def _reserve(self) -> Vaddr:
+        size = self.max_length + PAGE_SIZE
+        whole = self._kernel.mmap(0, size + ALIGNMENT - PAGE_SIZE, PROT_NONE, _ANONYMOUS)
+        end = whole + size + ALIGNMENT - PAGE_SIZE
+        vaddr = Vaddr(align_up(whole, ALIGNMENT))
+        left, right = whole, end  # what is still mapped, for the undo
+        try:
+            if vaddr > whole:
+                self._kernel.munmap(whole, vaddr - whole)
+                left = vaddr
+            if vaddr + size < end:
+                self._kernel.munmap(vaddr + size, end - vaddr - size)
+                right = vaddr + size
+            apply_settings(self._kernel, self._settings, vaddr=vaddr, size=size)
+        except BaseException:
+            self._kernel.munmap(left, right - left)
+            raise
+        return vaddr
+
+    def activate(self, length: int) -> None:
+        """Make `[0, length)` usable; `length` is above the present one and at most `max_length`.
+
+        Raises IoctlError (ENOMEM: the commit limit, RLIMIT_DATA or RLIMIT_AS is reached); then nothing has changed,
+        /proc/self/maps included.
+        """
+        self._check_open()
+        if not self._length < length <= self.max_length:
+            raise ValueError(f"cannot activate {length:#x} bytes: {self._length:#x} are, of {self.max_length:#x}")
+        stale = (self._length, min(length, self._touched))
+        self._open_up(length)
+        if stale[0] < stale[1]:
+            self._zero(*stale)
+        self._length = length
+
+    def _open_up(self, length: int) -> None:
+        start, touched = self._accessible, self._touched
+        try:
+            self._settle(length)
+            self._touched = max(touched, length)
+            self._kernel.mprotect(self.vaddr + start, length - start, _READ_WRITE)
+        except OSError as error:
+            self._touched = touched
+            raise IoctlError(
+                error.errno or 0,
+                f"{format_size(length - start)} more memory could not be had",
+                request="mprotect",
+                arguments={"vaddr": self.vaddr + start, "size": length - start},
+                hint="Free memory, raise the commit limit (vm.overcommit_ratio, vm.overcommit_kbytes) where "
+                "vm.overcommit_memory is 2, or raise RLIMIT_DATA and RLIMIT_AS",
+            ) from error
+        self._accessible = length
+
+    def deactivate(self, length: int) -> None:
+        """Give back everything from `length` on; `length` is below the present one.
+
+        Raises OSError when the memory could not be given back (the limit of mappings, vm.max_map_count); `length` has
+        changed all the same, and the memory stays `retained`.
+        """
+        self._check_open()
+        if not 0 <= length < self._length:
+            raise ValueError(f"cannot deactivate down to {length:#x} bytes: {self._length:#x} are active")
+        end = self._touched
+        self._length = self._accessible = length
+        self._kernel.mmap(self.vaddr + length, end - length, PROT_NONE, _ANONYMOUS | MAP_FIXED)
+        start, stop = self._unsettled or (length, end)
+        self._unsettled = (min(start, length), max(stop, end))
+        self._touched = length
+        try:
+            self._settle(self.max_length)
+        except OSError as error:
+            # Nothing depends on it before the memory is activated again, which then tries once more.
+            logger.debug("settings of %#x wait until it is activated: %s", self.vaddr + length, error)
+
+    def retain(self, length: int) -> None:
+        """Say that only `[0, length)` is in use, and give nothing back: a device may still reach what lies behind."""
+        self._check_open()
+        if not 0 <= length <= self._length:
+            raise ValueError(f"cannot retain from {length:#x} on: {self._length:#x} bytes are active")
+        self._length = self._accessible = length
+
+    def _settle(self, length: int) -> None:
+        if self._unsettled is None or self._unsettled[0] >= length:
+            return
+        start, end = self._unsettled
+        apply_settings(self._kernel, self._settings, vaddr=self.vaddr + start, size=end - start)
+        self._unsettled = None
+
+    def _zero(self, start: int, end: int) -> None:
+        try:
+            self._kernel.madvise(self.vaddr + start, end - start, mmap.MADV_DONTNEED)
+        except OSError:
+            # Locked memory cannot be dropped (EINVAL); it can be written.
+            ctypes.memset(self.vaddr + start, 0, end - start)
+
+    def release(self) -> None:
+        """Give the address space back, guard page included; twice is fine. Raises OSError, and then still holds it."""
+        if self.vaddr == 0:
+            return
+        self._kernel.munmap(self.vaddr, self.max_length + PAGE_SIZE)
+        self._length = self._accessible = self._touched = 0
+        self.vaddr = Vaddr(0)
+
+    def _check_open(self) -> None:
+        if self.vaddr == 0:
+            raise ClosedError("this memory has been released")
+
+    def _check(self) -> None:
+        assert 0 <= self._length <= self._accessible <= self._touched <= self.max_length
+        assert is_aligned(self.vaddr, ALIGNMENT)
+        if self.vaddr:
+            for start, end, permissions in _maps(self.vaddr, self.max_length + PAGE_SIZE):
+                inside = start < self.vaddr + self._touched
+                assert permissions == ("rw-p" if inside else "---p"), (hex(start), permissions)
+                assert not inside or end <= self.vaddr + self._touched, hex(end)
+
+
+def _maps(vaddr: int, size: int) -> list[tuple[int, int, str]]:
+    """The lines of /proc/self/maps that lie in `[vaddr, vaddr + size)`: start, end, permissions."""
+    found = []
+    for line in Path("/proc/self/maps").read_text(encoding="ascii", errors="replace").splitlines():
+        span, permissions = line.split(maxsplit=2)[:2]
+        start, end = (int(part, 16) for part in span.split("-"))
+        if start < vaddr + size and vaddr < end:
+            found.append((start, end, permissions))
+    return found
+
+
+def describe(vaddr: int, size: int) -> str:
+    """What this process has at `[vaddr, vaddr + size)`, in words, for error messages; about 1 ms."""
+    found = _maps(vaddr, size)
+    covered = sum(min(end, vaddr + size) - max(start, vaddr) for start, end, _ in found)
+    spans = ", ".join(f"{start:#x}-{end - 1:#x} {permissions}" for start, end, permissions in found[:4])
+    if not found:
+        return f"This process has nothing mapped at {vaddr:#x}-{vaddr + size - 1:#x}"
+    hole = "" if covered == size else f"; {size - covered:#x} bytes of it are not mapped at all"
+    return f"This process has there: {spans}{hole}"
+
+
+class Exports:
+    """The memoryviews that have been given out of one piece of memory and are still alive.
+
+    CPython tells an object that implements the buffer protocol in Python when a view goes only from 3.12 on. A ctypes
+    array works everywhere: every view made of it, and every view of a view, holds a reference to it, so a weak
+    reference to the array dies with the last of them.
+
+    Synchronization: none; the owner serializes calls. Cost: O(live views) a call.
+    """
+
+    __slots__ = ("_exports",)
+
+    def __init__(self) -> None:
+        self._exports: list[weakref.ref[ctypes.Array[ctypes.c_ubyte]]] = []
+
+    def view(self, vaddr: int, size: int) -> memoryview:
+        """A writable memoryview of bytes. The memory must stay mapped while `end()` is above it."""
+        if size == 0:
+            return memoryview(bytearray())
+        array = (ctypes.c_ubyte * size).from_address(vaddr)
+        self._exports = [reference for reference in self._exports if reference() is not None]
+        self._exports.append(weakref.ref(array))
+        return memoryview(array).cast("B")
+
+    def end(self) -> int:
+        """The highest address, exclusive, that a live view reaches; 0 when there is none."""
+        arrays = (reference() for reference in self._exports)
+        return max((ctypes.addressof(array) + len(array) for array in arrays if array is not None), default=0)

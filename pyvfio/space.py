@@ -1,0 +1,158 @@
+"""What a DmaMapper sees of an IOMMU: an address space that memory can be mapped into.
+
+`Container` (VFIO type1) is the first implementation. Nothing above this module may know which one it talks to.
+"""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from pyvfio.kernel import Kernel
+from pyvfio.units import Iova, IovaRange, Vaddr
+
+
+class Mapping(NamedTuple):
+    """One kernel mapping: `size` bytes at `vaddr` of this process, reached by the device at `iova`."""
+
+    iova: Iova
+    size: int
+    vaddr: Vaddr
+
+    @property
+    def range(self) -> IovaRange:
+        """The IOVAs that it covers."""
+        return IovaRange.of(iova=self.iova, size=self.size)
+
+
+class AddressSpace(Protocol):
+    """An I/O address space. All sizes and addresses are multiples of `page_size`; every argument is keyword-only.
+
+    Synchronization: implementations serialize calls; any thread may call anything.
+    """
+
+    @property
+    def kernel(self) -> Kernel:
+        """Who makes the system calls."""
+        ...
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has been closed; what it had mapped is unmapped then, or `unmap` says otherwise."""
+        ...
+
+    @property
+    def page_size(self) -> int:
+        """The smallest page of the IOMMU, in bytes."""
+        ...
+
+    @property
+    def iova_pgsizes(self) -> int:
+        """Bitmap of the page sizes that the IOMMU knows."""
+        ...
+
+    @property
+    def iova_ranges(self) -> tuple[IovaRange, ...]:
+        """Where mappings may lie, ascending; a mapping lies wholly within one."""
+        ...
+
+    @property
+    def entries_left(self) -> int:
+        """How many more mappings it takes."""
+        ...
+
+    def reserve_iova(self, size: int, *, alignment: int, offset: int, top_down: bool = False) -> Iova:
+        """As `IovaAllocator.reserve`."""
+        ...
+
+    def reserve_iova_at(self, iova: int, size: int) -> Iova:
+        """As `IovaAllocator.reserve_at`."""
+        ...
+
+    def release_iova(self, iova: int) -> None:
+        """As `IovaAllocator.release`; nothing happens when the space is closed."""
+        ...
+
+    def map(self, *, vaddr: int, iova: int, size: int, read: bool = True, write: bool = True) -> None:
+        """Let the device read (`read`) and write (`write`) `[vaddr, vaddr + size)` at `iova`.
+
+        All or nothing. Raises IoctlError, or the subclass of it that says what to do.
+        """
+        ...
+
+    def unmap(self, *, iova: int, size: int) -> None:
+        """Take one or several whole mappings away. When it returns, exactly those `size` bytes are out of the device's
+        reach; on a closed space that has none of them left it does nothing. Raises UnmapSizeError or IoctlError."""
+        ...
+
+    def mapping_at(self, iova: int) -> Mapping | None:
+        """The mapping that covers `iova`. O(log n)."""
+        ...
+
+
+class MappingTable:
+    """Mappings sorted by IOVA, 24 bytes each: what an address space has put into the kernel.
+
+    Synchronization: none; its owner serializes calls. Cost: look-ups O(log n), changes O(log n) and a move of the tail.
+    """
+
+    __slots__ = ("_iovas", "_sizes", "_vaddrs")
+
+    def __init__(self) -> None:
+        self._iovas = array("Q")
+        self._sizes = array("Q")
+        self._vaddrs = array("Q")
+
+    def __len__(self) -> int:
+        return len(self._iovas)
+
+    def __iter__(self) -> Iterator[Mapping]:
+        return (self._at(position) for position in range(len(self)))
+
+    def _at(self, position: int) -> Mapping:
+        return Mapping(Iova(self._iovas[position]), self._sizes[position], Vaddr(self._vaddrs[position]))
+
+    def add(self, *, iova: int, size: int, vaddr: int) -> None:
+        """Take a mapping in; the kernel has seen to it that it overlaps none."""
+        position = bisect_right(self._iovas, iova)
+        self._iovas.insert(position, iova)
+        self._sizes.insert(position, size)
+        self._vaddrs.insert(position, vaddr)
+
+    def _span(self, iova: int, size: int) -> slice:
+        start = bisect_right(self._iovas, iova) - 1
+        if start < 0 or self._iovas[start] + self._sizes[start] <= iova:
+            start += 1
+        end = start
+        while end < len(self) and self._iovas[end] < iova + size:
+            end += 1
+        return slice(start, end)
+
+    def overlapping(self, *, iova: int, size: int) -> list[Mapping]:
+        """The mappings that share an address with `[iova, iova + size)`."""
+        span = self._span(iova, size)
+        return [self._at(position) for position in range(span.start, span.stop)]
+
+    def discard(self, *, iova: int, size: int) -> None:
+        """Forget the mappings that begin in `[iova, iova + size)`."""
+        span = self._span(iova, size)
+        for column in (self._iovas, self._sizes, self._vaddrs):
+            del column[span]
+
+    def at(self, iova: int) -> Mapping | None:
+        """The mapping that covers `iova`."""
+        found = self.overlapping(iova=iova, size=1)
+        return found[0] if found else None
+
+    def clear(self) -> None:
+        """Forget all."""
+        for column in (self._iovas, self._sizes, self._vaddrs):
+            del column[:]
+
+    def _check(self) -> None:
+        mappings = list(self)
+        for one, other in itertools.pairwise(mappings):
+            assert one.range.last < other.iova

@@ -1,0 +1,95 @@
+"""Addresses and lengths: two kinds of address that must never be mixed, and the arithmetic on them.
+
+Everything here is pure and costs nanoseconds. All lengths are in bytes. A range is written `start` and `last`, both
+inclusive, wherever it may end at 2^64-1 (an exclusive end would not fit the kernel's u64); `end` is always exclusive.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NewType
+
+Iova = NewType("Iova", int)
+"""An address as the device uses it (I/O virtual address)."""
+
+Vaddr = NewType("Vaddr", int)
+"""An address in this process."""
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+TIB = 1 << 40
+U64_MAX = (1 << 64) - 1
+PAGE_SIZE = mmap.PAGESIZE
+"""The size of a page of this process's memory, in bytes."""
+
+
+def is_power_of_two(number: int) -> bool:
+    """Whether `number` is 1, 2, 4, …; zero and negative numbers are not."""
+    return number > 0 and number & (number - 1) == 0
+
+
+def align_down(number: int, alignment: int) -> int:
+    """The largest multiple of `alignment` (a power of two) that is not above `number`."""
+    return number & -alignment
+
+
+def align_up(number: int, alignment: int) -> int:
+    """The smallest multiple of `alignment` (a power of two) that is not below `number`."""
+    return -(-number & -alignment)
+
+
+def is_aligned(number: int, alignment: int) -> bool:
+    """Whether `number` is a multiple of `alignment` (a power of two)."""
+    return number & (alignment - 1) == 0
+
+
+def format_size(size: int) -> str:
+    """A length as a person writes it: the largest unit that divides it (`2 MiB`, `4097 bytes`)."""
+    for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if size and size % unit == 0:
+            return f"{size // unit} {name}"
+    return f"{size} byte{'' if size == 1 else 's'}"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class IovaRange:
+    """A range of I/O virtual addresses, both ends inclusive, so that one which ends at 2^64-1 can be said.
+
+    Raises ValueError when `last` is below `start` or either is not a u64.
+    """
+
+    start: Iova
+    last: Iova
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.last <= U64_MAX:
+            raise ValueError(f"not a range of u64: {self.start:#x} to {self.last:#x}")
+
+    @classmethod
+    def of(cls, *, iova: int, size: int) -> IovaRange:
+        """The range of `size` bytes (at least 1) that begins at `iova`."""
+        return cls(Iova(iova), Iova(iova + size - 1))
+
+    @property
+    def size(self) -> int:
+        """Its length in bytes: 1 to 2^64."""
+        return self.last - self.start + 1
+
+    def contains(self, other: IovaRange) -> bool:
+        """Whether `other` lies wholly inside."""
+        return self.start <= other.start and other.last <= self.last
+
+    def overlaps(self, other: IovaRange) -> bool:
+        """Whether the two share at least one address."""
+        return self.start <= other.last and other.start <= self.last
+
+    def __str__(self) -> str:
+        return f"{self.start:#x}-{self.last:#x}"
+
+
+def format_ranges(ranges: Iterable[IovaRange]) -> str:
+    """Ranges as the kernel's own messages write them: `0x0-0xfedfffff, 0xfef00000-0x7fffffffff`."""
+    return ", ".join(map(str, ranges)) or "none"

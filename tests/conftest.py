@@ -1,0 +1,34 @@
+"""Options that all tests share: which device to use, and whether its absence is a failure."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--device`, `--bind`, `--hw-required`."""
+    group = parser.getgroup("pyvfio")
+    group.addoption(
+        "--device",
+        action="append",
+        default=[],
+        metavar="BDF|VENDOR:DEVICE",
+        help="a PCI device for the tests in tests/hw and tests/contract; may be given more than once",
+    )
+    group.addoption(
+        "--bind", action="store_true", help="bind the devices to vfio-pci before the tests and give them back after"
+    )
+    group.addoption(
+        "--hw-required", action="store_true", help="a test that lacks what it needs fails, where it would be skipped"
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With --hw-required a skip is a failure: CI must not pass because something is missing."""
+    report = yield
+    if report.skipped and item.config.getoption("--hw-required"):
+        report.outcome = "failed"
+    return report
