@@ -659,7 +659,7 @@ def _did_not_take(device: PciDevice, goal: _Goal, driver: str | None) -> VfioErr
         reason, hint = f"{driver} took it instead", "Something else, such as driverctl or a udev rule, binds it too"
     else:
         reason, hint = "no driver took it", "The driver's probe failed; the kernel may have logged why: dmesg | tail"
-    return VfioError(f"{device.bdf} did not come to {goal}: {reason}", hint=hint)
+    return VfioError(f"{device.bdf} was to have {goal}, and {reason}", hint=hint)
 
 
 def _not_found(kernel: Kernel, bdf: str) -> DeviceNotFoundError:

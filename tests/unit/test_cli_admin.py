@@ -1,0 +1,234 @@
+"""The commands list, bind and unbind, on a tree that looks like sysfs."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from pyvfio.cli import bind, common, unbind
+from pyvfio.cli import list as list_command
+from pyvfio.errors import VfioError
+from tests.unit.sysfs import BRIDGE, DISK, SysfsTree
+
+NIC, SOUND, PORT = "0000:01:00.0", "0000:01:00.1", "0000:00:1c.0"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> SysfsTree:
+    """Group 7: a bridge with two devices behind it, one of them with vfio-pci; and a disk without a group."""
+    tree = SysfsTree(tmp_path)
+    tree.add_device(PORT, driver="pcieport", group=7, class_code=BRIDGE)
+    tree.add_device(NIC, driver="e1000e", group=7, numa_node=0)
+    tree.add_device(SOUND, driver="vfio-pci", matches="snd_hda_intel", override="vfio-pci", group=7)
+    tree.add_device("0000:02:00.0", class_code=DISK, device_id=0x0A54)
+    return tree
+
+
+def run_bind(tree: SysfsTree, *arguments: str) -> int:
+    return bind.main(arguments, kernel=tree.kernel, write=tree.write)
+
+
+def run_unbind(tree: SysfsTree, *arguments: str) -> int:
+    return unbind.main(arguments, kernel=tree.kernel, write=tree.write)
+
+
+def listed(tree: SysfsTree, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, object]]:
+    assert list_command.main([*arguments, "--json"], kernel=tree.kernel) == 0
+    found: list[dict[str, object]] = json.loads(capsys.readouterr().out)
+    return found
+
+
+# --- list
+
+
+def test_the_table_shows_each_device_and_what_keeps_its_group(
+    tree: SysfsTree, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert list_command.main([], kernel=tree.kernel) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "BDF           ID         CLASS                DRIVER    GROUP  VIABLE            NUMA  OPEN BY",
+        "0000:00:1c.0  8086:10d3  PCI bridge           pcieport  7      no: 0000:01:00.0  -     -",
+        "0000:01:00.0  8086:10d3  Ethernet controller  e1000e    7      no: 0000:01:00.0  0     -",
+        "0000:01:00.1  8086:10d3  Ethernet controller  vfio-pci  7      no: 0000:01:00.0  -     -",
+        "0000:02:00.0  8086:0a54  NVMe controller      -         -      -                 -     -",
+    ]
+
+
+def test_the_table_names_who_has_the_group_open(tree: SysfsTree, capsys: pytest.CaptureFixture[str]) -> None:
+    with tree.add_group_node(7).open():
+        list_command.main([], kernel=tree.kernel)
+    assert f"({os.getpid()})" in capsys.readouterr().out
+
+
+def test_a_device_is_told_to_programs_by_these_keys(tree: SysfsTree, capsys: pytest.CaptureFixture[str]) -> None:
+    node = tree.add_group_node(7)
+    assert listed(tree, capsys, "--driver", "e1000e") == [
+        {
+            "bdf": NIC,
+            "vendor": "8086",
+            "device": "10d3",
+            "class": "020000",
+            "class_name": "Ethernet controller",
+            "driver": "e1000e",
+            "driver_override": None,
+            "is_bridge": False,
+            "is_vfio": False,
+            "numa_node": 0,
+            "iommu_group": 7,
+            "group_viable": False,
+            "group_blockers": [NIC],
+            "group_node": str(node),
+            "group_holders": [],
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--group", "7"], [PORT, NIC, SOUND]),
+        (["--driver", "none"], ["0000:02:00.0"]),
+        (["8086:0A54"], ["0000:02:00.0"]),
+        (["8086:10d3", "--driver", "vfio-pci"], [SOUND]),
+        (["--group", "3"], []),
+    ],
+)
+def test_a_list_can_be_narrowed(
+    tree: SysfsTree, capsys: pytest.CaptureFixture[str], arguments: list[str], found: list[str]
+) -> None:
+    assert [device["bdf"] for device in listed(tree, capsys, *arguments)] == found
+
+
+@pytest.mark.parametrize(
+    ("code", "name"), [(0x010601, "SATA controller"), (0x078000, "communication"), (0x990000, "class 990000")]
+)
+def test_a_class_is_said_in_words_where_there_are_words(code: int, name: str) -> None:
+    assert list_command.class_name(code) == name
+
+
+# --- bind and unbind
+
+
+def test_binding_prints_the_former_driver(tree: SysfsTree, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_bind(tree, "01:00.0") == 0
+    assert capsys.readouterr() == (f"{NIC}: vfio-pci (was: e1000e)\n", "")
+    assert run_unbind(tree, "01:00.0") == 0
+    assert capsys.readouterr() == (f"{NIC}: e1000e (was: vfio-pci, driver_override vfio-pci)\n", "")
+    assert run_unbind(tree, "01:00.0") == 0
+    assert capsys.readouterr() == (f"{NIC}: e1000e already\n", "")
+
+
+def test_a_dry_run_prints_each_write_and_makes_none(tree: SysfsTree, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_bind(tree, NIC, "--dry-run") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"# {NIC}, which has e1000e",
+        f"echo vfio-pci > {tree.pci}/devices/{NIC}/driver_override",
+        f"echo {NIC} > {tree.pci}/drivers/e1000e/unbind",
+        f"echo {NIC} > {tree.pci}/drivers_probe",
+    ]
+    assert tree.writes == []
+
+
+def test_a_group_is_bound_whole_but_for_its_bridges(tree: SysfsTree, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_bind(tree, "--group", "7") == 0
+    assert capsys.readouterr().out == f"{NIC}: vfio-pci (was: e1000e)\n{SOUND}: vfio-pci already\n"
+    assert (tree.driver_of(PORT), tree.driver_of(NIC)) == ("pcieport", "vfio-pci")
+    assert run_unbind(tree, "--group", "7") == 0
+    assert (tree.driver_of(PORT), tree.driver_of(SOUND)) == ("pcieport", "snd_hda_intel")
+
+
+def test_a_group_that_is_still_not_viable_is_said_to_be(tree: SysfsTree, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_bind(tree, SOUND) == 0
+    assert f"group 7 is not viable yet, because of {NIC} (e1000e)" in capsys.readouterr().err
+
+
+def test_another_driver_can_be_named_or_none(tree: SysfsTree) -> None:
+    assert run_bind(tree, NIC, "--driver", "none") == 0
+    assert tree.driver_of(NIC) is None
+    assert run_unbind(tree, SOUND, "--driver", "e1000e") == 0
+    assert tree.driver_of(SOUND) == "e1000e"
+
+
+def test_one_failure_is_said_and_the_others_are_done(tree: SysfsTree, capsys: pytest.CaptureFixture[str]) -> None:
+    tree.add_interface(NIC, "enp1s0", up=True)
+    assert run_bind(tree, NIC, "0000:09:00.0", SOUND) == 1
+    out, err = capsys.readouterr()
+    assert out == f"{SOUND}: vfio-pci already\n"
+    assert [line.partition(" ")[0] for line in err.splitlines()] == ["bind:", "bind:"]
+    assert "enp1s0 is up" in err
+    assert run_bind(tree, NIC, "--force") == 0
+
+
+def test_programs_are_told_what_was_written_and_what_was_there(
+    tree: SysfsTree, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree.fail = lambda path, _value: PermissionError(errno.EACCES, "") if f"{NIC}/" in path else None
+    assert run_unbind(tree, SOUND, "--json") == 0
+    (done,) = json.loads(capsys.readouterr().out)
+    assert done == {
+        "bdf": SOUND,
+        "done": True,
+        "error": None,
+        "driver": "snd_hda_intel",
+        "former_driver": "vfio-pci",
+        "former_override": "vfio-pci",
+        "steps": [
+            {"path": f"{tree.pci}/devices/{SOUND}/driver_override", "value": ""},
+            {"path": f"{tree.pci}/drivers/vfio-pci/unbind", "value": SOUND},
+            {"path": f"{tree.pci}/drivers_probe", "value": SOUND},
+        ],
+    }
+    assert run_bind(tree, NIC, "--json") == 1
+    (failed,) = json.loads(capsys.readouterr().out)
+    assert (failed["bdf"], failed["done"]) == (NIC, False)
+    assert "run as root" in failed["error"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], [NIC, "--group", "7"], ["eth0"], [NIC, "--driver", "../x"], ["--group", "x"]]
+)
+def test_wrong_usage_ends_with_status_2(
+    tree: SysfsTree, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_bind(tree, *arguments)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: bind")
+
+
+# --- What the commands share
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), VfioError("first\nsecond")])
+def test_what_a_user_can_cause_is_one_line_and_status_1(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> int:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        common.run(fail, name="demo")
+    assert caught.value.code == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), err[:6]) == ("", 1, "demo: ")
+
+
+def test_a_mistake_of_ours_is_not_hidden() -> None:
+    with pytest.raises(ZeroDivisionError):
+        common.run(lambda: 1 // 0, name="demo")
+
+
+def test_an_interrupted_command_ends_as_a_shell_expects() -> None:
+    def interrupt() -> int:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        common.run(interrupt, name="demo")
+    assert caught.value.code == 130
+
+
+def test_a_missing_group_is_one_line(tree: SysfsTree, capsys: pytest.CaptureFixture[str]) -> None:
+    assert common.guard(lambda: run_bind(tree, "--group", "3"), name="bind") == 1
+    assert capsys.readouterr().err == "bind: there is no IOMMU group 3. The groups are: 7\n"

@@ -1,0 +1,590 @@
+"""pyvfio.pci on a tree that looks like sysfs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pyvfio import pci
+from pyvfio.errors import (
+    AccessDeniedError,
+    DeviceNotFoundError,
+    GroupBusyError,
+    GroupMember,
+    RollbackError,
+    UnavailableError,
+    UnsupportedError,
+    VfioError,
+)
+from pyvfio.kernel import LinuxKernel
+from tests.unit.sysfs import BRIDGE, DISK, HOST_BRIDGE, ISA_BRIDGE, SysfsTree, link
+
+BDF = "0000:00:02.0"
+OVERRIDE = f"bus/pci/devices/{BDF}/driver_override"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> SysfsTree:
+    """A machine with an IOMMU and one network device, which e1000e has."""
+    tree = SysfsTree(tmp_path)
+    tree.add_device(BDF, driver="e1000e", group=7)
+    (tree.sysfs / "class/iommu/dmar0").mkdir(parents=True)
+    return tree
+
+
+def bind(tree: SysfsTree, driver: str = "vfio-pci", *, force: bool = False, patience: float = 0.0) -> pci.Binding:
+    return pci.bind(tree.kernel, BDF, driver, force=force, patience=patience, write=tree.write, proc=tree.proc)
+
+
+def unbind(tree: SysfsTree, to: str | None = None) -> pci.Binding:
+    return pci.unbind(tree.kernel, BDF, to=to, patience=0.0, write=tree.write, proc=tree.proc)
+
+
+def placed(tree: SysfsTree) -> tuple[str | None, str | None]:
+    return tree.driver_of(BDF), tree.override_of(BDF)
+
+
+def failing(number: int, *places: str) -> Callable[[str, str], OSError | None]:
+    """A write to a file whose path ends in one of `places` fails with this errno."""
+    return lambda path, _value: OSError(number, os.strerror(number)) if path.endswith(places) else None
+
+
+# --- Addresses
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("0000:00:02.0", "0000:00:02.0"),
+        ("00:02.0", "0000:00:02.0"),
+        ("00:1F.7", "0000:00:1f.7"),
+        (" 10000:E1:00.0\n", "10000:e1:00.0"),
+    ],
+)
+def test_an_address_is_known_in_every_way_it_is_written(text: str, canonical: str) -> None:
+    assert pci.parse_bdf(text) == canonical
+
+
+@pytest.mark.parametrize("text", ["", "00:02", "00:20.0", "00:02.8", "0:00:02.0", "00:02.0.0", "../00:02.0", "eth0"])
+def test_what_is_no_address_is_an_error_that_shows_one(text: str) -> None:
+    with pytest.raises(ValueError, match=r"expected .* such as 0000:00:02\.0"):
+        pci.parse_bdf(text)
+
+
+# --- Devices
+
+
+def test_a_device_is_read_as_sysfs_shows_it(tree: SysfsTree) -> None:
+    tree.add_device("0000:01:00.0", driver="vfio-pci", group=8, override="vfio-pci", numa_node=1, class_code=DISK)
+    assert pci.read_device(tree.kernel, "01:00.0") == pci.PciDevice(
+        bdf="0000:01:00.0",
+        vendor=0x8086,
+        device=0x10D3,
+        class_code=DISK,
+        driver="vfio-pci",
+        driver_override="vfio-pci",
+        iommu_group=8,
+        numa_node=1,
+        is_bridge=False,
+        is_vfio=True,
+    )
+
+
+def test_a_device_without_driver_override_and_node_has_none_of_them(tree: SysfsTree) -> None:
+    tree.add_device("0000:01:00.0")
+    device = pci.read_device(tree.kernel, "0000:01:00.0")
+    assert (device.driver, device.driver_override, device.numa_node, device.iommu_group) == (None, None, None, None)
+
+
+def test_a_missing_device_is_an_error_that_names_those_on_its_bus(tree: SysfsTree) -> None:
+    with pytest.raises(DeviceNotFoundError, match=r"no PCI device 0000:00:03\.0\. On bus 0000:00 there are .*00:02\.0"):
+        pci.read_device(tree.kernel, "00:03.0")
+
+
+def test_a_missing_bus_is_an_error_that_names_the_nearest_device(tree: SysfsTree) -> None:
+    with pytest.raises(DeviceNotFoundError, match=r"no bus 0000:05; the nearest are 0000:00:02\.0"):
+        pci.read_device(tree.kernel, "05:02.0")
+
+
+def test_a_machine_without_pci_says_so(tmp_path: Path) -> None:
+    kernel = LinuxKernel(sysfs=tmp_path)
+    assert pci.enumerate_devices(kernel) == ()
+    with pytest.raises(DeviceNotFoundError, match=r"no PCI device in .* at all"):
+        pci.read_device(kernel, BDF)
+
+
+def test_devices_are_enumerated_in_the_order_of_their_addresses(tree: SysfsTree) -> None:
+    for bdf in ("0000:01:00.0", "0000:00:1f.0"):
+        tree.add_device(bdf)
+    found = [device.bdf for device in pci.enumerate_devices(tree.kernel)]
+    assert found == [BDF, "0000:00:1f.0", "0000:01:00.0"]
+
+
+def test_the_running_machine_is_enumerated_as_its_directory_shows_it() -> None:
+    directory = Path("/sys/bus/pci/devices")
+    if not directory.is_dir():
+        pytest.skip("no PCI bus here")
+    assert [device.bdf for device in pci.enumerate_devices(LinuxKernel())] == sorted(os.listdir(directory))
+
+
+def test_events_are_the_running_machines_only(tree: SysfsTree) -> None:
+    with pytest.raises(ValueError, match="running machine"):
+        pci.monitor(tree.kernel)
+
+
+def test_watching_ends_when_nothing_happens_for_the_time_given() -> None:
+    try:
+        events = pci.monitor(LinuxKernel(), timeout=0.01)
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    assert all(isinstance(event, pci.PciEvent) for event in events)
+
+
+# --- Groups
+
+
+def test_a_device_knows_its_group(tree: SysfsTree) -> None:
+    assert pci.group_of(tree.kernel, BDF) == 7
+
+
+@dataclass(frozen=True)
+class Ungrouped:
+    """A machine on which no device has a group, and what is to be said about it."""
+
+    reason: str
+    remedy: str
+    units: str = ""
+    tables: str = ""
+    cmdline: str = "quiet"
+    cpuinfo: str = "flags\t\t: fpu lahf_lm\n"
+
+
+UNGROUPED = [
+    Ungrouped(r"IOMMUs \(dmar0\) covers it", "another slot", "dmar0", "DMAR", "intel_iommu=on"),
+    Ungrouped("told not to .*intel_iommu=off", "Take that off", tables="DMAR", cmdline="quiet intel_iommu=off"),
+    Ungrouped("not told to use it", "Add intel_iommu=on", tables="DMAR", cmdline="quiet intel_iommu=sm_on"),
+    Ungrouped("has not taken it up", "dmesg", tables="DMAR", cmdline="intel_iommu=on,sm_on"),
+    Ungrouped(r"announces an IOMMU \(IVRS\)", "dmesg", tables="IVRS"),
+    Ungrouped("virtual machine", "-device intel-iommu", cpuinfo="flags\t\t: fpu hypervisor lahf_lm\n"),
+    Ungrouped("firmware announces no IOMMU", "VT-d", tables="FACP", cmdline="intel_iommu=on"),
+]
+
+
+@pytest.mark.parametrize("machine", UNGROUPED, ids=lambda machine: machine.remedy)
+def test_a_device_without_a_group_is_an_error_that_says_why(tmp_path: Path, machine: Ungrouped) -> None:
+    tree = SysfsTree(tmp_path)
+    tree.add_device(BDF)
+    (tree.sysfs / "class/iommu" / machine.units).mkdir(parents=True)
+    (tree.sysfs / "firmware/acpi/tables" / machine.tables).mkdir(parents=True)
+    (tree.proc / "cmdline").write_text(machine.cmdline + "\n")
+    (tree.proc / "cpuinfo").write_text(machine.cpuinfo)
+    with pytest.raises(DeviceNotFoundError, match=machine.reason) as caught:
+        pci.group_of(tree.kernel, BDF, proc=tree.proc)
+    assert machine.remedy in caught.value.hint
+
+
+def test_a_device_blocks_its_group_when_its_driver_uses_the_kernels_dma(tree: SysfsTree) -> None:
+    tree.add_device("0000:00:02.1", driver="vfio-pci", group=7)
+    tree.add_device("0000:00:02.2", group=7)
+    tree.add_device("0000:00:02.3", driver="pci-stub", group=7)
+    tree.add_device("0000:00:1f.0", driver="lpc_ich", group=7, class_code=ISA_BRIDGE)
+    tree.add_device("0000:00:00.0", driver="skx_uncore", group=7, class_code=HOST_BRIDGE)
+    assert pci.group_members(tree.kernel, 7) == (
+        GroupMember("0000:00:00.0", "skx_uncore", blocks=True),
+        GroupMember(BDF, "e1000e", blocks=True),
+        GroupMember("0000:00:02.1", "vfio-pci", blocks=False),
+        GroupMember("0000:00:02.2", None, blocks=False),
+        GroupMember("0000:00:02.3", "pci-stub", blocks=False),
+        GroupMember("0000:00:1f.0", "lpc_ich", blocks=True),
+    )
+
+
+@pytest.mark.parametrize("driver", ["pcieport", None])
+def test_a_bridge_with_the_ports_own_driver_or_none_does_not_block(tree: SysfsTree, driver: str | None) -> None:
+    tree.add_device("0000:00:1c.0", driver=driver, group=9, class_code=BRIDGE)
+    assert pci.group_members(tree.kernel, 9) == (GroupMember("0000:00:1c.0", driver, blocks=False),)
+
+
+def test_a_bridge_blocks_with_a_driver_that_uses_its_registers(tree: SysfsTree) -> None:
+    tree.add_device("0000:00:1c.0", driver="shpchp", group=9, class_code=BRIDGE)
+    assert pci.group_members(tree.kernel, 9) == (GroupMember("0000:00:1c.0", "shpchp", blocks=True),)
+
+
+def test_a_variant_driver_of_vfio_does_not_block_whatever_its_name(tree: SysfsTree) -> None:
+    device = tree.add_device("0000:00:03.0", driver="acme_live_migration", group=9)
+    (device / "vfio-dev/vfio0").mkdir(parents=True)
+    assert not pci.group_members(tree.kernel, 9)[0].blocks
+    assert pci.read_device(tree.kernel, "0000:00:03.0").is_vfio
+
+
+def test_a_missing_group_is_an_error_that_names_those_there_are(tree: SysfsTree) -> None:
+    with pytest.raises(DeviceNotFoundError, match=r"no IOMMU group 8\. The groups are: 7"):
+        pci.group_members(tree.kernel, 8)
+
+
+def test_a_group_has_a_node_by_its_number(tree: SysfsTree) -> None:
+    assert pci.group_node(tree.kernel, 7) == tree.dev / "vfio/7"
+
+
+def test_a_group_without_an_iommu_has_a_node_that_says_so(tree: SysfsTree) -> None:
+    (tree.sysfs / "kernel/iommu_groups/7/name").write_text("vfio-noiommu\n")
+    assert pci.group_node(tree.kernel, 7) == tree.dev / "vfio/noiommu-7"
+
+
+# --- Holders
+
+
+def test_a_process_that_has_a_file_open_is_a_holder_until_it_closes_it(tree: SysfsTree) -> None:
+    node = tree.add_group_node(7)
+    with node.open():
+        assert [holder.pid for holder in pci.holders_of(tree.kernel, node)] == [os.getpid()]
+    assert pci.holders_of(tree.kernel, node) == ()
+
+
+def test_a_file_is_known_by_what_it_is_and_not_by_its_name(tree: SysfsTree, tmp_path: Path) -> None:
+    node = tree.add_group_node(7)
+    other = tmp_path / node.name
+    other.touch()
+    with other.open():
+        assert pci.holders_of(tree.kernel, node) == ()
+
+
+def test_a_device_node_is_known_by_its_number(tree: SysfsTree, tmp_path: Path) -> None:
+    alias = tmp_path / "zero"
+    alias.symlink_to("/dev/zero")
+    with open("/dev/zero", "rb"):
+        assert os.getpid() in [holder.pid for holder in pci.holders_of(tree.kernel, alias)]
+
+
+def test_nothing_holds_a_file_that_is_not_there(tree: SysfsTree, tmp_path: Path) -> None:
+    assert pci.holders_of(tree.kernel, tmp_path / "missing") == ()
+    assert pci.holders_of(tree.kernel, tmp_path, proc=tmp_path / "no-proc") == ()
+
+
+# --- Binding
+
+
+def test_binding_overrides_unbinds_and_probes_in_this_order(tree: SysfsTree) -> None:
+    binding = bind(tree)
+    assert placed(tree) == ("vfio-pci", "vfio-pci")
+    assert tree.writes == [
+        (OVERRIDE, "vfio-pci\n"),
+        ("bus/pci/drivers/e1000e/unbind", f"{BDF}\n"),
+        ("bus/pci/drivers_probe", f"{BDF}\n"),
+    ]
+    assert (binding.driver, binding.former_driver, binding.former_override) == ("vfio-pci", "e1000e", None)
+    assert [str(step.path.relative_to(tree.sysfs)) for step in binding.steps] == [path for path, _value in tree.writes]
+
+
+def test_a_dry_run_plans_the_same_and_writes_nothing(tree: SysfsTree) -> None:
+    planned = pci.bind(tree.kernel, BDF, dry_run=True, write=tree.write, proc=tree.proc)
+    assert tree.writes == []
+    assert placed(tree) == ("e1000e", None)
+    assert planned == bind(tree)
+
+
+def test_a_step_reads_as_the_shell_command_that_does_the_same(tree: SysfsTree) -> None:
+    assert str(bind(tree).steps[0]) == f"echo vfio-pci > {tree.sysfs / OVERRIDE}"
+    assert str(unbind(tree).steps[0]) == f"echo > {tree.sysfs / OVERRIDE}"
+
+
+def test_what_is_bound_already_is_left_alone(tree: SysfsTree) -> None:
+    bind(tree)
+    tree.writes.clear()
+    assert bind(tree).steps == ()
+    assert tree.writes == []
+
+
+def test_restoring_brings_back_the_former_driver_and_override(tree: SysfsTree) -> None:
+    binding = bind(tree)
+    back = pci.restore(tree.kernel, binding, write=tree.write, proc=tree.proc)
+    assert placed(tree) == ("e1000e", None)
+    assert (back.driver, back.former_driver, back.former_override) == ("e1000e", "vfio-pci", "vfio-pci")
+
+
+def test_restoring_a_device_that_had_no_driver_leaves_it_without(tmp_path: Path) -> None:
+    tree = SysfsTree(tmp_path)
+    tree.add_device(BDF, matches="e1000e", override="none", group=7)
+    pci.restore(tree.kernel, bind(tree), write=tree.write, proc=tree.proc)
+    assert placed(tree) == (None, "none")
+
+
+def test_restoring_when_the_former_driver_is_gone_says_so_and_changes_nothing(tree: SysfsTree) -> None:
+    binding = bind(tree)
+    directory = tree.pci / "drivers/e1000e"
+    directory.rename(tree.pci / "e1000e")
+    with pytest.raises(UnavailableError, match="modprobe e1000e"):
+        pci.restore(tree.kernel, binding, write=tree.write, proc=tree.proc)
+    assert placed(tree) == ("vfio-pci", "vfio-pci")
+
+
+def test_unbinding_gives_the_device_to_the_driver_that_matches_it(tree: SysfsTree) -> None:
+    bind(tree)
+    assert unbind(tree).driver == "e1000e"
+    assert placed(tree) == ("e1000e", None)
+
+
+def test_unbinding_a_device_that_no_driver_matches_leaves_it_without(tmp_path: Path) -> None:
+    tree = SysfsTree(tmp_path)
+    tree.add_device(BDF, group=7)
+    bind(tree)
+    assert unbind(tree).driver is None
+    assert placed(tree) == (None, None)
+
+
+def test_unbinding_a_device_that_only_an_override_keeps_from_its_driver_frees_it(tmp_path: Path) -> None:
+    tree = SysfsTree(tmp_path)
+    tree.add_device(BDF, matches="e1000e", override="none", group=7)
+    assert unbind(tree).driver == "e1000e"
+
+
+def test_unbinding_to_a_named_driver_or_none_does_that(tree: SysfsTree) -> None:
+    tree.add_driver("pci-stub")
+    unbind(tree, "pci-stub")
+    assert placed(tree) == ("pci-stub", "pci-stub")
+    unbind(tree, pci.NO_DRIVER)
+    assert placed(tree) == (None, "none")
+
+
+def test_unbinding_leaves_a_device_that_is_at_home_alone(tree: SysfsTree) -> None:
+    assert unbind(tree).steps == ()
+    assert tree.writes == []
+
+
+def test_unbinding_from_a_driver_that_takes_the_device_again_is_an_error(tmp_path: Path) -> None:
+    tree = SysfsTree(tmp_path)
+    tree.add_device(BDF, driver="vfio-pci", group=7)
+    with pytest.raises(VfioError, match=r"vfio-pci took it again.*ids="):
+        unbind(tree)
+    assert placed(tree) == ("vfio-pci", None)
+
+
+# --- Nothing stays half done
+
+
+def test_a_driver_that_does_not_take_the_device_is_an_error_and_the_former_one_is_back(tree: SysfsTree) -> None:
+    tree.unwilling.add("vfio-pci")
+    with pytest.raises(VfioError, match=r"was to have driver vfio-pci, and no driver took it.*dmesg"):
+        bind(tree)
+    assert placed(tree) == ("e1000e", None)
+
+
+def test_a_driver_that_takes_the_device_late_is_waited_for(tree: SysfsTree) -> None:
+    tree.probes_ignored = 2
+    assert bind(tree, patience=1.0).driver == "vfio-pci"
+
+
+@pytest.mark.parametrize("place", ["driver_override", "e1000e/unbind", "drivers_probe"])
+@pytest.mark.parametrize("override", [None, "e1000e"])
+def test_a_step_that_fails_leaves_the_device_as_it_was(tmp_path: Path, place: str, override: str | None) -> None:
+    tree = SysfsTree(tmp_path)
+    tree.add_device(BDF, driver="e1000e", group=7, override=override)
+    tree.fail = failing(errno.EIO, place)
+    if place == "driver_override":
+        # Only its first write: the undo may use the file again.
+        tree.fail = lambda path, value: failing(errno.EIO, place)(path, value) if len(tree.writes) == 1 else None
+    with pytest.raises(VfioError, match=re.escape(place)) as caught:
+        bind(tree)
+    assert "EIO" in str(caught.value)
+    assert placed(tree) == ("e1000e", override)
+
+
+def test_a_failure_after_the_effect_is_undone_too(tree: SysfsTree) -> None:
+    def write(path: Path, value: str) -> None:
+        tree.write(path, value)
+        if path.name == "drivers_probe":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pci.bind(tree.kernel, BDF, write=write, proc=tree.proc)
+    assert placed(tree) == ("e1000e", None)
+
+
+@pytest.mark.parametrize("place", ["driver_override", "e1000e/bind"])
+def test_what_could_not_be_undone_is_said_and_the_rest_is_undone(tree: SysfsTree, place: str) -> None:
+    def fail(path: str, _value: str) -> OSError | None:
+        if path.endswith("drivers_probe"):
+            return OSError(errno.EIO, os.strerror(errno.EIO))
+        undoing = any(written.endswith("drivers_probe") for written, _ in tree.writes)
+        return OSError(errno.EBUSY, os.strerror(errno.EBUSY)) if undoing and path.endswith(place) else None
+
+    tree.fail = fail
+    with pytest.raises(RollbackError) as caught:
+        bind(tree)
+    assert re.search(f"EIO.*then.*{place}: EBUSY", str(caught.value))
+    # With its override in the way, the former driver is not taken either.
+    assert len(caught.value.exceptions) == (3 if place == "driver_override" else 2)
+    assert placed(tree) == (None, "vfio-pci" if place == "driver_override" else None)
+
+
+def test_an_undo_that_the_kernel_accepts_and_does_not_do_is_said(tree: SysfsTree) -> None:
+    tree.unwilling |= {"vfio-pci", "e1000e"}
+    with pytest.raises(RollbackError) as caught:
+        bind(tree)
+    assert "it has driver None and override None now" in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
+def test_without_root_the_error_says_to_be_root(tree: SysfsTree, number: int) -> None:
+    tree.fail = failing(number, "driver_override")
+    with pytest.raises(AccessDeniedError, match=r"driver_override may not be opened.*run as root"):
+        bind(tree)
+
+
+def test_a_value_reaches_the_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    pci.write_sysfs(tmp_path / "file", "vfio-pci\n")
+    assert (tmp_path / "file").read_text() == "vfio-pci\n"
+    with pytest.raises(FileNotFoundError):
+        pci.write_sysfs(tmp_path / "missing", "\n")
+    assert not (tmp_path / "missing").exists()
+
+
+# --- What is refused
+
+
+def refused(tree: SysfsTree, error: type[VfioError], match: str, *, driver: str = "vfio-pci") -> None:
+    before = placed(tree)
+    with pytest.raises(error, match=match):
+        bind(tree, driver)
+    assert tree.writes == []
+    assert placed(tree) == before
+
+
+def test_a_driver_that_is_not_loaded_is_refused_with_the_command_that_loads_it(tree: SysfsTree) -> None:
+    (tree.pci / "drivers/vfio-pci").rename(tree.pci / "elsewhere")
+    refused(tree, UnavailableError, "modprobe vfio-pci")
+
+
+@pytest.mark.parametrize("name", ["", "../devices"])
+def test_what_is_no_name_of_a_driver_is_refused(tree: SysfsTree, name: str) -> None:
+    with pytest.raises(ValueError, match="not the name of a driver"):
+        bind(tree, name)
+
+
+def test_vfio_pci_is_not_given_a_device_without_a_group(tmp_path: Path) -> None:
+    tree = SysfsTree(tmp_path)
+    tree.add_device(BDF, driver="e1000e")
+    refused(tree, DeviceNotFoundError, "in no IOMMU group")
+    (tree.sysfs / "module/vfio/parameters").mkdir(parents=True)
+    (tree.sysfs / "module/vfio/parameters/enable_unsafe_noiommu_mode").write_text("Y\n")
+    assert bind(tree).driver == "vfio-pci"
+
+
+def test_vfio_pci_is_not_given_a_bridge(tmp_path: Path) -> None:
+    tree = SysfsTree(tmp_path)
+    tree.add_device(BDF, driver="pcieport", group=7, class_code=BRIDGE)
+    refused(tree, VfioError, "is a PCI bridge")
+
+
+@pytest.mark.parametrize("change", [bind, unbind])
+def test_a_device_of_an_open_group_is_refused_with_its_holder(
+    tmp_path: Path, change: Callable[[SysfsTree], pci.Binding]
+) -> None:
+    tree = SysfsTree(tmp_path)
+    tree.proc = Path("/proc")
+    tree.add_device(BDF, driver="e1000e" if change is bind else "vfio-pci", override="vfio-pci", group=7)
+    with tree.add_group_node(7).open(), pytest.raises(GroupBusyError, match=rf"\(pid {os.getpid()}\)"):
+        change(tree)
+    assert tree.writes == []
+
+
+def test_an_open_group_is_refused_also_when_its_holder_is_not_seen(tree: SysfsTree) -> None:
+    class Busy(LinuxKernel):
+        """What vfio_group_fops_open says of a group that is open in another PID namespace."""
+
+        def open(self, path: str, flags: int) -> int:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path, flags)
+
+    tree.kernel = Busy(sysfs=tree.sysfs, dev=tree.dev)
+    tree.add_group_node(7)
+    refused(tree, GroupBusyError, "no holder was found")
+
+
+def test_a_device_that_is_open_by_its_own_node_is_refused(tree: SysfsTree) -> None:
+    (tree.pci / "devices" / BDF / "vfio-dev/vfio3").mkdir(parents=True)
+    (tree.dev / "vfio/devices").mkdir()
+    tree.proc = Path("/proc")
+    with (tree.dev / "vfio/devices/vfio3").open("w"):
+        refused(tree, GroupBusyError, rf"\(pid {os.getpid()}\)", driver=pci.NO_DRIVER)
+
+
+def test_asking_whether_a_group_is_open_leaves_no_descriptor_behind(tree: SysfsTree) -> None:
+    node = tree.add_group_node(7)
+    bind(tree)
+    assert pci.holders_of(tree.kernel, node) == ()
+
+
+def test_a_network_interface_that_is_up_keeps_its_device_unless_forced(tree: SysfsTree) -> None:
+    tree.add_interface(BDF, "enp0s2", up=True)
+    refused(tree, VfioError, "in use through e1000e: network interface enp0s2 is up")
+    assert bind(tree, force=True).driver == "vfio-pci"
+
+
+def test_a_network_interface_that_is_down_does_not_keep_it(tree: SysfsTree) -> None:
+    tree.add_interface(BDF, "enp0s2", up=False)
+    assert bind(tree).driver == "vfio-pci"
+
+
+def test_an_interface_of_another_device_does_not_keep_it(tree: SysfsTree) -> None:
+    tree.add_device("0000:00:03.0", driver="e1000e", group=8)
+    tree.add_interface("0000:00:03.0", "enp0s3", up=True)
+    assert bind(tree).driver == "vfio-pci"
+
+
+def test_an_interface_behind_a_bridge_does_not_keep_the_bridge(tmp_path: Path) -> None:
+    tree = SysfsTree(tmp_path)
+    tree.add_device(BDF, driver="shpchp", group=7, class_code=BRIDGE)
+    tree.add_interface(BDF, "enp1s0", up=True)
+    assert bind(tree, pci.NO_DRIVER).driver is None
+
+
+MOUNT = "36 35 {number} / /srv rw,noatime shared:1 - ext4 {source} rw\n"
+
+
+@pytest.mark.parametrize(
+    ("mountinfo", "swaps", "reason"),
+    [
+        (MOUNT.format(number="259:1", source="/dev/root"), "", "nvme0n1p1 is mounted at /srv"),
+        (MOUNT.format(number="0:40", source="/dev/nvme0n1p1"), "", "nvme0n1p1 is mounted at /srv"),
+        ("", "Filename Type\n/dev/nvme0n1p1 partition 1 0 -2\n", "nvme0n1p1 is swapped to"),
+    ],
+)
+def test_a_disk_that_is_in_use_keeps_its_device(tmp_path: Path, mountinfo: str, swaps: str, reason: str) -> None:
+    tree = SysfsTree(tmp_path)
+    device = tree.add_device(BDF, driver="nvme", group=7, class_code=DISK)
+    disk = tree.add_disk(device / "nvme/nvme0", "nvme0n1", "259:0")
+    tree.add_disk(disk, "nvme0n1p1", "259:1")
+    (tree.proc / "self/mountinfo").write_text(mountinfo)
+    (tree.proc / "swaps").write_text(swaps)
+    refused(tree, VfioError, reason)
+
+
+def test_a_disk_under_a_volume_keeps_its_device(tmp_path: Path) -> None:
+    tree = SysfsTree(tmp_path)
+    disk = tree.add_disk(tree.add_device(BDF, driver="ahci", group=7) / "ata1/block", "sda", "8:0")
+    (disk / "holders/dm-0").touch()
+    refused(tree, VfioError, "sda is part of dm-0")
+
+
+def test_a_disk_of_a_multipath_subsystem_keeps_each_of_its_controllers(tmp_path: Path) -> None:
+    tree = SysfsTree(tmp_path)
+    controller = tree.add_device(BDF, driver="nvme", group=7, class_code=DISK) / "nvme/nvme0"
+    controller.mkdir(parents=True)
+    subsystem = tree.sysfs / "devices/virtual/nvme-subsystem/nvme-subsys0"
+    tree.add_disk(subsystem, "nvme0n1", "259:0")
+    link(subsystem / "nvme0", controller)
+    (tree.proc / "self/mountinfo").write_text(MOUNT.format(number="259:0", source="/dev/nvme0n1"))
+    refused(tree, VfioError, "nvme0n1 is mounted at /srv")
+
+
+def test_a_disk_that_nothing_uses_does_not_keep_its_device(tmp_path: Path) -> None:
+    tree = SysfsTree(tmp_path)
+    tree.add_disk(tree.add_device(BDF, driver="ahci", group=7) / "ata1/block", "sda", "8:0")
+    assert bind(tree).driver == "vfio-pci"
