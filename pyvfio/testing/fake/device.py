@@ -1,0 +1,318 @@
+"""A PCI device bound to a VFIO driver: what a test declares, and what its descriptors answer.
+
+`FakeDevice` and `Bar` are declarations. `PciDevice` is the live thing behind all descriptors of one device. A model of
+a real device (registers that do something) is a `Bar` with callbacks.
+
+Source: drivers/vfio/pci/vfio_pci_core.c, vfio_pci_rdwr.c, vfio_pci_config.c.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from pyvfio import ioctls
+from pyvfio.kernel import LinuxKernel, Registers
+from pyvfio.testing.fake.irqs import Irqs
+from pyvfio.testing.fake.process import Argument, refuse
+from pyvfio.testing.fake.type1 import info_write_back
+from pyvfio.testing.fake.versions import KernelVersion
+from pyvfio.units import MIB, PAGE_SIZE, is_power_of_two
+
+_BDF = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
+_REGION_SHIFT = 40  # VFIO_PCI_OFFSET_SHIFT
+_ROM = int(ioctls.VFIO_PCI_ROM_REGION_INDEX)
+_CONFIG = int(ioctls.VFIO_PCI_CONFIG_REGION_INDEX)
+_COMMAND = 4
+_COMMAND_MEMORY = 2
+# Bytes of the configuration header that a user may change: command, cache line and latency, BARs, interrupt line.
+_WRITABLE = frozenset((4, 5, 0x0C, 0x0D, *range(0x10, 0x28), 0x3C))
+_READ_WRITE = int(ioctls.VFIO_REGION_INFO_FLAG_READ | ioctls.VFIO_REGION_INFO_FLAG_WRITE)
+_MMAP = int(ioctls.VFIO_REGION_INFO_FLAG_MMAP)
+_CAPS = int(ioctls.VFIO_REGION_INFO_FLAG_CAPS)
+_REGION = struct.Struct("=IIIIQQ")
+_IRQ = struct.Struct("=IIII")
+
+_Read = Callable[[int, int], int]
+_Write = Callable[[int, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A memory BAR of `size` bytes (a power of two). Plain memory, unless `read(offset, width)` and
+    `write(offset, width, value)` are given: then every register access calls them."""
+
+    size: int
+    read: _Read | None = None
+    write: _Write | None = None
+
+    def __post_init__(self) -> None:
+        if not is_power_of_two(self.size):
+            raise ValueError(f"a BAR's size is a power of two, not {self.size:#x}")
+        if (self.read is None) != (self.write is None):
+            raise ValueError("a BAR has both callbacks, read and write, or none")
+
+
+@dataclass(frozen=True)
+class FakeDevice:
+    """A PCI device to be declared to a FakeKernel; as it stands, it looks like QEMU's edu.
+
+    `driver` is what it is bound to (None: nothing); `intx` whether it has a pin; `msi` and `msix` count vectors, and
+    `msix_bar` is where the MSI-X table lies. `reset` is called after VFIO_DEVICE_RESET. ValueError for what no device
+    can be.
+    """
+
+    bdf: str
+    driver: str | None = "vfio-pci"
+    vendor: int = 0x1234
+    device: int = 0x11E8
+    class_code: int = 0x00FF00
+    bars: Mapping[int, Bar] = field(default_factory=lambda: {0: Bar(MIB)})
+    intx: bool = True
+    msi: int = 1
+    msix: int = 0
+    msix_bar: int | None = None
+    resettable: bool = False
+    reset: Callable[[], None] | None = None
+    pcie: bool = False
+    numa_node: int = -1
+
+    def __post_init__(self) -> None:
+        if not _BDF.fullmatch(self.bdf):
+            raise ValueError(f"{self.bdf!r} is not a PCI address like 0000:00:02.0")
+        if not set(self.bars) <= set(range(_ROM)):
+            raise ValueError(f"{self.bdf}: BARs are numbered 0 to 5, not {sorted(self.bars)}")
+        if self.msi and (not is_power_of_two(self.msi) or self.msi > 32):
+            raise ValueError(f"{self.bdf}: a device has 1, 2, 4 … 32 MSI vectors, not {self.msi}")
+        if not 0 <= self.msix <= 2048:
+            raise ValueError(f"{self.bdf}: a device has at most 2048 MSI-X vectors, not {self.msix}")
+        if self.msix_bar is not None and self.msix_bar not in self.bars:
+            raise ValueError(f"{self.bdf}: the MSI-X table is in BAR {self.msix_bar}, which is not there")
+
+    @property
+    def config_size(self) -> int:
+        """How many bytes of configuration space it has."""
+        return 4096 if self.pcie else 256
+
+    def config_space(self) -> bytearray:
+        """Configuration space as it is after VFIO enabled the device: memory decoding on, bus master off."""
+        space = bytearray(self.config_size)
+        struct.pack_into("<HHH", space, 0, self.vendor, self.device, _COMMAND_MEMORY)
+        space[9:12] = self.class_code.to_bytes(3, "little")
+        space[0x3D] = int(self.intx)
+        return space
+
+
+class CallbackRegisters:
+    """Registers that call a Bar's callbacks; `start` is where the window begins in the BAR."""
+
+    def __init__(self, *, start: int, read: _Read, write: _Write) -> None:
+        self._start = start
+        self._read = read
+        self._write = write
+
+    def read(self, offset: int, width: int) -> int:
+        """Call the BAR's `read`."""
+        return self._read(self._start + offset, width)
+
+    def write(self, offset: int, width: int, value: int) -> None:
+        """Call the BAR's `write`."""
+        self._write(self._start + offset, width, value)
+
+    def close(self) -> None:
+        """Nothing was mapped."""
+
+
+class PciDevice:
+    """A device while it is there. Its `descriptors` are one memory file, laid out as VFIO lays out a device, a region
+    every 2^40 bytes, so that they can be really mapped, read and written."""
+
+    def __init__(self, declared: FakeDevice, version: KernelVersion) -> None:
+        self.declared = declared
+        self.driver = declared.driver
+        self.descriptors: set[int] = set()
+        self.config = declared.config_space()
+        self._version = version
+        has_err = declared.pcie or version.err_irq_always
+        counts = (int(declared.intx), declared.msi, declared.msix, int(has_err), 1)
+        self._has_err = has_err
+        self.irqs = Irqs(version=version, counts=counts)
+        self.requests: dict[int, tuple[str, Callable[[Argument], int]]] = {
+            ioctls.VFIO_DEVICE_GET_INFO: ("VFIO_DEVICE_GET_INFO", self.get_info),
+            ioctls.VFIO_DEVICE_GET_REGION_INFO: ("VFIO_DEVICE_GET_REGION_INFO", self.get_region_info),
+            ioctls.VFIO_DEVICE_GET_IRQ_INFO: ("VFIO_DEVICE_GET_IRQ_INFO", self.get_irq_info),
+            ioctls.VFIO_DEVICE_SET_IRQS: ("VFIO_DEVICE_SET_IRQS", self.irqs.set_irqs),
+            ioctls.VFIO_DEVICE_RESET: ("VFIO_DEVICE_RESET", self.reset),
+        }
+
+    @property
+    def bdf(self) -> str:
+        """Its PCI address."""
+        return self.declared.bdf
+
+    def open(self) -> int:
+        """A new file descriptor, not counted before `hold`; EMFILE."""
+        if self.descriptors:
+            return os.dup(next(iter(self.descriptors)))
+        fd = os.memfd_create(f"vfio-device {self.bdf}")
+        os.ftruncate(fd, ioctls.VFIO_PCI_NUM_REGIONS << _REGION_SHIFT)
+        return fd
+
+    def hold(self, fd: int) -> None:
+        """A descriptor was given out. BARs and configuration are fresh at the first, for VFIO resets the device."""
+        if not self.descriptors:
+            self.config = self.declared.config_space()
+        self.descriptors.add(fd)
+
+    def release(self, fd: int) -> None:
+        """A descriptor was closed."""
+        self.descriptors.discard(fd)
+        if not self.descriptors:
+            self.irqs.release()
+
+    # ---------------------------------------------------------------------------------------------------- ioctls
+
+    def get_info(self, argument: Argument) -> int:
+        """`vfio_pci_ioctl_get_info`: EFAULT, EINVAL."""
+        (argsz,) = struct.unpack("=I", argument.read(ioctls.VFIO_DEVICE_INFO_MINSZ)[:4])
+        if argsz < ioctls.VFIO_DEVICE_INFO_MINSZ:
+            refuse(errno.EINVAL)
+        flags = int(ioctls.VFIO_DEVICE_FLAGS_PCI)
+        if self.declared.resettable:
+            flags |= ioctls.VFIO_DEVICE_FLAGS_RESET
+        regions, irqs = ioctls.VFIO_PCI_NUM_REGIONS, ioctls.VFIO_PCI_NUM_IRQS
+        answer = struct.pack("=IIIIII", argsz, flags, regions, irqs, 0, 0)
+        argument.write(answer[: info_write_back(self._version, argsz)])
+        return 0
+
+    def get_region_info(self, argument: Argument) -> int:
+        """`vfio_pci_ioctl_get_region_info`: EFAULT, EINVAL. `cap_offset` stays the caller's where there is none."""
+        argsz, _flags, index, cap_offset, _size, _offset = _REGION.unpack(argument.read(_REGION.size))
+        if argsz < _REGION.size or index >= ioctls.VFIO_PCI_VGA_REGION_INDEX:
+            refuse(errno.EINVAL)
+        flags, size = self._region(index)
+        if flags & _CAPS:
+            capability = struct.pack("=HHI", ioctls.VFIO_REGION_INFO_CAP_MSIX_MAPPABLE, 1, 0)
+            if argsz < _REGION.size + len(capability):
+                argsz, cap_offset = _REGION.size + len(capability), 0
+            else:
+                cap_offset = _REGION.size
+                argument.write(capability, cap_offset)
+        argument.write(_REGION.pack(argsz, flags, index, cap_offset, size, index << _REGION_SHIFT))
+        return 0
+
+    def _region(self, index: int) -> tuple[int, int]:
+        if index == _CONFIG:
+            return _READ_WRITE, self.declared.config_size
+        bar = self.declared.bars.get(index)
+        if bar is None:
+            return 0, 0
+        flags = _READ_WRITE
+        if bar.size >= PAGE_SIZE:
+            flags |= _MMAP | (_CAPS if self.declared.msix and self.declared.msix_bar == index else 0)
+        return flags, bar.size
+
+    def get_irq_info(self, argument: Argument) -> int:
+        """`vfio_pci_ioctl_get_irq_info`: EFAULT, EINVAL."""
+        argsz, _flags, index, _count = _IRQ.unpack(argument.read(_IRQ.size))
+        if argsz < _IRQ.size or index >= ioctls.VFIO_PCI_NUM_IRQS:
+            refuse(errno.EINVAL)
+        if index == ioctls.VFIO_PCI_ERR_IRQ_INDEX and not self._has_err:
+            refuse(errno.EINVAL)
+        argument.write(_IRQ.pack(argsz, self.irqs.info(index)[0], index, self.irqs.info(index)[1]))
+        return 0
+
+    def reset(self, _argument: Argument) -> int:
+        """`vfio_pci_ioctl_reset`: EINVAL. BARs are zero afterwards; mappings and interrupts stay."""
+        if not self.declared.resettable:
+            refuse(errno.EINVAL)
+        memory = next(iter(self.descriptors))
+        os.ftruncate(memory, 0)
+        os.ftruncate(memory, ioctls.VFIO_PCI_NUM_REGIONS << _REGION_SHIFT)
+        if self.declared.reset is not None:
+            self.declared.reset()
+        return 0
+
+    # ------------------------------------------------------------------------------------- reading, writing, mmap
+
+    def pread(self, fd: int, size: int, offset: int) -> bytes:
+        """`vfio_pci_rw`: EINVAL, EIO (memory decoding is off), EFAULT (behind configuration space)."""
+        index, position = self._locate(offset)
+        if not size:
+            return b""
+        if index == _CONFIG:
+            self._check_config(position, size)
+            return bytes(self.config[position : position + size])
+        bar, size = self._accessible(index, position, size)
+        if bar.read is None:
+            return os.pread(fd, size, offset)
+        answer = b""
+        for at, width in self._accesses(position, size):
+            answer += (bar.read(at, width) & ((1 << 8 * width) - 1)).to_bytes(width, "little")
+        return answer
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        """As `pread`; how many bytes were taken."""
+        index, position = self._locate(offset)
+        if not data:
+            return 0
+        if index == _CONFIG:
+            self._check_config(position, len(data))
+            for at, value in enumerate(data, start=position):
+                if at in _WRITABLE:
+                    self.config[at] = value
+            return len(data)
+        bar, size = self._accessible(index, position, len(data))
+        if bar.write is None:
+            return os.pwrite(fd, data[:size], offset)
+        for at, width in self._accesses(position, size):
+            bar.write(at, width, int.from_bytes(data[at - position : at - position + width], "little"))
+        return size
+
+    def _locate(self, offset: int) -> tuple[int, int]:
+        index = offset >> _REGION_SHIFT
+        if index >= ioctls.VFIO_PCI_NUM_REGIONS:
+            refuse(errno.EINVAL)
+        return index, offset & ((1 << _REGION_SHIFT) - 1)
+
+    def _check_config(self, position: int, size: int) -> None:
+        if position + size > self.declared.config_size:
+            refuse(errno.EFAULT)
+
+    def _accessible(self, index: int, position: int, size: int) -> tuple[Bar, int]:
+        bar = self.declared.bars.get(index)
+        if bar is None or position >= bar.size:
+            refuse(errno.EINVAL)
+        if not self.config[_COMMAND] & _COMMAND_MEMORY:
+            refuse(errno.EIO)
+        return bar, min(size, bar.size - position)
+
+    def _accesses(self, position: int, size: int) -> list[tuple[int, int]]:
+        # vfio_pci_core_do_io_rw takes the widest aligned access that fits.
+        widths = (8, 4, 2, 1) if self._version.eight_byte_access else (4, 2, 1)
+        done, end = [], position + size
+        while position < end:
+            width = next(w for w in widths if position % w == 0 and position + w <= end)
+            done.append((position, width))
+            position += width
+        return done
+
+    def check_mmap(self, offset: int, size: int) -> int:
+        """`vfio_pci_core_mmap` for a shared mapping: EINVAL unless it lies in a BAR that may be mapped; its index."""
+        index, position = self._locate(offset)
+        flags, region_size = self._region(index)
+        if not flags & _MMAP or position + size > region_size:
+            refuse(errno.EINVAL)
+        return index
+
+    def registers(self, linux: LinuxKernel, fd: int, offset: int, size: int) -> Registers:
+        """The BAR's callbacks, or a real mapping of its plain memory; EINVAL as mmap."""
+        bar = self.declared.bars[self.check_mmap(offset, size)]
+        if bar.read is None or bar.write is None:
+            return linux.registers(fd, offset, size)
+        start = self._locate(offset)[1]
+        return CallbackRegisters(start=start, read=bar.read, write=bar.write)

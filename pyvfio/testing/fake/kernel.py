@@ -1,0 +1,482 @@
+"""`FakeKernel`: the seam's calls, sent to the object behind the descriptor or to the running kernel."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+from pyvfio.kernel import MAP_FIXED, PROT_NONE, IoctlArgument, LinuxKernel, Memlock, Registers
+from pyvfio.testing.fake.device import FakeDevice, PciDevice
+from pyvfio.testing.fake.dma import DmaFault, DmaPath
+from pyvfio.testing.fake.group import Container, DeviceHandle, Group, Handler
+from pyvfio.testing.fake.iommu import IommuModel, iommu_model
+from pyvfio.testing.fake.pins import Mapped, Pins, Violation
+from pyvfio.testing.fake.process import AddressArgument, BufferArgument, refuse
+from pyvfio.testing.fake.record import KEPT, Call, Failure, Failures
+from pyvfio.testing.fake.tree import Tree
+from pyvfio.testing.fake.versions import KernelVersion, kernel_version
+from pyvfio.units import Vaddr
+
+_Answer = TypeVar("_Answer")
+_MAP_FIXED_NOREPLACE = 0x100000
+_MAP_SHARED = 1
+_DISCARDS = frozenset((4, 8, 9, 24))  # MADV_DONTNEED, _FREE, _REMOVE, _DONTNEED_LOCKED
+
+GroupDeclaration = tuple[int, Sequence[FakeDevice]]
+
+
+def _default_groups() -> list[GroupDeclaration]:
+    return [(2, [FakeDevice("0000:00:02.0")]), (3, [FakeDevice("0000:00:03.0")])]
+
+
+def _check_groups(groups: Sequence[GroupDeclaration]) -> None:
+    numbers = [number for number, _devices in groups]
+    if twice := {number for number in numbers if numbers.count(number) > 1}:
+        raise ValueError(f"IOMMU group {min(twice)} is declared twice")
+    home: dict[str, int] = {}
+    for number, devices in groups:
+        if not devices:
+            raise ValueError(f"IOMMU group {number} has no device")
+        for device in devices:
+            if device.bdf in home:
+                raise ValueError(f"{device.bdf} is declared twice: in IOMMU groups {home[device.bdf]} and {number}")
+            home[device.bdf] = number
+
+
+class FakeKernel:
+    """A kernel with VFIO and an IOMMU, for tests on a machine that has none.
+
+    It answers VFIO's system calls as Linux `version` ("6.1", "6.12" or "7.3") does, in the kernel's order of checks;
+    calls on process memory are the real ones. `iommu` is "intel" (39 bits), "intel48", "amd", "virtio" or an
+    `IommuModel`. `groups` are (number, devices) pairs; without it groups 2 and 3 with a device each, 0000:00:02.0 and
+    0000:00:03.0, bound to vfio-pci. ValueError when they cannot be.
+
+    Descriptors are real, so that a leak shows in /proc/self/fd. `shutdown`, also as a context manager's end, closes
+    what is open and removes `sysfs` and `dev`. In a forked child, closing a descriptor closes it there and nothing
+    else; other VFIO calls are a RuntimeError, for the fake's state is the parent's.
+
+    Synchronization: one lock; any thread may call anything, and callbacks of devices may call back.
+    """
+
+    def __init__(
+        self,
+        version: str = "6.12",
+        *,
+        iommu: IommuModel | str = "intel",
+        groups: Sequence[GroupDeclaration] | None = None,
+    ) -> None:
+        declared = _default_groups() if groups is None else groups
+        _check_groups(declared)
+        self._version = kernel_version(version)
+        self._model = iommu_model(iommu, self._version) if isinstance(iommu, str) else iommu
+        self._owner = os.getpid()
+        self._lock = threading.RLock()
+        self._linux = LinuxKernel()
+        self._pins = Pins()
+        self._failures = Failures()
+        self._files: dict[int, Handler] = {}
+        self._groups = {number: self._group(number, devices) for number, devices in declared}
+        self._tree: Tree | None = None
+        self._dma = DmaPath()
+        self._finalizer = weakref.finalize(self, _close_all, self._files, self._owner)
+        self.trace: list[Call] = []
+
+    def _group(self, number: int, devices: Sequence[FakeDevice]) -> Group:
+        # A weak reference: the group must not keep the kernel, or the finalizer would wait for the garbage collector.
+        return Group(number, [PciDevice(device, self._version) for device in devices], weakref.proxy(self))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def shutdown(self) -> None:
+        """Close every VFIO descriptor that is left and remove `sysfs` and `dev`. Twice is fine; nothing in a child."""
+        if self._in_child:
+            return
+        with self._lock:
+            for fd in list(self._files):
+                self._close(fd)
+            if self._tree is not None:
+                self._tree.remove()
+                self._tree = None
+
+    @property
+    def _in_child(self) -> bool:
+        return os.getpid() != self._owner
+
+    # --------------------------------------------------------------------------------- what tests see and arrange
+
+    @property
+    def version(self) -> KernelVersion:
+        """Which kernel this is."""
+        return self._version
+
+    @property
+    def iommu(self) -> IommuModel:
+        """The IOMMU in front of every device."""
+        return self._model
+
+    @property
+    def memlock_limit(self) -> int | None:
+        """RLIMIT_MEMLOCK in bytes (None: unlimited, as it is at first); may be set at any time."""
+        return self._pins.limit
+
+    @memlock_limit.setter
+    def memlock_limit(self, limit: int | None) -> None:
+        self._pins.limit = limit
+
+    @property
+    def privileged(self) -> bool:
+        """CAP_IPC_LOCK, which lifts the limit; may be set at any time, False at first."""
+        return self._pins.privileged
+
+    @privileged.setter
+    def privileged(self, privileged: bool) -> None:
+        self._pins.privileged = privileged
+
+    @property
+    def violations(self) -> list[Violation]:
+        """Each time that memory went away while a device could reach it."""
+        return self._pins.violations
+
+    @property
+    def faults(self) -> list[DmaFault]:
+        """Each access of a device that the IOMMU stopped."""
+        return self._dma.faults
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """The VFIO descriptors that are open."""
+        return tuple(self._files)
+
+    def check(self) -> None:
+        """AssertionError when memory went away under a mapping."""
+        if self.violations:
+            raise AssertionError("; ".join(map(str, self.violations)))
+
+    def clear_trace(self) -> None:
+        """Forget the calls so far."""
+        self.trace.clear()
+
+    def fail(
+        self,
+        *,
+        call: str,
+        errno: int,
+        request: int | str | None = None,
+        nth: int = 1,
+        after: bool = False,
+    ) -> None:
+        """Let a call fail with `errno`: the `nth` from now that matches, before (or `after`) it took effect.
+
+        `call` is a method of `Kernel`; `request` limits an ioctl to a number or, as numbers repeat between containers
+        and devices, to a name in C. ValueError for what cannot match. `clear_failures` forgets what has not happened.
+        """
+        self._failures.plan(Failure(call, request, nth, errno, after))
+
+    def clear_failures(self) -> None:
+        """Let nothing fail any more."""
+        self._failures.clear()
+
+    def bind(self, bdf: str, driver: str | None) -> None:
+        """Give a device to another driver (None: to none), in sysfs too; ValueError when there is no such device.
+
+        While its group is in use a kernel driver's probe fails and the device stays without one, as in
+        `iommu_device_use_default_domain`.
+        """
+        group, device = self._find(bdf)
+        with self._lock:
+            device.driver = driver
+            if group.container is not None and not group.viable:
+                device.driver = None
+            if self._tree is not None:
+                self._tree.bind(group, device)
+
+    def mappings(self, bdf: str | None = None) -> tuple[Mapped, ...]:
+        """What devices can reach, by IOVA: all containers, or what `bdf` can; ValueError when it does not exist."""
+        groups = list(self._groups.values()) if bdf is None else [self._find(bdf)[0]]
+        with self._lock:
+            tables = {id(g.container): g.container.iommu.table for g in groups if g.container and g.container.iommu}
+            return tuple(sorted(entry for table in tables.values() for entry in table))
+
+    def interrupt(self, bdf: str, vector: int = 0) -> None:
+        """The device raises an interrupt: what is enabled of INTx, MSI and MSI-X signals its eventfd."""
+        with self._lock:
+            self._find(bdf)[1].irqs.raise_interrupt(vector)
+
+    def dma_read(self, bdf: str, iova: int, size: int) -> bytes:
+        """The device reads memory; DmaFault where the IOMMU stops it, AssertionError where the memory is gone."""
+        with self._lock:
+            return self._dma.read(*self._find(bdf), iova=iova, size=size)
+
+    def dma_write(self, bdf: str, iova: int, data: bytes) -> None:
+        """The device writes memory; as `dma_read`. What comes before the stopped byte has been written."""
+        with self._lock:
+            self._dma.write(*self._find(bdf), iova=iova, data=data)
+
+    def _find(self, bdf: str) -> tuple[Group, PciDevice]:
+        for group in self._groups.values():
+            for device in group.devices:
+                if device.bdf == bdf:
+                    return group, device
+        raise ValueError(f"the fake kernel has no device {bdf}")
+
+    # ------------------------------------------------------------------------------------- how every call passes
+
+    def _observed(
+        self,
+        call: str,
+        given: tuple[int | str | bytes, ...],
+        action: Callable[[], _Answer],
+        *,
+        number: int = -1,
+        request: str = "",
+    ) -> _Answer:
+        failure = self._failures.due(call, number, request) if self._failures else None
+        try:
+            if failure is not None and not failure.after:
+                refuse(failure.errno)
+            answer = action()
+            if failure is not None:
+                refuse(failure.errno)
+        except OSError as error:
+            self.trace.append(Call(call, request, given, None, error.errno or 0))
+            raise
+        self.trace.append(Call(call, request, given, answer if isinstance(answer, int) else None, 0))
+        return answer
+
+    def container(self, fd: int) -> Container | None:
+        """The container behind a descriptor, None when it is another file; EBADF when it is not open."""
+        handler = self._files.get(fd)
+        if handler is None:
+            _check_open(fd)
+        return handler if isinstance(handler, Container) else None
+
+    def adopt(self, fd: int, handler: Handler) -> None:
+        """From now on `handler` answers for `fd`."""
+        self._forget(fd)
+        self._files[fd] = handler
+
+    def _forget(self, fd: int) -> None:
+        # The running kernel gave this number out anew, so somebody closed it with os.close: the kernel saw that.
+        stale = self._files.pop(fd, None)
+        if stale is not None:
+            stale.release(fd)
+
+    def _handler(self, fd: int) -> Handler | None:
+        handler = self._files.get(fd)
+        if handler is not None and self._in_child:
+            raise RuntimeError(f"descriptor {fd} is of a fake kernel in process {self._owner}, and this is a child")
+        return handler
+
+    # ------------------------------------------------------------------------------------------------ descriptors
+
+    def _directories(self) -> Tree:
+        with self._lock:
+            if self._tree is None:
+                self._tree = Tree(tuple(self._groups.values()), self._model)
+            return self._tree
+
+    @property
+    def sysfs(self) -> Path:
+        """Its sysfs: a directory."""
+        return self._directories().sys
+
+    @property
+    def dev(self) -> Path:
+        """Its /dev: a directory."""
+        return self._directories().dev
+
+    def open(self, path: str, flags: int) -> int:
+        """A container, a group (EBUSY, `vfio_group_fops_open`), or any other file."""
+        with self._lock:
+            return self._observed("open", (path, flags), lambda: self._open(path, flags))
+
+    def _open(self, path: str, flags: int) -> int:
+        fd = self._linux.open(path, flags)
+        self._forget(fd)
+        node = Path(path)
+        if node.parent != self.dev / "vfio":
+            return fd
+        if node.name == "vfio":
+            self.adopt(fd, Container(version=self._version, model=self._model, pins=self._pins))
+        elif node.name.isdecimal() and int(node.name) in self._groups:
+            self._open_group(self._groups[int(node.name)], fd)
+        return fd
+
+    def _open_group(self, group: Group, fd: int) -> None:
+        if group.busy:
+            os.close(fd)
+            refuse(errno.EBUSY)
+        group.fd = fd
+        self.adopt(fd, group)
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor: of a group and a device, also what hangs on it."""
+        if self._in_child:
+            os.close(fd)
+            return
+        with self._lock:
+            self._observed("close", (fd,), lambda: self._close(fd))
+
+    def _close(self, fd: int) -> None:
+        os.close(fd)
+        self._forget(fd)
+
+    def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
+        """Answered by what is behind `fd`; a descriptor that is not VFIO's goes to the running kernel."""
+        handler = self._handler(fd)
+        if handler is None:
+            return self._linux.ioctl(fd, request, argument)
+        number = request & 0xFFFF_FFFF  # the kernel's cmd is an unsigned int
+        if isinstance(argument, int):
+            given: int | bytes = argument
+            seen: AddressArgument | BufferArgument = AddressArgument(argument)
+        else:
+            seen = BufferArgument(argument)
+            given = seen.read(min(seen.size, KEPT))
+        with self._lock:
+            return self._observed(
+                "ioctl",
+                (fd, request, given),
+                lambda: handler.ioctl(number, seen),
+                number=number,
+                request=handler.request_name(number),
+            )
+
+    def pread(self, fd: int, size: int, offset: int) -> bytes:
+        """Registers and configuration space of a device; EINVAL on containers and groups."""
+        handler = self._handler(fd)
+        if handler is None:
+            return self._linux.pread(fd, size, offset)
+        with self._lock:
+            return self._observed("pread", (fd, size, offset), lambda: _device(handler).pread(fd, size, offset))
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        """As `pread`."""
+        handler = self._handler(fd)
+        if handler is None:
+            return self._linux.pwrite(fd, data, offset)
+        with self._lock:
+            return self._observed("pwrite", (fd, data, offset), lambda: _device(handler).pwrite(fd, data, offset))
+
+    def registers(self, fd: int, offset: int, size: int) -> Registers:
+        """A BAR: its callbacks, or plain memory; EINVAL where it cannot be mapped."""
+        handler = self._handler(fd)
+        if handler is None:
+            return self._linux.registers(fd, offset, size)
+        with self._lock:
+            return self._observed(
+                "registers",
+                (fd, offset, size),
+                lambda: _device(handler).registers(self._linux, fd, offset, size),
+            )
+
+    def eventfd(self, initial: int, flags: int) -> int:
+        """A real one."""
+        with self._lock:
+            fd = self._observed("eventfd", (initial, flags), lambda: self._linux.eventfd(initial, flags))
+            self._forget(fd)
+            return fd
+
+    def eventfd_read(self, fd: int) -> int:
+        """Of a real one; may block."""
+        return self._observed("eventfd_read", (fd,), lambda: self._linux.eventfd_read(fd))
+
+    def poll(self, fd: int, timeout: float | None) -> bool:
+        """The real one; may block."""
+        return self._observed("poll", (fd,), lambda: self._linux.poll(fd, timeout))
+
+    # ------------------------------------------------------------------------------------------------------ memory
+
+    def mmap(self, vaddr: int, size: int, protection: int, flags: int, *, fd: int = -1, offset: int = 0) -> Vaddr:
+        """The real one, seen: with MAP_FIXED it takes away what is there. A BAR is memory without side effects."""
+
+        def act() -> Vaddr:
+            handler = self._handler(fd)
+            if handler is not None:
+                if not flags & _MAP_SHARED:
+                    refuse(errno.EINVAL)
+                _device(handler).check_mmap(offset, size)
+            return self._linux.mmap(vaddr, size, protection, flags, fd=fd, offset=offset)
+
+        replaces = flags & MAP_FIXED and not flags & _MAP_FIXED_NOREPLACE
+        given = (vaddr, size, protection, flags, fd, offset)
+        return self._memory_call("mmap", given, act, gone=size if replaces else 0)
+
+    def mprotect(self, vaddr: int, size: int, protection: int) -> None:
+        """The real one, seen: PROT_NONE takes memory away."""
+        self._memory_call(
+            "mprotect",
+            (vaddr, size, protection),
+            lambda: self._linux.mprotect(vaddr, size, protection),
+            gone=size if protection == PROT_NONE else 0,
+        )
+
+    def madvise(self, vaddr: int, size: int, advice: int) -> None:
+        """The real one, seen: discarding takes memory away."""
+        self._memory_call(
+            "madvise",
+            (vaddr, size, advice),
+            lambda: self._linux.madvise(vaddr, size, advice),
+            gone=size if advice in _DISCARDS else 0,
+        )
+
+    def munmap(self, vaddr: int, size: int) -> None:
+        """The real one, seen."""
+        self._memory_call("munmap", (vaddr, size), lambda: self._linux.munmap(vaddr, size), gone=size)
+
+    def _memory_call(self, call: str, given: tuple[int, ...], action: Callable[[], _Answer], *, gone: int) -> _Answer:
+        if self._in_child:
+            return action()
+        with self._lock:
+            done = False
+
+            def act() -> _Answer:
+                nonlocal done
+                answer = action()
+                done = True
+                return answer
+
+            try:
+                return self._observed(call, given, act)
+            finally:
+                if done and gone:
+                    self._pins.gone(call, vaddr=given[0], size=gone)
+
+    def memlock(self) -> Memlock:
+        """The fake's own: `memlock_limit` in whole pages, the sum of live mappings, `privileged`."""
+        answer = Memlock(limit=self._pins.page_limit, used=self._pins.used, privileged=self._pins.privileged)
+        return self._observed("memlock", (), lambda: answer)
+
+
+def _device(handler: Handler) -> PciDevice:
+    if not isinstance(handler, DeviceHandle):
+        refuse(errno.EINVAL)
+    return handler.device
+
+
+def _check_open(fd: int) -> None:
+    try:
+        os.fstat(fd)
+    except (OSError, OverflowError):
+        refuse(errno.EBADF)
+
+
+def _close_all(files: dict[int, Handler], owner: int) -> None:
+    if os.getpid() != owner:
+        return
+    for fd in list(files):
+        handler = files.pop(fd)
+        os.close(fd)
+        handler.release(fd)

@@ -1,0 +1,186 @@
+"""This process's memory as a kernel sees it: reached by address, a bad address is EFAULT and never a crash."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn, Protocol
+
+from pyvfio.kernel import WritableBuffer
+from pyvfio.units import PAGE_SIZE, U64_MAX, align_down, align_up
+
+_MADV_POPULATE_READ = 22
+_MADV_POPULATE_WRITE = 23
+
+
+class _Iovec(ctypes.Structure):
+    base: int
+    length: int
+    _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
+
+
+def _load_libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for call in (libc.process_vm_readv, libc.process_vm_writev):
+        vector = ctypes.POINTER(_Iovec)
+        call.argtypes = [ctypes.c_int, vector, ctypes.c_ulong, vector, ctypes.c_ulong, ctypes.c_ulong]
+        call.restype = ctypes.c_ssize_t
+    return libc
+
+
+_libc = _load_libc()
+
+
+def refuse(number: int) -> NoReturn:
+    """Raise the OSError of an errno."""
+    raise OSError(number, os.strerror(number))
+
+
+def _transfer(*, vaddr: int, buffer: ctypes.Array[ctypes.c_char], write: bool) -> None:
+    # process_vm_* checks the far side page by page, where memmove would end the process.
+    call = _libc.process_vm_writev if write else _libc.process_vm_readv
+    done, size, start = 0, len(buffer), ctypes.addressof(buffer)
+    while done < size:
+        here, there = _Iovec(start + done, size - done), _Iovec(vaddr + done, size - done)
+        moved = int(call(os.getpid(), here, 1, there, 1, 0))
+        if moved <= 0:
+            refuse(errno.EFAULT)
+        done += moved
+
+
+def read_memory(vaddr: int, size: int) -> bytes:
+    """`size` bytes of this process; EFAULT where it may not read."""
+    buffer = ctypes.create_string_buffer(size)
+    _transfer(vaddr=vaddr, buffer=buffer, write=False)
+    return buffer.raw
+
+
+def write_memory(vaddr: int, data: bytes) -> None:
+    """Put `data` at `vaddr`; EFAULT where this process may not write (a part may have been written)."""
+    _transfer(vaddr=vaddr, buffer=(ctypes.c_char * len(data)).from_buffer_copy(data), write=True)
+
+
+@functools.cache
+def _populate_exists() -> bool:
+    # A kernel before 5.14 answers EINVAL, as a newer one does for memory without the right: ask where it cannot fail.
+    with contextlib.closing(mmap.mmap(-1, PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)) as page:
+        window = ctypes.c_char.from_buffer(page)
+        answer = int(_libc.madvise(ctypes.addressof(window), PAGE_SIZE, _MADV_POPULATE_READ))
+        del window
+    return answer == 0
+
+
+def _areas(lines: Iterator[str]) -> Iterator[tuple[int, int, str]]:
+    for line in lines:
+        span, rights = line.split(" ", 2)[:2]
+        start, _, end = span.partition("-")
+        yield int(start, 16), int(end, 16), rights
+
+
+def maps_allow(vaddr: int, size: int, *, write: bool) -> bool:
+    """Whether /proc/self/maps has the whole range with the right; knows nothing of a file that is too short."""
+    reached = vaddr
+    for start, end, rights in _areas(iter(Path("/proc/self/maps").read_text().splitlines())):
+        if end <= reached:
+            continue
+        if start > reached or rights[1 if write else 0] not in "rw":
+            return False
+        reached = end
+        if reached >= vaddr + size:
+            return True
+    return False
+
+
+def can_be_pinned(vaddr: int, size: int, *, write: bool) -> bool:
+    """Whether the running kernel would pin all of [`vaddr`, `vaddr + size`), found by populating it.
+
+    MADV_POPULATE_READ and _WRITE fail where `pin_user_pages` with and without FOLL_WRITE does. Kernels before 5.14 do
+    not have them: the rights of the memory areas decide there, and memory behind the end of its file passes.
+    """
+    if not _populate_exists():
+        return maps_allow(vaddr, size, write=write)
+    advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
+    start, end = align_down(vaddr, PAGE_SIZE), align_up(vaddr + size, PAGE_SIZE)
+    return end <= U64_MAX and int(_libc.madvise(start, end - start, advice)) == 0
+
+
+class Argument(Protocol):
+    """The third argument of an ioctl, as the kernel uses it: a number, or memory to copy from and to."""
+
+    @property
+    def value(self) -> int:
+        """The argument itself; the address, where it is a buffer."""
+        ...
+
+    def read(self, size: int, offset: int = 0) -> bytes:
+        """copy_from_user; EFAULT."""
+        ...
+
+    def write(self, data: bytes, offset: int = 0) -> None:
+        """copy_to_user; EFAULT."""
+        ...
+
+
+class AddressArgument:
+    """A number: a value, or an address that the caller vouches for and the kernel does not trust."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: int) -> None:
+        self.value = value & U64_MAX
+
+    def read(self, size: int, offset: int = 0) -> bytes:
+        """From this process; EFAULT."""
+        return read_memory(self.value + offset, size)
+
+    def write(self, data: bytes, offset: int = 0) -> None:
+        """To this process; EFAULT."""
+        write_memory(self.value + offset, data)
+
+
+class BufferArgument:
+    """A buffer. Where a kernel would go beyond its end, which no errno reports, BufferError says so."""
+
+    __slots__ = ("_buffer", "_size")
+
+    def __init__(self, buffer: WritableBuffer) -> None:
+        with memoryview(buffer) as view:
+            if view.readonly:
+                raise TypeError("an ioctl's buffer must be writable: the kernel answers in it")
+            self._size = view.nbytes
+        self._buffer = buffer
+
+    @property
+    def value(self) -> int:
+        """Where the buffer is."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
+
+    @property
+    def size(self) -> int:
+        """How many bytes the buffer has."""
+        return self._size
+
+    def _inside(self, size: int, offset: int) -> None:
+        if offset + size > self._size:
+            raise BufferError(
+                f"the kernel reaches byte {offset + size} of a buffer of {self._size}: wrong argsz or size"
+            )
+
+    def read(self, size: int, offset: int = 0) -> bytes:
+        """From the buffer."""
+        self._inside(size, offset)
+        data: bytes = struct.unpack_from(f"{size}s", self._buffer, offset)[0]
+        return data
+
+    def write(self, data: bytes, offset: int = 0) -> None:
+        """To the buffer."""
+        self._inside(len(data), offset)
+        struct.pack_into(f"{len(data)}s", self._buffer, offset, data)

@@ -1,0 +1,107 @@
+"""What the fake kernel was asked, and which calls are to fail."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pyvfio import ioctls
+
+_FILE_CALLS = frozenset(
+    ("open", "close", "ioctl", "pread", "pwrite", "registers", "eventfd", "eventfd_read", "poll", "memlock")
+)
+CALLS = _FILE_CALLS | {"mmap", "mprotect", "madvise", "munmap"}
+KEPT = 256  # bytes of an ioctl's buffer that are remembered
+
+_STRUCTURES: dict[str, type[ctypes.Structure]] = {
+    "VFIO_GROUP_GET_STATUS": ioctls.vfio_group_status,
+    "VFIO_DEVICE_GET_INFO": ioctls.vfio_device_info,
+    "VFIO_DEVICE_GET_REGION_INFO": ioctls.vfio_region_info,
+    "VFIO_DEVICE_GET_IRQ_INFO": ioctls.vfio_irq_info,
+    "VFIO_DEVICE_SET_IRQS": ioctls.vfio_irq_set,
+    "VFIO_IOMMU_GET_INFO": ioctls.vfio_iommu_type1_info,
+    "VFIO_IOMMU_MAP_DMA": ioctls.vfio_iommu_type1_dma_map,
+    "VFIO_IOMMU_UNMAP_DMA": ioctls.vfio_iommu_type1_dma_unmap,
+}
+
+
+class Call(NamedTuple):
+    """One system call: `call` is the method's name, `request` an ioctl's name in C (else ""), `result` what it
+    returned (None: nothing) and `errno` 0 or the number of the OSError."""
+
+    call: str
+    request: str
+    given: tuple[int | str | bytes, ...]
+    result: int | None
+    errno: int
+
+    @property
+    def arguments(self) -> dict[str, int | str | bytes]:
+        """The arguments by name; of a VFIO ioctl the fields of its structure, as they were before the call."""
+        if self.call != "ioctl":
+            return {f"argument{number}": value for number, value in enumerate(self.given)}
+        fd, number, argument = self.given
+        answer: dict[str, int | str | bytes] = {"fd": fd, "number": number}
+        structure = _STRUCTURES.get(self.request)
+        if structure is None or not isinstance(argument, bytes) or len(argument) < ctypes.sizeof(structure):
+            return answer | {"argument": argument}
+        fields = structure.from_buffer_copy(argument)
+        return answer | {str(field[0]): int(getattr(fields, field[0])) for field in structure._fields_}
+
+    def __str__(self) -> str:
+        values = ", ".join(f"{k}={v:#x}" if isinstance(v, int) else f"{k}={v!r}" for k, v in self.arguments.items())
+        outcome = f"-> {self.result}" if not self.errno else f"-> {os.strerror(self.errno)}"
+        return f"{self.request or self.call}({values}) {outcome}"
+
+
+@dataclass
+class Failure:
+    """A call that is to fail: the `nth` that matches, from when it was asked for. `after`: it has taken effect."""
+
+    call: str
+    request: int | str | None
+    nth: int
+    errno: int
+    after: bool
+
+    def __post_init__(self) -> None:
+        if self.call not in CALLS:
+            raise ValueError(f"no such call: {self.call!r}; one of {', '.join(sorted(CALLS))}")
+        if self.nth < 1:
+            raise ValueError(f"calls are counted from 1, not {self.nth}")
+        if self.request is not None and self.call != "ioctl":
+            raise ValueError(f"{self.call} has no request")
+
+    def matches(self, call: str, number: int, request: str) -> bool:
+        """Whether this is such a call."""
+        return call == self.call and (self.request is None or self.request in (number, request))
+
+
+class Failures:
+    """The calls that are to fail; each fails once and is then forgotten."""
+
+    def __init__(self) -> None:
+        self._planned: list[Failure] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._planned)
+
+    def plan(self, failure: Failure) -> None:
+        """One more."""
+        self._planned.append(failure)
+
+    def clear(self) -> None:
+        """None any more."""
+        self._planned.clear()
+
+    def due(self, call: str, number: int, request: str) -> Failure | None:
+        """Count this call; the failure whose turn it is."""
+        found = None
+        for failure in [planned for planned in self._planned if planned.matches(call, number, request)]:
+            failure.nth -= 1
+            if not failure.nth and found is None:
+                found = failure
+        self._planned = [planned for planned in self._planned if planned.nth > 0]
+        return found

@@ -1,0 +1,223 @@
+"""The type1 IOMMU of a container: its table of mappings, and the ioctls on it in the kernel's order of checks.
+
+Source: drivers/vfio/vfio_iommu_type1.c; the functions named below are there.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+from pyvfio import ioctls
+from pyvfio.testing.fake.iommu import IommuModel
+from pyvfio.testing.fake.pins import Mapped, Pins
+from pyvfio.testing.fake.process import Argument, refuse
+from pyvfio.testing.fake.versions import KernelVersion
+from pyvfio.units import U64_MAX, Iova, Vaddr, align_up
+
+READ = int(ioctls.VFIO_DMA_MAP_FLAG_READ)
+WRITE = int(ioctls.VFIO_DMA_MAP_FLAG_WRITE)
+_ALL = int(ioctls.VFIO_DMA_UNMAP_FLAG_ALL)
+_MAP = struct.Struct("=IIQQQ")
+_UNMAP = struct.Struct("=IIQQ")
+_INFO = struct.Struct("=IIQII")
+_CAPABILITY = struct.Struct("=HHI")
+_INFO_MINSZ = 16
+_MAX_DIRTY_BITMAP = 0x1000_0000  # DIRTY_BITMAP_SIZE_MAX
+
+
+class DmaTable:
+    """Mappings by IOVA: disjoint, found by bisection. Adding and removing move a list of numbers, O(log n) else."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._entries: dict[int, Mapped] = {}
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[Mapped]:
+        return (self._entries[start] for start in self._starts)
+
+    def at(self, iova: int) -> Mapped | None:
+        """The mapping that holds the byte at `iova`."""
+        index = bisect_right(self._starts, iova) - 1
+        if index < 0:
+            return None
+        entry = self._entries[self._starts[index]]
+        return entry if iova < entry.iova + entry.size else None
+
+    def overlaps(self, start: int, last: int) -> bool:
+        """Whether a mapping has a byte in [start, last]."""
+        index = bisect_left(self._starts, start)
+        return (index < len(self._starts) and self._starts[index] <= last) or self.at(start) is not None
+
+    def starting_in(self, start: int, last: int) -> list[Mapped]:
+        """The mappings whose first byte is in [start, last]."""
+        first, end = bisect_left(self._starts, start), bisect_right(self._starts, last)
+        return [self._entries[key] for key in self._starts[first:end]]
+
+    def add(self, entry: Mapped) -> None:
+        """Enter a mapping that overlaps none."""
+        self._starts.insert(bisect_left(self._starts, entry.iova), entry.iova)
+        self._entries[entry.iova] = entry
+
+    def remove(self, entry: Mapped) -> None:
+        """Strike out a mapping that is there."""
+        del self._starts[bisect_left(self._starts, entry.iova)]
+        del self._entries[entry.iova]
+
+    def _check(self) -> None:
+        assert self._entries.keys() == set(self._starts)
+        for before, after in pairwise(self):
+            assert before.iova + before.size <= after.iova, (before, after)
+
+
+class Type1:
+    """One container's IOMMU. `v2` is VFIO_TYPE1v2_IOMMU: a mapping is unmapped whole or the call fails."""
+
+    def __init__(self, *, version: KernelVersion, model: IommuModel, pins: Pins, v2: bool) -> None:
+        self._version = version
+        self._model = model
+        self._pins = pins
+        self._v2 = v2
+        self._range_starts = [span.start for span in model.ranges]
+        self._page = model.reported_pgsizes & -model.reported_pgsizes
+        self._entry_limit = model.dma_entry_limit  # read when the IOMMU is set: later changes are for later containers
+        self.table = DmaTable()
+        self.requests: dict[int, tuple[str, Callable[[Argument], int]]] = {
+            ioctls.VFIO_IOMMU_GET_INFO: ("VFIO_IOMMU_GET_INFO", self.get_info),
+            ioctls.VFIO_IOMMU_MAP_DMA: ("VFIO_IOMMU_MAP_DMA", self.map_dma),
+            ioctls.VFIO_IOMMU_UNMAP_DMA: ("VFIO_IOMMU_UNMAP_DMA", self.unmap_dma),
+        }
+
+    def release(self) -> None:
+        """The last group left: everything is unmapped and no longer charged (`vfio_iommu_unmap_unpin_all`)."""
+        for entry in list(self.table):
+            self._remove(entry)
+
+    def _remove(self, entry: Mapped) -> None:
+        self.table.remove(entry)
+        self._pins.unpin(entry)
+
+    def allows(self, entry: Mapped, *, write: bool) -> bool:
+        """Whether the IOMMU lets a device read, or write, through a mapping."""
+        if write:
+            return bool(entry.flags & WRITE)
+        leaky = self._model.write_is_readable and self._version.write_is_readable
+        return bool(entry.flags & READ) or leaky
+
+    # ---------------------------------------------------------------------------------------- VFIO_IOMMU_GET_INFO
+
+    def _capabilities(self) -> bytes:
+        ranges = self._model.ranges
+        bodies = [
+            (ioctls.VFIO_IOMMU_TYPE1_INFO_CAP_MIGRATION, struct.pack("=IIQQ", 0, 0, self._page, _MAX_DIRTY_BITMAP)),
+            (ioctls.VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL, struct.pack("=I", self._entry_limit - len(self.table))),
+        ]
+        if ranges:
+            spans = b"".join(struct.pack("=QQ", span.start, span.last) for span in ranges)
+            head = struct.pack("=II", len(ranges), 0)
+            bodies.append((ioctls.VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE, head + spans))
+        chain, position = b"", _INFO.size
+        for number, (identity, body) in enumerate(bodies, start=1):
+            size = align_up(_CAPABILITY.size + len(body), self._version.capability_alignment)
+            position += size
+            following = position if number < len(bodies) else 0
+            chain += (_CAPABILITY.pack(identity, 1, following) + body).ljust(size, b"\0")
+        return chain
+
+    def get_info(self, argument: Argument) -> int:
+        """`vfio_iommu_type1_get_info`: EFAULT, EINVAL (argsz)."""
+        argsz, _flags, _sizes = struct.unpack("=IIQ", argument.read(_INFO_MINSZ))
+        if argsz < _INFO_MINSZ:
+            refuse(errno.EINVAL)
+        written = info_write_back(self._version, argsz)
+        capabilities, offset = self._capabilities(), 0
+        if argsz < _INFO.size + len(capabilities):
+            argsz = _INFO.size + len(capabilities)
+        else:
+            argument.write(capabilities, _INFO.size)
+            offset = _INFO.size
+        flags = ioctls.VFIO_IOMMU_INFO_PGSIZES | ioctls.VFIO_IOMMU_INFO_CAPS
+        argument.write(_INFO.pack(argsz, flags, self._model.reported_pgsizes, offset, 0)[:written])
+        return 0
+
+    # ----------------------------------------------------------------------------------------- VFIO_IOMMU_MAP_DMA
+
+    def map_dma(self, argument: Argument) -> int:
+        """`vfio_dma_do_map`: EFAULT, EINVAL, EOVERFLOW (7.3), EEXIST, ENOSPC, EINVAL (range), EFAULT or ENOMEM."""
+        argsz, flags, vaddr, iova, size = _MAP.unpack(argument.read(_MAP.size))
+        if argsz < _MAP.size or flags & ~(READ | WRITE):
+            refuse(errno.EINVAL)
+        self._check_map(vaddr=vaddr, iova=iova, size=size, flags=flags)
+        if self.table.overlaps(iova, iova + size - 1):
+            refuse(errno.EEXIST)
+        if len(self.table) >= self._entry_limit:
+            refuse(errno.ENOSPC)
+        if not self._in_range(iova, iova + size - 1):
+            refuse(errno.EINVAL)
+        entry = Mapped(Iova(iova), size, Vaddr(vaddr), flags)
+        self._pins.pin(entry, write=bool(flags & WRITE))
+        self.table.add(entry)
+        return 0
+
+    def _check_map(self, *, vaddr: int, iova: int, size: int, flags: int) -> None:
+        wraps = iova + size - 1 > U64_MAX or vaddr + size - 1 > U64_MAX
+        early = self._version.overflow == errno.EOVERFLOW
+        if early and size and wraps:
+            refuse(errno.EOVERFLOW)
+        if not size or not flags or (size | iova | vaddr) & (self._page - 1) or wraps:
+            refuse(errno.EINVAL)
+
+    def _in_range(self, start: int, last: int) -> bool:
+        index = bisect_right(self._range_starts, start) - 1
+        return index >= 0 and last <= self._model.ranges[index].last
+
+    # --------------------------------------------------------------------------------------- VFIO_IOMMU_UNMAP_DMA
+
+    def unmap_dma(self, argument: Argument) -> int:
+        """`vfio_dma_do_unmap`: EFAULT, EINVAL, EOVERFLOW (7.3). `size` is written back, on success alone."""
+        argsz, flags, iova, size = _UNMAP.unpack(argument.read(_UNMAP.size))
+        if argsz < _UNMAP.size or flags & ~_ALL or iova & (self._page - 1):
+            refuse(errno.EINVAL)
+        entries = list(self.table) if self._wants_all(flags, iova, size) else self._doomed(iova, size)
+        for entry in entries:
+            self._remove(entry)
+        argument.write(_UNMAP.pack(argsz, flags, iova, sum(entry.size for entry in entries)))
+        return 0
+
+    def _wants_all(self, flags: int, iova: int, size: int) -> bool:
+        if flags & _ALL:
+            if iova or size:
+                refuse(errno.EINVAL)
+            return True
+        if not size or size & (self._page - 1):
+            refuse(errno.EINVAL)
+        if iova + size - 1 > U64_MAX:
+            refuse(self._version.overflow)
+        return False
+
+    def _doomed(self, iova: int, size: int) -> list[Mapped]:
+        last = iova + size - 1
+        first = self.table.at(iova)
+        cut = first is not None and first.iova != iova
+        if self._v2:
+            final = self.table.at(last)
+            if cut or (final is not None and final.iova + final.size - 1 != last):
+                refuse(errno.EINVAL)
+        elif cut:
+            return []  # v1 stops at a mapping that starts earlier, whatever else is in the range
+        if last == U64_MAX and iova and not self._version.unmaps_end_of_u64:
+            return []  # the exclusive end wraps to 0, and every mapping starts at or behind it
+        return self.table.starting_in(iova, last)
+
+
+def info_write_back(version: KernelVersion, argsz: int) -> int:
+    """How many bytes of an info structure a kernel writes back."""
+    if version.info_whole_tail:
+        return version.info_tail if argsz >= version.info_tail else _INFO_MINSZ
+    return min(argsz, version.info_tail)

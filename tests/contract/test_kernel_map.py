@@ -1,0 +1,258 @@
+"""What VFIO_IOMMU_MAP_DMA promises: what is refused, in which order, and what is locked (kernel: `vfio_dma_do_map`)."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from pyvfio.units import U64_MAX
+from tests.contract.world import (
+    BASE,
+    BOTH,
+    NONE,
+    NULL,
+    PAGE,
+    PRIVATE,
+    READ,
+    WRITE,
+    Attached,
+    World,
+    refused,
+)
+
+VADDR_FLAG = 4
+MAP_SHARED = 1
+LAST_PAGE = U64_MAX - PAGE + 1
+
+
+def overflow(world: World) -> int:
+    """The errno for iova + size beyond 2^64."""
+    return errno.EOVERFLOW if world.since(7, 0) else errno.EINVAL
+
+
+def test_iova_0_can_be_mapped(v2: Attached) -> None:
+    v2.map(iova=0)
+    assert v2.unmap(iova=0) == PAGE
+
+
+def test_v1_maps_and_unmaps_as_v2(v1: Attached) -> None:
+    v1.map(size=2 * PAGE)
+    assert v1.unmap(size=2 * PAGE) == 2 * PAGE
+
+
+@pytest.mark.parametrize("argsz", [0, 31])
+def test_a_short_argsz_is_einval(v2: Attached, argsz: int) -> None:
+    with refused(errno.EINVAL):
+        v2.map(argsz=argsz)
+
+
+def test_a_longer_argsz_is_fine(v2: Attached) -> None:
+    v2.map(argsz=1 << 20)
+
+
+@pytest.mark.parametrize("flags", [0, 8, 1 << 31, READ | 8, READ | VADDR_FLAG, BOTH | VADDR_FLAG])
+def test_other_flags_than_read_and_write_are_einval(v2: Attached, flags: int) -> None:
+    with refused(errno.EINVAL):
+        v2.map(flags=flags)
+
+
+@pytest.mark.parametrize("flags", [READ, WRITE, BOTH])
+def test_reading_writing_and_both_can_be_had(v2: Attached, flags: int) -> None:
+    v2.map(flags=flags)
+
+
+def test_size_0_is_einval(v2: Attached) -> None:
+    with refused(errno.EINVAL):
+        v2.map(size=0, vaddr=v2.world.memory())
+
+
+@pytest.mark.parametrize(("iova", "shift", "size"), [(1, 0, 0), (0, 1, 0), (0, 0, 1), (PAGE // 2, 0, 0)])
+def test_addresses_and_size_are_multiples_of_the_smallest_page(v2: Attached, iova: int, shift: int, size: int) -> None:
+    with refused(errno.EINVAL):
+        v2.map(iova=BASE + iova, vaddr=v2.world.memory(3 * PAGE) + shift, size=PAGE + size)
+
+
+def test_an_iova_that_wraps_is_einval_and_eoverflow_in_7_3(v2: Attached) -> None:
+    with refused(overflow(v2.world)):
+        v2.map(iova=LAST_PAGE, size=2 * PAGE)
+
+
+def test_a_vaddr_that_wraps_is_einval_and_eoverflow_in_7_3(v2: Attached) -> None:
+    with refused(overflow(v2.world)):
+        v2.map(vaddr=LAST_PAGE, size=2 * PAGE)
+
+
+def test_7_3_finds_the_wrap_before_flags_and_alignment(v2: Attached) -> None:
+    for flags, iova in ((0, LAST_PAGE), (READ, LAST_PAGE + 1)):
+        with refused(overflow(v2.world)):
+            v2.map(iova=iova, flags=flags, size=2 * PAGE)
+
+
+@pytest.mark.parametrize(("start", "pages"), [(0, 4), (-1, 2), (3, 2), (1, 1), (-1, 6), (0, 1), (3, 1)])
+def test_any_overlap_is_eexist(v2: Attached, start: int, pages: int) -> None:
+    v2.map(size=4 * PAGE)
+    with refused(errno.EEXIST):
+        v2.map(iova=BASE + start * PAGE, size=pages * PAGE)
+
+
+def test_neighbours_do_not_overlap(v2: Attached) -> None:
+    for page in (1, 0, 2):
+        v2.map(iova=BASE + page * PAGE)
+    assert v2.unmap(size=3 * PAGE) == 3 * PAGE
+
+
+def test_the_same_memory_can_be_mapped_twice(v2: Attached) -> None:
+    v2.map(vaddr=v2.map(), iova=0)
+
+
+def test_a_mapping_ends_where_its_range_ends(v2: Attached) -> None:
+    for span in v2.ranges():
+        last_page = span.last - PAGE + 1
+        with refused(errno.EINVAL, errno.EOVERFLOW):
+            v2.map(iova=last_page, size=2 * PAGE)
+        v2.map(iova=last_page)
+
+
+def test_a_mapping_does_not_span_the_hole_between_two_ranges(v2: Attached) -> None:
+    first, second = v2.ranges()[:2]
+    with refused(errno.EINVAL):
+        v2.map(iova=first.last + 1)
+    with refused(errno.EINVAL):
+        v2.map(iova=first.last + 1 - PAGE, size=second.start - first.last - 1 + 2 * PAGE, vaddr=v2.world.memory())
+    v2.map(iova=second.start)
+
+
+def test_a_full_table_is_enospc_until_a_mapping_goes(v2: Attached) -> None:
+    vaddr = v2.world.memory()
+    avail = v2.avail()
+    for entry in range(avail):
+        v2.map(iova=BASE + entry * PAGE, vaddr=vaddr)
+    assert v2.avail() == 0
+    with refused(errno.ENOSPC):
+        v2.map(iova=0)
+    v2.unmap()
+    v2.map(iova=0)
+
+
+def test_eexist_comes_before_enospc_and_enospc_before_a_bad_range_and_that_before_efault(v2: Attached) -> None:
+    vaddr = v2.world.memory()
+    hole = v2.ranges()[0].last + 1
+    with refused(errno.EINVAL):
+        v2.map(iova=hole, vaddr=NULL)
+    for entry in range(v2.avail()):
+        v2.map(iova=BASE + entry * PAGE, vaddr=vaddr)
+    with refused(errno.ENOSPC):
+        v2.map(iova=hole)
+    with refused(errno.EEXIST):
+        v2.map(iova=BASE, vaddr=NULL)
+    with refused(errno.EINVAL):
+        v2.map(iova=BASE, flags=0)
+
+
+# ------------------------------------------------------------------------------------------------ memory: EFAULT
+
+
+@pytest.mark.parametrize("vaddr", [NULL, PAGE, 1 << 47, 1 << 62, 0xFFFF_8000_0000_0000, LAST_PAGE])
+def test_memory_that_is_not_this_process_s_is_efault(v2: Attached, vaddr: int) -> None:
+    with refused(errno.EFAULT):
+        v2.map(vaddr=vaddr)
+
+
+@pytest.mark.parametrize(
+    ("protection", "flags"), [(NONE, READ), (NONE, WRITE), (READ, WRITE), (READ, BOTH), (WRITE, READ)]
+)
+def test_the_process_needs_the_rights_that_the_device_gets(v2: Attached, protection: int, flags: int) -> None:
+    with refused(errno.EFAULT):
+        v2.map(vaddr=v2.world.memory(protection=protection), flags=flags)
+
+
+@pytest.mark.parametrize(("protection", "flags"), [(READ, READ), (WRITE, WRITE), (WRITE, BOTH), (BOTH, READ)])
+def test_no_more_rights_than_those_are_needed(v2: Attached, protection: int, flags: int) -> None:
+    v2.map(vaddr=v2.world.memory(protection=protection), flags=flags)
+
+
+def test_a_hole_in_the_memory_is_efault_and_nothing_stays_mapped_or_locked(v2: Attached) -> None:
+    vaddr, before, avail = v2.world.memory(4 * PAGE), v2.locked(), v2.avail()
+    v2.world.kernel.munmap(vaddr + 2 * PAGE, PAGE)
+    with refused(errno.EFAULT):
+        v2.map(vaddr=vaddr, size=4 * PAGE)
+    assert (v2.locked(), v2.avail()) == (before, avail)
+    v2.map(vaddr=vaddr, size=2 * PAGE)
+
+
+def test_a_shared_file_is_mapped_up_to_its_end_and_no_further(v2: Attached) -> None:
+    kernel = v2.world.kernel
+    fd = os.memfd_create("contract")
+    os.ftruncate(fd, PAGE)
+    vaddr = kernel.mmap(0, 2 * PAGE, BOTH, MAP_SHARED, fd=fd)
+    os.close(fd)
+    with refused(errno.EFAULT):
+        v2.map(vaddr=vaddr, size=2 * PAGE)
+    v2.map(vaddr=vaddr)
+    v2.unmap()
+    kernel.munmap(vaddr, 2 * PAGE)
+
+
+def test_memory_may_have_been_joined_from_several_areas(v2: Attached) -> None:
+    vaddr = v2.world.memory(2 * PAGE)
+    v2.world.kernel.mmap(vaddr + PAGE, PAGE, BOTH, MAP_SHARED | 0x20 | 0x10)
+    v2.map(vaddr=vaddr, size=2 * PAGE)
+
+
+# ------------------------------------------------------------------------------------------------ memory: the limit
+
+
+def test_each_mapping_is_charged_and_unmapping_gives_it_back(v2: Attached) -> None:
+    before = v2.locked()
+    vaddr = v2.map(size=4 * PAGE)
+    v2.map(iova=0, vaddr=vaddr, size=4 * PAGE)
+    assert v2.locked() == before + 8 * PAGE
+    assert v2.unmap(iova=0, size=4 * PAGE) == 4 * PAGE
+    assert v2.locked() == before + 4 * PAGE
+
+
+def test_the_limit_itself_is_reached_and_one_page_more_is_enomem(v2: Attached) -> None:
+    with v2.world.memlock(v2.locked() + 4 * PAGE):
+        v2.map(size=3 * PAGE)
+        with refused(errno.ENOMEM):
+            v2.map(iova=0, size=2 * PAGE)
+        v2.map(iova=0)
+
+
+def test_a_limit_counts_whole_pages(v2: Attached) -> None:
+    with v2.world.memlock(v2.locked() + 2 * PAGE - 1):
+        with refused(errno.ENOMEM):
+            v2.map(size=2 * PAGE)
+        v2.map()
+
+
+def test_what_was_refused_for_the_limit_is_wholly_undone(v2: Attached) -> None:
+    before, avail = v2.locked(), v2.avail()
+    with v2.world.memlock(before + 4 * PAGE):
+        with refused(errno.ENOMEM):
+            v2.map(size=64 * PAGE)
+        assert (v2.locked(), v2.avail()) == (before, avail)
+        v2.map(size=4 * PAGE)
+
+
+def test_a_mapping_beyond_a_lowered_limit_is_refused_and_those_that_are_there_stay(v2: Attached) -> None:
+    v2.map(size=4 * PAGE)
+    with v2.world.memlock(PAGE):
+        with refused(errno.ENOMEM):
+            v2.map(iova=0)
+        assert v2.unmap(size=4 * PAGE) == 4 * PAGE
+
+
+@pytest.mark.parametrize(("bad", "expected"), [(1, errno.EFAULT), (2, errno.EFAULT), (3, errno.ENOMEM)])
+def test_whichever_page_comes_first_decides_between_enomem_and_efault(v2: Attached, bad: int, expected: int) -> None:
+    vaddr = v2.world.memory(8 * PAGE)
+    v2.world.kernel.mprotect(vaddr + bad * PAGE, PAGE, NONE)
+    with v2.world.memlock(v2.locked() + 2 * PAGE), refused(expected):
+        v2.map(vaddr=vaddr, size=8 * PAGE)
+
+
+def test_a_file_descriptor_is_not_memory(v2: Attached) -> None:
+    with refused(errno.EBADF):
+        v2.world.kernel.mmap(0, PAGE, BOTH, PRIVATE & ~0x20, fd=1000)

@@ -1,0 +1,203 @@
+"""What contract tests stand on: a kernel, a device that is bound to a VFIO driver, and short names for the calls.
+
+Everything goes through the seam: `Kernel` and the structures of `pyvfio.ioctls`. What differs between a fake and a
+real kernel in arranging a test, not in what it shows, is in `World`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import resource
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from pyvfio import ioctls
+from pyvfio.kernel import IoctlArgument, Kernel
+from pyvfio.units import PAGE_SIZE, IovaRange
+
+PRIVATE = 0x22  # MAP_PRIVATE | MAP_ANONYMOUS
+NONE, READ, WRITE = 0, 1, 2  # PROT_* and VFIO_DMA_MAP_FLAG_* have the same numbers
+BOTH = READ | WRITE
+BASE = 0x10_0000  # an IOVA that every IOMMU has
+PAGE = PAGE_SIZE
+NULL = 0
+BAD_ADDRESS = 0x1000  # below vm.mmap_min_addr: never mapped
+_CAP_IPC_LOCK = 14
+_LINUX_CAPABILITY_VERSION_3 = 0x20080522
+
+
+@contextlib.contextmanager
+def refused(*numbers: int) -> Iterator[None]:
+    """Whatever is inside fails with that errno (or one of those)."""
+    with pytest.raises(OSError) as caught:  # noqa: PT011 (the errno is what is compared)
+        yield
+    got = caught.value.errno or 0
+    assert got in numbers, f"{errno.errorcode.get(got)} instead of {[errno.errorcode.get(n) for n in numbers]}"
+
+
+@contextlib.contextmanager
+def real_memlock(limit: int) -> Iterator[None]:
+    """RLIMIT_MEMLOCK `limit` bytes above what is locked, without CAP_IPC_LOCK; as before afterwards."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = struct.pack("=Ii", _LINUX_CAPABILITY_VERSION_3, 0)
+    before = ctypes.create_string_buffer(24)
+    assert libc.capget(header, before) == 0
+    values = list(struct.unpack("=6I", before.raw))
+    values[0] &= ~(1 << _CAP_IPC_LOCK)  # the first word is the effective set; permitted stays, so it can come back
+    old = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, old[1]))
+    assert libc.capset(header, struct.pack("=6I", *values)) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, before.raw) == 0
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, old)
+
+
+@dataclass
+class World:
+    """A kernel and a device. `version` is (major, minor); `memlock` limits what may be locked, in all, in bytes."""
+
+    kernel: Kernel
+    bdf: str
+    group: int
+    version: tuple[int, int]
+    memlock: Callable[[int], contextlib.AbstractContextManager[None]]
+    _fds: list[int] = field(default_factory=list)
+    _memory: list[tuple[int, int]] = field(default_factory=list)
+
+    def since(self, major: int, minor: int) -> bool:
+        """Whether the kernel is that one or later."""
+        return self.version >= (major, minor)
+
+    def keep(self, fd: int) -> int:
+        """Close `fd` when the test ends, unless `close` did."""
+        self._fds.append(fd)
+        return fd
+
+    def open(self, name: str) -> int:
+        """Open a node of /dev/vfio."""
+        return self.keep(self.kernel.open(str(self.kernel.dev / "vfio" / name), os.O_RDWR))
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor."""
+        self._fds.remove(fd)
+        self.kernel.close(fd)
+
+    def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
+        """The call itself."""
+        return self.kernel.ioctl(fd, request, argument)
+
+    def memory(self, size: int = PAGE, *, protection: int = BOTH) -> int:
+        """Private anonymous memory that lasts as long as the test; its address."""
+        vaddr = self.kernel.mmap(0, size, protection, PRIVATE)
+        self._memory.append((vaddr, size))
+        return vaddr
+
+    def end(self) -> None:
+        """Close and unmap all: devices before groups before containers."""
+        for fd in reversed(self._fds):
+            self.kernel.close(fd)
+        for vaddr, size in self._memory:
+            self.kernel.munmap(vaddr, size)
+
+    def set_container(self, group: int, container: int) -> None:
+        """VFIO_GROUP_SET_CONTAINER."""
+        self.ioctl(group, ioctls.VFIO_GROUP_SET_CONTAINER, bytearray(struct.pack("=i", container)))
+
+    def open_device(self, group: int, name: str | None = None) -> int:
+        """VFIO_GROUP_GET_DEVICE_FD."""
+        argument = bytearray((name or self.bdf).encode() + b"\0")
+        return self.keep(self.ioctl(group, ioctls.VFIO_GROUP_GET_DEVICE_FD, argument))
+
+    def status(self, group: int) -> int:
+        """The flags of VFIO_GROUP_GET_STATUS."""
+        answer = ioctls.vfio_group_status(argsz=8)
+        self.ioctl(group, ioctls.VFIO_GROUP_GET_STATUS, answer)
+        return answer.flags
+
+
+@dataclass
+class Attached:
+    """A container with the world's group in it and an IOMMU set."""
+
+    world: World
+    container: int
+    group: int
+
+    @classmethod
+    def of(cls, world: World, kind: int) -> Attached:
+        """Open, attach and set the IOMMU."""
+        attached = cls(world, world.open("vfio"), world.open(str(world.group)))
+        world.set_container(attached.group, attached.container)
+        world.ioctl(attached.container, ioctls.VFIO_SET_IOMMU, kind)
+        return attached
+
+    def map(
+        self, *, iova: int = BASE, size: int = PAGE, vaddr: int | None = None, flags: int = BOTH, argsz: int = 32
+    ) -> int:
+        """VFIO_IOMMU_MAP_DMA of memory at `vaddr` (None: new memory of that size); the address."""
+        if vaddr is None:
+            vaddr = self.world.memory(size)
+        argument = ioctls.vfio_iommu_type1_dma_map(argsz=argsz, flags=flags, vaddr=vaddr, iova=iova, size=size)
+        before = bytes(argument)
+        try:
+            assert self.world.ioctl(self.container, ioctls.VFIO_IOMMU_MAP_DMA, argument) == 0
+        finally:
+            assert bytes(argument) == before, "the kernel never writes to this structure"
+        return vaddr
+
+    def unmap(self, *, iova: int = BASE, size: int = PAGE, flags: int = 0, argsz: int = 24) -> int:
+        """VFIO_IOMMU_UNMAP_DMA; how many bytes were unmapped."""
+        argument = ioctls.vfio_iommu_type1_dma_unmap(argsz=argsz, flags=flags, iova=iova, size=size)
+        before = bytes(argument)
+        try:
+            assert self.world.ioctl(self.container, ioctls.VFIO_IOMMU_UNMAP_DMA, argument) == 0
+        except OSError:
+            assert bytes(argument) == before, "a call that fails writes nothing back"
+            raise
+        assert bytes(argument)[:16] == before[:16]
+        return argument.size
+
+    def unmap_all(self) -> int:
+        """Everything; how many bytes it was."""
+        return self.unmap(iova=0, size=0, flags=ioctls.VFIO_DMA_UNMAP_FLAG_ALL)
+
+    def raw_info(self, argsz: int, *, room: int = 4096) -> bytes:
+        """What VFIO_IOMMU_GET_INFO makes of a buffer of `room` bytes 0xAA that says `argsz`."""
+        buffer = (ctypes.c_char * room).from_buffer_copy(struct.pack("=I", argsz) + b"\xaa" * (room - 4))
+        self.world.ioctl(self.container, ioctls.VFIO_IOMMU_GET_INFO, buffer)
+        return buffer.raw
+
+    def capabilities(self) -> dict[int, bytes]:
+        """The capabilities by id, headers included, up to the next one or the end of the answer."""
+        total = struct.unpack_from("=I", self.raw_info(16))[0]
+        answer = self.raw_info(total)
+        at: int = struct.unpack_from("=I", answer, 16)[0]
+        found = {}
+        while at:
+            identity, _version, following = struct.unpack_from("=HHI", answer, at)
+            found[identity] = answer[at : following or total]
+            at = following
+        return found
+
+    def ranges(self) -> list[IovaRange]:
+        """The IOVA ranges."""
+        body = self.capabilities()[ioctls.VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE]
+        (count,) = struct.unpack_from("=I", body, 8)
+        return [IovaRange(*pair) for pair in struct.iter_unpack("=QQ", body[16 : 16 + 16 * count])]
+
+    def avail(self) -> int:
+        """How many mappings the container still takes."""
+        answer: int = struct.unpack_from("=I", self.capabilities()[ioctls.VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL], 8)[0]
+        return answer
+
+    def locked(self) -> int:
+        """How many bytes this process has locked."""
+        return self.world.kernel.memlock().used
