@@ -158,6 +158,14 @@ def _try(step: Callable[[], None], failures: list[Exception]) -> None:
         failures.append(error)
 
 
+def _unmappable_again(offered: IovaRange, page_size: int) -> IovaRange:
+    """The range less the last page of all. What ends at 2^64 can be mapped, but up to 6.12 at least not be unmapped
+    again: `vfio_dma_do_unmap` compares with iova + size, which wraps to 0, and finds nothing."""
+    if offered.last < U64_MAX or offered.size <= page_size:
+        return offered
+    return IovaRange(offered.start, Iova(offered.last - page_size))
+
+
 class Container(Handle):
     """A VFIO container: an `AddressSpace` that the devices of its groups share.
 
@@ -406,8 +414,9 @@ class Container(Handle):
         logger.debug("attached group %d: IOVA %s", group.number, format_ranges(self.iova_ranges))
 
     def _adopt(self, info: caps.IommuInfo) -> None:
+        page_size = info.iova_pgsizes & -info.iova_pgsizes
         ranges = (_UNKNOWN_RANGE,) if info.iova_ranges is None else info.iova_ranges
-        self.allocator.set_ranges(ranges, page_size=info.iova_pgsizes & -info.iova_pgsizes)
+        self.allocator.set_ranges((_unmappable_again(r, page_size) for r in ranges), page_size=page_size)
         self._info = info
 
     def detach(self, group: Group) -> None:
@@ -452,7 +461,7 @@ class Container(Handle):
 
     @property
     def iova_ranges(self) -> tuple[IovaRange, ...]:
-        """Where mappings may lie, ascending."""
+        """Where mappings may lie, ascending: what the kernel reports, less the last page of 2^64."""
         return self.allocator.ranges
 
     @property

@@ -23,13 +23,16 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable
 from types import TracebackType
-from typing import Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 from pyvfio.errors import ClosedError, IoctlError, RollbackError, VfioError, raise_collected
 from pyvfio.ramblock import RamBlock, RamBlockList
 from pyvfio.space import AddressSpace
 from pyvfio.units import MIB, U64_MAX, Iova, Vaddr, format_size
+
+if TYPE_CHECKING:  # collections.abc has it from 3.12 on
+    from typing_extensions import Buffer
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +107,8 @@ class DmaMapper:
     """Maps RAM blocks, and buffers of the caller's own, into an `AddressSpace`.
 
     `blocks`: follow that list from now on, blocks that it has included. `resize="remap"`: a resize unmaps the block and
-    maps it anew; DMA into it that is under way meanwhile is stopped, and must be quiesced by the caller.
+    maps it anew; DMA into it that is under way meanwhile is stopped, and must be quiesced by the caller. `place`: asked
+    for the IOVA of each block that comes; None leaves it to the mapper.
 
     Raises what mapping the existing blocks raises; then it follows nothing.
 
@@ -113,11 +117,17 @@ class DmaMapper:
     """
 
     def __init__(
-        self, space: AddressSpace, blocks: RamBlockList | None = None, *, resize: Literal["remap"] = "remap"
+        self,
+        space: AddressSpace,
+        blocks: RamBlockList | None = None,
+        *,
+        resize: Literal["remap"] = "remap",
+        place: Callable[[RamBlock], int | None] | None = None,
     ) -> None:
         if resize != "remap":
             raise ValueError(f"resize must be 'remap', not {resize!r}")
         self._space = space
+        self._place = place or (lambda _block: None)
         self._lock = threading.RLock()
         self._followed: list[_Followed] = []  # sorted by vaddr
         self._pid = os.getpid()
@@ -152,6 +162,9 @@ class DmaMapper:
         logger.debug("added %r at iova=%#x", block, followed.iova)
 
     def _reserve_for(self, block: RamBlock, max_length: int) -> Iova:
+        wanted = self._place(block)
+        if wanted is not None:
+            return self._space.reserve_iova_at(wanted, max_length)
         former = self._former.get(block)
         if former is not None:  # a block that comes back, after an undo for instance, finds its IOVA again
             try:
@@ -270,7 +283,7 @@ class DmaMapper:
 
     def map_buffer(
         self,
-        buffer: bytearray | memoryview | ctypes.Array[ctypes.c_char],
+        buffer: Buffer,
         *,
         iova: int | None = None,
         read: bool = True,
@@ -335,9 +348,7 @@ class DmaMapper:
         if position >= 0 and self._mappings[position].vaddr + self._mappings[position].size > vaddr:
             raise ValueError(f"vaddr {vaddr:#x}-{vaddr + size - 1:#x} overlaps {self._mappings[position]!r}")
 
-    def map_temporary(
-        self, buffer: bytearray | memoryview | ctypes.Array[ctypes.c_char], *, read: bool = True, write: bool = True
-    ) -> DmaMapping:
+    def map_temporary(self, buffer: Buffer, *, read: bool = True, write: bool = True) -> DmaMapping:
         """Map a buffer for one transfer, at an IOVA from the top down, so that it does not come between blocks.
 
         Closing the result gives it up, but the kernel's mapping stays until `reset_temporary`, which many share, or
@@ -478,7 +489,7 @@ class DmaMapper:
                 assert followed.mapped <= followed.block.used_length
 
 
-def _export(buffer: bytearray | memoryview | ctypes.Array[ctypes.c_char]) -> tuple[memoryview, Vaddr]:
+def _export(buffer: Buffer) -> tuple[memoryview, Vaddr]:
     """A memoryview that keeps the buffer's memory where it is, and the address of its first byte."""
     view = memoryview(buffer)
     if view.readonly or not view.c_contiguous or view.nbytes == 0:

@@ -8,7 +8,7 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--device`, `--bind`, `--hw-required`."""
+    """`--device`, `--bind`, `--throwaway`, `--hw-required`."""
     group = parser.getgroup("pyvfio")
     group.addoption(
         "--device",
@@ -19,6 +19,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--bind", action="store_true", help="bind the devices to vfio-pci before the tests and give them back after"
+    )
+    group.addoption(
+        "--throwaway",
+        action="store_true",
+        help="this machine is a throw-away virtual machine, whose settings the tests may change",
     )
     group.addoption(
         "--hw-required", action="store_true", help="a test that lacks what it needs fails, where it would be skipped"

@@ -1,0 +1,94 @@
+"""A driver for QEMU's `edu` device (1234:11e8): a DMA engine that proves what a device can reach.
+
+It moves at most `LIMIT` bytes between memory and a buffer of its own, and takes 100 ms of the guest's time for each
+transfer. It does not tell whether the IOMMU stopped one: look at the data.
+
+Source: docs/specs/edu.rst and hw/misc/edu.c of QEMU.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from pyvfio.errors import UnsupportedError, VfioError
+
+EDU_ID = (0x1234, 0x11E8)
+"""PCI vendor and device."""
+
+LIMIT = 2048
+"""Bytes a transfer: QEMU 7.2 aborts when one reaches the last byte of the 4096-byte buffer, so half of it is used."""
+
+_IDENTIFICATION, _LIVENESS = 0x00, 0x04
+_IRQ_STATUS, _IRQ_RAISE, _IRQ_ACKNOWLEDGE = 0x24, 0x60, 0x64
+_SOURCE, _DESTINATION, _COUNT, _COMMAND = 0x80, 0x88, 0x90, 0x98
+_BUFFER = 0x40000
+_START, _TO_MEMORY, _INTERRUPT = 1, 2, 4
+_TIMEOUT = 30.0
+
+
+class _Bar(Protocol):
+    """What is needed of `pyvfio.Region`."""
+
+    def read32(self, offset: int) -> int: ...
+
+    def read64(self, offset: int) -> int: ...
+
+    def write32(self, offset: int, value: int) -> None: ...
+
+    def write64(self, offset: int, value: int) -> None: ...
+
+
+class Edu:
+    """The device behind `bar`, its BAR 0. Memory decoding and bus mastering are on.
+
+    Raises UnsupportedError when it is no edu. Synchronization: none; one transfer at a time.
+    """
+
+    def __init__(self, bar: _Bar) -> None:
+        self._bar = bar
+        identification = bar.read32(_IDENTIFICATION)
+        if identification & 0xFF != 0xED:
+            raise UnsupportedError(f"this is no edu device: its identification register reads {identification:#x}")
+
+    def invert(self, value: int) -> int:
+        """What the liveness register makes of a number: its 32-bit complement."""
+        self._bar.write32(_LIVENESS, value)
+        return self._bar.read32(_LIVENESS)
+
+    def read_memory(self, iova: int, size: int, *, interrupt: bool = False) -> None:
+        """Have the device read `size` bytes at `iova` into its buffer; returns when it is over."""
+        self._transfer(source=iova, destination=_BUFFER, size=size, command=_START | interrupt * _INTERRUPT)
+
+    def write_memory(self, iova: int, size: int, *, interrupt: bool = False) -> None:
+        """Have the device write `size` bytes of its buffer to `iova`; returns when it is over."""
+        command = _START | _TO_MEMORY | interrupt * _INTERRUPT
+        self._transfer(source=_BUFFER, destination=iova, size=size, command=command)
+
+    def _transfer(self, *, source: int, destination: int, size: int, command: int) -> None:
+        if not 0 < size <= LIMIT:
+            raise ValueError(f"a transfer moves 1 to {LIMIT} bytes, not {size}")
+        self._bar.write64(_SOURCE, source)
+        self._bar.write64(_DESTINATION, destination)
+        self._bar.write64(_COUNT, size)
+        self._bar.write64(_COMMAND, command)
+        self.wait_idle()
+
+    def wait_idle(self) -> None:
+        """Wait until no transfer is under way. Raises VfioError when that takes half a minute."""
+        deadline = time.monotonic() + _TIMEOUT
+        while self._bar.read64(_COMMAND) & _START:
+            if time.monotonic() > deadline:
+                raise VfioError(f"the edu device did not finish a transfer in {_TIMEOUT:.0f} seconds")
+            # An interrupt would tell, but whether interrupts work is what others want to find out with this.
+            time.sleep(0.002)
+
+    def raise_interrupt(self, value: int = 1) -> None:
+        """Have the device raise its interrupt, with `value` in its status."""
+        self._bar.write32(_IRQ_RAISE, value)
+
+    def acknowledge_interrupt(self) -> int:
+        """The interrupt status, which is cleared; INTx goes down."""
+        status = self._bar.read32(_IRQ_STATUS)
+        self._bar.write32(_IRQ_ACKNOWLEDGE, status)
+        return status

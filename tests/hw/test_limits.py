@@ -1,0 +1,127 @@
+"""What the kernel refuses: locked memory, entries, overlaps, bisecting unmaps, ranges; and what is left then."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+
+import pytest
+
+import pyvfio
+from pyvfio import ioctls
+from pyvfio.units import GIB, MIB, PAGE_SIZE
+from tests.hw.rig import SIZE, Rig, dma_entry_limit, locked_bytes, memlock_limit
+
+
+def test_a_resize_above_the_memlock_limit_is_refused_with_the_numbers(rig: Rig) -> None:
+    """The block stays as it was, for the process and for the device, and nothing more is pinned."""
+    block = rig.blocks.add("ring", used_length=2 * MIB, max_length=GIB)
+    before = locked_bytes()
+    with memlock_limit(8 * MIB):
+        with pytest.raises(pyvfio.PinLimitError, match="RLIMIT_MEMLOCK") as caught:
+            block.resize(16 * MIB)
+        assert (caught.value.limit, caught.value.asked) == (8 * MIB, 16 * MIB)
+        assert caught.value.errno == errno.ENOMEM
+        assert "ulimit -l" in caught.value.hint
+    assert block.used_length == 2 * MIB
+    assert locked_bytes() == before
+    assert rig.reaches(block, 2 * MIB - SIZE)
+    block.resize(16 * MIB)
+    assert rig.reaches(block, 16 * MIB - SIZE)
+
+
+def test_what_is_mapped_is_locked_and_nothing_else(rig: Rig) -> None:
+    """VmLck follows used_length, not max_length."""
+    before = locked_bytes()
+    block = rig.blocks.add("ring", used_length=2 * MIB, max_length=64 * GIB)
+    assert locked_bytes() - before == 2 * MIB
+    block.resize(8 * MIB)
+    assert locked_bytes() - before == 8 * MIB
+    block.resize(PAGE_SIZE)
+    assert locked_bytes() - before == PAGE_SIZE
+    block.remove()
+    assert locked_bytes() == before
+
+
+def test_the_last_entry_is_followed_by_a_clear_refusal(engine_bdfs: tuple[str, ...]) -> None:
+    """ENOSPC says how many mappings there may be; temporary ones that are given up make room by themselves."""
+    with dma_entry_limit(4), Rig(engine_bdfs[0]) as rig:
+        assert rig.container.entries_left == 3  # the rig has one
+        blocks = [rig.blocks.add(f"b{i}", used_length=PAGE_SIZE, max_length=MIB) for i in range(2)]
+        buffer = mmap.mmap(-1, PAGE_SIZE)
+        temporary = rig.mapper.map_temporary(buffer)
+        assert rig.container.entries_left == 0
+        with pytest.raises(pyvfio.EntryLimitError, match="all 4 mappings") as caught:
+            rig.blocks.add("one too many", used_length=PAGE_SIZE, max_length=MIB)
+        assert (caught.value.limit, caught.value.used) == (4, 4)
+        assert len(rig.blocks) == 3
+        temporary.close()
+        last = rig.blocks.add("fits now", used_length=PAGE_SIZE, max_length=MIB)
+        assert rig.reaches(last, 0)
+        assert rig.reaches(blocks[0], 0)
+        buffer.close()
+
+
+def test_an_overlap_is_refused_and_says_what_is_there(rig: Rig) -> None:
+    """EEXIST, with the mapping that is in the way."""
+    block = rig.blocks.add("ring", used_length=2 * MIB, max_length=2 * MIB)
+    iova = rig.mapper.iova(block)
+    with pytest.raises(pyvfio.IovaOverlapError) as caught:
+        rig.container.map(vaddr=block.vaddr, iova=iova + MIB, size=2 * MIB)
+    assert caught.value.errno == errno.EEXIST
+    assert caught.value.existing == (pyvfio.IovaRange.of(iova=iova, size=2 * MIB),)
+
+
+@pytest.mark.parametrize("iommu_type", [ioctls.VFIO_TYPE1_IOMMU, ioctls.VFIO_TYPE1v2_IOMMU], ids=["v1", "v2"])
+def test_an_unmap_that_cuts_a_mapping_in_two_is_never_taken_for_done(
+    engine_bdfs: tuple[str, ...], iommu_type: ioctls.VfioExtension
+) -> None:
+    """v2 refuses; v1 says success and unmaps nothing, or more than it was asked to: all of it is an error here."""
+    with Rig(engine_bdfs[0], iommu_type=iommu_type) as rig:
+        block = rig.blocks.add("ring", used_length=2 * MIB, max_length=2 * MIB)
+        iova = rig.mapper.iova(block)
+        v1 = iommu_type == ioctls.VFIO_TYPE1_IOMMU
+        refusal = pyvfio.UnmapSizeError if v1 else pyvfio.IoctlError
+        with pytest.raises(refusal):
+            rig.container.unmap(iova=iova + MIB, size=MIB)
+        assert rig.reaches(block, 0)
+        if v1:
+            assert rig.container.unmap_dma(iova=iova, size=PAGE_SIZE) == 2 * MIB
+            rig.container.map_dma(vaddr=block.vaddr, iova=iova, size=2 * MIB)
+        else:
+            with pytest.raises(pyvfio.IoctlError) as caught:
+                rig.container.unmap_dma(iova=iova, size=PAGE_SIZE)
+            assert caught.value.errno == errno.EINVAL
+
+
+def test_a_mapping_outside_the_ranges_is_refused_with_the_ranges(rig: Rig) -> None:
+    """In the window of message-signalled interrupts, across its edge, and above the top."""
+    block = rig.blocks.add("ring", used_length=2 * MIB, max_length=2 * MIB)
+    ranges = rig.container.iova_ranges
+    for iova in (0xFEE00000, ranges[0].last + 1 - PAGE_SIZE):
+        with pytest.raises(pyvfio.IovaRangeError) as caught:
+            rig.container.map(vaddr=block.vaddr, iova=iova, size=2 * PAGE_SIZE)
+        assert caught.value.ranges == ranges
+        assert str(ranges[0]) in str(caught.value)
+
+
+def test_memory_that_cannot_be_pinned_is_refused_with_what_is_there(rig: Rig) -> None:
+    """EFAULT for the inaccessible tail of a block; the error shows the process's own mapping."""
+    block = rig.blocks.add("ring", used_length=PAGE_SIZE, max_length=GIB)
+    with pytest.raises(pyvfio.IoctlError, match="---p") as caught:
+        rig.container.map(vaddr=block.vaddr + MIB, iova=9 * GIB, size=MIB)
+    assert caught.value.errno == errno.EFAULT
+
+
+def test_a_full_iova_space_is_refused_before_any_memory_is_mapped(rig: Rig) -> None:
+    """A block that no free range is long enough for ends in one error with the numbers, and is not there."""
+    for free in rig.container.allocator.free:
+        rig.container.reserve_iova_at(free.start, free.size)
+    rig.container.release_iova(rig.container.allocator.reservations[-1].start)
+    length = rig.container.allocator.largest_free
+    rig.container.reserve_iova_at(rig.container.allocator.free[0].start, length - GIB)
+    with pytest.raises(pyvfio.IovaRangeError, match="the longest free run has 1 GiB") as caught:
+        rig.blocks.add("too long", used_length=PAGE_SIZE, max_length=GIB + PAGE_SIZE)
+    assert caught.value.ranges == rig.container.iova_ranges
+    assert caught.value.largest_free == GIB
+    assert [block.idstr for block in rig.blocks] == ["desk"]
