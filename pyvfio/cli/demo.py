@@ -1,0 +1,138 @@
+"""`scripts/demo`: the main job on a real device, or on a real kernel in a virtual machine, for a person to see."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+
+from pyvfio import pci
+from pyvfio.cli.common import FAILED, OK, Json, complain, print_json, run
+from pyvfio.cli.main_job import MainJob, StepResult
+from pyvfio.errors import DeviceNotFoundError
+from pyvfio.kernel import LinuxKernel
+from pyvfio.testing import kernels, vm
+from pyvfio.testing.edu import EDU_ID
+from pyvfio.units import format_size
+
+NAME = "demo"
+_TIMEOUT = 300.0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=NAME,
+        description="Shows a RAM block that grows and shrinks in a VFIO container, what a device reads and writes of "
+        "it, and what the IOMMU stops. With no option it does so on a real kernel in a virtual machine.",
+        allow_abbrev=False,
+    )
+    worlds = parser.add_mutually_exclusive_group()
+    worlds.add_argument("--device", metavar="BDF", help="a device of this machine that is bound to vfio-pci")
+    worlds.add_argument("--vm", action="store_true", help="a virtual machine with an edu device (the default)")
+    worlds.add_argument("--fake", action="store_true", help="no kernel at all")
+    worlds.add_argument("--guest", action="store_true", help=argparse.SUPPRESS)
+    names = "|".join([*kernels.LINES, "FILE"])
+    parser.add_argument("--kernel", metavar=names, help="with a virtual machine; default: 6.12")
+    parser.add_argument("--iommu", choices=list(vm.IOMMUS), help="with a virtual machine; default: intel")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    return parser
+
+
+def _run_in_vm(options: argparse.Namespace) -> int:
+    kernel, iommu = options.kernel or "6.12", options.iommu or "intel"
+    words = [sys.executable, "-m", "pyvfio.cli.demo", "--guest", "--iommu", iommu]
+    print(f"{NAME}: booting kernel {kernel} with {iommu} IOMMU in QEMU; some ten seconds", file=sys.stderr, flush=True)
+    try:
+        result = vm.run(
+            [*words, *(["--json"] if options.json else [])],
+            kernel=kernel,
+            iommu=iommu,
+            timeout=_TIMEOUT,
+            stdout=sys.stdout.buffer,
+            stderr=sys.stderr.buffer,
+        )
+    except vm.VmError as error:
+        if error.log:
+            print(*error.log.splitlines()[-40:], sep="\n", file=sys.stderr)
+        raise
+    return result.status
+
+
+def _run_in_guest(options: argparse.Namespace) -> int:
+    kernel = LinuxKernel()
+    found = [device for device in pci.enumerate_devices(kernel) if (device.vendor, device.device) == EDU_ID]
+    if not found:
+        raise DeviceNotFoundError("this virtual machine has no edu device")
+    with ExitStack() as stack:
+        stack.callback(pci.restore, kernel, pci.bind(kernel, found[0].bdf))
+        return _show(MainJob(found[0].bdf, kernel=kernel, iommu=options.iommu), world="vm", as_json=options.json)
+
+
+def _run_on_device(options: argparse.Namespace) -> int:
+    kernel = LinuxKernel()
+    bdf = pci.parse_bdf(options.device)
+    return _show(MainJob(bdf, kernel=kernel), world="device", as_json=options.json)
+
+
+def _show(job: MainJob, *, world: str, as_json: bool) -> int:
+    results: list[StepResult] = []
+    if not as_json:
+        where = "in a virtual machine" if world == "vm" else "on this machine"
+        print(f"world    {where}: Linux {job.facts.kernel}, {job.facts.iommu} IOMMU", flush=True)
+        if not job.has_engine:
+            print("note     pyvfio cannot drive this device's DMA: what needs that is left out")
+    for result in job.steps():
+        results.append(result)
+        if not as_json:
+            _print_step(job, result, first=len(results) == 1)
+    ok = all(result.ok for result in results)
+    if as_json:
+        print_json(_report(job, results, world=world, ok=ok))
+    else:
+        print("\nEvery step held." if ok else "\nThe last step did NOT hold.")
+    return OK if ok else FAILED
+
+
+def _print_step(job: MainJob, result: StepResult, *, first: bool) -> None:
+    if first:
+        for number, (start, last) in enumerate(job.facts.iova_ranges, 1):
+            print(
+                f"IOVA {number}   {start:#x}-{last:#x}"
+                + (f" ({format_size(last - start + 1)})" if last + 1 < 1 << 64 else "")
+            )
+        print()
+    mark = "ok    " if result.ok else "FAILED"
+    print(f"{mark} {result.microseconds:>10,.0f} µs  {result.name}", flush=True)
+    print(f"                      {result.seen}", flush=True)
+
+
+def _report(job: MainJob, results: Sequence[StepResult], *, world: str, ok: bool) -> dict[str, Json]:
+    return {
+        "ok": ok,
+        "world": world,
+        "kernel": job.facts.kernel,
+        "iommu": job.facts.iommu,
+        "iova_ranges": [{"start": start, "last": last} for start, last in job.facts.iova_ranges],
+        "block": dict(job.facts.block),
+        "steps": [asdict(result) for result in results],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `scripts/demo`; its exit status: 0 when every step held, 1 when one did not or something is missing."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.fake:
+        complain(NAME, "the fake kernel has no device that does DMA yet; try --vm, which needs no hardware either")
+        return FAILED
+    if options.device is not None:
+        if options.kernel or options.iommu:
+            parser.error("--kernel and --iommu belong to a virtual machine, not to --device")
+        return _run_on_device(options)
+    return _run_in_guest(options) if options.guest else _run_in_vm(options)
+
+
+if __name__ == "__main__":
+    run(main, name=NAME)
