@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 
 import pytest
+
+from pyvfio import pci
+from pyvfio.kernel import LinuxKernel
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,3 +41,32 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     if report.skipped and item.config.getoption("--hw-required"):
         report.outcome = "failed"
     return report
+
+
+def _matches(device: pci.PciDevice, wanted: str) -> bool:
+    if wanted.count(":") == 1 and "." not in wanted:
+        vendor, _, number = wanted.partition(":")
+        return (device.vendor, device.device) == (int(vendor, 16), int(number, 16))
+    return device.bdf == pci.parse_bdf(wanted)
+
+
+@pytest.fixture(scope="session")
+def kernel() -> LinuxKernel:
+    """The running kernel."""
+    return LinuxKernel()
+
+
+@pytest.fixture(scope="session")
+def bdfs(request: pytest.FixtureRequest, kernel: LinuxKernel) -> Iterator[tuple[str, ...]]:
+    """The devices that `--device` names, bound to vfio-pci; with `--bind`, for the time of the tests."""
+    wanted: list[str] = request.config.getoption("--device")
+    if not wanted:
+        pytest.skip("no --device was given")
+    devices = pci.enumerate_devices(kernel)
+    found = tuple(device.bdf for name in wanted for device in devices if _matches(device, name))
+    assert found, f"no device is {' or '.join(wanted)}; there are {', '.join(device.bdf for device in devices)}"
+    with ExitStack() as stack:
+        if request.config.getoption("--bind"):
+            for bdf in found:
+                stack.callback(pci.restore, kernel, pci.bind(kernel, bdf))
+        yield found

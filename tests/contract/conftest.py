@@ -10,25 +10,29 @@ from dataclasses import replace
 
 import pytest
 
-from pyvfio import ioctls
+from pyvfio import ioctls, pci
 from pyvfio.kernel import LinuxKernel
 from pyvfio.testing.fake import VERSIONS, FakeDevice, FakeKernel
 from pyvfio.testing.fake.iommu import iommu_model
 from tests.contract.world import Attached, World, real_memlock
+from tests.hw.rig import dma_entry_limit
 
 ENTRIES = 64  # a kernel has 65535, which cost seconds to fill
-
-
-def _devices(config: pytest.Config) -> list[str]:
-    return list(config.getoption("--device", default=None) or [])
+RUNNING = "running"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test of the contract runs on each fake, or on the running kernel; one about `fake` on each fake in any case."""
+    """A test of the contract runs on each fake, or, with `--device`, on the running kernel instead."""
     if "world_name" in metafunc.fixturenames:
-        metafunc.parametrize("world_name", _devices(metafunc.config) or list(VERSIONS))
+        metafunc.parametrize("world_name", [RUNNING] if metafunc.config.getoption("--device") else list(VERSIONS))
     if "fake_name" in metafunc.fixturenames:
         metafunc.parametrize("fake_name", list(VERSIONS))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is about a fake in any case has been said where there is no device."""
+    if config.getoption("--device"):
+        items[:] = [item for item in items if "fake_name" not in getattr(item, "fixturenames", ())]
 
 
 @contextlib.contextmanager
@@ -43,40 +47,38 @@ def _fake_world(kernel: FakeKernel) -> World:
     return World(kernel, "0000:00:02.0", 2, (major, minor), lambda limit: _fake_memlock(kernel, limit))
 
 
-def _find(kernel: LinuxKernel, name: str) -> str:
-    """The address of a device that is called by its address or as vendor:device."""
-    for home in sorted((kernel.sysfs / "bus/pci/devices").iterdir()):
-        ids = ":".join((home / file).read_text().strip()[2:] for file in ("vendor", "device"))
-        if name.lower() in (home.name, ids):
-            return home.name
-    raise LookupError(f"no PCI device {name}")
-
-
-def _running_world(name: str) -> World:
+def _running_world(bdf: str) -> World:
     kernel = LinuxKernel()
-    bdf = _find(kernel, name)
-    group = int((kernel.sysfs / "bus/pci/devices" / bdf / "iommu_group").resolve().name)
+    group = pci.group_of(kernel, bdf)
     found = re.match(r"(\d+)\.(\d+)", os.uname().release)
     assert found is not None
     return World(kernel, bdf, group, (int(found[1]), int(found[2])), real_memlock)
 
 
-@pytest.fixture
-def world(world_name: str) -> Iterator[World]:
-    """A kernel with a device; what a test leaves open is closed."""
-    if world_name not in VERSIONS:
-        world = _running_world(world_name)
-        yield world
-        world.end()
-        return
-    model = replace(iommu_model("intel", VERSIONS[world_name]), dma_entry_limit=ENTRIES)
-    with FakeKernel(world_name, iommu=model) as kernel:
-        world = _fake_world(kernel)
-        yield world
-        world.end()
+@contextlib.contextmanager
+def _running(request: pytest.FixtureRequest) -> Iterator[World]:
+    bdfs: tuple[str, ...] = request.getfixturevalue("bdfs")
+    few = dma_entry_limit(ENTRIES) if request.config.getoption("--throwaway") else contextlib.nullcontext()
+    with few:
+        yield _running_world(bdfs[0])
+
+
+@contextlib.contextmanager
+def _fake(name: str) -> Iterator[World]:
+    model = replace(iommu_model("intel", VERSIONS[name]), dma_entry_limit=ENTRIES)
+    with FakeKernel(name, iommu=model) as kernel:
+        yield _fake_world(kernel)
         assert kernel.descriptors == ()
         assert kernel.memlock().used == 0
         kernel.check()
+
+
+@pytest.fixture
+def world(world_name: str, request: pytest.FixtureRequest) -> Iterator[World]:
+    """A kernel with a device; what a test leaves open is closed."""
+    with _running(request) if world_name == RUNNING else _fake(world_name) as world:
+        yield world
+        world.end()
 
 
 @pytest.fixture
