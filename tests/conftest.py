@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from pyvfio import pci
+from pyvfio.cli.common import selector_argument
 from pyvfio.kernel import LinuxKernel
 
 
@@ -43,13 +44,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
-def _matches(device: pci.PciDevice, wanted: str) -> bool:
-    if wanted.count(":") == 1 and "." not in wanted:
-        vendor, _, number = wanted.partition(":")
-        return (device.vendor, device.device) == (int(vendor, 16), int(number, 16))
-    return device.bdf == pci.parse_bdf(wanted)
-
-
 @pytest.fixture(scope="session")
 def kernel() -> LinuxKernel:
     """The running kernel."""
@@ -63,7 +57,7 @@ def bdfs(request: pytest.FixtureRequest, kernel: LinuxKernel) -> Iterator[tuple[
     if not wanted:
         pytest.skip("no --device was given")
     devices = pci.enumerate_devices(kernel)
-    found = tuple(device.bdf for name in wanted for device in devices if _matches(device, name))
+    found = tuple(device.bdf for name in wanted for device in devices if selector_argument(name)(device))
     assert found, f"no device is {' or '.join(wanted)}; there are {', '.join(device.bdf for device in devices)}"
     with ExitStack() as stack:
         if request.config.getoption("--bind"):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, TypeAlias
 
 from pyvfio.errors import VfioError
-from pyvfio.pci import parse_bdf
+from pyvfio.pci import PciDevice, parse_bdf
 
 Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json] | None"
 
@@ -56,6 +57,20 @@ def bdf_argument(text: str) -> str:
         return parse_bdf(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def selector_argument(text: str) -> Callable[[PciDevice], bool]:
+    """Which devices are meant by a PCI address, or by vendor and device such as 8086:10d3; for `type=`."""
+    if match := re.fullmatch(r"([0-9a-fA-F]{4}):([0-9a-fA-F]{4})", text):
+        wanted = (int(match[1], 16), int(match[2], 16))
+        return lambda device: (device.vendor, device.device) == wanted
+    try:
+        bdf = parse_bdf(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"neither a PCI address nor vendor:device, such as 0000:00:02.0 or 8086:10d3: {text!r}"
+        ) from error
+    return lambda device: device.bdf == bdf
 
 
 def driver_argument(text: str) -> str:

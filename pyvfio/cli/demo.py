@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 
 from pyvfio import pci
-from pyvfio.cli.common import FAILED, OK, Json, complain, print_json, run
+from pyvfio.cli.common import FAILED, OK, Json, bdf_argument, complain, print_json, run
 from pyvfio.cli.main_job import MainJob, StepResult
 from pyvfio.errors import DeviceNotFoundError
 from pyvfio.kernel import LinuxKernel
@@ -19,6 +19,7 @@ from pyvfio.units import format_size
 
 NAME = "demo"
 _TIMEOUT = 300.0
+WRONG_USAGE = 2  # as argparse has it
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -29,7 +30,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     worlds = parser.add_mutually_exclusive_group()
-    worlds.add_argument("--device", metavar="BDF", help="a device of this machine that is bound to vfio-pci")
+    worlds.add_argument(
+        "--device", type=bdf_argument, metavar="BDF", help="a device of this machine that is bound to vfio-pci"
+    )
     worlds.add_argument("--vm", action="store_true", help="a virtual machine with an edu device (the default)")
     worlds.add_argument("--fake", action="store_true", help="no kernel at all")
     worlds.add_argument("--guest", action="store_true", help=argparse.SUPPRESS)
@@ -53,6 +56,9 @@ def _run_in_vm(options: argparse.Namespace) -> int:
             stdout=sys.stdout.buffer,
             stderr=sys.stderr.buffer,
         )
+    except ValueError as error:  # a kernel and an IOMMU that do not go together
+        complain(NAME, error)
+        return WRONG_USAGE
     except vm.VmError as error:
         if error.log:
             print(*error.log.splitlines()[-40:], sep="\n", file=sys.stderr)
@@ -72,8 +78,7 @@ def _run_in_guest(options: argparse.Namespace) -> int:
 
 def _run_on_device(options: argparse.Namespace) -> int:
     kernel = LinuxKernel()
-    bdf = pci.parse_bdf(options.device)
-    return _show(MainJob(bdf, kernel=kernel), world="device", as_json=options.json)
+    return _show(MainJob(options.device, kernel=kernel), world="device", as_json=options.json)
 
 
 def _show(job: MainJob, *, world: str, as_json: bool) -> int:
@@ -81,8 +86,6 @@ def _show(job: MainJob, *, world: str, as_json: bool) -> int:
     if not as_json:
         where = "in a virtual machine" if world == "vm" else "on this machine"
         print(f"world    {where}: Linux {job.facts.kernel}, {job.facts.iommu} IOMMU", flush=True)
-        if not job.has_engine:
-            print("note     pyvfio cannot drive this device's DMA: what needs that is left out")
     for result in job.steps():
         results.append(result)
         if not as_json:
@@ -97,6 +100,8 @@ def _show(job: MainJob, *, world: str, as_json: bool) -> int:
 
 def _print_step(job: MainJob, result: StepResult, *, first: bool) -> None:
     if first:
+        if not job.has_engine:
+            print("note     pyvfio cannot drive this device's DMA: what needs that is left out")
         for number, (start, last) in enumerate(job.facts.iova_ranges, 1):
             print(
                 f"IOVA {number}   {start:#x}-{last:#x}"

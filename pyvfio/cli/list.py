@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pyvfio import pci
-from pyvfio.cli.common import OK, Json, print_json, print_table, run
+from pyvfio.cli.common import OK, Json, print_json, print_table, run, selector_argument
 from pyvfio.errors import DeviceNotFoundError, GroupMember, Holder
 from pyvfio.kernel import Kernel, LinuxKernel
 
@@ -129,20 +128,15 @@ def as_json(device: pci.PciDevice, state: GroupState | None) -> Json:
     }
 
 
-def _id_argument(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([0-9a-fA-F]{4}):([0-9a-fA-F]{4})", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"not a vendor and a device in hexadecimal, such as 8086:10d3: {text!r}")
-    return int(match[1], 16), int(match[2], 16)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=NAME,
         description="List PCI devices with driver, IOMMU group, whether the group is viable (and if not, which devices "
         "keep it from being so), NUMA node, and who has the group open, as far as this user may see.",
     )
-    parser.add_argument("id", nargs="*", type=_id_argument, metavar="VENDOR:DEVICE", help="only these, e.g. 8086:10d3")
+    parser.add_argument(
+        "device", nargs="*", type=selector_argument, metavar="BDF|VENDOR:DEVICE", help="only these, e.g. 8086:10d3"
+    )
     parser.add_argument("--group", type=int, metavar="N", help="only the devices of this IOMMU group")
     parser.add_argument("--driver", metavar="D", help=f"only those bound to this driver ({pci.NO_DRIVER}: to none)")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -151,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _selected(device: pci.PciDevice, options: argparse.Namespace) -> bool:
     return (
-        (not options.id or (device.vendor, device.device) in options.id)
+        (not options.device or any(matches(device) for matches in options.device))
         and (options.group is None or device.iommu_group == options.group)
         and (options.driver is None or (device.driver or pci.NO_DRIVER) == options.driver)
     )
