@@ -39,8 +39,6 @@ class IovaAllocator:
     """
 
     def __init__(self, ranges: Iterable[IovaRange] = (), *, page_size: int = PAGE_SIZE) -> None:
-        if not is_power_of_two(page_size):
-            raise ValueError(f"page_size must be a power of two, not {page_size}")
         self._page_size = page_size
         self._ranges: tuple[IovaRange, ...] = ()
         self._reserved: dict[int, int] = {}  # first address -> last address
@@ -69,18 +67,27 @@ class IovaAllocator:
 
     @property
     def largest_free(self) -> int:
-        """The longest run of free bytes."""
-        return max((last - start + 1 for start, last in self._free), default=0)
+        """The longest run of bytes that `reserve` may still give out."""
+        return max((last - max(start, IOVA_MIN) + 1 for start, last in self._free if last >= IOVA_MIN), default=0)
 
     def set_ranges(self, ranges: Iterable[IovaRange], *, page_size: int | None = None) -> None:
         """Take over what the kernel reports now; it can change when a group is attached or detached.
 
-        Raises IovaRangeError when something reserved would lie outside, with nothing changed. The kernel checks live
-        mappings only, so the unmapped tail of a block would otherwise fail much later, when the block grows.
+        Raises ValueError for ranges that overlap and a page size that is not a power of two; IovaRangeError when
+        something reserved would lie outside or be no multiple of the page size. Then nothing has changed. The kernel
+        checks live mappings only: the unmapped tail of a block would otherwise fail much later, when the block grows.
         """
         new = tuple(sorted(ranges))
-        size = page_size or self._page_size
-        if lost := [taken for taken in self.reservations if not any(r.contains(taken) for r in new)]:
+        size = self._page_size if page_size is None else page_size
+        if not is_power_of_two(size):
+            raise ValueError(f"page_size must be a power of two, not {size}")
+        if any(one.overlaps(other) for one, other in itertools.pairwise(new)):
+            raise ValueError(f"ranges of IOVA must not overlap: {format_ranges(new)}")
+        if lost := [
+            taken
+            for taken in self.reservations
+            if not any(r.contains(taken) for r in new) or not is_aligned(taken.start | taken.size, size)
+        ]:
             error = IovaRangeError(
                 errno.EINVAL,
                 f"{len(lost)} reserved ranges of IOVA have become unusable: {format_ranges(lost)}",
@@ -116,7 +123,7 @@ class IovaAllocator:
         none. Raises IovaRangeError (ENOMEM) when there is none either.
         """
         self._check_size(size)
-        alignment = alignment or self._page_size
+        alignment = self._page_size if alignment is None else alignment
         if not is_power_of_two(alignment):
             raise ValueError(f"alignment must be a power of two, not {alignment}")
         for stride in (max(alignment, self._page_size), self._page_size):

@@ -242,7 +242,8 @@ class LinuxKernel:
             if view.nbytes <= _FCNTL_BUFFER_MAX:
                 result: int = fcntl.ioctl(fd, request, argument)
                 return result
-        return _checked(_libc.ioctl(fd, request, ctypes.addressof(ctypes.c_char.from_buffer(argument))))
+        anchor = ctypes.c_char.from_buffer(argument)  # as long as it lives, a bytearray cannot be moved
+        return _checked(_libc.ioctl(fd, request, ctypes.addressof(anchor)))
 
     def pread(self, fd: int, size: int, offset: int) -> bytes:
         """pread(2)."""
@@ -294,8 +295,9 @@ class LinuxKernel:
     def memlock(self) -> Memlock:
         """getrlimit(2) and /proc/self/status."""
         soft, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-        text = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        status = dict(line.split(":", 1) for line in text.splitlines())
+        # As bytes: the name of a thread may hold a carriage return, which the kernel does not escape.
+        lines = Path("/proc/self/status").read_bytes().split(b"\n")
+        status = dict(line.decode("ascii", "replace").partition(":")[::2] for line in lines)
         return Memlock(
             # The kernel compares whole pages: vfio_pin_pages_remote shifts the limit right by PAGE_SHIFT.
             limit=None if soft == resource.RLIM_INFINITY else soft // PAGE_SIZE * PAGE_SIZE,

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from pyvfio.errors import ClosedError, IoctlError
 from pyvfio.kernel import MAP_FIXED, PROT_NONE, Kernel
-from pyvfio.units import MIB, PAGE_SIZE, Vaddr, align_up, format_size, is_aligned
+from pyvfio.units import MIB, PAGE_SIZE, U64_MAX, Vaddr, align_up, format_size, is_aligned
 
 logger = logging.getLogger(__name__)
 
@@ -83,18 +83,33 @@ class Reservation:
     `vaddr` is a multiple of 2 MiB; one page behind `max_length` stays inaccessible as a guard. New memory reads zero,
     also where it has been used, given up and taken again.
 
-    Raises ValueError for a length that is not a positive multiple of the page size, OSError when there is no address
-    space. Nothing is charged for the reservation itself: 1 TiB succeeds with overcommit_memory=2.
+    Raises ValueError for a length that is not a positive multiple of the page size or that no address space can hold,
+    IoctlError when there is no address space, OSError when the settings cannot be made. Nothing is charged for the
+    reservation itself: 1 TiB succeeds with overcommit_memory=2.
 
     Synchronization: none; the owner serializes calls. Cost: at most three system calls and one per setting.
     Source: `qemu_ram_mmap_resizable`, `qemu_ram_mmap_resize` of the series.
     """
 
-    __slots__ = ("_accessible", "_kernel", "_length", "_settings", "_touched", "_unsettled", "max_length", "vaddr")
+    __slots__ = (
+        "_accessible",
+        "_held",
+        "_kept",
+        "_kernel",
+        "_length",
+        "_settings",
+        "_touched",
+        "_unsettled",
+        "max_length",
+        "vaddr",
+    )
 
     def __init__(self, kernel: Kernel, *, max_length: int, settings: MemorySettings | None = None) -> None:
         if max_length <= 0 or not is_aligned(max_length, PAGE_SIZE):
             raise ValueError(f"max_length must be a positive multiple of {PAGE_SIZE} bytes, not {max_length}")
+        if max_length + ALIGNMENT > U64_MAX:
+            # ctypes would cut it to 64 bits, and the memory of others would be taken for ours.
+            raise ValueError(f"max_length {max_length:#x} is more than an address space can hold")
         self._kernel = kernel
         self._settings = settings or MemorySettings()
         self.max_length = max_length
@@ -103,6 +118,8 @@ class Reservation:
         self._length = 0
         self._accessible = 0  # known to be readable and writable up to here
         self._touched = 0  # old contents may be found up to here; above _length: not given back
+        self._held = 0  # a device may still reach up to here, unless the next shrink says otherwise
+        self._kept = False  # a device may reach any of it for ever
         self._unsettled: tuple[int, int] | None = None  # [start, end) that has lost its settings
         self.vaddr = self._reserve()
 
@@ -123,22 +140,41 @@ class Reservation:
 
     def _reserve(self) -> Vaddr:
         size = self.max_length + PAGE_SIZE
-        whole = self._kernel.mmap(0, size + ALIGNMENT - PAGE_SIZE, PROT_NONE, _ANONYMOUS)
+        try:
+            whole = self._kernel.mmap(0, size + ALIGNMENT - PAGE_SIZE, PROT_NONE, _ANONYMOUS)
+        except OSError as error:
+            raise IoctlError.of(
+                error,
+                f"{format_size(self.max_length)} of address space could not be reserved",
+                request="mmap",
+                arguments={"size": size},
+                hint="Choose a smaller max_length, or raise RLIMIT_AS (ulimit -v); a process has 128 TiB at most",
+            ) from error
         end = whole + size + ALIGNMENT - PAGE_SIZE
         vaddr = Vaddr(align_up(whole, ALIGNMENT))
-        left, right = whole, end  # what is still mapped, for the undo
+        head, body, tail = (whole, vaddr), (vaddr, vaddr + size), (vaddr + size, end)
+        ours = [head, body, tail]
         try:
-            if vaddr > whole:
-                self._kernel.munmap(whole, vaddr - whole)
-                left = vaddr
-            if vaddr + size < end:
-                self._kernel.munmap(vaddr + size, end - vaddr - size)
-                right = vaddr + size
+            for piece in (head, tail):
+                self._trim(ours, piece)
             apply_settings(self._kernel, self._settings, vaddr=vaddr, size=size)
         except BaseException:
-            self._kernel.munmap(left, right - left)
+            for start, stop in ours:
+                if start < stop:
+                    self._kernel.munmap(start, stop - start)
             raise
         return vaddr
+
+    def _trim(self, ours: list[tuple[int, int]], piece: tuple[int, int]) -> None:
+        start, end = piece
+        if start == end:
+            return
+        ours.remove(piece)  # first: another thread may have memory there as soon as it is unmapped
+        try:
+            self._kernel.munmap(start, end - start)
+        except OSError:
+            ours.append(piece)
+            raise
 
     def activate(self, length: int) -> None:
         """Make `[0, length)` usable; `length` is above the present one and at most `max_length`.
@@ -157,6 +193,8 @@ class Reservation:
 
     def _open_up(self, length: int) -> None:
         start, touched = self._accessible, self._touched
+        if start >= length:  # a grow to there was interrupted after it had come this far
+            return
         try:
             self._settle(length)
             self._touched = max(touched, length)
@@ -176,17 +214,21 @@ class Reservation:
     def deactivate(self, length: int) -> None:
         """Give back everything from `length` on; `length` is below the present one.
 
-        Raises OSError when the memory could not be given back (the limit of mappings, vm.max_map_count); `length` has
-        changed all the same, and the memory stays `retained`.
+        That says, too, that no device reaches behind `length` any more. Raises OSError when the memory could not be
+        given back (the limit of mappings, vm.max_map_count); `length` has changed all the same, and the memory stays
+        `retained`.
         """
         self._check_open()
         if not 0 <= length < self._length:
             raise ValueError(f"cannot deactivate down to {length:#x} bytes: {self._length:#x} are active")
         end = self._touched
         self._length = self._accessible = length
-        self._kernel.mmap(self.vaddr + length, end - length, PROT_NONE, _ANONYMOUS | MAP_FIXED)
+        if self._kept:
+            return
+        self._held = min(self._held, length)
         start, stop = self._unsettled or (length, end)
         self._unsettled = (min(start, length), max(stop, end))
+        self._kernel.mmap(self.vaddr + length, end - length, PROT_NONE, _ANONYMOUS | MAP_FIXED)
         self._touched = length
         try:
             self._settle(self.max_length)
@@ -195,11 +237,18 @@ class Reservation:
             logger.debug("settings of %#x wait until it is activated: %s", self.vaddr + length, error)
 
     def retain(self, length: int) -> None:
-        """Say that only `[0, length)` is in use, and give nothing back: a device may still reach what lies behind."""
+        """Say that only `[0, length)` is in use, and give nothing back: a device may still reach what lies behind,
+        until `deactivate` says otherwise."""
         self._check_open()
         if not 0 <= length <= self._length:
             raise ValueError(f"cannot retain from {length:#x} on: {self._length:#x} bytes are active")
+        self._held = self._touched
         self._length = self._accessible = length
+
+    def keep(self) -> None:
+        """Never give anything back from now on, not by `release` either: a device may reach any of it for ever."""
+        self._kept = True
+        self._held = self.max_length
 
     def _settle(self, length: int) -> None:
         if self._unsettled is None or self._unsettled[0] >= length:
@@ -209,39 +258,57 @@ class Reservation:
         self._unsettled = None
 
     def _zero(self, start: int, end: int) -> None:
-        try:
-            self._kernel.madvise(self.vaddr + start, end - start, mmap.MADV_DONTNEED)
-        except OSError:
-            # Locked memory cannot be dropped (EINVAL); it can be written.
-            ctypes.memset(self.vaddr + start, 0, end - start)
+        # Pages that a device may reach must stay the ones that this process has; they are written, not dropped.
+        if start >= self._held:
+            try:
+                self._kernel.madvise(self.vaddr + start, end - start, mmap.MADV_DONTNEED)
+            except OSError as error:
+                # Locked memory cannot be dropped (EINVAL); it can be written.
+                logger.debug("%#x is written with zeros: %s", self.vaddr + start, error)
+            else:
+                return
+        ctypes.memset(self.vaddr + start, 0, end - start)
 
     def release(self) -> None:
         """Give the address space back, guard page included; twice is fine. Raises OSError, and then still holds it."""
-        if self.vaddr == 0:
+        if self.vaddr == 0 or self._kept:
             return
-        self._kernel.munmap(self.vaddr, self.max_length + PAGE_SIZE)
-        self._length = self._accessible = self._touched = 0
+        # First: once it is unmapped it may be another's, and must not be unmapped again.
+        vaddr = Vaddr(self.vaddr)
         self.vaddr = Vaddr(0)
+        try:
+            self._kernel.munmap(vaddr, self.max_length + PAGE_SIZE)
+        except OSError:
+            self.vaddr = vaddr
+            raise
+        self._length = self._accessible = self._touched = self._held = 0
 
     def _check_open(self) -> None:
         if self.vaddr == 0:
             raise ClosedError("this memory has been released")
 
     def _check(self) -> None:
-        assert 0 <= self._length <= self._accessible <= self._touched <= self.max_length
         assert is_aligned(self.vaddr, ALIGNMENT)
-        if self.vaddr:
-            for start, end, permissions in _maps(self.vaddr, self.max_length + PAGE_SIZE):
-                inside = start < self.vaddr + self._touched
-                assert permissions == ("rw-p" if inside else "---p"), (hex(start), permissions)
-                assert not inside or end <= self.vaddr + self._touched, hex(end)
+        if not self.vaddr:
+            return
+        assert 0 <= self._length <= self._accessible <= self._touched <= self.max_length
+        reached = int(self.vaddr)
+        for start, end, permissions in _maps(self.vaddr, self.max_length + PAGE_SIZE):
+            first = max(start, self.vaddr)  # it merges with what lies before and is alike
+            assert first == reached, hex(reached)
+            reached = end
+            # Between the two stands what a shrink could not give back, or a grow was interrupted in.
+            assert permissions == "rw-p" or first >= self.vaddr + self._accessible, (hex(start), permissions)
+            assert permissions == "---p" or end <= self.vaddr + self._touched, (hex(end), permissions)
+        assert reached >= self.vaddr + self.max_length + PAGE_SIZE, hex(reached)
 
 
 def _maps(vaddr: int, size: int) -> list[tuple[int, int, str]]:
     """The lines of /proc/self/maps that lie in `[vaddr, vaddr + size)`: start, end, permissions."""
     found = []
-    for line in Path("/proc/self/maps").read_text(encoding="ascii", errors="replace").splitlines():
-        span, permissions = line.split(maxsplit=2)[:2]
+    # As bytes: a path may hold a carriage return, which the kernel does not escape and Python takes for a line's end.
+    for line in Path("/proc/self/maps").read_bytes().split(b"\n")[:-1]:
+        span, permissions = line.decode("ascii", "replace").split(maxsplit=2)[:2]
         start, end = (int(part, 16) for part in span.split("-"))
         if start < vaddr + size and vaddr < end:
             found.append((start, end, permissions))

@@ -24,9 +24,8 @@ import threading
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from types import TracebackType
-from typing import Protocol, Self, TypeAlias, runtime_checkable
+from typing import Protocol, Self, TypeAlias, TypeVar, runtime_checkable
 
 from pyvfio.errors import (
     ClosedError,
@@ -43,6 +42,8 @@ from pyvfio.memory import Exports, MemorySettings, Reservation
 from pyvfio.units import PAGE_SIZE, Vaddr, format_size, is_aligned
 
 logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 ResizedCallback: TypeAlias = Callable[[str, int], None]
 """A block's own callback, given its id string and its new `used_length` (`RAMBlock.resized`)."""
@@ -72,7 +73,8 @@ class SupportsRamBlockResized(Protocol):
 
     def ram_block_resized(self, block: RamBlock, old_length: int, new_length: int) -> None:
         """`block` changes from `old_length` to `new_length`; memory of both lengths is there. Raising refuses it, and
-        whoever raises has left everything as it was, unless it raises RollbackError."""
+        whoever raises has left everything as it was, unless it raises RollbackError. Whoever returns reaches nothing
+        behind `new_length` any more, whatever an earlier failure had left: that memory may now be given back."""
         ...
 
 
@@ -105,6 +107,7 @@ class RamBlock:
         "_memory",
         "_pid",
         "_resized",
+        "_start",
         "_used_length",
         "idstr",
         "max_length",
@@ -127,6 +130,7 @@ class RamBlock:
         self._exports = Exports()
         self._pid = os.getpid()
         self._memory = Reservation(owner.kernel, max_length=max_length, settings=settings)
+        self._start = self._memory.vaddr  # stays when the memory goes: who looks the block up meanwhile goes by it
 
     @property
     def vaddr(self) -> Vaddr:
@@ -205,6 +209,20 @@ class RamBlock:
                 f"{'shrunk to ' + format_size(end) if end else 'emptied or removed'}; release the view first"
             )
 
+    def _give_back(self) -> None:
+        """After a grow that was undone: what it had activated goes, unless a hook has kept a view of it."""
+        if self._memory.length == self._used_length or self._exports.end() > self._start + self._used_length:
+            return
+        try:
+            self._memory.deactivate(self._used_length)
+        except OSError as error:
+            logger.warning("%s keeps what it was to grow by: %s", self, error)
+
+    def _agree(self) -> None:
+        """Nothing is in use that is not part of the block, wherever a change came to its end."""
+        if self._memory.length > self._used_length:
+            self._memory.retain(self._used_length)
+
     def _check(self) -> None:
         assert 0 <= self._used_length <= self.max_length
         assert self._memory.length == self._used_length
@@ -223,14 +241,15 @@ class RamBlockList:
 
     def __init__(self, *, kernel: Kernel | None = None) -> None:
         self.kernel: Kernel = kernel or LinuxKernel()
-        self._blocks: list[RamBlock] = []  # sorted by vaddr
+        # Sorted by vaddr. Replaced as a whole, never changed in place: it is read without the lock.
+        self._blocks: tuple[RamBlock, ...] = ()
         self._notifiers: list[RamBlockNotifier] = []  # newest first, as QLIST_INSERT_HEAD leaves them
         self._lock = threading.RLock()
         self._changing = False
         self._pid = os.getpid()
 
     def __iter__(self) -> Iterator[RamBlock]:
-        return iter(tuple(self._blocks))
+        return iter(self._blocks)
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -245,8 +264,8 @@ class RamBlockList:
     def block_at(self, vaddr: int) -> RamBlock | None:
         """The block whose reserved address space holds `vaddr` (`qemu_ram_block_from_host`). O(log n)."""
         blocks = self._blocks
-        position = bisect_right(blocks, vaddr, key=lambda block: block.vaddr) - 1
-        if position < 0 or vaddr >= blocks[position].vaddr + blocks[position].max_length:
+        position = bisect_right(blocks, vaddr, key=lambda block: block._start) - 1
+        if position < 0 or vaddr >= blocks[position]._start + blocks[position].max_length:
             return None
         return blocks[position]
 
@@ -268,31 +287,52 @@ class RamBlockList:
         used, maximum = _length(used_length, "used_length"), _length(max_length, "max_length")
         if not used <= maximum or maximum == 0:
             raise ValueError(f"used_length {used:#x} must be at most max_length {maximum:#x}, which must not be 0")
-        with self._change():
-            if any(block.idstr == idstr for block in self._blocks):
-                raise ValueError(f"there is a RAM block '{idstr}' already")
-            block = RamBlock(self, idstr=idstr, max_length=maximum, settings=settings, resized=resized)
-            try:
-                if used:
-                    block._memory.activate(used)
-                block._used_length = used
-                _tell(self._notifiers, _Added(block), f"adding RAM block '{idstr}'")
-            except BaseException as error:
-                self._discard(block, error)
-                raise
-            self._insert(block)
+        block = self._change(
+            lambda: self._add(
+                idstr, used_length=used, max_length=maximum, settings=settings or MemorySettings(), resized=resized
+            )
+        )
         logger.debug("added %s", block)
         return block
 
-    def _insert(self, block: RamBlock) -> None:
-        self._blocks.insert(bisect_right(self._blocks, block.vaddr, key=lambda other: other.vaddr), block)
+    def _add(
+        self,
+        idstr: str,
+        *,
+        used_length: int,
+        max_length: int,
+        settings: MemorySettings,
+        resized: ResizedCallback | None,
+    ) -> RamBlock:
+        if any(block.idstr == idstr for block in self._blocks):
+            raise ValueError(f"there is a RAM block '{idstr}' already")
+        block = RamBlock(self, idstr=idstr, max_length=max_length, settings=settings, resized=resized)
+        try:
+            if used_length:
+                block._memory.activate(used_length)
+            block._used_length = used_length
+            blocks = tuple(sorted((*self._blocks, block), key=lambda other: other._start))
+            _tell(self._notifiers, _Added(block), f"adding RAM block '{idstr}'")
+            self._blocks = blocks  # no call stands between, so that no signal handler can: it is told and known
+        except BaseException as error:
+            self._discard(block, error)
+            raise
+        return block
 
-    def _discard(self, block: RamBlock, error: BaseException) -> None:
+    @staticmethod
+    def _discard(block: RamBlock, error: BaseException) -> None:
         block._list, block._used_length = None, 0
         if isinstance(error, _KEEP_MEMORY):
+            block._memory.keep()
             logger.warning("the memory of %s is kept, since a device may still reach it: %s", block, error)
-        else:
+            return
+        if block._exports.end():
+            logger.warning("the memory of %s is kept, since a hook has kept a view of it", block)
+            return
+        try:
             block._memory.release()
+        except OSError as failure:  # what the caller must hear of is why there is no block
+            logger.warning("the address space of %s could not be given back: %s", block, failure)
 
     def remove(self, block: RamBlock) -> None:
         """Tell all notifiers, the newest first, and give the block's memory and address space back.
@@ -300,33 +340,49 @@ class RamBlockList:
         Raises BufferError while a view of it lives, ValueError when it is not in this list, and whatever a notifier
         raises; then the block stays, and those who were told are told that it is there.
         """
-        with self._change():
-            if block not in self._blocks:
-                raise ValueError(f"RAM block '{block.idstr}' is not in this list")
-            block._check_views(0)
-            _tell(self._notifiers, _Removed(block), f"removing RAM block '{block.idstr}'")
-            self._blocks.remove(block)
-            block._list, block._used_length = None, 0
-            try:
-                block._memory.release()
-            except OSError as error:
-                logger.warning("the address space of %s could not be given back: %s", block, error)
+        self._change(lambda: self._remove(block))
         logger.debug("removed %s", block)
+
+    def _remove(self, block: RamBlock) -> None:
+        if block not in self._blocks:
+            raise ValueError(f"RAM block '{block.idstr}' is not in this list")
+        block._check_views(0)
+        blocks = tuple(other for other in self._blocks if other is not block)
+        _tell(
+            self._notifiers,
+            _Removed(block),
+            f"removing RAM block '{block.idstr}'",
+            finally_check=lambda: block._check_views(0),
+        )
+        self._blocks, block._list, block._used_length = blocks, None, 0
+        try:
+            block._memory.release()
+        except OSError as error:
+            logger.warning("the address space of %s could not be given back: %s", block, error)
 
     def add_notifier(self, notifier: RamBlockNotifier) -> None:
         """Tell `notifier` of every block there is, and from now on of every change, before all older ones.
 
         Raises TypeError when it has none of the hooks, ValueError when it is in the list, and whatever it raises; then
-        it is not in the list, and has been told that the blocks it knew are gone.
+        it is not in the list, and has been told that the blocks it knew are gone. When that fails too (RollbackError),
+        the blocks' memory is never given back any more: nobody would tell whether a device still reaches it.
         """
         hooks = (SupportsRamBlockAdded, SupportsRamBlockRemoved, SupportsRamBlockResized)
         if not isinstance(notifier, hooks):
             raise TypeError(f"{notifier!r} has none of ram_block_added, ram_block_removed, ram_block_resized")
-        with self._change():
-            if any(known is notifier for known in self._notifiers):
-                raise ValueError(f"{notifier!r} is a notifier of this list already")
+        self._change(lambda: self._add_notifier(notifier))
+
+    def _add_notifier(self, notifier: RamBlockNotifier) -> None:
+        if any(known is notifier for known in self._notifiers):
+            raise ValueError(f"{notifier!r} is a notifier of this list already")
+        notifiers = [notifier, *self._notifiers]
+        try:
             self._replay(notifier, [_Added(block) for block in self._blocks], "adding a notifier")
-            self._notifiers.insert(0, notifier)
+        except _KEEP_MEMORY:
+            for block in self._blocks:
+                block._memory.keep()
+            raise
+        self._notifiers = notifiers
 
     def remove_notifier(self, notifier: RamBlockNotifier) -> None:
         """Tell `notifier` that every block is gone, and tell it nothing more.
@@ -334,11 +390,14 @@ class RamBlockList:
         Raises ValueError when it is not in the list, and whatever it raises; then it stays, and is told again of the
         blocks that it was told are gone.
         """
-        with self._change():
-            if not any(known is notifier for known in self._notifiers):
-                raise ValueError(f"{notifier!r} is not a notifier of this list")
-            self._replay(notifier, [_Removed(block) for block in reversed(self._blocks)], "removing a notifier")
-            self._notifiers = [known for known in self._notifiers if known is not notifier]
+        self._change(lambda: self._remove_notifier(notifier))
+
+    def _remove_notifier(self, notifier: RamBlockNotifier) -> None:
+        if not any(known is notifier for known in self._notifiers):
+            raise ValueError(f"{notifier!r} is not a notifier of this list")
+        notifiers = [known for known in self._notifiers if known is not notifier]
+        self._replay(notifier, [_Removed(block) for block in reversed(self._blocks)], "removing a notifier")
+        self._notifiers = notifiers
 
     @staticmethod
     def _replay(notifier: RamBlockNotifier, events: Sequence[_Event], what: str) -> None:
@@ -355,39 +414,41 @@ class RamBlockList:
         new = _length(used_length, "used_length")
         if new > block.max_length:
             raise ValueError(f"used_length {new:#x} is above max_length {block.max_length:#x} of '{block.idstr}'")
-        kept: OSError | None = None
-        with self._change():
-            if block._list is None:
-                raise ClosedError(f"RAM block '{block.idstr}' has been removed")
-            old = block._used_length
-            if new > old:
-                self._grow(block, old, new)
-            elif new < old:
-                kept = self._shrink(block, old, new)
-            else:
-                return
-        logger.debug("resized %s from %#x", block, old)
+        kept = self._change(lambda: self._resize_to(block, new))
         if kept is not None:
             # Last, since a program may have made warnings errors: by now everything is in order.
             warnings.warn(
                 f"RAM block '{block.idstr}' shrank to {format_size(new)}, but {format_size(block._memory.retained)} "
                 f"could not be given back: {kept}. The limit vm.max_map_count may be reached",
                 MemoryNotReturnedWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
 
-    def _grow(self, block: RamBlock, old: int, new: int) -> None:
-        block._memory.activate(new)
+    def _resize_to(self, block: RamBlock, new: int) -> OSError | None:
+        if block._list is None:
+            raise ClosedError(f"RAM block '{block.idstr}' has been removed")
+        old = block._used_length
+        if new == old:
+            return None
+        kept: OSError | None = None
         try:
+            if new > old:
+                self._grow(block, old, new)
+            else:
+                kept = self._shrink(block, old, new)
+        finally:
+            block._agree()
+        logger.debug("resized %s from %#x", block, old)
+        return kept
+
+    def _grow(self, block: RamBlock, old: int, new: int) -> None:
+        try:
+            block._memory.activate(new)
             self._commit(block, old, new, self._notifiers)
         except _KEEP_MEMORY:
-            block._memory.retain(old)
-            raise
+            raise  # and retain: a device may still reach it
         except BaseException:
-            try:
-                block._memory.deactivate(old)
-            except OSError as error:
-                logger.warning("%s keeps what it was to grow by: %s", block, error)
+            block._give_back()
             raise
 
     def _shrink(self, block: RamBlock, old: int, new: int) -> OSError | None:
@@ -404,7 +465,7 @@ class RamBlockList:
         """Tell `notifiers`, change `used_length`, call the block's callback; or nothing of it."""
         what = f"resizing RAM block '{block.idstr}' from {format_size(old)} to {format_size(new)}"
         event = _Resized(block, old, new)
-        _tell(notifiers, event, what)
+        _tell(notifiers, event, what, finally_check=lambda: block._check_views(new))
         block._used_length = new
         if block._resized is None:
             return
@@ -415,21 +476,24 @@ class RamBlockList:
             _undo([(notifier, event) for notifier in notifiers], error, what)
             raise
 
-    @contextmanager
-    def _change(self) -> Iterator[None]:
+    def _change(self, action: Callable[[], _Result]) -> _Result:
+        # Not a context manager: a signal handler that raises between its entry and the block would leave it entered.
         if os.getpid() != self._pid:
             raise ForkedError("this list of RAM blocks", owner=self._pid)
         with self._lock:
-            if self._changing:
-                raise ReentrancyError(
-                    "the list of RAM blocks is being changed, and a notifier or callback tries to change it once more",
-                    hint="Let the hook return first, and make the change after that",
-                )
-            self._changing = True
+            self._check_settled()
             try:
-                yield
+                self._changing = True
+                return action()
             finally:
                 self._changing = False
+
+    def _check_settled(self) -> None:
+        if self._changing:
+            raise ReentrancyError(
+                "the list of RAM blocks is being changed, and a notifier or callback tries to change it once more",
+                hint="Let the hook return first, and make the change after that",
+            )
 
     def close(self) -> None:
         """Remove all blocks; twice is fine, and in a forked child it does nothing at all.
@@ -439,11 +503,13 @@ class RamBlockList:
         if os.getpid() != self._pid:
             return
         failures: list[Exception] = []
-        for block in tuple(self._blocks):
-            try:
-                self.remove(block)
-            except Exception as error:
-                failures.append(error)
+        with self._lock:
+            self._check_settled()
+            for block in self._blocks:
+                try:
+                    self.remove(block)
+                except Exception as error:
+                    failures.append(error)
         raise_collected(f"{len(failures)} RAM blocks could not be removed", failures)
 
     def __enter__(self) -> Self:
@@ -455,7 +521,9 @@ class RamBlockList:
         self.close()
 
     def _check(self) -> None:
-        assert [block.vaddr for block in self._blocks] == sorted(block.vaddr for block in self._blocks)
+        assert not self._changing
+        assert [block.vaddr for block in self._blocks] == sorted(block._start for block in self._blocks)
+        assert len({block.idstr for block in self._blocks}) == len(self._blocks)
         for block in self._blocks:
             assert block._list is self
             block._check()
@@ -499,13 +567,23 @@ class _Resized:
             notifier.ram_block_resized(self._block, self._new, self._old)
 
 
-def _tell(notifiers: Sequence[RamBlockNotifier], event: _Event, what: str) -> None:
-    """Tell all of them, or none: when one raises, those before it are told the opposite, the last told first."""
+def _tell(
+    notifiers: Sequence[RamBlockNotifier],
+    event: _Event,
+    what: str,
+    *,
+    finally_check: Callable[[], None] = lambda: None,
+) -> None:
+    """Tell all of them, or none: when one raises, those before it are told the opposite, the last told first.
+
+    `finally_check` refuses for what the hooks have done meanwhile: a view that one has taken, for instance.
+    """
     told: list[tuple[RamBlockNotifier, _Event]] = []
     try:
         for notifier in notifiers:
             event.tell(notifier)
             told.append((notifier, event))
+        finally_check()
     except BaseException as error:
         _undo(told, error, what)
         raise
@@ -516,12 +594,15 @@ def _undo(told: Sequence[tuple[RamBlockNotifier, _Event]], cause: BaseException,
     for notifier, event in reversed(told):
         try:
             event.revoke(notifier)
-        except Exception as error:
-            failures.append(error)
+        except BaseException as error:  # a KeyboardInterrupt, too, must not end the undo in the middle
+            failures.append(_as_exception(error))
     if failures:
-        first = cause if isinstance(cause, Exception) else VfioError(f"interrupted by {type(cause).__name__}")
         raise RollbackError(
             f"{what} failed, and so did its undo",
-            [first, *failures],
+            [_as_exception(cause), *failures],
             hint="The memory in question is kept, since a device may still reach it",
         ) from cause
+
+
+def _as_exception(error: BaseException) -> Exception:
+    return error if isinstance(error, Exception) else VfioError(f"interrupted by {type(error).__name__}")

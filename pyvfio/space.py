@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -94,53 +94,54 @@ class AddressSpace(Protocol):
 
 
 class MappingTable:
-    """Mappings sorted by IOVA, 24 bytes each: what an address space has put into the kernel.
+    """Mappings sorted by IOVA, 32 bytes each: what an address space has put into the kernel.
 
     Synchronization: none; its owner serializes calls. Cost: look-ups O(log n), changes O(log n) and a move of the tail.
     """
 
-    __slots__ = ("_iovas", "_sizes", "_vaddrs")
+    __slots__ = ("_iovas", "_rows")
 
     def __init__(self) -> None:
+        # iova, size, vaddr of one mapping after the other, in one array: a change is one operation, so that a signal
+        # handler that raises cannot leave half of it. `_iovas` is a copy of every third to search in, at C's speed.
+        self._rows = array("Q")
         self._iovas = array("Q")
-        self._sizes = array("Q")
-        self._vaddrs = array("Q")
 
     def __len__(self) -> int:
-        return len(self._iovas)
+        return len(self._rows) // 3
 
     def __iter__(self) -> Iterator[Mapping]:
         return (self._at(position) for position in range(len(self)))
 
     def _at(self, position: int) -> Mapping:
-        return Mapping(Iova(self._iovas[position]), self._sizes[position], Vaddr(self._vaddrs[position]))
+        iova, size, vaddr = self._rows[3 * position : 3 * position + 3]
+        return Mapping(Iova(iova), size, Vaddr(vaddr))
+
+    def _position(self, iova: int) -> int:
+        """Of the first mapping that does not begin below `iova`."""
+        if len(self._iovas) != len(self):  # a change was interrupted before it came to the copy
+            self._iovas = self._rows[::3]
+        return bisect_left(self._iovas, iova)
 
     def add(self, *, iova: int, size: int, vaddr: int) -> None:
         """Take a mapping in; the kernel has seen to it that it overlaps none."""
-        position = bisect_right(self._iovas, iova)
+        position = self._position(iova)
+        self._rows[3 * position : 3 * position] = array("Q", (iova, size, vaddr))
         self._iovas.insert(position, iova)
-        self._sizes.insert(position, size)
-        self._vaddrs.insert(position, vaddr)
-
-    def _span(self, iova: int, size: int) -> slice:
-        start = bisect_right(self._iovas, iova) - 1
-        if start < 0 or self._iovas[start] + self._sizes[start] <= iova:
-            start += 1
-        end = start
-        while end < len(self) and self._iovas[end] < iova + size:
-            end += 1
-        return slice(start, end)
 
     def overlapping(self, *, iova: int, size: int) -> list[Mapping]:
         """The mappings that share an address with `[iova, iova + size)`."""
-        span = self._span(iova, size)
-        return [self._at(position) for position in range(span.start, span.stop)]
+        start, end = self._position(iova), self._position(iova + size)
+        if start > 0:
+            before = self._at(start - 1)
+            start -= before.iova + before.size > iova
+        return [self._at(position) for position in range(start, end)]
 
     def discard(self, *, iova: int, size: int) -> None:
         """Forget the mappings that begin in `[iova, iova + size)`."""
-        span = self._span(iova, size)
-        for column in (self._iovas, self._sizes, self._vaddrs):
-            del column[span]
+        start, end = self._position(iova), self._position(iova + size)
+        del self._rows[3 * start : 3 * end]
+        del self._iovas[start:end]
 
     def at(self, iova: int) -> Mapping | None:
         """The mapping that covers `iova`."""
@@ -149,8 +150,8 @@ class MappingTable:
 
     def clear(self) -> None:
         """Forget all."""
-        for column in (self._iovas, self._sizes, self._vaddrs):
-            del column[:]
+        del self._rows[:]
+        del self._iovas[:]
 
     def _check(self) -> None:
         mappings = list(self)

@@ -1,0 +1,98 @@
+"""What tests see of this process's memory, and children to do in what would end the process or spoil it."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import resource
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from pyvfio.units import PAGE_SIZE
+
+
+class Area(NamedTuple):
+    """A part of /proc/self/smaps: `rss` and `huge` in bytes, `flags` as VmFlags has them."""
+
+    start: int
+    end: int
+    permissions: str
+    rss: int
+    huge: int
+    flags: frozenset[str]
+
+
+def _lines(path: str) -> list[str]:
+    # A path in it may hold a carriage return, which reading it as text would take for the end of a line.
+    return Path(path).read_bytes().decode("ascii", "replace").split("\n")[:-1]
+
+
+def areas(vaddr: int, size: int) -> list[Area]:
+    """All that lies in `[vaddr, vaddr + size)`."""
+    found: list[Area] = []
+    lines: dict[str, str] = {}
+    for line in _lines("/proc/self/smaps"):
+        name, _, value = line.partition(" ")
+        if not name.endswith(":"):
+            lines = {"span": name, "permissions": value[:4]}
+        lines[name] = value
+        if name == "VmFlags:":
+            start, end = (int(part, 16) for part in lines["span"].split("-"))
+            if start < vaddr + size and vaddr < end:
+                found.append(
+                    Area(
+                        start,
+                        end,
+                        lines["permissions"],
+                        int(lines["Rss:"].split()[0]) * 1024,
+                        int(lines["AnonHugePages:"].split()[0]) * 1024,
+                        frozenset(value.split()),
+                    )
+                )
+    return found
+
+
+def maps(vaddr: int, size: int) -> list[str]:
+    """The lines of /proc/self/maps that lie in `[vaddr, vaddr + size)`."""
+    found = []
+    for line in _lines("/proc/self/maps"):
+        start, end = (int(part, 16) for part in line.split(maxsplit=1)[0].split("-"))
+        if start < vaddr + size and vaddr < end:
+            found.append(line)
+    return found
+
+
+def in_child(action: Callable[[], object]) -> int:
+    """Do it in a forked child: 0, 1 when it raised (the traceback is on stderr), -N when signal N ended it."""
+    with warnings.catch_warnings():
+        # From 3.12 on Python warns of other threads; those of numpy's BLAS sleep, and the child does not use them.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            faulthandler.disable()
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            action()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def limit_memory(kind: int, *, headroom: int) -> None:
+    """Let this process have `headroom` bytes more than it has now, of RLIMIT_AS or RLIMIT_DATA."""
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    if kind == resource.RLIMIT_AS:
+        used = int(pages[0]) * PAGE_SIZE
+    else:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        used = int(status.split("VmData:")[1].split()[0]) * 1024
+    resource.setrlimit(kind, (used + headroom, resource.RLIM_INFINITY))

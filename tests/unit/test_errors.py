@@ -1,0 +1,186 @@
+"""What errors say and carry."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from pyvfio import errors
+from pyvfio.errors import (
+    AccessDeniedError,
+    EntryLimitError,
+    ForkedError,
+    GroupBusyError,
+    GroupMember,
+    GroupNotViableError,
+    Holder,
+    IoctlError,
+    IovaOverlapError,
+    IovaRangeError,
+    MemoryNotReturnedWarning,
+    PinLimitError,
+    RollbackError,
+    UnmapSizeError,
+    VfioError,
+    describe_ranges,
+    raise_collected,
+)
+from pyvfio.units import Iova, IovaRange
+
+
+def ioctl_error(kind: type[IoctlError] = IoctlError) -> IoctlError:
+    """ENOMEM of a map."""
+    return kind(
+        errno.ENOMEM,
+        "no memory",
+        request="VFIO_IOMMU_MAP_DMA",
+        arguments={"iova": 0x1000, "how": "rw"},
+        hint="Buy some",
+    )
+
+
+def test_every_error_is_a_vfio_error() -> None:
+    """One except clause catches all that pyvfio finds wrong."""
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    others = {kind for kind in kinds if not issubclass(kind, VfioError) and kind.__module__ == errors.__name__}
+    assert others == {MemoryNotReturnedWarning}
+    assert len(kinds) > 15
+
+
+def test_an_error_says_what_is_wrong_and_then_what_to_do() -> None:
+    """The hint is part of what is printed, where there is one."""
+    assert str(VfioError("It is broken", hint="Mend it")) == "It is broken. Mend it"
+    assert str(VfioError("It is broken")) == "It is broken"
+
+
+def test_a_refused_call_is_an_oserror_with_the_kernels_errno() -> None:
+    """Code that knows nothing of pyvfio finds errno and strerror where it looks for them."""
+    error = ioctl_error()
+    assert isinstance(error, OSError)
+    assert (error.errno, error.strerror) == (errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+def test_a_refused_call_says_its_request_arguments_errno_and_hint() -> None:
+    """Numbers are in hex."""
+    text = str(ioctl_error())
+    assert text == "VFIO_IOMMU_MAP_DMA(iova=0x1000, how=rw): ENOMEM, no memory. Buy some"
+
+
+def test_an_errno_without_a_name_is_said_as_its_number() -> None:
+    """EHWPOISON is not in the errno module of every Python."""
+    assert ": 4095, odd" in str(IoctlError(4095, "odd", request="x", arguments={}))
+
+
+def test_the_arguments_of_an_error_do_not_change_after_it_was_raised() -> None:
+    """The error has a copy."""
+    arguments: dict[str, int | str] = {"iova": 1}
+    error = IoctlError(errno.EINVAL, "no", request="x", arguments=arguments)
+    arguments["iova"] = 2
+    assert error.arguments == {"iova": 1}
+
+
+@pytest.mark.parametrize("kind", [PinLimitError, EntryLimitError, IovaOverlapError, IovaRangeError])
+def test_an_oserror_is_explained_with_its_errno_kept(kind: type[IoctlError]) -> None:
+    """`of` makes the subclass that it is called on."""
+    error = kind.of(OSError(errno.ENOSPC, "full"), "why", request="x", arguments={"size": 1}, hint="do")
+    assert type(error) is kind
+    assert (error.errno, error.message, error.request, error.arguments, error.hint) == (
+        errno.ENOSPC,
+        "why",
+        "x",
+        {"size": 1},
+        "do",
+    )
+
+
+def test_the_numbers_of_one_error_are_not_those_of_another() -> None:
+    """What is set on an error stays with it."""
+    one = ioctl_error(IovaRangeError)
+    assert isinstance(one, IovaRangeError)
+    one.ranges = (IovaRange(Iova(0), Iova(1)),)
+    assert IovaRangeError(errno.EINVAL, "x", request="x", arguments={}).ranges == ()
+
+
+def test_a_wrong_unmap_size_says_how_much_was_asked_and_how_much_went() -> None:
+    """All three numbers, in hex and as attributes."""
+    error = UnmapSizeError(iova=0x10000, asked=0x3000, unmapped=0x1000)
+    assert (error.iova, error.asked, error.unmapped) == (0x10000, 0x3000, 0x1000)
+    assert "0x3000 bytes at IOVA 0x10000 and unmapped 0x1000" in str(error)
+
+
+def test_a_group_that_is_not_viable_names_only_the_members_that_block_it() -> None:
+    """And the command that would free them."""
+    error = GroupNotViableError(
+        7,
+        [
+            GroupMember("0000:00:01.0", "e1000", blocks=True),
+            GroupMember("0000:00:02.0", "vfio-pci", blocks=False),
+        ],
+    )
+    assert "0000:00:01.0 (e1000)" in str(error)
+    assert "scripts/bind 0000:00:01.0" in error.hint
+    assert "0000:00:02.0" not in str(error)
+    assert len(error.members) == 2
+
+
+def test_a_busy_group_names_its_holders_where_they_can_be_seen() -> None:
+    """Where none can be seen, it says why that may be."""
+    assert "qemu (pid 12)" in str(GroupBusyError(7, [Holder(12, "qemu")]))
+    assert "no holder was found" in str(GroupBusyError(7, []))
+
+
+def test_access_that_is_denied_is_a_permission_error() -> None:
+    """With EACCES and the path."""
+    error = AccessDeniedError("/dev/vfio/7", hint="chown it")
+    assert isinstance(error, PermissionError)
+    assert error.errno == errno.EACCES
+    assert str(error) == "/dev/vfio/7 may not be opened by this user. chown it"
+
+
+def test_a_forked_handle_says_both_processes() -> None:
+    """The owner and the child."""
+    text = str(ForkedError("the device", owner=1))
+    assert "process 1," in text
+    assert str(os.getpid()) in text
+
+
+def test_a_failed_rollback_is_a_group_of_the_failure_and_those_of_its_undo() -> None:
+    """`except*` finds each of them, and `str` says all."""
+    error = RollbackError("resizing", [ioctl_error(), VfioError("undo")], hint="Look")
+    assert isinstance(error, ExceptionGroup)
+    assert str(error) == f"resizing: {ioctl_error()}; then undo. Look"
+    caught: list[str] = []
+    try:
+        raise error
+    except* OSError as matched:
+        caught += [type(each).__name__ for each in matched.exceptions]
+    except* VfioError as rest:
+        caught += [str(each) for each in rest.exceptions]
+    assert caught == ["IoctlError", "undo"]
+
+
+def test_a_part_of_a_failed_rollback_is_one_too() -> None:
+    """`split` and `subgroup` keep the type, the message and the hint."""
+    part = RollbackError("resizing", [ioctl_error(), VfioError("undo")], hint="Look").subgroup(OSError)
+    assert isinstance(part, RollbackError)
+    assert (part.message, part.hint, len(part.exceptions)) == ("resizing", "Look", 1)
+
+
+def test_collected_failures_are_raised_as_few_as_they_are() -> None:
+    """None is no exception, one is itself, more are a group."""
+    one, two = VfioError("one"), ValueError("two")
+    raise_collected("closing", [])
+    with pytest.raises(VfioError) as raised:
+        raise_collected("closing", [one])
+    assert raised.value is one
+    with pytest.raises(RollbackError) as all_of_them:
+        raise_collected("closing", [one, two])
+    assert all_of_them.value.exceptions == (one, two)
+
+
+def test_the_ranges_of_an_iommu_are_a_sentence() -> None:
+    """For hints."""
+    assert describe_ranges([IovaRange(Iova(0), Iova(0xFFF))]) == "The IOMMU offers 0x0-0xfff"
+    assert describe_ranges([]) == "The IOMMU offers none"

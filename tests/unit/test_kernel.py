@@ -1,0 +1,339 @@
+"""The real kernel behind the seam: what it is given, and how it answers."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import resource
+import struct
+import termios
+import threading
+from pathlib import Path
+
+import pytest
+
+from pyvfio.kernel import PROT_NONE, Kernel, LinuxKernel, MappedRegisters, Memlock
+from pyvfio.testing import FakeKernel
+from pyvfio.units import PAGE_SIZE, Vaddr
+from tests.unit.processes import in_child, maps
+
+READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+PR_SET_NAME = 15
+
+
+@pytest.fixture
+def kernel() -> LinuxKernel:
+    """The running one."""
+    return LinuxKernel()
+
+
+def test_both_kernels_are_what_the_floors_above_are_written_against() -> None:
+    """mypy holds the classes to the protocol here."""
+    kernels: list[type[Kernel]] = [LinuxKernel, FakeKernel]
+    assert len(kernels) == 2
+
+
+def test_sysfs_and_device_nodes_may_be_elsewhere(tmp_path: Path) -> None:
+    """/sys and /dev, unless said otherwise."""
+    assert (LinuxKernel().sysfs, LinuxKernel().dev) == (Path("/sys"), Path("/dev"))
+    there = LinuxKernel(sysfs=str(tmp_path), dev=tmp_path / "dev")
+    assert (there.sysfs, there.dev) == (tmp_path, tmp_path / "dev")
+
+
+def test_descriptors_do_not_survive_exec(kernel: LinuxKernel, tmp_path: Path) -> None:
+    """Files and eventfds are O_CLOEXEC, whatever flags were given."""
+    (tmp_path / "file").touch()
+    for fd in (kernel.open(str(tmp_path / "file"), os.O_RDWR), kernel.eventfd(0, 0)):
+        assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+        kernel.close(fd)
+        with pytest.raises(OSError, match="Bad file"):
+            os.fstat(fd)
+
+
+def test_a_file_that_does_not_exist_is_enoent(kernel: LinuxKernel, tmp_path: Path) -> None:
+    """An OSError with the kernel's errno."""
+    with pytest.raises(FileNotFoundError):
+        kernel.open(str(tmp_path / "none"), os.O_RDONLY)
+
+
+def test_files_are_read_and_written_at_an_offset(kernel: LinuxKernel, tmp_path: Path) -> None:
+    """Short reads at the end are short."""
+    (tmp_path / "file").touch()
+    fd = kernel.open(str(tmp_path / "file"), os.O_RDWR)
+    assert kernel.pwrite(fd, b"abcd", 2) == 4
+    assert kernel.pread(fd, 16, 1) == b"\0abcd"
+    kernel.close(fd)
+
+
+# -------------------------------------------------------------------------------------------------------- ioctl
+
+
+def readable(kernel: LinuxKernel, buffer: bytearray | memoryview | ctypes.Array[ctypes.c_char]) -> int:
+    """Ask a pipe that holds three bytes how many it has (FIONREAD), into `buffer`."""
+    out, into = os.pipe()
+    try:
+        os.write(into, b"abc")
+        assert kernel.ioctl(out, termios.FIONREAD, buffer) == 0
+    finally:
+        os.close(out)
+        os.close(into)
+    return int.from_bytes(bytes(memoryview(buffer).cast("B")[:4]), "little")
+
+
+@pytest.mark.parametrize("size", [4, 1024, 1025, 65536])
+def test_an_ioctl_answers_in_the_buffer_however_large_it_is(kernel: LinuxKernel, size: int) -> None:
+    """Up to 1024 bytes fcntl.ioctl passes it on, above libc does; both leave what lies behind the answer."""
+    buffer = bytearray(b"\xff" * size)
+    assert readable(kernel, buffer) == 3
+    assert bytes(buffer[4:]) == b"\xff" * (size - 4)
+    assert readable(kernel, memoryview(bytearray(size))) == 3
+    assert readable(kernel, (ctypes.c_char * size)()) == 3
+
+
+def test_an_ioctl_takes_structures(kernel: LinuxKernel) -> None:
+    """A ctypes structure is a buffer."""
+
+    class Count(ctypes.Structure):
+        number: int
+        _fields_ = (("number", ctypes.c_int),)
+
+    count = Count()
+    out, into = os.pipe()
+    os.write(into, b"abc")
+    kernel.ioctl(out, termios.FIONREAD, count)
+    assert count.number == 3
+    os.close(out)
+    os.close(into)
+
+
+@pytest.mark.parametrize("size", [8, 2000])
+def test_a_buffer_that_cannot_be_written_is_refused(kernel: LinuxKernel, size: int) -> None:
+    """The kernel's answer would be lost."""
+    with pytest.raises(TypeError, match="writable"):
+        kernel.ioctl(0, termios.FIONREAD, memoryview(bytes(size)))
+
+
+@pytest.mark.parametrize("argument", [0, 1, (1 << 31) - 1, 1 << 31, 0xFFFF_FFFF, 1 << 63, -1])
+def test_numbers_of_every_size_can_be_given_to_an_ioctl(kernel: LinuxKernel, argument: int) -> None:
+    """Those that fcntl.ioctl refuses go through libc; ENOTTY says that the kernel has seen the call."""
+    fd = kernel.eventfd(0, 0)
+    with pytest.raises(OSError, match="ioctl") as raised:
+        kernel.ioctl(fd, 0x3B64, argument)
+    assert raised.value.errno == errno.ENOTTY
+    kernel.close(fd)
+
+
+def test_an_address_reaches_the_kernel_unchanged(kernel: LinuxKernel) -> None:
+    """An int above 2^31 is passed by value: here it is where the kernel is to answer."""
+    number = ctypes.c_int(0)
+    out, into = os.pipe()
+    os.write(into, b"abcde")
+    assert kernel.ioctl(out, termios.FIONREAD, ctypes.addressof(number)) == 0
+    assert number.value == 5
+    os.close(out)
+    os.close(into)
+
+
+@pytest.mark.parametrize("size", [8, 2000])
+def test_a_refused_ioctl_is_an_oserror(kernel: LinuxKernel, size: int) -> None:
+    """On both ways, with errno."""
+    with pytest.raises(OSError, match="Bad file") as raised:
+        kernel.ioctl(1 << 20, termios.FIONREAD, bytearray(size))
+    assert raised.value.errno == errno.EBADF
+
+
+# ------------------------------------------------------------------------------------------------------ eventfds
+
+
+def test_an_eventfd_counts_and_reading_it_takes_the_count(kernel: LinuxKernel) -> None:
+    """All of its 64 bits; empty, it is EAGAIN where it does not block."""
+    fd = kernel.eventfd(3, os.EFD_NONBLOCK)
+    os.eventfd_write(fd, (1 << 63) + 1)
+    assert kernel.eventfd_read(fd) == (1 << 63) + 4
+    with pytest.raises(BlockingIOError):
+        kernel.eventfd_read(fd)
+    kernel.close(fd)
+
+
+def test_polling_waits_until_there_is_something_to_read(kernel: LinuxKernel) -> None:
+    """No longer than it was told, and for ever where it was not."""
+    fd = kernel.eventfd(0, 0)
+    assert not kernel.poll(fd, 0)
+    assert not kernel.poll(fd, 0.01)
+    timer = threading.Timer(0.05, os.eventfd_write, (fd, 1))
+    timer.start()
+    assert kernel.poll(fd, None)
+    timer.join()
+    assert kernel.poll(fd, 0)
+    kernel.close(fd)
+
+
+# -------------------------------------------------------------------------------------------------------- memory
+
+
+def test_memory_calls_do_what_their_names_say(kernel: LinuxKernel) -> None:
+    """Seen in /proc/self/maps."""
+    vaddr = kernel.mmap(0, 4 * PAGE_SIZE, PROT_NONE, ANONYMOUS)
+    kernel.mprotect(vaddr + PAGE_SIZE, PAGE_SIZE, READ_WRITE)
+    ctypes.memset(vaddr + PAGE_SIZE, 1, PAGE_SIZE)
+    kernel.madvise(vaddr + PAGE_SIZE, PAGE_SIZE, mmap.MADV_DONTNEED)
+    assert ctypes.string_at(vaddr + PAGE_SIZE, PAGE_SIZE) == bytes(PAGE_SIZE)
+    assert [line.split()[1] for line in maps(vaddr + PAGE_SIZE, 2 * PAGE_SIZE)] == ["rw-p", "---p"]
+    kernel.munmap(vaddr, 4 * PAGE_SIZE)
+    assert not [line for line in maps(vaddr, 4 * PAGE_SIZE) if line.startswith(f"{vaddr:x}-")]
+
+
+def test_a_file_is_mapped_from_an_offset(kernel: LinuxKernel) -> None:
+    """A large one, too."""
+    fd = os.memfd_create("pyvfio-test")
+    os.pwrite(fd, b"here", 5 << 32)
+    vaddr = kernel.mmap(0, PAGE_SIZE, READ_WRITE, mmap.MAP_SHARED, fd=fd, offset=5 << 32)
+    assert ctypes.string_at(vaddr, 4) == b"here"
+    kernel.munmap(vaddr, PAGE_SIZE)
+    os.close(fd)
+
+
+def test_memory_calls_that_the_kernel_refuses_are_oserrors(kernel: LinuxKernel) -> None:
+    """Each with the errno of its own."""
+    with pytest.raises(OSError, match="Invalid") as raised:
+        kernel.mmap(0, 0, PROT_NONE, ANONYMOUS)
+    assert raised.value.errno == errno.EINVAL
+    high = (1 << 63) + PAGE_SIZE
+    for call in (kernel.mprotect, kernel.madvise):
+        with pytest.raises(OSError, match="Cannot allocate"):
+            call(high, PAGE_SIZE, 0)
+    with pytest.raises(OSError, match="Invalid"):
+        kernel.munmap(high, PAGE_SIZE)
+
+
+def test_each_thread_gets_the_errno_of_its_own_call(kernel: LinuxKernel) -> None:
+    """Two threads fail at the same time, each in its way."""
+    seen: dict[int, set[int]] = {}
+
+    def fail(size: int) -> None:
+        seen[size] = set()
+        for _ in range(300):
+            try:
+                kernel.mmap(0, size, PROT_NONE, ANONYMOUS)
+            except OSError as error:
+                seen[size].add(error.errno or 0)
+
+    threads = [threading.Thread(target=fail, args=(size,)) for size in (0, 1 << 62)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {0: {errno.EINVAL}, 1 << 62: {errno.ENOMEM}}
+
+
+def test_locked_memory_is_told_in_bytes_with_its_limit(kernel: LinuxKernel) -> None:
+    """In a child, whose limit can be set: whole pages of it count, as the kernel compares pages."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+    def lock() -> None:
+        before = kernel.memlock()
+        vaddr = kernel.mmap(0, 4 * PAGE_SIZE, READ_WRITE, ANONYMOUS)
+        assert libc.mlock(vaddr, 2 * PAGE_SIZE) == 0
+        hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (3 * PAGE_SIZE + 100, hard))
+        after = kernel.memlock()
+        assert after == Memlock(limit=3 * PAGE_SIZE, used=before.used + 2 * PAGE_SIZE, privileged=before.privileged)
+        if hard == resource.RLIM_INFINITY:
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, hard))
+            assert kernel.memlock().limit is None
+
+    assert in_child(lock) == 0
+
+
+def test_cap_ipc_lock_is_seen(kernel: LinuxKernel) -> None:
+    """As capget(2) has it: bit 14 of what is in effect."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, data = struct.pack("=Ii", 0x2008_0522, 0), ctypes.create_string_buffer(24)
+    assert libc.capget(header, data) == 0
+    effective = int.from_bytes(data.raw[:4], "little")
+    assert kernel.memlock().privileged == bool(effective >> 14 & 1)
+
+
+@pytest.mark.parametrize("name", [b"a\rb", b"c\x0bd\x1ce", b"x: y", b"CapEff:\t0"])
+def test_a_strange_name_of_the_process_does_not_matter(kernel: LinuxKernel, name: bytes) -> None:
+    """The kernel escapes only newlines and backslashes in /proc/self/status."""
+    libc = ctypes.CDLL(None)
+    expected = kernel.memlock()
+
+    def look() -> None:
+        libc.prctl(PR_SET_NAME, name, 0, 0, 0)
+        assert kernel.memlock() == expected
+
+    assert in_child(look) == 0
+
+
+# ----------------------------------------------------------------------------------------------------- registers
+
+
+def test_registers_are_loaded_and_stored_in_exactly_their_width(kernel: LinuxKernel) -> None:
+    """Little-endian, and their neighbours stay."""
+    fd = os.memfd_create("pyvfio-test")
+    os.ftruncate(fd, 2 * PAGE_SIZE)
+    window = kernel.registers(fd, PAGE_SIZE, PAGE_SIZE)
+    for place, width in enumerate((1, 2, 4, 8)):
+        os.pwrite(fd, b"\xee" * 24, PAGE_SIZE + 64 * place)
+        value = int.from_bytes(bytes(range(1, width + 1)), "little")
+        window.write(64 * place + 8, width, value)
+        assert window.read(64 * place + 8, width) == value
+        expected = b"\xee" * 8 + bytes(range(1, width + 1)) + b"\xee" * (16 - width)
+        assert os.pread(fd, 24, PAGE_SIZE + 64 * place) == expected
+    window.write(PAGE_SIZE - 8, 8, (1 << 64) - 1)
+    assert window.read(PAGE_SIZE - 1, 1) == 0xFF
+    window.close()
+    os.close(fd)
+
+
+def test_a_value_that_does_not_fit_its_width_is_refused(kernel: LinuxKernel) -> None:
+    """And nothing is stored."""
+    fd = os.memfd_create("pyvfio-test")
+    os.ftruncate(fd, PAGE_SIZE)
+    window = kernel.registers(fd, 0, PAGE_SIZE)
+    with pytest.raises(ValueError, match="memoryview"):
+        window.write(0, 2, 0x1_0000)
+    assert window.read(0, 8) == 0
+    window.close()
+    os.close(fd)
+
+
+class Unmapping(LinuxKernel):
+    """Counts what is unmapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unmapped: list[tuple[int, int]] = []
+
+    def munmap(self, vaddr: int, size: int) -> None:
+        """munmap(2)."""
+        self.unmapped.append((vaddr, size))
+        super().munmap(vaddr, size)
+
+
+def test_closed_registers_are_unmapped_once_and_cannot_be_used() -> None:
+    """ValueError in place of SIGSEGV."""
+    kernel = Unmapping()
+    vaddr: Vaddr = kernel.mmap(0, PAGE_SIZE, READ_WRITE, ANONYMOUS)
+    window = MappedRegisters(kernel, vaddr, PAGE_SIZE)
+    window.close()
+    window.close()
+    assert kernel.unmapped == [(vaddr, PAGE_SIZE)]
+    for use in (lambda: window.read(0, 4), lambda: window.write(0, 4, 0)):
+        with pytest.raises(ValueError, match="released"):
+            use()
+
+
+def test_a_buffer_is_free_again_when_the_kernel_has_answered(kernel: LinuxKernel) -> None:
+    """It is exported for the call only: a bytearray can grow after it."""
+    buffer = bytearray(2000)
+    assert readable(kernel, buffer) == 3
+    buffer.extend(b"x" * 100_000)
+    assert len(buffer) == 102_000

@@ -1,0 +1,197 @@
+"""Imports go downwards only, and importing pyvfio needs nothing of the machine."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pyvfio
+
+PACKAGE = Path(pyvfio.__file__).parent
+ROOF = "pyvfio"
+
+FLOORS = {
+    **dict.fromkeys(("ioctls", "kernel", "errors", "units"), 0),
+    **dict.fromkeys(("space", "memory", "iova", "caps", "pci", "handle"), 1),
+    **dict.fromkeys(("container", "device", "ramblock"), 2),
+    "dma": 3,
+}
+# What a module may not import though it is on the same floor.
+APART = {("ramblock", "container"), ("ramblock", "device"), ("container", "ramblock"), ("device", "ramblock")}
+# Of `testing`, what runs beside the house and may use all of it. The rest sees floors 0 and 1.
+ROOFED = {"testing.plugin", "testing.pytest_plugin"}
+
+
+def modules(root: Path = PACKAGE) -> dict[str, Path]:
+    """Every module by its name below pyvfio; the roof is `__init__`."""
+    found = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        name = ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+        found[name] = path
+    return found
+
+
+def imports(source: str, name: str, known: set[str], *, is_package: bool = False) -> Iterator[str]:
+    """The modules of pyvfio that `source`, the module `name`, imports, wherever in it the import stands."""
+    package = f"pyvfio.{name}".split(".") if is_package else f"pyvfio.{name}".split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "pyvfio":
+                    yield alias.name.removeprefix("pyvfio").removeprefix(".") or "__init__"
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            if base.split(".")[0] != "pyvfio":
+                continue
+            inside = base.removeprefix("pyvfio").removeprefix(".")
+            for alias in node.names:
+                deeper = f"{inside}.{alias.name}".removeprefix(".")
+                yield deeper if deeper in known else inside or "__init__"
+
+
+def floor(name: str) -> int | None:
+    """0 to 3; None for the roof and the cellar."""
+    return FLOORS.get(name.split(".", maxsplit=1)[0])
+
+
+def allowed(importer: str, imported: str) -> bool:
+    """Whether one module may import another."""
+    home, target = importer.split(".", maxsplit=1)[0], imported.split(".", maxsplit=1)[0]
+    if home == target and home != "__init__":
+        return True
+    if home in ("cli", "__main__"):
+        return True
+    if target in ("cli", "testing"):
+        return False
+    if home == "testing":
+        below = floor(imported)
+        return importer in ROOFED or (below is not None and below <= 1)
+    if home == "__init__":
+        return True
+    own, below = floor(importer), floor(imported)
+    return own is not None and below is not None and below <= own and (home, target) not in APART
+
+
+def breaches(sources: dict[str, str], packages: set[str]) -> list[str]:
+    """Every import that goes upwards."""
+    return [
+        f"{name} imports {imported}"
+        for name, source in sources.items()
+        for imported in imports(source, name, set(sources), is_package=name in packages)
+        if not allowed(name, imported)
+    ]
+
+
+SOURCES = {name: path.read_text(encoding="utf-8") for name, path in modules().items()}
+PACKAGES = {name for name, path in modules().items() if path.name == "__init__.py" and name != "__init__"}
+
+
+def test_every_module_has_its_place() -> None:
+    """One that has none is not judged, so it must be given one here and in docs/architecture.md."""
+    homes = {name.split(".")[0] for name in SOURCES} - {"__init__", "__main__", "cli", "testing"}
+    assert homes == set(FLOORS)
+
+
+def test_imports_go_downwards_only() -> None:
+    """A breach is an arrow from a floor to one above it, or from the house into the cellar."""
+    assert breaches(SOURCES, PACKAGES) == []
+
+
+def test_no_two_modules_import_each_other() -> None:
+    """Not on one floor either, in however many steps."""
+    graph = {name: set(imports(source, name, set(SOURCES))) - {name} for name, source in SOURCES.items()}
+    graph = {name: below for name, below in graph.items() if floor(name) is not None}
+    done: set[str] = set()
+    while ready := {name for name in graph.keys() - done if (graph[name] & graph.keys()) <= done}:
+        done |= ready
+    assert done == graph.keys()
+
+
+@pytest.mark.parametrize(
+    ("importer", "source"),
+    [
+        ("units", "import pyvfio.memory"),
+        ("units", "from pyvfio import errors, memory"),
+        ("kernel", "import pyvfio"),
+        ("memory", "from pyvfio import RamBlock"),
+        ("errors", "def late():\n    from pyvfio.iova import IovaAllocator"),
+        ("memory", "from pyvfio.ramblock import RamBlock"),
+        ("memory", "from . import container"),
+        ("space", "from .dma import DmaMapper"),
+        ("ramblock", "from pyvfio.dma import DmaMapper"),
+        ("ramblock", "from pyvfio.container import Container"),
+        ("container", "import pyvfio.ramblock"),
+        ("device", "if TYPE_CHECKING:\n    from pyvfio.dma import DmaMapper"),
+        ("dma", "from pyvfio.testing import FakeKernel"),
+        ("dma", "from pyvfio import cli"),
+        ("dma", "import pyvfio"),
+        ("__init__", "from pyvfio.testing import FakeKernel"),
+        ("__init__", "import pyvfio.cli.list"),
+        ("testing", "from pyvfio.ramblock import RamBlock"),
+        ("testing.fake.kernel", "from pyvfio.container import Container"),
+        ("testing.fake.kernel", "from ...dma import DmaMapper"),
+        ("testing.vm", "import pyvfio"),
+        ("testing.vm", "from pyvfio.cli import common"),
+    ],
+)
+def test_a_breach_is_found_wherever_it_hides(importer: str, source: str) -> None:
+    """In a function, under TYPE_CHECKING, relative, or through the roof."""
+    assert breaches({**dict.fromkeys(SOURCES, ""), importer: source}, PACKAGES), source
+
+
+@pytest.mark.parametrize(
+    ("importer", "source"),
+    [
+        ("errors", "from pyvfio.units import IovaRange\nimport os\nfrom pathlib import Path"),
+        ("container", "from pyvfio import ioctls"),
+        ("device", "from pyvfio.container import Container"),
+        ("testing.fake.kernel", "from pyvfio.kernel import LinuxKernel\nfrom . import tree"),
+        ("cli.vm", "from pyvfio.testing import vm\nimport pyvfio\nfrom pyvfio.dma import DmaMapper"),
+        ("__init__", "from pyvfio.dma import DmaMapper"),
+    ],
+)
+def test_what_is_allowed_is_no_breach(importer: str, source: str) -> None:
+    """Downwards, along a floor, and from the commands anywhere."""
+    assert breaches({**dict.fromkeys(SOURCES, ""), importer: source}, PACKAGES) == []
+
+
+def test_importing_needs_neither_root_nor_vfio_nor_libudev() -> None:
+    """Without any capability and without shared libraries of others; nothing in /dev/vfio or /sys is looked at."""
+    script = textwrap.dedent(
+        """
+        import ctypes, ctypes.util, struct, sys
+        # capset(2): no capability is left, which is all that root is more than others.
+        assert ctypes.CDLL(None).capset(struct.pack("=Ii", 0x20080522, 0), bytes(24)) == 0
+        real = ctypes.CDLL.__init__
+        def refuse(self, name, *args, **kwargs):
+            if name is not None:
+                raise OSError(f"{name} is not here")
+            real(self, name, *args, **kwargs)
+        ctypes.CDLL.__init__ = refuse
+        ctypes.util.find_library = lambda name: None
+        opened = []
+        sys.addaudithook(lambda event, given: opened.append(str(given[0])) if event == "open" else None)
+        import pyvfio
+        assert not [path for path in opened if path.startswith(("/dev/vfio", "/sys/"))], opened
+        for name in pyvfio.__all__:
+            getattr(pyvfio, name)
+        """
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
+    )
+    assert done.returncode == 0, done.stderr
