@@ -12,33 +12,30 @@ import os
 import stat
 import struct
 import threading
-from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 
 from pyvfio import caps, ioctls, pci
 from pyvfio.errors import (
     AccessDeniedError,
     CapabilityError,
-    EntryLimitError,
     GroupBusyError,
     GroupNotViableError,
     IoctlError,
-    IovaOverlapError,
-    IovaRangeError,
     NotBoundError,
-    PinLimitError,
+    RollbackError,
     UnavailableError,
     UnmapSizeError,
     UnsupportedError,
     VfioError,
-    describe_ranges,
     raise_collected,
 )
-from pyvfio.handle import Handle
+from pyvfio.handle import Handle, attempt, attempt_all
 from pyvfio.iova import IovaAllocator
 from pyvfio.kernel import Kernel, LinuxKernel
-from pyvfio.memory import describe
 from pyvfio.space import Mapping, MappingTable
-from pyvfio.units import GIB, U64_MAX, Iova, IovaRange, format_ranges, format_size, is_aligned
+from pyvfio.type1_errors import MapRefusal, describe_mappings
+from pyvfio.units import GIB, U64_MAX, Iova, IovaRange, format_ranges, is_aligned
 
 logger = logging.getLogger(__name__)
 
@@ -141,21 +138,13 @@ class Group(Handle):
             return
         failures: list[Exception] = []
         for device in tuple(self.devices):
-            _try(device.close, failures)
-        if self.container is not None:
-            self.container._forget(self, failures)
-            self.container = None
-            # Another process that still has a device open keeps the group in (EBUSY); it leaves when that one closes.
-            _try(self.unset_container, [])
-        _try(self._close_fd, failures)
+            attempt(device.close, failures)
+        if not self.closed:  # else with a device whose container it was: `open_device`
+            if self.container is not None:
+                self.container._let_go(self, failures)
+                self.container = None
+            attempt(self._close_fd, failures)
         raise_collected(f"closing IOMMU group {self.number}", failures)
-
-
-def _try(step: Callable[[], None], failures: list[Exception]) -> None:
-    try:
-        step()
-    except Exception as error:
-        failures.append(error)
 
 
 def _unmappable_again(offered: IovaRange, page_size: int) -> IovaRange:
@@ -270,114 +259,37 @@ class Container(Handle):
         try:
             self._kernel.ioctl(self.fd, ioctls.VFIO_IOMMU_MAP_DMA, argument)
         except OSError as error:
-            raise self._explain_map(error, vaddr=vaddr, iova=iova, size=size, flags=flags) from error
+            raise MapRefusal(
+                error=error,
+                vaddr=vaddr,
+                iova=iova,
+                size=size,
+                flags=flags,
+                kernel=self._kernel,
+                overlapping=self._table.overlapping(iova=iova, size=size),
+                made_here=len(self._table),
+                entry_limit=self._entry_limit,
+                ranges=self.iova_ranges,
+                page_size=self.page_size,
+                attached=self._info is not None,
+            ).explain() from error
 
     def unmap_dma(self, *, iova: int, size: int, flags: int = 0) -> int:
         """VFIO_IOMMU_UNMAP_DMA, as it is: how many bytes the kernel unmapped. `unmap` is what you want."""
         argument = ioctls.vfio_iommu_type1_dma_unmap(24, flags, iova, size)
-        hints = {errno.EINVAL: f"The range must cover mappings whole; here are: {self._describe(iova, size)}"}
-        self._ioctl(
-            "VFIO_IOMMU_UNMAP_DMA",
-            argument,
-            hints=hints,
-            iova=iova,
-            size=size,
-            flags=flags,
-        )
+        try:
+            self._kernel.ioctl(self.fd, ioctls.VFIO_IOMMU_UNMAP_DMA, argument)
+        except OSError as error:
+            found = describe_mappings(self._table.overlapping(iova=iova, size=max(size, 1)))
+            hint = f"The range must cover mappings whole; here are: {found}"
+            raise IoctlError.of(
+                error,
+                f"{self._what}: {error.strerror}",
+                request="VFIO_IOMMU_UNMAP_DMA",
+                arguments={"iova": iova, "size": size, "flags": flags},
+                hint=hint if error.errno == errno.EINVAL else "",
+            ) from error
         return argument.size
-
-    def _explain_map(self, error: OSError, *, vaddr: int, iova: int, size: int, flags: int) -> IoctlError:
-        explain = {
-            errno.ENOMEM: self._explain_enomem,
-            errno.ENOSPC: self._explain_enospc,
-            errno.EEXIST: self._explain_eexist,
-            errno.EINVAL: self._explain_einval,
-            errno.EOVERFLOW: self._explain_einval,
-        }.get(error.errno or 0)
-        arguments: dict[str, int | str] = {"vaddr": vaddr, "iova": iova, "size": size, "flags": flags}
-        if explain is not None:
-            return explain(error, arguments, iova, size)
-        text, hint = "", ""
-        if error.errno == errno.EFAULT:
-            text = "the memory cannot be pinned for this access"
-            hint = f"{describe(vaddr, size)}. It must be mapped and accessible, and writable where the device may write"
-        return IoctlError.of(
-            error, text or f"{error.strerror}", request="VFIO_IOMMU_MAP_DMA", arguments=arguments, hint=hint
-        )
-
-    def _explain_enomem(self, error: OSError, arguments: dict[str, int | str], iova: int, size: int) -> IoctlError:
-        del iova
-        lock = self._kernel.memlock()
-        if lock.limit is None or lock.privileged:
-            return PinLimitError.of(
-                error,
-                f"the kernel has no memory to map {format_size(size)}",
-                request="VFIO_IOMMU_MAP_DMA",
-                arguments=arguments,
-                hint="RLIMIT_MEMLOCK is not what stands in the way; free memory, or look at the cgroup's limit",
-            )
-        missing = lock.used + size - lock.limit
-        explained = PinLimitError.of(
-            error,
-            f"RLIMIT_MEMLOCK lets this process lock {format_size(lock.limit)}; {format_size(lock.used)} are locked and "
-            f"{format_size(size)} were asked for, so {format_size(missing)} are missing",
-            request="VFIO_IOMMU_MAP_DMA",
-            arguments=arguments,
-            hint=f"ulimit -l {-(-(lock.used + size) // 1024)} (KiB) or more in the shell, memlock in "
-            "/etc/security/limits.conf, LimitMEMLOCK=infinity in a systemd unit, --ulimit memlock=-1 for a container; "
-            "or CAP_IPC_LOCK",
-        )
-        explained.limit, explained.used, explained.asked = lock.limit, lock.used, size
-        return explained
-
-    def _explain_enospc(self, error: OSError, arguments: dict[str, int | str], iova: int, size: int) -> IoctlError:
-        del iova, size
-        explained = EntryLimitError.of(
-            error,
-            f"all {self._entry_limit} mappings that this container may hold are in use, {len(self._table)} of them "
-            "made here",
-            request="VFIO_IOMMU_MAP_DMA",
-            arguments=arguments,
-            hint="Map larger pieces, or raise /sys/module/vfio_iommu_type1/parameters/dma_entry_limit, which a "
-            "container reads when its first group is attached",
-        )
-        explained.used, explained.limit = len(self._table), self._entry_limit
-        return explained
-
-    def _explain_eexist(self, error: OSError, arguments: dict[str, int | str], iova: int, size: int) -> IoctlError:
-        existing = tuple(mapping.range for mapping in self._table.overlapping(iova=iova, size=size))
-        explained = IovaOverlapError.of(
-            error,
-            f"part of it is mapped already: {self._describe(iova, size)}",
-            request="VFIO_IOMMU_MAP_DMA",
-            arguments=arguments,
-            hint="Unmap that first, or reserve another IOVA",
-        )
-        explained.existing = existing
-        return explained
-
-    def _explain_einval(self, error: OSError, arguments: dict[str, int | str], iova: int, size: int) -> IoctlError:
-        last = iova + size - 1
-        if self._info is None:
-            hint = "The container has no group yet: attach one first"
-        elif size > 0 and not any(r.start <= iova and last <= r.last for r in self.iova_ranges):
-            outside = IovaRangeError.of(
-                error,
-                f"IOVA {iova:#x}-{last:#x} does not lie in one range of the IOMMU",
-                request="VFIO_IOMMU_MAP_DMA",
-                arguments=arguments,
-                hint=f"{describe_ranges(self.iova_ranges)}. Under QEMU an intel-iommu offers more with aw-bits=48",
-            )
-            outside.ranges = self.iova_ranges
-            return outside
-        else:
-            hint = f"Addresses and size must be multiples of {self.page_size:#x}, the size not 0, and the device must "
-            hint += "be let read or write"
-        return IoctlError.of(error, f"{error.strerror}", request="VFIO_IOMMU_MAP_DMA", arguments=arguments, hint=hint)
-
-    def _describe(self, iova: int, size: int) -> str:
-        found = self._table.overlapping(iova=iova, size=max(size, 1))
-        return format_ranges(mapping.range for mapping in found[:8]) + (", …" if len(found) > 8 else "")
 
     # ------------------------------------------------------------------------------------------------ groups
 
@@ -394,7 +306,8 @@ class Container(Handle):
         """Put a viable group into the container; the first one sets the IOMMU. Ranges are read anew.
 
         Raises GroupNotViableError, IoctlError, CapabilityError, and IovaRangeError when an IOVA that is reserved could
-        not be used any more; the group is then outside as before. From now on the container closes the group.
+        not be used any more; the group is then outside as before (RollbackError: it would not leave). From now on the
+        container closes the group.
         """
         with self._lock:
             group.check_viable()
@@ -404,8 +317,15 @@ class Container(Handle):
                 if first:
                     self.set_iommu(self._iommu_type)
                 self._adopt(self.get_info())
-            except BaseException:
-                group.unset_container()
+            except BaseException as error:
+                failures: list[Exception] = []
+                attempt(group.unset_container, failures)
+                if failures and isinstance(error, Exception):
+                    raise RollbackError(
+                        f"IOMMU group {group.number} cannot be used, and could not be taken out of the container",
+                        [error, *failures],
+                        hint="Close the group: that takes it out",
+                    ) from error
                 raise
             if first and self._info is not None:
                 self._entry_limit = self._info.dma_avail
@@ -510,12 +430,37 @@ class Container(Handle):
         Cost: the kernel pins every page: some 30 ns each where they are there, and zeroing where they are not.
         """
         self._check_arguments(vaddr | iova | size, iova, size)
+        if vaddr < 0 or vaddr + size - 1 > U64_MAX:  # ctypes would cut it to 64 bits
+            raise ValueError(f"no process has {size:#x} bytes at vaddr {vaddr:#x}")
         if not (read or write):
             raise ValueError("the device must be let read or write")
         with self._lock:
-            self.map_dma(vaddr=vaddr, iova=iova, size=size, flags=read * _READ | write * _WRITE)
-            self._table.add(iova=iova, size=size, vaddr=vaddr)
+            try:
+                self.map_dma(vaddr=vaddr, iova=iova, size=size, flags=read * _READ | write * _WRITE)
+                self._table.add(iova=iova, size=size, vaddr=vaddr)
+            except (OSError, VfioError):
+                raise
+            except BaseException:
+                self._withdraw(iova=iova, size=size)
+                raise
         logger.debug("mapped iova=%#x vaddr=%#x size=%#x", iova, vaddr, size)
+
+    def _withdraw(self, *, iova: int, size: int) -> None:
+        """A signal handler has raised: after a long map likely between the kernel's answer and its entry here.
+
+        What is entered is left to the caller, who finds it with `mapping_at`. What is not must not stay either, for
+        nobody would know of it.
+        """
+        if self._table.overlapping(iova=iova, size=size):
+            return
+        try:
+            self.unmap_dma(iova=iova, size=size)
+        except (OSError, VfioError) as error:
+            raise RollbackError(
+                f"mapping IOVA {IovaRange.of(iova=iova, size=size)} was interrupted, and it could not be unmapped",
+                [error],
+                hint="The device may reach it; its memory is kept",
+            ) from error
 
     def unmap(self, *, iova: int, size: int) -> None:
         """Take whole mappings away; when it returns, exactly `size` bytes at `iova` are out of the devices' reach.
@@ -526,11 +471,25 @@ class Container(Handle):
         with self._lock:
             if self.closed and not self._table.overlapping(iova=iova, size=size):
                 return  # close() has unmapped it
-            unmapped = self.unmap_dma(iova=iova, size=size)
-            if unmapped != size:
-                raise UnmapSizeError(iova=iova, asked=size, unmapped=unmapped)
-            self._table.discard(iova=iova, size=size)
+            try:
+                self._unmap_exactly(iova=iova, size=size)
+            except (OSError, VfioError):
+                raise
+            except BaseException:
+                # A signal handler has raised, perhaps when the kernel had done it: asked again, it then says 0.
+                wanted = IovaRange.of(iova=iova, size=size)
+                whole = all(wanted.contains(found.range) for found in self._table.overlapping(iova=iova, size=size))
+                with suppress(OSError, VfioError):
+                    if self.unmap_dma(iova=iova, size=size) in (0, size) and whole:
+                        self._table.discard(iova=iova, size=size)
+                raise
         logger.debug("unmapped iova=%#x size=%#x", iova, size)
+
+    def _unmap_exactly(self, *, iova: int, size: int) -> None:
+        unmapped = self.unmap_dma(iova=iova, size=size)
+        if unmapped != size:
+            raise UnmapSizeError(iova=iova, asked=size, unmapped=unmapped)
+        self._table.discard(iova=iova, size=size)
 
     def _check_arguments(self, joined: int, iova: int, size: int) -> None:
         if size <= 0 or iova < 0 or not is_aligned(joined, self.page_size) or iova + size - 1 > U64_MAX:
@@ -552,18 +511,26 @@ class Container(Handle):
         with self._lock:
             for group in tuple(self._groups.values()):
                 for device in tuple(group.devices):
-                    _try(device.close, failures)
-            _try(self._unmap_everything, failures)
-            for group in tuple(self._groups.values()):
-                _try(group.close, failures)
-            _try(self._close_fd, failures)
+                    attempt(device.close, failures)
+            if not self.closed:  # else with the device that it was opened for: `open_device`
+                attempt(self._unmap_everything, failures)
+                for group in tuple(self._groups.values()):
+                    attempt(group.close, failures)
+                attempt(self._close_fd, failures)
         raise_collected("closing the VFIO container", failures)
 
-    def _forget(self, group: Group, failures: list[Exception]) -> None:
+    def _let_go(self, group: Group, failures: list[Exception]) -> None:
+        """`group` is being closed: take it out."""
         with self._lock:
-            if self._groups.pop(group.number, None) is not None and not self._groups:
-                _try(self._unmap_everything, failures)  # the kernel would, with its last group, but unseen
+            last = self._groups.pop(group.number, None) is not None and not self._groups
+            if last:
+                attempt(self._unmap_everything, failures)  # the kernel would, with its last group, but unseen
                 self._info = None
+            # Another process that still has a device open keeps the group in (EBUSY); it leaves when that one closes.
+            stays: list[Exception] = []
+            attempt(group.unset_container, stays)
+            if last and not stays:
+                self._table.clear()  # whatever could not be unmapped went now
 
     def _unmap_everything(self) -> None:
         if not len(self._table):
@@ -572,8 +539,8 @@ class Container(Handle):
             self.unmap_dma(iova=0, size=0, flags=_ALL)
             self._table.clear()
             return
-        for mapping in tuple(self._table):
-            self.unmap(iova=mapping.iova, size=mapping.size)
+        steps = [partial(self.unmap, iova=mapping.iova, size=mapping.size) for mapping in self._table]
+        attempt_all("unmapping everything", steps)
 
     def _check(self) -> None:
         with self._lock:

@@ -9,16 +9,18 @@ import ctypes
 import errno
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Self
+from weakref import WeakSet
 
 from pyvfio import caps, ioctls, pci
 from pyvfio.container import Container, Group
-from pyvfio.errors import ClosedError, NotBoundError, UnsupportedError, VfioError, raise_collected
-from pyvfio.handle import Handle
+from pyvfio.errors import ClosedError, NotBoundError, UnsupportedError, VfioError
+from pyvfio.handle import Handle, attempt_all
 from pyvfio.kernel import Kernel, LinuxKernel, Registers
 from pyvfio.memory import Exports
 from pyvfio.units import PAGE_SIZE, align_down, align_up, is_aligned
@@ -102,6 +104,7 @@ class Region:
         self._device = device
         self.info = info
         self._windows: list[tuple[int, int, Registers]] = []  # start, end, registers
+        self._maps: WeakSet[RegionMap] = WeakSet()  # each keeps the device busy in the kernel
 
     @property
     def size(self) -> int:
@@ -197,8 +200,8 @@ class Region:
     def mmap(self, offset: int = 0, size: int | None = None) -> RegionMap:
         """Map `[offset, offset + size)` into this process; both multiples of the page size; default: all of it.
 
-        Raises UnsupportedError when that part cannot be mapped, VfioError when the device does not answer (memory
-        decoding is off: a touch would be SIGBUS).
+        Closing the device closes it, too. Raises UnsupportedError when that part cannot be mapped, VfioError when the
+        device does not answer (memory decoding is off: a touch would be SIGBUS).
         """
         size = self.size - offset if size is None else size
         self._check_span(offset, size)
@@ -213,7 +216,9 @@ class Region:
         vaddr = self._device.kernel.mmap(
             0, size, protection, _MAP_SHARED, fd=self._device.fd, offset=self.info.offset + offset
         )
-        return RegionMap(self._device.kernel, vaddr=vaddr, size=size)
+        mapped = RegionMap(self._device.kernel, vaddr=vaddr, size=size)
+        self._maps.add(mapped)
+        return mapped
 
     @property
     def _name(self) -> str:
@@ -237,8 +242,8 @@ class Region:
 
     def _close(self) -> None:
         windows, self._windows = self._windows, []
-        for _start, _end, registers in windows:
-            registers.close()
+        closes = [registers.close for _start, _end, registers in windows]
+        attempt_all(f"unmapping {self._name}", [*closes, *(mapped.close for mapped in tuple(self._maps))])
 
 
 class Irq:
@@ -299,15 +304,16 @@ class Irq:
         if not self.fds:
             return
         fds, self.fds = self.fds, ()
-        try:
-            self._act(ioctls.VFIO_IRQ_SET_ACTION_TRIGGER, start=0, count=0)
-        finally:
-            for fd in fds:
-                self._device.kernel.close(fd)
+        stop = partial(self._act, ioctls.VFIO_IRQ_SET_ACTION_TRIGGER, start=0, count=0)
+        attempt_all(f"disabling {self._name}", [stop, *(partial(self._device.kernel.close, fd) for fd in fds)])
 
     def wait(self, vector: int = 0, *, timeout: float | None = None) -> int:
         """Wait until `vector` has been raised, `timeout` seconds at most (None: for ever); how often since the last
-        time, 0 when the time has passed. INTx stays masked by the kernel after each: `unmask()`."""
+        time, 0 when the time has passed. INTx stays masked by the kernel after each: `unmask()`.
+
+        Raises VfioError when that vector is not enabled."""
+        if not 0 <= vector < len(self.fds):
+            raise VfioError(f"vector {vector} of {self._name} is not enabled", hint="Call enable() first")
         fd = self.fds[vector]
         if not self._device.kernel.poll(fd, timeout):
             return 0
@@ -496,26 +502,12 @@ class Device(Handle):
         """
         if self._forked or self.closed:
             return
-        failures: list[Exception] = []
-        steps = [irq.disable for irq in self._irqs.values()]
-        steps += [self._quiesce, *(region._close for region in self._regions.values()), self._close_fd]
-        for step in steps:
-            try:
-                step()
-            except Exception as error:
-                failures.append(error)
-        self.group.devices.remove(self)
-        try:
-            self._stack.close()
-        except Exception as error:
-            failures.append(error)
-        raise_collected(f"closing device {self.bdf}", failures)
-
-    def _quiesce(self) -> None:
-        """Nothing may be under way when the mappings go: a device without a reset is kept from the bus."""
-        self.bus_master = False
-        if self.can_reset:
-            self.reset()
+        steps: list[Callable[[], object]] = [irq.disable for irq in self._irqs.values()]
+        # Nothing may be under way when the mappings go: a device without a reset is kept from the bus.
+        steps += [partial(self._set_command, PCI_COMMAND_MASTER, on=False), *([self.reset] if self.can_reset else [])]
+        steps += [region._close for region in self._regions.values()]
+        steps += [self._close_fd, partial(self.group.devices.remove, self), self._stack.close]
+        attempt_all(f"closing device {self.bdf}", steps)
 
 
 def _dependent(found: ioctls.vfio_pci_dependent_device) -> DependentDevice:
@@ -541,10 +533,12 @@ def open_device(
     Cost: some twenty system calls.
     """
     bdf = pci.parse_bdf(bdf)
+    if container is not None and iommu_type not in (None, container.iommu_type):
+        raise ValueError(f"the container has {container.iommu_type.name}, so it cannot be {iommu_type!r}")
     kernel = container.kernel if container is not None else kernel or LinuxKernel()
     found = pci.read_device(kernel, bdf)
     number = pci.group_of(kernel, bdf)
-    if found.driver is None or "vfio" not in found.driver:
+    if not found.is_vfio:
         error = NotBoundError(
             f"{bdf} is bound to {found.driver or 'no driver'}, not to vfio-pci", hint=f"scripts/bind {bdf}"
         )

@@ -26,7 +26,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 from weakref import WeakKeyDictionary
 
-from pyvfio.errors import ClosedError, IoctlError, RollbackError, VfioError, raise_collected
+from pyvfio.errors import ClosedError, IoctlError, RollbackError, VfioError
+from pyvfio.handle import attempt_all
 from pyvfio.ramblock import RamBlock, RamBlockList
 from pyvfio.space import AddressSpace
 from pyvfio.units import MIB, U64_MAX, Iova, Vaddr, format_size
@@ -49,16 +50,24 @@ class DmaMapping:
     it cannot be freed or resized, until the kernel has unmapped it.
     """
 
-    __slots__ = ("_buffer", "_mapper", "iova", "size", "vaddr")
+    __slots__ = ("_access", "_buffer", "_mapper", "iova", "size", "vaddr")
 
     def __init__(
-        self, mapper: DmaMapper | None, *, vaddr: Vaddr, iova: Iova, size: int, buffer: memoryview | None
+        self,
+        mapper: DmaMapper | None,
+        *,
+        vaddr: Vaddr,
+        iova: Iova,
+        size: int,
+        access: int,
+        buffer: memoryview | None,
     ) -> None:
         self._mapper = mapper  # None once closed, or where the mapping belongs to somebody else
         self._buffer = buffer
         self.vaddr = vaddr
         self.iova = iova
         self.size = size
+        self._access = access  # as `_access` makes it
 
     def close(self) -> None:
         """Take the mapping away; twice is fine.
@@ -88,15 +97,14 @@ class DmaMapping:
 
 
 class _Followed:
-    """A block, the IOVA that is its own for `max_length` bytes, and how much of it the kernel has mapped."""
+    """A block, and the IOVA that is its own for `max_length` bytes. How much of it is mapped is the space's to say."""
 
-    __slots__ = ("block", "iova", "mapped", "vaddr")
+    __slots__ = ("block", "iova", "vaddr")
 
     def __init__(self, block: RamBlock, iova: Iova) -> None:
         self.block = block
         self.vaddr = block.vaddr
         self.iova = iova
-        self.mapped = 0
 
     @property
     def end(self) -> int:
@@ -152,14 +160,14 @@ class DmaMapper:
             self._check_open()
             followed = _Followed(block, self._reserve_for(block, max_length))
             try:
-                if used_length:
-                    self._map(vaddr=followed.vaddr, iova=followed.iova, size=used_length)
-                    followed.mapped = used_length
-            except BaseException:
+                self._remap(followed, used_length)
+                position = bisect_right(self._followed, block.vaddr, key=lambda f: f.vaddr)
+                logger.debug("added %r at iova=%#x", block, followed.iova)
+                self._followed.insert(position, followed)
+            except BaseException as error:
+                self._restore(followed, 0, error)  # a signal handler may have raised when all was mapped
                 self._space.release_iova(followed.iova)
                 raise
-            self._followed.insert(bisect_right(self._followed, block.vaddr, key=lambda f: f.vaddr), followed)
-        logger.debug("added %r at iova=%#x", block, followed.iova)
 
     def _reserve_for(self, block: RamBlock, max_length: int) -> Iova:
         wanted = self._place(block)
@@ -171,20 +179,20 @@ class DmaMapper:
                 return self._space.reserve_iova_at(former, max_length)
             except IoctlError:
                 logger.debug("iova=%#x of %r has been given to another", former, block)
-        return self._space.reserve_iova(max_length, alignment=_LARGE_PAGE, offset=block.vaddr)
+        return self._recycling(lambda: self._space.reserve_iova(max_length, alignment=_LARGE_PAGE, offset=block.vaddr))
 
     def ram_block_removed(self, block: RamBlock, used_length: int, max_length: int) -> None:
         """Unmap the block and give its IOVA back. Raises UnmapSizeError or IoctlError: it is then still reached."""
         del used_length, max_length
         with self._lock:
-            followed = self._find(block)
-            if followed.mapped:
-                self._space.unmap(iova=followed.iova, size=followed.mapped)
-                followed.mapped = 0
-            self._followed.remove(followed)
+            followed = self._search(block)
+            if followed is None:  # a signal handler has ended an earlier call behind the next lines; nothing is reached
+                return
+            self._remap(followed, 0)
+            logger.debug("removed %r from iova=%#x", block, followed.iova)
             self._former[block] = followed.iova
+            self._followed.remove(followed)
             self._space.release_iova(followed.iova)
-        logger.debug("removed %r from iova=%#x", block, followed.iova)
 
     def ram_block_resized(self, block: RamBlock, old_length: int, new_length: int) -> None:
         """Unmap the old length and map the new one at the same IOVA.
@@ -197,25 +205,39 @@ class DmaMapper:
             followed = self._find(block)
             if not 0 <= new_length <= block.max_length:
                 raise ValueError(f"{new_length:#x} is not within max_length {block.max_length:#x} of '{block.idstr}'")
-            before = followed.mapped  # old_length, unless an earlier resize ended in RollbackError
-            if before:
-                self._space.unmap(iova=followed.iova, size=before)
-                followed.mapped = 0
-            try:
-                self._map_block(followed, new_length)
-            except BaseException as error:
-                self._restore(followed, before, error)
-                raise
-        logger.debug("resized %r at iova=%#x from %#x to %#x", block, followed.iova, old_length, new_length)
+            # Before, as the series traces it: what raises behind the change is taken for a refusal.
+            logger.debug("resizing %r at iova=%#x from %#x to %#x", block, followed.iova, old_length, new_length)
+            self._remap(followed, new_length)
 
-    def _map_block(self, followed: _Followed, length: int) -> None:
+    def _mapped(self, followed: _Followed) -> int:
+        """How much of a block the space has mapped: what the list says, but after RollbackError. The space's word alone
+        counts, since a signal handler can raise between the space's change and any note of it here."""
+        return self._size_at(vaddr=followed.vaddr, iova=followed.iova)
+
+    def _size_at(self, *, vaddr: int, iova: int) -> int:
+        mapping = self._space.mapping_at(iova)
+        return 0 if mapping is None or (mapping.iova, mapping.vaddr) != (iova, vaddr) else mapping.size
+
+    def _remap(self, followed: _Followed, length: int) -> None:
+        """Map `length` of a block in place of what is mapped of it; when that fails, what was mapped is again."""
+        before = self._mapped(followed)
+        try:
+            self._replace(followed, length)
+        except BaseException as error:
+            self._restore(followed, before, error)
+            raise
+
+    def _replace(self, followed: _Followed, length: int) -> None:
+        if mapped := self._mapped(followed):
+            self._space.unmap(iova=followed.iova, size=mapped)
         if length:
             self._map(vaddr=followed.vaddr, iova=followed.iova, size=length)
-            followed.mapped = length
 
     def _restore(self, followed: _Followed, length: int, cause: BaseException) -> None:
+        if self._mapped(followed) == length:
+            return
         try:
-            self._map_block(followed, length)
+            self._replace(followed, length)
         except Exception as error:
             first = cause if isinstance(cause, Exception) else VfioError(f"interrupted by {type(cause).__name__}")
             raise RollbackError(
@@ -225,11 +247,17 @@ class DmaMapper:
                 hint="The device reaches nothing of it; its memory is kept. Resize it to another length, or remove it",
             ) from cause
 
-    def _find(self, block: RamBlock) -> _Followed:
+    def _search(self, block: RamBlock) -> _Followed | None:
         position = bisect_right(self._followed, block.vaddr, key=lambda f: f.vaddr) - 1
         if position < 0 or self._followed[position].block is not block:
-            raise ValueError(f"RAM block '{block.idstr}' is not followed by this mapper")
+            return None
         return self._followed[position]
+
+    def _find(self, block: RamBlock) -> _Followed:
+        followed = self._search(block)
+        if followed is None:
+            raise ValueError(f"RAM block '{block.idstr}' is not followed by this mapper")
+        return followed
 
     # ------------------------------------------------------------------------------------------------ look-ups
 
@@ -241,25 +269,31 @@ class DmaMapper:
     def translate_vaddr(self, vaddr: int, size: int = 1) -> Iova:
         """The IOVA of `[vaddr, vaddr + size)`, all of which one block or one mapping of the caller's own has mapped.
 
-        Raises LookupError when it has not: the tail of a block behind `used_length` is never found. Temporary mappings
-        are not looked at. O(log n).
+        Raises LookupError when it has not: the tail of a block behind `used_length` is never found. ValueError: `size`
+        is below 1. Temporary mappings are not looked at. O(log n).
         """
+        _check_size(size)
         with self._lock:
             position = bisect_right(self._followed, vaddr, key=lambda f: f.vaddr) - 1
             if position >= 0:
                 followed = self._followed[position]
-                if vaddr + size <= followed.vaddr + followed.mapped:
+                if vaddr + size <= followed.vaddr + self._mapped(followed):
                     return Iova(followed.iova + vaddr - followed.vaddr)
-            position = bisect_right(self._mappings, vaddr, key=lambda m: m.vaddr) - 1
-            if position >= 0:
-                mapping = self._mappings[position]
-                if vaddr + size <= mapping.vaddr + mapping.size:
-                    return Iova(mapping.iova + vaddr - mapping.vaddr)
+            mapping = self._own_mapping(vaddr, size)
+            if mapping is not None:
+                return Iova(mapping.iova + vaddr - mapping.vaddr)
         raise LookupError(f"{size:#x} bytes at vaddr {vaddr:#x} are not mapped for the device in one piece")
+
+    def _own_mapping(self, vaddr: int, size: int) -> DmaMapping | None:
+        position = bisect_right(self._mappings, vaddr, key=lambda m: m.vaddr) - 1
+        if position < 0 or vaddr + size > self._mappings[position].vaddr + self._mappings[position].size:
+            return None
+        return self._mappings[position]
 
     def translate_iova(self, iova: int, size: int = 1) -> Vaddr:
         """Where in this process the device ends up with `[iova, iova + size)`, all in one mapping. LookupError when it
-        would be stopped. O(log n)."""
+        would be stopped; ValueError: `size` is below 1. O(log n)."""
+        _check_size(size)
         mapping = self._space.mapping_at(iova)
         if mapping is None or iova + size > mapping.iova + mapping.size:
             raise LookupError(f"{size:#x} bytes at IOVA {iova:#x} are not mapped in one piece")
@@ -277,7 +311,8 @@ class DmaMapper:
         mapping is closed; `map_buffer` sees to that itself.
 
         Raises ValueError (misaligned; overlaps what is mapped, or the reserved tail of a block, which would get a
-        second IOVA when it grows), IovaRangeError, IovaOverlapError, PinLimitError, EntryLimitError, IoctlError.
+        second IOVA when it grows; is mapped already, but for less access), IovaRangeError, IovaOverlapError,
+        PinLimitError, EntryLimitError, IoctlError.
         """
         return self._map_own(vaddr=vaddr, size=size, iova=iova, read=read, write=write, buffer=None)
 
@@ -298,8 +333,13 @@ class DmaMapper:
         try:
             return self._map_own(vaddr=vaddr, size=view.nbytes, iova=iova, read=read, write=write, buffer=view)
         except BaseException:
-            view.release()
+            self._release_unless_held(view)
             raise
+
+    def _release_unless_held(self, view: memoryview) -> None:
+        """After a map that failed; it is still held where the device may reach it: its unmap failed, too."""
+        if all(mapping._buffer is not view for mapping in self._own_mappings()):
+            view.release()
 
     def _map_own(
         self, *, vaddr: int, size: int, iova: int | None, read: bool, write: bool, buffer: memoryview | None
@@ -307,25 +347,28 @@ class DmaMapper:
         self._check_extent(vaddr, size)
         with self._lock:
             self._check_open()
-            known = self._known(vaddr, size, iova)
+            access = _access(read=read, write=write)
+            known = self._known(vaddr, size, iova, access)
             if known is not None:
                 if buffer is not None:
                     buffer.release()
-                return DmaMapping(None, vaddr=Vaddr(vaddr), iova=known, size=size, buffer=None)
+                return DmaMapping(None, vaddr=Vaddr(vaddr), iova=known, size=size, access=access, buffer=None)
             if iova is None:
-                place = self._space.reserve_iova(size, alignment=self._alignment(size), offset=vaddr)
+                alignment = self._alignment(size)
+                place = self._recycling(lambda: self._space.reserve_iova(size, alignment=alignment, offset=vaddr))
             else:
                 place = self._space.reserve_iova_at(iova, size)
+            mapping = DmaMapping(self, vaddr=Vaddr(vaddr), iova=place, size=size, access=access, buffer=buffer)
+            # Entered first: what a signal handler leaves behind must be known, if only to be unmapped.
+            self._mappings.insert(bisect_right(self._mappings, vaddr, key=lambda m: m.vaddr), mapping)
             try:
                 self._map(vaddr=vaddr, iova=place, size=size, read=read, write=write)
             except BaseException:
-                self._space.release_iova(place)
+                self._close_mapping(mapping)
                 raise
-            mapping = DmaMapping(self, vaddr=Vaddr(vaddr), iova=place, size=size, buffer=buffer)
-            self._mappings.insert(bisect_right(self._mappings, vaddr, key=lambda m: m.vaddr), mapping)
         return mapping
 
-    def _known(self, vaddr: int, size: int, iova: int | None) -> Iova | None:
+    def _known(self, vaddr: int, size: int, iova: int | None, access: int) -> Iova | None:
         """The IOVA of memory that is mapped whole; ValueError where it is in part, or would be later."""
         try:
             found = self.translate_vaddr(vaddr, size)
@@ -334,6 +377,9 @@ class DmaMapper:
             return None
         if iova is not None and iova != found:
             raise ValueError(f"vaddr {vaddr:#x} is mapped at IOVA {found:#x}, so it is not mapped at {iova:#x} as well")
+        mapping = self._own_mapping(vaddr, size)
+        if mapping is not None and access & ~mapping._access:
+            raise ValueError(f"the device may not do with {mapping!r} all that is wanted: close that mapping first")
         return found
 
     def _check_apart(self, vaddr: int, size: int) -> None:
@@ -361,15 +407,16 @@ class DmaMapper:
             with self._lock:
                 self._check_open()
                 place = self._recycling(lambda: self._reserve_temporary(vaddr, view.nbytes))
+                access = _access(read=read, write=write)
+                mapping = DmaMapping(self, vaddr=vaddr, iova=place, size=view.nbytes, access=access, buffer=view)
+                self._temporary[place] = mapping
                 try:
                     self._map(vaddr=vaddr, iova=place, size=view.nbytes, read=read, write=write)
                 except BaseException:
-                    self._space.release_iova(place)
+                    self._unmap_run([mapping])
                     raise
-                mapping = DmaMapping(self, vaddr=Vaddr(vaddr), iova=place, size=view.nbytes, buffer=view)
-                self._temporary[place] = mapping
         except BaseException:
-            view.release()
+            self._release_unless_held(view)
             raise
         return mapping
 
@@ -395,7 +442,8 @@ class DmaMapper:
         return run
 
     def _unmap_run(self, run: list[DmaMapping]) -> None:
-        self._space.unmap(iova=run[-1].iova, size=sum(mapping.size for mapping in run))
+        if any(self._size_at(vaddr=mapping.vaddr, iova=mapping.iova) for mapping in run):
+            self._space.unmap(iova=run[-1].iova, size=sum(mapping.size for mapping in run))
         for mapping in run:
             del self._temporary[mapping.iova]
             self._space.release_iova(mapping.iova)
@@ -403,12 +451,18 @@ class DmaMapper:
 
     def _close_mapping(self, mapping: DmaMapping) -> None:
         with self._lock:
+            if mapping._mapper is None or os.getpid() != self._pid:  # another thread was first, or this is a child
+                return
             if self._temporary.get(mapping.iova) is mapping:
                 mapping._mapper = None
                 return
-            self._space.unmap(iova=mapping.iova, size=mapping.size)
-            del self._mappings[bisect_right(self._mappings, mapping.vaddr, key=lambda m: m.vaddr) - 1]
-            self._space.release_iova(mapping.iova)
+            # What the space does not have went with its last group, or in a call that a signal handler ended.
+            if self._size_at(vaddr=mapping.vaddr, iova=mapping.iova):
+                self._space.unmap(iova=mapping.iova, size=mapping.size)
+            position = bisect_right(self._mappings, mapping.vaddr, key=lambda m: m.vaddr) - 1
+            if position >= 0 and self._mappings[position] is mapping:  # else a signal handler ended an earlier close
+                del self._mappings[position]
+                self._space.release_iova(mapping.iova)
             mapping._drop()
 
     # ------------------------------------------------------------------------------------------------ below
@@ -451,13 +505,8 @@ class DmaMapper:
         """
         if self._closed or os.getpid() != self._pid:
             return
-        failures: list[Exception] = []
-        for step in (self._leave, *(mapping.close for mapping in self._own_mappings()), self.reset_temporary):
-            try:
-                step()
-            except Exception as error:
-                failures.append(error)
-        raise_collected("closing the DmaMapper", failures)
+        closes = [mapping.close for mapping in self._own_mappings()]
+        attempt_all("closing the DmaMapper", [self._leave, *closes, self.reset_temporary])
         self._closed = True
 
     def _leave(self) -> None:
@@ -481,12 +530,21 @@ class DmaMapper:
         """The invariant: for each block, the space has mapped exactly what the block holds."""
         with self._lock:
             for followed in self._followed:
-                assert followed.mapped <= followed.block.max_length
-                mapping = self._space.mapping_at(followed.iova)
-                reached = 0 if mapping is None else mapping.size
-                assert reached == followed.mapped, (followed.block, reached)
-                assert mapping is None or mapping.vaddr == followed.vaddr
-                assert followed.mapped <= followed.block.used_length
+                reached = self._mapped(followed)
+                assert reached in (0, followed.block.used_length), (followed.block, reached)
+            for mapping in self._mappings:
+                assert self._size_at(vaddr=mapping.vaddr, iova=mapping.iova) in (0, mapping.size), mapping
+            for entries in (self._followed, self._mappings):
+                assert [entry.vaddr for entry in entries] == sorted(entry.vaddr for entry in entries)
+
+
+def _access(*, read: bool, write: bool) -> int:
+    return read | write << 1
+
+
+def _check_size(size: int) -> None:
+    if size < 1:
+        raise ValueError(f"a size must be at least 1 byte, not {size}")
 
 
 def _export(buffer: Buffer) -> tuple[memoryview, Vaddr]:

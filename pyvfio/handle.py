@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Self
 
 from pyvfio import ioctls
-from pyvfio.errors import ClosedError, ForkedError, IoctlError
+from pyvfio.errors import ClosedError, ForkedError, IoctlError, raise_collected
 from pyvfio.kernel import IoctlArgument, Kernel
 
 
@@ -93,5 +93,23 @@ class Handle:
 
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0 and not self._forked:
-            warnings.warn(f"{self._what} was never closed", ResourceWarning, stacklevel=2, source=self)
-            self._close_fd()
+            try:
+                warnings.warn(f"{self._what} was never closed", ResourceWarning, stacklevel=2, source=self)
+            finally:  # a program may have made warnings errors
+                self._close_fd()
+
+
+def attempt(step: Callable[[], object], failures: list[Exception]) -> None:
+    """Make one step of a tear-down; what it raises goes to `failures`, so that the next step is made all the same."""
+    try:
+        step()
+    except Exception as error:
+        failures.append(error)
+
+
+def attempt_all(what: str, steps: Iterable[Callable[[], object]]) -> None:
+    """Make all steps of a tear-down, and then raise what they raised: the one failure, or a RollbackError of all."""
+    failures: list[Exception] = []
+    for step in steps:
+        attempt(step, failures)
+    raise_collected(what, failures)

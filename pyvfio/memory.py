@@ -67,13 +67,19 @@ _MAY_BE_MISSING = (mmap.MADV_MERGEABLE, mmap.MADV_HUGEPAGE)
 
 
 def apply_settings(kernel: Kernel, settings: MemorySettings, *, vaddr: int, size: int) -> None:
-    """Make `settings` on `[vaddr, vaddr + size)`. Raises OSError; up to four system calls."""
+    """Make `settings` on `[vaddr, vaddr + size)`. Raises IoctlError; up to four system calls."""
     for advice in settings.advices:
         try:
             kernel.madvise(vaddr, size, advice)
         except OSError as error:
             if error.errno != errno.EINVAL or advice not in _MAY_BE_MISSING:
-                raise
+                raise IoctlError.of(
+                    error,
+                    "a setting of a block's memory could not be made",
+                    request="madvise",
+                    arguments={"vaddr": vaddr, "size": size, "advice": advice},
+                    hint="The process may have as many mappings as it may (vm.max_map_count)",
+                ) from error
             logger.debug("madvise(%#x, %#x, %d): not built into this kernel", vaddr, size, advice)
 
 
@@ -84,7 +90,7 @@ class Reservation:
     also where it has been used, given up and taken again.
 
     Raises ValueError for a length that is not a positive multiple of the page size or that no address space can hold,
-    IoctlError when there is no address space, OSError when the settings cannot be made. Nothing is charged for the
+    IoctlError when there is no address space or the settings cannot be made. Nothing is charged for the
     reservation itself: 1 TiB succeeds with overcommit_memory=2.
 
     Synchronization: none; the owner serializes calls. Cost: at most three system calls and one per setting.
@@ -195,14 +201,14 @@ class Reservation:
         start, touched = self._accessible, self._touched
         if start >= length:  # a grow to there was interrupted after it had come this far
             return
+        self._settle(length)
         try:
-            self._settle(length)
             self._touched = max(touched, length)
             self._kernel.mprotect(self.vaddr + start, length - start, _READ_WRITE)
         except OSError as error:
             self._touched = touched
-            raise IoctlError(
-                error.errno or 0,
+            raise IoctlError.of(
+                error,
                 f"{format_size(length - start)} more memory could not be had",
                 request="mprotect",
                 arguments={"vaddr": self.vaddr + start, "size": length - start},

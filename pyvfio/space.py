@@ -85,7 +85,8 @@ class AddressSpace(Protocol):
 
     def unmap(self, *, iova: int, size: int) -> None:
         """Take one or several whole mappings away. When it returns, exactly those `size` bytes are out of the device's
-        reach; on a closed space that has none of them left it does nothing. Raises UnmapSizeError or IoctlError."""
+        reach; on a closed space, and on one whose last device has left, it does nothing when none of them is left.
+        Raises UnmapSizeError or IoctlError."""
         ...
 
     def mapping_at(self, iova: int) -> Mapping | None:

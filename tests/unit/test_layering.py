@@ -19,7 +19,7 @@ ROOF = "pyvfio"
 
 FLOORS = {
     **dict.fromkeys(("ioctls", "kernel", "errors", "units"), 0),
-    **dict.fromkeys(("space", "memory", "iova", "caps", "pci", "handle"), 1),
+    **dict.fromkeys(("space", "memory", "iova", "caps", "pci", "handle", "type1_errors"), 1),
     **dict.fromkeys(("container", "device", "ramblock"), 2),
     "dma": 3,
 }

@@ -1,0 +1,201 @@
+"""Fake kernels with something particular about them, and all that hangs together on one: a device, blocks, a mapper."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import pyvfio
+from pyvfio import ioctls
+from pyvfio.kernel import IoctlArgument
+from pyvfio.testing.fake import Call, FakeDevice, FakeKernel, IommuModel
+from pyvfio.units import MIB, PAGE_SIZE, Vaddr
+
+BDF = "0000:00:02.0"
+OTHER_BDF = "0000:00:03.0"
+PRIVATE = 0x22  # MAP_PRIVATE | MAP_ANONYMOUS
+READ_WRITE = 3
+
+_Answer = TypeVar("_Answer")
+
+
+def open_fds() -> dict[int, str]:
+    """What this process has open."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:  # the descriptor of the listing itself
+            continue
+    return found
+
+
+@contextmanager
+def nothing_left(kernel: FakeKernel) -> Iterator[None]:
+    """At the end no descriptor is open that was not at the beginning, nothing is mapped, no memory went too early."""
+    before = open_fds()
+    yield
+    assert open_fds() == before
+    assert kernel.descriptors == ()
+    assert kernel.mappings() == ()
+    assert kernel.memlock().used == 0
+    kernel.check()
+
+
+class Interrupt(BaseException):
+    """What a signal handler raises; like KeyboardInterrupt no Exception."""
+
+
+class SpecialKernel(FakeKernel):
+    """A fake kernel whose answers can be changed, and in which a signal handler can raise.
+
+    `answers`: what an ioctl returns, by its name in C, without being made. `top`: the last IOVA that the IOMMU offers,
+    from now on. `interrupt_at`: raise Interrupt before or after that call from now, of those that are
+    INTERRUPTIBLE.
+    """
+
+    INTERRUPTIBLE = ("ioctl", "mmap", "mprotect", "madvise", "munmap")
+
+    def __init__(
+        self, version: str = "6.12", *, groups: Sequence[tuple[int, Sequence[FakeDevice]]] | None = None
+    ) -> None:
+        super().__init__(version, groups=groups)
+        self.answers: dict[str, int] = {}
+        self.top: int | None = None
+        self._due = 0
+        self._after = False
+
+    def interrupt_at(self, nth: int, *, after: bool) -> None:
+        """Raise at that call; 0: at none."""
+        self._due, self._after = nth, after
+
+    def _interrupted(self, action: Callable[[], _Answer]) -> _Answer:
+        self._due -= 1
+        if self._due == 0 and not self._after:
+            raise Interrupt
+        answer = action()
+        if self._due == 0:
+            raise Interrupt
+        return answer
+
+    def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
+        """As told by `answers`, `top` and `interrupt_at`."""
+        for name, answer in self.answers.items():
+            if request == vars(ioctls)[name]:
+                return answer
+        result = self._interrupted(lambda: FakeKernel.ioctl(self, fd, request, argument))
+        if self.top is not None and self.trace[-1].request == "VFIO_IOMMU_GET_INFO" and isinstance(argument, bytearray):
+            self._lower_the_top(argument, self.top)
+        return result
+
+    @staticmethod
+    def _lower_the_top(answer: bytearray, top: int) -> None:
+        (offset,) = struct.unpack_from("=I", answer, 16)
+        while offset:
+            identity, _version, following = struct.unpack_from("=HHI", answer, offset)
+            if identity == ioctls.VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE:
+                (count,) = struct.unpack_from("=I", answer, offset + 8)
+                struct.pack_into("=Q", answer, offset + 16 * count + 8, top)
+            offset = following
+
+    def mmap(self, vaddr: int, size: int, protection: int, flags: int, *, fd: int = -1, offset: int = 0) -> Vaddr:
+        """As told by `interrupt_at`."""
+        return self._interrupted(lambda: FakeKernel.mmap(self, vaddr, size, protection, flags, fd=fd, offset=offset))
+
+    def mprotect(self, vaddr: int, size: int, protection: int) -> None:
+        """As told by `interrupt_at`."""
+        self._interrupted(lambda: FakeKernel.mprotect(self, vaddr, size, protection))
+
+    def madvise(self, vaddr: int, size: int, advice: int) -> None:
+        """As told by `interrupt_at`."""
+        self._interrupted(lambda: FakeKernel.madvise(self, vaddr, size, advice))
+
+    def munmap(self, vaddr: int, size: int) -> None:
+        """As told by `interrupt_at`."""
+        self._interrupted(lambda: FakeKernel.munmap(self, vaddr, size))
+
+
+class Rig:
+    """A device, in a container of its own unless one is given, a list of blocks, a mapper that follows it."""
+
+    def __init__(
+        self,
+        kernel: FakeKernel,
+        *,
+        mapper: type[pyvfio.DmaMapper] = pyvfio.DmaMapper,
+        container: pyvfio.Container | None = None,
+        iommu_type: ioctls.VfioExtension | None = None,
+    ) -> None:
+        self.kernel = kernel
+        self.device = pyvfio.open_device(BDF, container=container, kernel=kernel, iommu_type=iommu_type)
+        self.container = self.device.container
+        self.group = self.device.group
+        self.blocks = pyvfio.RamBlockList(kernel=kernel)
+        self.mapper = mapper(self.container, self.blocks)
+
+    def add(self, idstr: str = "ring", *, used: int = 2 * PAGE_SIZE, maximum: int = MIB) -> pyvfio.RamBlock:
+        """A block."""
+        return self.blocks.add(idstr, used_length=used, max_length=maximum)
+
+    def reached(self) -> list[tuple[int, int, int]]:
+        """What the device reaches: iova, vaddr and size of each mapping that the kernel has."""
+        return [(mapping.iova, mapping.vaddr, mapping.size) for mapping in self.kernel.mappings(BDF)]
+
+    def expected(self) -> list[tuple[int, int, int]]:
+        """What it is to reach of the blocks: all that is in use, where the mapper says that it is."""
+        followed = self.blocks if self.mapper._blocks is not None else ()
+        pieces = [(self.mapper.iova(block), block.vaddr, block.used_length) for block in followed]
+        return sorted(piece for piece in pieces if piece[2])
+
+    def memory(self, size: int = PAGE_SIZE) -> int:
+        """New memory of the caller's own, by its address; `free` gives it back."""
+        return self.kernel.mmap(0, size, READ_WRITE, PRIVATE)
+
+    def free(self, vaddr: int, size: int = PAGE_SIZE) -> None:
+        """Give it back."""
+        self.kernel.munmap(vaddr, size)
+
+    def check(self) -> None:
+        """All that is meant to hold always."""
+        self.kernel.check()
+        self.mapper._check()
+        self.blocks._check()
+        self.container._check()
+
+    def close(self) -> None:
+        """Everything; twice is fine."""
+        self.device.close()
+        self.mapper.close()
+        self.blocks.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def requests(trace: Sequence[Call]) -> list[str]:
+    """The calls by name: an ioctl's in C, else the method's."""
+    return [call.request or call.call for call in trace]
+
+
+def small_iommu(entries: int) -> IommuModel:
+    """An IOMMU whose containers hold `entries` mappings."""
+    return IommuModel((pyvfio.IovaRange(pyvfio.Iova(0), pyvfio.Iova((1 << 39) - 1)),), dma_entry_limit=entries)
+
+
+def proc_maps_has(vaddr: int) -> bool:
+    """Whether this process has memory there."""
+    for line in Path("/proc/self/maps").read_bytes().split(b"\n")[:-1]:
+        start, end = (int(part, 16) for part in line.split()[0].split(b"-"))
+        if start <= vaddr < end:
+            return True
+    return False

@@ -1,0 +1,662 @@
+"""Device, Region, Irq and open_device on a fake kernel: registers at their width, interrupts, resets, every refusal."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import pyvfio
+from pyvfio import ioctls
+from pyvfio.caps import RegionInfo
+from pyvfio.device import PCI_COMMAND, DependentDevice, Region
+from pyvfio.kernel import IoctlArgument
+from pyvfio.testing.fake import VERSIONS, Bar, FakeDevice, FakeKernel
+from pyvfio.units import MIB, PAGE_SIZE
+from tests.unit.fakes import BDF, OTHER_BDF, SpecialKernel, nothing_left, open_fds, requests
+
+MSI, MSIX, INTX = ioctls.VFIO_PCI_MSI_IRQ_INDEX, ioctls.VFIO_PCI_MSIX_IRQ_INDEX, ioctls.VFIO_PCI_INTX_IRQ_INDEX
+SIBLING = "0000:00:02.1"
+
+
+class Registers:
+    """What a BAR's callbacks were asked, and what they answer."""
+
+    def __init__(self) -> None:
+        self.accesses: list[tuple[int, ...]] = []
+
+    def read(self, offset: int, width: int) -> int:
+        """All ones, so that a width shows."""
+        self.accesses.append((offset, width))
+        return (1 << 8 * width) - 1 - offset
+
+    def write(self, offset: int, width: int, value: int) -> None:
+        """Remember it."""
+        self.accesses.append((offset, width, value))
+
+
+@pytest.fixture
+def registers() -> Registers:
+    """Behind BAR 0 and, too small to be mapped, BAR 1."""
+    return Registers()
+
+
+@pytest.fixture
+def kernel(registers: Registers) -> Iterator[SpecialKernel]:
+    """A device with registers, plain memory in BAR 2 and the MSI-X table in it, and a sibling in its group."""
+    bars = {
+        0: Bar(MIB, registers.read, registers.write),
+        1: Bar(256, registers.read, registers.write),
+        2: Bar(4 * PAGE_SIZE),
+    }
+    device = FakeDevice(BDF, bars=bars, msi=4, msix=8, msix_bar=2, resettable=True)
+    with SpecialKernel(groups=[(2, [device, FakeDevice(SIBLING)]), (3, [FakeDevice(OTHER_BDF)])]) as made:
+        yield made
+
+
+@pytest.fixture
+def device(kernel: SpecialKernel) -> Iterator[pyvfio.Device]:
+    """Open; nothing is left of it in the end."""
+    with nothing_left(kernel), pyvfio.open_device(BDF, kernel=kernel) as opened:
+        yield opened
+
+
+# ----------------------------------------------------------------------------------------------------- open_device
+
+
+def test_a_device_is_opened_with_all_that_it_needs(kernel: SpecialKernel) -> None:
+    """Group, container with the IOMMU set, the device itself; by an address in any spelling."""
+    with nothing_left(kernel), pyvfio.open_device("00:02.0", kernel=kernel) as device:
+        assert device.bdf == BDF
+        assert device.group.number == 2
+        assert device.container.group(2) is device.group
+        assert device.kernel is device.container.kernel is kernel
+        assert device.info.num_regions == 9
+        assert device.can_reset
+        container = device.container
+    assert container.closed
+    with pytest.raises(pyvfio.ClosedError):
+        _ = device.container
+    with pytest.raises(pyvfio.ClosedError):
+        device.config.read16(0)
+
+
+@pytest.mark.parametrize("bdf", ["", "nonsense", "0000:00:02", "0000:00:02.8"])
+def test_what_is_no_address_is_refused_before_any_call(kernel: SpecialKernel, bdf: str) -> None:
+    """ValueError."""
+    with pytest.raises(ValueError, match="not a PCI address"):
+        pyvfio.open_device(bdf, kernel=kernel)
+    assert not kernel.trace
+
+
+def test_a_device_that_is_not_there_is_refused(kernel: SpecialKernel) -> None:
+    """By its address."""
+    with nothing_left(kernel), pytest.raises(pyvfio.DeviceNotFoundError, match=r"0000:00:1f\.0"):
+        pyvfio.open_device("0000:00:1f.0", kernel=kernel)
+
+
+def test_a_device_without_a_group_is_refused(kernel: SpecialKernel) -> None:
+    """No IOMMU is behind it."""
+    (kernel.sysfs / "bus/pci/devices" / BDF / "iommu_group").unlink()
+    with nothing_left(kernel), pytest.raises(pyvfio.DeviceNotFoundError, match="is in no IOMMU group"):
+        pyvfio.open_device(BDF, kernel=kernel)
+
+
+@pytest.mark.parametrize(("driver", "said"), [("e1000e", "e1000e"), (None, "no driver")])
+def test_a_device_of_another_driver_is_refused_with_its_name(
+    kernel: SpecialKernel, driver: str | None, said: str
+) -> None:
+    """And the command that binds it."""
+    kernel.bind(BDF, driver)
+    with (
+        nothing_left(kernel),
+        pytest.raises(pyvfio.NotBoundError, match=rf"bound to {said}.*scripts/bind {BDF}") as one,
+    ):
+        pyvfio.open_device(BDF, kernel=kernel)
+    assert one.value.driver == driver
+
+
+def test_a_group_that_is_not_viable_is_refused_with_those_that_block_it(kernel: SpecialKernel) -> None:
+    """A sibling of the device belongs to a kernel driver."""
+    kernel.bind(SIBLING, "e1000e")
+    with nothing_left(kernel), pytest.raises(pyvfio.GroupNotViableError, match=f"{SIBLING} \\(e1000e\\)"):
+        pyvfio.open_device(BDF, kernel=kernel)
+
+
+def test_a_group_that_is_open_is_refused_with_its_holder(kernel: SpecialKernel, device: pyvfio.Device) -> None:
+    """This process itself, for instance."""
+    del device
+    with pytest.raises(pyvfio.GroupBusyError, match=f"pid {os.getpid()}"):
+        pyvfio.open_device(BDF, kernel=kernel)
+
+
+def test_a_device_that_went_meanwhile_is_refused(kernel: SpecialKernel) -> None:
+    """ENODEV of VFIO_GROUP_GET_DEVICE_FD, with what to look at; nothing is left open."""
+    kernel.fail(call="ioctl", request="VFIO_GROUP_GET_DEVICE_FD", errno=errno.ENODEV)
+    with nothing_left(kernel), pytest.raises(pyvfio.IoctlError, match="not in group 2, or not bound") as caught:
+        pyvfio.open_device(BDF, kernel=kernel)
+    assert caught.value.arguments == {"name": BDF}
+
+
+def test_several_devices_of_a_group_share_its_descriptor(kernel: SpecialKernel) -> None:
+    """The group is opened once, and stays until the container goes."""
+    with nothing_left(kernel), pyvfio.Container(kernel=kernel) as container:
+        one = pyvfio.open_device(BDF, container=container)
+        two = pyvfio.open_device(SIBLING, container=container)
+        again = pyvfio.open_device(BDF, container=container)
+        assert one.group is two.group is again.group
+        one.close()
+        assert two.config.read16(0) == again.config.read16(0) == 0x1234
+        two.close()
+        again.close()
+        assert container.group(2) is not None
+        pyvfio.open_device(OTHER_BDF, container=container)
+
+
+def test_the_iommu_type_is_the_callers_to_choose(kernel: SpecialKernel) -> None:
+    """It goes to the container that is opened."""
+    with (
+        nothing_left(kernel),
+        pyvfio.open_device(BDF, kernel=kernel, iommu_type=ioctls.VFIO_TYPE1_IOMMU) as device,
+    ):
+        assert device.container.iommu_type == ioctls.VFIO_TYPE1_IOMMU
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_kernel_s_answers_are_understood(version: str) -> None:
+    """Whatever length of structure they know."""
+    with FakeKernel(version) as kernel, nothing_left(kernel), pyvfio.open_device(BDF, kernel=kernel) as device:
+        assert (device.info.num_regions, device.info.num_irqs) == (9, 5)
+        assert device.region(0).size == MIB
+        assert device.irq(MSI).count == 1
+        assert not device.can_reset
+
+
+# ------------------------------------------------------------------------------------------------------ registers
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+@pytest.mark.parametrize("bar", [0, 1], ids=["mapped", "by pread"])
+def test_registers_are_accessed_once_and_at_their_width(
+    device: pyvfio.Device, registers: Registers, bar: int, width: int
+) -> None:
+    """Load and store, little-endian."""
+    region = device.region(bar)
+    loads: dict[int, Callable[[int], int]] = {1: region.read8, 2: region.read16, 4: region.read32, 8: region.read64}
+    stores: dict[int, Callable[[int, int], None]] = {
+        1: region.write8,
+        2: region.write16,
+        4: region.write32,
+        8: region.write64,
+    }
+    value = int.from_bytes(bytes(range(1, width + 1)), "little")
+    assert loads[width](0x40) == (1 << 8 * width) - 1 - 0x40
+    stores[width](0x48, value)
+    assert registers.accesses == [(0x40, width), (0x48, width, value)]
+
+
+def test_a_mapped_register_costs_no_system_call(kernel: SpecialKernel, device: pyvfio.Device) -> None:
+    """After the first: the window is mapped once."""
+    region = device.region(0)
+    region.read32(0)
+    kernel.clear_trace()
+    region.read32(MIB - 4)
+    region.write8(3, 1)
+    assert not kernel.trace
+
+
+@pytest.mark.parametrize("bar", [0, 1])
+def test_what_is_misaligned_or_outside_is_refused_before_any_call(
+    kernel: SpecialKernel, device: pyvfio.Device, registers: Registers, bar: int
+) -> None:
+    """ValueError, with the numbers."""
+    region = device.region(bar)
+    region.read8(0)
+    registers.accesses.clear()
+    kernel.clear_trace()
+    for access in (region.read16, region.read32, region.read64, lambda at: region.write32(at, 0)):
+        with pytest.raises(ValueError, match="misaligned"):
+            access(1)
+    size = region.size
+    for outside in (
+        lambda: region.read8(size),
+        lambda: region.read32(-4),
+        lambda: region.write64(size, 0),
+        lambda: region.read(size - 2, 3),
+        lambda: region.read(0, -1),
+        lambda: region.write(size - 1, b"ab"),
+        lambda: region.mmap(0, size + PAGE_SIZE),
+        lambda: region.mmap(size + PAGE_SIZE),
+    ):
+        with pytest.raises(ValueError, match=f"region {bar} of {BDF} has {size:#x} bytes"):
+            outside()
+    for value in (-1, 1 << 16):
+        with pytest.raises(ValueError, match="does not fit 2 bytes"):
+            region.write16(0, value)
+    assert not kernel.trace
+    assert not registers.accesses
+
+
+def test_bytes_are_read_and_written_as_they_are(device: pyvfio.Device) -> None:
+    """Plain memory in a BAR."""
+    region = device.region(2)
+    region.write(5, b"hello")
+    assert region.read(4, 7) == b"\0hello\0"
+    assert region.read(0, 0) == b""
+    assert region.read32(4) == int.from_bytes(b"\0hel", "little")
+
+
+def test_a_short_answer_is_an_error(kernel: SpecialKernel) -> None:
+    """Half a register is none."""
+
+    class Short(FakeKernel):
+        def pread(self, fd: int, size: int, offset: int) -> bytes:
+            return super().pread(fd, size, offset)[:1]
+
+        def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+            return min(super().pwrite(fd, data, offset), 1)
+
+    with Short() as short, nothing_left(short):
+        device = pyvfio.open_device(BDF, kernel=short)
+        with pytest.raises(pyvfio.VfioError, match="gave 1 of 2 bytes at 0x4"):
+            device.config.read16(4)
+        with pytest.raises(pyvfio.VfioError, match="took 1 of 2 bytes at 0x4"):
+            device.config.write16(4, 0)
+        with pytest.raises(pyvfio.VfioError, match="gave 1 of 2"):
+            device.close()
+        assert device.closed
+
+
+def test_a_bar_that_the_device_has_not_is_empty(device: pyvfio.Device) -> None:
+    """No byte can be read, no part mapped; an index that VFIO has not is the kernel's EINVAL."""
+    region = device.region(5)
+    assert (region.size, region.mappable) == (0, ())
+    with pytest.raises(ValueError, match="has 0x0 bytes"):
+        region.read8(0)
+    with pytest.raises(pyvfio.IoctlError):
+        device.region(99)
+
+
+def test_a_region_without_memory_decoding_is_an_error_and_works_again_with_it(device: pyvfio.Device) -> None:
+    """A touch would be SIGBUS; windows do not outlive the bit."""
+    region = device.region(0)
+    region.read32(0)
+    device.memory_enabled = False
+    for use in (lambda: region.read32(0), lambda: region.write32(0, 0), region.mmap):
+        with pytest.raises(pyvfio.VfioError, match=r"device\.memory_enabled = True"):
+            use()
+    with pytest.raises(OSError, match="Input/output"):
+        device.region(1).read32(0)
+    device.memory_enabled = True
+    assert region.read32(0) == 0xFFFF_FFFF
+
+
+# --------------------------------------------------------------------------------------------------- parts of BARs
+
+_MMAP = ioctls.VfioRegionInfoFlags(
+    ioctls.VFIO_REGION_INFO_FLAG_MMAP | ioctls.VFIO_REGION_INFO_FLAG_READ | ioctls.VFIO_REGION_INFO_FLAG_WRITE
+)
+
+
+@pytest.mark.parametrize(
+    ("sparse", "mappable"),
+    [
+        (None, ((0, 4),)),
+        ((), ()),
+        (((0, 1),), ((0, 1),)),
+        (((0, 1), (2, 2)), ((0, 1), (2, 2))),
+        (((0.5, 1),), ()),
+        (((0.5, 2),), ((1, 1),)),
+        (((0, 2.5),), ((0, 2),)),
+    ],
+)
+def test_what_can_be_mapped_are_the_whole_pages_of_what_the_kernel_lists(
+    device: pyvfio.Device,
+    sparse: tuple[tuple[float, float], ...] | None,
+    mappable: tuple[tuple[int, int], ...],
+) -> None:
+    """In pages here; all of it, where the kernel lists nothing."""
+    areas = None if sparse is None else tuple((int(at * PAGE_SIZE), int(size * PAGE_SIZE)) for at, size in sparse)
+    info = RegionInfo(2, _MMAP, 4 * PAGE_SIZE, device.region(2).info.offset, sparse=areas)
+    expected = tuple((at * PAGE_SIZE, size * PAGE_SIZE) for at, size in mappable)
+    assert Region(device, info).mappable == expected
+
+
+def test_between_the_mappable_parts_registers_are_reached_by_pread(
+    kernel: SpecialKernel, device: pyvfio.Device
+) -> None:
+    """And each part is one window; no access is over an edge."""
+    offset = device.region(0).info.offset
+    info = RegionInfo(0, _MMAP, 4 * PAGE_SIZE, offset, sparse=((0, PAGE_SIZE), (2 * PAGE_SIZE, 2 * PAGE_SIZE)))
+    region = Region(device, info)
+    command = (2, device.config.info.offset + PCI_COMMAND)  # looked at before a window is made
+    kernel.clear_trace()
+    for at in (0, PAGE_SIZE, 2 * PAGE_SIZE, PAGE_SIZE - 8, 4 * PAGE_SIZE - 8):
+        region.read64(at)
+    made = [(call.call, call.given[1:]) for call in kernel.trace if call.given[1:] != command]
+    assert made == [
+        ("registers", (offset, PAGE_SIZE)),
+        ("pread", (8, offset + PAGE_SIZE)),
+        ("registers", (offset + 2 * PAGE_SIZE, 2 * PAGE_SIZE)),
+    ]
+    with pytest.raises(pyvfio.UnsupportedError, match="cannot be mapped at 0x1000-0x1fff"):
+        region.mmap(PAGE_SIZE, PAGE_SIZE)
+    with pytest.raises(pyvfio.UnsupportedError, match="cannot be mapped"):
+        region.mmap()
+    region.mmap(2 * PAGE_SIZE).close()
+    region._close()
+
+
+def test_a_mapped_part_shows_what_is_there_and_stays_while_it_is_looked_at(device: pyvfio.Device) -> None:
+    """BufferError while a view lives; afterwards it is gone."""
+    region = device.region(2)
+    region.write32(PAGE_SIZE, 0x1234)
+    mapping = region.mmap(PAGE_SIZE, PAGE_SIZE)
+    assert mapping.size == PAGE_SIZE
+    view = mapping.view()
+    part = view.cast("I")
+    assert part[0] == 0x1234
+    part[1] = 7
+    assert region.read32(PAGE_SIZE + 4) == 7
+    view.release()
+    with pytest.raises(BufferError, match="still alive"):
+        mapping.close()
+    part.release()
+    assert ctypes.string_at(mapping.vaddr, 2) == b"\x34\x12"
+    mapping.close()
+    mapping.close()
+    with pytest.raises(pyvfio.ClosedError):
+        mapping.view()
+    with pytest.raises(pyvfio.ClosedError):
+        _ = mapping.vaddr
+
+
+@pytest.mark.parametrize(("offset", "size"), [(1, PAGE_SIZE), (0, 100), (0, 0)])
+def test_only_whole_pages_are_mapped(kernel: SpecialKernel, device: pyvfio.Device, offset: int, size: int) -> None:
+    """ValueError before any call."""
+    region = device.region(2)
+    kernel.clear_trace()
+    with pytest.raises(ValueError, match="multiples of 4096"):
+        region.mmap(offset, size)
+    assert not kernel.trace
+
+
+# ----------------------------------------------------------------------------------------------- configuration space
+
+
+def test_configuration_space_is_read_and_written(device: pyvfio.Device) -> None:
+    """Identity, and a register that may be changed."""
+    config = device.config
+    assert (config.read16(0), config.read16(2), config.read32(0), config.read8(1)) == (0x1234, 0x11E8, 0x11E81234, 0x12)
+    config.write8(0x3C, 0x5A)
+    assert config.read8(0x3C) == 0x5A
+    assert config is device.config
+
+
+def test_configuration_space_cannot_be_mapped() -> None:
+    """Even where it is a page long."""
+    with (
+        FakeKernel(groups=[(2, [FakeDevice(BDF, pcie=True)])]) as kernel,
+        nothing_left(kernel),
+        pyvfio.open_device(BDF, kernel=kernel) as device,
+        pytest.raises(pyvfio.UnsupportedError, match="region 7 of"),
+    ):
+        device.config.mmap()
+
+
+def test_the_command_bits_are_switched_one_at_a_time(kernel: SpecialKernel, device: pyvfio.Device) -> None:
+    """The others stay as they are; bus mastering is off at first."""
+    assert not device.bus_master
+    assert device.memory_enabled
+    device.config.write16(PCI_COMMAND, 0x442)
+    device.bus_master = True
+    assert device.config.read16(PCI_COMMAND) == 0x446
+    device.memory_enabled = False
+    assert device.config.read16(PCI_COMMAND) == 0x444
+    assert (device.bus_master, device.memory_enabled) == (True, False)
+    device.bus_master = False
+    device.memory_enabled = True
+    assert device.config.read16(PCI_COMMAND) == 0x442
+
+
+# ------------------------------------------------------------------------------------------------------ interrupts
+
+
+def test_an_interrupt_is_counted_until_it_is_waited_for(kernel: SpecialKernel, device: pyvfio.Device) -> None:
+    """Each vector by itself; nothing is left of those that were told."""
+    irq = device.irq(MSI)
+    assert irq.count == 4
+    fds = irq.enable(2)
+    assert irq.fds == fds
+    kernel.interrupt(BDF, 1)
+    kernel.interrupt(BDF, 1)
+    assert irq.wait(0, timeout=0) == 0
+    assert irq.wait(1, timeout=1) == 2
+    assert irq.wait(1, timeout=0) == 0
+    kernel.interrupt(BDF)
+    assert irq.wait() == 1
+    irq.trigger(1)
+    assert irq.wait(1, timeout=1) == 1
+
+
+def test_a_disabled_interrupt_is_not_signalled_and_leaves_no_descriptor(
+    kernel: SpecialKernel, device: pyvfio.Device
+) -> None:
+    """Twice is fine, and it can be enabled again."""
+    before = open_fds()
+    irq = device.irq(MSIX)
+    irq.enable(8)
+    kernel.clear_trace()
+    irq.disable()
+    irq.disable()
+    assert requests(kernel.trace) == ["VFIO_DEVICE_SET_IRQS", *["close"] * 8]
+    assert irq.fds == ()
+    kernel.interrupt(BDF)
+    assert open_fds() == before
+    irq.enable(1)
+    kernel.interrupt(BDF)
+    assert irq.wait(timeout=1) == 1
+
+
+@pytest.mark.parametrize("vector", [2, -1])
+def test_waiting_for_a_vector_that_is_not_enabled_is_an_error(device: pyvfio.Device, vector: int) -> None:
+    """It would last for ever."""
+    irq = device.irq(MSI)
+    with pytest.raises(pyvfio.VfioError, match=r"vector 0 of VFIO_PCI_MSI_IRQ_INDEX .* is not enabled"):
+        irq.wait()
+    irq.enable(2)
+    with pytest.raises(pyvfio.VfioError, match=f"vector {vector} of"):
+        irq.wait(vector)
+
+
+def test_an_interrupt_that_another_thread_has_read_counts_as_none(kernel: SpecialKernel, device: pyvfio.Device) -> None:
+    """Between the poll and the read."""
+    irq = device.irq(MSI)
+    irq.enable()
+    kernel.interrupt(BDF)
+    kernel.fail(call="eventfd_read", errno=errno.EAGAIN)
+    assert irq.wait(timeout=0) == 0
+    assert irq.wait(timeout=0) == 1
+
+
+def test_intx_is_masked_and_unmasked(kernel: SpecialKernel, device: pyvfio.Device) -> None:
+    """By the kernel at each interrupt, and by the caller."""
+    irq = device.irq(INTX)
+    irq.enable()
+    for _ in range(2):
+        kernel.interrupt(BDF)
+        kernel.interrupt(BDF)
+        assert irq.wait(timeout=1) == 1
+        assert irq.wait(timeout=0) == 0
+        irq.unmask()
+        assert irq.wait(timeout=1) == 1
+        irq.unmask()
+    irq.mask()
+    kernel.interrupt(BDF)
+    assert irq.wait(timeout=0) == 0
+    irq.unmask()
+    assert irq.wait(timeout=1) == 1
+
+
+def test_messages_cannot_be_masked(device: pyvfio.Device) -> None:
+    """ENOTTY of the kernel."""
+    irq = device.irq(MSI)
+    irq.enable()
+    for use in (irq.mask, irq.unmask):
+        with pytest.raises(pyvfio.IoctlError) as caught:
+            use()
+        assert caught.value.errno == errno.ENOTTY
+
+
+@pytest.mark.parametrize("vectors", [0, -1, 5])
+def test_more_vectors_than_there_are_are_refused_before_any_call(device: pyvfio.Device, vectors: int) -> None:
+    """With what the device has of each kind."""
+    irq = device.irq(MSI)
+    with pytest.raises(pyvfio.UnsupportedError, match=r"has 4 vectors.*1 INTx, 4 MSI, 8 MSI-X"):
+        irq.enable(vectors)
+
+
+def test_an_interrupt_is_enabled_once(device: pyvfio.Device) -> None:
+    """Another kind at the same time is the kernel's EINVAL; no eventfd stays."""
+    device.irq(MSI).enable(1)
+    before = open_fds()
+    with pytest.raises(pyvfio.VfioError, match=r"enabled already.*disable\(\)"):
+        device.irq(MSI).enable(1)
+    with pytest.raises(pyvfio.IoctlError, match="Only one kind of interrupt"):
+        device.irq(INTX).enable(1)
+    assert open_fds() == before
+    assert device.irq(INTX).fds == ()
+
+
+def test_fewer_vectors_than_asked_for_are_an_error_with_both_numbers(kernel: SpecialKernel) -> None:
+    """The kernel returns how many it could have had, and has enabled none."""
+    with nothing_left(kernel), pyvfio.open_device(BDF, kernel=kernel) as device:
+        irq = device.irq(MSIX)
+        before = open_fds()
+        kernel.answers["VFIO_DEVICE_SET_IRQS"] = 3
+        with pytest.raises(pyvfio.UnsupportedError, match="only 3 of 8 vectors are available"):
+            irq.enable(8)
+        kernel.answers.clear()
+        assert irq.fds == ()
+        assert open_fds() == before
+
+
+def test_an_eventfd_that_cannot_be_had_leaves_none(kernel: SpecialKernel, device: pyvfio.Device) -> None:
+    """Those before it are closed."""
+    irq, before = device.irq(MSIX), open_fds()
+    kernel.fail(call="eventfd", nth=4, errno=errno.EMFILE)
+    with pytest.raises(OSError, match="Too many open files"):
+        irq.enable(8)
+    assert open_fds() == before
+    assert irq.fds == ()
+
+
+def test_every_eventfd_is_closed_though_closing_one_fails(kernel: SpecialKernel, device: pyvfio.Device) -> None:
+    """And though the kernel would not disable."""
+    irq = device.irq(MSIX)
+    fds = irq.enable(4)
+    kernel.fail(call="ioctl", request="VFIO_DEVICE_SET_IRQS", errno=errno.EIO)
+    kernel.fail(call="close", nth=2, errno=errno.EIO, after=True)
+    with pytest.raises(pyvfio.RollbackError, match="disabling VFIO_PCI_MSIX") as caught:
+        irq.disable()
+    assert len(caught.value.exceptions) == 2
+    assert not set(fds) & set(open_fds())
+
+
+# ----------------------------------------------------------------------------------------------------------- resets
+
+
+def test_a_reset_is_made(kernel: SpecialKernel, device: pyvfio.Device) -> None:
+    """Where the device has one."""
+    device.region(2).write32(0, 5)
+    device.reset()
+    assert requests(kernel.trace)[-1] == "VFIO_DEVICE_RESET"
+    assert device.region(2).read32(0) == 0
+
+
+def test_a_device_without_a_reset_says_so_before_any_call(kernel: SpecialKernel) -> None:
+    """And what to do instead."""
+    with nothing_left(kernel), pyvfio.open_device(OTHER_BDF, kernel=kernel) as device:
+        kernel.clear_trace()
+        with pytest.raises(pyvfio.UnsupportedError, match=r"no reset of its own.*bus_master"):
+            device.reset()
+        assert not kernel.trace
+
+
+class HotKernel(FakeKernel):
+    """A device whose slot can be reset, with those in `reached`, as `vfio_pci_ioctl_get_pci_hot_reset_info` tells."""
+
+    reached: tuple[tuple[int, int, int, int], ...] = ()
+    error = 0
+
+    def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
+        """VFIO_DEVICE_GET_PCI_HOT_RESET_INFO, which the fake has not; all else as it is."""
+        hot = request == ioctls.VFIO_DEVICE_GET_PCI_HOT_RESET_INFO and self.container(fd) is None
+        if not hot or isinstance(argument, int):
+            return super().ioctl(fd, request, argument)
+        if self.error:
+            raise OSError(self.error, os.strerror(self.error))
+        with memoryview(argument) as view, view.cast("B") as answer:
+            (argsz,) = struct.unpack_from("=I", answer)
+            assert argsz <= len(answer)
+            struct.pack_into("=II", answer, 4, 0, len(self.reached))
+            if argsz < 12 + 8 * len(self.reached):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            for number, (group, segment, bus, devfn) in enumerate(self.reached):
+                struct.pack_into("=IHBB", answer, 12 + 8 * number, group, segment, bus, devfn)
+        return 0
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 200])
+def test_the_devices_that_a_hot_reset_reaches_are_listed_however_many_they_are(count: int) -> None:
+    """ENOSPC says how much room they need."""
+    with HotKernel() as kernel, nothing_left(kernel), pyvfio.open_device(BDF, kernel=kernel) as device:
+        kernel.reached = tuple((7 + number, 1, 0x3A, 0x0A) for number in range(count))
+        expected = tuple(DependentDevice(7 + number, "0001:3a:01.2") for number in range(count))
+        assert device.get_pci_hot_reset_info() == expected
+
+
+def test_a_device_whose_bus_cannot_be_reset_says_so() -> None:
+    """ENODEV; any other refusal stays what it is, also an ENOSPC that asks for no more room."""
+    with HotKernel() as kernel, nothing_left(kernel), pyvfio.open_device(BDF, kernel=kernel) as device:
+        kernel.error = errno.ENODEV
+        with pytest.raises(pyvfio.UnsupportedError, match=f"slot nor the bus of {BDF} can be reset"):
+            device.get_pci_hot_reset_info()
+        for number in (errno.EPERM, errno.ENOSPC):
+            kernel.error = number
+            with pytest.raises(pyvfio.IoctlError) as caught:
+                device.get_pci_hot_reset_info()
+            assert caught.value.errno == number
+
+
+# ---------------------------------------------------------------------------------------------------------- closing
+
+
+def test_closing_stops_dma_though_one_step_of_it_fails(kernel: SpecialKernel) -> None:
+    """A device whose configuration space does not answer is reset nevertheless."""
+    with nothing_left(kernel):
+        device = pyvfio.open_device(BDF, kernel=kernel)
+        kernel.fail(call="pread", errno=errno.EIO)
+        kernel.clear_trace()
+        with pytest.raises(OSError, match="Input/output"):
+            device.close()
+        assert "VFIO_DEVICE_RESET" in requests(kernel.trace)
+        device.close()
+
+
+def test_a_device_that_asks_for_more_and_more_room_is_refused(kernel: SpecialKernel) -> None:
+    """A kernel is trusted no further than a megabyte."""
+
+    class Greedy(FakeKernel):
+        def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
+            result = super().ioctl(fd, request, argument)
+            if self.trace[-1].request == "VFIO_DEVICE_GET_INFO" and isinstance(argument, bytearray):
+                argument[:4] = (2 * len(argument)).to_bytes(4, "little")
+            return result
+
+    with Greedy() as greedy, nothing_left(greedy), pytest.raises(pyvfio.VfioError, match="wants a buffer of"):
+        pyvfio.open_device(BDF, kernel=greedy)

@@ -1,0 +1,801 @@
+"""DmaMapper on a fake kernel: what is reserved, mapped, looked up, recycled, and what is left after failures."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import gc
+import mmap
+import tracemalloc
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+import pyvfio
+from pyvfio import ioctls
+from pyvfio.testing.fake import FakeKernel
+from pyvfio.units import GIB, MIB, PAGE_SIZE
+from tests.unit.fakes import BDF, OTHER_BDF, Interrupt, Rig, SpecialKernel, nothing_left, requests, small_iommu
+from tests.unit.processes import in_child
+
+
+@pytest.fixture
+def kernel() -> Iterator[SpecialKernel]:
+    """A kernel with two devices, in two groups."""
+    with SpecialKernel() as made:
+        yield made
+
+
+@pytest.fixture
+def rig(kernel: SpecialKernel) -> Iterator[Rig]:
+    """A mapper that follows a list, in the container of a device; nothing is left of it in the end."""
+    with nothing_left(kernel), Rig(kernel) as made:
+        yield made
+        made.check()
+
+
+# ------------------------------------------------------------------------------------------------------- blocks
+
+
+def test_a_block_is_mapped_as_long_as_it_is_and_reserved_as_long_as_it_may_be(rig: Rig) -> None:
+    """`used_length` is reached, `max_length` of IOVA is nobody else's."""
+    block = rig.add(used=2 * PAGE_SIZE, maximum=GIB)
+    iova = rig.mapper.iova(block)
+    assert rig.reached() == [(iova, block.vaddr, 2 * PAGE_SIZE)]
+    assert rig.container.allocator.reservations == (pyvfio.IovaRange.of(iova=iova, size=GIB),)
+
+
+def test_a_block_lies_where_large_pages_can_be_used(rig: Rig) -> None:
+    """Its IOVA is congruent to its vaddr modulo 2 MiB, also behind a smaller one."""
+    rig.add("small", used=PAGE_SIZE, maximum=PAGE_SIZE)
+    block = rig.add("large", maximum=GIB)
+    assert (rig.mapper.iova(block) - block.vaddr) % (2 * MIB) == 0
+
+
+@pytest.mark.parametrize("iommu_type", [ioctls.VFIO_TYPE1_IOMMU, ioctls.VFIO_TYPE1v2_IOMMU], ids=["v1", "v2"])
+def test_a_resize_is_an_unmap_and_a_map_at_the_same_iova(kernel: FakeKernel, iommu_type: ioctls.VfioExtension) -> None:
+    """Through every kind of length, with nothing in between."""
+    with nothing_left(kernel), Rig(kernel, iommu_type=iommu_type) as rig:
+        block = rig.add(used=0)
+        iova = rig.mapper.iova(block)
+        for old, new in pairwise((0, 2, 1, MIB // PAGE_SIZE, 0, 3)):
+            kernel.clear_trace()
+            block.resize(new * PAGE_SIZE)
+            assert rig.mapper.iova(block) == iova
+            assert rig.reached() == rig.expected() == [(iova, block.vaddr, new * PAGE_SIZE)] * bool(new)
+            made = [name for name in requests(kernel.trace) if name.startswith("VFIO")]
+            assert made == ["VFIO_IOMMU_UNMAP_DMA"] * bool(old) + ["VFIO_IOMMU_MAP_DMA"] * bool(new)
+            rig.check()
+
+
+def test_a_map_that_is_refused_leaves_the_old_mapping(rig: Rig) -> None:
+    """The error is the kernel's, and the device still reaches what it reached."""
+    block = rig.add(used=2 * PAGE_SIZE)
+    before = rig.reached()
+    rig.kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.EFAULT)
+    with pytest.raises(pyvfio.IoctlError) as caught:
+        block.resize(4 * PAGE_SIZE)
+    assert caught.value.errno == errno.EFAULT
+    assert (block.used_length, rig.reached()) == (2 * PAGE_SIZE, before)
+
+
+@pytest.mark.parametrize("new", [4, 1], ids=["grow", "shrink"])
+def test_when_the_old_mapping_cannot_be_made_again_memory_is_kept_and_the_next_resize_heals(rig: Rig, new: int) -> None:
+    """RollbackError says that the device reaches nothing of the block."""
+    block = rig.add(used=2 * PAGE_SIZE)
+    iova = rig.mapper.iova(block)
+    ctypes.memset(block.vaddr, 7, 2 * PAGE_SIZE)
+    for nth in (1, 2):
+        rig.kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", nth=nth, errno=errno.EFAULT)
+    rig.kernel.clear_trace()
+    with pytest.raises(pyvfio.RollbackError, match="is not mapped any more") as caught:
+        block.resize(new * PAGE_SIZE)
+    assert [error.errno for error in caught.value.exceptions if isinstance(error, OSError)] == [errno.EFAULT] * 2
+    assert not {"munmap", "madvise", "mmap"} & set(requests(rig.kernel.trace)), "no memory is given back"
+    assert block.used_length == 2 * PAGE_SIZE
+    assert ctypes.string_at(block.vaddr, 2 * PAGE_SIZE) == b"\7" * 2 * PAGE_SIZE
+    assert rig.reached() == []
+    with pytest.raises(LookupError):
+        rig.mapper.translate_vaddr(block.vaddr)
+    rig.check()
+    block.resize(3 * PAGE_SIZE)
+    assert rig.reached() == [(iova, block.vaddr, 3 * PAGE_SIZE)]
+
+
+def test_a_block_whose_mapping_was_lost_can_be_removed(rig: Rig) -> None:
+    """Nothing is to be unmapped then."""
+    block = rig.add()
+    for nth in (1, 2):
+        rig.kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", nth=nth, errno=errno.EFAULT)
+    with pytest.raises(pyvfio.RollbackError):
+        block.resize(PAGE_SIZE)
+    block.remove()
+    assert not rig.container.allocator.reservations
+
+
+def test_memory_is_not_given_back_when_the_kernel_unmaps_another_number_of_bytes(rig: Rig) -> None:
+    """Somebody has unmapped it behind the mapper's back: what the device reaches is not known any more."""
+    block = rig.add(used=2 * PAGE_SIZE)
+    rig.container.unmap_dma(iova=rig.mapper.iova(block), size=2 * PAGE_SIZE)
+    rig.kernel.clear_trace()
+    changes: list[Callable[[], None]] = [
+        lambda: block.resize(PAGE_SIZE),
+        lambda: block.resize(4 * PAGE_SIZE),
+        block.remove,
+    ]
+    for change in changes:
+        with pytest.raises(pyvfio.UnmapSizeError, match=r"asked for 0x2000 bytes .* unmapped 0x0") as caught:
+            change()
+        assert (caught.value.asked, caught.value.unmapped) == (2 * PAGE_SIZE, 0)
+    assert not {"munmap", "mmap"} & set(requests(rig.kernel.trace))
+    assert block.used_length == 2 * PAGE_SIZE
+    rig.container.map_dma(vaddr=block.vaddr, iova=rig.mapper.iova(block), size=2 * PAGE_SIZE)
+
+
+def test_a_block_that_is_refused_leaves_no_iova_behind(rig: Rig) -> None:
+    """Neither reserved nor mapped, and the list has it not."""
+    rig.kernel.memlock_limit = PAGE_SIZE
+    with pytest.raises(pyvfio.PinLimitError):
+        rig.add(used=2 * PAGE_SIZE)
+    assert not rig.container.allocator.reservations
+    assert not rig.reached()
+    assert not len(rig.blocks)
+
+
+def test_a_removed_block_gives_its_iova_to_the_next(rig: Rig) -> None:
+    """Nothing is used up by blocks that come and go."""
+    block = rig.add()
+    iova = rig.mapper.iova(block)
+    block.remove()
+    assert rig.reached() == []
+    assert rig.mapper.iova(rig.add("next")) == iova
+
+
+def test_the_removal_of_a_block_that_is_not_followed_is_nothing(rig: Rig) -> None:
+    """Nothing of it is reached, and a removal that a signal handler ended at its end must not be stuck for ever."""
+    block = rig.add()
+    reached = rig.reached()
+    with pyvfio.RamBlockList(kernel=rig.kernel) as others:
+        stranger = others.add("stranger", used_length=PAGE_SIZE, max_length=MIB)
+        rig.mapper.ram_block_removed(stranger, PAGE_SIZE, MIB)
+    assert rig.reached() == reached
+    assert rig.mapper.translate_vaddr(block.vaddr) == rig.mapper.iova(block)
+
+
+def test_the_caller_may_choose_the_iova_of_each_block(kernel: SpecialKernel) -> None:
+    """`place` is asked; None leaves it to the mapper; what cannot be is refused with what is there."""
+    places = {"high": 5 * GIB, "again": 5 * GIB + 4 * PAGE_SIZE}
+    with nothing_left(kernel), Rig(kernel) as rig:
+        rig.mapper.close()
+        with pyvfio.DmaMapper(rig.container, rig.blocks, place=lambda block: places.get(block.idstr)) as mapper:
+            assert mapper.iova(rig.add("high")) == 5 * GIB
+            assert mapper.iova(rig.add("anywhere")) != 5 * GIB
+            with pytest.raises(pyvfio.IovaOverlapError) as caught:
+                rig.add("again")
+            assert caught.value.existing == (pyvfio.IovaRange.of(iova=5 * GIB, size=MIB),)
+
+
+def test_a_late_mapper_gets_the_blocks_that_exist(rig: Rig) -> None:
+    """As long as they are, at IOVAs of its own."""
+    blocks = [rig.add("one"), rig.add("two", used=0), rig.add("three", used=PAGE_SIZE)]
+    with pyvfio.DmaMapper(rig.container, rig.blocks) as late:
+        reached = rig.reached()
+        for block in blocks:
+            assert ((late.iova(block), block.vaddr, block.used_length) in reached) == bool(block.used_length)
+            assert late.iova(block) != rig.mapper.iova(block)
+        late._check()
+    assert rig.reached() == rig.expected()
+
+
+def test_a_late_mapper_that_cannot_map_one_of_the_blocks_follows_none(rig: Rig) -> None:
+    """What it had mapped of the others is unmapped."""
+    for number in range(3):
+        rig.add(f"b{number}")
+    rig.kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", nth=3, errno=errno.ENOMEM)
+    reservations = rig.container.allocator.reservations
+    with pytest.raises(pyvfio.PinLimitError):
+        pyvfio.DmaMapper(rig.container, rig.blocks)
+    assert rig.reached() == rig.expected()
+    assert rig.container.allocator.reservations == reservations
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_mapper_that_leaves_unmaps_everything(rig: Rig, count: int) -> None:
+    """Blocks, mappings of the caller's own, temporary ones, given up or not: odd and even numbers of each."""
+    buffers = [mmap.mmap(-1, PAGE_SIZE) for _ in range(2 * count)]
+    for number in range(count):
+        rig.add(f"b{number}")
+        rig.mapper.map_buffer(buffers[number])
+        temporary = rig.mapper.map_temporary(buffers[count + number])
+        if number % 2:
+            temporary.close()
+    assert len(rig.reached()) == 3 * count
+    entries = rig.container.entries_left
+    rig.mapper.close()
+    assert rig.reached() == []
+    assert rig.container.entries_left == entries + 3 * count
+    assert not rig.container.allocator.reservations
+    for buffer in buffers:
+        buffer.close()
+    rig.mapper.close()
+    with pytest.raises(pyvfio.ClosedError):
+        rig.mapper.map_dma(vaddr=0x10000, size=PAGE_SIZE)
+
+
+def test_a_mapper_that_left_is_not_told_of_anything_more(rig: Rig) -> None:
+    """Blocks live on without it."""
+    block = rig.add()
+    rig.mapper.close()
+    block.resize(4 * PAGE_SIZE)
+    rig.add("another")
+    assert rig.reached() == []
+
+
+def test_closing_a_mapper_can_be_tried_again(rig: Rig) -> None:
+    """What could not be unmapped stays known, the rest is gone."""
+    memory = rig.memory(2 * PAGE_SIZE)
+    for number in range(2):
+        rig.mapper.map_dma(vaddr=memory + number * PAGE_SIZE, size=PAGE_SIZE)
+    rig.kernel.fail(call="ioctl", request="VFIO_IOMMU_UNMAP_DMA", errno=errno.EIO)
+    with pytest.raises(pyvfio.IoctlError):
+        rig.mapper.close()
+    assert len(rig.reached()) == 1
+    rig.mapper.close()
+    assert rig.reached() == []
+    rig.free(memory, 2 * PAGE_SIZE)
+
+
+def test_two_mappers_in_two_containers_follow_the_same_list(kernel: SpecialKernel) -> None:
+    """Each device reaches what is in use, and one mapper's refusal leaves both as they were."""
+    with (
+        nothing_left(kernel),
+        Rig(kernel) as rig,
+        pyvfio.open_device(OTHER_BDF, kernel=kernel) as other,
+        pyvfio.DmaMapper(other.container, rig.blocks) as mapper,
+    ):
+        block = rig.add(used=2 * PAGE_SIZE)
+        for length in (4, 1, 0, 3):
+            block.resize(length * PAGE_SIZE)
+            for bdf, follows in ((BDF, rig.mapper), (OTHER_BDF, mapper)):
+                reached = [(m.iova, m.vaddr, m.size) for m in kernel.mappings(bdf)]
+                iova = follows.iova(block)
+                assert reached == ([(iova, block.vaddr, length * PAGE_SIZE)] if length else [])
+        before = kernel.mappings()
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", nth=2, errno=errno.EFAULT)  # the older mapper's
+        with pytest.raises(pyvfio.IoctlError):
+            block.resize(5 * PAGE_SIZE)
+        assert kernel.mappings() == before
+        assert block.used_length == 3 * PAGE_SIZE
+
+
+class _Refuses:
+    """A notifier that refuses what it is told to."""
+
+    def __init__(self) -> None:
+        self.refuses = False
+
+    def ram_block_removed(self, block: pyvfio.RamBlock, used_length: int, max_length: int) -> None:
+        """When told to."""
+        del block, used_length, max_length
+        if self.refuses:
+            raise ValueError("refused")
+
+
+def test_a_block_that_comes_back_finds_its_iova(rig: Rig) -> None:
+    """After the undo of a removal, and when a mapper leaves the list and comes again."""
+    refuses = _Refuses()
+    rig.mapper.close()
+    rig.blocks.add_notifier(refuses)
+    rig.mapper = pyvfio.DmaMapper(rig.container, rig.blocks)
+    rig.add("first")
+    block = rig.add("second", used=PAGE_SIZE)
+    iova = rig.mapper.iova(block)
+    rig.blocks["first"].remove()
+    refuses.refuses = True
+    with pytest.raises(ValueError, match="refused"):
+        block.remove()
+    assert rig.mapper.iova(block) == iova
+    assert rig.reached() == [(iova, block.vaddr, PAGE_SIZE)]
+    rig.blocks.remove_notifier(rig.mapper)
+    rig.blocks.add_notifier(rig.mapper)
+    assert rig.mapper.iova(block) == iova
+    refuses.refuses = False
+
+
+def test_a_resize_that_is_not_remap_does_not_exist() -> None:
+    """ValueError, before anything."""
+    with pytest.raises(ValueError, match="remap"):
+        pyvfio.DmaMapper(pyvfio.Container.__new__(pyvfio.Container), resize="other")  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------------ look-ups
+
+
+def test_addresses_are_found_both_ways_when_all_of_the_range_is_mapped(rig: Rig) -> None:
+    """From the first byte to the last, and not one byte more."""
+    block = rig.add(used=2 * PAGE_SIZE)
+    iova, mapper = rig.mapper.iova(block), rig.mapper
+    for offset, size in ((0, 1), (0, 2 * PAGE_SIZE), (PAGE_SIZE, PAGE_SIZE), (2 * PAGE_SIZE - 1, 1)):
+        assert mapper.translate_vaddr(block.vaddr + offset, size) == iova + offset
+        assert mapper.translate_iova(iova + offset, size) == block.vaddr + offset
+    for offset, size in ((-1, 1), (0, 2 * PAGE_SIZE + 1), (2 * PAGE_SIZE, 1), (2 * PAGE_SIZE - 1, 2), (-1, 2)):
+        with pytest.raises(LookupError):
+            mapper.translate_vaddr(block.vaddr + offset, size)
+        with pytest.raises(LookupError):
+            mapper.translate_iova(iova + offset, size)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_look_up_of_no_bytes_is_a_mistake(rig: Rig, size: int) -> None:
+    """It would find addresses that nothing is mapped at."""
+    block = rig.add()
+    with pytest.raises(ValueError, match="at least 1 byte"):
+        rig.mapper.translate_vaddr(block.vaddr + MIB, size)
+    with pytest.raises(ValueError, match="at least 1 byte"):
+        rig.mapper.translate_iova(rig.mapper.iova(block) + MIB, size)
+
+
+def test_a_range_over_two_neighbouring_mappings_is_not_found(rig: Rig) -> None:
+    """Their IOVAs need not be neighbours."""
+    memory = rig.memory(2 * PAGE_SIZE)
+    one = rig.mapper.map_dma(vaddr=memory, size=PAGE_SIZE)
+    two = rig.mapper.map_dma(vaddr=memory + PAGE_SIZE, size=PAGE_SIZE)
+    assert rig.mapper.translate_vaddr(memory + PAGE_SIZE, PAGE_SIZE) == two.iova
+    with pytest.raises(LookupError):
+        rig.mapper.translate_vaddr(memory, 2 * PAGE_SIZE)
+    one.close()
+    two.close()
+    rig.free(memory, 2 * PAGE_SIZE)
+
+
+def test_the_iova_of_a_block_of_another_list_is_refused(rig: Rig) -> None:
+    """By its name."""
+    with pyvfio.RamBlockList(kernel=rig.kernel) as others:
+        stranger = others.add("stranger", used_length=0, max_length=MIB)
+        with pytest.raises(ValueError, match="'stranger' is not followed"):
+            rig.mapper.iova(stranger)
+
+
+# -------------------------------------------------------------------------------------------- mappings of one's own
+
+
+def test_memory_of_ones_own_is_reached_until_the_mapping_is_closed(rig: Rig) -> None:
+    """Data goes both ways; then the IOVA is free again."""
+    memory = rig.memory()
+    with rig.mapper.map_dma(vaddr=memory, size=PAGE_SIZE) as mapping:
+        rig.kernel.dma_write(BDF, mapping.iova + 5, b"hello")
+        assert ctypes.string_at(memory + 5, 5) == b"hello"
+        assert rig.mapper.translate_iova(mapping.iova + 5) == memory + 5
+        assert f"{mapping.iova:#x}" in repr(mapping)
+    mapping.close()
+    assert rig.reached() == []
+    assert not rig.container.allocator.reservations
+    rig.free(memory)
+
+
+@pytest.mark.parametrize(("read", "write"), [(True, False), (False, True)], ids=["read", "write"])
+def test_the_device_may_do_what_the_mapping_says(rig: Rig, *, read: bool, write: bool) -> None:
+    """READ and WRITE of VFIO_IOMMU_MAP_DMA."""
+    memory = rig.memory()
+    with rig.mapper.map_dma(vaddr=memory, size=PAGE_SIZE, read=read, write=write):
+        assert rig.kernel.mappings()[0].flags == read + 2 * write
+    rig.free(memory)
+
+
+def test_memory_that_is_mapped_already_has_the_iova_that_it_has(rig: Rig) -> None:
+    """Without a call, also for a part of it; closing the second changes nothing."""
+    memory = rig.memory(4 * PAGE_SIZE)
+    block = rig.add(used=2 * PAGE_SIZE)
+    first = rig.mapper.map_dma(vaddr=memory, size=4 * PAGE_SIZE)
+    reached = rig.reached()
+    rig.kernel.clear_trace()
+    again = rig.mapper.map_dma(vaddr=memory + PAGE_SIZE, size=2 * PAGE_SIZE)
+    inside = rig.mapper.map_dma(vaddr=block.vaddr + PAGE_SIZE, size=PAGE_SIZE)
+    assert again.iova == first.iova + PAGE_SIZE
+    assert inside.iova == rig.mapper.iova(block) + PAGE_SIZE
+    again.close()
+    inside.close()
+    assert not rig.kernel.trace
+    assert rig.reached() == reached
+    first.close()
+    rig.free(memory, 4 * PAGE_SIZE)
+
+
+def test_memory_that_is_mapped_for_less_access_is_not_said_to_be_mapped(rig: Rig) -> None:
+    """The device would be stopped at what the caller was promised."""
+    memory = rig.memory(2 * PAGE_SIZE)
+    with rig.mapper.map_dma(vaddr=memory, size=2 * PAGE_SIZE, write=False) as mapping:
+        with pytest.raises(ValueError, match="may not do"):
+            rig.mapper.map_dma(vaddr=memory, size=PAGE_SIZE)
+        with pytest.raises(ValueError, match="may not do"):
+            rig.mapper.map_dma(vaddr=memory, size=PAGE_SIZE, read=False)
+        assert rig.mapper.map_dma(vaddr=memory, size=PAGE_SIZE, write=False).iova == mapping.iova
+    rig.free(memory, 2 * PAGE_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("offset", "size"), [(2, 1), (1, 2), (255, 1), (-1, 2)], ids=["tail", "across", "last page", "before"]
+)
+def test_memory_that_reaches_into_a_block_and_is_not_in_use_is_refused(rig: Rig, offset: int, size: int) -> None:
+    """It has an IOVA already, for when the block grows to it, and would get a second one."""
+    block = rig.add(used=2 * PAGE_SIZE)
+    rig.kernel.clear_trace()
+    with pytest.raises(ValueError, match="reaches into RAM block 'ring'"):
+        rig.mapper.map_dma(vaddr=block.vaddr + offset * PAGE_SIZE, size=size * PAGE_SIZE)
+    assert not rig.kernel.trace
+
+
+def test_memory_that_is_mapped_in_part_is_refused(rig: Rig) -> None:
+    """From either side."""
+    memory = rig.memory(4 * PAGE_SIZE)
+    with rig.mapper.map_dma(vaddr=memory + PAGE_SIZE, size=2 * PAGE_SIZE):
+        for offset, size in ((0, 2), (2, 2), (0, 4)):
+            with pytest.raises(ValueError, match="overlaps <DmaMapping"):
+                rig.mapper.map_dma(vaddr=memory + offset * PAGE_SIZE, size=size * PAGE_SIZE)
+        rig.mapper.map_dma(vaddr=memory, size=PAGE_SIZE).close()
+        rig.mapper.map_dma(vaddr=memory + 3 * PAGE_SIZE, size=PAGE_SIZE).close()
+    rig.free(memory, 4 * PAGE_SIZE)
+
+
+def test_the_caller_may_choose_the_iova_of_a_mapping_once(rig: Rig) -> None:
+    """Memory that has one does not get another."""
+    memory = rig.memory()
+    with rig.mapper.map_dma(vaddr=memory, size=PAGE_SIZE, iova=7 * GIB) as mapping:
+        assert mapping.iova == 7 * GIB
+        assert rig.mapper.map_dma(vaddr=memory, size=PAGE_SIZE, iova=7 * GIB).iova == 7 * GIB
+        with pytest.raises(ValueError, match="is mapped at IOVA 0x1c0000000"):
+            rig.mapper.map_dma(vaddr=memory, size=PAGE_SIZE, iova=8 * GIB)
+    rig.free(memory)
+
+
+@pytest.mark.parametrize(
+    ("vaddr", "size"),
+    [
+        (1, PAGE_SIZE),
+        (PAGE_SIZE, 1),
+        (PAGE_SIZE, 0),
+        (PAGE_SIZE, -PAGE_SIZE),
+        (-PAGE_SIZE, PAGE_SIZE),
+        (1 << 64, PAGE_SIZE),
+    ],
+)
+def test_what_can_never_be_mapped_is_refused_before_any_call(rig: Rig, vaddr: int, size: int) -> None:
+    """Misaligned, empty, negative, behind the end of all addresses."""
+    rig.kernel.clear_trace()
+    with pytest.raises(ValueError, match="multiples of 0x1000"):
+        rig.mapper.map_dma(vaddr=vaddr, size=size)
+    assert not rig.kernel.trace
+
+
+def test_a_mapping_that_fails_leaves_nothing_behind(rig: Rig) -> None:
+    """No IOVA, no entry; the memory can be mapped at once."""
+    memory = rig.memory()
+    rig.kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.EFAULT)
+    with pytest.raises(pyvfio.IoctlError):
+        rig.mapper.map_dma(vaddr=memory, size=PAGE_SIZE)
+    assert not rig.container.allocator.reservations
+    rig.mapper.map_dma(vaddr=memory, size=PAGE_SIZE).close()
+    rig.free(memory)
+
+
+def test_a_mapping_that_cannot_be_unmapped_stays(rig: Rig) -> None:
+    """It is still reached, known, and can be closed once more."""
+    memory = rig.memory()
+    mapping = rig.mapper.map_dma(vaddr=memory, size=PAGE_SIZE)
+    rig.kernel.fail(call="ioctl", request="VFIO_IOMMU_UNMAP_DMA", errno=errno.EIO)
+    with pytest.raises(pyvfio.IoctlError):
+        mapping.close()
+    assert rig.mapper.translate_vaddr(memory) == mapping.iova
+    mapping.close()
+    assert rig.reached() == []
+    rig.free(memory)
+
+
+# ---------------------------------------------------------------------------------------------------- buffers
+
+
+def test_a_buffer_is_kept_exported_until_it_is_unmapped(rig: Rig) -> None:
+    """An mmap cannot be closed, nor an array or a bytearray resized, while the device reaches it."""
+    area = mmap.mmap(-1, 2 * PAGE_SIZE)
+    mapping = rig.mapper.map_buffer(area)
+    with pytest.raises(BufferError):
+        area.close()
+    with pytest.raises(BufferError):
+        area.resize(PAGE_SIZE)
+    rig.kernel.dma_write(BDF, mapping.iova, b"device")
+    assert area[:6] == b"device"
+    mapping.close()
+    area.close()
+
+
+def test_a_bytearray_cannot_be_resized_while_part_of_it_is_mapped(rig: Rig) -> None:
+    """Through a memoryview of the pages in it."""
+    backing = bytearray(2 * PAGE_SIZE)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(backing)) % PAGE_SIZE
+    with memoryview(backing) as whole, whole[start : start + PAGE_SIZE] as page:
+        mapping = rig.mapper.map_buffer(page)
+    with pytest.raises(BufferError):
+        backing.extend(b"more")
+    mapping.close()
+    backing.extend(b"more")
+
+
+def test_numpy_arrays_are_mapped_where_they_are(rig: Rig) -> None:
+    """Of any type of number."""
+    backing = np.zeros(PAGE_SIZE // 4 * 3, dtype=np.uint32)
+    start = -backing.ctypes.data % PAGE_SIZE // 4
+    page = backing[start : start + PAGE_SIZE // 4]
+    with rig.mapper.map_buffer(page.data) as mapping:
+        assert (mapping.vaddr, mapping.size) == (page.ctypes.data, PAGE_SIZE)
+        rig.kernel.dma_write(BDF, mapping.iova + 4, b"\1\0\0\0")
+    assert page[1] == 1
+
+
+def test_a_buffer_that_is_mapped_already_is_let_go(rig: Rig) -> None:
+    """The mapping that holds it is the first one's."""
+    area = mmap.mmap(-1, PAGE_SIZE)
+    first = rig.mapper.map_buffer(area)
+    second = rig.mapper.map_buffer(area)
+    assert second.iova == first.iova
+    first.close()
+    area.close()
+    second.close()
+
+
+def test_a_buffer_that_cannot_be_mapped_is_let_go(rig: Rig) -> None:
+    """At once, also while the error is at hand."""
+    for use in (rig.mapper.map_buffer, rig.mapper.map_temporary):
+        area = mmap.mmap(-1, PAGE_SIZE)
+        rig.kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.EFAULT)
+        with pytest.raises(pyvfio.IoctlError):
+            use(area)
+        area.close()
+
+
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        pytest.param(bytes(PAGE_SIZE), id="read-only"),
+        pytest.param(memoryview(bytearray(2 * PAGE_SIZE))[::2], id="with gaps"),
+        pytest.param(np.zeros((64, 64), dtype=np.uint8, order="F"), id="column by column"),
+        pytest.param(bytearray(), id="empty"),
+    ],
+)
+def test_buffers_that_are_no_plain_memory_are_refused(rig: Rig, buffer: memoryview) -> None:
+    """Before any call."""
+    rig.kernel.clear_trace()
+    for use in (rig.mapper.map_buffer, rig.mapper.map_temporary):
+        with pytest.raises(ValueError, match="writable, contiguous and not empty"):
+            use(buffer)
+    assert not rig.kernel.trace
+
+
+def test_a_buffer_that_is_not_whole_pages_is_refused_and_let_go(rig: Rig) -> None:
+    """An IOMMU maps pages: the device would reach the neighbours."""
+    backing = bytearray(PAGE_SIZE + 1)
+    for use in (rig.mapper.map_buffer, rig.mapper.map_temporary):
+        with pytest.raises(ValueError, match="multiples"):
+            use(backing)
+    backing.append(0)
+
+
+# ------------------------------------------------------------------------------------------------- temporary ones
+
+
+def _pages(count: int) -> list[mmap.mmap]:
+    return [mmap.mmap(-1, PAGE_SIZE) for _ in range(count)]
+
+
+def test_temporary_mappings_come_from_the_top_down(rig: Rig) -> None:
+    """So that they do not come between blocks."""
+    top = rig.container.iova_ranges[-1].last + 1
+    mappings = [rig.mapper.map_temporary(page) for page in _pages(3)]
+    assert [mapping.iova for mapping in mappings] == [top - (number + 1) * PAGE_SIZE for number in range(3)]
+
+
+def test_a_temporary_mapping_that_is_given_up_stays_until_the_reset(rig: Rig) -> None:
+    """Reached, exported; after the reset neither, and the reset says how many are still open."""
+    pages = _pages(2)
+    given_up, held = (rig.mapper.map_temporary(page) for page in pages)
+    given_up.close()
+    given_up.close()
+    assert len(rig.reached()) == 2
+    with pytest.raises(BufferError):
+        pages[0].close()
+    assert rig.mapper.reset_temporary() == 1
+    assert [iova for iova, _vaddr, _size in rig.reached()] == [held.iova]
+    pages[0].close()
+    held.close()
+    assert rig.mapper.reset_temporary() == 0
+    assert rig.mapper.reset_temporary() == 0
+
+
+def test_neighbouring_temporary_mappings_are_unmapped_in_one_call(rig: Rig) -> None:
+    """One call for each run between those that are still open."""
+    mappings = [rig.mapper.map_temporary(page) for page in _pages(7)]
+    for number in (0, 1, 2, 4, 5):
+        mappings[number].close()
+    rig.kernel.clear_trace()
+    assert rig.mapper.reset_temporary() == 2
+    unmaps = [(call.arguments["iova"], call.arguments["size"]) for call in rig.kernel.trace]
+    assert unmaps == [(mappings[2].iova, 3 * PAGE_SIZE), (mappings[5].iova, 2 * PAGE_SIZE)]
+
+
+def test_a_reset_that_fails_keeps_what_it_could_not_unmap(rig: Rig) -> None:
+    """Known, exported, and unmapped by the next one."""
+    mappings = [rig.mapper.map_temporary(page) for page in _pages(3)]
+    mappings[0].close()
+    mappings[2].close()
+    rig.kernel.fail(call="ioctl", request="VFIO_IOMMU_UNMAP_DMA", nth=2, errno=errno.EIO)
+    with pytest.raises(pyvfio.IoctlError):
+        rig.mapper.reset_temporary()
+    assert len(rig.reached()) == 2
+    assert rig.mapper.reset_temporary() == 1
+    assert len(rig.reached()) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "refusal"), [(errno.ENOMEM, pyvfio.PinLimitError), (errno.ENOSPC, pyvfio.EntryLimitError)]
+)
+@pytest.mark.parametrize("kind", ["add", "grow", "map_dma", "map_temporary"])
+def test_temporary_mappings_are_recycled_once_when_there_is_no_room(
+    rig: Rig, number: int, refusal: type[pyvfio.IoctlError], kind: str
+) -> None:
+    """And the map is tried once more; a second refusal is final."""
+    memory, block = rig.memory(2 * PAGE_SIZE), rig.add("block", used=PAGE_SIZE)
+    page = _pages(1)[0]
+    uses: dict[str, Callable[[int], object]] = {
+        "add": lambda turn: rig.add(f"new {turn}"),
+        "grow": lambda turn: block.resize((turn + 2) * PAGE_SIZE),
+        "map_dma": lambda turn: rig.mapper.map_dma(vaddr=memory + turn * PAGE_SIZE, size=PAGE_SIZE),
+        "map_temporary": lambda _turn: rig.mapper.map_temporary(page),
+    }
+    for turn, times in enumerate((1, 2)):
+        rig.mapper.map_temporary(_pages(1)[0]).close()
+        for nth in range(1, times + 1):
+            rig.kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", nth=nth, errno=number)
+        rig.kernel.clear_trace()
+        if times == 1:
+            uses[kind](turn)
+        else:
+            with pytest.raises(refusal):
+                uses[kind](turn)
+        made = [name for name in requests(rig.kernel.trace) if name.startswith("VFIO")]
+        assert made[kind == "grow" :][:3] == ["VFIO_IOMMU_MAP_DMA", "VFIO_IOMMU_UNMAP_DMA", "VFIO_IOMMU_MAP_DMA"]
+        rig.check()
+    rig.mapper.close()
+    rig.free(memory, 2 * PAGE_SIZE)
+
+
+def test_without_temporary_mappings_to_recycle_the_first_refusal_is_final(rig: Rig) -> None:
+    """Those that are open are not touched."""
+    held = rig.mapper.map_temporary(_pages(1)[0])
+    rig.kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.ENOSPC)
+    with pytest.raises(pyvfio.EntryLimitError):
+        rig.mapper.map_temporary(_pages(1)[0])
+    assert [iova for iova, _vaddr, _size in rig.reached()] == [held.iova]
+
+
+def test_other_refusals_recycle_nothing(rig: Rig) -> None:
+    """Room is not what is missing."""
+    rig.mapper.map_temporary(_pages(1)[0]).close()
+    rig.kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.EFAULT)
+    with pytest.raises(pyvfio.IoctlError):
+        rig.mapper.map_temporary(_pages(1)[0])
+    assert len(rig.reached()) == 1
+
+
+def test_full_containers_take_temporary_mappings_without_end(kernel: SpecialKernel) -> None:
+    """With no failure arranged: the entry limit alone."""
+    with FakeKernel(iommu=small_iommu(3)) as small, nothing_left(small), Rig(small) as rig:
+        rig.add()
+        for page in _pages(9):
+            rig.mapper.map_temporary(page).close()
+        assert len(rig.reached()) <= 3
+        rig.check()
+
+
+# ------------------------------------------------------------------------------------------------------ interrupts
+
+
+def test_an_interrupt_after_a_long_map_leaves_nothing_mapped(kernel: SpecialKernel, rig: Rig) -> None:
+    """A signal handler that raises does so when the kernel's call returns, and by then all is mapped."""
+    memory = rig.memory()
+    kernel.interrupt_at(1, after=True)
+    with pytest.raises(Interrupt):
+        rig.mapper.map_dma(vaddr=memory, size=PAGE_SIZE)
+    assert rig.reached() == []
+    assert not rig.container.allocator.reservations
+    rig.free(memory)
+
+
+def test_an_interrupted_map_that_cannot_be_undone_keeps_the_memory(kernel: SpecialKernel, rig: Rig) -> None:
+    """RollbackError, for the device reaches it still."""
+    calls = calls_before_the_map(rig)
+    kernel.fail(call="ioctl", request="VFIO_IOMMU_UNMAP_DMA", errno=errno.EIO)
+    kernel.interrupt_at(calls + 1, after=True)
+    with pytest.raises(pyvfio.RollbackError, match="interrupted"):
+        rig.add(used=PAGE_SIZE)
+    assert len(rig.reached()) == 1
+    kernel.check()
+
+
+def calls_before_the_map(rig: Rig) -> int:
+    """How many calls on memory it takes to add a block."""
+    rig.kernel.clear_trace()
+    rig.add("trial", used=PAGE_SIZE).remove()
+    return requests(rig.kernel.trace).index("VFIO_IOMMU_MAP_DMA")
+
+
+def test_an_interrupt_after_a_long_unmap_is_made_good(kernel: SpecialKernel, rig: Rig) -> None:
+    """The block is mapped again, as long as it was, and the next resize works."""
+    block = rig.add(used=2 * PAGE_SIZE)
+    before = rig.reached()
+    kernel.interrupt_at(1, after=True)
+    with pytest.raises(Interrupt):
+        block.resize(PAGE_SIZE)
+    assert (rig.reached(), block.used_length) == (before, 2 * PAGE_SIZE)
+    block.resize(PAGE_SIZE)
+    assert rig.reached() == rig.expected()
+
+
+# ------------------------------------------------------------------------------------------- processes and memory
+
+
+def test_in_a_forked_child_nothing_is_unmapped_and_closing_does_nothing(rig: Rig) -> None:
+    """Closes are silent there; anything else is ForkedError."""
+    block, memory = rig.add(), rig.memory(2 * PAGE_SIZE)
+    mapping = rig.mapper.map_dma(vaddr=memory, size=PAGE_SIZE)
+    temporary = rig.mapper.map_temporary(_pages(1)[0])
+    temporary.close()
+    reached = rig.reached()
+
+    uses: list[Callable[[], object]] = [
+        lambda: rig.mapper.map_dma(vaddr=memory + PAGE_SIZE, size=PAGE_SIZE),
+        rig.mapper.reset_temporary,
+        lambda: block.resize(PAGE_SIZE),
+    ]
+
+    def child() -> None:
+        for use in uses:
+            with pytest.raises(pyvfio.ForkedError):
+                use()
+        mapping.close()
+        rig.mapper.close()
+        rig.blocks.close()
+        rig.device.close()
+
+    assert in_child(child) == 0
+    assert rig.reached() == reached
+    rig.mapper.close()
+    rig.free(memory, 2 * PAGE_SIZE)
+
+
+def test_a_mapping_costs_at_most_300_bytes(rig: Rig) -> None:
+    """Handle, allocator, table and every number in them, as tracemalloc counts them over 10 000 mappings."""
+    count = 10_000
+    memory = rig.memory(count * PAGE_SIZE)
+    for number in range(count, count - 100, -1):  # what is allocated once
+        rig.mapper.map_dma(vaddr=memory + (number - 1) * PAGE_SIZE, size=PAGE_SIZE)
+    filters = (
+        tracemalloc.Filter(inclusive=False, filename_pattern="*/testing/*"),
+        tracemalloc.Filter(inclusive=False, filename_pattern="<string>"),  # the fake's named tuples, made by exec
+        tracemalloc.Filter(inclusive=False, filename_pattern=tracemalloc.__file__),
+    )
+    gc.collect()
+    tracemalloc.start()
+    before = tracemalloc.take_snapshot().filter_traces(filters)
+    for number in range(count - 100):
+        rig.mapper.map_dma(vaddr=memory + number * PAGE_SIZE, size=PAGE_SIZE)
+        rig.kernel.clear_trace()
+    gc.collect()
+    after = tracemalloc.take_snapshot().filter_traces(filters)
+    tracemalloc.stop()
+    used = sum(difference.size_diff for difference in after.compare_to(before, "filename"))
+    print(f"{used / (count - 100):.0f} bytes a mapping")
+    assert used / (count - 100) <= 300
+    rig.device.close()
+    rig.mapper.close()
+    rig.free(memory, count * PAGE_SIZE)

@@ -1,0 +1,162 @@
+"""Handle: a descriptor that is open until it is closed, and only in the process that opened it."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+import pyvfio
+from pyvfio import ioctls
+from pyvfio.handle import Handle, attempt, attempt_all
+from pyvfio.testing.fake import FakeKernel
+from tests.unit.fakes import BDF, nothing_left, open_fds
+from tests.unit.processes import in_child
+
+
+@pytest.fixture
+def kernel() -> Iterator[FakeKernel]:
+    """A kernel."""
+    with FakeKernel() as made:
+        yield made
+
+
+def _handle(kernel: FakeKernel) -> Handle:
+    return Handle(kernel, kernel.open("/dev/null", os.O_RDWR), "a thing")
+
+
+def test_a_handle_is_open_until_it_is_closed(kernel: FakeKernel) -> None:
+    """Closing twice is fine; using it afterwards says what has been closed."""
+    with nothing_left(kernel):
+        handle = _handle(kernel)
+        assert os.fstat(handle.fd)
+        assert handle.kernel is kernel
+        closed = [handle.closed]
+        for _ in range(2):
+            handle.close()
+            closed.append(handle.closed)
+        assert closed == [False, True, True]
+        with pytest.raises(pyvfio.ClosedError, match="a thing has been closed"):
+            _ = handle.fd
+        assert [call.call for call in kernel.trace] == ["open", "close"]
+
+
+def test_leaving_a_with_statement_closes(kernel: FakeKernel) -> None:
+    """Also by an exception."""
+    with nothing_left(kernel), pytest.raises(RuntimeError, match="mine"), _handle(kernel):
+        raise RuntimeError("mine")
+
+
+def test_close_that_reports_an_error_is_not_made_again(kernel: FakeKernel) -> None:
+    """The descriptor is gone whatever close(2) says, and its number may be another's by the next time."""
+    with nothing_left(kernel):
+        handle = _handle(kernel)
+        kernel.fail(call="close", errno=errno.EIO, after=True)
+        with pytest.raises(OSError, match="Input/output"):
+            handle.close()
+        assert handle.closed
+        handle.close()
+
+
+def test_a_forgotten_handle_warns_and_closes_its_descriptor(kernel: FakeKernel) -> None:
+    """As files do."""
+    with nothing_left(kernel), pytest.warns(ResourceWarning, match="a thing was never closed"):
+        _handle(kernel)
+
+
+def test_a_forgotten_handle_is_closed_where_warnings_are_errors(kernel: FakeKernel) -> None:
+    """The error has nowhere to go; the descriptor goes all the same."""
+    seen: list[str] = []
+
+    def hear(unraisable: object) -> None:
+        seen.append(type(unraisable).__name__)
+
+    former, sys.unraisablehook = sys.unraisablehook, hear
+    try:
+        with nothing_left(kernel), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            _handle(kernel)
+            gc.collect()
+    finally:
+        sys.unraisablehook = former
+    assert seen == ["UnraisableHookArgs"]
+
+
+def test_a_forgotten_device_closes_all_that_was_opened_for_it(kernel: FakeKernel) -> None:
+    """Container, group and device hold each other; together they go."""
+    with nothing_left(kernel):
+        with pytest.warns(ResourceWarning, match="was never closed") as warned:
+            _forget_a_device(kernel)
+        told = {str(warning.message).split(" was")[0] for warning in warned}
+        assert told == {"the VFIO container", "IOMMU group 2", f"device {BDF}"}
+
+
+def _forget_a_device(kernel: FakeKernel) -> None:
+    pyvfio.open_device(BDF, kernel=kernel)
+    gc.collect()
+
+
+def test_in_a_forked_child_using_a_handle_is_an_error_and_closing_it_is_nothing(kernel: FakeKernel) -> None:
+    """The descriptor stays open in both; a child that forgets it does not warn either."""
+    handle = _handle(kernel)
+    fd, owner = handle.fd, os.getpid()
+
+    def child() -> None:
+        with pytest.raises(pyvfio.ForkedError, match=f"a thing belongs to process {owner}"):
+            _ = handle.fd
+        before = open_fds()
+        handle.close()
+        handle.__del__()
+        assert open_fds() == before
+        assert not handle.closed
+
+    assert in_child(child) == 0
+    assert handle.fd == fd
+    handle.close()
+
+
+def test_a_request_that_is_refused_says_what_was_asked_of_whom(kernel: FakeKernel) -> None:
+    """The name in C, the arguments, the errno, and the hint for that errno alone."""
+    with nothing_left(kernel), pyvfio.Container(kernel=kernel) as container:
+        with pytest.raises(pyvfio.IoctlError) as caught:
+            container._ioctl("VFIO_SET_IOMMU", 1, hints={errno.EINVAL: "this one", errno.EIO: "not this"}, iommu="one")
+        assert caught.value.request == "VFIO_SET_IOMMU"
+        assert caught.value.arguments == {"iommu": "one"}
+        assert caught.value.hint == "this one"
+        assert isinstance(caught.value.__cause__, OSError)
+        assert str(caught.value).startswith("VFIO_SET_IOMMU(iommu=one): EINVAL, the VFIO container: Invalid argument")
+
+
+def test_every_descriptor_is_closed_on_exec(kernel: FakeKernel) -> None:
+    """Container, group, device, eventfds: no program that is started has them."""
+    with nothing_left(kernel), pyvfio.open_device(BDF, kernel=kernel) as device:
+        eventfds = device.irq(ioctls.VFIO_PCI_MSI_IRQ_INDEX).enable(1)
+        for fd in (device.container.fd, device.group.fd, device.fd, *eventfds):
+            assert not os.get_inheritable(fd)
+
+
+def test_all_steps_of_a_tear_down_are_tried() -> None:
+    """And all that they raised is told: the one failure as it is, several together."""
+    made: list[int] = []
+
+    def fails() -> None:
+        raise ValueError("first")
+
+    attempt_all("a tear-down", [lambda: made.append(1)])
+    with pytest.raises(ValueError, match="first"):
+        attempt_all("a tear-down", [fails, lambda: made.append(2)])
+    with pytest.raises(pyvfio.RollbackError) as caught:
+        attempt_all("a tear-down", [fails, fails, lambda: made.append(3)])
+    assert str(caught.value) == "a tear-down: first; then first"
+    assert made == [1, 2, 3]
+    with pytest.raises(KeyboardInterrupt):
+        attempt(_interrupts, [])
+
+
+def _interrupts() -> None:
+    raise KeyboardInterrupt

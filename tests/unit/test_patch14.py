@@ -1,0 +1,267 @@
+"""The defects of the posted `qemu_vfio_dma_map_resize` (patch 14 of the series), and of its first version.
+
+For each a sentence about a mapper's class. The real one keeps all of them; a copy with exactly that defect put in
+breaks its sentence, so that the sentence is known to see it.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+import pytest
+
+import pyvfio
+from pyvfio.dma import DmaMapper
+from pyvfio.dma import _Followed as Followed
+from pyvfio.testing.fake import FakeKernel
+from pyvfio.units import MIB, PAGE_SIZE, Iova
+from tests.unit.fakes import Rig
+
+Sentence = Callable[[FakeKernel, type[DmaMapper]], None]
+
+
+@pytest.fixture
+def kernel() -> Iterator[FakeKernel]:
+    """A kernel."""
+    with FakeKernel() as made:
+        yield made
+
+
+# ------------------------------------------------------------------------------------------------ the sentences
+
+
+def a_resize_unmaps_the_old_length_and_maps_the_new_one_at_its_iova(
+    kernel: FakeKernel, mapper: type[DmaMapper]
+) -> None:
+    """Arguments in their places: exactly the old mapping goes, exactly the new one comes."""
+    with Rig(kernel, mapper=mapper) as rig:
+        block = rig.add(used=2 * PAGE_SIZE)
+        iova = rig.mapper.iova(block)
+        kernel.clear_trace()
+        block.resize(3 * PAGE_SIZE)
+        calls = [(call.request, call.arguments) for call in kernel.trace if call.request.startswith("VFIO_IOMMU")]
+        (unmap, unmapped), (map_, mapped) = calls
+        assert (unmap, unmapped["iova"], unmapped["size"]) == ("VFIO_IOMMU_UNMAP_DMA", iova, 2 * PAGE_SIZE)
+        assert (map_, mapped["iova"], mapped["size"]) == ("VFIO_IOMMU_MAP_DMA", iova, 3 * PAGE_SIZE)
+        assert mapped["vaddr"] == block.vaddr
+        assert rig.reached() == [(iova, block.vaddr, 3 * PAGE_SIZE)]
+
+
+def another_thread_goes_on_after_a_resize_of_an_unknown_block(kernel: FakeKernel, mapper: type[DmaMapper]) -> None:
+    """Whatever comes of a block that the mapper does not know, its lock is free afterwards."""
+    with Rig(kernel, mapper=mapper) as rig:
+        known = rig.add()
+        with pyvfio.RamBlockList(kernel=kernel) as others:
+            stranger = others.add("stranger", used_length=PAGE_SIZE, max_length=MIB)
+            with suppress(ValueError):
+                rig.mapper.ram_block_resized(stranger, PAGE_SIZE, 2 * PAGE_SIZE)
+            found: list[Iova] = []
+            thread = threading.Thread(target=lambda: found.append(rig.mapper.iova(known)), daemon=True)
+            thread.start()
+            thread.join(0.5)
+            went_on = bool(found)
+            if not went_on:
+                rig.mapper._lock.release()
+                thread.join()
+            assert went_on, "the lock is still held"
+
+
+def a_map_that_fails_is_heard_of_and_undone(kernel: FakeKernel, mapper: type[DmaMapper]) -> None:
+    """The caller gets the error, and the block is as it was, for the process and for the device."""
+    with Rig(kernel, mapper=mapper) as rig:
+        block = rig.add(used=2 * PAGE_SIZE)
+        before = rig.reached()
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.EFAULT)
+        with pytest.raises(pyvfio.IoctlError):
+            block.resize(4 * PAGE_SIZE)
+        assert block.used_length == 2 * PAGE_SIZE
+        assert rig.reached() == before
+        block.resize(3 * PAGE_SIZE)
+        assert rig.reached() == rig.expected()
+
+
+def a_length_of_nothing_is_a_length_like_others(kernel: FakeKernel, mapper: type[DmaMapper]) -> None:
+    """No map of 0 bytes is tried, and a block that grows from nothing is mapped."""
+    with Rig(kernel, mapper=mapper) as rig:
+        block = rig.add(used=2 * PAGE_SIZE)
+        iova = rig.mapper.iova(block)
+        block.resize(0)
+        assert not rig.reached()
+        block.resize(PAGE_SIZE)
+        assert rig.reached() == [(iova, block.vaddr, PAGE_SIZE)]
+        empty = rig.add("empty", used=0)
+        empty.resize(PAGE_SIZE)
+        assert rig.reached() == rig.expected()
+        assert not any(call.errno for call in kernel.trace)
+
+
+def a_length_above_the_reserved_one_is_refused_before_any_call(kernel: FakeKernel, mapper: type[DmaMapper]) -> None:
+    """Whatever the list may think: beyond lies another block's IOVA."""
+    with Rig(kernel, mapper=mapper) as rig:
+        block = rig.add(used=PAGE_SIZE, maximum=2 * PAGE_SIZE)
+        kernel.clear_trace()
+        with pytest.raises(ValueError, match="max_length"):
+            rig.mapper.ram_block_resized(block, PAGE_SIZE, 3 * PAGE_SIZE)
+        assert not kernel.trace
+        assert rig.reached() == rig.expected()
+
+
+def memory_in_the_tail_of_a_block_gets_no_iova_of_its_own(kernel: FakeKernel, mapper: type[DmaMapper]) -> None:
+    """It has one already, for when the block grows; until then it is refused."""
+    with Rig(kernel, mapper=mapper) as rig:
+        block = rig.add(used=PAGE_SIZE)
+        kernel.clear_trace()
+        with pytest.raises(ValueError, match="RAM block 'ring'"):
+            rig.mapper.map_dma(vaddr=block.vaddr + 2 * PAGE_SIZE, size=PAGE_SIZE)
+        assert not kernel.trace
+        block.resize(4 * PAGE_SIZE)
+        with rig.mapper.map_dma(vaddr=block.vaddr + 2 * PAGE_SIZE, size=PAGE_SIZE) as mapping:
+            assert mapping.iova == rig.mapper.iova(block) + 2 * PAGE_SIZE
+
+
+def the_iova_of_a_block_never_moves(kernel: FakeKernel, mapper: type[DmaMapper]) -> None:
+    """And no resize uses any up."""
+    with Rig(kernel, mapper=mapper) as rig:
+        block = rig.add(used=PAGE_SIZE)
+        rig.add("neighbour", used=PAGE_SIZE)
+        iova, free = rig.mapper.iova(block), rig.container.allocator.free
+        for length in (2 * PAGE_SIZE, 0, MIB, PAGE_SIZE):
+            block.resize(length)
+            assert rig.mapper.iova(block) == iova
+            assert rig.container.allocator.free == free
+
+
+# -------------------------------------------------------------------------------------------------- the defects
+
+
+class SwappedInUnmap(DmaMapper):
+    """`qemu_vfio_undo_mapping(s, m->iova, m->size)`, where the signature is (s, size, iova)."""
+
+    def _replace(self, followed: Followed, length: int) -> None:
+        if mapped := self._mapped(followed):
+            self.space.unmap(iova=mapped, size=followed.iova)
+        if length:
+            self._map(vaddr=followed.vaddr, iova=followed.iova, size=length)
+
+
+class SwappedInMap(DmaMapper):
+    """`qemu_vfio_do_mapping(s, m->host, m->iova, new_size)`, where the signature is (s, host, size, iova)."""
+
+    def _replace(self, followed: Followed, length: int) -> None:
+        mapped = self._mapped(followed)
+        if mapped:
+            self.space.unmap(iova=followed.iova, size=mapped)
+        if mapped and length:
+            self._map(vaddr=followed.vaddr, iova=length, size=followed.iova)
+        elif length:
+            self._map(vaddr=followed.vaddr, iova=followed.iova, size=length)
+
+
+class LockKept(DmaMapper):
+    """`if (!m) { return; }` between qemu_mutex_lock and qemu_mutex_unlock."""
+
+    def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
+        """As there."""
+        self._lock.acquire()
+        self._find(block)
+        super().ram_block_resized(block, old_length, new_length)
+        self._lock.release()
+
+
+class ResultIgnored(DmaMapper):
+    """`qemu_vfio_do_mapping(…); m->size = new_size;`"""
+
+    def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
+        """As there."""
+        followed = self._find(block)
+        if old_length:
+            self.space.unmap(iova=followed.iova, size=old_length)
+        with suppress(pyvfio.IoctlError):
+            self._map(vaddr=followed.vaddr, iova=followed.iova, size=new_length)
+
+
+class NothingIsMapped(DmaMapper):
+    """A new length of 0 goes to the kernel, which says EINVAL."""
+
+    def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
+        """As there; around what refuses 0 before the kernel can."""
+        followed = self._find(block)
+        if old_length:
+            self.space.unmap(iova=followed.iova, size=old_length)
+        assert isinstance(self.space, pyvfio.Container)
+        self.space.map_dma(vaddr=followed.vaddr, iova=followed.iova, size=new_length)
+
+
+class GrowthFromNothingIsLost(DmaMapper):
+    """`find_mapping` looks for the range that holds the address, and a range of 0 bytes holds none."""
+
+    def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
+        """As there."""
+        if old_length:
+            super().ram_block_resized(block, old_length, new_length)
+
+
+class LengthUnchecked(DmaMapper):
+    """No comparison of new_size with what was reserved."""
+
+    def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
+        """As there."""
+        del old_length
+        self._remap(self._find(block), new_length)
+
+
+class TailUnknown(DmaMapper):
+    """`find_mapping` compares with what is mapped, so that the reserved tail of a block is nobody's."""
+
+    def _check_apart(self, vaddr: int, size: int) -> None:
+        """As there."""
+
+
+class RemovedAndAdded(DmaMapper):
+    """The first version: a resize was `ram_block_removed` and `ram_block_added`, and low_water_mark only rises."""
+
+    def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
+        """As there."""
+        self.ram_block_removed(block, old_length, block.max_length)
+        self._former.clear()
+        self.space.reserve_iova(block.max_length, alignment=PAGE_SIZE, offset=0)
+        self.ram_block_added(block, new_length, block.max_length)
+
+
+@dataclass(frozen=True)
+class Defect:
+    """A sentence, and a mapper that breaks it."""
+
+    mapper: type[DmaMapper]
+    sentence: Sentence
+
+
+DEFECTS = [
+    Defect(SwappedInUnmap, a_resize_unmaps_the_old_length_and_maps_the_new_one_at_its_iova),
+    Defect(SwappedInMap, a_resize_unmaps_the_old_length_and_maps_the_new_one_at_its_iova),
+    Defect(LockKept, another_thread_goes_on_after_a_resize_of_an_unknown_block),
+    Defect(ResultIgnored, a_map_that_fails_is_heard_of_and_undone),
+    Defect(NothingIsMapped, a_length_of_nothing_is_a_length_like_others),
+    Defect(GrowthFromNothingIsLost, a_length_of_nothing_is_a_length_like_others),
+    Defect(LengthUnchecked, a_length_above_the_reserved_one_is_refused_before_any_call),
+    Defect(TailUnknown, memory_in_the_tail_of_a_block_gets_no_iova_of_its_own),
+    Defect(RemovedAndAdded, the_iova_of_a_block_never_moves),
+]
+SENTENCES = list(dict.fromkeys(defect.sentence for defect in DEFECTS))
+
+
+@pytest.mark.parametrize("sentence", SENTENCES, ids=lambda sentence: sentence.__name__)
+def test_the_mapper_keeps_the_sentence(kernel: FakeKernel, sentence: Sentence) -> None:
+    """The real one."""
+    sentence(kernel, DmaMapper)
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.mapper.__name__)
+def test_the_defect_as_posted_breaks_its_sentence(kernel: FakeKernel, defect: Defect) -> None:
+    """So that the sentence is known to see it."""
+    with pytest.raises((AssertionError, pytest.fail.Exception, OSError, pyvfio.VfioError)):
+        defect.sentence(kernel, defect.mapper)
