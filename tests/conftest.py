@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 
+import hypothesis
 import pytest
 
 from pyvfio import pci
 from pyvfio.cli.common import selector_argument
 from pyvfio.kernel import LinuxKernel
+
+# A machine that is busy is not a bug, so how long an example takes is not looked at.
+hypothesis.settings.register_profile("pyvfio", deadline=None)
+hypothesis.settings.load_profile("pyvfio")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

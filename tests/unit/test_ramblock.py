@@ -1214,9 +1214,8 @@ def test_a_signal_handler_that_raises_at_any_time_leaves_the_list_in_order() -> 
         block = blocks.add("ram", used_length=MIB, max_length=4 * MIB)
         signal.signal(signal.SIGALRM, interrupt)
         chance = random.Random(5)  # noqa: S311
-        end = time.monotonic() + 0.6
         interrupted = 0
-        while time.monotonic() < end:
+        while interrupted < 100:
             length = chance.randrange(1 + 4 * MIB // PAGE_SIZE) * PAGE_SIZE
             try:
                 signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 1.5e-4))
@@ -1229,7 +1228,6 @@ def test_a_signal_handler_that_raises_at_any_time_leaves_the_list_in_order() -> 
             assert notifier.known == block.used_length
             assert contents(block) == bytes(block.used_length)
             ctypes.memset(block.vaddr, 0, block.used_length)
-        assert interrupted > 100
         blocks.close()
 
     assert in_child(resize_and_be_interrupted) == 0
