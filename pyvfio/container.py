@@ -61,7 +61,10 @@ def _open_error(error: OSError, path: str) -> VfioError:
             hint=f"It is {mode}; this is user {os.geteuid()} with groups {sorted(os.getgroups())}. Run as root, or let "
             f'a udev rule give it away: SUBSYSTEM=="vfio", GROUP="vfio", MODE="0660"',
         )
-    return IoctlError.of(error, f"{path} could not be opened", request="open", arguments={"path": path})
+    hint = (
+        "Close files, or raise the limit of open ones: ulimit -n" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
+    )
+    return IoctlError.of(error, f"{path} could not be opened", request="open", arguments={"path": path}, hint=hint)
 
 
 class Group(Handle):
@@ -298,6 +301,10 @@ class Container(Handle):
         """The IOMMU type that is set with the first group."""
         return self._iommu_type
 
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"groups {sorted(self._groups)}, {len(self._table)} mappings"
+        return f"<Container {self._iommu_type.name} {state}>"
+
     def group(self, number: int) -> Group | None:
         """The group with that number, if it is attached."""
         return self._groups.get(number)
@@ -345,6 +352,7 @@ class Container(Handle):
         Raises VfioError when it is the last one and memory is mapped: the kernel would unmap it unseen.
         """
         with self._lock:
+            assert self.fd >= 0  # raises where it must not be used
             if self._groups.get(group.number) is not group:
                 raise ValueError(f"group {group.number} is not in this container")
             if len(self._groups) == 1 and len(self._table):
@@ -488,7 +496,8 @@ class Container(Handle):
     def _unmap_exactly(self, *, iova: int, size: int) -> None:
         unmapped = self.unmap_dma(iova=iova, size=size)
         if unmapped != size:
-            raise UnmapSizeError(iova=iova, asked=size, unmapped=unmapped)
+            known = describe_mappings(self._table.overlapping(iova=iova, size=size))
+            raise UnmapSizeError(iova=iova, asked=size, unmapped=unmapped, known=known)
         self._table.discard(iova=iova, size=size)
 
     def _check_arguments(self, joined: int, iova: int, size: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Self
-from weakref import WeakSet
 
 from pyvfio import caps, ioctls, pci
 from pyvfio.container import Container, Group
@@ -53,15 +53,16 @@ class RegionMap:
     Synchronization: none.
     """
 
-    def __init__(self, kernel: Kernel, *, vaddr: int, size: int) -> None:
-        self._kernel = kernel
+    def __init__(self, region: Region, *, vaddr: int, size: int) -> None:
+        self._region = region
         self._exports = Exports()
         self._vaddr = vaddr
         self.size = size
 
     @property
     def vaddr(self) -> int:
-        """Where it begins in this process. Raises ClosedError."""
+        """Where it begins in this process. Raises ClosedError, and ForkedError in a child."""
+        assert self._region._device.fd >= 0  # raises where it must not be used
         if self._vaddr == 0:
             raise ClosedError("this mapping of a region has been closed")
         return self._vaddr
@@ -71,13 +72,17 @@ class RegionMap:
         return self._exports.view(self.vaddr, self.size)
 
     def close(self) -> None:
-        """Unmap it; twice is fine. Raises BufferError while a view lives."""
-        if self._vaddr == 0:
+        """Unmap it; twice is fine, and in a forked child nothing happens. Raises BufferError while a view lives."""
+        if self._vaddr == 0 or self._region._device._forked:
             return
-        if self._exports.end():
-            raise BufferError("a view of this region is still alive; release it first")
+        self._check_views()
         vaddr, self._vaddr = self._vaddr, 0
-        self._kernel.munmap(vaddr, self.size)
+        self._region._maps.remove(self)
+        self._region._device.kernel.munmap(vaddr, self.size)
+
+    def _check_views(self) -> None:
+        if self._exports.end():
+            raise BufferError(f"a view of {self._region._name} is still alive; release it first")
 
     def __enter__(self) -> Self:
         return self
@@ -104,7 +109,7 @@ class Region:
         self._device = device
         self.info = info
         self._windows: list[tuple[int, int, Registers]] = []  # start, end, registers
-        self._maps: WeakSet[RegionMap] = WeakSet()  # each keeps the device busy in the kernel
+        self._maps: list[RegionMap] = []  # each keeps the device's group open in the kernel
 
     @property
     def size(self) -> int:
@@ -203,6 +208,8 @@ class Region:
         Closing the device closes it, too. Raises UnsupportedError when that part cannot be mapped, VfioError when the
         device does not answer (memory decoding is off: a touch would be SIGBUS).
         """
+        if offset == 0 and size is None and not self.mappable:
+            raise UnsupportedError(f"{self._name}, of {self.size:#x} bytes, cannot be mapped; use read32 and its kin")
         size = self.size - offset if size is None else size
         self._check_span(offset, size)
         if not is_aligned(offset | size, PAGE_SIZE) or size == 0:
@@ -216,13 +223,19 @@ class Region:
         vaddr = self._device.kernel.mmap(
             0, size, protection, _MAP_SHARED, fd=self._device.fd, offset=self.info.offset + offset
         )
-        mapped = RegionMap(self._device.kernel, vaddr=vaddr, size=size)
-        self._maps.add(mapped)
+        mapped = RegionMap(self, vaddr=vaddr, size=size)
+        self._maps.append(mapped)
         return mapped
 
     @property
     def _name(self) -> str:
-        return f"region {self.info.index} of {self._device.bdf}"
+        names = [index.name for index in ioctls.VfioPciRegionIndex]
+        index = self.info.index
+        name = names[index].removeprefix("VFIO_PCI_").removesuffix("_REGION_INDEX") if index < len(names) else "region"
+        return f"{name} (region {index}) of {self._device.bdf}"
+
+    def __repr__(self) -> str:
+        return f"<Region {self._name} size={self.size:#x} {self.info.flags!s}>"
 
     def _check_decoding(self) -> None:
         if self.info.index <= ioctls.VFIO_PCI_BAR5_REGION_INDEX and not self._device.memory_enabled:
@@ -232,6 +245,8 @@ class Region:
             )
 
     def _check_span(self, offset: int, size: int) -> None:
+        if self.size == 0:
+            raise ValueError(f"{self.info.index} is a region that {self._device.bdf} does not have: it has 0 bytes")
         if offset < 0 or size < 0 or offset + size > self.size:
             raise ValueError(f"{self._name} has {self.size:#x} bytes: no {size:#x} at {offset:#x}")
 
@@ -249,8 +264,8 @@ class Region:
 class Irq:
     """One kind of interrupt of a device: INTx, MSI, MSI-X, error or request; signalled through eventfds.
 
-    Synchronization: `wait` may be called from any thread; enabling and disabling are the caller's to order.
-    Source: `vfio_pci_set_irqs_ioctl`.
+    Synchronization: `wait` may be called from any thread; enabling and disabling are the caller's to order, and
+    disabling does not wake who waits. Cost: an ioctl each; `wait` polls and reads. Source: `vfio_pci_set_irqs_ioctl`.
     """
 
     def __init__(self, device: Device, info: caps.IrqInfo) -> None:
@@ -266,9 +281,11 @@ class Irq:
     def enable(self, vectors: int = 1) -> tuple[int, ...]:
         """Route the first `vectors` vectors to new eventfds, which are returned and closed by `disable`.
 
-        Raises UnsupportedError when the device has fewer, VfioError when it is enabled already, IoctlError (EINVAL:
-        another kind is enabled).
+        Raises ValueError for less than one, UnsupportedError when the device has fewer, VfioError when it is enabled
+        already, IoctlError (EINVAL: another kind is enabled), OSError (EMFILE: no descriptor is left).
         """
+        if vectors < 1:
+            raise ValueError(f"at least one vector can be enabled, not {vectors}")
         if not 1 <= vectors <= self.count or not self.info.flags & ioctls.VFIO_IRQ_INFO_EVENTFD:
             raise UnsupportedError(
                 f"{self._name} has {self.count} vectors, so {vectors} cannot be enabled",
@@ -308,22 +325,32 @@ class Irq:
         attempt_all(f"disabling {self._name}", [stop, *(partial(self._device.kernel.close, fd) for fd in fds)])
 
     def wait(self, vector: int = 0, *, timeout: float | None = None) -> int:
-        """Wait until `vector` has been raised, `timeout` seconds at most (None: for ever); how often since the last
-        time, 0 when the time has passed. INTx stays masked by the kernel after each: `unmask()`.
+        """Wait until `vector` has been raised; how often since the last time, 0 when the time has passed.
 
-        Raises VfioError when that vector is not enabled."""
-        if not 0 <= vector < len(self.fds):
-            raise VfioError(f"vector {vector} of {self._name} is not enabled", hint="Call enable() first")
-        fd = self.fds[vector]
-        if not self._device.kernel.poll(fd, timeout):
+        `timeout` in seconds; None or infinity: for ever; 0 or less: do not wait. INTx stays masked by the kernel after
+        each: `unmask()`. Raises VfioError when that vector is not enabled, or is disabled meanwhile; ForkedError.
+        """
+        assert self._device.fd >= 0  # raises where it must not be used
+        fd = self._eventfd(vector)
+        if not self._device.kernel.poll(fd, _checked_timeout(timeout)):
             return 0
+        if fd not in self.fds:  # its number may be another's by now
+            raise VfioError(f"vector {vector} of {self._name} was disabled while it was waited for")
         try:
             return self._device.kernel.eventfd_read(fd)
         except BlockingIOError:  # another thread has read it
             return 0
 
+    def _eventfd(self, vector: int) -> int:
+        if not self.fds:
+            raise VfioError(f"{self._name} is not enabled", hint="Call enable() first")
+        if not 0 <= vector < len(self.fds):
+            raise ValueError(f"of {self._name} vectors 0 to {len(self.fds) - 1} are enabled, not {vector}")
+        return self.fds[vector]
+
     def trigger(self, vector: int = 0) -> None:
-        """Signal the eventfd of `vector` as if the device had raised it."""
+        """Signal the eventfd of `vector` as if the device had raised it. Raises as `wait`."""
+        assert self._eventfd(vector) >= 0
         self._act(ioctls.VFIO_IRQ_SET_ACTION_TRIGGER, start=vector, count=1)
 
     def mask(self) -> None:
@@ -338,13 +365,24 @@ class Irq:
     def _name(self) -> str:
         return f"{ioctls.VfioPciIrqIndex(self.info.index).name} of {self._device.bdf}"
 
+    def __repr__(self) -> str:
+        return f"<Irq {self._name} {len(self.fds)} of {self.count} enabled>"
+
+    def __del__(self) -> None:
+        if getattr(self, "fds", ()) and not self._device._forked:
+            for fd in self.fds:  # forgotten with its device, which closes only what is its own
+                self._device.kernel.close(fd)
+
     def _act(self, action: int, *, start: int, count: int) -> None:
         size = ctypes.sizeof(ioctls.vfio_irq_set)
         flags = ioctls.VFIO_IRQ_SET_DATA_NONE | action
         self._set_irqs(ioctls.vfio_irq_set(size, flags, self.info.index, start, count))
 
     def _set_irqs(self, argument: ioctls.vfio_irq_set) -> int:
-        hints = {errno.EINVAL: "Only one kind of interrupt can be enabled at a time, and only what is enabled can act"}
+        hints = {
+            errno.EINVAL: "Only one kind of interrupt can be enabled at a time, and only what is enabled can act",
+            errno.ENOTTY: "Only INTx can be masked",
+        }
         return self._device._ioctl(
             "VFIO_DEVICE_SET_IRQS",
             argument,
@@ -380,6 +418,9 @@ class Device(Handle):
             raise
         group.devices.append(self)
 
+    def __repr__(self) -> str:
+        return f"<Device {self.bdf} in group {self.group.number}{', closed' if self.closed else ''}>"
+
     @property
     def container(self) -> Container:
         """The container, which is the device's address space. Raises ClosedError."""
@@ -404,11 +445,14 @@ class Device(Handle):
         raise VfioError(f"{request} wants a buffer of {len(buffer)} bytes")
 
     def region(self, index: int) -> Region:
-        """A region by its index (VFIO_PCI_BAR0_REGION_INDEX …). Raises IoctlError (EINVAL: there is none).
+        """A region by its index (VFIO_PCI_BAR0_REGION_INDEX …). Raises ValueError for an index that the device does
+        not have, IoctlError (EINVAL: the VGA region of another device).
 
         The first call of an index costs an ioctl or two.
         """
         if index not in self._regions:
+            if not 0 <= index < self.info.num_regions:
+                raise ValueError(f"{self.bdf} has regions 0 to {self.info.num_regions - 1}, not {index}")
             question = ioctls.vfio_region_info(index=index)
             answer = self._ask("VFIO_DEVICE_GET_REGION_INFO", bytearray(question), index=index)
             self._regions[index] = Region(self, caps.parse_region_info(answer))
@@ -420,8 +464,11 @@ class Device(Handle):
         return self.region(ioctls.VFIO_PCI_CONFIG_REGION_INDEX)
 
     def irq(self, index: int) -> Irq:
-        """A kind of interrupt by its index (VFIO_PCI_MSI_IRQ_INDEX …). Raises IoctlError (EINVAL: not on this one)."""
+        """A kind of interrupt by its index (VFIO_PCI_MSI_IRQ_INDEX …). Raises ValueError for an index that the device
+        does not have, IoctlError (EINVAL: the error interrupt of a conventional device)."""
         if index not in self._irqs:
+            if not 0 <= index < self.info.num_irqs:
+                raise ValueError(f"{self.bdf} has kinds of interrupt 0 to {self.info.num_irqs - 1}, not {index}")
             question = ioctls.vfio_irq_info(index=index)
             answer = self._ask("VFIO_DEVICE_GET_IRQ_INFO", bytearray(question), index=index)
             self._irqs[index] = Irq(self, caps.parse_irq_info(answer))
@@ -469,6 +516,7 @@ class Device(Handle):
 
         Raises UnsupportedError when the device has none.
         """
+        assert self.fd >= 0  # raises where it must not be used
         if not self.can_reset:
             raise UnsupportedError(
                 f"{self.bdf} has no reset of its own", hint="Clear bus_master to stop its DMA, or reset its bus"
@@ -498,16 +546,28 @@ class Device(Handle):
     def close(self) -> None:
         """Stop interrupts and DMA, unmap regions, reset, close; then the container, where `open_device` opened it.
 
-        Twice is fine; in a forked child nothing happens. Raises what the steps raise, after all of them were tried.
+        Twice is fine; in a forked child nothing happens. Raises BufferError while a view of a mapped region lives, and
+        then nothing has been closed; otherwise what the steps raise, after all of them were tried.
         """
         if self._forked or self.closed:
             return
+        for region in self._regions.values():
+            for mapped in region._maps:
+                mapped._check_views()
         steps: list[Callable[[], object]] = [irq.disable for irq in self._irqs.values()]
         # Nothing may be under way when the mappings go: a device without a reset is kept from the bus.
         steps += [partial(self._set_command, PCI_COMMAND_MASTER, on=False), *([self.reset] if self.can_reset else [])]
         steps += [region._close for region in self._regions.values()]
         steps += [self._close_fd, partial(self.group.devices.remove, self), self._stack.close]
         attempt_all(f"closing device {self.bdf}", steps)
+
+
+def _checked_timeout(timeout: float | None) -> float | None:
+    if timeout is None or timeout == math.inf:
+        return None
+    if math.isnan(timeout):
+        raise ValueError("timeout is not a number")
+    return max(float(timeout), 0.0)
 
 
 def _dependent(found: ioctls.vfio_pci_dependent_device) -> DependentDevice:
@@ -533,6 +593,8 @@ def open_device(
     Cost: some twenty system calls.
     """
     bdf = pci.parse_bdf(bdf)
+    if not isinstance(container, Container | None):
+        raise TypeError(f"container must be a Container, not {type(container).__name__}")
     if container is not None and iommu_type not in (None, container.iommu_type):
         raise ValueError(f"the container has {container.iommu_type.name}, so it cannot be {iommu_type!r}")
     kernel = container.kernel if container is not None else kernel or LinuxKernel()

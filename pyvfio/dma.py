@@ -132,6 +132,10 @@ class DmaMapper:
         resize: Literal["remap"] = "remap",
         place: Callable[[RamBlock], int | None] | None = None,
     ) -> None:
+        if not hasattr(space, "reserve_iova"):
+            raise TypeError(f"space must be an AddressSpace, such as device.container, not {type(space).__name__}")
+        if not isinstance(blocks, RamBlockList | None):
+            raise TypeError(f"blocks must be a RamBlockList, not {type(blocks).__name__}")
         if resize != "remap":
             raise ValueError(f"resize must be 'remap', not {resize!r}")
         self._space = space
@@ -146,6 +150,10 @@ class DmaMapper:
         self._blocks = blocks
         if blocks is not None:
             blocks.add_notifier(self)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self._followed)} blocks, {len(self._mappings)} mappings"
+        return f"<DmaMapper {state}>"
 
     @property
     def space(self) -> AddressSpace:
@@ -262,8 +270,10 @@ class DmaMapper:
     # ------------------------------------------------------------------------------------------------ look-ups
 
     def iova(self, block: RamBlock) -> Iova:
-        """Where `block` begins for the device; it stays there until the block is removed. ValueError: not followed."""
+        """Where `block` begins for the device; it stays there until the block is removed. Raises ValueError when the
+        block is not followed, ClosedError."""
         with self._lock:
+            self._check_open()
             return self._find(block).iova
 
     def translate_vaddr(self, vaddr: int, size: int = 1) -> Iova:
@@ -274,15 +284,19 @@ class DmaMapper:
         """
         _check_size(size)
         with self._lock:
-            position = bisect_right(self._followed, vaddr, key=lambda f: f.vaddr) - 1
-            if position >= 0:
-                followed = self._followed[position]
-                if vaddr + size <= followed.vaddr + self._mapped(followed):
-                    return Iova(followed.iova + vaddr - followed.vaddr)
-            mapping = self._own_mapping(vaddr, size)
-            if mapping is not None:
-                return Iova(mapping.iova + vaddr - mapping.vaddr)
-        raise LookupError(f"{size:#x} bytes at vaddr {vaddr:#x} are not mapped for the device in one piece")
+            found = self._find_vaddr(vaddr, size)
+        if found is None:
+            raise LookupError(f"{size:#x} bytes at vaddr {vaddr:#x} are not mapped for the device in one piece")
+        return found
+
+    def _find_vaddr(self, vaddr: int, size: int) -> Iova | None:
+        position = bisect_right(self._followed, vaddr, key=lambda f: f.vaddr) - 1
+        if position >= 0:
+            followed = self._followed[position]
+            if vaddr + size <= followed.vaddr + self._mapped(followed):
+                return Iova(followed.iova + vaddr - followed.vaddr)
+        mapping = self._own_mapping(vaddr, size)
+        return None if mapping is None else Iova(mapping.iova + vaddr - mapping.vaddr)
 
     def _own_mapping(self, vaddr: int, size: int) -> DmaMapping | None:
         position = bisect_right(self._mappings, vaddr, key=lambda m: m.vaddr) - 1
@@ -370,9 +384,8 @@ class DmaMapper:
 
     def _known(self, vaddr: int, size: int, iova: int | None, access: int) -> Iova | None:
         """The IOVA of memory that is mapped whole; ValueError where it is in part, or would be later."""
-        try:
-            found = self.translate_vaddr(vaddr, size)
-        except LookupError:
+        found = self._find_vaddr(vaddr, size)
+        if found is None:
             self._check_apart(vaddr, size)
             return None
         if iova is not None and iova != found:
@@ -490,7 +503,8 @@ class DmaMapper:
     def _check_extent(self, vaddr: int, size: int) -> None:
         if size <= 0 or vaddr < 0 or vaddr + size - 1 > U64_MAX or (vaddr | size) % self._space.page_size:
             raise ValueError(
-                f"vaddr {vaddr:#x} and size {size:#x} must be multiples of {self._space.page_size:#x}, the size above 0"
+                f"vaddr {vaddr:#x} and size {size:#x} must be multiples of {self._space.page_size:#x}, the size above "
+                "0; mmap.mmap(-1, size) and RAM blocks begin at a page, a bytearray or numpy array does not"
             )
 
     def _check_open(self) -> None:
@@ -550,7 +564,14 @@ def _check_size(size: int) -> None:
 def _export(buffer: Buffer) -> tuple[memoryview, Vaddr]:
     """A memoryview that keeps the buffer's memory where it is, and the address of its first byte."""
     view = memoryview(buffer)
-    if view.readonly or not view.c_contiguous or view.nbytes == 0:
+    what = (
+        "read-only" if view.readonly else "not contiguous" if not view.c_contiguous else "" if view.nbytes else "empty"
+    )
+    if what:
+        size = view.nbytes
         view.release()
-        raise ValueError("a buffer for DMA must be writable, contiguous and not empty")
+        raise ValueError(
+            f"this buffer of {size} bytes is {what}, and one for DMA must be writable, contiguous and not empty; map "
+            "memory that is not to be written with map_dma(vaddr=…, size=…, write=False)"
+        )
     return view, Vaddr(ctypes.addressof(ctypes.c_char.from_buffer(view)))

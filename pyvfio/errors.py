@@ -30,7 +30,7 @@ class VfioError(Exception):
 
 class IoctlError(VfioError, OSError):
     """A system call was refused. `errno` and `strerror` are the kernel's; `request` is the call's name in C,
-    `arguments` what it was given."""
+    `arguments` what it was given. The IOVA allocator, which makes no system call, refuses in the same way."""
 
     def __init__(
         self, number: int, message: str, *, request: str, arguments: Mapping[str, int | str], hint: str = ""
@@ -87,10 +87,12 @@ class UnmapSizeError(VfioError):
     """The kernel unmapped another number of bytes than it was asked to: `asked`, `unmapped`. What the device reaches
     is not known any more, so the memory behind the range must not be given back."""
 
-    def __init__(self, *, iova: int, asked: int, unmapped: int) -> None:
+    def __init__(self, *, iova: int, asked: int, unmapped: int, known: str = "none") -> None:
+        """`known`: what was mapped there through the same object, in words."""
         super().__init__(
             f"VFIO_IOMMU_UNMAP_DMA was asked for {asked:#x} bytes at IOVA {iova:#x} and unmapped {unmapped:#x}",
-            hint="Something else in this process maps or unmaps through the same container; its memory is kept",
+            hint=f"What is known to be mapped there: {known}. Unmap exactly that; where it is exactly that, something "
+            "else maps or unmaps through the same container",
         )
         self.iova = iova
         self.asked = asked
@@ -165,10 +167,14 @@ class GroupBusyError(VfioError):
     """The group is open already. `holders` are the processes that have it open, as far as this user may see."""
 
     def __init__(self, group: int, holders: Sequence[Holder]) -> None:
-        names = ", ".join(f"{holder.command} (pid {holder.pid})" for holder in holders)
+        mine = os.getpid()
+        names = ", ".join(
+            f"{holder.command} (pid {holder.pid}{', this process' if holder.pid == mine else ''})" for holder in holders
+        )
         super().__init__(
             f"IOMMU group {group} is already open" + (f" in {names}" if names else ""),
-            hint="A group can be open once at a time; end that process, or close its group and device descriptors"
+            hint="A group can be open once at a time: close the devices of it there (in Python an object that was "
+            "forgotten may be open until gc.collect()), or end that process"
             if names
             else "A group can be open once at a time; no holder was found: it may be in another PID namespace, "
             "another user's process, or only a device descriptor of it may still be open",

@@ -29,7 +29,7 @@ IoctlArgument: TypeAlias = int | WritableBuffer
 """What an ioctl is given: a number passed by value, or a buffer that the kernel may write. Never `bytes`: fcntl.ioctl
 would return a copy of the buffer in place of the kernel's answer, and a device descriptor would be lost."""
 
-_FCNTL_INT_MAX = (1 << 31) - 1  # fcntl.ioctl refuses larger ints up to Python 3.11 at least
+_INT_MAX = (1 << 31) - 1  # fcntl.ioctl refuses larger ints up to Python 3.11 at least
 _FCNTL_BUFFER_MAX = 1024  # up to here fcntl.ioctl works on a copy and releases the GIL
 _CAP_IPC_LOCK = 14  # linux/capability.h
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -233,7 +233,7 @@ class LinuxKernel:
         """ioctl(2) through `fcntl.ioctl`, a quarter of the cost of a ctypes call; numbers that it refuses and buffers
         for which it would keep the GIL go through libc."""
         if isinstance(argument, int):
-            if 0 <= argument <= _FCNTL_INT_MAX:
+            if 0 <= argument <= _INT_MAX:
                 return fcntl.ioctl(fd, request, argument)
             return _checked(_libc.ioctl(fd, request, argument))
         with memoryview(argument) as view:
@@ -271,7 +271,8 @@ class LinuxKernel:
         """poll(2)."""
         poller = select.poll()
         poller.register(fd, select.POLLIN)
-        return bool(poller.poll(None if timeout is None else timeout * 1000))
+        # poll(2) takes milliseconds in an int; 24 days are as good as what is longer.
+        return bool(poller.poll(None if timeout is None else min(timeout * 1000, _INT_MAX)))
 
     def mmap(self, vaddr: int, size: int, protection: int, flags: int, *, fd: int = -1, offset: int = 0) -> Vaddr:
         """mmap(2)."""

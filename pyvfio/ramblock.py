@@ -104,13 +104,13 @@ class RamBlock:
         "__weakref__",
         "_exports",
         "_list",
+        "_max_length",
         "_memory",
         "_pid",
         "_resized",
         "_start",
         "_used_length",
         "idstr",
-        "max_length",
     )
 
     def __init__(
@@ -123,7 +123,7 @@ class RamBlock:
         resized: ResizedCallback | None,
     ) -> None:
         self.idstr = idstr
-        self.max_length = max_length
+        self._max_length = max_length
         self._list: RamBlockList | None = owner
         self._resized = resized
         self._used_length = 0
@@ -144,6 +144,11 @@ class RamBlock:
     def used_length(self) -> int:
         """Bytes in use, from `vaddr` on."""
         return self._used_length
+
+    @property
+    def max_length(self) -> int:
+        """Bytes of address space that are reserved: the most that `used_length` can be."""
+        return self._max_length
 
     @property
     def page_size(self) -> int:

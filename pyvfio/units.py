@@ -47,11 +47,14 @@ def is_aligned(number: int, alignment: int) -> bool:
 
 
 def format_size(size: int) -> str:
-    """A length as a person writes it: the largest unit that divides it (`2 MiB`, `4097 bytes`)."""
-    for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
-        if size and size % unit == 0:
-            return f"{size // unit} {name}"
-    return f"{size} byte{'' if size == 1 else 's'}"
+    """A length as a person writes it: the largest unit that divides it (`2 MiB`, `4097 bytes`), unless that makes a
+    number of five digits, which is rounded (`508.0 GiB`)."""
+    units = ((1 << 60, "EiB"), (1 << 50, "PiB"), (TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"))
+    unit, name = next(((u, n) for u, n in units if size and size % u == 0), (1, "byte" if size == 1 else "bytes"))
+    if size // unit < 10_000:
+        return f"{size // unit} {name}"
+    unit, name = next((u, n) for u, n in units if size >= u)
+    return f"{size / unit:.1f} {name}"
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pyvfio import pci
 from pyvfio.cli.common import FAILED, OK, Json, bdf_argument, complain, print_json, run
 from pyvfio.cli.main_job import MainJob, StepResult
-from pyvfio.errors import DeviceNotFoundError
+from pyvfio.errors import DeviceNotFoundError, VfioError
 from pyvfio.kernel import LinuxKernel
 from pyvfio.testing import kernels, vm
 from pyvfio.testing.edu import EDU_ID
@@ -86,10 +86,16 @@ def _show(job: MainJob, *, world: str, as_json: bool) -> int:
     if not as_json:
         where = "in a virtual machine" if world == "vm" else "on this machine"
         print(f"world    {where}: Linux {job.facts.kernel}, {job.facts.iommu} IOMMU", flush=True)
-    for result in job.steps():
-        results.append(result)
+    try:
+        for result in job.steps():
+            results.append(result)
+            if not as_json:
+                _print_step(job, result, first=len(results) == 1)
+    except (VfioError, OSError) as error:
         if not as_json:
-            _print_step(job, result, first=len(results) == 1)
+            raise
+        complain(NAME, error)
+        results.append(StepResult(name="carry on", ok=False, microseconds=0.0, seen=str(error)))
     ok = all(result.ok for result in results)
     if as_json:
         print_json(_report(job, results, world=world, ok=ok))

@@ -152,10 +152,12 @@ def _selected(device: pci.PciDevice, options: argparse.Namespace) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None, *, kernel: Kernel | None = None) -> int:
-    """Print what was asked for; status 0 also when that is nothing."""
+    """Print what was asked for; status 0 also when that is nothing, but not for a device that was named."""
     options = _parser().parse_args(arguments)
     kernel = kernel or LinuxKernel()
     devices = [device for device in pci.enumerate_devices(kernel) if _selected(device, options)]
+    if options.device and not devices:
+        raise DeviceNotFoundError("there is no such PCI device", hint="Without arguments all are shown")
     states = {group: group_state(kernel, group) for group in {device.iommu_group for device in devices}}
     if options.json:
         print_json([as_json(device, states[device.iommu_group]) for device in devices])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
 import os
 import re
@@ -10,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyvfio.errors import DeviceNotFoundError
+from pyvfio.errors import DeviceNotFoundError, VfioError
 from pyvfio.kernel import Kernel
 
 _logger = logging.getLogger(__name__)
@@ -153,11 +154,20 @@ def is_vfio_driver(path: Path, driver: str | None) -> bool:
     return driver is not None and ("vfio" in driver or (path / "vfio-dev").is_dir())
 
 
+def _check_descriptors(error: OSError) -> None:
+    """What could not be read for want of a descriptor may well be there."""
+    if error.errno in {errno.EMFILE, errno.ENFILE}:
+        raise VfioError(
+            f"sysfs cannot be read: {error.strerror}", hint="Close files, or raise the limit of open ones: ulimit -n"
+        ) from error
+
+
 def read_text(path: Path) -> str | None:
     """What a small file says, without the newline; None when it cannot be read."""
     try:
         return path.read_text(encoding="ascii", errors="replace").rstrip("\n")
-    except OSError:
+    except OSError as error:
+        _check_descriptors(error)
         return None
 
 
@@ -165,7 +175,8 @@ def list_names(path: Path) -> set[str]:
     """What is in a directory; nothing when it cannot be read."""
     try:
         return set(os.listdir(path))
-    except OSError:
+    except OSError as error:
+        _check_descriptors(error)
         return set()
 
 
@@ -173,5 +184,6 @@ def link_name(path: Path) -> str | None:
     """The last part of where a symbolic link leads; None when there is none."""
     try:
         return os.path.basename(os.readlink(path))
-    except OSError:
+    except OSError as error:
+        _check_descriptors(error)
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ from pyvfio.device import PCI_COMMAND, DependentDevice, Region
 from pyvfio.kernel import IoctlArgument
 from pyvfio.testing.fake import VERSIONS, Bar, FakeDevice, FakeKernel
 from pyvfio.units import MIB, PAGE_SIZE
-from tests.unit.fakes import BDF, OTHER_BDF, SpecialKernel, nothing_left, open_fds, requests
+from tests.unit.fakes import BDF, OTHER_BDF, SpecialKernel, nothing_left, open_fds, proc_maps_has, requests
+from tests.unit.processes import in_child
 
 MSI, MSIX, INTX = ioctls.VFIO_PCI_MSI_IRQ_INDEX, ioctls.VFIO_PCI_MSIX_IRQ_INDEX, ioctls.VFIO_PCI_INTX_IRQ_INDEX
 SIBLING = "0000:00:02.1"
@@ -232,7 +234,7 @@ def test_what_is_misaligned_or_outside_is_refused_before_any_call(
         lambda: region.mmap(0, size + PAGE_SIZE),
         lambda: region.mmap(size + PAGE_SIZE),
     ):
-        with pytest.raises(ValueError, match=f"region {bar} of {BDF} has {size:#x} bytes"):
+        with pytest.raises(ValueError, match=rf"BAR{bar} \(region {bar}\) of {BDF} has {size:#x} bytes"):
             outside()
     for value in (-1, 1 << 16):
         with pytest.raises(ValueError, match="does not fit 2 bytes"):
@@ -272,13 +274,17 @@ def test_a_short_answer_is_an_error(kernel: SpecialKernel) -> None:
 
 
 def test_a_bar_that_the_device_has_not_is_empty(device: pyvfio.Device) -> None:
-    """No byte can be read, no part mapped; an index that VFIO has not is the kernel's EINVAL."""
+    """No byte can be read, no part mapped; an index that the device has not is refused."""
     region = device.region(5)
     assert (region.size, region.mappable) == (0, ())
-    with pytest.raises(ValueError, match="has 0x0 bytes"):
+    with pytest.raises(ValueError, match="does not have"):
         region.read8(0)
-    with pytest.raises(pyvfio.IoctlError):
+    with pytest.raises(pyvfio.UnsupportedError, match="cannot be mapped"):
+        region.mmap()
+    with pytest.raises(ValueError, match="has regions 0 to 8, not 99"):
         device.region(99)
+    with pytest.raises(ValueError, match="kinds of interrupt 0 to 4, not -1"):
+        device.irq(-1)
 
 
 def test_a_region_without_memory_decoding_is_an_error_and_works_again_with_it(device: pyvfio.Device) -> None:
@@ -403,7 +409,7 @@ def test_configuration_space_cannot_be_mapped() -> None:
         FakeKernel(groups=[(2, [FakeDevice(BDF, pcie=True)])]) as kernel,
         nothing_left(kernel),
         pyvfio.open_device(BDF, kernel=kernel) as device,
-        pytest.raises(pyvfio.UnsupportedError, match="region 7 of"),
+        pytest.raises(pyvfio.UnsupportedError, match="cannot be mapped"),
     ):
         device.config.mmap()
 
@@ -466,11 +472,13 @@ def test_a_disabled_interrupt_is_not_signalled_and_leaves_no_descriptor(
 def test_waiting_for_a_vector_that_is_not_enabled_is_an_error(device: pyvfio.Device, vector: int) -> None:
     """It would last for ever."""
     irq = device.irq(MSI)
-    with pytest.raises(pyvfio.VfioError, match=r"vector 0 of VFIO_PCI_MSI_IRQ_INDEX .* is not enabled"):
+    with pytest.raises(pyvfio.VfioError, match=r"VFIO_PCI_MSI_IRQ_INDEX .* is not enabled"):
         irq.wait()
     irq.enable(2)
-    with pytest.raises(pyvfio.VfioError, match=f"vector {vector} of"):
+    with pytest.raises(ValueError, match=f"vectors 0 to 1 are enabled, not {vector}"):
         irq.wait(vector)
+    with pytest.raises(ValueError, match=f"not {vector}"):
+        irq.trigger(vector)
 
 
 def test_an_interrupt_that_another_thread_has_read_counts_as_none(kernel: SpecialKernel, device: pyvfio.Device) -> None:
@@ -512,12 +520,83 @@ def test_messages_cannot_be_masked(device: pyvfio.Device) -> None:
         assert caught.value.errno == errno.ENOTTY
 
 
-@pytest.mark.parametrize("vectors", [0, -1, 5])
-def test_more_vectors_than_there_are_are_refused_before_any_call(device: pyvfio.Device, vectors: int) -> None:
-    """With what the device has of each kind."""
+def test_more_vectors_than_there_are_are_refused_before_any_call(device: pyvfio.Device) -> None:
+    """With what the device has of each kind; less than one can never be right."""
     irq = device.irq(MSI)
     with pytest.raises(pyvfio.UnsupportedError, match=r"has 4 vectors.*1 INTx, 4 MSI, 8 MSI-X"):
-        irq.enable(vectors)
+        irq.enable(5)
+    for vectors in (0, -1):
+        with pytest.raises(ValueError, match="at least one"):
+            irq.enable(vectors)
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, 1e-9])
+def test_waiting_with_no_time_left_asks_once(device: pyvfio.Device, timeout: float) -> None:
+    """A deadline that has passed does not become a wait for ever."""
+    irq = device.irq(MSI)
+    irq.enable(1)
+    assert irq.wait(timeout=timeout) == 0
+    irq.trigger()
+    assert irq.wait(timeout=timeout) == 1
+
+
+def test_waiting_may_be_for_ever_but_not_for_no_number(device: pyvfio.Device) -> None:
+    """Infinity and more than poll(2) can count are fine."""
+    irq = device.irq(MSI)
+    irq.enable(1)
+    for timeout in (float("inf"), 1e12):
+        irq.trigger()
+        assert irq.wait(timeout=timeout) == 1
+    with pytest.raises(ValueError, match="not a number"):
+        irq.wait(timeout=float("nan"))
+
+
+def test_a_child_cannot_take_an_interrupt_or_a_register_from_its_parent(device: pyvfio.Device) -> None:
+    """It shares the eventfd and the mapping, so using them is an error."""
+    irq = device.irq(MSI)
+    irq.enable(1)
+    irq.trigger()
+    mapped = device.region(2).mmap()
+
+    def use() -> None:
+        for attempt in (lambda: irq.wait(timeout=0), mapped.view, irq.disable, device.reset):
+            with pytest.raises(pyvfio.ForkedError):
+                attempt()
+        mapped.close()
+
+    assert in_child(use) == 0
+    assert irq.wait(timeout=0) == 1
+    mapped.close()
+
+
+def test_a_mapped_region_that_was_forgotten_goes_with_its_device(kernel: SpecialKernel) -> None:
+    """It keeps the group open in the kernel."""
+    device = pyvfio.open_device(BDF, kernel=kernel)
+    vaddr = device.region(2).mmap().vaddr
+    assert proc_maps_has(vaddr)
+    device.close()
+    assert not proc_maps_has(vaddr)
+
+
+def test_a_device_under_a_live_view_of_a_region_stays_open_until_it_is_released(kernel: SpecialKernel) -> None:
+    """Nothing is closed half, and the next close does all."""
+    with nothing_left(kernel):
+        device = pyvfio.open_device(BDF, kernel=kernel)
+        view = device.region(2).mmap().view()
+        with pytest.raises(BufferError, match=f"BAR2 .* of {BDF}"):
+            device.close()
+        assert not device.closed
+        assert device.config.read16(0) != 0
+        view.release()
+        device.close()
+
+
+def test_interrupts_of_a_device_that_was_forgotten_close_their_descriptors(kernel: SpecialKernel) -> None:
+    """As the device does, with a ResourceWarning."""
+    with nothing_left(kernel):
+        pyvfio.open_device(BDF, kernel=kernel).irq(MSI).enable(2)
+        with pytest.warns(ResourceWarning, match="never closed"):
+            gc.collect()
 
 
 def test_an_interrupt_is_enabled_once(device: pyvfio.Device) -> None:

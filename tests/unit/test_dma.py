@@ -799,3 +799,19 @@ def test_a_mapping_costs_at_most_300_bytes(rig: Rig) -> None:
     rig.device.close()
     rig.mapper.close()
     rig.free(memory, count * PAGE_SIZE)
+
+
+def test_what_is_no_address_space_or_no_list_of_blocks_is_refused_at_once(rig: Rig) -> None:
+    """A device in place of its container is the likeliest mistake."""
+    with pytest.raises(TypeError, match=r"such as device\.container, not Device"):
+        pyvfio.DmaMapper(rig.device)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must be a RamBlockList, not list"):
+        pyvfio.DmaMapper(rig.device.container, [])  # type: ignore[arg-type]
+
+
+def test_a_mapper_that_is_closed_says_so(rig: Rig) -> None:
+    """Also when it is asked for an IOVA."""
+    block = rig.blocks.add("ram", used_length=PAGE_SIZE, max_length=PAGE_SIZE)
+    rig.mapper.close()
+    with pytest.raises(pyvfio.ClosedError):
+        rig.mapper.iova(block)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -490,7 +491,7 @@ def test_a_device_of_an_open_group_is_refused_with_its_holder(
     tree = SysfsTree(tmp_path)
     tree.proc = Path("/proc")
     tree.add_device(BDF, driver="e1000e" if change is bind else "vfio-pci", override="vfio-pci", group=7)
-    with tree.add_group_node(7).open(), pytest.raises(GroupBusyError, match=rf"\(pid {os.getpid()}\)"):
+    with tree.add_group_node(7).open(), pytest.raises(GroupBusyError, match=rf"\(pid {os.getpid()}, this process\)"):
         change(tree)
     assert tree.writes == []
 
@@ -512,7 +513,7 @@ def test_a_device_that_is_open_by_its_own_node_is_refused(tree: SysfsTree) -> No
     (tree.dev / "vfio/devices").mkdir()
     tree.proc = Path("/proc")
     with (tree.dev / "vfio/devices/vfio3").open("w"):
-        refused(tree, GroupBusyError, rf"\(pid {os.getpid()}\)", driver=pci.NO_DRIVER)
+        refused(tree, GroupBusyError, rf"\(pid {os.getpid()}, this process\)", driver=pci.NO_DRIVER)
 
 
 def test_asking_whether_a_group_is_open_leaves_no_descriptor_behind(tree: SysfsTree) -> None:
@@ -588,3 +589,14 @@ def test_a_disk_that_nothing_uses_does_not_keep_its_device(tmp_path: Path) -> No
     tree = SysfsTree(tmp_path)
     tree.add_disk(tree.add_device(BDF, driver="ahci", group=7) / "ata1/block", "sda", "8:0")
     assert bind(tree).driver == "vfio-pci"
+
+
+def test_want_of_descriptors_is_not_taken_for_want_of_a_device(tree: SysfsTree) -> None:
+    """What cannot be read may be there; the error says what to raise."""
+    former = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, former[1]))
+    try:
+        with pytest.raises(VfioError, match="ulimit -n"):
+            pci.read_device(tree.kernel, "0000:01:00.0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, former)

@@ -1243,3 +1243,12 @@ class Quick:
         """A block changes."""
         del block, old_length
         self.known = new_length
+
+
+def test_the_lengths_of_a_block_cannot_be_assigned() -> None:
+    """They are what the memory is."""
+    with RamBlockList() as blocks:
+        block = blocks.add("ram", used_length=MIB, max_length=4 * MIB)
+        for name in ("max_length", "used_length", "vaddr"):
+            with pytest.raises(AttributeError):
+                setattr(block, name, 8 * MIB)

@@ -70,11 +70,12 @@ def test_aligning_finds_the_nearest_multiple_on_either_side(number: int, alignme
         (3 * MIB, "3 MiB"),
         (GIB + MIB, "1025 MiB"),
         (GIB, "1 GiB"),
-        (1 << 64, "16777216 TiB"),
+        (1 << 64, "16 EiB"),
+        (520209 * MIB, "508.0 GiB"),
     ],
 )
 def test_a_size_is_written_in_the_largest_unit_that_divides_it(size: int, text: str) -> None:
-    """No digits are lost."""
+    """No digits are lost, but where there are five and more."""
     assert format_size(size) == text
 
 
