@@ -7,43 +7,66 @@
             program(device, mapper.iova(ring))
             ring.resize(4 * pyvfio.MIB)
 
-Importing it needs neither root nor VFIO. `linux/vfio.h` in its own names is in `pyvfio.ioctls`.
+Importing it needs neither root nor VFIO, and costs nothing before the first name is used. `linux/vfio.h` in its own
+names is in `pyvfio.ioctls`.
 """
 
-from pyvfio.caps import DeviceInfo, IommuInfo, IrqInfo, RegionInfo
-from pyvfio.container import Container, Group
-from pyvfio.device import Device, Irq, Region, RegionMap, open_device
-from pyvfio.dma import DmaMapper, DmaMapping
-from pyvfio.errors import (
-    AccessDeniedError,
-    CapabilityError,
-    ClosedError,
-    DeviceNotFoundError,
-    EntryLimitError,
-    ForkedError,
-    GroupBusyError,
-    GroupMember,
-    GroupNotViableError,
-    Holder,
-    IoctlError,
-    IovaOverlapError,
-    IovaRangeError,
-    MemoryNotReturnedWarning,
-    NotBoundError,
-    PinLimitError,
-    ReentrancyError,
-    RollbackError,
-    UnavailableError,
-    UnmapSizeError,
-    UnsupportedError,
-    VfioError,
-)
-from pyvfio.iova import IovaAllocator
-from pyvfio.kernel import Kernel, LinuxKernel, Memlock
-from pyvfio.memory import MemorySettings
-from pyvfio.ramblock import RamBlock, RamBlockList, RamBlockNotifier
-from pyvfio.space import AddressSpace, Mapping
-from pyvfio.units import GIB, KIB, MIB, PAGE_SIZE, TIB, Iova, IovaRange, Vaddr
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyvfio.caps import DeviceInfo, IommuInfo, IrqInfo, RegionInfo
+    from pyvfio.container import Container, Group
+    from pyvfio.device import Device, Irq, Region, RegionMap, open_device
+    from pyvfio.dma import DmaMapper, DmaMapping
+    from pyvfio.errors import (
+        AccessDeniedError,
+        CapabilityError,
+        ClosedError,
+        DeviceNotFoundError,
+        EntryLimitError,
+        ForkedError,
+        GroupBusyError,
+        GroupMember,
+        GroupNotViableError,
+        Holder,
+        IoctlError,
+        IovaOverlapError,
+        IovaRangeError,
+        MemoryNotReturnedWarning,
+        NotBoundError,
+        PinLimitError,
+        ReentrancyError,
+        RollbackError,
+        UnavailableError,
+        UnmapSizeError,
+        UnsupportedError,
+        VfioError,
+    )
+    from pyvfio.iova import IovaAllocator
+    from pyvfio.kernel import Kernel, LinuxKernel, Memlock
+    from pyvfio.memory import MemorySettings
+    from pyvfio.ramblock import RamBlock, RamBlockList, RamBlockNotifier
+    from pyvfio.space import AddressSpace, Mapping
+    from pyvfio.units import GIB, KIB, MIB, PAGE_SIZE, TIB, Iova, IovaRange, Vaddr
+else:
+    # pytest imports this package whenever it starts, for the plugin is in it: whoever uses no name pays for none.
+    _HOMES = ("caps", "container", "device", "dma", "errors", "iova", "kernel", "memory", "ramblock", "space", "units")
+    _MODULES = frozenset((*_HOMES, "handle", "ioctls", "pci", "type1_errors"))
+
+    def __getattr__(name):
+        if name in _MODULES:
+            return import_module(f"pyvfio.{name}")
+        if name not in __all__:
+            raise AttributeError(f"module 'pyvfio' has no attribute {name!r}")
+        for home in _HOMES:
+            found = vars(import_module(f"pyvfio.{home}"))
+            globals().update({each: found[each] for each in __all__ if each in found})
+        return globals()[name]
+
+    def __dir__():
+        return sorted({*globals(), *_MODULES, *__all__})
+
 
 __version__ = "0.1.0"
 

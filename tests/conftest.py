@@ -1,4 +1,4 @@
-"""Options that all tests share: which device to use, and whether its absence is a failure."""
+"""Options that all tests share: which device to use, or which fake, and whether its absence is a failure."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from pyvfio import pci
 from pyvfio.cli.common import selector_argument
 from pyvfio.kernel import LinuxKernel
+from pyvfio.testing.fake import VERSIONS
 
 # A machine that is busy is not a bug, so how long an example takes is not looked at.
 hypothesis.settings.register_profile("pyvfio", deadline=None)
@@ -18,7 +19,7 @@ hypothesis.settings.load_profile("pyvfio")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--device`, `--bind`, `--throwaway`, `--hw-required`."""
+    """`--device`, `--fake`, `--bind`, `--throwaway`, `--hw-required`."""
     group = parser.getgroup("pyvfio")
     group.addoption(
         "--device",
@@ -26,6 +27,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         metavar="BDF|VENDOR:DEVICE",
         help="a PCI device for the tests in tests/hw and tests/contract; may be given more than once",
+    )
+    group.addoption(
+        "--fake",
+        nargs="?",
+        const="6.12",
+        choices=list(VERSIONS),
+        help="run the tests in tests/hw on a fake kernel of that version (without one: 6.12)",
     )
     group.addoption(
         "--bind", action="store_true", help="bind the devices to vfio-pci before the tests and give them back after"
@@ -40,6 +48,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """`--fake` and `--device` exclude each other; the marker of what a fake does not show."""
+    if config.getoption("--fake") and config.getoption("--device"):
+        raise pytest.UsageError("--fake is in place of --device")
+    config.addinivalue_line("markers", "real_kernel(reason): what a fake kernel does not show, and why")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --fake, what a fake does not show is left out; docs/testing-without-hardware.md lists it."""
+    if config.getoption("--fake"):
+        left_out = [item for item in items if item.get_closest_marker("real_kernel")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """With --hw-required a skip is a failure: CI must not pass because something is missing."""
@@ -50,17 +73,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture(scope="session")
-def kernel() -> LinuxKernel:
-    """The running kernel."""
-    return LinuxKernel()
-
-
-@pytest.fixture(scope="session")
-def bdfs(request: pytest.FixtureRequest, kernel: LinuxKernel) -> Iterator[tuple[str, ...]]:
+def bdfs(request: pytest.FixtureRequest) -> Iterator[tuple[str, ...]]:
     """The devices that `--device` names, bound to vfio-pci; with `--bind`, for the time of the tests."""
     wanted: list[str] = request.config.getoption("--device")
     if not wanted:
         pytest.skip("no --device was given")
+    kernel = LinuxKernel()
     devices = pci.enumerate_devices(kernel)
     found = tuple(device.bdf for name in wanted for device in devices if selector_argument(name)(device))
     assert found, f"no device is {' or '.join(wanted)}; there are {', '.join(device.bdf for device in devices)}"

@@ -1,4 +1,5 @@
-"""`scripts/demo`: the main job on a real device, or on a real kernel in a virtual machine, for a person to see."""
+"""`scripts/demo`: the main job on a real device, on a real kernel in a virtual machine, or on the fake kernel, for a
+person to see."""
 
 from __future__ import annotations
 
@@ -13,8 +14,10 @@ from pyvfio.cli.common import FAILED, OK, Json, bdf_argument, complain, print_js
 from pyvfio.cli.main_job import MainJob, StepResult
 from pyvfio.errors import DeviceNotFoundError, VfioError
 from pyvfio.kernel import LinuxKernel
-from pyvfio.testing import kernels, vm
+from pyvfio.testing import kernels, vm, vm_errors
 from pyvfio.testing.edu import EDU_ID
+from pyvfio.testing.fake import VERSIONS, FakeKernel
+from pyvfio.testing.world import FakeWorld, LinuxWorld, WorldName
 from pyvfio.units import format_size
 
 NAME = "demo"
@@ -26,7 +29,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=NAME,
         description="Shows a RAM block that grows and shrinks in a VFIO container, what a device reads and writes of "
-        "it, and what the IOMMU stops. With no option it does so on a real kernel in a virtual machine.",
+        "it, and what the IOMMU stops. With no option it does so on a real kernel in a virtual machine, or on the fake "
+        "kernel where there is no QEMU.",
         allow_abbrev=False,
     )
     worlds = parser.add_mutually_exclusive_group()
@@ -34,11 +38,11 @@ def _parser() -> argparse.ArgumentParser:
         "--device", type=bdf_argument, metavar="BDF", help="a device of this machine that is bound to vfio-pci"
     )
     worlds.add_argument("--vm", action="store_true", help="a virtual machine with an edu device (the default)")
-    worlds.add_argument("--fake", action="store_true", help="no kernel at all")
+    worlds.add_argument("--fake", action="store_true", help="the fake kernel, with a fake edu device; in a second")
     worlds.add_argument("--guest", action="store_true", help=argparse.SUPPRESS)
     names = "|".join([*kernels.LINES, "FILE"])
-    parser.add_argument("--kernel", metavar=names, help="with a virtual machine; default: 6.12")
-    parser.add_argument("--iommu", choices=list(vm.IOMMUS), help="with a virtual machine; default: intel")
+    parser.add_argument("--kernel", metavar=names, help=f"default: 6.12; of a fake: {', '.join(VERSIONS)}")
+    parser.add_argument("--iommu", choices=list(vm.IOMMUS), help="not with --device; default: intel")
     parser.add_argument("--json", action="store_true", help="for programs")
     return parser
 
@@ -73,19 +77,44 @@ def _run_in_guest(options: argparse.Namespace) -> int:
         raise DeviceNotFoundError("this virtual machine has no edu device")
     with ExitStack() as stack:
         stack.callback(pci.restore, kernel, pci.bind(kernel, found[0].bdf))
-        return _show(MainJob(found[0].bdf, kernel=kernel, iommu=options.iommu), world="vm", as_json=options.json)
+        world = LinuxWorld([found[0].bdf], name=WorldName.VM)
+        return _show(MainJob(found[0].bdf, world=world, iommu=options.iommu), world="vm", as_json=options.json)
 
 
 def _run_on_device(options: argparse.Namespace) -> int:
-    kernel = LinuxKernel()
-    return _show(MainJob(options.device, kernel=kernel), world="device", as_json=options.json)
+    job = MainJob(options.device, world=LinuxWorld([options.device]))
+    return _show(job, world="device", as_json=options.json)
+
+
+def _run_on_fake(options: argparse.Namespace) -> int:
+    try:
+        fake = FakeKernel(options.kernel or "6.12", iommu=options.iommu or "intel")
+    except ValueError as error:
+        complain(NAME, error)
+        return WRONG_USAGE
+    with fake:
+        job = MainJob(fake.bdfs[0], world=FakeWorld(fake), iommu=options.iommu or "intel")
+        status = _show(job, world="fake", as_json=options.json)
+        fake.check()
+    return status
+
+
+def _has_machine() -> bool:
+    try:
+        vm_errors.find_tool("qemu-system-x86_64", package="qemu-system-x86")
+    except vm_errors.MissingToolError as error:
+        print(f"{NAME}: {error}; so this is the fake kernel. {error.hint}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+_WHERE = {"vm": "in a virtual machine: Linux", "device": "on this machine: Linux", "fake": "the fake kernel, as Linux"}
 
 
 def _show(job: MainJob, *, world: str, as_json: bool) -> int:
     results: list[StepResult] = []
     if not as_json:
-        where = "in a virtual machine" if world == "vm" else "on this machine"
-        print(f"world    {where}: Linux {job.facts.kernel}, {job.facts.iommu} IOMMU", flush=True)
+        print(f"world    {_WHERE[world]} {job.facts.kernel}, {job.facts.iommu} IOMMU", flush=True)
     try:
         for result in job.steps():
             results.append(result)
@@ -135,14 +164,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `scripts/demo`; its exit status: 0 when every step held, 1 when one did not or something is missing."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.fake:
-        complain(NAME, "the fake kernel has no device that does DMA yet; try --vm, which needs no hardware either")
-        return FAILED
     if options.device is not None:
         if options.kernel or options.iommu:
-            parser.error("--kernel and --iommu belong to a virtual machine, not to --device")
+            parser.error("--kernel and --iommu belong to a virtual machine or a fake, not to --device")
         return _run_on_device(options)
-    return _run_in_guest(options) if options.guest else _run_in_vm(options)
+    if options.guest:
+        return _run_in_guest(options)
+    asked_for_vm = options.vm or options.kernel or options.iommu
+    if options.fake or not (asked_for_vm or _has_machine()):
+        return _run_on_fake(options)
+    return _run_in_vm(options)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,16 @@
-"""What tests of programs on pyvfio can use: a kernel with VFIO that needs no hardware."""
+"""What tests of programs on pyvfio can use: a kernel with VFIO that needs no hardware, and devices on it."""
 
-from pyvfio.testing.fake import FakeKernel
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = ["FakeKernel"]
+if TYPE_CHECKING:
+    from pyvfio.testing.fake import DmaFault, FakeEdu, FakeKernel, FakePciDevice
+else:
+    # As in pyvfio itself: the plugin is imported by every pytest.
+    def __getattr__(name):
+        if name not in __all__:
+            raise AttributeError(f"module 'pyvfio.testing' has no attribute {name!r}")
+        return getattr(import_module("pyvfio.testing.fake"), name)
+
+
+__all__ = ["DmaFault", "FakeEdu", "FakeKernel", "FakePciDevice"]

@@ -14,8 +14,8 @@ from pyvfio import ioctls, pci
 from pyvfio.kernel import LinuxKernel
 from pyvfio.testing.fake import VERSIONS, FakeDevice, FakeKernel
 from pyvfio.testing.fake.iommu import iommu_model
+from pyvfio.testing.world import dma_entry_limit
 from tests.contract.world import Attached, World, real_memlock
-from tests.hw.rig import dma_entry_limit
 
 ENTRIES = 64  # a kernel has 65535, which cost seconds to fill
 RUNNING = "running"

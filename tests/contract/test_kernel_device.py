@@ -439,3 +439,36 @@ def test_a_number_below_minus_1_is_no_eventfd_since_6_5_and_nothing_before(fake_
 def test_msi_cannot_be_disabled_while_it_is_not_enabled(fake_world: World, second: int) -> None:
     with refused(errno.EINVAL):
         set_irqs(fake_world, second, MSI, NONE | TRIGGER)
+
+
+# Seen in random sequences; on every kernel's own device.
+
+
+def test_a_device_without_msix_says_that_it_cannot_grow(v2: Attached, device: int) -> None:
+    assert irq_info(v2.world, device, MSIX) == (9, 0)
+
+
+def test_whether_a_request_interrupt_without_an_eventfd_is_signalled_is_no_question_for_bool(
+    v2: Attached, device: int
+) -> None:
+    for data in (b"\0", b"\1"):
+        set_irqs(v2.world, device, REQ, BOOL | TRIGGER, count=1, data=data)
+    with refused(errno.EINVAL):
+        set_irqs(v2.world, device, REQ, NONE | TRIGGER, count=1)
+    with refused(errno.EINVAL):
+        set_irqs(v2.world, device, REQ, BOOL | TRIGGER)
+
+
+def test_one_eventfd_at_a_time_unmasks_intx(v2: Attached, device: int) -> None:
+    fds = eventfds(v2.world, 3)
+    connect(v2.world, device, INTX, fds[:1])
+    unmask = struct.pack("=i", fds[1])
+    set_irqs(v2.world, device, INTX, EVENTFD | UNMASK, count=1, data=unmask)
+    with refused(errno.EBUSY):
+        set_irqs(v2.world, device, INTX, EVENTFD | UNMASK, count=1, data=struct.pack("=i", fds[2]))
+    set_irqs(v2.world, device, INTX, EVENTFD | UNMASK, count=1, data=struct.pack("=i", -1))
+    with refused(errno.EBADF):
+        set_irqs(v2.world, device, INTX, EVENTFD | UNMASK, count=1, data=struct.pack("=i", 1000))
+    with refused(errno.ENOTTY):
+        set_irqs(v2.world, device, INTX, EVENTFD | MASK, count=1, data=unmask)
+    set_irqs(v2.world, device, INTX, NONE | TRIGGER)

@@ -236,6 +236,17 @@ def test_mappings_stay_while_another_group_is_in_the_container(fake_world: World
         attached.unmap()
 
 
+def test_no_group_joins_while_a_mapping_has_no_vaddr(fake_world: World) -> None:
+    attached = Attached.of(fake_world, 3)
+    other = fake_world.open("3")
+    attached.map()
+    attached.unmap(flags=ioctls.VFIO_DMA_UNMAP_FLAG_VADDR)
+    with refused(errno.EBUSY):
+        fake_world.set_container(other, attached.container)
+    attached.map(flags=ioctls.VFIO_DMA_MAP_FLAG_VADDR)
+    fake_world.set_container(other, attached.container)
+
+
 def test_the_argument_of_set_container_is_a_pointer_to_the_number(fake_world: World) -> None:
     group, container = fake_world.open("2"), fake_world.open("vfio")
     with refused(errno.EFAULT):

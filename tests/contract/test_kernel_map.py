@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import struct
 
 import pytest
 
+from pyvfio import ioctls
 from pyvfio.units import U64_MAX
 from tests.contract.world import (
     BASE,
@@ -256,3 +259,57 @@ def test_whichever_page_comes_first_decides_between_enomem_and_efault(v2: Attach
 def test_a_file_descriptor_is_not_memory(v2: Attached) -> None:
     with refused(errno.EBADF):
         v2.world.kernel.mmap(0, PAGE, BOTH, PRIVATE & ~0x20, fd=1000)
+
+
+# --------------------------------------------------------------------------------------- memory: what nobody wrote yet
+
+
+def test_never_written_memory_that_is_only_read_is_charged_since_6_2(v2: Attached) -> None:
+    # Before, the device gets the page of zeros itself, which is nobody's.
+    before = v2.locked()
+    charged = 4 * PAGE if v2.world.since(6, 2) else 0
+    v2.map(size=4 * PAGE, flags=READ)
+    assert v2.locked() == before + charged
+    assert v2.unmap(size=4 * PAGE) == 4 * PAGE
+    assert v2.locked() == before
+
+
+def test_what_was_written_is_charged_page_by_page(v2: Attached) -> None:
+    before = v2.locked()
+    vaddr = v2.world.memory(4 * PAGE)
+    ctypes.memset(vaddr + PAGE, 1, 2 * PAGE)
+    v2.map(vaddr=vaddr, size=4 * PAGE, flags=READ)
+    assert v2.locked() == before + (4 if v2.world.since(6, 2) else 2) * PAGE
+    ctypes.memset(vaddr, 1, PAGE)
+    v2.unmap(size=4 * PAGE)
+    assert v2.locked() == before
+
+
+def test_what_is_not_charged_does_not_count_towards_the_limit(v2: Attached) -> None:
+    with v2.world.memlock(v2.locked()):
+        if v2.world.since(6, 2):
+            with refused(errno.ENOMEM):
+                v2.map(size=4 * PAGE, flags=READ)
+        else:
+            v2.map(size=4 * PAGE, flags=READ)
+
+
+def test_a_mapping_that_was_refused_for_the_limit_has_written_its_memory_all_the_same(v2: Attached) -> None:
+    # Pages are pinned 512 at a time and counted afterwards: what is beyond the limit has pages of its own now.
+    before = v2.locked()
+    vaddr = v2.world.memory(16 * PAGE)
+    with v2.world.memlock(before), refused(errno.ENOMEM):
+        v2.map(vaddr=vaddr, size=16 * PAGE)
+    v2.map(vaddr=vaddr + 8 * PAGE, size=8 * PAGE, flags=READ)
+    assert v2.locked() == before + 8 * PAGE
+
+
+def test_memory_that_can_only_be_read_is_not_written_back_to(v2: Attached) -> None:
+    # The mapping is gone although the call says EFAULT: the answer is written last.
+    v2.map()
+    page = v2.world.memory()
+    ctypes.memmove(page, struct.pack("=IIQQ", 24, 0, BASE, 2 * PAGE), 24)
+    v2.world.kernel.mprotect(page, PAGE, READ)
+    with refused(errno.EFAULT):
+        v2.world.ioctl(v2.container, ioctls.VFIO_IOMMU_UNMAP_DMA, page)
+    assert v2.unmap_all() == 0

@@ -1,4 +1,5 @@
-"""What the tests do with the devices of `--device`: one that is open, and one whose DMA engine they can drive."""
+"""What the tests do with the devices of `--device` or of `--fake`: the world that they are in, one device that is open,
+and one whose DMA engine they can drive."""
 
 from __future__ import annotations
 
@@ -8,34 +9,56 @@ import pytest
 
 import pyvfio
 from pyvfio import pci
-from pyvfio.kernel import LinuxKernel
+from pyvfio.kernel import Kernel
+from pyvfio.testing.fake import FakeKernel
+from pyvfio.testing.world import FakeWorld, LinuxWorld, World
 from tests.hw.rig import Rig, has_engine
 
 
-@pytest.fixture(scope="session")
-def bdf(bdfs: tuple[str, ...]) -> str:
+@pytest.fixture
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    """A fake kernel, new for each test, with `--fake`; else the running one with the devices of `--device`."""
+    version: str | None = request.config.getoption("--fake")
+    if version is None:
+        yield LinuxWorld(request.getfixturevalue("bdfs"))
+        return
+    with FakeKernel(version) as kernel:
+        yield FakeWorld(kernel)
+        kernel.check()
+        assert kernel.descriptors == ()
+        assert kernel.memlock().used == 0
+
+
+@pytest.fixture
+def kernel(world: World) -> Kernel:
+    """The world's kernel."""
+    return world.kernel
+
+
+@pytest.fixture
+def bdf(world: World) -> str:
     """The first device."""
-    return bdfs[0]
+    return world.bdfs[0]
 
 
-@pytest.fixture(scope="session")
-def engine_bdfs(bdfs: tuple[str, ...], kernel: LinuxKernel) -> tuple[str, ...]:
+@pytest.fixture
+def engine_bdfs(world: World) -> tuple[str, ...]:
     """Those that are `edu` devices."""
-    found = tuple(bdf for bdf in bdfs if has_engine(pci.read_device(kernel, bdf)))
+    found = tuple(bdf for bdf in world.bdfs if has_engine(pci.read_device(world.kernel, bdf)))
     if not found:
         pytest.skip("this needs the DMA engine of an edu device")
     return found
 
 
 @pytest.fixture
-def device(bdf: str) -> Iterator[pyvfio.Device]:
+def device(bdf: str, kernel: Kernel) -> Iterator[pyvfio.Device]:
     """The first device, open in a container of its own."""
-    with pyvfio.open_device(bdf) as opened:
+    with pyvfio.open_device(bdf, kernel=kernel) as opened:
         yield opened
 
 
 @pytest.fixture
-def rig(engine_bdfs: tuple[str, ...]) -> Iterator[Rig]:
+def rig(engine_bdfs: tuple[str, ...], kernel: Kernel) -> Iterator[Rig]:
     """A device with a DMA engine, a list of blocks and a mapper that follows it."""
-    with Rig(engine_bdfs[0]) as made:
+    with Rig(engine_bdfs[0], kernel=kernel) as made:
         yield made

@@ -1,18 +1,15 @@
-"""What the tests on a device share: the whole set-up in one object, witnesses of physical pages, process state."""
+"""What the tests on a device share: the whole set-up in one object, and what this process has open."""
 
 from __future__ import annotations
 
-import ctypes
 import os
-import resource
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
 import pyvfio
 from pyvfio import ioctls, pci
+from pyvfio.kernel import Kernel
 from pyvfio.testing import probe
 from pyvfio.testing.edu import EDU_ID, LIMIT, Edu
 from pyvfio.units import PAGE_SIZE
@@ -37,17 +34,20 @@ class Rig:
         self,
         bdf: str,
         *,
+        kernel: Kernel,
         container: pyvfio.Container | None = None,
         iommu_type: ioctls.VfioExtension | None = None,
         place: int | None = None,
     ) -> None:
         with ExitStack() as stack:
-            self.device = stack.enter_context(pyvfio.open_device(bdf, container=container, iommu_type=iommu_type))
+            self.device = stack.enter_context(
+                pyvfio.open_device(bdf, kernel=kernel, container=container, iommu_type=iommu_type)
+            )
             self.device.memory_enabled = True
             self.device.bus_master = True
             self.engine = Edu(self.device.region(ioctls.VFIO_PCI_BAR0_REGION_INDEX))
             self.container = self.device.container
-            self.blocks = stack.enter_context(pyvfio.RamBlockList())
+            self.blocks = stack.enter_context(pyvfio.RamBlockList(kernel=kernel))
             self.mapper = stack.enter_context(
                 pyvfio.DmaMapper(
                     self.container, self.blocks, place=lambda block: place if block.idstr != "desk" else None
@@ -87,11 +87,6 @@ class Rig:
         self._stack.close()
 
 
-def locked_bytes() -> int:
-    """VmLck of this process."""
-    return pyvfio.LinuxKernel().memlock().used
-
-
 def open_fds() -> dict[int, str]:
     """What this process has open."""
     found = {}
@@ -101,47 +96,3 @@ def open_fds() -> dict[int, str]:
         except FileNotFoundError:  # the descriptor of the listing itself
             continue
     return found
-
-
-class _Header(ctypes.Structure):
-    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
-
-
-class _Data(ctypes.Structure):
-    _fields_ = [("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32)]
-
-
-@contextmanager
-def memlock_limit(limit: int) -> Iterator[None]:
-    """This thread may lock `limit` bytes: RLIMIT_MEMLOCK is set and CAP_IPC_LOCK, which lifts it, is laid down."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    header, data = _Header(0x20080522, 0), (_Data * 2)()
-    former = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-
-    def capset(effective: int) -> None:
-        data[0].effective = effective
-        if libc.capset(ctypes.byref(header), data) != 0:
-            raise OSError(ctypes.get_errno(), "capset")
-
-    if libc.capget(ctypes.byref(header), data) != 0:
-        raise OSError(ctypes.get_errno(), "capget")
-    effective = int(data[0].effective)
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, former[1]))
-    capset(effective & ~(1 << 14))
-    try:
-        yield
-    finally:
-        capset(effective)
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, former)
-
-
-@contextmanager
-def dma_entry_limit(limit: int) -> Iterator[None]:
-    """Containers that are opened meanwhile hold at most `limit` mappings."""
-    parameter = Path("/sys/module/vfio_iommu_type1/parameters/dma_entry_limit")
-    former = parameter.read_text(encoding="ascii")
-    parameter.write_text(str(limit), encoding="ascii")
-    try:
-        yield
-    finally:
-        parameter.write_text(former, encoding="ascii")

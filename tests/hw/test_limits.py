@@ -9,43 +9,45 @@ import pytest
 
 import pyvfio
 from pyvfio import ioctls
+from pyvfio.kernel import Kernel
+from pyvfio.testing.world import World
 from pyvfio.units import GIB, MIB, PAGE_SIZE
-from tests.hw.rig import SIZE, Rig, dma_entry_limit, locked_bytes, memlock_limit
+from tests.hw.rig import SIZE, Rig
 
 
-def test_a_resize_above_the_memlock_limit_is_refused_with_the_numbers(rig: Rig) -> None:
+def test_a_resize_above_the_memlock_limit_is_refused_with_the_numbers(rig: Rig, world: World) -> None:
     """The block stays as it was, for the process and for the device, and nothing more is pinned."""
     block = rig.blocks.add("ring", used_length=2 * MIB, max_length=GIB)
-    before = locked_bytes()
-    with memlock_limit(8 * MIB):
+    before = world.locked_bytes()
+    with world.memlock_limit(8 * MIB):
         with pytest.raises(pyvfio.PinLimitError, match="RLIMIT_MEMLOCK") as caught:
             block.resize(16 * MIB)
         assert (caught.value.limit, caught.value.asked) == (8 * MIB, 16 * MIB)
         assert caught.value.errno == errno.ENOMEM
         assert "ulimit -l" in caught.value.hint
     assert block.used_length == 2 * MIB
-    assert locked_bytes() == before
+    assert world.locked_bytes() == before
     assert rig.reaches(block, 2 * MIB - SIZE)
     block.resize(16 * MIB)
     assert rig.reaches(block, 16 * MIB - SIZE)
 
 
-def test_what_is_mapped_is_locked_and_nothing_else(rig: Rig) -> None:
+def test_what_is_mapped_is_locked_and_nothing_else(rig: Rig, world: World) -> None:
     """VmLck follows used_length, not max_length."""
-    before = locked_bytes()
+    before = world.locked_bytes()
     block = rig.blocks.add("ring", used_length=2 * MIB, max_length=64 * GIB)
-    assert locked_bytes() - before == 2 * MIB
+    assert world.locked_bytes() - before == 2 * MIB
     block.resize(8 * MIB)
-    assert locked_bytes() - before == 8 * MIB
+    assert world.locked_bytes() - before == 8 * MIB
     block.resize(PAGE_SIZE)
-    assert locked_bytes() - before == PAGE_SIZE
+    assert world.locked_bytes() - before == PAGE_SIZE
     block.remove()
-    assert locked_bytes() == before
+    assert world.locked_bytes() == before
 
 
-def test_the_last_entry_is_followed_by_a_clear_refusal(engine_bdfs: tuple[str, ...]) -> None:
+def test_the_last_entry_is_followed_by_a_clear_refusal(engine_bdfs: tuple[str, ...], world: World) -> None:
     """ENOSPC says how many mappings there may be; temporary ones that are given up make room by themselves."""
-    with dma_entry_limit(4), Rig(engine_bdfs[0]) as rig:
+    with world.dma_entry_limit(4), Rig(engine_bdfs[0], kernel=world.kernel) as rig:
         assert rig.container.entries_left == 3  # the rig has one
         blocks = [rig.blocks.add(f"b{i}", used_length=PAGE_SIZE, max_length=MIB) for i in range(2)]
         buffer = mmap.mmap(-1, PAGE_SIZE)
@@ -74,10 +76,10 @@ def test_an_overlap_is_refused_and_says_what_is_there(rig: Rig) -> None:
 
 @pytest.mark.parametrize("iommu_type", [ioctls.VFIO_TYPE1_IOMMU, ioctls.VFIO_TYPE1v2_IOMMU], ids=["v1", "v2"])
 def test_an_unmap_that_cuts_a_mapping_in_two_is_never_taken_for_done(
-    engine_bdfs: tuple[str, ...], iommu_type: ioctls.VfioExtension
+    engine_bdfs: tuple[str, ...], kernel: Kernel, iommu_type: ioctls.VfioExtension
 ) -> None:
     """v2 refuses; v1 says success and unmaps nothing, or more than it was asked to: all of it is an error here."""
-    with Rig(engine_bdfs[0], iommu_type=iommu_type) as rig:
+    with Rig(engine_bdfs[0], kernel=kernel, iommu_type=iommu_type) as rig:
         block = rig.blocks.add("ring", used_length=2 * MIB, max_length=2 * MIB)
         iova = rig.mapper.iova(block)
         v1 = iommu_type == ioctls.VFIO_TYPE1_IOMMU

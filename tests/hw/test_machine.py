@@ -16,8 +16,9 @@ import pyvfio
 from pyvfio import pci
 from pyvfio.kernel import LinuxKernel
 from pyvfio.memory import Reservation
+from pyvfio.testing.world import World
 from pyvfio.units import GIB, MIB, TIB
-from tests.hw.rig import SIZE, Rig, locked_bytes
+from tests.hw.rig import SIZE, Rig
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +54,7 @@ def _maps(vaddr: int, size: int) -> list[str]:
     return found
 
 
+@pytest.mark.real_kernel("what is charged under strict overcommit is the machine's")
 def test_a_tebibyte_is_reserved_under_strict_overcommit_and_nothing_is_charged() -> None:
     """Only what is used counts."""
     with strict_overcommit():
@@ -66,19 +68,21 @@ def test_a_tebibyte_is_reserved_under_strict_overcommit_and_nothing_is_charged()
         reservation.release()
 
 
-def test_growing_beyond_the_commit_limit_fails_and_changes_nothing(rig: Rig) -> None:
+@pytest.mark.real_kernel("what is charged under strict overcommit is the machine's")
+def test_growing_beyond_the_commit_limit_fails_and_changes_nothing(rig: Rig, world: World) -> None:
     """ENOMEM from the kernel itself: lengths, memory maps, what is locked and what the device reaches are as before."""
     block = rig.blocks.add("ring", used_length=2 * MIB, max_length=64 * GIB)
     with strict_overcommit():
-        before = (_maps(block.vaddr, block.max_length), locked_bytes(), rig.container.mappings)
+        before = (_maps(block.vaddr, block.max_length), world.locked_bytes(), rig.container.mappings)
         with pytest.raises(pyvfio.IoctlError, match="more memory could not be had") as caught:
             block.resize(32 * GIB)
         assert caught.value.errno == 12
-        assert (_maps(block.vaddr, block.max_length), locked_bytes(), rig.container.mappings) == before
+        assert (_maps(block.vaddr, block.max_length), world.locked_bytes(), rig.container.mappings) == before
     assert block.used_length == 2 * MIB
     assert rig.reaches(block, 2 * MIB - SIZE)
 
 
+@pytest.mark.real_kernel("whether memory is huge pages is the machine's; a fake takes either")
 def test_memory_of_a_block_is_backed_by_transparent_huge_pages(rig: Rig) -> None:
     """Where the machine has them; mapped for the device, the block is one huge page after another."""
     if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="ascii"):
@@ -96,6 +100,7 @@ def _script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.real_kernel("the scripts work on the machine's sysfs, which has no fake device")
 def test_the_scripts_give_a_device_back_and_take_it_again(bdf: str) -> None:
     """`scripts/unbind` and `scripts/bind` on real sysfs, with what they say checked against it."""
     kernel = LinuxKernel()
@@ -119,6 +124,7 @@ def test_the_scripts_give_a_device_back_and_take_it_again(bdf: str) -> None:
     assert pci.read_device(kernel, bdf).driver == "vfio-pci"
 
 
+@pytest.mark.real_kernel("the scripts work on the machine's sysfs, which has no fake device")
 def test_the_list_shows_the_device_and_who_has_it_open(device: pyvfio.Device) -> None:
     """`scripts/list --json` for programs."""
     listed = _script("list", "--json")
@@ -128,6 +134,7 @@ def test_the_list_shows_the_device_and_who_has_it_open(device: pyvfio.Device) ->
     assert "vfio-pci" in text
 
 
+@pytest.mark.real_kernel("the scripts work on the machine's sysfs, which has no fake device")
 def test_a_device_that_is_open_is_not_taken_away(device: pyvfio.Device) -> None:
     """Unbinding it would hang in the kernel until it is closed; so it is refused, with the holder."""
     refused = _script("unbind", device.bdf)

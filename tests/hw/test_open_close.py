@@ -5,47 +5,48 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
 import pyvfio
 from pyvfio import ioctls
+from pyvfio.kernel import Kernel
+from pyvfio.testing.world import World
 from pyvfio.units import GIB, MIB, PAGE_SIZE
-from tests.hw.rig import Rig, locked_bytes, open_fds
+from tests.hw.rig import Rig, open_fds
 
 
-def test_nothing_is_pinned_and_no_descriptor_is_open_after_close(bdf: str) -> None:
+def test_nothing_is_pinned_and_no_descriptor_is_open_after_close(bdf: str, world: World) -> None:
     """Blocks, mappings, interrupts and registers in use: closing the device alone takes them all away."""
-    fds, locked = open_fds(), locked_bytes()
-    device = pyvfio.open_device(bdf)
-    blocks = pyvfio.RamBlockList()
+    fds, locked = open_fds(), world.locked_bytes()
+    device = pyvfio.open_device(bdf, kernel=world.kernel)
+    blocks = pyvfio.RamBlockList(kernel=world.kernel)
     mapper = pyvfio.DmaMapper(device.container, blocks)
     for number in range(3):
         blocks.add(f"b{number}", used_length=2 * MIB, max_length=GIB)
     device.memory_enabled = True
     device.irq(ioctls.VFIO_PCI_MSI_IRQ_INDEX).enable(1)
     device.region(ioctls.VFIO_PCI_BAR0_REGION_INDEX).read32(0)
-    assert locked_bytes() - locked == 6 * MIB
+    assert world.locked_bytes() - locked == 6 * MIB
     device.close()
-    assert locked_bytes() == locked
+    assert world.locked_bytes() == locked
     assert open_fds() == fds
     blocks.close()
     mapper.close()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_closing_the_mapper_leaves_nothing_mapped(device: pyvfio.Device, count: int) -> None:
+def test_closing_the_mapper_leaves_nothing_mapped(device: pyvfio.Device, world: World, count: int) -> None:
     """Odd or even number of blocks: all entries are free again, and nothing is pinned."""
-    locked, entries = locked_bytes(), device.container.entries_left
-    with pyvfio.RamBlockList() as blocks:
+    locked, entries = world.locked_bytes(), device.container.entries_left
+    with pyvfio.RamBlockList(kernel=world.kernel) as blocks:
         mapper = pyvfio.DmaMapper(device.container, blocks)
         for number in range(count):
             blocks.add(f"b{number}", used_length=(number + 1) * PAGE_SIZE, max_length=MIB)
         assert device.container.entries_left == entries - count
         mapper.close()
         assert device.container.entries_left == entries
-        assert locked_bytes() == locked
+        assert world.locked_bytes() == locked
         assert not device.container.mappings
 
 
@@ -55,17 +56,17 @@ def test_descriptors_are_close_on_exec(device: pyvfio.Device) -> None:
         assert not os.get_inheritable(fd)
 
 
-def test_a_group_that_is_open_is_refused_with_its_holder(device: pyvfio.Device) -> None:
+def test_a_group_that_is_open_is_refused_with_its_holder(device: pyvfio.Device, kernel: Kernel) -> None:
     """A second opener learns which process has it."""
     with pytest.raises(pyvfio.GroupBusyError, match=f"pid {os.getpid()}") as caught:
-        pyvfio.open_device(device.bdf)
+        pyvfio.open_device(device.bdf, kernel=kernel)
     assert [holder.pid for holder in caught.value.holders] == [os.getpid()]
 
 
-def test_a_device_can_be_opened_again_at_once(bdf: str) -> None:
+def test_a_device_can_be_opened_again_at_once(bdf: str, kernel: Kernel) -> None:
     """Closing frees the group."""
     for _ in range(3):
-        with pyvfio.open_device(bdf) as device:
+        with pyvfio.open_device(bdf, kernel=kernel) as device:
             assert device.info.num_regions >= 9
 
 
@@ -84,6 +85,7 @@ def test_registers_are_read_and_written_at_their_width(rig: Rig) -> None:
         bar.read32(bar.size)
 
 
+@pytest.mark.real_kernel("a fake's BAR, mapped raw, is memory without registers in it")
 def test_a_mapped_region_shows_the_registers(rig: Rig) -> None:
     """The identification register through a raw mapping, which a live view keeps open."""
     bar = rig.device.region(ioctls.VFIO_PCI_BAR0_REGION_INDEX)
@@ -121,9 +123,9 @@ def test_a_reset_is_made_or_refused_in_words(device: pyvfio.Device) -> None:
             device.reset()
 
 
-def test_hot_reset_info_lists_the_devices_or_says_there_is_none(device: pyvfio.Device) -> None:
+def test_hot_reset_info_lists_the_devices_or_says_there_is_none(device: pyvfio.Device, kernel: Kernel) -> None:
     """A device on the root bus has neither slot nor bus to reset."""
-    on_root_bus = Path(f"/sys/bus/pci/devices/{device.bdf}").resolve().parent.name.startswith("pci")
+    on_root_bus = (kernel.sysfs / "bus/pci/devices" / device.bdf).resolve().parent.name.startswith("pci")
     if on_root_bus:
         with pytest.raises(pyvfio.UnsupportedError, match=device.bdf):
             device.get_pci_hot_reset_info()

@@ -3,6 +3,7 @@ in tests/contract."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import os
@@ -20,7 +21,14 @@ from pyvfio import ioctls
 from pyvfio.kernel import MAP_FIXED, MAP_FIXED_NOREPLACE, PROT_NONE, Kernel, LinuxKernel
 from pyvfio.testing.fake import Bar, DmaFault, FakeDevice, FakeKernel, IommuModel
 from pyvfio.testing.fake.pins import Mapped, VaddrIndex
-from pyvfio.testing.fake.process import can_be_pinned, maps_allow, read_memory, write_memory
+from pyvfio.testing.fake.process import (
+    can_be_pinned,
+    maps_allow,
+    read_memory,
+    write_memory,
+    zero_pages,
+    zero_pages_by_flags,
+)
 from pyvfio.units import MIB, PAGE_SIZE, U64_MAX, Iova, IovaRange, Vaddr
 
 if TYPE_CHECKING:
@@ -247,7 +255,7 @@ def test_a_name_tells_requests_with_the_same_number_apart(kernel: FakeKernel) ->
     container, group = attach(kernel)
     device = open_device(kernel, group)
     kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.EIO)
-    with pytest.raises(OSError, match="Inappropriate"):
+    with pytest.raises(OSError, match="Bad address"):
         kernel.ioctl(device, ioctls.VFIO_DEVICE_PCI_HOT_RESET)
     with pytest.raises(OSError, match="Input/output"):
         kernel.ioctl(container, ioctls.VFIO_IOMMU_MAP_DMA)
@@ -518,13 +526,14 @@ def test_an_interrupt_of_the_device_signals_and_intx_masks_itself(kernel: FakeKe
     kernel.close(event)
 
 
-def test_a_bar_mapped_raw_is_the_memory_that_pread_reads(kernel: FakeKernel) -> None:
-    _container, group = attach(kernel)
-    fd = open_device(kernel, group)
-    vaddr = kernel.mmap(0, PAGE, BOTH, 1, fd=fd, offset=PAGE)
-    write_memory(vaddr, b"abc")
-    assert kernel.pread(fd, 3, PAGE) == b"abc"
-    kernel.munmap(vaddr, PAGE)
+def test_a_bar_without_callbacks_mapped_raw_is_the_memory_that_pread_reads() -> None:
+    with FakeKernel(groups=[(2, [FakeDevice(BDF)])]) as kernel:
+        _container, group = attach(kernel)
+        fd = open_device(kernel, group)
+        vaddr = kernel.mmap(0, PAGE, BOTH, 1, fd=fd, offset=PAGE)
+        write_memory(vaddr, b"abc")
+        assert kernel.pread(fd, 3, PAGE) == b"abc"
+        kernel.munmap(vaddr, PAGE)
 
 
 # ----------------------------------------------------------------------------------------------- this process's memory
@@ -652,3 +661,53 @@ def test_a_map_takes_as_many_steps_among_20000_as_alone(kernel: FakeKernel) -> N
     for number in range(20_000):
         map_dma(kernel, container, vaddr, iova=BASE + number * PAGE)
     assert steps() <= alone + 20
+
+
+def test_pages_that_were_only_read_are_the_page_of_zeros_whichever_way_one_asks() -> None:
+    linux = LinuxKernel()
+    vaddr = linux.mmap(0, 200 * PAGE, BOTH, PRIVATE)
+    try:
+        assert can_be_pinned(vaddr, 200 * PAGE, write=False)
+        for page in range(0, 200, 2):
+            write_memory(vaddr + page * PAGE, b"x")
+        assert zero_pages(vaddr, 200 * PAGE) == zero_pages_by_flags(vaddr, 200 * PAGE) == 100
+        assert zero_pages(vaddr, PAGE) == zero_pages_by_flags(vaddr, PAGE) == 0
+        assert zero_pages(vaddr + PAGE, PAGE) == zero_pages_by_flags(vaddr + PAGE, PAGE) == 1
+    finally:
+        linux.munmap(vaddr, 200 * PAGE)
+
+
+def test_pages_of_a_file_are_not_the_page_of_zeros() -> None:
+    linux = LinuxKernel()
+    vaddr = linux.mmap(0, 4 * PAGE, BOTH, 0x21)
+    try:
+        assert can_be_pinned(vaddr, 4 * PAGE, write=False)
+        assert zero_pages(vaddr, 4 * PAGE) == zero_pages_by_flags(vaddr, 4 * PAGE) == 0
+    finally:
+        linux.munmap(vaddr, 4 * PAGE)
+
+
+def test_an_iommu_that_nests_takes_type_6_where_the_kernel_has_it() -> None:
+    model = IommuModel((IovaRange(Iova(0), Iova(U64_MAX)),), nests=True)
+    for version, number in (("6.1", 0), ("6.12", 0), ("7.3", errno.ENODEV)):
+        with FakeKernel(version, iommu=model) as kernel:
+            container = kernel.open(str(kernel.dev / "vfio/vfio"), os.O_RDWR)
+            group = kernel.open(str(kernel.dev / "vfio/2"), os.O_RDWR)
+            kernel.ioctl(group, ioctls.VFIO_GROUP_SET_CONTAINER, bytearray(struct.pack("=i", container)))
+            with pytest.raises(OSError, match="No such device") if number else contextlib.nullcontext():
+                kernel.ioctl(container, ioctls.VFIO_SET_IOMMU, ioctls.VFIO_TYPE1_NESTING_IOMMU)
+
+
+def test_a_device_reaches_the_new_vaddr_of_a_mapping_and_its_memory_is_watched_there(kernel: FakeKernel) -> None:
+    container, _group = attach(kernel)
+    old, new = (kernel.mmap(0, PAGE, BOTH, PRIVATE) for _ in range(2))
+    map_dma(kernel, container, old)
+    argument = ioctls.vfio_iommu_type1_dma_unmap(argsz=24, flags=4, iova=BASE, size=PAGE)
+    kernel.ioctl(container, ioctls.VFIO_IOMMU_UNMAP_DMA, argument)
+    map_dma(kernel, container, new, flags=4)
+    kernel.dma_write(BDF, BASE, b"new")
+    assert read_memory(new, 3) == b"new"
+    kernel.munmap(old, PAGE)
+    assert kernel.violations == []
+    kernel.munmap(new, PAGE)
+    assert [violation.vaddr for violation in kernel.violations] == [new]

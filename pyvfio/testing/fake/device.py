@@ -1,7 +1,7 @@
 """A PCI device bound to a VFIO driver: what a test declares, and what its descriptors answer.
 
-`FakeDevice` and `Bar` are declarations. `PciDevice` is the live thing behind all descriptors of one device. A model of
-a real device (registers that do something) is a `Bar` with callbacks.
+`FakeDevice` and `Bar` are declarations. `PciDevice` is the live thing behind all descriptors of one device. A device
+that does something, with registers, interrupts and DMA, is a `FakePciDevice` (`pci_device`).
 
 Source: drivers/vfio/pci/vfio_pci_core.c, vfio_pci_rdwr.c, vfio_pci_config.c.
 """
@@ -29,11 +29,13 @@ _ROM = int(ioctls.VFIO_PCI_ROM_REGION_INDEX)
 _CONFIG = int(ioctls.VFIO_PCI_CONFIG_REGION_INDEX)
 _COMMAND = 4
 _COMMAND_MEMORY = 2
+_COMMAND_MASTER = 4
 # Bytes of the configuration header that a user may change: command, cache line and latency, BARs, interrupt line.
 _WRITABLE = frozenset((4, 5, 0x0C, 0x0D, *range(0x10, 0x28), 0x3C))
 _READ_WRITE = int(ioctls.VFIO_REGION_INFO_FLAG_READ | ioctls.VFIO_REGION_INFO_FLAG_WRITE)
 _MMAP = int(ioctls.VFIO_REGION_INFO_FLAG_MMAP)
 _CAPS = int(ioctls.VFIO_REGION_INFO_FLAG_CAPS)
+_HOT_RESET_INFO_MINSZ = 12
 _REGION = struct.Struct("=IIIIQQ")
 _IRQ = struct.Struct("=IIII")
 
@@ -59,11 +61,12 @@ class Bar:
 
 @dataclass(frozen=True)
 class FakeDevice:
-    """A PCI device to be declared to a FakeKernel; as it stands, it looks like QEMU's edu.
+    """A PCI device to be declared to a FakeKernel; as it stands, it looks like QEMU's edu, with memory in its BAR.
 
     `driver` is what it is bound to (None: nothing); `intx` whether it has a pin; `msi` and `msix` count vectors, and
-    `msix_bar` is where the MSI-X table lies. `reset` is called after VFIO_DEVICE_RESET. ValueError for what no device
-    can be.
+    `msix_bar` is where the MSI-X table lies. `reset` is called after VFIO_DEVICE_RESET, and when a `resettable` device
+    is opened, as VFIO does. `config` has read-only bytes of configuration space by offset. ValueError for what no
+    device can be.
     """
 
     bdf: str
@@ -80,6 +83,7 @@ class FakeDevice:
     reset: Callable[[], None] | None = None
     pcie: bool = False
     numa_node: int = -1
+    config: Mapping[int, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not _BDF.fullmatch(self.bdf):
@@ -92,6 +96,9 @@ class FakeDevice:
             raise ValueError(f"{self.bdf}: a device has at most 2048 MSI-X vectors, not {self.msix}")
         if self.msix_bar is not None and self.msix_bar not in self.bars:
             raise ValueError(f"{self.bdf}: the MSI-X table is in BAR {self.msix_bar}, which is not there")
+        for offset, data in self.config.items():
+            if not 0 <= offset <= self.config_size - len(data) or _WRITABLE & set(range(offset, offset + len(data))):
+                raise ValueError(f"{self.bdf}: {len(data)} bytes of configuration space at {offset:#x} cannot be given")
 
     @property
     def config_size(self) -> int:
@@ -104,6 +111,8 @@ class FakeDevice:
         struct.pack_into("<HHH", space, 0, self.vendor, self.device, _COMMAND_MEMORY)
         space[9:12] = self.class_code.to_bytes(3, "little")
         space[0x3D] = int(self.intx)
+        for offset, data in self.config.items():
+            space[offset : offset + len(data)] = data
         return space
 
 
@@ -147,12 +156,26 @@ class PciDevice:
             ioctls.VFIO_DEVICE_GET_IRQ_INFO: ("VFIO_DEVICE_GET_IRQ_INFO", self.get_irq_info),
             ioctls.VFIO_DEVICE_SET_IRQS: ("VFIO_DEVICE_SET_IRQS", self.irqs.set_irqs),
             ioctls.VFIO_DEVICE_RESET: ("VFIO_DEVICE_RESET", self.reset),
+            ioctls.VFIO_DEVICE_GET_PCI_HOT_RESET_INFO: (
+                "VFIO_DEVICE_GET_PCI_HOT_RESET_INFO",
+                self.get_pci_hot_reset_info,
+            ),
         }
 
     @property
     def bdf(self) -> str:
         """Its PCI address."""
         return self.declared.bdf
+
+    @property
+    def command(self) -> int:
+        """PCI COMMAND."""
+        return int.from_bytes(self.config[_COMMAND : _COMMAND + 2], "little")
+
+    @property
+    def bus_master(self) -> bool:
+        """Whether it may do DMA."""
+        return bool(self.command & _COMMAND_MASTER)
 
     def open(self) -> int:
         """A new file descriptor, not counted before `hold`; EMFILE."""
@@ -166,13 +189,16 @@ class PciDevice:
         """A descriptor was given out. BARs and configuration are fresh at the first, for VFIO resets the device."""
         if not self.descriptors:
             self.config = self.declared.config_space()
+            if self.declared.resettable and self.declared.reset is not None:
+                self.declared.reset()
         self.descriptors.add(fd)
 
     def release(self, fd: int) -> None:
-        """A descriptor was closed."""
+        """A descriptor was closed; at the last the device is off the bus (`vfio_pci_core_disable`)."""
         self.descriptors.discard(fd)
         if not self.descriptors:
             self.irqs.release()
+            self.config = self.declared.config_space()
 
     # ---------------------------------------------------------------------------------------------------- ioctls
 
@@ -236,6 +262,11 @@ class PciDevice:
         if self.declared.reset is not None:
             self.declared.reset()
         return 0
+
+    def get_pci_hot_reset_info(self, argument: Argument) -> int:
+        """`vfio_pci_ioctl_get_pci_hot_reset_info`: EFAULT, EINVAL, ENODEV, for every fake device is on a root bus."""
+        (argsz,) = struct.unpack("=I", argument.read(_HOT_RESET_INFO_MINSZ)[:4])
+        refuse(errno.EINVAL if argsz < _HOT_RESET_INFO_MINSZ else errno.ENODEV)
 
     # ------------------------------------------------------------------------------------- reading, writing, mmap
 

@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import threading
+from collections.abc import Callable, Iterator
 
 from pyvfio.testing.fake.device import PciDevice
 from pyvfio.testing.fake.group import Group
+from pyvfio.testing.fake.irqs import MSI, MSIX
 from pyvfio.testing.fake.pins import Mapped
 from pyvfio.testing.fake.process import read_memory, write_memory
 
+logger = logging.getLogger(__name__)
+
 
 class DmaFault(Exception):  # noqa: N818 (what an IOMMU calls it)
-    """The IOMMU stopped an access of a device at `iova`, its first byte that may not be accessed."""
+    """An access of a device was stopped at `iova`, its first byte that may not be accessed; `reason` says why."""
 
-    def __init__(self, bdf: str, *, iova: int, write: bool) -> None:
-        super().__init__(f"DMA {'write' if write else 'read'} of {bdf} stopped at IOVA {iova:#x}")
+    def __init__(self, bdf: str, *, iova: int, write: bool, reason: str) -> None:
+        super().__init__(f"DMA {'write' if write else 'read'} of {bdf} stopped at IOVA {iova:#x}: {reason}")
         self.bdf = bdf
         self.iova = iova
         self.write = write
+        self.reason = reason
 
 
 class DmaPath:
-    """What lies between devices and memory. `faults` keeps each stopped access."""
+    """What lies between devices and memory. `faults` keeps each stopped access; `on_fault` is told of it."""
 
     def __init__(self) -> None:
         self.faults: list[DmaFault] = []
+        self.on_fault: Callable[[DmaFault], object] | None = None
+
+    def stop(self, device: PciDevice, *, iova: int, write: bool, reason: str) -> DmaFault:
+        """Put an access that is stopped on record; to be raised."""
+        fault = DmaFault(device.bdf, iova=iova, write=write, reason=reason)
+        self.faults.append(fault)
+        logger.info("%s", fault)
+        if self.on_fault is not None:
+            self.on_fault(fault)
+        return fault
 
     def read(self, group: Group, device: PciDevice, *, iova: int, size: int) -> bytes:
         """DmaFault, AssertionError (the process took the memory away)."""
@@ -51,13 +67,58 @@ class DmaPath:
         end = iova + size
         while iova < end:
             entry = None if iommu is None else iommu.table.at(iova)
-            if iommu is None or entry is None or not iommu.allows(entry, write=write):
-                fault = DmaFault(device.bdf, iova=iova, write=write)
-                self.faults.append(fault)
-                raise fault
+            if iommu is None or entry is None:
+                raise self.stop(device, iova=iova, write=write, reason="nothing is mapped there")
+            if not iommu.allows(entry, write=write):
+                raise self.stop(device, iova=iova, write=write, reason="the mapping does not allow it")
             count = min(end, entry.iova + entry.size) - iova
             yield entry, iova, count
             iova += count
+
+
+class DeviceSlot:
+    """What a `FakePciDevice` is plugged into: `pci_device.Slot`."""
+
+    def __init__(self, path: DmaPath, group: Group, device: PciDevice, lock: threading.RLock) -> None:
+        self.lock = lock
+        self._path = path
+        self._group = group
+        self._device = device
+
+    @property
+    def command(self) -> int:
+        """PCI COMMAND."""
+        return self._device.command
+
+    def _check_master(self, *, iova: int, write: bool) -> None:
+        if not self._device.bus_master:
+            raise self._path.stop(self._device, iova=iova, write=write, reason="bus mastering is off")
+
+    def dma_read(self, *, iova: int, size: int) -> bytes:
+        """DmaFault, AssertionError (the process took the memory away)."""
+        with self.lock:
+            self._check_master(iova=iova, write=False)
+            return self._path.read(self._group, self._device, iova=iova, size=size)
+
+    def dma_write(self, *, iova: int, data: bytes) -> None:
+        """As `dma_read`."""
+        with self.lock:
+            self._check_master(iova=iova, write=True)
+            self._path.write(self._group, self._device, iova=iova, data=data)
+
+    def raise_interrupt(self, vector: int) -> None:
+        """A message, which is a write of a bus master; or the INTx line."""
+        with self.lock:
+            irqs = self._device.irqs
+            if irqs.enabled not in (MSI, MSIX):
+                irqs.set_line(up=True)
+            elif self._device.bus_master:
+                irqs.raise_interrupt(vector)
+
+    def lower_interrupt(self) -> None:
+        """The INTx line."""
+        with self.lock:
+            self._device.irqs.set_line(up=False)
 
 
 def _gone(entry: Mapped, at: int) -> AssertionError:

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from pyvfio import ioctls
 from pyvfio.testing.fake.device import PciDevice
+from pyvfio.testing.fake.feature import DeviceFeatures
 from pyvfio.testing.fake.iommu import IommuModel
 from pyvfio.testing.fake.pins import Pins
 from pyvfio.testing.fake.process import Argument, BufferArgument, refuse
@@ -90,8 +91,12 @@ class Container:
         """Groups hold the container: nothing happens."""
 
     def check_extension(self, argument: Argument) -> int:
-        """`vfio_ioctl_check_extension`; never fails. UPDATE_VADDR is 0: the fake does not have it."""
+        """`vfio_ioctl_check_extension`; never fails."""
         extension = argument.value
+        if self.iommu is not None and extension == ioctls.VFIO_UPDATE_VADDR:
+            return 1
+        if self.iommu is not None and extension == ioctls.VFIO_DMA_CC_IOMMU:
+            return int(self._model.dma_is_coherent)
         if extension == ioctls.VFIO_TYPE1_NESTING_IOMMU:
             return int(self._version.nesting)
         return int(extension in (ioctls.VFIO_TYPE1_IOMMU, ioctls.VFIO_TYPE1v2_IOMMU, ioctls.VFIO_UNMAP_ALL))
@@ -105,12 +110,16 @@ class Container:
             refuse(errno.EINVAL)  # an extension that type1 has, and no type that it opens
         if not self.check_extension(argument):
             refuse(errno.ENODEV)
+        if kind == ioctls.VFIO_TYPE1_NESTING_IOMMU and not self._model.nests:
+            refuse(errno.EINVAL)  # iommu_enable_nesting
         v2 = kind != ioctls.VFIO_TYPE1_IOMMU
         self.iommu = Type1(version=self._version, model=self._model, pins=self._pins, v2=v2)
         return 0
 
     def attach(self, group: Group) -> None:
-        """`vfio_container_attach_group`."""
+        """`vfio_container_attach_group`: EBUSY while a mapping has no address."""
+        if self.iommu is not None and self.iommu.has_invalid_vaddr:
+            refuse(errno.EBUSY)
         self.groups.append(group)
 
     def detach(self, group: Group) -> None:
@@ -130,6 +139,7 @@ class Group:
         self.container: Container | None = None
         self.fd: int | None = None
         self._files = files
+        self._features: dict[str, DeviceFeatures] = {}
         self._requests: dict[int, tuple[str, Callable[[Argument], int]]] = {
             ioctls.VFIO_GROUP_GET_STATUS: ("VFIO_GROUP_GET_STATUS", self.get_status),
             ioctls.VFIO_GROUP_SET_CONTAINER: ("VFIO_GROUP_SET_CONTAINER", self.set_container),
@@ -220,9 +230,14 @@ class Group:
         if self.container is None or self.container.iommu is None:
             os.close(fd)
             refuse(errno.EINVAL)
-        self._files.adopt(fd, DeviceHandle(device, self))
+        self._files.adopt(fd, DeviceHandle(device, self._features_of(device), self))
         device.hold(fd)
         return fd
+
+    def _features_of(self, device: PciDevice) -> DeviceFeatures:
+        if device.bdf not in self._features:
+            self._features[device.bdf] = DeviceFeatures(device, self._files.version)
+        return self._features[device.bdf]
 
     def _match(self, text: str) -> PciDevice:
         # vfio_pci_core_match: a name, and after a space options, of which such a device has none.
@@ -251,17 +266,22 @@ def _read_name(argument: Argument) -> str:
 class DeviceHandle:
     """A descriptor of a device: several may be open, each holds the group."""
 
-    def __init__(self, device: PciDevice, group: Group) -> None:
+    def __init__(self, device: PciDevice, features: DeviceFeatures, group: Group) -> None:
         self.device = device
         self.group = group
+        self._features = features
+
+    def _find(self, request: int) -> tuple[str, Callable[[Argument], int]] | None:
+        return self.device.requests.get(request) or self._features.requests.get(request)
 
     def request_name(self, request: int) -> str:
         """The C name, or the number."""
-        return self.device.requests[request][0] if request in self.device.requests else hex(request)
+        found = self._find(request)
+        return hex(request) if found is None else found[0]
 
     def ioctl(self, request: int, argument: Argument) -> int:
         """`vfio_pci_core_ioctl`: ENOTTY for what is unknown."""
-        found = self.device.requests.get(request)
+        found = self._find(request)
         if found is None:
             refuse(errno.ENOTTY)
         return found[1](argument)
@@ -269,6 +289,8 @@ class DeviceHandle:
     def release(self, fd: int) -> None:
         """The descriptor was closed."""
         self.device.release(fd)
+        if not self.device.descriptors:
+            self._features.release()
         self.group.device_closed()
 
 

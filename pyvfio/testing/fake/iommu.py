@@ -18,13 +18,16 @@ class IommuModel:
 
     `ranges` ascend and do not overlap; `iova_pgsizes` has a bit for each page size in bytes; `dma_entry_limit` is the
     module parameter of vfio_iommu_type1. `write_is_readable`: the page table cannot say "write only" (Intel's), so that
-    kernels up to 6.12 leave such memory readable. ValueError when the ranges or sizes cannot be.
+    kernels up to 6.12 leave such memory readable. `nests`: the IOMMU takes type 6, where the kernel has it.
+    `dma_is_coherent`: the answer to VFIO_DMA_CC_IOMMU. ValueError when the ranges or sizes cannot be.
     """
 
     ranges: tuple[IovaRange, ...]
     iova_pgsizes: int = PAGE_SIZE
     dma_entry_limit: int = 65535
     write_is_readable: bool = False
+    nests: bool = False
+    dma_is_coherent: bool = False
 
     def __post_init__(self) -> None:
         for before, after in pairwise(self.ranges):
@@ -55,6 +58,7 @@ def _amd(version: KernelVersion) -> IommuModel:
     return IommuModel(
         (_BELOW_MSI, IovaRange(_ABOVE_MSI, Iova(0xFC_FFFF_FFFF)), IovaRange(hypertransport, Iova(last))),
         iova_pgsizes=sizes,
+        dma_is_coherent=True,
     )
 
 

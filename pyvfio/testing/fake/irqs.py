@@ -50,7 +50,8 @@ class _Set:
         return self.data == _NONE or bool(self.values[position])
 
 
-def _hold_eventfd(fd: int) -> int | None:
+def hold_eventfd(fd: int) -> int | None:
+    """A descriptor of one's own for an eventfd, None for a number below 0; EBADF, EINVAL (no eventfd)."""
     # The kernel holds the eventfd's context, so that the caller may close its descriptor: a duplicate does the same.
     if fd < 0:
         return None
@@ -82,6 +83,8 @@ class Irqs:
         self._single: dict[int, int | None] = {ERR: None, REQ: None}
         self._masked = False
         self._pending = False
+        self._line = False
+        self._unmask: int | None = None  # held, and never looked at
         self._handlers: dict[tuple[int, int], Callable[[_Set], int]] = {
             (INTX, _MASK): self._mask_intx,
             (INTX, _UNMASK): self._mask_intx,
@@ -97,9 +100,24 @@ class Irqs:
         flags = ioctls.VFIO_IRQ_INFO_EVENTFD
         if index == INTX:
             flags |= ioctls.VFIO_IRQ_INFO_MASKABLE | ioctls.VFIO_IRQ_INFO_AUTOMASKED
-        elif not (index == MSIX and self._version.dynamic_msix):
+        elif not (index == MSIX and self._version.dynamic_msix and self._counts[MSIX]):
             flags |= ioctls.VFIO_IRQ_INFO_NORESIZE
         return int(flags), self._counts[index]
+
+    @property
+    def enabled(self) -> int | None:
+        """Which of INTx, MSI and MSI-X is enabled."""
+        return self._enabled
+
+    def set_line(self, *, up: bool) -> None:
+        """The device's INTx line: as long as it is up, an unmasked INTx signals and masks itself."""
+        self._line = up
+        self._deliver_line()
+
+    def _deliver_line(self) -> None:
+        if self._line and self._enabled == INTX and not self._masked and self._triggers[0] is not None:
+            self._masked = True
+            _signal(self._triggers[0])
 
     def release(self) -> None:
         """The last descriptor of the device closed: nothing is signalled any more."""
@@ -150,13 +168,15 @@ class Irqs:
     def _disable(self) -> None:
         for held in self._triggers:
             self._let_go(held)
+        self._let_go(self._unmask)
+        self._unmask = None
         self._triggers, self._enabled, self._masked, self._pending = [], None, False, False
 
     def _set_trigger(self, vector: int, fd: int) -> None:
         # The old eventfd is let go first, and stays so when the new one is refused (vfio_msi_set_vector_signal).
         self._let_go(self._triggers[vector])
         self._triggers[vector] = None
-        self._triggers[vector] = _hold_eventfd(fd)
+        self._triggers[vector] = hold_eventfd(fd)
 
     def _set_intx(self, request: _Set) -> int:
         if self._enabled == INTX and request.disables:
@@ -167,6 +187,7 @@ class Irqs:
         if request.data == _EVENTFD:
             self._enable(INTX, vectors=1)
             self._set_block(request)
+            self._deliver_line()
         elif self._enabled != INTX:
             refuse(errno.EINVAL)
         elif request.fires(0):
@@ -176,13 +197,25 @@ class Irqs:
     def _mask_intx(self, request: _Set) -> int:
         if self._enabled != INTX or request.start or request.count != 1:
             refuse(errno.EINVAL)
-        if request.data == _EVENTFD:  # ENOTTY for MASK in the kernel; for UNMASK because it is not modelled
-            refuse(errno.ENOTTY)
+        if request.data == _EVENTFD:
+            return self._unmask_by_eventfd(request)
         if request.fires(0):
             self._masked = request.action == _MASK
             if self._pending and not self._masked:
                 self._pending = False
                 self.raise_interrupt(0)
+            self._deliver_line()
+        return 0
+
+    def _unmask_by_eventfd(self, request: _Set) -> int:
+        if request.action == _MASK:
+            refuse(errno.ENOTTY)
+        new = hold_eventfd(request.values[0])
+        if new is not None and self._unmask is not None:
+            os.close(new)
+            refuse(errno.EBUSY)
+        self._let_go(self._unmask)
+        self._unmask = new
         return 0
 
     def _enable(self, index: int, *, vectors: int) -> None:
@@ -250,7 +283,7 @@ class Irqs:
         if request.data == _BOOL and not request.count:
             refuse(errno.EINVAL)
         if held is None:
-            refuse(errno.EINVAL)
+            return 0 if request.data == _BOOL else refuse(errno.EINVAL)
         if not request.count:
             self._let_go(held)
             self._single[request.index] = None
@@ -264,7 +297,7 @@ class Irqs:
         fd = request.values[0]
         if fd < -1:  # 6.1 does nothing and is content
             return 0 if self._version.number < (6, 5) else refuse(errno.EINVAL)
-        new = _hold_eventfd(fd)
+        new = hold_eventfd(fd)
         self._let_go(held)
         self._single[request.index] = new
         return 0

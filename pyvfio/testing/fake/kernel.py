@@ -7,15 +7,18 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
 from pyvfio.kernel import MAP_FIXED, PROT_NONE, IoctlArgument, LinuxKernel, Memlock, Registers
 from pyvfio.testing.fake.device import FakeDevice, PciDevice
-from pyvfio.testing.fake.dma import DmaFault, DmaPath
+from pyvfio.testing.fake.dma import DeviceSlot, DmaFault, DmaPath
+from pyvfio.testing.fake.edu import FakeEdu
 from pyvfio.testing.fake.group import Container, DeviceHandle, Group, Handler
 from pyvfio.testing.fake.iommu import IommuModel, iommu_model
+from pyvfio.testing.fake.pci_device import FakePciDevice
 from pyvfio.testing.fake.pins import Mapped, Pins, Violation
 from pyvfio.testing.fake.process import AddressArgument, BufferArgument, refuse
 from pyvfio.testing.fake.record import KEPT, Call, Failure, Failures
@@ -28,11 +31,11 @@ _MAP_FIXED_NOREPLACE = 0x100000
 _MAP_SHARED = 1
 _DISCARDS = frozenset((4, 8, 9, 24))  # MADV_DONTNEED, _FREE, _REMOVE, _DONTNEED_LOCKED
 
-GroupDeclaration = tuple[int, Sequence[FakeDevice]]
+GroupDeclaration = tuple[int, Sequence[FakeDevice | FakePciDevice]]
 
 
 def _default_groups() -> list[GroupDeclaration]:
-    return [(2, [FakeDevice("0000:00:02.0")]), (3, [FakeDevice("0000:00:03.0")])]
+    return [(2, [FakeEdu("0000:00:02.0")]), (3, [FakeEdu("0000:00:03.0")])]
 
 
 def _check_groups(groups: Sequence[GroupDeclaration]) -> None:
@@ -54,7 +57,7 @@ class FakeKernel:
 
     It answers VFIO's system calls as Linux `version` ("6.1", "6.12" or "7.3") does, in the kernel's order of checks;
     calls on process memory are the real ones. `iommu` is "intel" (39 bits), "intel48", "amd", "virtio" or an
-    `IommuModel`. `groups` are (number, devices) pairs; without it groups 2 and 3 with a device each, 0000:00:02.0 and
+    `IommuModel`. `groups` are (number, devices) pairs; without it groups 2 and 3 with an edu each, 0000:00:02.0 and
     0000:00:03.0, bound to vfio-pci. ValueError when they cannot be.
 
     Descriptors are real, so that a leak shows in /proc/self/fd. `shutdown`, also as a context manager's end, closes
@@ -81,15 +84,20 @@ class FakeKernel:
         self._pins = Pins()
         self._failures = Failures()
         self._files: dict[int, Handler] = {}
+        self._dma = DmaPath()
         self._groups = {number: self._group(number, devices) for number, devices in declared}
         self._tree: Tree | None = None
-        self._dma = DmaPath()
         self._finalizer = weakref.finalize(self, _close_all, self._files, self._owner)
         self.trace: list[Call] = []
 
-    def _group(self, number: int, devices: Sequence[FakeDevice]) -> Group:
+    def _group(self, number: int, devices: Sequence[FakeDevice | FakePciDevice]) -> Group:
+        declared = [device.declaration if isinstance(device, FakePciDevice) else device for device in devices]
         # A weak reference: the group must not keep the kernel, or the finalizer would wait for the garbage collector.
-        return Group(number, [PciDevice(device, self._version) for device in devices], weakref.proxy(self))
+        group = Group(number, [PciDevice(device, self._version) for device in declared], weakref.proxy(self))
+        for device, live in zip(devices, group.devices, strict=True):
+            if isinstance(device, FakePciDevice):
+                device._plug(DeviceSlot(self._dma, group, live, self._lock))
+        return group
 
     def __enter__(self) -> Self:
         return self
@@ -127,6 +135,11 @@ class FakeKernel:
         return self._model
 
     @property
+    def bdfs(self) -> tuple[str, ...]:
+        """The PCI addresses of all devices, in the order of their declaration."""
+        return tuple(device.bdf for group in self._groups.values() for device in group.devices)
+
+    @property
     def memlock_limit(self) -> int | None:
         """RLIMIT_MEMLOCK in bytes (None: unlimited, as it is at first); may be set at any time."""
         return self._pins.limit
@@ -145,14 +158,32 @@ class FakeKernel:
         self._pins.privileged = privileged
 
     @property
+    def dma_entry_limit(self) -> int:
+        """How many mappings a container holds that is opened from now on; may be set at any time."""
+        return self._model.dma_entry_limit
+
+    @dma_entry_limit.setter
+    def dma_entry_limit(self, limit: int) -> None:
+        self._model = replace(self._model, dma_entry_limit=limit)
+
+    @property
     def violations(self) -> list[Violation]:
         """Each time that memory went away while a device could reach it."""
         return self._pins.violations
 
     @property
     def faults(self) -> list[DmaFault]:
-        """Each access of a device that the IOMMU stopped."""
+        """Each access of a device that was stopped: by the IOMMU, or because bus mastering was off."""
         return self._dma.faults
+
+    @property
+    def on_fault(self) -> Callable[[DmaFault], object] | None:
+        """Called with each fault when it happens, with the fake's lock held; may be set at any time, None at first."""
+        return self._dma.on_fault
+
+    @on_fault.setter
+    def on_fault(self, callback: Callable[[DmaFault], object] | None) -> None:
+        self._dma.on_fault = callback
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -215,7 +246,8 @@ class FakeKernel:
             self._find(bdf)[1].irqs.raise_interrupt(vector)
 
     def dma_read(self, bdf: str, iova: int, size: int) -> bytes:
-        """The device reads memory; DmaFault where the IOMMU stops it, AssertionError where the memory is gone."""
+        """A device reads memory, whatever its bus master bit says (that of a `FakePciDevice` counts for what it does
+        itself); DmaFault where the IOMMU stops it, AssertionError where the memory is gone."""
         with self._lock:
             return self._dma.read(*self._find(bdf), iova=iova, size=size)
 

@@ -8,17 +8,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pyvfio.testing.fake.process import can_be_pinned, refuse
-from pyvfio.units import PAGE_SIZE, Iova, Vaddr
+from pyvfio.testing.fake.process import can_be_pinned, refuse, zero_pages
+from pyvfio.units import MIB, PAGE_SIZE, Iova, Vaddr, align_up
+
+_BATCH = 2 * MIB  # VFIO_BATCH_MAX_CAPACITY pages
 
 
 class Mapped(NamedTuple):
-    """A live mapping: sizes in bytes, `flags` as given to VFIO_IOMMU_MAP_DMA."""
+    """A live mapping: sizes in bytes, `flags` as given to VFIO_IOMMU_MAP_DMA; `uncharged` bytes are not locked."""
 
     iova: Iova
     size: int
     vaddr: Vaddr
     flags: int
+    uncharged: int = 0
 
 
 class Violation(NamedTuple):
@@ -78,27 +81,52 @@ class Pins:
         """The limit in whole pages, as the kernel compares it."""
         return None if self.limit is None else self.limit // PAGE_SIZE * PAGE_SIZE
 
-    def pin(self, mapped: Mapped, *, write: bool) -> None:
-        """Charge and hold the memory of a mapping.
+    def pin(self, mapped: Mapped, *, write: bool, zero_page_is_free: bool = False) -> Mapped:
+        """Charge and hold the memory of a mapping; the mapping with what it was not charged.
 
         EFAULT or ENOMEM, whichever page comes first: the kernel pins a page and then looks at the limit. Nothing stays
-        charged after a failure.
+        charged after a failure. `zero_page_is_free`: a device that only reads gets the page of zeros itself where
+        nothing was ever written, and that page is charged to nobody (`is_invalid_reserved_pfn`).
         """
         within = mapped.size
         if self.page_limit is not None and not self.privileged:
             within = max(self.page_limit - self.used, 0)
-        looked_at = min(mapped.size, within + PAGE_SIZE)
-        if not can_be_pinned(mapped.vaddr, looked_at, write=write):
+        if within < mapped.size:
+            # The kernel pins a batch before it counts, so memory beyond the limit is populated all the same.
+            can_be_pinned(mapped.vaddr, min(mapped.size, align_up(within + PAGE_SIZE, _BATCH)), write=write)
+        free = zero_page_is_free and not write
+        if free and within < mapped.size:
+            self._walk(mapped, within)
+        elif not can_be_pinned(mapped.vaddr, min(mapped.size, within + PAGE_SIZE), write=write):
             refuse(errno.EFAULT)
-        if mapped.size > within:
+        elif mapped.size > within:
             refuse(errno.ENOMEM)
-        self.used += mapped.size
+        if free:
+            mapped = mapped._replace(uncharged=zero_pages(mapped.vaddr, mapped.size) * PAGE_SIZE)
+        self.used += mapped.size - mapped.uncharged
         self.index.add(mapped)
+        return mapped
+
+    @staticmethod
+    def _walk(mapped: Mapped, within: int) -> None:
+        # Page by page: which of them count towards the limit is known only when they are there.
+        for vaddr in range(mapped.vaddr, mapped.vaddr + mapped.size, PAGE_SIZE):
+            if not can_be_pinned(vaddr, PAGE_SIZE, write=False):
+                refuse(errno.EFAULT)
+            if not zero_pages(vaddr, PAGE_SIZE):
+                within -= PAGE_SIZE
+            if within < 0:
+                refuse(errno.ENOMEM)
 
     def unpin(self, mapped: Mapped) -> None:
         """Give back the charge of a mapping."""
-        self.used -= mapped.size
+        self.used -= mapped.size - mapped.uncharged
         self.index.remove(mapped)
+
+    def move(self, mapped: Mapped, moved: Mapped) -> None:
+        """A mapping has a new address; what it pinned and was charged stays (`vfio_change_dma_owner`)."""
+        self.index.remove(mapped)
+        self.index.add(moved)
 
     def gone(self, call: str, *, vaddr: int, size: int) -> None:
         """Record that `call` took memory away, for each mapping that still reaches it."""

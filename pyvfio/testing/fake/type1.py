@@ -8,10 +8,11 @@ from __future__ import annotations
 import errno
 import struct
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 from pyvfio import ioctls
+from pyvfio.testing.fake.dirty import MAX_BITMAP, Bitmap, check_bitmap
 from pyvfio.testing.fake.iommu import IommuModel
 from pyvfio.testing.fake.pins import Mapped, Pins
 from pyvfio.testing.fake.process import Argument, refuse
@@ -20,13 +21,21 @@ from pyvfio.units import U64_MAX, Iova, Vaddr, align_up
 
 READ = int(ioctls.VFIO_DMA_MAP_FLAG_READ)
 WRITE = int(ioctls.VFIO_DMA_MAP_FLAG_WRITE)
+_MAP_VADDR = int(ioctls.VFIO_DMA_MAP_FLAG_VADDR)
+_GET_DIRTY = int(ioctls.VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP)
 _ALL = int(ioctls.VFIO_DMA_UNMAP_FLAG_ALL)
+_VADDR = int(ioctls.VFIO_DMA_UNMAP_FLAG_VADDR)
+_START = int(ioctls.VFIO_IOMMU_DIRTY_PAGES_FLAG_START)
+_STOP = int(ioctls.VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP)
+_GET_BITMAP = int(ioctls.VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP)
 _MAP = struct.Struct("=IIQQQ")
 _UNMAP = struct.Struct("=IIQQ")
+_BITMAP = struct.Struct("=QQQ")
+_DIRTY = struct.Struct("=II")
+_RANGE = struct.Struct("=QQQQQ")
 _INFO = struct.Struct("=IIQII")
 _CAPABILITY = struct.Struct("=HHI")
 _INFO_MINSZ = 16
-_MAX_DIRTY_BITMAP = 0x1000_0000  # DIRTY_BITMAP_SIZE_MAX
 
 
 class DmaTable:
@@ -65,6 +74,10 @@ class DmaTable:
         self._starts.insert(bisect_left(self._starts, entry.iova), entry.iova)
         self._entries[entry.iova] = entry
 
+    def replace(self, entry: Mapped) -> None:
+        """Change what a mapping that is there says of itself, but not where it is."""
+        self._entries[entry.iova] = entry
+
     def remove(self, entry: Mapped) -> None:
         """Strike out a mapping that is there."""
         del self._starts[bisect_left(self._starts, entry.iova)]
@@ -88,10 +101,13 @@ class Type1:
         self._page = model.reported_pgsizes & -model.reported_pgsizes
         self._entry_limit = model.dma_entry_limit  # read when the IOMMU is set: later changes are for later containers
         self.table = DmaTable()
+        self._invalid: set[int] = set()  # IOVAs of mappings whose vaddr was given up
+        self._bitmaps: dict[int, Bitmap] | None = None  # by IOVA, while dirty pages are tracked
         self.requests: dict[int, tuple[str, Callable[[Argument], int]]] = {
             ioctls.VFIO_IOMMU_GET_INFO: ("VFIO_IOMMU_GET_INFO", self.get_info),
             ioctls.VFIO_IOMMU_MAP_DMA: ("VFIO_IOMMU_MAP_DMA", self.map_dma),
             ioctls.VFIO_IOMMU_UNMAP_DMA: ("VFIO_IOMMU_UNMAP_DMA", self.unmap_dma),
+            ioctls.VFIO_IOMMU_DIRTY_PAGES: ("VFIO_IOMMU_DIRTY_PAGES", self.dirty_pages),
         }
 
     def release(self) -> None:
@@ -99,9 +115,17 @@ class Type1:
         for entry in list(self.table):
             self._remove(entry)
 
+    @property
+    def has_invalid_vaddr(self) -> bool:
+        """Whether a mapping waits for its new address (`vaddr_invalid_count`): no group can be added meanwhile."""
+        return bool(self._invalid)
+
     def _remove(self, entry: Mapped) -> None:
         self.table.remove(entry)
         self._pins.unpin(entry)
+        self._invalid.discard(entry.iova)
+        if self._bitmaps is not None:
+            del self._bitmaps[entry.iova]
 
     def allows(self, entry: Mapped, *, write: bool) -> bool:
         """Whether the IOMMU lets a device read, or write, through a mapping."""
@@ -115,7 +139,7 @@ class Type1:
     def _capabilities(self) -> bytes:
         ranges = self._model.ranges
         bodies = [
-            (ioctls.VFIO_IOMMU_TYPE1_INFO_CAP_MIGRATION, struct.pack("=IIQQ", 0, 0, self._page, _MAX_DIRTY_BITMAP)),
+            (ioctls.VFIO_IOMMU_TYPE1_INFO_CAP_MIGRATION, struct.pack("=IIQQ", 0, 0, self._page, MAX_BITMAP)),
             (ioctls.VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL, struct.pack("=I", self._entry_limit - len(self.table))),
         ]
         if ranges:
@@ -149,11 +173,15 @@ class Type1:
     # ----------------------------------------------------------------------------------------- VFIO_IOMMU_MAP_DMA
 
     def map_dma(self, argument: Argument) -> int:
-        """`vfio_dma_do_map`: EFAULT, EINVAL, EOVERFLOW (7.3), EEXIST, ENOSPC, EINVAL (range), EFAULT or ENOMEM."""
+        """`vfio_dma_do_map`: EFAULT, EINVAL, EOVERFLOW (7.3), EEXIST, ENOSPC, EINVAL (range), EFAULT or ENOMEM; with
+        VFIO_DMA_MAP_FLAG_VADDR: ENOENT, EINVAL."""
         argsz, flags, vaddr, iova, size = _MAP.unpack(argument.read(_MAP.size))
-        if argsz < _MAP.size or flags & ~(READ | WRITE):
+        if argsz < _MAP.size or flags & ~(READ | WRITE | _MAP_VADDR):
             refuse(errno.EINVAL)
         self._check_map(vaddr=vaddr, iova=iova, size=size, flags=flags)
+        if flags & _MAP_VADDR:
+            self._move_vaddr(vaddr=vaddr, iova=iova, size=size)
+            return 0
         if self.table.overlaps(iova, iova + size - 1):
             refuse(errno.EEXIST)
         if len(self.table) >= self._entry_limit:
@@ -161,8 +189,11 @@ class Type1:
         if not self._in_range(iova, iova + size - 1):
             refuse(errno.EINVAL)
         entry = Mapped(Iova(iova), size, Vaddr(vaddr), flags)
-        self._pins.pin(entry, write=bool(flags & WRITE))
+        free = self._version.zero_page_is_free
+        entry = self._pins.pin(entry, write=bool(flags & WRITE), zero_page_is_free=free)
         self.table.add(entry)
+        if self._bitmaps is not None:
+            self._track(entry)
         return 0
 
     def _check_map(self, *, vaddr: int, iova: int, size: int, flags: int) -> None:
@@ -170,8 +201,21 @@ class Type1:
         early = self._version.overflow == errno.EOVERFLOW
         if early and size and wraps:
             refuse(errno.EOVERFLOW)
-        if not size or not flags or (size | iova | vaddr) & (self._page - 1) or wraps:
+        if bool(flags & _MAP_VADDR) == bool(flags & (READ | WRITE)):
             refuse(errno.EINVAL)
+        if not size or (size | iova | vaddr) & (self._page - 1) or wraps:
+            refuse(errno.EINVAL)
+
+    def _move_vaddr(self, *, vaddr: int, iova: int, size: int) -> None:
+        if not self.table.overlaps(iova, iova + size - 1):
+            refuse(errno.ENOENT)
+        entry = self.table.at(iova)
+        if entry is None or iova not in self._invalid or (entry.iova, entry.size) != (iova, size):
+            refuse(errno.EINVAL)
+        moved = entry._replace(vaddr=Vaddr(vaddr))
+        self.table.replace(moved)
+        self._pins.move(entry, moved)
+        self._invalid.discard(iova)
 
     def _in_range(self, start: int, last: int) -> bool:
         index = bisect_right(self._range_starts, start) - 1
@@ -180,15 +224,46 @@ class Type1:
     # --------------------------------------------------------------------------------------- VFIO_IOMMU_UNMAP_DMA
 
     def unmap_dma(self, argument: Argument) -> int:
-        """`vfio_dma_do_unmap`: EFAULT, EINVAL, EOVERFLOW (7.3). `size` is written back, on success alone."""
+        """`vfio_dma_do_unmap`: EFAULT, EINVAL, EOVERFLOW (7.3). `size` is written back, on success alone.
+
+        With GET_DIRTY_BITMAP and a bad pointer EFAULT, and what was reported before is gone."""
         argsz, flags, iova, size = _UNMAP.unpack(argument.read(_UNMAP.size))
-        if argsz < _UNMAP.size or flags & ~_ALL or iova & (self._page - 1):
+        if argsz < _UNMAP.size or flags & ~(_GET_DIRTY | _ALL | _VADDR):
             refuse(errno.EINVAL)
-        entries = list(self.table) if self._wants_all(flags, iova, size) else self._doomed(iova, size)
-        for entry in entries:
-            self._remove(entry)
+        bitmap = self._bitmap_argument(argument, argsz, flags, size) if flags & _GET_DIRTY else None
+        if iova & (self._page - 1):
+            refuse(errno.EINVAL)
+        everything = self._wants_all(flags, iova, size)
+        if bitmap is not None and (self._bitmaps is None or bitmap[0] != self._page):
+            refuse(errno.EINVAL)
+        entries = list(self.table) if everything else self._doomed(iova, size)
+        if flags & _VADDR:
+            self._invalidate(entries)
+        else:
+            self._unmap(entries, base=iova, data=None if bitmap is None else bitmap[2])
         argument.write(_UNMAP.pack(argsz, flags, iova, sum(entry.size for entry in entries)))
         return 0
+
+    def _bitmap_argument(self, argument: Argument, argsz: int, flags: int, size: int) -> tuple[int, int, int]:
+        if flags & (_ALL | _VADDR) or argsz < _UNMAP.size + _BITMAP.size:
+            refuse(errno.EINVAL)
+        pgsize, bitmap_size, data = _BITMAP.unpack(argument.read(_BITMAP.size, _UNMAP.size))
+        check_bitmap(size=size, pgsize=pgsize, bitmap_size=bitmap_size, data=data)
+        return pgsize, bitmap_size, data
+
+    def _unmap(self, entries: Sequence[Mapped], *, base: int, data: int | None) -> None:
+        for entry in entries:
+            if self._bitmaps is not None and data is not None:
+                self._bitmaps[entry.iova].report(data, first=(entry.iova - base) // self._page)
+            self._remove(entry)
+
+    def _invalidate(self, entries: Sequence[Mapped]) -> None:
+        starts = {entry.iova for entry in entries}
+        for count, entry in enumerate(entries):
+            if entry.iova in self._invalid:
+                self._invalid -= {earlier.iova for earlier in entries[:count]}
+                refuse(errno.EINVAL)
+        self._invalid |= starts
 
     def _wants_all(self, flags: int, iova: int, size: int) -> bool:
         if flags & _ALL:
@@ -203,17 +278,66 @@ class Type1:
 
     def _doomed(self, iova: int, size: int) -> list[Mapped]:
         last = iova + size - 1
-        first = self.table.at(iova)
-        cut = first is not None and first.iova != iova
         if self._v2:
-            final = self.table.at(last)
-            if cut or (final is not None and final.iova + final.size - 1 != last):
-                refuse(errno.EINVAL)
-        elif cut:
-            return []  # v1 stops at a mapping that starts earlier, whatever else is in the range
+            self._check_not_cut(iova, last)
+        else:
+            first = self.table.at(iova)
+            if first is not None and first.iova != iova:
+                return []  # v1 stops at a mapping that starts earlier, whatever else is in the range
         if last == U64_MAX and iova and not self._version.unmaps_end_of_u64:
             return []  # the exclusive end wraps to 0, and every mapping starts at or behind it
         return self.table.starting_in(iova, last)
+
+    def _check_not_cut(self, iova: int, last: int) -> None:
+        first, final = self.table.at(iova), self.table.at(last)
+        if (first is not None and first.iova != iova) or (final is not None and final.iova + final.size - 1 != last):
+            refuse(errno.EINVAL)
+
+    # -------------------------------------------------------------------------------------- VFIO_IOMMU_DIRTY_PAGES
+
+    def dirty_pages(self, argument: Argument) -> int:
+        """`vfio_iommu_type1_dirty_pages`: EACCES (v1), EFAULT, EINVAL, EOVERFLOW (7.3)."""
+        if not self._v2:
+            refuse(errno.EACCES)
+        argsz, flags = _DIRTY.unpack(argument.read(_DIRTY.size))
+        if argsz < _DIRTY.size or flags not in (_START, _STOP, _GET_BITMAP):
+            refuse(errno.EINVAL)
+        if flags == _START and self._bitmaps is None:
+            self._bitmaps = {}
+            for entry in self.table:
+                self._track(entry)
+        elif flags == _STOP:
+            self._bitmaps = None
+        elif flags == _GET_BITMAP:
+            self._get_bitmap(argument, argsz)
+        return 0
+
+    def _track(self, entry: Mapped) -> None:
+        assert self._bitmaps is not None
+        self._bitmaps[entry.iova] = Bitmap(entry.size // self._page)
+
+    def _get_bitmap(self, argument: Argument, argsz: int) -> None:
+        if argsz < _DIRTY.size + _RANGE.size:
+            refuse(errno.EINVAL)
+        iova, size, pgsize, bitmap_size, data = _RANGE.unpack(argument.read(_RANGE.size, _DIRTY.size))
+        self._check_dirty_range(iova, size)
+        check_bitmap(size=size, pgsize=pgsize, bitmap_size=bitmap_size, data=data)
+        if pgsize != self._page or (iova | size) & (self._page - 1) or not size or self._bitmaps is None:
+            refuse(errno.EINVAL)
+        self._check_not_cut(iova, iova + size - 1)
+        for entry in self.table.starting_in(iova, iova + size - 1):
+            bitmap = self._bitmaps[entry.iova]
+            bitmap.report(data, first=(entry.iova - iova) // self._page)
+            bitmap.clear()
+
+    def _check_dirty_range(self, iova: int, size: int) -> None:
+        if self._version.overflow == errno.EOVERFLOW:
+            if not size:
+                refuse(errno.EINVAL)
+            if iova + size - 1 > U64_MAX:
+                refuse(errno.EOVERFLOW)
+        elif iova + size > U64_MAX:  # the exclusive end must not wrap either
+            refuse(errno.EINVAL)
 
 
 def info_write_back(version: KernelVersion, argsz: int) -> int:

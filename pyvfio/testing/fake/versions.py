@@ -35,6 +35,14 @@ class KernelVersion:
     """VFIO_PCI_ERR_IRQ_INDEX exists on conventional PCI too."""
     write_is_readable: bool
     """A mapping with WRITE alone can be read by the device, where the IOMMU's format allows it."""
+    hot_reset_counts_first: bool
+    """VFIO_DEVICE_PCI_HOT_RESET without a group is EINVAL before it is known whether the bus can be reset."""
+    dma_buf: bool
+    """The feature VFIO_DEVICE_FEATURE_DMA_BUF is known (6.19)."""
+    precopy_info_v2: bool
+    """The feature VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2 is known."""
+    zero_page_is_free: bool
+    """Never-written private memory is mapped for reading as the page of zeros, and charged to nobody (up to 6.1)."""
     eight_byte_access: bool
     """pread and pwrite on a BAR make 8-byte accesses (`vfio_pci_core_do_io_rw`)."""
 
@@ -55,6 +63,10 @@ VERSIONS = {
             dynamic_msix=False,
             err_irq_always=False,
             write_is_readable=True,
+            hot_reset_counts_first=False,
+            dma_buf=False,
+            precopy_info_v2=False,
+            zero_page_is_free=True,
             eight_byte_access=False,
         ),
         KernelVersion(
@@ -70,6 +82,10 @@ VERSIONS = {
             dynamic_msix=True,
             err_irq_always=False,
             write_is_readable=True,
+            hot_reset_counts_first=True,
+            dma_buf=False,
+            precopy_info_v2=False,
+            zero_page_is_free=False,
             eight_byte_access=True,
         ),
         KernelVersion(
@@ -85,6 +101,10 @@ VERSIONS = {
             dynamic_msix=True,
             err_irq_always=True,
             write_is_readable=False,
+            hot_reset_counts_first=True,
+            dma_buf=True,
+            precopy_info_v2=True,
+            zero_page_is_free=False,
             eight_byte_access=True,
         ),
     )

@@ -1,0 +1,210 @@
+"""What a device's descriptor answers to ioeventfds, features and hot resets (kernel: vfio_main.c, vfio_pci_core.c)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+
+import pytest
+
+from pyvfio import ioctls
+from tests.contract.world import BAD_ADDRESS, Attached, World, refused
+
+GET, SET, PROBE = 1 << 16, 1 << 17, 1 << 18
+ENTRY, ENTRY_WITH_WAKEUP, EXIT, DMA_BUF, PRECOPY = 3, 4, 5, 11, 12
+BAR_END = 1 << 20
+
+
+@pytest.fixture
+def device(v2: Attached) -> int:
+    """The world's device: an edu, whose BAR 0 has 1 MiB."""
+    return v2.world.open_device(v2.group)
+
+
+def feature(world: World, fd: int, flags: int, *, argsz: int = 8, data: bytes = bytes(16)) -> None:
+    """VFIO_DEVICE_FEATURE."""
+    argument = bytearray(struct.pack("=II", argsz, flags) + data)
+    assert world.ioctl(fd, ioctls.VFIO_DEVICE_FEATURE, argument) == 0
+
+
+def ioeventfd(
+    world: World, fd: int, event: int, *, width: int = 4, offset: int = 0x10, data: int = 0, argsz: int = 28
+) -> None:
+    """VFIO_DEVICE_IOEVENTFD."""
+    argument = bytearray(struct.pack("=IIQQi", argsz, width, offset, data, event))
+    assert world.ioctl(fd, ioctls.VFIO_DEVICE_IOEVENTFD, argument) == 0
+
+
+def an_eventfd(world: World) -> int:
+    """One that does not block."""
+    return world.keep(world.kernel.eventfd(0, os.EFD_NONBLOCK))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        ioctls.VFIO_DEVICE_FEATURE,
+        ioctls.VFIO_DEVICE_IOEVENTFD,
+        ioctls.VFIO_DEVICE_PCI_HOT_RESET,
+        ioctls.VFIO_DEVICE_GET_PCI_HOT_RESET_INFO,
+    ],
+)
+def test_a_bad_pointer_is_efault(v2: Attached, device: int, request_: int) -> None:
+    with refused(errno.EFAULT):
+        v2.world.ioctl(device, request_, BAD_ADDRESS)
+
+
+# ----------------------------------------------------------------------------------------------------------- features
+
+
+@pytest.mark.parametrize(
+    ("argsz", "flags"), [(7, SET | ENTRY), (0, SET | ENTRY), (8, 1 << 19 | ENTRY), (8, GET | SET | ENTRY)]
+)
+def test_a_feature_is_asked_for_in_a_way_that_makes_sense(v2: Attached, device: int, argsz: int, flags: int) -> None:
+    with refused(errno.EINVAL):
+        feature(v2.world, device, flags, argsz=argsz)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 6, 7, 8, 9, 10, 13, 14, 0xFFFF])
+@pytest.mark.parametrize("how", [GET, SET, PROBE, PROBE | GET, 0])
+def test_what_a_plain_device_does_not_have_is_enotty(v2: Attached, device: int, number: int, how: int) -> None:
+    with refused(errno.ENOTTY):
+        feature(v2.world, device, how | number, argsz=24)
+
+
+@pytest.mark.parametrize("number", [ENTRY, ENTRY_WITH_WAKEUP, EXIT])
+def test_low_power_can_be_set_and_probed_and_nothing_else(v2: Attached, device: int, number: int) -> None:
+    for flags in (PROBE, PROBE | SET):
+        feature(v2.world, device, flags | number)
+    for flags in (0, GET, PROBE | GET, PROBE | GET | SET):
+        with refused(errno.EINVAL):
+            feature(v2.world, device, flags | number)
+
+
+def test_low_power_is_entered_once_and_left_as_often_as_one_likes(v2: Attached, device: int) -> None:
+    for _ in range(2):
+        feature(v2.world, device, SET | ENTRY)
+        with refused(errno.EINVAL):
+            feature(v2.world, device, SET | ENTRY)
+        for _ in range(2):
+            feature(v2.world, device, SET | EXIT)
+
+
+def test_the_wake_up_needs_an_eventfd(v2: Attached, device: int) -> None:
+    for event, number in ((-1, errno.EINVAL), (1000, errno.EBADF), (device, errno.EINVAL)):
+        with refused(number):
+            feature(v2.world, device, SET | ENTRY_WITH_WAKEUP, argsz=16, data=struct.pack("=iI", event, 0))
+    with refused(errno.EINVAL):
+        feature(v2.world, device, SET | ENTRY_WITH_WAKEUP, argsz=15)
+
+
+def test_dma_buf_can_be_probed_since_6_19(v2: Attached, device: int) -> None:
+    if not v2.world.since(6, 19):
+        with refused(errno.ENOTTY):
+            feature(v2.world, device, PROBE | DMA_BUF)
+        return
+    feature(v2.world, device, PROBE | GET | DMA_BUF)
+    for flags, argsz in ((SET, 24), (0, 24), (GET, 23), (GET, 24)):
+        with refused(errno.EINVAL):
+            feature(v2.world, device, flags | DMA_BUF, argsz=argsz)
+
+
+def test_precopy_is_known_since_7_1_and_then_einval_for_what_cannot_migrate(v2: Attached, device: int) -> None:
+    for flags in (PROBE, SET):
+        with refused(errno.EINVAL if v2.world.since(7, 1) else errno.ENOTTY):
+            feature(v2.world, device, flags | PRECOPY)
+
+
+# ---------------------------------------------------------------------------------------------------------- ioeventfds
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_an_ioeventfd_is_made_once_and_taken_back_once(v2: Attached, device: int, width: int) -> None:
+    # Eight bytes on 6.1 too, though a read there is made of two halves.
+    event = an_eventfd(v2.world)
+    for _ in range(2):
+        with refused(errno.ENODEV):
+            ioeventfd(v2.world, device, -1, width=width)
+        ioeventfd(v2.world, device, event, width=width)
+        with refused(errno.EEXIST):
+            ioeventfd(v2.world, device, event, width=width)
+        ioeventfd(v2.world, device, -1, width=width)
+
+
+def test_another_value_place_or_width_is_another_ioeventfd(v2: Attached, device: int) -> None:
+    event = an_eventfd(v2.world)
+    ioeventfd(v2.world, device, event)
+    ioeventfd(v2.world, device, event, data=1)
+    ioeventfd(v2.world, device, event, offset=0x14)
+    ioeventfd(v2.world, device, event, width=2)
+
+
+def test_eexist_comes_before_the_eventfd_is_looked_at(v2: Attached, device: int) -> None:
+    ioeventfd(v2.world, device, an_eventfd(v2.world))
+    with refused(errno.EEXIST):
+        ioeventfd(v2.world, device, 1000)
+    with refused(errno.EBADF):
+        ioeventfd(v2.world, device, 1000, data=1)
+    with refused(errno.EINVAL):
+        ioeventfd(v2.world, device, device, data=1)
+
+
+@pytest.mark.parametrize("width", [0, 3, 15, 16, 1 << 31])
+def test_an_ioeventfd_has_one_width(v2: Attached, device: int, width: int) -> None:
+    with refused(errno.EINVAL):
+        ioeventfd(v2.world, device, -1, width=width)
+
+
+@pytest.mark.parametrize("offset", [BAR_END, BAR_END - 3, 1 << 40, 6 << 40, 7 << 40, 9 << 40])
+def test_an_ioeventfd_is_inside_a_bar(v2: Attached, device: int, offset: int) -> None:
+    with refused(errno.EINVAL):
+        ioeventfd(v2.world, device, -1, offset=offset)
+
+
+def test_an_ioeventfd_may_be_the_last_bytes_of_a_bar(v2: Attached, device: int) -> None:
+    with refused(errno.ENODEV):
+        ioeventfd(v2.world, device, -1, offset=BAR_END - 4)
+
+
+@pytest.mark.parametrize(("event", "argsz"), [(-2, 28), (-1, 27), (-1, 0)])
+def test_a_number_below_minus_1_and_a_short_argsz_are_einval(v2: Attached, device: int, event: int, argsz: int) -> None:
+    with refused(errno.EINVAL):
+        ioeventfd(v2.world, device, event, argsz=argsz)
+
+
+def test_the_last_descriptor_takes_the_ioeventfds_with_it(v2: Attached, device: int) -> None:
+    ioeventfd(v2.world, device, an_eventfd(v2.world))
+    v2.world.close(device)
+    with refused(errno.ENODEV):
+        ioeventfd(v2.world, v2.world.open_device(v2.group), -1)
+
+
+# ----------------------------------------------------------------------------------------------------------- hot reset
+
+
+def hot_reset(world: World, fd: int, *, argsz: int = 12, flags: int = 0, count: int = 0) -> None:
+    """VFIO_DEVICE_PCI_HOT_RESET."""
+    world.ioctl(fd, ioctls.VFIO_DEVICE_PCI_HOT_RESET, bytearray(struct.pack("=III", argsz, flags, count) + bytes(16)))
+
+
+def test_a_device_on_a_root_bus_cannot_be_hot_reset(v2: Attached, device: int) -> None:
+    argument = bytearray(struct.pack("=III", 12, 7, 7))
+    with refused(errno.ENODEV):
+        v2.world.ioctl(device, ioctls.VFIO_DEVICE_GET_PCI_HOT_RESET_INFO, argument)
+    assert argument == struct.pack("=III", 12, 7, 7)
+    with refused(errno.ENODEV):
+        hot_reset(v2.world, device, count=1)
+
+
+def test_no_group_at_all_is_einval_before_that_since_6_5(v2: Attached, device: int) -> None:
+    with refused(errno.EINVAL if v2.world.since(6, 5) else errno.ENODEV):
+        hot_reset(v2.world, device)
+
+
+def test_a_short_argsz_and_flags_are_einval(v2: Attached, device: int) -> None:
+    for argsz, flags in ((11, 0), (12, 1)):
+        with refused(errno.EINVAL):
+            hot_reset(v2.world, device, argsz=argsz, flags=flags, count=1)
+    with refused(errno.EINVAL):
+        v2.world.ioctl(device, ioctls.VFIO_DEVICE_GET_PCI_HOT_RESET_INFO, bytearray(struct.pack("=III", 11, 0, 0)))

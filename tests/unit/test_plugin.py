@@ -1,0 +1,177 @@
+"""The pytest plugin, and the page about it: what it shows is run as it stands there."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pyvfio
+from pyvfio.testing.fake import VERSIONS
+from pyvfio.testing.plugin import _FAKE_VERSIONS, _WORLDS
+from pyvfio.testing.world import WorldName
+from tests.unit.test_layering import FLOORS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs/testing-without-hardware.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def run_pytest(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """pytest in another process, with the plugin whether or not this pyvfio is installed."""
+    command = [sys.executable, "-m", "pytest", "-p", "pyvfio.testing.plugin", "-p", "no:cacheprovider", *arguments]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
+
+
+def outcome(directory: Path, test: str, *arguments: str) -> str:
+    """What pytest says of a test file with that in it."""
+    (directory / "test_it.py").write_text(test, encoding="utf-8")
+    return run_pytest(directory, "-q", *arguments, ".").stdout
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=["dma", "failure", "own device"])
+def test_the_examples_of_the_page_pass_in_an_empty_directory(tmp_path: Path, example: str) -> None:
+    """On each version of the fake, and warnings are errors."""
+    (tmp_path / "test_it.py").write_text(example, encoding="utf-8")
+    for version in _FAKE_VERSIONS:
+        done = run_pytest(tmp_path, "-q", "-W", "error", "--vfio-fake-version", version)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "1 passed" in done.stdout
+
+
+def test_the_page_lists_what_is_left_out_on_a_fake_with_each_reason() -> None:
+    """Each test marked `real_kernel` in tests/hw, and no other."""
+    marked = set()
+    for path in sorted((ROOT / "tests/hw").glob("test_*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef):
+                marked |= {
+                    (node.name, str(mark.args[0].value))
+                    for mark in node.decorator_list
+                    if isinstance(mark, ast.Call)
+                    and ast.unparse(mark.func) == "pytest.mark.real_kernel"
+                    and isinstance(mark.args[0], ast.Constant)
+                }
+    listed = set(re.findall(r"^\| `(test_\w+)` \| (.*) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+    assert listed == marked
+    assert marked
+
+
+def test_a_driver_test_of_the_page_has_at_most_ten_lines() -> None:
+    """From the function's first line to its last."""
+    (function,) = [node for node in ast.parse(EXAMPLES[0]).body if isinstance(node, ast.FunctionDef)]
+    assert function.end_lineno is not None
+    assert function.end_lineno - function.lineno + 1 <= 10
+
+
+def test_memory_released_under_a_device_fails_the_test(tmp_path: Path) -> None:
+    """After it, as an error with both addresses."""
+    text = outcome(
+        tmp_path,
+        "def test_it(vfio_device):\n"
+        "    kernel = vfio_device.kernel\n"
+        "    vaddr = kernel.mmap(0, 4096, 3, 0x22)\n"
+        "    vfio_device.container.map_dma(vaddr=vaddr, iova=0x100000, size=4096)\n"
+        "    kernel.munmap(vaddr, 4096)\n",
+    )
+    assert "1 passed, 1 error" in text
+    assert "munmap took 0x1000 bytes" in text
+
+
+def test_a_test_runs_once_in_each_world_that_is_asked_for(tmp_path: Path) -> None:
+    """A world that is not there is a failure which says what is missing."""
+    text = outcome(
+        tmp_path,
+        "def test_it(vfio_world):\n    assert vfio_world.name == 'fake'\n    assert len(vfio_world.bdfs) == 2\n",
+        *("--vfio-world", "hardware", "--vfio-world", "fake", "--vfio-world", "fake"),
+    )
+    assert "1 passed, 1 error" in text
+    assert "ERROR test_it.py::test_it[hardware]" in text
+    assert "--vfio-device" in text
+
+
+def test_the_world_of_a_fake_is_that_of_fake_kernel(tmp_path: Path) -> None:
+    """One kernel, whichever fixture it comes from."""
+    body = "def test_it(vfio_world, fake_kernel):\n    assert vfio_world.kernel is fake_kernel\n"
+    assert "1 passed" in outcome(tmp_path, body)
+
+
+@pytest.mark.parametrize("extra", [(), ("-p", "pyvfio.testing.plugin"), ("-p", "pyvfio.testing.pytest_plugin")])
+def test_it_may_be_asked_for_twice(tmp_path: Path, extra: tuple[str, ...]) -> None:
+    """On the command line, in a conftest.py and by its entry point."""
+    (tmp_path / "conftest.py").write_text("pytest_plugins = ['pyvfio.testing.plugin']\n", encoding="utf-8")
+    if "pyvfio.testing.pytest_plugin" in extra:  # what the entry point names, under a name of its own
+        extra = ("-p", "no:pyvfio", *extra)
+    assert "1 passed" in outcome(tmp_path, "def test_it(fake_kernel):\n    fake_kernel.check()\n", *extra)
+
+
+def test_loading_it_imports_nothing_of_pyvfio_but_the_plugin() -> None:
+    """pytest loads it in projects that use nothing of it."""
+    script = "import sys, pyvfio.testing.plugin; print(sorted(name for name in sys.modules if name[:6] == 'pyvfio'))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ast.literal_eval(done.stdout) == ["pyvfio", "pyvfio.testing", "pyvfio.testing.plugin"]
+
+
+def test_the_roof_hands_on_every_floor_when_it_is_asked() -> None:
+    """Modules and names, though nothing is imported before; what is not there is an AttributeError."""
+    script = f"import pyvfio\nfor name in {sorted(FLOORS)} + pyvfio.__all__: assert name in dir(pyvfio), name"
+    script += "; getattr(pyvfio, name)"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+    with pytest.raises(AttributeError, match="no attribute 'Contaner'"):
+        getattr(pyvfio, "Contaner")  # noqa: B009 (mypy would find it)
+
+
+def test_its_options_offer_what_there_is() -> None:
+    """Repeated in the plugin, which imports nothing that it could ask."""
+    assert sorted(_FAKE_VERSIONS) == sorted(VERSIONS)
+    assert list(_WORLDS) == list(WorldName)
+
+
+# ------------------------------------------------------------------------------------------------------------ the demo
+
+
+def demo(*arguments: str, path: str = "/usr/bin:/bin") -> subprocess.CompletedProcess[str]:
+    """`python -m pyvfio.cli.demo`."""
+    command = [sys.executable, "-m", "pyvfio.cli.demo", *arguments]
+    return subprocess.run(command, cwd=ROOT, env={"PATH": path}, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("kernel", _FAKE_VERSIONS)
+def test_the_demo_holds_on_the_fake(kernel: str) -> None:
+    """Every step, those of the DMA engine too; and it says where it was."""
+    done = demo("--fake", "--kernel", kernel)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith(f"world    the fake kernel, as Linux {kernel}, intel IOMMU\n")
+    assert "stopped at IOVA" in done.stdout
+    assert "Every step held." in done.stdout
+    assert done.stdout.count("ok  ") == 13
+
+
+def test_the_demo_on_the_fake_tells_programs_which_world_it_is() -> None:
+    """JSON on stdout and nothing else."""
+    done = demo("--fake", "--json")
+    assert '"world": "fake"' in done.stdout
+    assert (done.stdout[0], done.stderr) == ("{", "")
+
+
+def test_without_qemu_the_demo_runs_on_the_fake_and_says_so(tmp_path: Path) -> None:
+    """Unless the virtual machine was asked for by name."""
+    done = demo(path=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("world    the fake kernel")
+    assert "qemu-system-x86_64 is missing" in done.stderr
+    asked = demo("--vm", path=str(tmp_path))
+    assert asked.returncode == 1
+    assert "qemu-system-x86" in asked.stderr
+
+
+def test_a_version_that_the_fake_cannot_be_is_wrong_usage() -> None:
+    """With those that it can be."""
+    done = demo("--fake", "--kernel", "5.10")
+    assert done.returncode == 2
+    assert "6.1, 6.12, 7.3" in done.stderr
