@@ -1,0 +1,224 @@
+"""``scripts/differential``: random calls on a real kernel and on the fake, and the shortest that they answer unlike."""
+
+import argparse
+import io
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+
+from pyvfio import pci
+from pyvfio.cli.common import FAILED, OK, run
+from pyvfio.kernel import LinuxKernel
+from pyvfio.testing import differential, kernels, sequences, vm
+from pyvfio.testing.differential import Episode, FakeStage, LinuxStage, Outcome
+from pyvfio.testing.fake import VERSIONS
+from pyvfio.testing.fake.iommu import iommu_model
+from pyvfio.units import PAGE_SIZE, U64_MAX
+
+NAME = "differential"
+_EDU = (0x1234, 0x11E8)
+_FAKES = {"6.1": "6.1", "6.12": "6.12", "7": "7.3"}
+_MINUTE_OF_OPS = 6000  # what a virtual machine makes at least in a minute
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"at least 1, not {number}")
+    return number
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=NAME,
+        description="Makes random sequences of VFIO calls, plays them on a real kernel in a virtual machine and on the "
+        "fake kernel, and compares each value, errno, written byte and locked page.",
+        epilog="exit status: 0 no difference, 1 a difference, which is on stdout as a program, or no virtual machine, "
+        "2 wrong arguments",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--kernel", default="6.12", choices=list(kernels.LINES), help="default: %(default)s")
+    add("--iommu", default="intel", choices=list(vm.IOMMUS), help="default: %(default)s; virtio needs 6.12")
+    add("--ops", default=2000, type=_count, metavar="N", help="how many calls; default: %(default)s")
+    add("--seed", default=1, type=int, metavar="N", help="the same seed makes the same calls; default: %(default)s")
+    add(
+        "--differences", default=1, type=_count, metavar="N", help="show up to N that look unlike; default: %(default)s"
+    )
+    add("--guest", choices=["record", "reduce"], help=argparse.SUPPRESS)
+    add("--episodes", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------- in the machine
+
+
+@contextmanager
+def _linux_stage() -> Iterator[LinuxStage]:
+    kernel = LinuxKernel()
+    found = [device.bdf for device in pci.enumerate_devices(kernel) if (device.vendor, device.device) == _EDU]
+    if len(found) < 2:
+        raise OSError(f"sequences need two edu devices, and this machine has {len(found)}")
+    with ExitStack() as stack:
+        for bdf in found[:2]:
+            stack.callback(pci.restore, kernel, pci.bind(kernel, bdf))
+        yield LinuxStage(found)
+
+
+def _lines(path: Path) -> Iterator[Episode]:
+    with path.open(encoding="ascii") as file:
+        for line in file:
+            yield differential.decode_episode(line)
+
+
+def _record(path: Path) -> int:
+    with _linux_stage() as stage:
+        for episode in _lines(path):
+            outcomes = [differential.encode(outcome) for outcome in differential.play(stage, episode)]
+            print("\n".join(outcomes), flush=True)
+    return OK
+
+
+def _reduce(path: Path, *, version: str, iommu: str) -> int:
+    with _linux_stage() as stage:
+        for episode in _lines(path):
+            found = differential.reduce(episode, stage, FakeStage(version, iommu))
+            if found is None:
+                print(flush=True)
+            else:
+                print(*(differential.encode(part) for part in found), sep="\t", flush=True)
+    return OK
+
+
+# ---------------------------------------------------------------------------------------------------------- outside
+
+
+class _Machine:
+    """Starts virtual machines that run this module on files in a directory of its own."""
+
+    def __init__(self, directory: Path, kernel: str, iommu: str) -> None:
+        self._directory = directory
+        self._kernel = kernel
+        self._iommu = iommu
+
+    def run(self, task: str, episodes: Sequence[Episode], *, calls: int) -> str:
+        """What `task` printed about the episodes."""
+        path = self._directory / task
+        path.write_text("".join(differential.encode(episode) + "\n" for episode in episodes), encoding="ascii")
+        command = [sys.executable, "-m", "pyvfio.cli.differential", "--guest", task, "--episodes", str(path)]
+        command += ["--kernel", self._kernel, "--iommu", self._iommu]
+        stdout = io.BytesIO()
+        result = vm.run(
+            command,
+            kernel=self._kernel,
+            iommu=self._iommu,
+            timeout=120 + 60 * calls / _MINUTE_OF_OPS,
+            env={"PYTHONPATH": str(Path(__file__).parents[2])},
+            stdout=stdout,
+            stderr=sys.stderr.buffer,
+        )
+        if result.status:
+            raise OSError(f"the recorder in the virtual machine ended with status {result.status}")
+        return stdout.getvalue().decode("ascii")
+
+
+def _differing(
+    episodes: Sequence[Episode], recorded: Iterator[Outcome], stage: FakeStage
+) -> Iterator[tuple[Episode, str]]:
+    """Each episode on which the fake differs, cut behind the difference, and what the difference looks like."""
+    for episode in episodes:
+        real = list(islice(recorded, len(episode.ops)))
+        found = differential.first_difference(real, differential.play(stage, episode))
+        if found is not None:
+            number, one, other = found
+            op = episode.ops[number]
+            look = f"{op.call} {op.request}: errno {one.errno} or {other.errno}, value {one.value} or {other.value}"
+            yield episode._replace(ops=episode.ops[: number + 1]), look
+
+
+def _report(machine: _Machine, found: Sequence[Episode], options: argparse.Namespace) -> None:
+    version = _FAKES[options.kernel]
+    plays = sum(len(episode.ops) for episode in found) * 40
+    for episode, line in zip(found, machine.run("reduce", found, calls=plays).splitlines(), strict=False):
+        if line:
+            parts = line.split("\t")
+            least, real, fake = differential.decode_episode(parts[0]), *map(differential.decode_outcome, parts[1:])
+            print(differential.program(least, version=options.kernel, iommu=options.iommu, real=real, fake=fake))
+        else:
+            print(f"# differs on this machine, but not inside the virtual one, with the fake {version}:")
+            print("".join(f"# {op}\n" for op in episode.ops))
+
+
+def _compare(options: argparse.Namespace) -> int:
+    version = _FAKES[options.kernel]
+    ranges = iommu_model(options.iommu, VERSIONS[version]).ranges
+    top = U64_MAX + 1 if VERSIONS[version].unmaps_end_of_u64 else U64_MAX + 1 - PAGE_SIZE
+    episodes = sequences.episodes(seed=options.seed, ops=options.ops, ranges=ranges, top=top)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="pyvfio-differential-") as directory:
+        machine = _Machine(Path(directory), options.kernel, options.iommu)
+        text = machine.run("record", episodes, calls=options.ops)
+        recorded = map(differential.decode_outcome, text.splitlines())
+        looks: dict[str, Episode] = {}
+        count = 0
+        for episode, look in _differing(episodes, recorded, FakeStage(version, options.iommu)):
+            count += 1
+            if look not in looks or len(episode.ops) < len(looks[look].ops):
+                looks[look] = episode
+        seconds = time.monotonic() - start
+        what = f"{options.ops} calls, seed {options.seed}, Linux {options.kernel}, {options.iommu} IOMMU"
+        print(f"# {what}: {count} of {len(episodes)} episodes differ ({seconds:.0f} s)", flush=True)
+        for look in looks:
+            print(f"# {look}")
+        if looks:
+            _report(machine, list(looks.values())[: options.differences], options)
+    return FAILED if looks else OK
+
+
+def replay(episode: Episode, *, version: str, iommu: str) -> None:
+    """Play an episode on the fake and, unless `--fake` is given, on the running kernel; print each call's outcome."""
+    theirs = list(differential.play(FakeStage(_FAKES[version], iommu), episode))
+    ours: list[Outcome] = []
+    if "--fake" not in sys.argv[1:]:
+        with _linux_stage() as stage:
+            ours = list(differential.play(stage, episode))
+    for number, (op, fake) in enumerate(zip(episode.ops, theirs, strict=True)):
+        print(f"{op.call} {op.slot} {op.request} {' '.join(map(str, op.fields))}")
+        if ours:
+            print(f"    real: {ours[number]}")
+        print(f"    fake: {fake}{'    <-- differs' if ours and ours[number] != fake else ''}")
+
+
+def _dispatch(options: argparse.Namespace) -> int:
+    if options.guest == "record":
+        return _record(options.episodes)
+    if options.guest == "reduce":
+        return _reduce(options.episodes, version=_FAKES[options.kernel], iommu=options.iommu)
+    try:
+        return _compare(options)
+    except vm.VmError as error:
+        raise OSError(str(error)) from error
+
+
+def _end(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs ``scripts/differential`` and returns its exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.iommu == "virtio" and options.kernel == "6.1":
+        parser.error("the kernels 6.1 have no driver for the virtio IOMMU")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
+    return _dispatch(options)
+
+
+if __name__ == "__main__":
+    run(main, name=NAME)

@@ -1,0 +1,213 @@
+"""Mistakes put into the fake, one at a time: the contract has to notice each. `scripts/mutants` runs this.
+
+A mutant is a file of the fake, a piece of it that is there once, and what stands there instead. The contract runs on a
+copy of the checkout, without devices; a mutant under which it still passes is a sentence that is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+# Which tests come first, so that most mutants are caught soon; all of them run where these do not notice.
+_FIRST = {
+    "type1.py": ("unmap", "info", "vaddr", "dirty", "map"),
+    "dirty.py": ("dirty",),
+    "group.py": ("group", "container"),
+    "feature.py": ("feature",),
+    "irqs.py": ("device",),
+    "iommu.py": ("info",),
+    "pins.py": ("map",),
+    "versions.py": ("info", "map"),
+}
+ROOT = Path(__file__).resolve().parents[2]
+FAKE = Path("pyvfio/testing/fake")
+
+
+class Mutant(NamedTuple):
+    """In `file` of the fake `old`, which is there once, becomes `new`."""
+
+    file: str
+    old: str
+    new: str
+
+    @property
+    def what(self) -> str:
+        """One line."""
+        return f"{self.file}: {' '.join(self.old.split())}  ->  {' '.join(self.new.split())}"
+
+    def apply(self, text: str) -> str:
+        """The mutated source; ValueError when the piece is not there exactly once."""
+        if text.count(self.old) != 1:
+            raise ValueError(f"{text.count(self.old)} places in {self.file} are {self.old!r}: the list is out of date")
+        return text.replace(self.old, self.new)
+
+
+MUTANTS = (
+    # Which errno.
+    Mutant("type1.py", "refuse(errno.EEXIST)", "refuse(errno.EINVAL)"),
+    Mutant("type1.py", "refuse(errno.ENOSPC)", "refuse(errno.ENOMEM)"),
+    Mutant("type1.py", "refuse(errno.ENOENT)", "refuse(errno.EINVAL)"),
+    Mutant("type1.py", "refuse(errno.EACCES)", "refuse(errno.EPERM)"),
+    Mutant(
+        "pins.py",
+        "        elif mapped.size > within:\n            refuse(errno.ENOMEM)",
+        "        elif False:\n            pass",
+    ),
+    Mutant("group.py", "refuse(errno.EINVAL if self.iommu is None else errno.ENOTTY)", "refuse(errno.ENOTTY)"),
+    Mutant("group.py", "        if self.has_open_device:\n            refuse(errno.EBUSY)\n", ""),
+    Mutant("group.py", "refuse(self._files.version.not_a_container)", "refuse(errno.EBADF)"),
+    Mutant("group.py", "        return refuse(errno.ENODEV)", "        return refuse(errno.EINVAL)"),
+    Mutant(
+        "group.py",
+        "            refuse(errno.EBUSY)\n        self.groups.append",
+        "            refuse(errno.EINVAL)\n        self.groups.append",
+    ),
+    Mutant("versions.py", "overflow=errno.EOVERFLOW", "overflow=errno.EINVAL"),
+    Mutant("feature.py", "refuse(errno.EEXIST)", "refuse(errno.EBUSY)"),
+    Mutant("irqs.py", "            refuse(errno.ERANGE)", "            refuse(errno.EINVAL)"),
+    # Which check comes first.
+    Mutant(
+        "type1.py",
+        "        if len(self.table) >= self._entry_limit:\n            refuse(errno.ENOSPC)\n"
+        "        if not self._in_range(iova, iova + size - 1):\n            refuse(errno.EINVAL)\n",
+        "        if not self._in_range(iova, iova + size - 1):\n            refuse(errno.EINVAL)\n"
+        "        if len(self.table) >= self._entry_limit:\n            refuse(errno.ENOSPC)\n",
+    ),
+    Mutant(
+        "type1.py",
+        "        if flags & _MAP_VADDR:\n"
+        "            self._move_vaddr(vaddr=vaddr, iova=iova, size=size)\n            return 0\n"
+        "        if self.table.overlaps(iova, iova + size - 1):\n            refuse(errno.EEXIST)\n"
+        "        if len(self.table) >= self._entry_limit:\n            refuse(errno.ENOSPC)\n",
+        "        if len(self.table) >= self._entry_limit:\n            refuse(errno.ENOSPC)\n"
+        "        if flags & _MAP_VADDR:\n"
+        "            self._move_vaddr(vaddr=vaddr, iova=iova, size=size)\n            return 0\n"
+        "        if self.table.overlaps(iova, iova + size - 1):\n            refuse(errno.EEXIST)\n",
+    ),
+    Mutant("type1.py", "        if early and size and wraps:", "        if early and wraps and False:"),
+    Mutant(
+        "group.py",
+        "        container = self._files.container(fd)\n"
+        "        if self.container is not None:\n            refuse(errno.EINVAL)\n",
+        "        container = self._files.container(fd)\n",
+    ),
+    Mutant("feature.py", "not count and self._version.hot_reset_counts_first", "not count"),
+    Mutant("pins.py", "min(mapped.size, within + PAGE_SIZE), write=write)", "mapped.size, write=write)"),
+    # What is written back, and when.
+    Mutant(
+        "type1.py",
+        "argument.write(_UNMAP.pack(argsz, flags, iova, sum(entry.size for entry in entries)))",
+        "argument.write(_UNMAP.pack(argsz, flags, iova, size))",
+    ),
+    Mutant("type1.py", "    return min(argsz, version.info_tail)", "    return version.info_tail"),
+    Mutant("type1.py", "version.info_tail if argsz >= version.info_tail else _INFO_MINSZ", "version.info_tail"),
+    Mutant("type1.py", "            argsz = _INFO.size + len(capabilities)\n", "            pass\n"),
+    Mutant("type1.py", "            offset = _INFO.size\n", ""),
+    Mutant("type1.py", "self._entry_limit - len(self.table)", "self._entry_limit"),
+    Mutant("versions.py", "            info_tail=20,", "            info_tail=24,"),
+    Mutant("iommu.py", "_ABOVE_MSI = Iova(0xFEF0_0000)", "_ABOVE_MSI = Iova(0xFEE0_0000)"),
+    Mutant("dirty.py", "            self._bits |= before\n", ""),
+    Mutant("dirty.py", "self._bits &= ~((1 << self._pages) - 1)", "self._bits = 0"),
+    Mutant("dirty.py", "return (pages + _WORD - 1) // _WORD * 8", "return (pages + 7) // 8"),
+    # What is mapped, charged and alive.
+    Mutant("type1.py", "            return []  # v1 stops", "            pass  # v1 stops"),
+    Mutant("type1.py", "and iova and not self._version.unmaps_end_of_u64", "and not self._version.unmaps_end_of_u64"),
+    Mutant(
+        "type1.py",
+        "                self._invalid -= {earlier.iova for earlier in entries[:count]}\n",
+        "                self._invalid |= starts\n",
+    ),
+    Mutant(
+        "type1.py", "            for entry in self.table:\n                self._track(entry)\n", "            pass\n"
+    ),
+    Mutant("type1.py", "        self._invalid.discard(entry.iova)\n", ""),
+    Mutant("pins.py", "        self.used -= mapped.size - mapped.uncharged", "        self.used -= mapped.size"),
+    Mutant("pins.py", "self.limit // PAGE_SIZE * PAGE_SIZE", "self.limit"),
+    Mutant("versions.py", "            zero_page_is_free=True,", "            zero_page_is_free=False,"),
+    Mutant("group.py", "        if not self.groups and self.iommu is not None:", "        if self.iommu is not None:"),
+    Mutant("group.py", "return self.fd is not None or self.has_open_device", "return self.fd is not None"),
+    Mutant("feature.py", "        self._ioeventfds.clear()\n", ""),
+    Mutant("irqs.py", "if new is not None and self._unmask is not None:", "if False and new is not None:"),
+)
+
+
+def is_caught(checkout: Path, mutant: Mutant) -> str | None:
+    """The first test that fails under a mutant, in a copy of the checkout; None when all pass."""
+    path = checkout / FAKE / mutant.file
+    original = path.read_text(encoding="utf-8")
+    path.write_text(mutant.apply(original), encoding="utf-8")
+    try:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=no"]
+        first = [f"tests/contract/test_kernel_{word}.py" for word in _FIRST[mutant.file]]
+        done = subprocess.run(
+            [*command, *first, "tests/contract"], cwd=checkout, capture_output=True, text=True, check=False
+        )
+    finally:
+        path.write_text(original, encoding="utf-8")
+    if done.returncode == 0:
+        return None
+    failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failures[0].split(" ", 1)[1].split(" - ")[0] if failures else f"pytest ended with {done.returncode}"
+
+
+@contextmanager
+def copies(count: int) -> Iterator[SimpleQueue[Path]]:
+    """So many copies of what the contract needs."""
+    queue: SimpleQueue[Path] = SimpleQueue()
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 (a directory of one's own in it)
+    with tempfile.TemporaryDirectory(prefix="pyvfio-mutants-", dir=memory) as directory:
+        for number in range(count):
+            copy = Path(directory) / str(number)
+            for name in ("pyvfio", "tests"):
+                shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copy(ROOT / "pyproject.toml", copy)
+            queue.put(copy)
+        yield queue
+
+
+def run(mutants: Sequence[Mutant], *, jobs: int) -> list[Mutant]:
+    """Print who notices each mutant; those that nobody does."""
+    with copies(jobs) as queue, ThreadPoolExecutor(jobs) as pool:
+
+        def judge(mutant: Mutant) -> tuple[Mutant, str | None]:
+            checkout = queue.get()
+            try:
+                return mutant, is_caught(checkout, mutant)
+            finally:
+                queue.put(checkout)
+
+        survivors = []
+        for mutant, witness in pool.map(judge, mutants):
+            print(f"{'caught ' if witness else 'MISSED '} {mutant.what}\n        {witness or ''}", flush=True)
+            if witness is None:
+                survivors.append(mutant)
+    return survivors
+
+
+def main() -> int:
+    """0 when each mutant is caught."""
+    parser = argparse.ArgumentParser(prog="mutants", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="so many at once; default: %(default)s")
+    parser.add_argument("--only", default="", metavar="WORD", help="those that have this in their line")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # the copies go in any case
+    chosen = [mutant for mutant in MUTANTS if options.only in mutant.what]
+    missed = run(chosen, jobs=max(options.jobs, 1))
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} mutants are caught")
+    return 1 if missed or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
