@@ -13,7 +13,8 @@ from pyvfio import ioctls
 from pyvfio.kernel import Kernel
 from pyvfio.testing.world import World
 from pyvfio.units import GIB, MIB, PAGE_SIZE
-from tests.hw.rig import Rig, open_fds
+from tests.hw.rig import Rig
+from tests.unit.processes import open_fds
 
 
 def test_nothing_is_pinned_and_no_descriptor_is_open_after_close(bdf: str, world: World) -> None:

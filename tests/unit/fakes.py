@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pyvfio import ioctls
 from pyvfio.kernel import IoctlArgument
 from pyvfio.testing.fake import Call, FakeDevice, FakeKernel, IommuModel
 from pyvfio.units import MIB, PAGE_SIZE, Vaddr
+from tests.unit.processes import open_fds
 
 BDF = "0000:00:02.0"
 OTHER_BDF = "0000:00:03.0"
@@ -22,17 +22,6 @@ PRIVATE = 0x22  # MAP_PRIVATE | MAP_ANONYMOUS
 READ_WRITE = 3
 
 _Answer = TypeVar("_Answer")
-
-
-def open_fds() -> dict[int, str]:
-    """What this process has open."""
-    found = {}
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
-        except FileNotFoundError:  # the descriptor of the listing itself
-            continue
-    return found
 
 
 @contextmanager

@@ -96,3 +96,14 @@ def limit_memory(kind: int, *, headroom: int) -> None:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         used = int(status.split("VmData:")[1].split()[0]) * 1024
     resource.setrlimit(kind, (used + headroom, resource.RLIM_INFINITY))
+
+
+def open_fds() -> dict[int, str]:
+    """What this process has open."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:  # the descriptor of the listing itself
+            continue
+    return found

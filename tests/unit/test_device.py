@@ -18,8 +18,8 @@ from pyvfio.device import PCI_COMMAND, DependentDevice, Region
 from pyvfio.kernel import IoctlArgument
 from pyvfio.testing.fake import VERSIONS, Bar, FakeDevice, FakeKernel
 from pyvfio.units import MIB, PAGE_SIZE
-from tests.unit.fakes import BDF, OTHER_BDF, SpecialKernel, nothing_left, open_fds, proc_maps_has, requests
-from tests.unit.processes import in_child
+from tests.unit.fakes import BDF, OTHER_BDF, SpecialKernel, nothing_left, proc_maps_has, requests
+from tests.unit.processes import in_child, open_fds
 
 MSI, MSIX, INTX = ioctls.VFIO_PCI_MSI_IRQ_INDEX, ioctls.VFIO_PCI_MSIX_IRQ_INDEX, ioctls.VFIO_PCI_INTX_IRQ_INDEX
 SIBLING = "0000:00:02.1"

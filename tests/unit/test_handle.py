@@ -15,8 +15,8 @@ import pyvfio
 from pyvfio import ioctls
 from pyvfio.handle import Handle, attempt, attempt_all
 from pyvfio.testing.fake import FakeKernel
-from tests.unit.fakes import BDF, nothing_left, open_fds
-from tests.unit.processes import in_child
+from tests.unit.fakes import BDF, nothing_left
+from tests.unit.processes import in_child, open_fds
 
 
 @pytest.fixture
