@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import logging
 import mmap
 import weakref
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -313,12 +315,20 @@ def _maps(vaddr: int, size: int) -> list[tuple[int, int, str]]:
     """The lines of /proc/self/maps that lie in `[vaddr, vaddr + size)`: start, end, permissions."""
     found = []
     # As bytes: a path may hold a carriage return, which the kernel does not escape and Python takes for a line's end.
-    for line in Path("/proc/self/maps").read_bytes().split(b"\n")[:-1]:
-        span, permissions = line.decode("ascii", "replace").split(maxsplit=2)[:2]
-        start, end = (int(part, 16) for part in span.split("-"))
-        if start < vaddr + size and vaddr < end:
-            found.append((start, end, permissions))
+    lines = Path("/proc/self/maps").read_bytes().split(b"\n")[:-1]
+    # They ascend, and a large process has thousands: search, and read those few that matter.
+    first = bisect_right(lines, vaddr, key=lambda line: _span(line)[1])
+    for line in itertools.islice(lines, first, None):
+        start, end = _span(line)
+        if start >= vaddr + size:
+            break
+        found.append((start, end, line.split(maxsplit=2)[1].decode("ascii")))
     return found
+
+
+def _span(line: bytes) -> tuple[int, int]:
+    start, end = line.split(b" ", 1)[0].split(b"-")
+    return int(start, 16), int(end, 16)
 
 
 def describe(vaddr: int, size: int) -> str:

@@ -9,6 +9,9 @@
 
 setup_checkout=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 
+# Each of the many interpreters that the commands start would compile the package anew; in a virtual machine for seconds.
+unset PYTHONDONTWRITEBYTECODE
+
 setup_say() { printf '%s\n' "setup: $*" >&2; }
 
 # Runs a command whose output only matters when it fails.

@@ -314,20 +314,21 @@ class FakeKernel:
     # ------------------------------------------------------------------------------------------------ descriptors
 
     def _directories(self) -> Tree:
-        with self._lock:
-            if self._tree is None:
-                self._tree = Tree(tuple(self._groups.values()), self._model)
-            return self._tree
+        if self._tree is None:
+            self._tree = Tree(tuple(self._groups.values()), self._model)
+        return self._tree
 
     @property
     def sysfs(self) -> Path:
         """Its sysfs: a directory."""
-        return self._directories().sys
+        with self._lock:
+            return self._directories().sys
 
     @property
     def dev(self) -> Path:
         """Its /dev: a directory."""
-        return self._directories().dev
+        with self._lock:
+            return self._directories().dev
 
     def open(self, path: str, flags: int) -> int:
         """A container, a group (EBUSY, `vfio_group_fops_open`), or any other file."""

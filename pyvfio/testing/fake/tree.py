@@ -6,14 +6,15 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pyvfio.testing.fake.device import FakeDevice, PciDevice
 from pyvfio.testing.fake.group import Group, is_vfio_driver
 from pyvfio.testing.fake.iommu import IommuModel
 
-_MSI = "0x00000000fee00000 0x00000000feefffff msi\n"
+_MSI = b"0x00000000fee00000 0x00000000feefffff msi\n"
+_MEMORY = "/dev/shm"  # noqa: S108 (a directory of one's own in it)
 _REAL = ("bind", "unbind", "new_id", "remove_id")
 
 
@@ -24,54 +25,75 @@ def _remove(root: Path, owner: int) -> None:
 
 
 def _link(where: Path, target: Path) -> None:
-    where.parent.mkdir(parents=True, exist_ok=True)
-    where.symlink_to(os.path.relpath(target, where.parent))
+    os.makedirs(where.parent, exist_ok=True)
+    os.symlink(os.path.relpath(target, where.parent), where)
+
+
+def _fill(directory: Path, files: Mapping[str, bytes | bytearray]) -> None:
+    # By hand, since most of a test's time can go into it: a fake is made for each.
+    for name, data in files.items():
+        fd = os.open(f"{directory}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        if data:
+            os.write(fd, data)
+        os.close(fd)
 
 
 class Tree:
-    """Directories `sys` and `dev` below a new temporary one, which goes with `remove` or with the object."""
+    """Directories `sys` and `dev` below a new temporary one, which goes with `remove` or with the object.
+
+    `sys` is made when it is first asked for: most tests know their device, and look at no more than its node. In
+    memory where the machine has a file system there, for a test's sake: on a disk it costs as much as the test.
+    """
 
     def __init__(self, groups: Sequence[Group], model: IommuModel) -> None:
-        self._root = Path(tempfile.mkdtemp(prefix="pyvfio-fake-"))
+        self._groups = groups
+        self._model = model
+        self._root = Path(tempfile.mkdtemp(prefix="pyvfio-fake-", dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None))
         self._finalizer = weakref.finalize(self, _remove, self._root, os.getpid())
-        self.sys = self._root / "sys"
         self.dev = self._root / "dev"
-        self._unit = self.sys / "devices/virtual/iommu/iommu0"
-        self._nodes = {group.number: self.dev / "vfio" / str(group.number) for group in groups}
-        self._build(groups, model)
+        self._sys = self._root / "sys"
+        self._unit = self._sys / "devices/virtual/iommu/iommu0"
+        (self.dev / "vfio").mkdir(parents=True)
+        (self.dev / "vfio/vfio").touch()
+        for group in groups:
+            self._show_node(group)
+
+    @property
+    def sys(self) -> Path:
+        """Its sysfs."""
+        if not self._sys.exists():
+            self._build()
+        return self._sys
 
     def remove(self) -> None:
         """Delete it; twice is fine."""
         self._finalizer()
 
-    def _build(self, groups: Sequence[Group], model: IommuModel) -> None:
-        (self.dev / "vfio").mkdir(parents=True)
-        (self.dev / "vfio/vfio").touch()
+    def _build(self) -> None:
         self._unit.mkdir(parents=True)
-        _link(self.sys / "class/iommu/iommu0", self._unit)
+        _link(self._sys / "class/iommu/iommu0", self._unit)
         for name in ("vfio-pci", "pcieport"):
             self._driver(name)
-        for group in groups:
-            self._group(group, model)
+        for group in self._groups:
+            self._group(group, self._model)
             for device in group.devices:
                 self._device(group.number, device.declared)
-                self.bind(group, device)
+                self._show_driver(device)
 
     def _group(self, group: Group, model: IommuModel) -> None:
-        directory = self.sys / f"kernel/iommu_groups/{group.number}"
+        directory = self._sys / f"kernel/iommu_groups/{group.number}"
         (directory / "devices").mkdir(parents=True)
-        (directory / "type").write_text("DMA-FQ\n")
-        (directory / "reserved_regions").write_text(_MSI if len(model.ranges) > 1 else "")
+        _fill(directory, {"type": b"DMA-FQ\n", "reserved_regions": _MSI if len(model.ranges) > 1 else b""})
 
     def _driver(self, name: str) -> Path:
-        directory = self.sys / "bus/pci/drivers" / name
-        directory.mkdir(parents=True, exist_ok=True)
-        for file in _REAL:
-            (directory / file).touch()
+        directory = self._sys / "bus/pci/drivers" / name
+        if not directory.exists():
+            directory.mkdir(parents=True)
+            _fill(directory, dict.fromkeys(_REAL, b""))
         return directory
 
     def _home(self, bdf: str) -> Path:
-        return self.sys / f"devices/pci{bdf.rsplit(':', 1)[0]}" / bdf
+        return self._sys / f"devices/pci{bdf.rsplit(':', 1)[0]}" / bdf
 
     def _device(self, group: int, device: FakeDevice) -> None:
         home = self._home(device.bdf)
@@ -89,17 +111,27 @@ class Tree:
             "uevent": f"PCI_ID={device.vendor:04X}:{device.device:04X}\nPCI_SLOT_NAME={device.bdf}\n",
             **({"reset": ""} if device.resettable else {}),
         }
-        for name, text in files.items():
-            (home / name).write_text(text)
-        (home / "config").write_bytes(device.config_space())
-        _link(home / "subsystem", self.sys / "bus/pci")
+        _fill(home, {name: text.encode() for name, text in files.items()} | {"config": device.config_space()})
+        _link(home / "subsystem", self._sys / "bus/pci")
         _link(home / "iommu", self._unit)
-        _link(home / "iommu_group", self.sys / f"kernel/iommu_groups/{group}")
-        _link(self.sys / "bus/pci/devices" / device.bdf, home)
-        _link(self.sys / f"kernel/iommu_groups/{group}/devices" / device.bdf, home)
+        _link(home / "iommu_group", self._sys / f"kernel/iommu_groups/{group}")
+        _link(self._sys / "bus/pci/devices" / device.bdf, home)
+        _link(self._sys / f"kernel/iommu_groups/{group}/devices" / device.bdf, home)
 
     def bind(self, group: Group, device: PciDevice) -> None:
         """Show the driver that `device` has now; the group's node exists while a VFIO driver has one of its devices."""
+        self._show_node(group)
+        if self._sys.exists():
+            self._show_driver(device)
+
+    def _show_node(self, group: Group) -> None:
+        node = self.dev / "vfio" / str(group.number)
+        if any(is_vfio_driver(each.driver) for each in group.devices):
+            node.touch()
+        else:
+            node.unlink(missing_ok=True)
+
+    def _show_driver(self, device: PciDevice) -> None:
         home = self._home(device.bdf)
         link = home / "driver"
         if link.is_symlink():
@@ -109,8 +141,3 @@ class Tree:
             directory = self._driver(device.driver)
             _link(link, directory)
             _link(directory / device.bdf, home)
-        node = self._nodes[group.number]
-        if any(is_vfio_driver(each.driver) for each in group.devices):
-            node.touch()
-        else:
-            node.unlink(missing_ok=True)
