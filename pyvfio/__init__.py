@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         DeviceNotFoundError,
         EntryLimitError,
         ForkedError,
+        GapError,
         GroupBusyError,
         GroupMember,
         GroupNotViableError,
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 else:
     # pytest imports this package whenever it starts, for the plugin is in it: whoever uses no name pays for none.
     _HOMES = ("caps", "container", "device", "dma", "errors", "iova", "kernel", "memory", "ramblock", "space", "units")
-    _MODULES = frozenset((*_HOMES, "handle", "ioctls", "pci", "type1_errors"))
+    _MODULES = frozenset((*_HOMES, "handle", "ioctls", "pci", "pieces", "type1_errors"))
 
     def __getattr__(name):
         if name in _MODULES:
@@ -88,6 +89,7 @@ __all__ = [
     "DmaMapping",
     "EntryLimitError",
     "ForkedError",
+    "GapError",
     "Group",
     "GroupBusyError",
     "GroupMember",

@@ -410,6 +410,11 @@ class Container(Handle):
         with self._lock:
             return self._table.at(iova)
 
+    def mappings_in(self, *, iova: int, size: int) -> list[Mapping]:
+        """The mappings that share an address with `[iova, iova + size)`, ascending. O(log n) and their number."""
+        with self._lock:
+            return self._table.overlapping(iova=iova, size=size)
+
     def reserve_iova(self, size: int, *, alignment: int, offset: int, top_down: bool = False) -> Iova:
         """Reserve IOVA; as `IovaAllocator.reserve`. Raises VfioError while there is no group."""
         with self._lock:

@@ -6,11 +6,12 @@ it goes, both go. At every instant, also after any failure:
 
     what the device can reach  ⊆  [0, used_length), and what is just being changed
 
-Unmapping and mapping again is not atomic: DMA into the block that is under way meanwhile is stopped. It is what
-`qemu_vfio_dma_map_resize` does (patch 14 of the series "Ram blocks with resizable anonymous allocations under POSIX",
-QEMU 2020), less the defects of the posted code: swapped arguments, a lock that is kept, a failing map that is taken for
-a mapping, a length of 0 that is lost, a new length that is not checked, an address in the unmapped tail that is not
-recognised.
+How, `pyvfio.pieces` decides. "remap" unmaps a block and maps it anew, which is not atomic: DMA into it that is under
+way meanwhile is stopped. It is what `qemu_vfio_dma_map_resize` does (patch 14 of the series "Ram blocks with resizable
+anonymous allocations under POSIX", QEMU 2020), less the defects of the posted code: swapped arguments, a lock that is
+kept, a failing map that is taken for a mapping, a length of 0 that is lost, a new length that is not checked, an
+address in the unmapped tail that is not recognised. "extend" maps and unmaps the difference, and what survives stays in
+reach.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import logging
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self, TypeVar
 from weakref import WeakKeyDictionary
 
-from pyvfio.errors import ClosedError, IoctlError, RollbackError, VfioError
+from pyvfio.errors import ClosedError, EntryLimitError, IoctlError
 from pyvfio.handle import attempt_all
+from pyvfio.pieces import Extent, Policy, Window, runs
 from pyvfio.ramblock import RamBlock, RamBlockList
 from pyvfio.space import AddressSpace
 from pyvfio.units import MIB, U64_MAX, Iova, Vaddr, format_size
@@ -96,32 +98,37 @@ class DmaMapping:
         return f"<DmaMapping vaddr={self.vaddr:#x} iova={self.iova:#x} size={self.size:#x}>"
 
 
-class _Followed:
-    """A block, and the IOVA that is its own for `max_length` bytes. How much of it is mapped is the space's to say."""
+class _Followed(NamedTuple):
+    """A block, and the IOVA that is its own for `max_length` bytes."""
 
-    __slots__ = ("block", "iova", "vaddr")
-
-    def __init__(self, block: RamBlock, iova: Iova) -> None:
-        self.block = block
-        self.vaddr = block.vaddr
-        self.iova = iova
-
-    @property
-    def end(self) -> int:
-        return self.vaddr + self.block.max_length
+    block: RamBlock
+    window: Window
 
 
 class DmaMapper:
     """Maps RAM blocks, and buffers of the caller's own, into an `AddressSpace`.
 
-    `blocks`: follow that list from now on, blocks that it has included. `resize="remap"`: a resize unmaps the block and
-    maps it anew; DMA into it that is under way meanwhile is stopped, and must be quiesced by the caller. `place`: asked
-    for the IOVA of each block that comes; None leaves it to the mapper.
+    `blocks`: follow that list from now on, blocks that it has included. `place`: asked for the IOVA of each block that
+    comes; None leaves it to the mapper. `resize` and what goes with it say how a block's mapping follows its length:
 
-    Raises what mapping the existing blocks raises; then it follows nothing.
+    * "remap": unmapped, and mapped anew in one piece. DMA into the block that is under way meanwhile is stopped, so
+      the caller quiesces the device. One mapping a block.
+    * "extend": the difference is mapped, or unmapped in whole pieces; at most the head of the one piece that straddles
+      the new end is unmapped and mapped again. A mapping for each grow; when the container takes no more, a block's
+      pieces are joined by a remap.
+    * "extend" with `granule` bytes (a power of two, at least `space.page_size`): all pieces are that long, lengths are
+      multiples of it (ValueError), and no byte that survives is ever unmapped. A block that could need more mappings
+      than there are is refused when it is added (EntryLimitError).
+
+    `allow_gap=False`, with "extend": a resize for which a surviving byte would have to be unmapped is a GapError, or
+    EntryLimitError where pieces would have to be joined.
+
+    Raises what mapping the existing blocks raises; then it follows nothing. ValueError: options that do not go
+    together.
 
     Synchronization: every method may be called from any thread. A block's hooks are called under the list's lock.
-    Cost: a resize is an unmap of the old length and a map of the new one, whatever the difference.
+    Cost: a resize that remaps unmaps the old length and maps the new one, whatever the difference; one that extends
+    costs what the difference does.
     """
 
     def __init__(
@@ -129,19 +136,20 @@ class DmaMapper:
         space: AddressSpace,
         blocks: RamBlockList | None = None,
         *,
-        resize: Literal["remap"] = "remap",
+        resize: Literal["remap", "extend"] = "remap",
+        granule: int | None = None,
+        allow_gap: bool = True,
         place: Callable[[RamBlock], int | None] | None = None,
     ) -> None:
         if not hasattr(space, "reserve_iova"):
             raise TypeError(f"space must be an AddressSpace, such as device.container, not {type(space).__name__}")
         if not isinstance(blocks, RamBlockList | None):
             raise TypeError(f"blocks must be a RamBlockList, not {type(blocks).__name__}")
-        if resize != "remap":
-            raise ValueError(f"resize must be 'remap', not {resize!r}")
+        self._policy = Policy(resize, granule, allow_gap)
         self._space = space
         self._place = place or (lambda _block: None)
         self._lock = threading.RLock()
-        self._followed: list[_Followed] = []  # sorted by vaddr
+        self._followed: list[_Followed] = []  # sorted by vaddr, windows being as long as their blocks
         self._pid = os.getpid()
         self._mappings: list[DmaMapping] = []  # map_dma and map_buffer, sorted by vaddr
         self._temporary: dict[Iova, DmaMapping] = {}
@@ -166,16 +174,56 @@ class DmaMapper:
         """Reserve `max_length` of IOVA and map `used_length`, or nothing of it."""
         with self._lock:
             self._check_open()
-            followed = _Followed(block, self._reserve_for(block, max_length))
+            self._policy.check_length(used_length, "used_length")
+            self._check_budget(block, max_length)
+            iova = self._reserve_for(block, max_length)
+            window = Window(
+                self._space,
+                self._policy,
+                idstr=block.idstr,
+                vaddr=block.vaddr,
+                iova=iova,
+                size=max_length,
+                map_piece=self._map,
+            )
+            followed = _Followed(block, window)
             try:
-                self._remap(followed, used_length)
-                position = bisect_right(self._followed, block.vaddr, key=lambda f: f.vaddr)
-                logger.debug("added %r at iova=%#x", block, followed.iova)
-                self._followed.insert(position, followed)
+                self._change(followed, used_length)
+                logger.debug("added %r at iova=%#x", block, iova)
+                self._followed.insert(bisect_right(self._followed, block.vaddr, key=_vaddr), followed)
             except BaseException as error:
-                self._restore(followed, 0, error)  # a signal handler may have raised when all was mapped
-                self._space.release_iova(followed.iova)
+                window.withdraw(error)  # a signal handler may have raised when all was mapped
+                self._space.release_iova(iova)
                 raise
+
+    def _check_budget(self, block: RamBlock, max_length: int) -> None:
+        """With a granule, each block can have all the mappings it may ever need."""
+        granule = self._policy.granule
+        if granule is None:
+            return
+        if granule % self._space.page_size:
+            raise ValueError(
+                f"a granule must be at least the IOMMU's page, {self._space.page_size:#x}, not {granule:#x}"
+            )
+        needed, left = self._policy.entries(max_length), self._space.entries_left
+        left -= sum(self._policy.entries(f.window.size) - len(f.window.pieces()) for f in self._followed)
+        if needed <= left:
+            return
+        fitting = granule
+        while left > 0 and -(-max_length // fitting) > left:
+            fitting *= 2
+        error = EntryLimitError(
+            errno.ENOSPC,
+            f"RAM block '{block.idstr}' may need {needed} mappings of {format_size(granule)}, and {max(left, 0)} are "
+            "left when all others have those they may need",
+            request="VFIO_IOMMU_MAP_DMA",
+            arguments={"max_length": max_length, "granule": granule},
+            hint=f"The smallest granule that would fit is {format_size(fitting)}"
+            if left > 0
+            else "Remove blocks, or raise the module parameter vfio_iommu_type1.dma_entry_limit",
+        )
+        error.used, error.limit = needed, max(left, 0)
+        raise error
 
     def _reserve_for(self, block: RamBlock, max_length: int) -> Iova:
         wanted = self._place(block)
@@ -196,67 +244,53 @@ class DmaMapper:
             followed = self._search(block)
             if followed is None:  # a signal handler has ended an earlier call behind the next lines; nothing is reached
                 return
-            self._remap(followed, 0)
-            logger.debug("removed %r from iova=%#x", block, followed.iova)
-            self._former[block] = followed.iova
+            followed.window.change([])
+            logger.debug("removed %r from iova=%#x", block, followed.window.iova)
+            self._former[block] = followed.window.iova
             self._followed.remove(followed)
-            self._space.release_iova(followed.iova)
+            self._space.release_iova(followed.window.iova)
 
     def ram_block_resized(self, block: RamBlock, old_length: int, new_length: int) -> None:
-        """Unmap the old length and map the new one at the same IOVA.
+        """Map `new_length` in place of `old_length`, at the same IOVA.
 
-        When the map is refused, the old mapping is made again and the refusal raised. When that fails too,
-        RollbackError: the device reaches nothing of the block until it is resized once more or removed.
+        When the kernel refuses, what was mapped is mapped again where it was unmapped, and the refusal raised. When
+        that fails too, RollbackError: the device reaches less than the block has, until it is resized once more or
+        removed.
         """
         with self._lock:
             self._check_open()
             followed = self._find(block)
             if not 0 <= new_length <= block.max_length:
                 raise ValueError(f"{new_length:#x} is not within max_length {block.max_length:#x} of '{block.idstr}'")
+            self._policy.check_length(new_length, "used_length")
             # Before, as the series traces it: what raises behind the change is taken for a refusal.
-            logger.debug("resizing %r at iova=%#x from %#x to %#x", block, followed.iova, old_length, new_length)
-            self._remap(followed, new_length)
+            logger.debug("resizing %r at iova=%#x from %#x to %#x", block, followed.window.iova, old_length, new_length)
+            self._change(followed, new_length, old_length)
 
-    def _mapped(self, followed: _Followed) -> int:
-        """How much of a block the space has mapped: what the list says, but after RollbackError. The space's word alone
-        counts, since a signal handler can raise between the space's change and any note of it here."""
-        return self._size_at(vaddr=followed.vaddr, iova=followed.iova)
+    def _change(self, followed: _Followed, length: int, old_length: int | None = None) -> None:
+        changed = None if old_length is None else Extent(min(old_length, length), max(old_length, length))
+        wanted = [Extent(0, length)] if length else []
+        try:
+            followed.window.change(wanted, changed)
+        except EntryLimitError:
+            if self._policy.resize == "remap" or self._policy.granule or not self._policy.allow_gap:
+                raise
+            logger.debug("joining pieces: the container takes no more mappings")
+            self._join(followed, wanted)
+
+    def _join(self, followed: _Followed, wanted: Sequence[Extent]) -> None:
+        """Where a block of many pieces becomes one, there is room again."""
+        if not followed.window.pieces():
+            most = max(self._followed, key=lambda each: len(each.window.pieces()), default=followed)
+            most.window.change(runs(most.window.pieces()), join=True)
+        followed.window.change(wanted, join=True)
 
     def _size_at(self, *, vaddr: int, iova: int) -> int:
         mapping = self._space.mapping_at(iova)
         return 0 if mapping is None or (mapping.iova, mapping.vaddr) != (iova, vaddr) else mapping.size
 
-    def _remap(self, followed: _Followed, length: int) -> None:
-        """Map `length` of a block in place of what is mapped of it; when that fails, what was mapped is again."""
-        before = self._mapped(followed)
-        try:
-            self._replace(followed, length)
-        except BaseException as error:
-            self._restore(followed, before, error)
-            raise
-
-    def _replace(self, followed: _Followed, length: int) -> None:
-        if mapped := self._mapped(followed):
-            self._space.unmap(iova=followed.iova, size=mapped)
-        if length:
-            self._map(vaddr=followed.vaddr, iova=followed.iova, size=length)
-
-    def _restore(self, followed: _Followed, length: int, cause: BaseException) -> None:
-        if self._mapped(followed) == length:
-            return
-        try:
-            self._replace(followed, length)
-        except Exception as error:
-            first = cause if isinstance(cause, Exception) else VfioError(f"interrupted by {type(cause).__name__}")
-            raise RollbackError(
-                f"RAM block '{followed.block.idstr}' is not mapped any more: mapping its new length failed, and so did "
-                f"mapping the old one, {format_size(length)}, again",
-                [first, error],
-                hint="The device reaches nothing of it; its memory is kept. Resize it to another length, or remove it",
-            ) from cause
-
     def _search(self, block: RamBlock) -> _Followed | None:
-        position = bisect_right(self._followed, block.vaddr, key=lambda f: f.vaddr) - 1
+        position = bisect_right(self._followed, block.vaddr, key=_vaddr) - 1
         if position < 0 or self._followed[position].block is not block:
             return None
         return self._followed[position]
@@ -274,7 +308,7 @@ class DmaMapper:
         block is not followed, ClosedError."""
         with self._lock:
             self._check_open()
-            return self._find(block).iova
+            return self._find(block).window.iova
 
     def translate_vaddr(self, vaddr: int, size: int = 1) -> Iova:
         """The IOVA of `[vaddr, vaddr + size)`, all of which one block or one mapping of the caller's own has mapped.
@@ -290,11 +324,9 @@ class DmaMapper:
         return found
 
     def _find_vaddr(self, vaddr: int, size: int) -> Iova | None:
-        position = bisect_right(self._followed, vaddr, key=lambda f: f.vaddr) - 1
-        if position >= 0:
-            followed = self._followed[position]
-            if vaddr + size <= followed.vaddr + self._mapped(followed):
-                return Iova(followed.iova + vaddr - followed.vaddr)
+        position = bisect_right(self._followed, vaddr, key=_vaddr) - 1
+        if position >= 0 and (window := self._followed[position].window).reaches(vaddr, size):
+            return Iova(window.iova + vaddr - window.vaddr)
         mapping = self._own_mapping(vaddr, size)
         return None if mapping is None else Iova(mapping.iova + vaddr - mapping.vaddr)
 
@@ -305,13 +337,19 @@ class DmaMapper:
         return self._mappings[position]
 
     def translate_iova(self, iova: int, size: int = 1) -> Vaddr:
-        """Where in this process the device ends up with `[iova, iova + size)`, all in one mapping. LookupError when it
-        would be stopped; ValueError: `size` is below 1. O(log n)."""
+        """Where in this process the device ends up with `[iova, iova + size)`, all of it neighbours here, too.
+
+        LookupError when it would be stopped; ValueError: `size` is below 1. O(log n) and the number of pieces."""
         _check_size(size)
-        mapping = self._space.mapping_at(iova)
-        if mapping is None or iova + size > mapping.iova + mapping.size:
-            raise LookupError(f"{size:#x} bytes at IOVA {iova:#x} are not mapped in one piece")
-        return Vaddr(mapping.vaddr + iova - mapping.iova)
+        reached, apart = iova, set()
+        for mapping in self._space.mappings_in(iova=iova, size=size):
+            if mapping.iova > reached:
+                break
+            reached = mapping.iova + mapping.size
+            apart.add(mapping.vaddr - mapping.iova)
+        if reached < iova + size or len(apart) != 1:
+            raise LookupError(f"{size:#x} bytes at IOVA {iova:#x} are not mapped for neighbours in this process")
+        return Vaddr(iova + apart.pop())
 
     # ------------------------------------------------------------------------------------------------ own mappings
 
@@ -396,8 +434,8 @@ class DmaMapper:
         return found
 
     def _check_apart(self, vaddr: int, size: int) -> None:
-        position = bisect_right(self._followed, vaddr + size - 1, key=lambda f: f.vaddr) - 1
-        if position >= 0 and self._followed[position].end > vaddr:
+        position = bisect_right(self._followed, vaddr + size - 1, key=_vaddr) - 1
+        if position >= 0 and self._followed[position].window.end > vaddr:
             block = self._followed[position].block
             raise ValueError(
                 f"vaddr {vaddr:#x}-{vaddr + size - 1:#x} reaches into RAM block '{block.idstr}', which has IOVA of its "
@@ -543,13 +581,18 @@ class DmaMapper:
     def _check(self) -> None:
         """The invariant: for each block, the space has mapped exactly what the block holds."""
         with self._lock:
-            for followed in self._followed:
-                reached = self._mapped(followed)
-                assert reached in (0, followed.block.used_length), (followed.block, reached)
+            for block, window in self._followed:
+                reached = runs(window.pieces())
+                assert reached in ([], [Extent(0, block.used_length)]), (block, reached)
+                assert self._policy.granule is None or all(p.size == self._policy.granule for p in window.pieces())
             for mapping in self._mappings:
                 assert self._size_at(vaddr=mapping.vaddr, iova=mapping.iova) in (0, mapping.size), mapping
-            for entries in (self._followed, self._mappings):
-                assert [entry.vaddr for entry in entries] == sorted(entry.vaddr for entry in entries)
+            for addresses in (list(map(_vaddr, self._followed)), [mapping.vaddr for mapping in self._mappings]):
+                assert addresses == sorted(addresses)
+
+
+def _vaddr(followed: _Followed) -> Vaddr:
+    return followed.window.vaddr
 
 
 def _access(*, read: bool, write: bool) -> int:

@@ -198,6 +198,10 @@ class ForkedError(VfioError):
         )
 
 
+class GapError(VfioError):
+    """A resize would take memory that stays out of the device's reach for a moment, and that was not allowed."""
+
+
 class ReentrancyError(VfioError):
     """A RAM block was added, removed or resized from inside a notifier of the same list."""
 

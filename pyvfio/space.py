@@ -93,6 +93,10 @@ class AddressSpace(Protocol):
         """The mapping that covers `iova`. O(log n)."""
         ...
 
+    def mappings_in(self, *, iova: int, size: int) -> list[Mapping]:
+        """The mappings that share an address with `[iova, iova + size)`, ascending. O(log n) and their number."""
+        ...
+
 
 class MappingTable:
     """Mappings sorted by IOVA, 32 bytes each: what an address space has put into the kernel.

@@ -21,6 +21,7 @@ OTHER_BDF = "0000:00:03.0"
 PRIVATE = 0x22  # MAP_PRIVATE | MAP_ANONYMOUS
 READ_WRITE = 3
 
+MapperFactory = Callable[[pyvfio.Container, pyvfio.RamBlockList], pyvfio.DmaMapper]
 _Answer = TypeVar("_Answer")
 
 
@@ -116,7 +117,7 @@ class Rig:
         self,
         kernel: FakeKernel,
         *,
-        mapper: type[pyvfio.DmaMapper] = pyvfio.DmaMapper,
+        mapper: MapperFactory = pyvfio.DmaMapper,
         container: pyvfio.Container | None = None,
         iommu_type: ioctls.VfioExtension | None = None,
     ) -> None:

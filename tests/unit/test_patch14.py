@@ -16,7 +16,6 @@ import pytest
 
 import pyvfio
 from pyvfio.dma import DmaMapper
-from pyvfio.dma import _Followed as Followed
 from pyvfio.testing.fake import FakeKernel
 from pyvfio.units import MIB, PAGE_SIZE, Iova
 from tests.unit.fakes import Rig
@@ -141,24 +140,23 @@ def the_iova_of_a_block_never_moves(kernel: FakeKernel, mapper: type[DmaMapper])
 class SwappedInUnmap(DmaMapper):
     """`qemu_vfio_undo_mapping(s, m->iova, m->size)`, where the signature is (s, size, iova)."""
 
-    def _replace(self, followed: Followed, length: int) -> None:
-        if mapped := self._mapped(followed):
-            self.space.unmap(iova=mapped, size=followed.iova)
-        if length:
-            self._map(vaddr=followed.vaddr, iova=followed.iova, size=length)
+    def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
+        """As there."""
+        window = self._find(block).window
+        if old_length:
+            self.space.unmap(iova=old_length, size=window.iova)
+        if new_length:
+            self._map(vaddr=window.vaddr, iova=window.iova, size=new_length)
 
 
 class SwappedInMap(DmaMapper):
     """`qemu_vfio_do_mapping(s, m->host, m->iova, new_size)`, where the signature is (s, host, size, iova)."""
 
-    def _replace(self, followed: Followed, length: int) -> None:
-        mapped = self._mapped(followed)
-        if mapped:
-            self.space.unmap(iova=followed.iova, size=mapped)
-        if mapped and length:
-            self._map(vaddr=followed.vaddr, iova=length, size=followed.iova)
-        elif length:
-            self._map(vaddr=followed.vaddr, iova=followed.iova, size=length)
+    def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
+        """As there."""
+        window = self._find(block).window
+        self.space.unmap(iova=window.iova, size=old_length)
+        self._map(vaddr=window.vaddr, iova=new_length, size=window.iova)
 
 
 class LockKept(DmaMapper):
@@ -177,11 +175,11 @@ class ResultIgnored(DmaMapper):
 
     def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
         """As there."""
-        followed = self._find(block)
+        window = self._find(block).window
         if old_length:
-            self.space.unmap(iova=followed.iova, size=old_length)
+            self.space.unmap(iova=window.iova, size=old_length)
         with suppress(pyvfio.IoctlError):
-            self._map(vaddr=followed.vaddr, iova=followed.iova, size=new_length)
+            self._map(vaddr=window.vaddr, iova=window.iova, size=new_length)
 
 
 class NothingIsMapped(DmaMapper):
@@ -189,11 +187,11 @@ class NothingIsMapped(DmaMapper):
 
     def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
         """As there; around what refuses 0 before the kernel can."""
-        followed = self._find(block)
+        window = self._find(block).window
         if old_length:
-            self.space.unmap(iova=followed.iova, size=old_length)
+            self.space.unmap(iova=window.iova, size=old_length)
         assert isinstance(self.space, pyvfio.Container)
-        self.space.map_dma(vaddr=followed.vaddr, iova=followed.iova, size=new_length)
+        self.space.map_dma(vaddr=window.vaddr, iova=window.iova, size=new_length)
 
 
 class GrowthFromNothingIsLost(DmaMapper):
@@ -210,8 +208,7 @@ class LengthUnchecked(DmaMapper):
 
     def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
         """As there."""
-        del old_length
-        self._remap(self._find(block), new_length)
+        self._change(self._find(block), new_length, old_length)
 
 
 class TailUnknown(DmaMapper):

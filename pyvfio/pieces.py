@@ -1,0 +1,288 @@
+"""The pieces of one RAM block that are mapped, and the fewest calls that turn them into what is wanted.
+
+A *piece* is one kernel mapping of a block. The kernel unmaps whole mappings only (VFIO_TYPE1v2_IOMMU refuses to cut
+one, EINVAL), so that how a block was mapped decides what a later resize can keep:
+
+* remap, in one piece: any resize unmaps it all and maps it anew. All of it is out of reach meanwhile.
+* extend: a grow maps the difference, as a piece. A shrink unmaps whole pieces; the one that straddles the new end is
+  unmapped, and its head mapped. All that stays is in reach throughout, but for that head.
+* extend with a granule: a grow maps the difference, a piece for each granule, and a shrink unmaps granules. All that
+  stays is in reach throughout.
+
+`steps` is the whole of that choice, and pure. A `Window` carries it out, or nothing of it: what fails in the middle is
+taken back piece by piece.
+
+Source: `vfio_dma_do_map`, `vfio_dma_do_unmap` in drivers/vfio/vfio_iommu_type1.c; granules are what QEMU's
+RamDiscardManager listener maps, so that each can go alone (hw/vfio/common.c).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, TypeAlias
+
+from pyvfio.errors import GapError, RollbackError, VfioError
+from pyvfio.space import AddressSpace, Mapping
+from pyvfio.units import Iova, Vaddr, format_size, is_aligned, is_power_of_two
+
+
+class Extent(NamedTuple):
+    """Bytes [start, end) of a block."""
+
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.end - self.start
+
+
+def clip(extents: Iterable[Extent], start: int, end: int) -> list[Extent]:
+    """What of ascending, disjoint `extents` lies in [start, end)."""
+    parts = (Extent(max(one.start, start), min(one.end, end)) for one in extents)
+    return [part for part in parts if part.start < part.end]
+
+
+def without(extents: Iterable[Extent], hole: Extent) -> list[Extent]:
+    """`extents` less the bytes of `hole`."""
+    parts = [
+        part
+        for one in extents
+        for part in (Extent(one.start, min(one.end, hole.start)), Extent(max(one.start, hole.end), one.end))
+    ]
+    return [part for part in parts if part.start < part.end]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How a block is mapped; see this module. `granule` in bytes, with "extend" only. `allow_gap`: whether bytes that
+    survive a resize may be out of the device's reach for a moment. ValueError for what does not go together."""
+
+    resize: Literal["remap", "extend"] = "remap"
+    granule: int | None = None
+    allow_gap: bool = True
+
+    def __post_init__(self) -> None:
+        if self.resize not in ("remap", "extend"):
+            raise ValueError(f"resize must be 'remap' or 'extend', not {self.resize!r}")
+        if self.resize == "remap" and self.granule is not None:
+            raise ValueError("a granule goes with resize='extend': a remap maps a block in one piece")
+        if self.resize == "remap" and not self.allow_gap:
+            raise ValueError("resize='remap' unmaps a block each time; allow_gap=False goes with resize='extend'")
+        if self.granule is not None and not is_power_of_two(self.granule):
+            raise ValueError(f"a granule must be a power of two, not {self.granule!r}")
+
+    def check_length(self, length: int, what: str) -> None:
+        """ValueError when granules do not make up `length`."""
+        if self.granule is not None and not is_aligned(length, self.granule):
+            raise ValueError(f"{what} must be a multiple of the granule {self.granule:#x}, not {length:#x}")
+
+    def cut(self, extent: Extent) -> Iterator[Extent]:
+        """The pieces that `extent` is mapped in."""
+        step = self.granule or extent.size
+        return (Extent(start, start + step) for start in range(extent.start, extent.end, step))
+
+    def entries(self, length: int) -> int:
+        """How many mappings a block may need that is at most `length` long and never discarded in part: one, where
+        pieces can be joined."""
+        return -(-length // self.granule) if self.granule else min(length, 1)
+
+
+class Step(NamedTuple):
+    """One call: a piece that is mapped, or a run of whole pieces that is unmapped."""
+
+    call: Literal["map", "unmap"]
+    extent: Extent
+
+
+def steps(mapped: Sequence[Extent], wanted: Sequence[Extent], policy: Policy) -> list[Step]:
+    """The calls that make `mapped`, the pieces there are, cover exactly `wanted`; both ascend and are disjoint.
+
+    Raises GapError when bytes of both would be unmapped and `policy` allows no gap.
+    """
+    if policy.resize == "remap":
+        kept = list(mapped) == list(wanted)
+        unmaps = [] if kept else [Step("unmap", run) for run in runs(mapped)]
+        return unmaps + [Step("map", extent) for extent in wanted if not kept]
+    calls: list[Step] = []
+    new, gone = list(wanted), []
+    for piece in mapped:
+        inside = clip(wanted, *piece)
+        new = without(new, piece)
+        if inside == [piece]:
+            continue
+        if not inside:
+            gone.append(piece)
+            continue
+        if not policy.allow_gap:
+            raise _gap(piece, inside)
+        # Each head again at once, so that it is out of reach for no longer than its own map takes.
+        calls += [Step("unmap", piece), *(Step("map", extent) for extent in inside)]
+    calls += [Step("unmap", run) for run in runs(gone)]
+    return calls + [Step("map", piece) for extent in new for piece in policy.cut(extent)]
+
+
+def runs(pieces: Iterable[Extent]) -> list[Extent]:
+    """Neighbours as one: a single unmap takes several whole mappings."""
+    runs: list[Extent] = []
+    for piece in pieces:
+        if runs and runs[-1].end == piece.start:
+            runs[-1] = Extent(runs[-1].start, piece.end)
+        else:
+            runs.append(piece)
+    return runs
+
+
+def _gap(piece: Extent, inside: Sequence[Extent]) -> GapError:
+    return GapError(
+        f"{format_size(_total(inside))} that stay would be out of the device's reach for a moment: they are mapped in "
+        f"one piece, bytes {piece.start:#x}-{piece.end - 1:#x} of the block, with what is to go",
+        hint="Shrink to where a piece begins, map with granule=, or let allow_gap be True and quiesce the device",
+    )
+
+
+class _Map(Protocol):
+    def __call__(self, *, vaddr: int, iova: int, size: int) -> None: ...
+
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Told of bytes done and bytes in all, after each call of a change that makes several."""
+
+
+class Window:
+    """The IOVA of one block, `size` bytes from `iova` on, and what of the block is mapped there.
+
+    What is mapped is the space's word alone: a signal handler can raise between the space's change and any note here.
+    `map_piece` makes one mapping, `space` takes mappings away. Synchronization: none; its mapper serializes calls.
+    """
+
+    __slots__ = ("_idstr", "_map_piece", "_policy", "_settled", "_space", "iova", "size", "vaddr")
+
+    def __init__(
+        self,
+        space: AddressSpace,
+        policy: Policy,
+        *,
+        idstr: str,
+        vaddr: Vaddr,
+        iova: Iova,
+        size: int,
+        map_piece: _Map,
+    ) -> None:
+        self._idstr = idstr
+        self._space = space
+        self._policy = policy
+        self._map_piece = map_piece
+        self._settled = True  # False while a change is made, and after one of which not even the undo succeeded
+        self.vaddr = vaddr
+        self.iova = iova
+        self.size = size
+
+    @property
+    def end(self) -> int:
+        """Where the block's address space ends, exclusive."""
+        return self.vaddr + self.size
+
+    def pieces(self, within: Extent | None = None) -> list[Extent]:
+        """What is mapped, ascending: pieces that have a byte in `within` (None: all). O(log n) and their number."""
+        start, end = within or (0, self.size)
+        if start >= end:
+            return []
+        found = self._space.mappings_in(iova=self.iova + start, size=end - start)
+        return [self._extent(mapping) for mapping in found if self._is_ours(mapping)]
+
+    def _is_ours(self, mapping: Mapping) -> bool:
+        return mapping.vaddr - mapping.iova == self.vaddr - self.iova
+
+    def _extent(self, mapping: Mapping) -> Extent:
+        return Extent(mapping.iova - self.iova, mapping.iova + mapping.size - self.iova)
+
+    @property
+    def mapped(self) -> int:
+        """How many bytes the device reaches."""
+        return _total(self.pieces())
+
+    def reaches(self, vaddr: int, size: int) -> bool:
+        """Whether all of [vaddr, vaddr + size) is mapped, in one piece or in neighbours."""
+        start, end = vaddr - self.vaddr, vaddr - self.vaddr + size
+        if not 0 <= start < end <= self.size:
+            return False
+        return any(run.start <= start and end <= run.end for run in runs(self.pieces(Extent(start, end))))
+
+    def change(
+        self,
+        wanted: Sequence[Extent],
+        changed: Extent | None = None,
+        *,
+        join: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Let exactly `wanted` be mapped; bytes outside `changed` (None: all) are as wanted already.
+
+        `join`: in as few pieces as can be. Raises GapError before any call, and what a call raises; then the pieces are
+        as they were. RollbackError when not even that could be reached: less is mapped then, never more, until the next
+        change, which looks at the whole block.
+        """
+        if changed is None or not self._settled or join or self._policy.resize == "remap":
+            changed = Extent(0, self.size)
+        before = self.pieces(changed)
+        region = Extent(
+            min([changed.start, *(piece.start for piece in before)]),
+            max([changed.end, *(piece.end for piece in before)]),
+        )
+        plan = steps(before, clip(wanted, *region), Policy() if join else self._policy)
+        if not plan:
+            self._settled = True
+            return
+        self._settled = False
+        try:
+            self._carry_out(plan, progress)
+        except BaseException as error:
+            self._restore(before, region, error)
+            raise
+        self._settled = True
+
+    def withdraw(self, cause: BaseException) -> None:
+        """Let nothing be mapped, since `cause` keeps the block from coming. RollbackError."""
+        self._restore([], Extent(0, self.size), cause)
+
+    def _carry_out(self, plan: Sequence[Step], progress: Progress | None) -> None:
+        total, done = _total(extent for _call, extent in plan), 0
+        for step in plan:
+            self._make(step)
+            done += step.extent.size
+            if progress is not None and len(plan) > 1:
+                progress(done, total)
+
+    def _make(self, step: Step) -> None:
+        start, size = step.extent.start, step.extent.size
+        if step.call == "unmap":
+            self._space.unmap(iova=self.iova + start, size=size)
+        else:
+            self._map_piece(vaddr=self.vaddr + start, iova=self.iova + start, size=size)
+
+    def _restore(self, before: Sequence[Extent], region: Extent, cause: BaseException) -> None:
+        """Piece by piece what there was; every new one is taken away before an old one comes back."""
+        now = self.pieces(region)
+        new, lost = [piece for piece in now if piece not in before], [piece for piece in before if piece not in now]
+        try:
+            for step in [*(Step("unmap", run) for run in runs(new)), *(Step("map", piece) for piece in lost)]:
+                self._make(step)
+        except BaseException as error:  # a second KeyboardInterrupt, too: nobody may take the memory back now
+            raise RollbackError(
+                f"a change of what is mapped of RAM block '{self._idstr}' failed, and so did its undo: "
+                f"{format_size(_total(lost))} may not be mapped any more, {format_size(_total(new))} may still be",
+                [_as_exception(cause), _as_exception(error)],
+                hint="Its memory is kept. Resize it to another length, or remove it",
+            ) from cause
+        self._settled = True
+
+
+def _total(extents: Iterable[Extent]) -> int:
+    return sum(extent.size for extent in extents)
+
+
+def _as_exception(error: BaseException) -> Exception:
+    return error if isinstance(error, Exception) else VfioError(f"interrupted by {type(error).__name__}")
