@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import pyvfio
 from pyvfio import ioctls, pci
@@ -37,6 +37,8 @@ class Rig:
         container: pyvfio.Container | None = None,
         iommu_type: ioctls.VfioExtension | None = None,
         place: int | None = None,
+        resize: Literal["remap", "extend"] = "remap",
+        granule: int | None = None,
     ) -> None:
         with ExitStack() as stack:
             self.device = stack.enter_context(
@@ -49,10 +51,15 @@ class Rig:
             self.blocks = stack.enter_context(pyvfio.RamBlockList(kernel=kernel))
             self.mapper = stack.enter_context(
                 pyvfio.DmaMapper(
-                    self.container, self.blocks, place=lambda block: place if block.idstr != "desk" else None
+                    self.container,
+                    self.blocks,
+                    resize=resize,
+                    granule=granule,
+                    place=lambda block: place if block.idstr != "desk" else None,
                 )
             )
-            desk = self.blocks.add("desk", used_length=PAGE_SIZE, max_length=PAGE_SIZE)
+            room = granule or PAGE_SIZE
+            desk = self.blocks.add("desk", used_length=room, max_length=room)
             self._probe = probe.DmaProbe(self.engine, desk=desk, iova=self.mapper.iova(desk))
             self._stack = stack.pop_all()
 

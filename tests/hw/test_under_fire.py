@@ -1,0 +1,204 @@
+"""A device at work while a block is resized, processes that die in the middle of it, and a Ctrl-C: who loses what.
+
+QEMU's `edu` moves all bytes of a transfer at one instant, some 100 ms after it was told to; a transfer counts as lost
+when its data did not arrive.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+import pyvfio
+from pyvfio.kernel import Kernel
+from pyvfio.testing.world import World
+from pyvfio.units import GIB, MIB, PAGE_SIZE
+from tests.hw.rig import SIZE, Rig, pattern
+from tests.unit.processes import in_child
+
+RESIZES, TRANSFERS = 1000, 200
+KILLS = 100
+
+POLICIES = [
+    pytest.param("remap", None, id="remap"),
+    pytest.param("extend", None, id="extend"),
+    pytest.param("extend", PAGE_SIZE, id="granules"),
+]
+
+
+@pytest.mark.parametrize(("resize", "granule"), POLICIES)
+def test_the_device_reaches_exactly_what_is_in_use_under_each_policy(
+    engine_bdfs: tuple[str, ...], kernel: Kernel, resize: Literal["remap", "extend"], granule: int | None
+) -> None:
+    """The first and last bytes of it, across pieces, and not the page behind it."""
+    with Rig(engine_bdfs[0], kernel=kernel, resize=resize, granule=granule) as rig:
+        block = rig.blocks.add("ring", used_length=2 * PAGE_SIZE, max_length=MIB)
+        iova = rig.mapper.iova(block)
+        for pages in (5, 9, 6, 3, 0, 8, 1):
+            block.resize(pages * PAGE_SIZE)
+            rig.mapper._check()
+            assert rig.mapper.iova(block) == iova
+            if pages:
+                assert rig.reaches(block, pages * PAGE_SIZE - SIZE)
+            assert rig.device_reads(iova + pages * PAGE_SIZE) is None
+        block.resize(4 * PAGE_SIZE)
+        across = pattern()
+        with block.view() as view:
+            view[2 * PAGE_SIZE - SIZE // 2 :][:SIZE] = across
+        assert rig.device_reads(iova + 2 * PAGE_SIZE - SIZE // 2) == across
+
+
+def _fire(rig: Rig, block: pyvfio.RamBlock, resize: Callable[[], object], *, resizes: int, transfers: int) -> int:
+    """Have the device copy a pattern inside `block` again and again while it is resized, until both numbers are
+    reached; how many copies did not arrive. Each is two transfers."""
+    iova, count, moved, lost = rig.mapper.iova(block), 0, 0, 0
+    while count < resizes or moved < transfers:
+        sent = pattern()
+        with block.view() as view:
+            view[:SIZE] = sent
+            view[PAGE_SIZE : PAGE_SIZE + SIZE] = bytes(SIZE)
+        for start, where in ((rig.engine.start_read, iova), (rig.engine.start_write, iova + PAGE_SIZE)):
+            start(where, SIZE)
+            while not rig.engine.idle:
+                resize()
+                count += 1
+            moved += 1
+        with block.view() as view:
+            lost += bytes(view[PAGE_SIZE : PAGE_SIZE + SIZE]) != sent
+    print(f"{count} resizes, {moved} transfers, {lost} of {moved // 2} copies lost")
+    return lost
+
+
+@pytest.mark.real_kernel("a transfer of the fake edu is over at once: nothing can happen meanwhile")
+def test_with_granules_no_transfer_into_what_stays_is_lost(engine_bdfs: tuple[str, ...], kernel: Kernel) -> None:
+    """Whatever is mapped and unmapped behind it at the same time."""
+    with Rig(engine_bdfs[0], kernel=kernel, resize="extend", granule=64 * PAGE_SIZE) as rig:
+        unit = 64 * PAGE_SIZE
+        block = rig.blocks.add("ring", used_length=unit, max_length=64 * unit)
+        lengths = cycle((2 * unit, 5 * unit, 3 * unit, unit, 4 * unit, 2 * unit))
+        assert _fire(rig, block, lambda: block.resize(next(lengths)), resizes=RESIZES, transfers=TRANSFERS) == 0
+        rig.mapper._check()
+
+
+@pytest.mark.real_kernel("a transfer of the fake edu is over at once: nothing can happen meanwhile")
+def test_a_remap_of_a_large_block_loses_transfers(engine_bdfs: tuple[str, ...], kernel: Kernel) -> None:
+    """So that the sentence above is known to see it. How soon depends on how long the IOMMU takes to map."""
+    with Rig(engine_bdfs[0], kernel=kernel, resize="remap") as rig:
+        block = rig.blocks.add("ring", used_length=256 * MIB, max_length=GIB)
+        lengths = cycle((258 * MIB, 256 * MIB))
+        rounds = (_fire(rig, block, lambda: block.resize(next(lengths)), resizes=1, transfers=20) for _ in range(20))
+        assert any(rounds)
+
+
+# ------------------------------------------------------------------------------------------------ death and Ctrl-C
+
+
+def _pinned() -> int:
+    """How many pages are pinned for devices, by all processes."""
+    Path("/proc/sys/vm/stat_refresh").read_bytes()  # what each processor counts for itself is added up
+    counts = dict(line.split() for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines())
+    return int(counts["nr_foll_pin_acquired"]) - int(counts["nr_foll_pin_released"])
+
+
+def _resize_for_ever(bdf: str, kernel: Kernel, ready: int) -> None:
+    rig = Rig(bdf, kernel=kernel, resize="extend", granule=PAGE_SIZE)
+    block = rig.blocks.add("ring", used_length=PAGE_SIZE, max_length=16 * MIB)
+    os.write(ready, b"\1")
+    for pages in cycle((256, 1, 2, 64, 0)):
+        block.resize(pages * PAGE_SIZE)
+
+
+@pytest.mark.real_kernel("a fake's state is its process's own, and dies with it")
+def test_a_process_that_is_killed_in_the_middle_of_a_resize_leaves_nothing_behind(
+    engine_bdfs: tuple[str, ...], kernel: Kernel
+) -> None:
+    """A hundred times: the group can be opened again at once, and not a page stays pinned."""
+    pinned, chance = _pinned(), random.Random(1)  # noqa: S311 (nothing secret)
+    for _ in range(KILLS):
+        ready, tell = os.pipe()
+        pid = os.fork()
+        if not pid:
+            os.close(ready)
+            try:
+                _resize_for_ever(engine_bdfs[0], kernel, tell)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        os.close(tell)
+        assert os.read(ready, 1) == b"\1", "the child could not open the device"
+        time.sleep(chance.random() * 0.05)
+        os.kill(pid, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        os.close(ready)
+        with pyvfio.open_device(engine_bdfs[0], kernel=kernel):
+            pass
+        assert _pinned() == pinned
+
+
+@pytest.fixture
+def interruption() -> Iterator[Callable[[float], None]]:
+    """KeyboardInterrupt in so many seconds, as a Ctrl-C."""
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds) and None
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.real_kernel("how long a map takes is the machine's")
+@pytest.mark.parametrize(("resize", "granule"), POLICIES)
+def test_a_ctrl_c_during_a_long_grow_leaves_the_block_as_it_was(
+    engine_bdfs: tuple[str, ...],
+    world: World,
+    interruption: Callable[[float], None],
+    resize: Literal["remap", "extend"],
+    granule: int | None,
+) -> None:
+    """Between two pieces, or behind the one call that there is: what had been mapped is unmapped again."""
+    unit = 64 * (granule or 0) or None
+    with Rig(engine_bdfs[0], kernel=world.kernel, resize=resize, granule=unit) as rig:
+        block = rig.blocks.add("ring", used_length=2 * MIB, max_length=GIB)
+        locked, before = world.locked_bytes(), rig.container.mappings
+        interruption(0.02)
+        with pytest.raises(KeyboardInterrupt):
+            block.resize(512 * MIB)
+        rig.mapper._check()
+        assert (block.used_length, world.locked_bytes(), rig.container.mappings) == (2 * MIB, locked, before)
+        assert rig.reaches(block, 2 * MIB - SIZE)
+        assert rig.device_reads(rig.mapper.iova(block) + 2 * MIB) is None
+        block.resize(4 * MIB)
+        assert rig.reaches(block, 4 * MIB - SIZE)
+
+
+@pytest.mark.real_kernel("a fake refuses its calls in a child, whoever makes them")
+def test_a_child_reaches_neither_the_memory_nor_the_device_and_takes_nothing_with_it(rig: Rig) -> None:
+    """Its finalizers do nothing: the parent's device goes on."""
+    block = rig.blocks.add("ring", used_length=2 * MIB, max_length=GIB)
+
+    def child() -> None:
+        for use in (
+            lambda: block.resize(4 * MIB),
+            lambda: rig.container.unmap(iova=rig.mapper.iova(block), size=2 * MIB),
+            lambda: rig.device.region(0).read32(0),
+            block.view,
+        ):
+            with pytest.raises(pyvfio.ForkedError):
+                use()
+        rig.mapper.close()
+        rig.blocks.close()
+        rig.container.close()
+
+    assert in_child(child) == 0
+    assert in_child(lambda: os.pread(os.open("/proc/self/mem", os.O_RDONLY), 1, block.vaddr)) == 1
+    assert rig.reaches(block, 2 * MIB - SIZE)
+    block.resize(4 * MIB)
+    assert rig.reaches(block, 4 * MIB - SIZE)
