@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         CapabilityError,
         ClosedError,
         DeviceNotFoundError,
+        DiscardError,
         EntryLimitError,
         ForkedError,
         GapError,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         UnsupportedError,
         VfioError,
     )
+    from pyvfio.extents import Extent
     from pyvfio.iova import IovaAllocator
     from pyvfio.kernel import Kernel, LinuxKernel, Memlock
     from pyvfio.memory import MemorySettings
@@ -52,8 +54,23 @@ if TYPE_CHECKING:
     from pyvfio.units import GIB, KIB, MIB, PAGE_SIZE, TIB, Iova, IovaRange, Vaddr
 else:
     # pytest imports this package whenever it starts, for the plugin is in it: whoever uses no name pays for none.
-    _HOMES = ("caps", "container", "device", "dma", "errors", "iova", "kernel", "memory", "ramblock", "space", "units")
-    _MODULES = frozenset((*_HOMES, "handle", "ioctls", "pci", "pieces", "type1_errors"))
+    _HOMES = (
+        "caps",
+        "container",
+        "device",
+        "dma",
+        "errors",
+        "extents",
+        "iova",
+        "kernel",
+        "memory",
+        "ramblock",
+        "space",
+        "units",
+    )
+    _MODULES = frozenset(
+        (*_HOMES, "block", "discards", "handle", "ioctls", "notifier", "pci", "pieces", "type1_errors")
+    )
 
     def __getattr__(name):
         if name in _MODULES:
@@ -85,9 +102,11 @@ __all__ = [
     "Device",
     "DeviceInfo",
     "DeviceNotFoundError",
+    "DiscardError",
     "DmaMapper",
     "DmaMapping",
     "EntryLimitError",
+    "Extent",
     "ForkedError",
     "GapError",
     "Group",

@@ -27,9 +27,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self, TypeVar
 from weakref import WeakKeyDictionary
 
+from pyvfio.discards import DiscardClaim
 from pyvfio.errors import ClosedError, EntryLimitError, IoctlError
+from pyvfio.extents import Extent, runs, without
 from pyvfio.handle import attempt_all
-from pyvfio.pieces import Extent, Policy, Window, runs
+from pyvfio.pieces import Policy, Window
 from pyvfio.ramblock import RamBlock, RamBlockList
 from pyvfio.space import AddressSpace
 from pyvfio.units import MIB, U64_MAX, Iova, Vaddr, format_size
@@ -156,8 +158,14 @@ class DmaMapper:
         self._former: WeakKeyDictionary[RamBlock, Iova] = WeakKeyDictionary()
         self._closed = False
         self._blocks = blocks
+        self._claim: DiscardClaim | None = None
         if blocks is not None:
-            blocks.add_notifier(self)
+            self._claim = blocks.discards.disable_uncoordinated()
+            try:
+                blocks.add_notifier(self)
+            except BaseException:
+                self._claim.close()
+                raise
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self._followed)} blocks, {len(self._mappings)} mappings"
@@ -188,7 +196,7 @@ class DmaMapper:
             )
             followed = _Followed(block, window)
             try:
-                self._change(followed, used_length)
+                self._change(followed, block._populated(used_length))
                 logger.debug("added %r at iova=%#x", block, iova)
                 self._followed.insert(bisect_right(self._followed, block.vaddr, key=_vaddr), followed)
             except BaseException as error:
@@ -265,13 +273,30 @@ class DmaMapper:
             self._policy.check_length(new_length, "used_length")
             # Before, as the series traces it: what raises behind the change is taken for a refusal.
             logger.debug("resizing %r at iova=%#x from %#x to %#x", block, followed.window.iova, old_length, new_length)
-            self._change(followed, new_length, old_length)
+            self._change(followed, block._populated(new_length), was=block._populated(old_length))
 
-    def _change(self, followed: _Followed, length: int, old_length: int | None = None) -> None:
-        changed = None if old_length is None else Extent(min(old_length, length), max(old_length, length))
-        wanted = [Extent(0, length)] if length else []
+    def ram_block_discarded(self, block: RamBlock, parts: Sequence[Extent]) -> None:
+        """Unmap parts of the block; as `ram_block_resized`. ValueError: granules do not make them up."""
+        with self._lock:
+            self._check_parts(block, parts)
+            self._change(self._find(block), without(block.populated, *parts), was=block.populated)
+
+    def ram_block_populated(self, block: RamBlock, parts: Sequence[Extent]) -> None:
+        """Map parts of the block again; as `ram_block_discarded`."""
+        with self._lock:
+            self._check_parts(block, parts)
+            wanted = runs(sorted([*without(block.populated, *parts), *parts]))
+            self._change(self._find(block), wanted, was=block.populated)
+
+    def _check_parts(self, block: RamBlock, parts: Sequence[Extent]) -> None:
+        self._check_open()
+        for part in parts:
+            self._policy.check_length(part.start, f"where a part of RAM block '{block.idstr}' begins")
+            self._policy.check_length(part.size, f"a part of RAM block '{block.idstr}'")
+
+    def _change(self, followed: _Followed, wanted: Sequence[Extent], *, was: Sequence[Extent] | None = None) -> None:
         try:
-            followed.window.change(wanted, changed)
+            followed.window.change(wanted, was=was)
         except EntryLimitError:
             if self._policy.resize == "remap" or self._policy.granule or not self._policy.allow_gap:
                 raise
@@ -565,6 +590,8 @@ class DmaMapper:
         if self._blocks is not None:
             self._blocks.remove_notifier(self)
             self._blocks = None
+        if self._claim is not None:
+            self._claim.close()
 
     def _own_mappings(self) -> list[DmaMapping]:
         with self._lock:
@@ -583,7 +610,8 @@ class DmaMapper:
         with self._lock:
             for block, window in self._followed:
                 reached = runs(window.pieces())
-                assert reached in ([], [Extent(0, block.used_length)]), (block, reached)
+                assert not without(reached, *block.populated), (block, reached)
+                assert reached == list(block.populated) or not window.settled, (block, reached)
                 assert self._policy.granule is None or all(p.size == self._policy.granule for p in window.pieces())
             for mapping in self._mappings:
                 assert self._size_at(vaddr=mapping.vaddr, iova=mapping.iova) in (0, mapping.size), mapping

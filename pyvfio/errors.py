@@ -198,6 +198,10 @@ class ForkedError(VfioError):
         )
 
 
+class DiscardError(VfioError):
+    """Memory may not be discarded: a claim rules it out, or a notifier could not follow."""
+
+
 class GapError(VfioError):
     """A resize would take memory that stays out of the device's reach for a moment, and that was not allowed."""
 

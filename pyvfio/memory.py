@@ -244,6 +244,15 @@ class Reservation:
             # Nothing depends on it before the memory is activated again, which then tries once more.
             logger.debug("settings of %#x wait until it is activated: %s", self.vaddr + length, error)
 
+    def drop(self, start: int, end: int) -> None:
+        """Give the pages of `[start, end)`, which is active, back; it stays accessible and reads zeros. Raises OSError
+        when they could not be given back; they are zeros all the same."""
+        self._check_open()
+        if not 0 <= start < end <= self._length:
+            raise ValueError(f"cannot drop [{start:#x}, {end:#x}): {self._length:#x} bytes are active")
+        if failure := self._zero(start, end):
+            raise failure
+
     def retain(self, length: int) -> None:
         """Say that only `[0, length)` is in use, and give nothing back: a device may still reach what lies behind,
         until `deactivate` says otherwise."""
@@ -265,17 +274,21 @@ class Reservation:
         apply_settings(self._kernel, self._settings, vaddr=self.vaddr + start, size=end - start)
         self._unsettled = None
 
-    def _zero(self, start: int, end: int) -> None:
+    def _zero(self, start: int, end: int) -> OSError | None:
+        """What kept the pages from being dropped."""
         # Pages that a device may reach must stay the ones that this process has; they are written, not dropped.
+        failure = OSError(errno.EBUSY, "a device may still reach it")
         if start >= self._held:
             try:
                 self._kernel.madvise(self.vaddr + start, end - start, mmap.MADV_DONTNEED)
             except OSError as error:
                 # Locked memory cannot be dropped (EINVAL); it can be written.
                 logger.debug("%#x is written with zeros: %s", self.vaddr + start, error)
+                failure = error
             else:
-                return
+                return None
         ctypes.memset(self.vaddr + start, 0, end - start)
+        return failure
 
     def release(self) -> None:
         """Give the address space back, guard page included; twice is fine. Raises OSError, and then still holds it."""

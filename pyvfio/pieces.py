@@ -18,41 +18,14 @@ RamDiscardManager listener maps, so that each can go alone (hw/vfio/common.c).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol
 
 from pyvfio.errors import GapError, RollbackError, VfioError
+from pyvfio.extents import Extent, clip, runs, total, without
 from pyvfio.space import AddressSpace, Mapping
 from pyvfio.units import Iova, Vaddr, format_size, is_aligned, is_power_of_two
-
-
-class Extent(NamedTuple):
-    """Bytes [start, end) of a block."""
-
-    start: int
-    end: int
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return self.end - self.start
-
-
-def clip(extents: Iterable[Extent], start: int, end: int) -> list[Extent]:
-    """What of ascending, disjoint `extents` lies in [start, end)."""
-    parts = (Extent(max(one.start, start), min(one.end, end)) for one in extents)
-    return [part for part in parts if part.start < part.end]
-
-
-def without(extents: Iterable[Extent], hole: Extent) -> list[Extent]:
-    """`extents` less the bytes of `hole`."""
-    parts = [
-        part
-        for one in extents
-        for part in (Extent(one.start, min(one.end, hole.start)), Extent(max(one.start, hole.end), one.end))
-    ]
-    return [part for part in parts if part.start < part.end]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,20 +97,15 @@ def steps(mapped: Sequence[Extent], wanted: Sequence[Extent], policy: Policy) ->
     return calls + [Step("map", piece) for extent in new for piece in policy.cut(extent)]
 
 
-def runs(pieces: Iterable[Extent]) -> list[Extent]:
-    """Neighbours as one: a single unmap takes several whole mappings."""
-    runs: list[Extent] = []
-    for piece in pieces:
-        if runs and runs[-1].end == piece.start:
-            runs[-1] = Extent(runs[-1].start, piece.end)
-        else:
-            runs.append(piece)
-    return runs
+def _difference(one: Sequence[Extent], other: Sequence[Extent]) -> Extent:
+    """Where two sets of bytes differ, from the first byte to the last."""
+    parts = [*without(one, *other), *without(other, *one)]
+    return Extent(min((part.start for part in parts), default=0), max((part.end for part in parts), default=0))
 
 
 def _gap(piece: Extent, inside: Sequence[Extent]) -> GapError:
     return GapError(
-        f"{format_size(_total(inside))} that stay would be out of the device's reach for a moment: they are mapped in "
+        f"{format_size(total(inside))} that stay would be out of the device's reach for a moment: they are mapped in "
         f"one piece, bytes {piece.start:#x}-{piece.end - 1:#x} of the block, with what is to go",
         hint="Shrink to where a piece begins, map with granule=, or let allow_gap be True and quiesce the device",
     )
@@ -147,10 +115,6 @@ class _Map(Protocol):
     def __call__(self, *, vaddr: int, iova: int, size: int) -> None: ...
 
 
-Progress: TypeAlias = Callable[[int, int], None]
-"""Told of bytes done and bytes in all, after each call of a change that makes several."""
-
-
 class Window:
     """The IOVA of one block, `size` bytes from `iova` on, and what of the block is mapped there.
 
@@ -158,7 +122,7 @@ class Window:
     `map_piece` makes one mapping, `space` takes mappings away. Synchronization: none; its mapper serializes calls.
     """
 
-    __slots__ = ("_idstr", "_map_piece", "_policy", "_settled", "_space", "iova", "size", "vaddr")
+    __slots__ = ("_idstr", "_map_piece", "_policy", "_reached", "_space", "iova", "size", "vaddr")
 
     def __init__(
         self,
@@ -175,7 +139,8 @@ class Window:
         self._space = space
         self._policy = policy
         self._map_piece = map_piece
-        self._settled = True  # False while a change is made, and after one of which not even the undo succeeded
+        # What the last change was to reach; None while one is made, and after one of which not even the undo succeeded.
+        self._reached: list[Extent] | None = []
         self.vaddr = vaddr
         self.iova = iova
         self.size = size
@@ -200,9 +165,9 @@ class Window:
         return Extent(mapping.iova - self.iova, mapping.iova + mapping.size - self.iova)
 
     @property
-    def mapped(self) -> int:
-        """How many bytes the device reaches."""
-        return _total(self.pieces())
+    def settled(self) -> bool:
+        """Whether the last change, or its undo, came to its end."""
+        return self._reached is not None
 
     def reaches(self, vaddr: int, size: int) -> bool:
         """Whether all of [vaddr, vaddr + size) is mapped, in one piece or in neighbours."""
@@ -214,47 +179,37 @@ class Window:
     def change(
         self,
         wanted: Sequence[Extent],
-        changed: Extent | None = None,
         *,
+        was: Sequence[Extent] | None = None,
         join: bool = False,
-        progress: Progress | None = None,
     ) -> None:
-        """Let exactly `wanted` be mapped; bytes outside `changed` (None: all) are as wanted already.
+        """Let exactly `wanted` be mapped, in as few pieces as can be with `join`.
 
-        `join`: in as few pieces as can be. Raises GapError before any call, and what a call raises; then the pieces are
-        as they were. RollbackError when not even that could be reached: less is mapped then, never more, until the next
-        change, which looks at the whole block.
+        `was`: what the caller believes to be mapped. Where the last change left just that, only the difference is
+        looked at, else the whole block. Raises GapError before any call, and what a call raises; then the pieces are as
+        they were. RollbackError when not even that could be reached.
         """
-        if changed is None or not self._settled or join or self._policy.resize == "remap":
-            changed = Extent(0, self.size)
+        trusted = was is not None and list(was) == self._reached and not join and self._policy.resize == "extend"
+        changed = _difference(was or (), wanted) if trusted else Extent(0, self.size)
         before = self.pieces(changed)
         region = Extent(
             min([changed.start, *(piece.start for piece in before)]),
             max([changed.end, *(piece.end for piece in before)]),
         )
         plan = steps(before, clip(wanted, *region), Policy() if join else self._policy)
-        if not plan:
-            self._settled = True
-            return
-        self._settled = False
+        self._reached = None
         try:
-            self._carry_out(plan, progress)
+            for step in plan:
+                self._make(step)
         except BaseException as error:
             self._restore(before, region, error)
             raise
-        self._settled = True
+        # Last, so that after an interruption before it the next change looks at the whole block.
+        self._reached = list(wanted)
 
     def withdraw(self, cause: BaseException) -> None:
         """Let nothing be mapped, since `cause` keeps the block from coming. RollbackError."""
         self._restore([], Extent(0, self.size), cause)
-
-    def _carry_out(self, plan: Sequence[Step], progress: Progress | None) -> None:
-        total, done = _total(extent for _call, extent in plan), 0
-        for step in plan:
-            self._make(step)
-            done += step.extent.size
-            if progress is not None and len(plan) > 1:
-                progress(done, total)
 
     def _make(self, step: Step) -> None:
         start, size = step.extent.start, step.extent.size
@@ -273,15 +228,10 @@ class Window:
         except BaseException as error:  # a second KeyboardInterrupt, too: nobody may take the memory back now
             raise RollbackError(
                 f"a change of what is mapped of RAM block '{self._idstr}' failed, and so did its undo: "
-                f"{format_size(_total(lost))} may not be mapped any more, {format_size(_total(new))} may still be",
+                f"{format_size(total(lost))} may not be mapped any more, {format_size(total(new))} may still be",
                 [_as_exception(cause), _as_exception(error)],
                 hint="Its memory is kept. Resize it to another length, or remove it",
             ) from cause
-        self._settled = True
-
-
-def _total(extents: Iterable[Extent]) -> int:
-    return sum(extent.size for extent in extents)
 
 
 def _as_exception(error: BaseException) -> Exception:

@@ -25,61 +25,44 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Protocol, Self, TypeAlias, TypeVar, runtime_checkable
+from typing import Self, TypeVar
 
+from pyvfio.block import RamBlock, ResizedCallback
+from pyvfio.discards import DiscardGuard
 from pyvfio.errors import (
     ClosedError,
+    DiscardError,
     ForkedError,
     MemoryNotReturnedWarning,
     ReentrancyError,
     RollbackError,
     UnmapSizeError,
-    VfioError,
     raise_collected,
 )
+from pyvfio.extents import Extent, clip, runs, total, without
 from pyvfio.kernel import Kernel, LinuxKernel
-from pyvfio.memory import Exports, MemorySettings, Reservation
-from pyvfio.units import PAGE_SIZE, Vaddr, format_size, is_aligned
+from pyvfio.memory import MemorySettings
+from pyvfio.notifier import (
+    HOOKS,
+    Added,
+    Discarded,
+    Event,
+    Populated,
+    RamBlockNotifier,
+    Removed,
+    Resized,
+    SupportsRamBlockAdded,
+    SupportsRamBlockDiscarded,
+    tell_all,
+    undo_all,
+)
+from pyvfio.units import PAGE_SIZE, format_size, is_aligned
+
+__all__ = ["RamBlock", "RamBlockList", "RamBlockNotifier", "ResizedCallback"]
 
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
-
-ResizedCallback: TypeAlias = Callable[[str, int], None]
-"""A block's own callback, given its id string and its new `used_length` (`RAMBlock.resized`)."""
-
-
-@runtime_checkable
-class SupportsRamBlockAdded(Protocol):
-    """A notifier with this hook is told of every block, also of those that exist when it comes."""
-
-    def ram_block_added(self, block: RamBlock, used_length: int, max_length: int) -> None:
-        """`block` has come, or was there already. Raising refuses it."""
-        ...
-
-
-@runtime_checkable
-class SupportsRamBlockRemoved(Protocol):
-    """A notifier with this hook is told of every block that goes, and of all that remain when it goes itself."""
-
-    def ram_block_removed(self, block: RamBlock, used_length: int, max_length: int) -> None:
-        """`block` is about to go. Raising keeps it."""
-        ...
-
-
-@runtime_checkable
-class SupportsRamBlockResized(Protocol):
-    """A notifier with this hook is told of every change of `used_length`."""
-
-    def ram_block_resized(self, block: RamBlock, old_length: int, new_length: int) -> None:
-        """`block` changes from `old_length` to `new_length`; memory of both lengths is there. Raising refuses it, and
-        whoever raises has left everything as it was, unless it raises RollbackError. Whoever returns reaches nothing
-        behind `new_length` any more, whatever an earlier failure had left: that memory may now be given back."""
-        ...
-
-
-RamBlockNotifier: TypeAlias = SupportsRamBlockAdded | SupportsRamBlockRemoved | SupportsRamBlockResized
-"""Whatever has at least one of the three hooks."""
 
 _KEEP_MEMORY = (RollbackError, UnmapSizeError)  # after these nobody knows what a device still reaches
 
@@ -91,147 +74,26 @@ def _length(value: int, what: str) -> int:
     return number
 
 
-class RamBlock:
-    """Memory at `vaddr` that can be resized in place up to `max_length`. Made by `RamBlockList.add`.
+def _part(block: RamBlock, offset: int, size: int) -> Extent:
+    start, length = _length(offset, "offset"), _length(size, "size")
+    if start + length > block.used_length:
+        raise ValueError(
+            f"bytes {start:#x}-{start + length - 1:#x} are not all in use: used_length of RAM block '{block.idstr}' is "
+            f"{block.used_length:#x}"
+        )
+    return Extent(start, start + length)
 
-    `used_length` bytes can be read and written, through `view()`, the buffer protocol (from Python 3.12 on) or
-    `vaddr`; whatever lies behind cannot be touched. Zero is a legal length. New memory reads zero.
 
-    Synchronization: lengths may be read by any thread at any time; resizing is serialized by the list.
-    """
+def _follows_discards(notifier: RamBlockNotifier) -> bool:
+    # Who is not told of blocks reaches none.
+    return isinstance(notifier, SupportsRamBlockDiscarded) or not isinstance(notifier, SupportsRamBlockAdded)
 
-    __slots__ = (
-        "__weakref__",
-        "_exports",
-        "_list",
-        "_max_length",
-        "_memory",
-        "_pid",
-        "_resized",
-        "_start",
-        "_used_length",
-        "idstr",
+
+def _cannot_follow(notifier: RamBlockNotifier, why: str) -> DiscardError:
+    return DiscardError(
+        f"{notifier!r} reaches whole blocks and is not told of discarded parts, {why}",
+        hint="Give it ram_block_discarded and ram_block_populated, or populate everything",
     )
-
-    def __init__(
-        self,
-        owner: RamBlockList,
-        *,
-        idstr: str,
-        max_length: int,
-        settings: MemorySettings | None,
-        resized: ResizedCallback | None,
-    ) -> None:
-        self.idstr = idstr
-        self._max_length = max_length
-        self._list: RamBlockList | None = owner
-        self._resized = resized
-        self._used_length = 0
-        self._exports = Exports()
-        self._pid = os.getpid()
-        self._memory = Reservation(owner.kernel, max_length=max_length, settings=settings)
-        self._start = self._memory.vaddr  # stays when the memory goes: who looks the block up meanwhile goes by it
-
-    @property
-    def vaddr(self) -> Vaddr:
-        """Where the block begins in this process: a multiple of 2 MiB that never changes. Raises ClosedError once the
-        block is removed."""
-        if not self._memory.vaddr:
-            raise ClosedError(f"RAM block '{self.idstr}' has been removed")
-        return self._memory.vaddr
-
-    @property
-    def used_length(self) -> int:
-        """Bytes in use, from `vaddr` on."""
-        return self._used_length
-
-    @property
-    def max_length(self) -> int:
-        """Bytes of address space that are reserved: the most that `used_length` can be."""
-        return self._max_length
-
-    @property
-    def page_size(self) -> int:
-        """Lengths are multiples of this, in bytes."""
-        return PAGE_SIZE
-
-    @property
-    def settings(self) -> MemorySettings:
-        """The madvise settings that hold for all of the block's memory."""
-        return self._memory.settings
-
-    def resize(self, used_length: int) -> None:
-        """Make the block `used_length` bytes long, tell all notifiers, and its `resized` callback last.
-
-        The present length does nothing at all. Raises ValueError (misaligned, negative, above `max_length`) and
-        BufferError (a live view reaches behind the new end) before any system call; IoctlError when there is no memory;
-        whatever a notifier or the callback raises. The block is then as it was. RollbackError: neither the change nor
-        its undo came to an end; the memory in question is kept. Warns MemoryNotReturnedWarning when a shrink could not
-        give its memory back.
-
-        Synchronization: takes the list's lock. Cost: some system calls, and what the notifiers do: O(used_length) for
-        a DmaMapper that remaps.
-        """
-        self._owner()._resize(self, used_length)
-
-    def remove(self) -> None:
-        """As `RamBlockList.remove`."""
-        self._owner().remove(self)
-
-    def view(self) -> memoryview:
-        """A writable memoryview of `[0, used_length)`.
-
-        While it lives (or anything made from it: a slice, a numpy array), the block can grow, but neither shrink below
-        the end of the view nor be removed: BufferError. `release()` it, or let go of it.
-        """
-        with self._owner()._lock:  # not in the middle of a shrink that another thread makes
-            return self._exports.view(self.vaddr, self._used_length)
-
-    def __buffer__(self, flags: int) -> memoryview:
-        """`memoryview(block)` and `numpy.frombuffer(block)`, from Python 3.12 on."""
-        del flags
-        return self.view()
-
-    def __repr__(self) -> str:
-        where = f"vaddr={self._memory.vaddr:#x}" if self._memory.vaddr else "removed"
-        return f"<RamBlock {self.idstr!r} {where} used={self._used_length:#x} max={self.max_length:#x}>"
-
-    def _owner(self) -> RamBlockList:
-        self._check_usable()
-        if self._list is None:
-            raise ClosedError(f"RAM block '{self.idstr}' has been removed")
-        return self._list
-
-    def _check_usable(self) -> None:
-        if os.getpid() != self._pid:
-            raise ForkedError(f"RAM block '{self.idstr}'", owner=self._pid)
-
-    def _check_views(self, end: int) -> None:
-        reached = self._exports.end() - self.vaddr
-        if reached > end:
-            raise BufferError(
-                f"RAM block '{self.idstr}' has a live view of {format_size(reached)}, so it cannot be "
-                f"{'shrunk to ' + format_size(end) if end else 'emptied or removed'}; release the view first"
-            )
-
-    def _give_back(self) -> None:
-        """After a grow that was undone: what it had activated goes, unless a hook has kept a view of it."""
-        if self._memory.length == self._used_length or self._exports.end() > self._start + self._used_length:
-            return
-        try:
-            self._memory.deactivate(self._used_length)
-        except OSError as error:
-            logger.warning("%s keeps what it was to grow by: %s", self, error)
-
-    def _agree(self) -> None:
-        """Nothing is in use that is not part of the block, wherever a change came to its end."""
-        if self._memory.length > self._used_length:
-            self._memory.retain(self._used_length)
-
-    def _check(self) -> None:
-        assert 0 <= self._used_length <= self.max_length
-        assert self._memory.length == self._used_length
-        self._memory._check()
 
 
 class RamBlockList:
@@ -252,6 +114,8 @@ class RamBlockList:
         self._lock = threading.RLock()
         self._changing = False
         self._pid = os.getpid()
+        self.discards = DiscardGuard()
+        """Who may discard memory, and who rules it out."""
 
     def __iter__(self) -> Iterator[RamBlock]:
         return iter(self._blocks)
@@ -317,15 +181,15 @@ class RamBlockList:
                 block._memory.activate(used_length)
             block._used_length = used_length
             blocks = tuple(sorted((*self._blocks, block), key=lambda other: other._start))
-            _tell(self._notifiers, _Added(block), f"adding RAM block '{idstr}'")
+            tell_all(self._notifiers, Added(block), f"adding RAM block '{idstr}'")
             self._blocks = blocks  # no call stands between, so that no signal handler can: it is told and known
         except BaseException as error:
-            self._discard(block, error)
+            self._abandon(block, error)
             raise
         return block
 
     @staticmethod
-    def _discard(block: RamBlock, error: BaseException) -> None:
+    def _abandon(block: RamBlock, error: BaseException) -> None:
         block._list, block._used_length = None, 0
         if isinstance(error, _KEEP_MEMORY):
             block._memory.keep()
@@ -353,9 +217,9 @@ class RamBlockList:
             raise ValueError(f"RAM block '{block.idstr}' is not in this list")
         block._check_views(0)
         blocks = tuple(other for other in self._blocks if other is not block)
-        _tell(
+        tell_all(
             self._notifiers,
-            _Removed(block),
+            Removed(block),
             f"removing RAM block '{block.idstr}'",
             finally_check=lambda: block._check_views(0),
         )
@@ -372,17 +236,20 @@ class RamBlockList:
         it is not in the list, and has been told that the blocks it knew are gone. When that fails too (RollbackError),
         the blocks' memory is never given back any more: nobody would tell whether a device still reaches it.
         """
-        hooks = (SupportsRamBlockAdded, SupportsRamBlockRemoved, SupportsRamBlockResized)
-        if not isinstance(notifier, hooks):
-            raise TypeError(f"{notifier!r} has none of ram_block_added, ram_block_removed, ram_block_resized")
+        if not isinstance(notifier, HOOKS):
+            raise TypeError(
+                f"{notifier!r} has none of ram_block_added, _removed, _resized, nor both of _discarded and _populated"
+            )
         self._change(lambda: self._add_notifier(notifier))
 
     def _add_notifier(self, notifier: RamBlockNotifier) -> None:
         if any(known is notifier for known in self._notifiers):
             raise ValueError(f"{notifier!r} is a notifier of this list already")
+        if not _follows_discards(notifier) and (holed := [block for block in self._blocks if block._discarded]):
+            raise _cannot_follow(notifier, f"and parts of RAM block '{holed[0].idstr}' are discarded")
         notifiers = [notifier, *self._notifiers]
         try:
-            self._replay(notifier, [_Added(block) for block in self._blocks], "adding a notifier")
+            self._replay(notifier, [Added(block) for block in self._blocks], "adding a notifier")
         except _KEEP_MEMORY:
             for block in self._blocks:
                 block._memory.keep()
@@ -401,18 +268,18 @@ class RamBlockList:
         if not any(known is notifier for known in self._notifiers):
             raise ValueError(f"{notifier!r} is not a notifier of this list")
         notifiers = [known for known in self._notifiers if known is not notifier]
-        self._replay(notifier, [_Removed(block) for block in reversed(self._blocks)], "removing a notifier")
+        self._replay(notifier, [Removed(block) for block in reversed(self._blocks)], "removing a notifier")
         self._notifiers = notifiers
 
     @staticmethod
-    def _replay(notifier: RamBlockNotifier, events: Sequence[_Event], what: str) -> None:
-        told: list[_Event] = []
+    def _replay(notifier: RamBlockNotifier, events: Sequence[Event], what: str) -> None:
+        told: list[Event] = []
         try:
             for event in events:
                 event.tell(notifier)
                 told.append(event)
         except BaseException as error:
-            _undo([(notifier, event) for event in told], error, what)
+            undo_all([(notifier, event) for event in told], error, what)
             raise
 
     def _resize(self, block: RamBlock, used_length: int) -> None:
@@ -430,8 +297,7 @@ class RamBlockList:
             )
 
     def _resize_to(self, block: RamBlock, new: int) -> OSError | None:
-        if block._list is None:
-            raise ClosedError(f"RAM block '{block.idstr}' has been removed")
+        self._check_there(block)
         old = block._used_length
         if new == old:
             return None
@@ -465,20 +331,82 @@ class RamBlockList:
             return error
         return None
 
+    def _discard(self, block: RamBlock, offset: int, size: int) -> None:
+        kept = self._change(lambda: self._discard_parts(block, _part(block, offset, size)))
+        for error in kept:
+            warnings.warn(
+                f"memory of RAM block '{block.idstr}' was discarded, but not given back: {error}. It reads zeros, and "
+                "stays with this process",
+                MemoryNotReturnedWarning,
+                stacklevel=3,
+            )
+
+    def _discard_parts(self, block: RamBlock, wanted: Extent) -> list[OSError]:
+        self._check_there(block)
+        parts = clip(block._populated(block._used_length), *wanted)
+        if not parts:
+            return []
+        for notifier in self._notifiers:
+            if not _follows_discards(notifier):
+                raise _cannot_follow(notifier, f"so that nothing of RAM block '{block.idstr}' may be")
+        what = f"discarding {format_size(total(parts))} of RAM block '{block.idstr}'"
+        discarded = tuple(runs(sorted((*block._discarded, *parts))))
+        stale = tuple(sorted((*block._stale, *parts)))
+        with self.discards.require_coordinated():
+            tell_all(self._notifiers[::-1], Discarded(block, parts), what)
+            block._discarded, block._stale = discarded, stale  # no call stands between, as in `_add`
+        logger.debug("discarding %s of %s", wanted, block)
+        return self._drop_stale(block, wanted)
+
+    @staticmethod
+    def _drop_stale(block: RamBlock, wanted: Extent) -> list[OSError]:
+        """Nobody reaches it any more, and it is known to be gone: what fails now costs memory, and nothing else."""
+        failures = []
+        for part in clip(block._stale, *wanted):
+            left = tuple(without(block._stale, part))
+            try:
+                block._memory.drop(*part)
+            except OSError as error:
+                failures.append(error)
+            block._stale = left
+        return failures
+
+    def _populate(self, block: RamBlock, offset: int, size: int) -> None:
+        self._change(lambda: self._populate_parts(block, _part(block, offset, size)))
+
+    def _populate_parts(self, block: RamBlock, wanted: Extent) -> None:
+        self._check_there(block)
+        parts = clip(block._discarded, *wanted)
+        if not parts:
+            return
+        what = f"populating {format_size(total(parts))} of RAM block '{block.idstr}'"
+        discarded = tuple(without(block._discarded, *parts))
+        self._drop_stale(block, wanted)  # what a signal handler kept a discard from
+        tell_all(self._notifiers, Populated(block, parts), what)
+        block._discarded = discarded
+        logger.debug("populated %s of %s", wanted, block)
+
+    @staticmethod
+    def _check_there(block: RamBlock) -> None:
+        if block._list is None:
+            raise ClosedError(f"RAM block '{block.idstr}' has been removed")
+
     @staticmethod
     def _commit(block: RamBlock, old: int, new: int, notifiers: Sequence[RamBlockNotifier]) -> None:
         """Tell `notifiers`, change `used_length`, call the block's callback; or nothing of it."""
         what = f"resizing RAM block '{block.idstr}' from {format_size(old)} to {format_size(new)}"
-        event = _Resized(block, old, new)
-        _tell(notifiers, event, what, finally_check=lambda: block._check_views(new))
-        block._used_length = new
+        event = Resized(block, old, new)
+        before = old, block._discarded, block._stale
+        after = new, tuple(clip(block._discarded, 0, new)), tuple(clip(block._stale, 0, new))
+        tell_all(notifiers, event, what, finally_check=lambda: block._check_views(new))
+        block._used_length, block._discarded, block._stale = after
         if block._resized is None:
             return
         try:
             block._resized(block.idstr, new)
         except BaseException as error:
-            block._used_length = old
-            _undo([(notifier, event) for notifier in notifiers], error, what)
+            block._used_length, block._discarded, block._stale = before
+            undo_all([(notifier, event) for notifier in notifiers], error, what)
             raise
 
     def _change(self, action: Callable[[], _Result]) -> _Result:
@@ -532,82 +460,3 @@ class RamBlockList:
         for block in self._blocks:
             assert block._list is self
             block._check()
-
-
-class _Event(Protocol):
-    """Something a notifier is told, and its opposite."""
-
-    def tell(self, notifier: RamBlockNotifier) -> None: ...
-
-    def revoke(self, notifier: RamBlockNotifier) -> None: ...
-
-
-class _Added:
-    def __init__(self, block: RamBlock) -> None:
-        self._block = block
-
-    def tell(self, notifier: RamBlockNotifier) -> None:
-        if isinstance(notifier, SupportsRamBlockAdded):
-            notifier.ram_block_added(self._block, self._block.used_length, self._block.max_length)
-
-    def revoke(self, notifier: RamBlockNotifier) -> None:
-        if isinstance(notifier, SupportsRamBlockRemoved):
-            notifier.ram_block_removed(self._block, self._block.used_length, self._block.max_length)
-
-
-class _Removed(_Added):
-    tell, revoke = _Added.revoke, _Added.tell
-
-
-class _Resized:
-    def __init__(self, block: RamBlock, old: int, new: int) -> None:
-        self._block, self._old, self._new = block, old, new
-
-    def tell(self, notifier: RamBlockNotifier) -> None:
-        if isinstance(notifier, SupportsRamBlockResized):
-            notifier.ram_block_resized(self._block, self._old, self._new)
-
-    def revoke(self, notifier: RamBlockNotifier) -> None:
-        if isinstance(notifier, SupportsRamBlockResized):
-            notifier.ram_block_resized(self._block, self._new, self._old)
-
-
-def _tell(
-    notifiers: Sequence[RamBlockNotifier],
-    event: _Event,
-    what: str,
-    *,
-    finally_check: Callable[[], None] = lambda: None,
-) -> None:
-    """Tell all of them, or none: when one raises, those before it are told the opposite, the last told first.
-
-    `finally_check` refuses for what the hooks have done meanwhile: a view that one has taken, for instance.
-    """
-    told: list[tuple[RamBlockNotifier, _Event]] = []
-    try:
-        for notifier in notifiers:
-            event.tell(notifier)
-            told.append((notifier, event))
-        finally_check()
-    except BaseException as error:
-        _undo(told, error, what)
-        raise
-
-
-def _undo(told: Sequence[tuple[RamBlockNotifier, _Event]], cause: BaseException, what: str) -> None:
-    failures: list[Exception] = []
-    for notifier, event in reversed(told):
-        try:
-            event.revoke(notifier)
-        except BaseException as error:  # a KeyboardInterrupt, too, must not end the undo in the middle
-            failures.append(_as_exception(error))
-    if failures:
-        raise RollbackError(
-            f"{what} failed, and so did its undo",
-            [_as_exception(cause), *failures],
-            hint="The memory in question is kept, since a device may still reach it",
-        ) from cause
-
-
-def _as_exception(error: BaseException) -> Exception:
-    return error if isinstance(error, Exception) else VfioError(f"interrupted by {type(error).__name__}")

@@ -139,8 +139,11 @@ class Rig:
     def expected(self) -> list[tuple[int, int, int]]:
         """What it is to reach of the blocks: all that is in use, where the mapper says that it is."""
         followed = self.blocks if self.mapper._blocks is not None else ()
-        pieces = [(self.mapper.iova(block), block.vaddr, block.used_length) for block in followed]
-        return sorted(piece for piece in pieces if piece[2])
+        return sorted(
+            (self.mapper.iova(block) + part.start, block.vaddr + part.start, part.size)
+            for block in followed
+            for part in block.populated
+        )
 
     def memory(self, size: int = PAGE_SIZE) -> int:
         """New memory of the caller's own, by its address; `free` gives it back."""

@@ -205,6 +205,8 @@ class Scene:
         self.rig = Rig(kernel, mapper=make_mapper)
         self.block = self.rig.add("ring", used=2 * PAGE_SIZE)
         self.empty = self.rig.add("empty", used=0)
+        self.holed = self.rig.add("holed", used=4 * PAGE_SIZE)
+        self.holed.discard(PAGE_SIZE, PAGE_SIZE)
         self.memory = self.rig.memory(8 * PAGE_SIZE)
         self.mapping = self.rig.mapper.map_dma(vaddr=self.memory, size=PAGE_SIZE)
         self.buffers = [page_of_a_bytearray() for _ in range(3)]
@@ -227,7 +229,11 @@ class Scene:
         for mapper in mappers:
             found |= {(own.iova, own.vaddr, own.size) for own in mapper._own_mappings()}
         if self.late is not None:
-            found |= {(self.late.iova(block), block.vaddr, block.used_length) for block in self.rig.blocks}
+            found |= {
+                (self.late.iova(block) + part.start, block.vaddr + part.start, part.size)
+                for block in self.rig.blocks
+                for part in block.populated
+            }
         return found
 
     def check(self, error: BaseException | None) -> None:
@@ -283,6 +289,8 @@ OPERATIONS: dict[str, Callable[[Scene], object]] = {
     "shrink": lambda scene: scene.block.resize(PAGE_SIZE),
     "shrink to nothing": lambda scene: scene.block.resize(0),
     "grow from nothing": lambda scene: scene.empty.resize(PAGE_SIZE),
+    "discard": lambda scene: scene.holed.discard(0, 3 * PAGE_SIZE),
+    "populate": lambda scene: scene.holed.populate(0, 4 * PAGE_SIZE),
     "remove": lambda scene: scene.block.remove(),
     "map_dma": lambda scene: scene.own(),
     "map_buffer": lambda scene: scene.rig.mapper.map_buffer(scene.buffers[2]),
@@ -311,7 +319,7 @@ POLICIES: dict[str, MapperFactory] = {
     "granule": partial(pyvfio.DmaMapper, resize="extend", granule=PAGE_SIZE),
 }
 # Those in which a policy shows; the others do the same under each.
-RESIZES = ("add", "grow", "shrink", "shrink to nothing", "grow from nothing", "remove", "leave")
+RESIZES = ("add", "grow", "shrink", "shrink to nothing", "grow from nothing", "discard", "populate", "remove", "leave")
 
 
 @pytest.mark.parametrize(

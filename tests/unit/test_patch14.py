@@ -208,7 +208,8 @@ class LengthUnchecked(DmaMapper):
 
     def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
         """As there."""
-        self._change(self._find(block), new_length, old_length)
+        del old_length
+        self._change(self._find(block), block._populated(new_length))
 
 
 class TailUnknown(DmaMapper):

@@ -1,0 +1,225 @@
+"""A RAM block: memory at one address that is resized in place, and parts of it that are given back meanwhile.
+
+Made by `pyvfio.ramblock.RamBlockList.add`, which also makes all changes, for there are others to be told of them.
+
+Source: `RAMBlock` (include/exec/ramblock.h), and RamDiscardManager (include/exec/memory.h) for the parts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
+
+from pyvfio.errors import ClosedError, ForkedError
+from pyvfio.extents import Extent, clip, runs, without
+from pyvfio.kernel import Kernel
+from pyvfio.memory import Exports, MemorySettings, Reservation
+from pyvfio.units import PAGE_SIZE, Vaddr, format_size
+
+logger = logging.getLogger(__name__)
+
+ResizedCallback: TypeAlias = Callable[[str, int], None]
+"""A block's own callback, given its id string and its new `used_length` (`RAMBlock.resized`)."""
+
+
+class _Owner(Protocol):
+    """The list that a block is in."""
+
+    kernel: Kernel
+    _lock: threading.RLock
+
+    def _resize(self, block: RamBlock, used_length: int) -> None: ...
+
+    def _discard(self, block: RamBlock, offset: int, size: int) -> None: ...
+
+    def _populate(self, block: RamBlock, offset: int, size: int) -> None: ...
+
+    def remove(self, block: RamBlock) -> None: ...
+
+
+class RamBlock:
+    """Memory at `vaddr` that can be resized in place up to `max_length`. Made by `RamBlockList.add`.
+
+    `used_length` bytes can be read and written, through `view()`, the buffer protocol (from Python 3.12 on) or
+    `vaddr`; whatever lies behind cannot be touched. Zero is a legal length. New memory reads zero.
+
+    Synchronization: lengths may be read by any thread at any time; resizing is serialized by the list.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_discarded",
+        "_exports",
+        "_list",
+        "_max_length",
+        "_memory",
+        "_pid",
+        "_resized",
+        "_stale",
+        "_start",
+        "_used_length",
+        "idstr",
+    )
+
+    def __init__(
+        self,
+        owner: _Owner,
+        *,
+        idstr: str,
+        max_length: int,
+        settings: MemorySettings | None,
+        resized: ResizedCallback | None,
+    ) -> None:
+        self.idstr = idstr
+        self._max_length = max_length
+        self._list: _Owner | None = owner
+        self._resized = resized
+        self._used_length = 0
+        self._discarded: tuple[Extent, ...] = ()  # ascending, disjoint, within [0, used_length)
+        self._stale: tuple[Extent, ...] = ()  # of that, what is still to be dropped
+        self._exports = Exports()
+        self._pid = os.getpid()
+        self._memory = Reservation(owner.kernel, max_length=max_length, settings=settings)
+        self._start = self._memory.vaddr  # stays when the memory goes: who looks the block up meanwhile goes by it
+
+    @property
+    def vaddr(self) -> Vaddr:
+        """Where the block begins in this process: a multiple of 2 MiB that never changes. Raises ClosedError once the
+        block is removed."""
+        if not self._memory.vaddr:
+            raise ClosedError(f"RAM block '{self.idstr}' has been removed")
+        return self._memory.vaddr
+
+    @property
+    def used_length(self) -> int:
+        """Bytes in use, from `vaddr` on."""
+        return self._used_length
+
+    @property
+    def max_length(self) -> int:
+        """Bytes of address space that are reserved: the most that `used_length` can be."""
+        return self._max_length
+
+    @property
+    def discarded(self) -> tuple[Extent, ...]:
+        """What has been discarded of `[0, used_length)` and not been populated since: (start, end) in bytes."""
+        return self._discarded
+
+    @property
+    def populated(self) -> tuple[Extent, ...]:
+        """What devices reach: `[0, used_length)` less what has been discarded; (start, end) in bytes."""
+        return tuple(self._populated(self._used_length))
+
+    def _populated(self, length: int) -> list[Extent]:
+        """As it is or will be with that length."""
+        return without([Extent(0, length)], *self._discarded)
+
+    @property
+    def page_size(self) -> int:
+        """Lengths are multiples of this, in bytes."""
+        return PAGE_SIZE
+
+    @property
+    def settings(self) -> MemorySettings:
+        """The madvise settings that hold for all of the block's memory."""
+        return self._memory.settings
+
+    def resize(self, used_length: int) -> None:
+        """Make the block `used_length` bytes long, tell all notifiers, and its `resized` callback last.
+
+        The present length does nothing at all. Raises ValueError (misaligned, negative, above `max_length`) and
+        BufferError (a live view reaches behind the new end) before any system call; IoctlError when there is no memory;
+        whatever a notifier or the callback raises. The block is then as it was. RollbackError: neither the change nor
+        its undo came to an end; the memory in question is kept. Warns MemoryNotReturnedWarning when a shrink could not
+        give its memory back.
+
+        Synchronization: takes the list's lock. Cost: some system calls, and what the notifiers do: O(used_length) for
+        a DmaMapper that remaps.
+        """
+        self._owner()._resize(self, used_length)
+
+    def discard(self, offset: int, size: int) -> None:
+        """Give `[offset, offset + size)` back and let no device reach it, until it is populated again: what a balloon
+        and virtio-mem do to memory that a guest does not use.
+
+        The process may go on touching it, and reads zeros then. What is discarded already stays so, and nothing is done
+        where all of it is. Raises ValueError (misaligned, outside of `used_length`) before any system call;
+        DiscardError where somebody has ruled it out or a notifier could not follow; whatever a notifier raises, and the
+        block is then as it was; RollbackError as `resize`. Warns MemoryNotReturnedWarning when the memory could not be
+        given back: it is filled with zeros then.
+
+        Synchronization: takes the list's lock. Cost: one madvise(2) for each part, and what the notifiers do. Source:
+        `ram_block_discard_range` and `ram_discard_manager_notify_discard` of QEMU.
+        """
+        self._owner()._discard(self, offset, size)
+
+    def populate(self, offset: int, size: int) -> None:
+        """Let devices reach `[offset, offset + size)` again; it reads zeros where nobody has written since.
+
+        Does nothing where nothing of it is discarded. Raises as `discard`, but for DiscardError.
+        """
+        self._owner()._populate(self, offset, size)
+
+    def remove(self) -> None:
+        """As `RamBlockList.remove`."""
+        self._owner().remove(self)
+
+    def view(self) -> memoryview:
+        """A writable memoryview of `[0, used_length)`.
+
+        While it lives (or anything made from it: a slice, a numpy array), the block can grow, but neither shrink below
+        the end of the view nor be removed: BufferError. `release()` it, or let go of it.
+        """
+        with self._owner()._lock:  # not in the middle of a shrink that another thread makes
+            return self._exports.view(self.vaddr, self._used_length)
+
+    def __buffer__(self, flags: int) -> memoryview:
+        """`memoryview(block)` and `numpy.frombuffer(block)`, from Python 3.12 on."""
+        del flags
+        return self.view()
+
+    def __repr__(self) -> str:
+        where = f"vaddr={self._memory.vaddr:#x}" if self._memory.vaddr else "removed"
+        return f"<RamBlock {self.idstr!r} {where} used={self._used_length:#x} max={self.max_length:#x}>"
+
+    def _owner(self) -> _Owner:
+        self._check_usable()
+        if self._list is None:
+            raise ClosedError(f"RAM block '{self.idstr}' has been removed")
+        return self._list
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedError(f"RAM block '{self.idstr}'", owner=self._pid)
+
+    def _check_views(self, end: int) -> None:
+        reached = self._exports.end() - self.vaddr
+        if reached > end:
+            raise BufferError(
+                f"RAM block '{self.idstr}' has a live view of {format_size(reached)}, so it cannot be "
+                f"{'shrunk to ' + format_size(end) if end else 'emptied or removed'}; release the view first"
+            )
+
+    def _give_back(self) -> None:
+        """After a grow that was undone: what it had activated goes, unless a hook has kept a view of it."""
+        if self._memory.length == self._used_length or self._exports.end() > self._start + self._used_length:
+            return
+        try:
+            self._memory.deactivate(self._used_length)
+        except OSError as error:
+            logger.warning("%s keeps what it was to grow by: %s", self, error)
+
+    def _agree(self) -> None:
+        """Nothing is in use that is not part of the block, wherever a change came to its end."""
+        if self._memory.length > self._used_length:
+            self._memory.retain(self._used_length)
+
+    def _check(self) -> None:
+        assert 0 <= self._used_length <= self.max_length
+        assert self._memory.length == self._used_length
+        assert not without(self._stale, *self._discarded)
+        assert list(self._discarded) == runs(clip(self._discarded, 0, self._used_length))
+        self._memory._check()

@@ -1,0 +1,188 @@
+"""Whoever is told before anything of a RAM block changes, and how all of them are told, or none.
+
+A notifier refuses by raising; those who were told before it are told the reverse, the last told first.
+
+Source: `RAMBlockNotifier` (include/exec/ramlist.h) and RamDiscardListener (include/exec/memory.h) of QEMU, where none
+can refuse a resize; here each can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from pyvfio.block import RamBlock
+from pyvfio.errors import RollbackError, VfioError
+from pyvfio.extents import Extent
+
+
+@runtime_checkable
+class SupportsRamBlockAdded(Protocol):
+    """A notifier with this hook is told of every block, also of those that exist when it comes."""
+
+    def ram_block_added(self, block: RamBlock, used_length: int, max_length: int) -> None:
+        """`block` has come, or was there already. Raising refuses it."""
+        ...
+
+
+@runtime_checkable
+class SupportsRamBlockRemoved(Protocol):
+    """A notifier with this hook is told of every block that goes, and of all that remain when it goes itself."""
+
+    def ram_block_removed(self, block: RamBlock, used_length: int, max_length: int) -> None:
+        """`block` is about to go. Raising keeps it."""
+        ...
+
+
+@runtime_checkable
+class SupportsRamBlockResized(Protocol):
+    """A notifier with this hook is told of every change of `used_length`."""
+
+    def ram_block_resized(self, block: RamBlock, old_length: int, new_length: int) -> None:
+        """`block` changes from `old_length` to `new_length`; memory of both lengths is there. Raising refuses it, and
+        whoever raises has left everything as it was, unless it raises RollbackError. Whoever returns reaches nothing
+        behind `new_length` any more, whatever an earlier failure had left: that memory may now be given back."""
+        ...
+
+
+@runtime_checkable
+class SupportsRamBlockDiscarded(Protocol):
+    """A notifier with these hooks lets parts of a block go and come back (coordinated discards).
+
+    Who has none of them, but `ram_block_added`, reaches whole blocks, so that nothing may be discarded while it is
+    there. Who comes later finds what is discarded in `block.populated`.
+    """
+
+    def ram_block_discarded(self, block: RamBlock, parts: Sequence[Extent]) -> None:
+        """`parts`, ascending and all of them populated, are about to be given back. Raising refuses it. Whoever returns
+        reaches none of them any more."""
+        ...
+
+    def ram_block_populated(self, block: RamBlock, parts: Sequence[Extent]) -> None:
+        """`parts`, ascending and all of them discarded, are to be in use again. Raising refuses it."""
+        ...
+
+
+RamBlockNotifier: TypeAlias = (
+    SupportsRamBlockAdded | SupportsRamBlockRemoved | SupportsRamBlockResized | SupportsRamBlockDiscarded
+)
+"""Whatever has at least one of the hooks."""
+
+HOOKS = (SupportsRamBlockAdded, SupportsRamBlockRemoved, SupportsRamBlockResized, SupportsRamBlockDiscarded)
+
+
+class Event(Protocol):
+    """Something a notifier is told, and its opposite."""
+
+    def tell(self, notifier: RamBlockNotifier) -> None:
+        """Say that it happens."""
+        ...
+
+    def revoke(self, notifier: RamBlockNotifier) -> None:
+        """Say that it does not, after all."""
+        ...
+
+
+class Added:
+    """A block comes."""
+
+    def __init__(self, block: RamBlock) -> None:
+        self._block = block
+
+    def tell(self, notifier: RamBlockNotifier) -> None:
+        """`ram_block_added`."""
+        if isinstance(notifier, SupportsRamBlockAdded):
+            notifier.ram_block_added(self._block, self._block.used_length, self._block.max_length)
+
+    def revoke(self, notifier: RamBlockNotifier) -> None:
+        """`ram_block_removed`."""
+        if isinstance(notifier, SupportsRamBlockRemoved):
+            notifier.ram_block_removed(self._block, self._block.used_length, self._block.max_length)
+
+
+class Removed(Added):
+    """A block goes."""
+
+    tell, revoke = Added.revoke, Added.tell
+
+
+class Resized:
+    """A block changes its length."""
+
+    def __init__(self, block: RamBlock, old: int, new: int) -> None:
+        self._block, self._old, self._new = block, old, new
+
+    def tell(self, notifier: RamBlockNotifier) -> None:
+        """`ram_block_resized`."""
+        if isinstance(notifier, SupportsRamBlockResized):
+            notifier.ram_block_resized(self._block, self._old, self._new)
+
+    def revoke(self, notifier: RamBlockNotifier) -> None:
+        """`ram_block_resized`."""
+        if isinstance(notifier, SupportsRamBlockResized):
+            notifier.ram_block_resized(self._block, self._new, self._old)
+
+
+class Discarded:
+    """Parts of a block that were populated go."""
+
+    def __init__(self, block: RamBlock, parts: Sequence[Extent]) -> None:
+        self._block, self._parts = block, parts
+
+    def tell(self, notifier: RamBlockNotifier) -> None:
+        """`ram_block_discarded`."""
+        if isinstance(notifier, SupportsRamBlockDiscarded):
+            notifier.ram_block_discarded(self._block, self._parts)
+
+    def revoke(self, notifier: RamBlockNotifier) -> None:
+        """`ram_block_populated`."""
+        if isinstance(notifier, SupportsRamBlockDiscarded):
+            notifier.ram_block_populated(self._block, self._parts)
+
+
+class Populated(Discarded):
+    """Parts of a block that were discarded come back."""
+
+    tell, revoke = Discarded.revoke, Discarded.tell
+
+
+def tell_all(
+    notifiers: Sequence[RamBlockNotifier],
+    event: Event,
+    what: str,
+    *,
+    finally_check: Callable[[], None] = lambda: None,
+) -> None:
+    """Tell all of them, or none: when one raises, those before it are told the opposite, the last told first.
+
+    `finally_check` refuses for what the hooks have done meanwhile: a view that one has taken, for instance.
+    """
+    told: list[tuple[RamBlockNotifier, Event]] = []
+    try:
+        for notifier in notifiers:
+            event.tell(notifier)
+            told.append((notifier, event))
+        finally_check()
+    except BaseException as error:
+        undo_all(told, error, what)
+        raise
+
+
+def undo_all(told: Sequence[tuple[RamBlockNotifier, Event]], cause: BaseException, what: str) -> None:
+    """Tell the opposite to all who were told, whatever some of them raise; RollbackError with all of that."""
+    failures: list[Exception] = []
+    for notifier, event in reversed(told):
+        try:
+            event.revoke(notifier)
+        except BaseException as error:  # a KeyboardInterrupt, too, must not end the undo in the middle
+            failures.append(_as_exception(error))
+    if failures:
+        raise RollbackError(
+            f"{what} failed, and so did its undo",
+            [_as_exception(cause), *failures],
+            hint="The memory in question is kept, since a device may still reach it",
+        ) from cause
+
+
+def _as_exception(error: BaseException) -> Exception:
+    return error if isinstance(error, Exception) else VfioError(f"interrupted by {type(error).__name__}")
