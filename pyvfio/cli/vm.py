@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vm",
         usage="%(prog)s [options] -- COMMAND...\n       %(prog)s --list [--json]",
-        description="Runs a command on a real kernel, in a virtual machine with an IOMMU and two edu devices.",
+        description="Runs a command on a real kernel, in a virtual machine with an IOMMU and devices for VFIO.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--kernel", default="6.12", metavar="|".join([*kernels.LINES, "FILE"]), help="default: %(default)s")
     add("--iommu", default="intel", choices=list(vm.IOMMUS), help="default: %(default)s; virtio needs 6.12")
+    add("--devices", default="edu", choices=list(vm.DEVICES), help="default: %(default)s; contract: for tests/contract")
     add("--memory", default="2G", metavar="SIZE", help="default: %(default)s")
     add("--cpus", default=1, type=int, metavar="N", help="default: %(default)s")
     add("--icount", action="store_true", help="the clock counts instructions: timings repeat, in twice the time")
@@ -111,6 +112,7 @@ def _run(options: argparse.Namespace) -> int:
         options.command,
         kernel=options.kernel,
         iommu=options.iommu,
+        devices=options.devices,
         memory=options.memory,
         cpus=options.cpus,
         icount=options.icount,

@@ -10,8 +10,8 @@ current directory; only the kernel differs. So a driver's test in a virtual envi
     assert result.status == 0, result.stdout
 
 The command is root in the machine, its stdin is empty, there is no network. ``/dev/vfio/vfio`` exists, and two ``edu``
-devices (1234:11e8), each a group of its own, have no driver. What the command writes to any file is gone with the
-machine; what it writes to stdout and stderr comes out as it comes.
+devices (1234:11e8), each a group of its own, have no driver; :data:`DEVICES` has other lists. What the command writes
+to any file is gone with the machine; what it writes to stdout and stderr comes out as it comes.
 """
 
 import contextlib
@@ -41,6 +41,7 @@ from pyvfio.testing.vm_errors import (
 )
 
 __all__ = [
+    "DEVICES",
     "IOMMUS",
     "KernelUnavailableError",
     "MissingToolError",
@@ -78,6 +79,34 @@ IOMMUS: Mapping[str, Iommu] = {
 }
 """39 bits of IOVA, 48 bits, 64 bits with a hole below 2^40, and 64 bits."""
 
+# Without the mask edu cuts addresses to 28 bits and silently reads from elsewhere.
+_EDU = ("edu,dma_mask=0xffffffffffffffff",) * 2
+
+DEVICES: Mapping[str, Sequence[str]] = {
+    "edu": _EDU,
+    "contract": (
+        *_EDU,
+        "nec-usb-xhci",
+        "pci-testdev,multifunction=on,addr=10.0",
+        "pci-testdev,addr=10.1",
+        "pcie-pci-bridge,id=bridge,addr=11",
+        "pci-testdev,bus=bridge,addr=1",
+        "virtio-rng-pci,bus=bridge,addr=2",
+        "pcie-root-port,id=above,addr=12,disable-acs=on",
+        "e1000e,bus=above,romfile=",
+    ),
+}
+"""Lists of QEMU's devices. ``edu``: two of them, each a group of its own. ``contract``, for ``tests/contract``, begins
+with these, and goes on with
+
+* ``nec-usb-xhci`` (1033:0194): 16 vectors of MSI and of MSI-X, no reset, a group of its own;
+* two functions of one ``pci-testdev`` (1b36:0005), which share a group: a page of memory and I/O ports each;
+* a conventional bridge, with a ``pci-testdev`` and a ``virtio-rng`` (1af4:1005) behind it, all three one group that the
+  driver of the last keeps from being viable;
+* an ``e1000e`` (8086:10d3), which can be reset, in one group with the root port above it.
+
+The ``virtio-rng`` and the root port come with the kernel's drivers, the others with none."""
+
 
 @dataclass(frozen=True)
 class VmResult:
@@ -105,6 +134,7 @@ class Machine:
     memory: str
     cpus: int
     icount: bool
+    devices: str = "edu"
     qemu_args: tuple[str, ...] = ()
 
 
@@ -119,6 +149,7 @@ def run(
     *,
     kernel: str = "6.12",
     iommu: str = "intel",
+    devices: str = "edu",
     memory: str = "2G",
     cpus: int = 1,
     icount: bool = False,
@@ -142,6 +173,7 @@ def run(
 
     :param kernel: a name of :data:`pyvfio.testing.kernels.LINES` or the path of a bzImage.
     :param iommu: a name of :data:`IOMMUS`. The kernels 6.1 have no driver for ``virtio``.
+    :param devices: a name of :data:`DEVICES`.
     :param memory: as QEMU has it: ``512M``, ``2G``.
     :param icount: the machine's clock counts instructions, so that timings repeat; takes about twice as long.
     :param timeout: seconds of wall time from the start of the machine to the end of the command; None for no limit.
@@ -154,7 +186,7 @@ def run(
     :raises KernelUnavailableError: no such kernel.
     :raises MissingToolError: a program is missing.
     """
-    machine = Machine(iommu, memory, cpus, icount, tuple(qemu_args))
+    machine = Machine(iommu, memory, cpus, icount, devices, tuple(qemu_args))
     check_arguments(command, kernel, machine, timeout)
     qemu = find_tool("qemu-system-x86_64", package="qemu-system-x86")
     cache = cache_directory() if cache is None else cache
@@ -185,6 +217,8 @@ def check_arguments(command: Sequence[str], kernel: str, machine: Machine, timeo
         raise ValueError("no word of a command may have a zero byte in it")
     if machine.iommu not in IOMMUS:
         raise ValueError(f"no IOMMU is named {machine.iommu!r}; there are {', '.join(IOMMUS)}")
+    if machine.devices not in DEVICES:
+        raise ValueError(f"no list of devices is named {machine.devices!r}; there are {', '.join(DEVICES)}")
     if machine.iommu == "virtio" and kernel == "6.1":
         raise ValueError("the distribution's kernels 6.1 have no driver for the virtio IOMMU; 6.12 has")
     if not re.fullmatch(r"[1-9]\d*[MG]", machine.memory):
@@ -200,7 +234,7 @@ def qemu_command(
 ) -> list[str]:
     """QEMU's command line. ``streams`` are the sockets of stdout, stderr and status; ``log`` is the kernel's log."""
     iommu = IOMMUS[machine.iommu]
-    devices = [iommu.device, "virtio-serial-pci"]
+    devices: list[str] = [iommu.device, "virtio-serial-pci"]
     words = [qemu, "-machine", "q35,kernel-irqchip=split", "-accel", "tcg", "-cpu", "max"]
     words += ["-m", machine.memory, "-smp", str(machine.cpus)]
     words += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
@@ -212,8 +246,7 @@ def qemu_command(
     for name, descriptor in zip(("stdout", "stderr", "status"), streams, strict=True):
         words += ["-chardev", f"socket,id={name},fd={descriptor}"]
         devices.append(f"virtserialport,chardev={name},name=pyvfio.{name}")
-    # Without the mask edu cuts addresses to 28 bits and silently reads from elsewhere.
-    devices += ["edu,dma_mask=0xffffffffffffffff"] * 2
+    devices += DEVICES[machine.devices]
     for device in devices:
         words += ["-device", device]
     return [*words, *machine.qemu_args]

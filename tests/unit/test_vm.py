@@ -24,8 +24,10 @@ http://vendor.invalid/apt/|bookworm-vendor|main|Packages
 """
 
 
-def machine(iommu: str = "intel", *, icount: bool = False, memory: str = "2G", cpus: int = 1) -> vm.Machine:
-    return vm.Machine(iommu, memory, cpus, icount=icount, qemu_args=("-s",))
+def machine(
+    iommu: str = "intel", *, icount: bool = False, memory: str = "2G", cpus: int = 1, devices: str = "edu"
+) -> vm.Machine:
+    return vm.Machine(iommu, memory, cpus, icount=icount, devices=devices, qemu_args=("-s",))
 
 
 def command_line(of: vm.Machine) -> list[str]:
@@ -57,6 +59,12 @@ def test_the_iommu_comes_before_the_devices_it_translates_for(iommu: str) -> Non
     devices = option(command_line(machine(iommu)), "-device")
     assert devices[0] == vm.IOMMUS[iommu].device
     assert devices[-2:] == ["edu,dma_mask=0xffffffffffffffff"] * 2
+
+
+def test_every_list_of_devices_begins_with_the_two_that_do_dma() -> None:
+    for name, devices in vm.DEVICES.items():
+        assert list(devices[:2]) == ["edu,dma_mask=0xffffffffffffffff"] * 2
+        assert option(command_line(machine(devices=name)), "-device")[-len(devices) :] == list(devices)
 
 
 def test_only_the_intel_iommus_are_switched_on_by_name() -> None:
@@ -94,6 +102,7 @@ def test_each_stream_is_a_port_of_its_own() -> None:
     ("of", "words"),
     [
         (machine("sparc"), "sparc"),
+        (machine(devices="gpu"), "gpu"),
         (machine(memory="lots"), "lots"),
         (machine(memory="0G"), "0G"),
         (machine(cpus=0), "processors"),
