@@ -1,4 +1,8 @@
-"""The worlds of the contract: the fake as each kernel, or, with `--device`, the running one with that device."""
+"""The worlds of the contract: the fake as each kernel, or, with `--device`, the running one with that device.
+
+What needs other devices than that one takes a fixture named after the device; on a running kernel they are there in a
+virtual machine with `--devices contract` alone, and used with `--throwaway` alone.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,19 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from pyvfio import ioctls, pci
 from pyvfio.kernel import LinuxKernel
-from pyvfio.testing.fake import VERSIONS, FakeDevice, FakeKernel
+from pyvfio.testing.fake import VERSIONS, FakeKernel
 from pyvfio.testing.fake.iommu import iommu_model
 from pyvfio.testing.world import dma_entry_limit
-from tests.contract.world import Attached, World, real_memlock
+from tests.contract.devices import FAKE, TO_BIND, Company, Id, fake_groups, find_company
+from tests.contract.world import Attached, World, real_memlock, real_rebind
 
 ENTRIES = 64  # a kernel has 65535, which cost seconds to fill
 RUNNING = "running"
@@ -25,26 +32,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test of the contract runs on each fake, or, with `--device`, on the running kernel instead."""
     if "world_name" in metafunc.fixturenames:
         metafunc.parametrize("world_name", [RUNNING] if metafunc.config.getoption("--device") else list(VERSIONS))
-    if "fake_name" in metafunc.fixturenames:
-        metafunc.parametrize("fake_name", list(VERSIONS))
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What is about a fake in any case has been said where there is no device."""
-    if config.getoption("--device"):
-        items[:] = [item for item in items if "fake_name" not in getattr(item, "fixturenames", ())]
 
 
 @contextlib.contextmanager
-def _fake_memlock(kernel: FakeKernel, limit: int) -> Iterator[None]:
-    kernel.memlock_limit = limit
+def _fake_memlock(kernel: FakeKernel, limit: int, *, privileged: bool) -> Iterator[None]:
+    kernel.memlock_limit, kernel.privileged = limit, privileged
     yield
-    kernel.memlock_limit = None
+    kernel.memlock_limit, kernel.privileged = None, False
 
 
 def _fake_world(kernel: FakeKernel) -> World:
     major, minor = kernel.version.number
-    return World(kernel, "0000:00:02.0", 2, (major, minor), lambda limit: _fake_memlock(kernel, limit))
+    return World(
+        kernel,
+        *FAKE,
+        (major, minor),
+        partial(_fake_memlock, kernel),
+        kernel.bind,
+        kernel.violations.clear,
+    )
 
 
 def _running_world(bdf: str) -> World:
@@ -52,7 +58,8 @@ def _running_world(bdf: str) -> World:
     group = pci.group_of(kernel, bdf)
     found = re.match(r"(\d+)\.(\d+)", os.uname().release)
     assert found is not None
-    return World(kernel, bdf, group, (int(found[1]), int(found[2])), real_memlock)
+    version = (int(found[1]), int(found[2]))
+    return World(kernel, bdf, group, version, real_memlock, partial(real_rebind, kernel), lambda: None)
 
 
 @contextlib.contextmanager
@@ -66,7 +73,7 @@ def _running(request: pytest.FixtureRequest) -> Iterator[World]:
 @contextlib.contextmanager
 def _fake(name: str) -> Iterator[World]:
     model = replace(iommu_model("intel", VERSIONS[name]), dma_entry_limit=ENTRIES)
-    with FakeKernel(name, iommu=model) as kernel:
+    with FakeKernel(name, iommu=model, groups=fake_groups()) as kernel:
         yield _fake_world(kernel)
         assert kernel.descriptors == ()
         assert kernel.memlock().used == 0
@@ -75,27 +82,10 @@ def _fake(name: str) -> Iterator[World]:
 
 @pytest.fixture
 def world(world_name: str, request: pytest.FixtureRequest) -> Iterator[World]:
-    """A kernel with a device; what a test leaves open is closed."""
+    """A kernel with a device; what a test leaves open is closed, and what it bound elsewhere is bound back."""
     with _running(request) if world_name == RUNNING else _fake(world_name) as world:
         yield world
         world.end()
-
-
-@pytest.fixture
-def fake(fake_name: str) -> Iterator[FakeKernel]:
-    """A fake in any case, for what cannot be arranged elsewhere: group 2 with two devices and group 3 with one."""
-    crowd = (2, [FakeDevice("0000:00:02.0"), FakeDevice("0000:00:02.1", msi=4, msix=8, msix_bar=0, resettable=True)])
-    with FakeKernel(fake_name, groups=[crowd, (3, [FakeDevice("0000:00:03.0")])]) as kernel:
-        yield kernel
-
-
-@pytest.fixture
-def fake_world(fake: FakeKernel) -> Iterator[World]:
-    """The world around `fake`."""
-    world = _fake_world(fake)
-    yield world
-    world.end()
-    assert fake.memlock().used == 0
 
 
 @pytest.fixture
@@ -108,3 +98,68 @@ def v2(world: World) -> Attached:
 def v1(world: World) -> Attached:
     """A container with VFIO_TYPE1_IOMMU."""
     return Attached.of(world, ioctls.VFIO_TYPE1_IOMMU)
+
+
+# ------------------------------------------------------------------------------------------------------ other devices
+
+
+@pytest.fixture(scope="session")
+def running_company(request: pytest.FixtureRequest) -> Iterator[Company]:
+    """The other devices of the running machine, bound to vfio-pci."""
+    if not request.config.getoption("--throwaway"):
+        pytest.skip("this uses devices that --device does not name: only in a virtual machine, with --throwaway")
+    kernel = LinuxKernel()
+    company = find_company(kernel)
+    if company is None:
+        pytest.skip("this needs the devices of scripts/vm --devices contract")
+    with ExitStack() as stack:
+        for device in pci.enumerate_devices(kernel):
+            if Id(device.vendor, device.device) in TO_BIND:
+                stack.callback(pci.restore, kernel, pci.bind(kernel, device.bdf))
+        yield company
+
+
+@pytest.fixture(scope="session")
+def fake_company() -> Company:
+    """The other devices of each fake."""
+    with FakeKernel(groups=fake_groups()) as kernel:
+        company = find_company(kernel)
+    assert company is not None
+    return company
+
+
+@pytest.fixture
+def company(world_name: str, request: pytest.FixtureRequest) -> Company:
+    """The other devices."""
+    found: Company = request.getfixturevalue("running_company" if world_name == RUNNING else "fake_company")
+    return found
+
+
+@pytest.fixture
+def other(world: World, company: Company) -> World:
+    """The world around a second device like the first, in a group of its own."""
+    return world.around(*company.edu)
+
+
+@pytest.fixture
+def xhci(world: World, company: Company) -> World:
+    """The world around a device with INTx, 16 vectors of MSI and 16 of MSI-X, PCI Express, that cannot be reset."""
+    return world.around(*company.xhci)
+
+
+@pytest.fixture
+def functions(world: World, company: Company) -> tuple[World, World]:
+    """The worlds around two functions of one device, in one group: no interrupts, a page of memory, I/O ports."""
+    return world.around(*company.functions[0]), world.around(*company.functions[1])
+
+
+@pytest.fixture
+def bridged(world: World, company: Company) -> World:
+    """The world around a device behind a bridge; its sibling there, `company.rng`, has a kernel driver."""
+    return world.around(*company.bridged)
+
+
+@pytest.fixture
+def e1000e(world: World, company: Company) -> World:
+    """The world around a device that can be reset, alone on its bus and in one group with its root port."""
+    return world.around(*company.e1000e)

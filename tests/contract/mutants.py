@@ -26,7 +26,10 @@ _FIRST = {
     "dirty.py": ("dirty",),
     "group.py": ("group", "container"),
     "feature.py": ("feature",),
-    "irqs.py": ("device",),
+    "hot_reset.py": ("hot_reset",),
+    "device.py": ("device", "irqs"),
+    "kernel.py": ("group", "map"),
+    "irqs.py": ("irqs",),
     "iommu.py": ("info",),
     "pins.py": ("map",),
     "versions.py": ("info", "map"),
@@ -103,7 +106,7 @@ MUTANTS = (
         "        if self.container is not None:\n            refuse(errno.EINVAL)\n",
         "        container = self._files.container(fd)\n",
     ),
-    Mutant("feature.py", "not count and self._version.hot_reset_counts_first", "not count"),
+    Mutant("hot_reset.py", "not count and self._buses.version.hot_reset_counts_first", "not count"),
     Mutant("pins.py", "min(mapped.size, within + PAGE_SIZE), write=write)", "mapped.size, write=write)"),
     # What is written back, and when.
     Mutant(
@@ -140,6 +143,43 @@ MUTANTS = (
     Mutant("group.py", "return self.fd is not None or self.has_open_device", "return self.fd is not None"),
     Mutant("feature.py", "        self._ioeventfds.clear()\n", ""),
     Mutant("irqs.py", "if new is not None and self._unmask is not None:", "if False and new is not None:"),
+    Mutant(
+        "pins.py", "of_devices = device_pages(vaddr, size) if self.device_memory_is_mapped else 0", "of_devices = 0"
+    ),
+    Mutant(
+        "pins.py",
+        "if self.page_limit is not None and not self.privileged:\n            within",
+        "if self.page_limit is not None:\n            within",
+    ),
+    # Who has which device, and what a reset reaches.
+    Mutant("group.py", "        if not self.viable:\n            refuse(errno.EPERM)\n", ""),
+    Mutant("group.py", "VIABLE) if self.viable else 0", "VIABLE)"),
+    Mutant(
+        "kernel.py",
+        "            if group.container is not None and not group.viable:\n                device.driver = None\n",
+        "",
+    ),
+    Mutant("hot_reset.py", "is_vfio_driver(device.driver) and group in given", "group in given"),
+    Mutant("hot_reset.py", "is_vfio_driver(device.driver) and group in given", "is_vfio_driver(device.driver)"),
+    Mutant("hot_reset.py", "if not 0 < count <= len(affected):", "if not count:"),
+    Mutant("hot_reset.py", "refuse(errno.EINVAL) if number is None", "refuse(errno.EBADF) if number is None"),
+    Mutant("hot_reset.py", "if argsz < _HEAD.size + _DEVICE.size * len(affected):", "if False:"),
+    Mutant(
+        "hot_reset.py", "argument.write(_HEAD.pack(argsz, 0, len(affected)))", "argument.write(_HEAD.pack(argsz, 7, 7))"
+    ),
+    # What a device shows of itself.
+    Mutant("device.py", "argsz, cap_offset = _REGION.size + len(capability), 0", "cap_offset = 0"),
+    Mutant("device.py", 'b"\\xff" * count if is_table', 'b"\\x00" * count if is_table'),
+    Mutant("device.py", "return bar, min(size, bar.size - position)", "return bar, size"),
+    Mutant("device.py", "flags |= ioctls.VFIO_DEVICE_FLAGS_RESET", "pass"),
+    Mutant("feature.py", "if position < table.stop and position + width > table.start:", "if False:"),
+    Mutant("feature.py", "_IOEVENTFDS = 1000", "_IOEVENTFDS = 1001"),
+    Mutant("irqs.py", "self._version.dynamic_msix and self._counts[MSIX]", "self._counts[MSIX]"),
+    Mutant(
+        "irqs.py",
+        "        self._triggers[vector] = None\n        self._triggers[vector] =",
+        "        self._triggers[vector] =",
+    ),
 )
 
 

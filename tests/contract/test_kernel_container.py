@@ -29,15 +29,21 @@ def test_type1_and_unmap_all_are_announced_before_and_after_an_iommu_is_set(v2: 
     assert [v2.world.ioctl(fd, ioctls.VFIO_CHECK_EXTENSION, extension) for fd in (fresh, v2.container)] == [1, 1]
 
 
-@pytest.mark.parametrize("extension", [0, 2, 5, 7, 11, 99])
+@pytest.mark.parametrize("extension", [0, 2, 5, 7, 8, 11, 99])
 def test_what_type1_is_not_is_answered_with_0(v2: Attached, extension: int) -> None:
     fresh = v2.world.open("vfio")
     assert [v2.world.ioctl(fd, ioctls.VFIO_CHECK_EXTENSION, extension) for fd in (fresh, v2.container)] == [0, 0]
 
 
-def test_nesting_is_gone_in_7_3(world: World) -> None:
-    answer = world.ioctl(world.open("vfio"), ioctls.VFIO_CHECK_EXTENSION, ioctls.VFIO_TYPE1_NESTING_IOMMU)
-    assert answer == (0 if world.since(7, 0) else 1)
+def test_nesting_is_gone_in_7_3(v2: Attached) -> None:
+    fresh, nesting = v2.world.open("vfio"), ioctls.VFIO_TYPE1_NESTING_IOMMU
+    answers = [v2.world.ioctl(fd, ioctls.VFIO_CHECK_EXTENSION, nesting) for fd in (fresh, v2.container)]
+    assert answers == [0 if v2.world.since(7, 0) else 1] * 2
+
+
+def test_qemus_intel_iommu_does_not_enforce_coherence(v2: Attached) -> None:
+    fresh, coherent = v2.world.open("vfio"), ioctls.VFIO_DMA_CC_IOMMU
+    assert [v2.world.ioctl(fd, ioctls.VFIO_CHECK_EXTENSION, coherent) for fd in (fresh, v2.container)] == [0, 0]
 
 
 def test_an_extension_is_compared_in_all_its_64_bits(world: World) -> None:

@@ -1,4 +1,4 @@
-"""What a device's descriptor answers to ioeventfds, features and hot resets (kernel: vfio_main.c, vfio_pci_core.c)."""
+"""What a device's descriptor answers to ioeventfds and features (kernel: vfio_main.c, vfio_pci_core.c)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.contract.world import BAD_ADDRESS, Attached, World, refused
 GET, SET, PROBE = 1 << 16, 1 << 17, 1 << 18
 ENTRY, ENTRY_WITH_WAKEUP, EXIT, DMA_BUF, PRECOPY = 3, 4, 5, 11, 12
 BAR_END = 1 << 20
+MSIX_TABLE, MSIX_TABLE_SIZE = 0x3000, 16 * 16  # of xhci, in BAR 0
 
 
 @pytest.fixture
@@ -41,15 +42,7 @@ def an_eventfd(world: World) -> int:
     return world.keep(world.kernel.eventfd(0, os.EFD_NONBLOCK))
 
 
-@pytest.mark.parametrize(
-    "request_",
-    [
-        ioctls.VFIO_DEVICE_FEATURE,
-        ioctls.VFIO_DEVICE_IOEVENTFD,
-        ioctls.VFIO_DEVICE_PCI_HOT_RESET,
-        ioctls.VFIO_DEVICE_GET_PCI_HOT_RESET_INFO,
-    ],
-)
+@pytest.mark.parametrize("request_", [ioctls.VFIO_DEVICE_FEATURE, ioctls.VFIO_DEVICE_IOEVENTFD])
 def test_a_bad_pointer_is_efault(v2: Attached, device: int, request_: int) -> None:
     with refused(errno.EFAULT):
         v2.world.ioctl(device, request_, BAD_ADDRESS)
@@ -173,38 +166,28 @@ def test_a_number_below_minus_1_and_a_short_argsz_are_einval(v2: Attached, devic
         ioeventfd(v2.world, device, event, argsz=argsz)
 
 
+def test_an_ioeventfd_does_not_lie_in_the_table_of_msix_vectors(xhci: World) -> None:
+    fd = xhci.open_device(Attached.of(xhci, ioctls.VFIO_TYPE1v2_IOMMU).group)
+    event = an_eventfd(xhci)
+    for offset in (MSIX_TABLE, MSIX_TABLE + MSIX_TABLE_SIZE - 4):
+        with refused(errno.EINVAL):
+            ioeventfd(xhci, fd, event, offset=offset)
+    for offset in (MSIX_TABLE - 4, MSIX_TABLE + MSIX_TABLE_SIZE):
+        ioeventfd(xhci, fd, event, offset=offset)
+
+
+def test_a_device_has_1000_ioeventfds_at_most(v2: Attached, device: int) -> None:
+    event = an_eventfd(v2.world)
+    for data in range(1000):
+        ioeventfd(v2.world, device, event, data=data)
+    with refused(errno.ENOSPC):
+        ioeventfd(v2.world, device, event, data=1000)
+    ioeventfd(v2.world, device, -1, data=0)
+    ioeventfd(v2.world, device, event, data=1000)
+
+
 def test_the_last_descriptor_takes_the_ioeventfds_with_it(v2: Attached, device: int) -> None:
     ioeventfd(v2.world, device, an_eventfd(v2.world))
     v2.world.close(device)
     with refused(errno.ENODEV):
         ioeventfd(v2.world, v2.world.open_device(v2.group), -1)
-
-
-# ----------------------------------------------------------------------------------------------------------- hot reset
-
-
-def hot_reset(world: World, fd: int, *, argsz: int = 12, flags: int = 0, count: int = 0) -> None:
-    """VFIO_DEVICE_PCI_HOT_RESET."""
-    world.ioctl(fd, ioctls.VFIO_DEVICE_PCI_HOT_RESET, bytearray(struct.pack("=III", argsz, flags, count) + bytes(16)))
-
-
-def test_a_device_on_a_root_bus_cannot_be_hot_reset(v2: Attached, device: int) -> None:
-    argument = bytearray(struct.pack("=III", 12, 7, 7))
-    with refused(errno.ENODEV):
-        v2.world.ioctl(device, ioctls.VFIO_DEVICE_GET_PCI_HOT_RESET_INFO, argument)
-    assert argument == struct.pack("=III", 12, 7, 7)
-    with refused(errno.ENODEV):
-        hot_reset(v2.world, device, count=1)
-
-
-def test_no_group_at_all_is_einval_before_that_since_6_5(v2: Attached, device: int) -> None:
-    with refused(errno.EINVAL if v2.world.since(6, 5) else errno.ENODEV):
-        hot_reset(v2.world, device)
-
-
-def test_a_short_argsz_and_flags_are_einval(v2: Attached, device: int) -> None:
-    for argsz, flags in ((11, 0), (12, 1)):
-        with refused(errno.EINVAL):
-            hot_reset(v2.world, device, argsz=argsz, flags=flags, count=1)
-    with refused(errno.EINVAL):
-        v2.world.ioctl(device, ioctls.VFIO_DEVICE_GET_PCI_HOT_RESET_INFO, bytearray(struct.pack("=III", 11, 0, 0)))

@@ -8,8 +8,8 @@ import struct
 
 import pytest
 
-from pyvfio import ioctls
-from pyvfio.testing.fake import FakeKernel
+from pyvfio import ioctls, pci
+from tests.contract.devices import RNG_DRIVER, VFIO, Company
 from tests.contract.world import BAD_ADDRESS, PAGE, Attached, World, refused
 
 VIABLE, CONTAINER_SET = 1, 2
@@ -186,69 +186,158 @@ def test_a_device_cannot_be_opened_without_a_container_or_an_iommu_and_its_name_
             world.open_device(group, "x")
 
 
-# What follows cannot be arranged with one device: it is about the fake, in all versions, on every machine.
+# ------------------------------------------------------------------------------------------------- groups of several
 
 
-def test_a_sibling_with_a_kernel_driver_makes_a_group_unusable(fake: FakeKernel, fake_world: World) -> None:
-    fake.bind("0000:00:02.1", "e1000e")
-    group = fake_world.open("2")
-    assert fake_world.status(group) == 0
+def members(world: World) -> set[str]:
+    """Who is in the world's group, as sysfs shows it."""
+    return {member.bdf for member in pci.group_members(world.kernel, world.group)}
+
+
+def test_devices_behind_one_bridge_and_functions_of_one_device_share_a_group(
+    functions: tuple[World, World], bridged: World, e1000e: World, company: Company
+) -> None:
+    assert members(functions[0]) == members(functions[1]) == {each.bdf for each in company.functions}
+    assert members(bridged) == {company.bridge.bdf, company.bridged.bdf, company.rng.bdf}
+    assert members(e1000e) == {company.root_port.bdf, company.e1000e.bdf}
+
+
+def test_a_device_of_one_function_on_a_root_bus_has_a_group_of_its_own(other: World, xhci: World) -> None:
+    assert (members(other), members(xhci)) == ({other.bdf}, {xhci.bdf})
+
+
+def test_a_sibling_with_a_kernel_driver_makes_a_group_unusable(bridged: World) -> None:
+    group = bridged.open(str(bridged.group))
+    assert bridged.status(group) == 0
     with refused(errno.EPERM):
-        fake_world.set_container(group, fake_world.open("vfio"))
+        bridged.set_container(group, bridged.open("vfio"))
+    assert bridged.status(group) == 0
 
 
-@pytest.mark.parametrize("driver", [None, "pcieport", "vfio-pci"])
-def test_a_sibling_without_a_dma_driver_does_no_harm(fake: FakeKernel, fake_world: World, driver: str | None) -> None:
-    fake.bind("0000:00:02.1", driver)
-    group = fake_world.open("2")
-    assert fake_world.status(group) == VIABLE
-    fake_world.set_container(group, fake_world.open("vfio"))
+@pytest.mark.parametrize("driver", [None, VFIO])
+def test_a_sibling_without_a_kernel_driver_does_no_harm(bridged: World, company: Company, driver: str | None) -> None:
+    bridged.bind(company.rng.bdf, driver)
+    group = bridged.open(str(bridged.group))
+    assert bridged.status(group) == VIABLE
+    bridged.set_container(group, bridged.open("vfio"))
 
 
-def test_no_kernel_driver_gets_a_device_of_a_group_in_use(fake: FakeKernel, fake_world: World) -> None:
-    attached = Attached.of(fake_world, 3)
-    fake.bind("0000:00:02.1", "e1000e")
-    assert not (fake.sysfs / "bus/pci/devices/0000:00:02.1/driver").exists()
-    assert fake_world.status(attached.group) == VIABLE | CONTAINER_SET
+def test_the_driver_of_a_root_port_does_no_harm(e1000e: World, company: Company) -> None:
+    assert e1000e.driver_of(company.root_port.bdf) == "pcieport"
+    group = e1000e.open(str(e1000e.group))
+    assert e1000e.status(group) == VIABLE
+    e1000e.set_container(group, e1000e.open("vfio"))
 
 
-def test_a_device_that_is_not_bound_to_vfio_cannot_be_opened(fake: FakeKernel, fake_world: World) -> None:
-    fake.bind("0000:00:02.1", None)
+def test_a_group_is_viable_as_soon_as_the_kernel_driver_lets_go(bridged: World, company: Company) -> None:
+    group = bridged.open(str(bridged.group))
+    for driver, status in ((None, VIABLE), (RNG_DRIVER, 0), (VFIO, VIABLE)):
+        bridged.bind(company.rng.bdf, driver)
+        assert bridged.status(group) == status
+
+
+def test_no_kernel_driver_gets_a_device_of_a_group_in_use(bridged: World, company: Company) -> None:
+    bridged.bind(company.rng.bdf, None)
+    attached = Attached.of(bridged, ioctls.VFIO_TYPE1v2_IOMMU)
+    bridged.bind(company.rng.bdf, RNG_DRIVER)
+    assert bridged.driver_of(company.rng.bdf) is None
+    assert bridged.status(attached.group) == VIABLE | CONTAINER_SET
+
+
+def test_vfio_gets_a_device_of_a_group_in_use_which_can_then_be_opened(bridged: World, company: Company) -> None:
+    bridged.bind(company.rng.bdf, None)
+    attached = Attached.of(bridged, ioctls.VFIO_TYPE1v2_IOMMU)
     with refused(errno.ENODEV):
-        fake_world.open_device(Attached.of(fake_world, 3).group, "0000:00:02.1")
+        bridged.open_device(attached.group, company.rng.bdf)
+    bridged.bind(company.rng.bdf, VFIO)
+    bridged.open_device(attached.group, company.rng.bdf)
+    bridged.open_device(attached.group)
 
 
-def test_a_device_is_opened_through_its_own_group_only(fake_world: World) -> None:
+def test_a_group_that_left_its_container_is_free_for_kernel_drivers_again(bridged: World, company: Company) -> None:
+    bridged.bind(company.rng.bdf, None)
+    attached = Attached.of(bridged, ioctls.VFIO_TYPE1v2_IOMMU)
+    bridged.ioctl(attached.group, ioctls.VFIO_GROUP_UNSET_CONTAINER)
+    bridged.bind(company.rng.bdf, RNG_DRIVER)
+    assert bridged.driver_of(company.rng.bdf) == RNG_DRIVER
+    assert bridged.status(attached.group) == 0
+
+
+def test_a_device_that_is_not_bound_to_vfio_cannot_be_opened(functions: tuple[World, World]) -> None:
+    first, second = functions
+    first.bind(second.bdf, None)
+    attached = Attached.of(first, ioctls.VFIO_TYPE1v2_IOMMU)
     with refused(errno.ENODEV):
-        fake_world.open_device(Attached.of(fake_world, 3).group, "0000:00:03.0")
+        first.open_device(attached.group, second.bdf)
 
 
-def test_mappings_stay_while_another_group_is_in_the_container(fake_world: World) -> None:
-    attached = Attached.of(fake_world, 3)
-    other = fake_world.open("3")
-    fake_world.set_container(other, attached.container)
+def test_a_device_is_opened_through_its_own_group_only(v2: Attached, other: World) -> None:
+    with refused(errno.ENODEV):
+        v2.world.open_device(v2.group, other.bdf)
+
+
+def test_each_device_of_a_group_holds_it(functions: tuple[World, World]) -> None:
+    first, second = functions
+    attached = Attached.of(first, ioctls.VFIO_TYPE1v2_IOMMU)
+    fds = [first.open_device(attached.group), second.open_device(attached.group)]
     attached.map()
-    fake_world.ioctl(attached.group, ioctls.VFIO_GROUP_UNSET_CONTAINER)
+    first.close(attached.group)
+    first.close(fds[0])
     assert attached.unmap() == PAGE
-    attached.map()
-    fake_world.close(other)
-    with refused(errno.EINVAL):
-        attached.unmap()
-
-
-def test_no_group_joins_while_a_mapping_has_no_vaddr(fake_world: World) -> None:
-    attached = Attached.of(fake_world, 3)
-    other = fake_world.open("3")
-    attached.map()
-    attached.unmap(flags=ioctls.VFIO_DMA_UNMAP_FLAG_VADDR)
     with refused(errno.EBUSY):
-        fake_world.set_container(other, attached.container)
-    attached.map(flags=ioctls.VFIO_DMA_MAP_FLAG_VADDR)
-    fake_world.set_container(other, attached.container)
+        first.open(str(first.group))
+    first.close(fds[1])
+    first.open(str(first.group))
 
 
-def test_the_argument_of_set_container_is_a_pointer_to_the_number(fake_world: World) -> None:
-    group, container = fake_world.open("2"), fake_world.open("vfio")
+# -------------------------------------------------------------------------------------------------- containers of two
+
+
+def test_a_second_group_shares_the_mappings_and_nothing_is_charged_again(v2: Attached, other: World) -> None:
+    before = v2.locked()
+    v2.map(size=4 * PAGE)
+    group = other.open(str(other.group))
+    other.set_container(group, v2.container)
+    assert v2.locked() == before + 4 * PAGE
+    with refused(errno.EEXIST):
+        v2.map()
+    other.open_device(group)
+
+
+def test_a_second_group_may_come_before_the_iommu_is_set(world: World, other: World) -> None:
+    container = world.open("vfio")
+    groups = [each.open(str(each.group)) for each in (world, other)]
+    for group in groups:
+        world.set_container(group, container)
+    world.ioctl(container, ioctls.VFIO_SET_IOMMU, ioctls.VFIO_TYPE1v2_IOMMU)
+    for each, group in zip((world, other), groups, strict=True):
+        each.open_device(group)
+
+
+def test_mappings_stay_while_another_group_is_in_the_container(v2: Attached, other: World) -> None:
+    group = other.open(str(other.group))
+    other.set_container(group, v2.container)
+    v2.map()
+    v2.world.ioctl(v2.group, ioctls.VFIO_GROUP_UNSET_CONTAINER)
+    assert v2.unmap() == PAGE
+    v2.map()
+    other.close(group)
+    with refused(errno.EINVAL):
+        v2.unmap()
+
+
+def test_no_group_joins_while_a_mapping_has_no_vaddr(v2: Attached, other: World) -> None:
+    group = other.open(str(other.group))
+    v2.map()
+    v2.unmap(flags=ioctls.VFIO_DMA_UNMAP_FLAG_VADDR)
+    with refused(errno.EBUSY):
+        other.set_container(group, v2.container)
+    v2.map(flags=ioctls.VFIO_DMA_MAP_FLAG_VADDR)
+    other.set_container(group, v2.container)
+
+
+def test_the_argument_of_set_container_is_a_pointer_to_the_number(world: World) -> None:
+    group, container = world.open(str(world.group)), world.open("vfio")
     with refused(errno.EFAULT):
-        fake_world.ioctl(group, ioctls.VFIO_GROUP_SET_CONTAINER, container)
-    fake_world.ioctl(group, ioctls.VFIO_GROUP_SET_CONTAINER, bytearray(struct.pack("=i", container)))
+        world.ioctl(group, ioctls.VFIO_GROUP_SET_CONTAINER, container)
+    world.ioctl(group, ioctls.VFIO_GROUP_SET_CONTAINER, bytearray(struct.pack("=i", container)))

@@ -113,3 +113,12 @@ def test_a_refused_mapping_takes_no_entry(v2: Attached) -> None:
 def test_page_sizes_are_powers_of_two_by_bit(v2: Attached) -> None:
     (sizes,) = struct.unpack_from("=Q", v2.raw_info(16), 8)
     assert is_power_of_two(sizes & -sizes)
+
+
+def test_qemus_intel_iommu_has_three_page_sizes_and_all_iovas_of_39_or_48_bits_but_those_of_interrupts(
+    v2: Attached,
+) -> None:
+    assert struct.unpack_from("=Q", v2.raw_info(16), 8) == (0x4020_1000,)
+    below, above = v2.ranges()
+    assert (below.start, below.last, above.start) == (0, 0xFEDF_FFFF, 0xFEF0_0000)
+    assert above.last in ((1 << 39) - 1, (1 << 48) - 1)

@@ -6,11 +6,13 @@ import ctypes
 import errno
 import os
 import struct
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from pyvfio import ioctls
-from pyvfio.units import U64_MAX
+from pyvfio.kernel import Kernel
+from pyvfio.units import MIB, U64_MAX, align_up
 from tests.contract.world import (
     BASE,
     BOTH,
@@ -27,6 +29,9 @@ from tests.contract.world import (
 
 VADDR_FLAG = 4
 MAP_SHARED = 1
+MAP_FIXED = 0x10
+MADV_DONTNEED = 4
+MADV_HUGEPAGE = 14
 LAST_PAGE = U64_MAX - PAGE + 1
 
 
@@ -248,17 +253,101 @@ def test_a_mapping_beyond_a_lowered_limit_is_refused_and_those_that_are_there_st
         assert v2.unmap(size=4 * PAGE) == 4 * PAGE
 
 
+@pytest.mark.parametrize("limit", [2 * PAGE, 3 * PAGE - 1])
 @pytest.mark.parametrize(("bad", "expected"), [(1, errno.EFAULT), (2, errno.EFAULT), (3, errno.ENOMEM)])
-def test_whichever_page_comes_first_decides_between_enomem_and_efault(v2: Attached, bad: int, expected: int) -> None:
+def test_whichever_page_comes_first_decides_between_enomem_and_efault(
+    v2: Attached, bad: int, expected: int, limit: int
+) -> None:
     vaddr = v2.world.memory(8 * PAGE)
     v2.world.kernel.mprotect(vaddr + bad * PAGE, PAGE, NONE)
-    with v2.world.memlock(v2.locked() + 2 * PAGE), refused(expected):
+    with v2.world.memlock(v2.locked() + limit), refused(expected):
         v2.map(vaddr=vaddr, size=8 * PAGE)
 
 
 def test_a_file_descriptor_is_not_memory(v2: Attached) -> None:
     with refused(errno.EBADF):
         v2.world.kernel.mmap(0, PAGE, BOTH, PRIVATE & ~0x20, fd=1000)
+
+
+def test_who_may_lock_any_amount_is_charged_all_the_same(v2: Attached) -> None:
+    before = v2.locked()
+    with v2.world.memlock(PAGE, privileged=True):
+        v2.map(size=4 * PAGE)
+    assert v2.locked() == before + 4 * PAGE
+
+
+def test_a_mapping_of_who_might_lock_any_amount_is_unmapped_by_who_may_not(v2: Attached) -> None:
+    before = v2.locked()
+    v2.map(size=4 * PAGE)
+    with v2.world.memlock(before):
+        assert v2.unmap(size=4 * PAGE) == 4 * PAGE
+        with refused(errno.ENOMEM):
+            v2.map()
+    assert v2.locked() == before
+
+
+def test_two_mib_of_huge_pages_are_charged_as_512_pages_and_not_unmapped_in_part(v2: Attached) -> None:
+    before = v2.locked()
+    memory = v2.world.memory(4 * MIB)
+    vaddr = align_up(memory, 2 * MIB)
+    v2.world.kernel.madvise(vaddr, 2 * MIB, MADV_HUGEPAGE)
+    ctypes.memset(vaddr, 1, 2 * MIB)
+    v2.map(iova=2 * MIB, vaddr=vaddr, size=2 * MIB)
+    assert v2.locked() == before + 2 * MIB
+    with refused(errno.EINVAL):
+        v2.unmap(iova=2 * MIB)
+    assert v2.unmap(iova=2 * MIB, size=2 * MIB) == 2 * MIB
+    assert v2.locked() == before
+
+
+# -------------------------------------------------------------------------------------------- memory: that of a device
+
+
+@pytest.fixture
+def bar(v2: Attached) -> Iterator[int]:
+    """Four pages of the device's BAR 0 in this process's memory, behind and before a page of its own."""
+    device = v2.world.open_device(v2.group)
+    kernel, size = v2.world.kernel, 6 * PAGE
+    vaddr = kernel.mmap(0, size, BOTH, PRIVATE)
+    kernel.mmap(vaddr + PAGE, 4 * PAGE, BOTH, MAP_SHARED | MAP_FIXED, fd=device, offset=0)
+    yield vaddr + PAGE
+    kernel.munmap(vaddr, size)
+    v2.world.forgive()
+
+
+@pytest.mark.parametrize("flags", [READ, WRITE, BOTH])
+def test_a_bar_can_be_mapped_and_is_charged_to_nobody(v2: Attached, bar: int, flags: int) -> None:
+    before = v2.locked()
+    with v2.world.memlock(before):
+        v2.map(vaddr=bar, size=4 * PAGE, flags=flags)
+    assert v2.locked() == before
+    assert v2.unmap(size=4 * PAGE) == 4 * PAGE
+    assert v2.locked() == before
+
+
+def test_of_memory_and_a_bar_in_one_mapping_the_memory_is_charged(v2: Attached, bar: int) -> None:
+    before = v2.locked()
+    with v2.world.memlock(before + 2 * PAGE):
+        v2.map(vaddr=bar - PAGE, size=6 * PAGE)
+        assert v2.locked() == before + 2 * PAGE
+        with refused(errno.ENOMEM):
+            v2.map(iova=0)
+    assert v2.unmap(size=6 * PAGE) == 6 * PAGE
+    assert v2.locked() == before
+
+
+def test_a_bar_does_not_hide_the_limit_from_the_memory_behind_it(v2: Attached, bar: int) -> None:
+    before, avail = v2.locked(), v2.avail()
+    with v2.world.memlock(before + PAGE), refused(errno.ENOMEM):
+        v2.map(vaddr=bar - PAGE, size=6 * PAGE)
+    assert (v2.locked(), v2.avail()) == (before, avail)
+
+
+def test_a_bar_needs_the_rights_that_the_device_gets(v2: Attached, bar: int) -> None:
+    v2.world.kernel.mprotect(bar, PAGE, READ)
+    with refused(errno.EFAULT):
+        v2.map(vaddr=bar)
+    v2.map(vaddr=bar, flags=READ)
 
 
 # --------------------------------------------------------------------------------------- memory: what nobody wrote yet
@@ -313,3 +402,50 @@ def test_memory_that_can_only_be_read_is_not_written_back_to(v2: Attached) -> No
     with refused(errno.EFAULT):
         v2.world.ioctl(v2.container, ioctls.VFIO_IOMMU_UNMAP_DMA, page)
     assert v2.unmap_all() == 0
+
+
+# -------------------------------------------------------------------------------- memory: what happens to it afterwards
+
+
+def put_anew(kernel: Kernel, vaddr: int, size: int) -> None:
+    """Other memory at the same address."""
+    kernel.mmap(vaddr, size, BOTH, PRIVATE | MAP_FIXED)
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda kernel, vaddr, size: kernel.madvise(vaddr, size, MADV_DONTNEED),
+        lambda kernel, vaddr, size: kernel.mprotect(vaddr, size, NONE),
+        put_anew,
+        lambda kernel, vaddr, size: kernel.munmap(vaddr, size),
+    ],
+    ids=["discarded", "protected", "replaced", "unmapped"],
+)
+def test_memory_that_goes_stays_charged_until_it_is_unmapped(
+    v2: Attached, take: Callable[[Kernel, int, int], None]
+) -> None:
+    before, kernel = v2.locked(), v2.world.kernel
+    vaddr = kernel.mmap(0, 2 * PAGE, BOTH, PRIVATE)
+    v2.map(vaddr=vaddr, size=2 * PAGE)
+    take(kernel, vaddr, 2 * PAGE)
+    v2.world.forgive()
+    assert v2.locked() == before + 2 * PAGE
+    assert v2.unmap(size=2 * PAGE) == 2 * PAGE
+    assert v2.locked() == before
+    kernel.munmap(vaddr, 2 * PAGE)
+
+
+def test_a_file_that_is_cut_stays_charged_until_it_is_unmapped(v2: Attached) -> None:
+    before, kernel = v2.locked(), v2.world.kernel
+    fd = v2.world.keep(os.memfd_create("contract"))
+    os.ftruncate(fd, 2 * PAGE)
+    vaddr = kernel.mmap(0, 2 * PAGE, BOTH, MAP_SHARED, fd=fd)
+    v2.map(vaddr=vaddr, size=2 * PAGE)
+    os.ftruncate(fd, 0)
+    assert v2.locked() == before + 2 * PAGE
+    with refused(errno.EFAULT):
+        v2.map(vaddr=vaddr, iova=0)
+    assert v2.unmap(size=2 * PAGE) == 2 * PAGE
+    assert v2.locked() == before
+    kernel.munmap(vaddr, 2 * PAGE)

@@ -13,11 +13,12 @@ import os
 import resource
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import pytest
 
-from pyvfio import ioctls
+from pyvfio import ioctls, pci
 from pyvfio.kernel import IoctlArgument, Kernel
 from pyvfio.units import PAGE_SIZE, IovaRange
 
@@ -42,14 +43,15 @@ def refused(*numbers: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def real_memlock(limit: int) -> Iterator[None]:
-    """RLIMIT_MEMLOCK `limit` bytes above what is locked, without CAP_IPC_LOCK; as before afterwards."""
+def real_memlock(limit: int, *, privileged: bool) -> Iterator[None]:
+    """RLIMIT_MEMLOCK `limit` bytes, with CAP_IPC_LOCK or without; as before afterwards."""
     libc = ctypes.CDLL(None, use_errno=True)
     header = struct.pack("=Ii", _LINUX_CAPABILITY_VERSION_3, 0)
     before = ctypes.create_string_buffer(24)
     assert libc.capget(header, before) == 0
     values = list(struct.unpack("=6I", before.raw))
-    values[0] &= ~(1 << _CAP_IPC_LOCK)  # the first word is the effective set; permitted stays, so it can come back
+    if not privileged:
+        values[0] &= ~(1 << _CAP_IPC_LOCK)  # the first word is the effective set; permitted stays, so it can come back
     old = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, old[1]))
     assert libc.capset(header, struct.pack("=6I", *values)) == 0
@@ -60,17 +62,57 @@ def real_memlock(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, old)
 
 
+def real_rebind(kernel: Kernel, bdf: str, driver: str | None) -> None:
+    """Give a device to another driver (None: to none) whoever uses its group; it may refuse."""
+    home = kernel.sysfs / "bus/pci/devices" / bdf
+    if (home / "driver").exists():
+        pci.write_sysfs(home / "driver/unbind", bdf)
+    pci.write_sysfs(home / "driver_override", f"{driver or pci.NO_DRIVER}\n")
+    with contextlib.suppress(OSError):  # some kernels say here that the driver refused; the device has none then
+        pci.write_sysfs(kernel.sysfs / "bus/pci/drivers_probe", bdf)
+
+
+class MemlockLimit(Protocol):
+    """What may be locked, in all, in bytes, and whether this process may lock more."""
+
+    def __call__(self, limit: int, *, privileged: bool) -> contextlib.AbstractContextManager[None]: ...
+
+
 @dataclass
 class World:
-    """A kernel and a device. `version` is (major, minor); `memlock` limits what may be locked, in all, in bytes."""
+    """A kernel and a device. `version` is (major, minor).
+
+    What is arranged differently on fakes and kernels: `limit_memlock`; `rebind(bdf, driver)`;
+    `forgive()`, after a test took away memory that is mapped, which a fake takes for a mistake.
+    """
 
     kernel: Kernel
     bdf: str
     group: int
     version: tuple[int, int]
-    memlock: Callable[[int], contextlib.AbstractContextManager[None]]
+    limit_memlock: MemlockLimit
+    rebind: Callable[[str, str | None], None]
+    forgive: Callable[[], None]
     _fds: list[int] = field(default_factory=list)
     _memory: list[tuple[int, int]] = field(default_factory=list)
+    _drivers: dict[str, str | None] = field(default_factory=dict)
+
+    def around(self, bdf: str, group: int) -> World:
+        """The same world around another device; `end` of either is that of both."""
+        return replace(self, bdf=bdf, group=group)
+
+    def memlock(self, limit: int, *, privileged: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Limit what may be locked, in all, in bytes; `privileged` may exceed it."""
+        return self.limit_memlock(limit, privileged=privileged)
+
+    def driver_of(self, bdf: str) -> str | None:
+        """The driver that a device has."""
+        return pci.read_device(self.kernel, bdf).driver
+
+    def bind(self, bdf: str, driver: str | None) -> None:
+        """Give a device to another driver (None: to none) until the test ends; it may refuse."""
+        self._drivers.setdefault(bdf, self.driver_of(bdf))
+        self.rebind(bdf, driver)
 
     def since(self, major: int, minor: int) -> bool:
         """Whether the kernel is that one or later."""
@@ -101,9 +143,11 @@ class World:
         return vaddr
 
     def end(self) -> None:
-        """Close and unmap all: devices before groups before containers."""
+        """Close and unmap all: devices before groups before containers, and all of them before drivers change."""
         for fd in reversed(self._fds):
             self.kernel.close(fd)
+        for bdf, driver in self._drivers.items():
+            self.rebind(bdf, driver)
         for vaddr, size in self._memory:
             self.kernel.munmap(vaddr, size)
 

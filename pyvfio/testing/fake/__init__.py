@@ -3,23 +3,24 @@
 It answers as Linux 6.1, 6.12 or 7.3 does, errno by errno and in the kernel's order of checks; `tests/contract` holds
 fake and real kernels to the same sentences. A file for each thing that a kernel has: `kernel` takes the calls, `group`
 has containers and groups, `device`, `irqs` and `feature` PCI devices, `type1` and `dirty` the IOMMU, `pins`
-locked memory, `process` the memory of this process, `tree` sysfs and /dev, `dma` what lies between devices and memory;
+locked memory, `process` the memory of this process, `tree` sysfs and /dev, `dma` what lies between devices and memory,
+`hot_reset` buses;
 `pci_device` is the base class for devices that do something, and `edu` QEMU's; `versions` has all that differs between
 kernels.
 
 Not modelled. What the fake does not know, it refuses as a kernel refuses what it does not know:
 
 * nested translation: type 6 of an `IommuModel` that nests is type1 v2.
-* devices: no ROM, VGA, IO BARs, capabilities in configuration space but those that a device gives as bytes, virtual
-  functions, buses that can be reset (a hot reset is ENODEV), DMA-bufs (ENOTTY), MSI-X table; an ioeventfd and an
-  eventfd that unmasks INTx are taken, and do nothing when they are signalled; low power is entered and left, and no
-  more; a raw mapping of a BAR is memory without side effects; a register window keeps its device's memory, but not its
-  group, after the descriptor is closed.
+* devices: no ROM, VGA, capabilities in configuration space but those that a device gives as bytes, virtual functions,
+  DMA-bufs (ENOTTY), MSI-X table in a BAR that is mapped; every bus but bus 0 can be reset; an ioeventfd and an eventfd
+  that unmasks INTx are taken, and do nothing when they are signalled; low power is entered and left, and no more; a raw
+  mapping of a BAR is memory without side effects; a register window keeps its device's memory, but not its group, after
+  the descriptor is closed.
 * dirty pages: every mapped page always is, as with all devices that cannot report what they wrote.
-* pinning: a shared writable file on a disk file system may be mapped (refused from 6.12 on), BAR memory is charged like
-  other memory, never-written memory mapped for reading is coherent on 6.1 too (a device there goes on reading zeros),
-  and a process that is not allowed MADV_POPULATE_* (kernels before 5.14) is asked for the rights in /proc/self/maps
-  only. Addresses between 2^47 and 2^56 are a process's, as with page tables of five levels.
+* pinning: a shared writable file on a disk file system may be mapped (refused from 6.12 on), never-written memory
+  mapped for reading is coherent on 6.1 too (a device there goes on reading zeros), and a process that is not allowed
+  MADV_POPULATE_* (kernels before 5.14) is asked for the rights in /proc/self/maps only. What the process itself locks
+  with mlock is not counted. Addresses between 2^47 and 2^56 are a process's, as with page tables of five levels.
 * after memory was taken away under a mapping a real device still reaches the old pages; here it reaches what is at the
   address now. The violation is on record.
 * a mapping that ends at 2^64 (virtio, amd) is found by its bytes on every version, and given back; 6.x kernels lose it,

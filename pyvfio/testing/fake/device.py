@@ -12,13 +12,14 @@ import errno
 import os
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from pyvfio import ioctls
 from pyvfio.kernel import LinuxKernel, Registers
 from pyvfio.testing.fake.irqs import Irqs
-from pyvfio.testing.fake.process import Argument, refuse
+from pyvfio.testing.fake.process import DEVICE_MEMORY, Argument, refuse
 from pyvfio.testing.fake.type1 import info_write_back
 from pyvfio.testing.fake.versions import KernelVersion
 from pyvfio.units import MIB, PAGE_SIZE, is_power_of_two
@@ -35,7 +36,7 @@ _WRITABLE = frozenset((4, 5, 0x0C, 0x0D, *range(0x10, 0x28), 0x3C))
 _READ_WRITE = int(ioctls.VFIO_REGION_INFO_FLAG_READ | ioctls.VFIO_REGION_INFO_FLAG_WRITE)
 _MMAP = int(ioctls.VFIO_REGION_INFO_FLAG_MMAP)
 _CAPS = int(ioctls.VFIO_REGION_INFO_FLAG_CAPS)
-_HOT_RESET_INFO_MINSZ = 12
+_MSIX_ENTRY = 16
 _REGION = struct.Struct("=IIIIQQ")
 _IRQ = struct.Struct("=IIII")
 
@@ -45,12 +46,13 @@ _Write = Callable[[int, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A memory BAR of `size` bytes (a power of two). Plain memory, unless `read(offset, width)` and
-    `write(offset, width, value)` are given: then every register access calls them."""
+    """A BAR of `size` bytes (a power of two), of memory or (`io`) of I/O ports. Plain memory, unless
+    `read(offset, width)` and `write(offset, width, value)` are given: then every register access calls them."""
 
     size: int
     read: _Read | None = None
     write: _Write | None = None
+    io: bool = False
 
     def __post_init__(self) -> None:
         if not is_power_of_two(self.size):
@@ -64,9 +66,9 @@ class FakeDevice:
     """A PCI device to be declared to a FakeKernel; as it stands, it looks like QEMU's edu, with memory in its BAR.
 
     `driver` is what it is bound to (None: nothing); `intx` whether it has a pin; `msi` and `msix` count vectors, and
-    `msix_bar` is where the MSI-X table lies. `reset` is called after VFIO_DEVICE_RESET, and when a `resettable` device
-    is opened, as VFIO does. `config` has read-only bytes of configuration space by offset. ValueError for what no
-    device can be.
+    `msix_bar` is where the MSI-X table lies, at `msix_offset` (None: where no access meets it). `reset` is called after
+    VFIO_DEVICE_RESET, and when a `resettable` device is opened, as VFIO does. `config` has read-only bytes of
+    configuration space by offset. ValueError for what no device can be.
     """
 
     bdf: str
@@ -79,6 +81,7 @@ class FakeDevice:
     msi: int = 1
     msix: int = 0
     msix_bar: int | None = None
+    msix_offset: int | None = None
     resettable: bool = False
     reset: Callable[[], None] | None = None
     pcie: bool = False
@@ -96,6 +99,8 @@ class FakeDevice:
             raise ValueError(f"{self.bdf}: a device has at most 2048 MSI-X vectors, not {self.msix}")
         if self.msix_bar is not None and self.msix_bar not in self.bars:
             raise ValueError(f"{self.bdf}: the MSI-X table is in BAR {self.msix_bar}, which is not there")
+        if self.msix_bar is not None and self.msix_table(self.msix_bar).stop > self.bars[self.msix_bar].size:
+            raise ValueError(f"{self.bdf}: the MSI-X table at {self.msix_offset:#x} leaves BAR {self.msix_bar}")
         for offset, data in self.config.items():
             if not 0 <= offset <= self.config_size - len(data) or _WRITABLE & set(range(offset, offset + len(data))):
                 raise ValueError(f"{self.bdf}: {len(data)} bytes of configuration space at {offset:#x} cannot be given")
@@ -104,6 +109,12 @@ class FakeDevice:
     def config_size(self) -> int:
         """How many bytes of configuration space it has."""
         return 4096 if self.pcie else 256
+
+    def msix_table(self, bar: int) -> range:
+        """Which bytes of a BAR are the MSI-X table, which VFIO keeps for itself."""
+        if self.msix_offset is None or bar != self.msix_bar:
+            return range(0)
+        return range(self.msix_offset, self.msix_offset + _MSIX_ENTRY * self.msix)
 
     def config_space(self) -> bytearray:
         """Configuration space as it is after VFIO enabled the device: memory decoding on, bus master off."""
@@ -114,6 +125,11 @@ class FakeDevice:
         for offset, data in self.config.items():
             space[offset : offset + len(data)] = data
         return space
+
+
+def is_vfio_driver(driver: str | None) -> bool:
+    """Whether a driver gives its devices to user space."""
+    return driver is not None and ("vfio-pci" in driver or "vfio_pci" in driver)
 
 
 class CallbackRegisters:
@@ -156,10 +172,6 @@ class PciDevice:
             ioctls.VFIO_DEVICE_GET_IRQ_INFO: ("VFIO_DEVICE_GET_IRQ_INFO", self.get_irq_info),
             ioctls.VFIO_DEVICE_SET_IRQS: ("VFIO_DEVICE_SET_IRQS", self.irqs.set_irqs),
             ioctls.VFIO_DEVICE_RESET: ("VFIO_DEVICE_RESET", self.reset),
-            ioctls.VFIO_DEVICE_GET_PCI_HOT_RESET_INFO: (
-                "VFIO_DEVICE_GET_PCI_HOT_RESET_INFO",
-                self.get_pci_hot_reset_info,
-            ),
         }
 
     @property
@@ -181,7 +193,7 @@ class PciDevice:
         """A new file descriptor, not counted before `hold`; EMFILE."""
         if self.descriptors:
             return os.dup(next(iter(self.descriptors)))
-        fd = os.memfd_create(f"vfio-device {self.bdf}")
+        fd = os.memfd_create(f"{DEVICE_MEMORY} {self.bdf}")
         os.ftruncate(fd, ioctls.VFIO_PCI_NUM_REGIONS << _REGION_SHIFT)
         return fd
 
@@ -238,7 +250,7 @@ class PciDevice:
         if bar is None:
             return 0, 0
         flags = _READ_WRITE
-        if bar.size >= PAGE_SIZE:
+        if bar.size >= PAGE_SIZE and not bar.io:
             flags |= _MMAP | (_CAPS if self.declared.msix and self.declared.msix_bar == index else 0)
         return flags, bar.size
 
@@ -256,17 +268,18 @@ class PciDevice:
         """`vfio_pci_ioctl_reset`: EINVAL. BARs are zero afterwards; mappings and interrupts stay."""
         if not self.declared.resettable:
             refuse(errno.EINVAL)
+        self.clear()
+        return 0
+
+    def clear(self) -> None:
+        """What any reset does to the device. One that nobody has open is fresh in any case when it is opened."""
+        if not self.descriptors:
+            return
         memory = next(iter(self.descriptors))
         os.ftruncate(memory, 0)
         os.ftruncate(memory, ioctls.VFIO_PCI_NUM_REGIONS << _REGION_SHIFT)
         if self.declared.reset is not None:
             self.declared.reset()
-        return 0
-
-    def get_pci_hot_reset_info(self, argument: Argument) -> int:
-        """`vfio_pci_ioctl_get_pci_hot_reset_info`: EFAULT, EINVAL, ENODEV, for every fake device is on a root bus."""
-        (argsz,) = struct.unpack("=I", argument.read(_HOT_RESET_INFO_MINSZ)[:4])
-        refuse(errno.EINVAL if argsz < _HOT_RESET_INFO_MINSZ else errno.ENODEV)
 
     # ------------------------------------------------------------------------------------- reading, writing, mmap
 
@@ -279,10 +292,16 @@ class PciDevice:
             self._check_config(position, size)
             return bytes(self.config[position : position + size])
         bar, size = self._accessible(index, position, size)
+        answer = b""
+        for at, count, is_table in self._pieces(index, position, size):
+            answer += b"\xff" * count if is_table else self._read(fd, bar, offset - position + at, count)
+        return answer
+
+    def _read(self, fd: int, bar: Bar, offset: int, size: int) -> bytes:
         if bar.read is None:
             return os.pread(fd, size, offset)
         answer = b""
-        for at, width in self._accesses(position, size):
+        for at, width in self._accesses(self._locate(offset)[1], size):
             answer += (bar.read(at, width) & ((1 << 8 * width) - 1)).to_bytes(width, "little")
         return answer
 
@@ -298,11 +317,26 @@ class PciDevice:
                     self.config[at] = value
             return len(data)
         bar, size = self._accessible(index, position, len(data))
-        if bar.write is None:
-            return os.pwrite(fd, data[:size], offset)
-        for at, width in self._accesses(position, size):
-            bar.write(at, width, int.from_bytes(data[at - position : at - position + width], "little"))
+        for at, count, is_table in self._pieces(index, position, size):
+            if not is_table:
+                self._write(fd, bar, offset - position + at, data[at - position : at - position + count])
         return size
+
+    def _write(self, fd: int, bar: Bar, offset: int, data: bytes) -> None:
+        if bar.write is None:
+            os.pwrite(fd, data, offset)
+            return
+        start = self._locate(offset)[1]
+        for at, width in self._accesses(start, len(data)):
+            bar.write(at, width, int.from_bytes(data[at - start : at - start + width], "little"))
+
+    def _pieces(self, index: int, position: int, size: int) -> Iterator[tuple[int, int, bool]]:
+        # What lies before, in and behind the MSI-X table: start, size, and whether it is the table.
+        table = self.declared.msix_table(index)
+        cuts = sorted(
+            {position, position + size, *(at for at in (table.start, table.stop) if at - position in range(size))}
+        )
+        return ((start, end - start, start in table) for start, end in pairwise(cuts))
 
     def _locate(self, offset: int) -> tuple[int, int]:
         index = offset >> _REGION_SHIFT
@@ -318,7 +352,7 @@ class PciDevice:
         bar = self.declared.bars.get(index)
         if bar is None or position >= bar.size:
             refuse(errno.EINVAL)
-        if not self.config[_COMMAND] & _COMMAND_MEMORY:
+        if not bar.io and not self.config[_COMMAND] & _COMMAND_MEMORY:
             refuse(errno.EIO)
         return bar, min(size, bar.size - position)
 

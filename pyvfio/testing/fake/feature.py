@@ -1,4 +1,4 @@
-"""What a device's descriptor answers besides regions and interrupts: ioeventfds, features, hot reset.
+"""What a device's descriptor answers besides regions and interrupts: ioeventfds and features.
 
 Source: drivers/vfio/vfio_main.c and pci/vfio_pci_core.c, vfio_pci_rdwr.c; the functions named below are there.
 """
@@ -46,7 +46,6 @@ class DeviceFeatures:
         if version.dma_buf:
             self._features[ioctls.VFIO_DEVICE_FEATURE_DMA_BUF] = self._dma_buf
         self.requests: dict[int, tuple[str, Callable[[Argument], int]]] = {
-            ioctls.VFIO_DEVICE_PCI_HOT_RESET: ("VFIO_DEVICE_PCI_HOT_RESET", self.hot_reset),
             ioctls.VFIO_DEVICE_IOEVENTFD: ("VFIO_DEVICE_IOEVENTFD", self.ioeventfd),
             ioctls.VFIO_DEVICE_FEATURE: ("VFIO_DEVICE_FEATURE", self.feature),
         }
@@ -57,13 +56,6 @@ class DeviceFeatures:
             os.close(held)
         self._ioeventfds.clear()
         self._low_power = False
-
-    def hot_reset(self, argument: Argument) -> int:
-        """`vfio_pci_ioctl_pci_hot_reset`: EFAULT, EINVAL, ENODEV, for every fake device is on a root bus."""
-        argsz, flags, count = struct.unpack("=III", argument.read(12))
-        if argsz < 12 or flags or (not count and self._version.hot_reset_counts_first):
-            refuse(errno.EINVAL)
-        refuse(errno.ENODEV)
 
     # --------------------------------------------------------------------------------------- VFIO_DEVICE_IOEVENTFD
 
@@ -80,6 +72,9 @@ class DeviceFeatures:
         index, position = offset >> _REGION_SHIFT, offset & ((1 << _REGION_SHIFT) - 1)
         bar = self._device.declared.bars.get(index) if index < _BARS else None
         if bar is None or position + width > bar.size:
+            refuse(errno.EINVAL)
+        table = self._device.declared.msix_table(index)
+        if position < table.stop and position + width > table.start:
             refuse(errno.EINVAL)
 
     def _connect(self, key: tuple[int, int, int], fd: int) -> int:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from pyvfio import ioctls
-from pyvfio.testing.fake.device import PciDevice
+from pyvfio.testing.fake.device import PciDevice, is_vfio_driver
 from pyvfio.testing.fake.feature import DeviceFeatures
+from pyvfio.testing.fake.hot_reset import Buses, HotReset
 from pyvfio.testing.fake.iommu import IommuModel
 from pyvfio.testing.fake.pins import Pins
 from pyvfio.testing.fake.process import Argument, BufferArgument, refuse
@@ -42,11 +43,6 @@ class Handler(Protocol):
     def release(self, fd: int) -> None:
         """The descriptor was closed."""
         ...
-
-
-def is_vfio_driver(driver: str | None) -> bool:
-    """Whether a driver gives its devices to user space."""
-    return driver is not None and ("vfio-pci" in driver or "vfio_pci" in driver)
 
 
 class Container:
@@ -230,7 +226,7 @@ class Group:
         if self.container is None or self.container.iommu is None:
             os.close(fd)
             refuse(errno.EINVAL)
-        self._files.adopt(fd, DeviceHandle(device, self._features_of(device), self))
+        self._files.adopt(fd, DeviceHandle(device, self._features_of(device), self, HotReset(device, self._files)))
         device.hold(fd)
         return fd
 
@@ -266,13 +262,14 @@ def _read_name(argument: Argument) -> str:
 class DeviceHandle:
     """A descriptor of a device: several may be open, each holds the group."""
 
-    def __init__(self, device: PciDevice, features: DeviceFeatures, group: Group) -> None:
+    def __init__(self, device: PciDevice, features: DeviceFeatures, group: Group, hot_reset: HotReset) -> None:
         self.device = device
         self.group = group
         self._features = features
+        self._requests = {**device.requests, **features.requests, **hot_reset.requests}
 
     def _find(self, request: int) -> tuple[str, Callable[[Argument], int]] | None:
-        return self.device.requests.get(request) or self._features.requests.get(request)
+        return self._requests.get(request)
 
     def request_name(self, request: int) -> str:
         """The C name, or the number."""
@@ -294,13 +291,8 @@ class DeviceHandle:
         self.group.device_closed()
 
 
-class DescriptorTable(Protocol):
-    """What a group needs of the kernel that it is in: other descriptors."""
-
-    @property
-    def version(self) -> KernelVersion:
-        """Which kernel this is."""
-        ...
+class DescriptorTable(Buses, Protocol):
+    """What a group needs of the kernel that it is in: other descriptors, and other devices."""
 
     def container(self, fd: int) -> Container | None:
         """The container behind a descriptor, None when it is another file; EBADF when it is not open."""

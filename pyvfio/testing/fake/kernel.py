@@ -294,6 +294,19 @@ class FakeKernel:
             _check_open(fd)
         return handler if isinstance(handler, Container) else None
 
+    def group_number(self, fd: int) -> int | None:
+        """The number of the group behind a descriptor, None when it is another file; EBADF when it is not open."""
+        handler = self._files.get(fd)
+        if handler is None:
+            _check_open(fd)
+        return handler.number if isinstance(handler, Group) else None
+
+    def on_bus_of(self, bdf: str) -> list[tuple[int, PciDevice]]:
+        """The devices on the bus of one, itself too, by address, with the numbers of their groups."""
+        bus = bdf.rpartition(":")[0]
+        devices = [(group.number, device) for group in self._groups.values() for device in group.devices]
+        return sorted((each for each in devices if each[1].bdf.rpartition(":")[0] == bus), key=lambda each: each[1].bdf)
+
     def adopt(self, fd: int, handler: Handler) -> None:
         """From now on `handler` answers for `fd`."""
         self._forget(fd)
@@ -412,8 +425,12 @@ class FakeKernel:
             return self._observed(
                 "registers",
                 (fd, offset, size),
-                lambda: _device(handler).registers(self._linux, fd, offset, size),
+                lambda: self._map_registers(_device(handler), fd, offset, size),
             )
+
+    def _map_registers(self, device: PciDevice, fd: int, offset: int, size: int) -> Registers:
+        self._pins.device_memory_is_mapped = True
+        return device.registers(self._linux, fd, offset, size)
 
     def eventfd(self, initial: int, flags: int) -> int:
         """A real one."""
@@ -441,6 +458,7 @@ class FakeKernel:
                 if not flags & _MAP_SHARED:
                     refuse(errno.EINVAL)
                 _device(handler).check_mmap(offset, size)
+                self._pins.device_memory_is_mapped = True
             return self._linux.mmap(vaddr, size, protection, flags, fd=fd, offset=offset)
 
         replaces = flags & MAP_FIXED and not flags & _MAP_FIXED_NOREPLACE

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pyvfio.testing.fake.process import can_be_pinned, refuse, zero_pages
+from pyvfio.testing.fake.process import can_be_pinned, device_pages, refuse, zero_pages
 from pyvfio.units import MIB, PAGE_SIZE, Iova, Vaddr, align_up
 
 _BATCH = 2 * MIB  # VFIO_BATCH_MAX_CAPACITY pages
@@ -73,6 +73,8 @@ class Pins:
     limit: int | None = None
     privileged: bool = False
     used: int = 0
+    device_memory_is_mapped: bool = False
+    """Whether a BAR was ever mapped: only then it is worth a look where."""
     index: VaddrIndex = field(default_factory=VaddrIndex)
     violations: list[Violation] = field(default_factory=list)
 
@@ -86,7 +88,8 @@ class Pins:
 
         EFAULT or ENOMEM, whichever page comes first: the kernel pins a page and then looks at the limit. Nothing stays
         charged after a failure. `zero_page_is_free`: a device that only reads gets the page of zeros itself where
-        nothing was ever written, and that page is charged to nobody (`is_invalid_reserved_pfn`).
+        nothing was ever written, and that page is charged to nobody (`is_invalid_reserved_pfn`). Nor is the memory of
+        a device.
         """
         within = mapped.size
         if self.page_limit is not None and not self.privileged:
@@ -94,26 +97,30 @@ class Pins:
         if within < mapped.size:
             # The kernel pins a batch before it counts, so memory beyond the limit is populated all the same.
             can_be_pinned(mapped.vaddr, min(mapped.size, align_up(within + PAGE_SIZE, _BATCH)), write=write)
-        free = zero_page_is_free and not write
+        zeros = zero_page_is_free and not write
+        free = zeros or (self.device_memory_is_mapped and device_pages(mapped.vaddr, mapped.size) > 0)
         if free and within < mapped.size:
-            self._walk(mapped, within)
+            self._walk(mapped, within, write=write, zeros=zeros)
         elif not can_be_pinned(mapped.vaddr, min(mapped.size, within + PAGE_SIZE), write=write):
             refuse(errno.EFAULT)
         elif mapped.size > within:
             refuse(errno.ENOMEM)
         if free:
-            mapped = mapped._replace(uncharged=zero_pages(mapped.vaddr, mapped.size) * PAGE_SIZE)
+            mapped = mapped._replace(uncharged=self._free_pages(mapped.vaddr, mapped.size, zeros=zeros) * PAGE_SIZE)
         self.used += mapped.size - mapped.uncharged
         self.index.add(mapped)
         return mapped
 
-    @staticmethod
-    def _walk(mapped: Mapped, within: int) -> None:
+    def _free_pages(self, vaddr: int, size: int, *, zeros: bool) -> int:
+        of_devices = device_pages(vaddr, size) if self.device_memory_is_mapped else 0
+        return of_devices + (zero_pages(vaddr, size) if zeros else 0)
+
+    def _walk(self, mapped: Mapped, within: int, *, write: bool, zeros: bool) -> None:
         # Page by page: which of them count towards the limit is known only when they are there.
         for vaddr in range(mapped.vaddr, mapped.vaddr + mapped.size, PAGE_SIZE):
-            if not can_be_pinned(vaddr, PAGE_SIZE, write=False):
+            if not can_be_pinned(vaddr, PAGE_SIZE, write=write):
                 refuse(errno.EFAULT)
-            if not zero_pages(vaddr, PAGE_SIZE):
+            if not self._free_pages(vaddr, PAGE_SIZE, zeros=zeros):
                 within -= PAGE_SIZE
             if within < 0:
                 refuse(errno.ENOMEM)

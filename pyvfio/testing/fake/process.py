@@ -20,6 +20,9 @@ from pyvfio.units import PAGE_SIZE, U64_MAX, align_down, align_up
 
 _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
+DEVICE_MEMORY = "vfio-device"
+"""What the memory files of fake devices are called, by which their mappings are known."""
+
 _PAGEMAP_SCAN = 0xC060_6610  # linux/fs.h, since 6.7
 _SCAN = struct.Struct("=12Q")  # struct pm_scan_arg
 _REGIONS = 64
@@ -90,6 +93,13 @@ def _areas(lines: Iterator[str]) -> Iterator[tuple[int, int, str]]:
         span, rights = line.split(" ", 2)[:2]
         start, _, end = span.partition("-")
         yield int(start, 16), int(end, 16), rights
+
+
+def device_pages(vaddr: int, size: int) -> int:
+    """How many pages of a range are mappings of a fake device's BARs."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    of_devices = _areas(line for line in lines if f"/memfd:{DEVICE_MEMORY} " in line)
+    return sum(max(0, min(end, vaddr + size) - max(start, vaddr)) for start, end, _rights in of_devices) // PAGE_SIZE
 
 
 def maps_allow(vaddr: int, size: int, *, write: bool) -> bool:

@@ -9,8 +9,8 @@ import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pyvfio.testing.fake.device import FakeDevice, PciDevice
-from pyvfio.testing.fake.group import Group, is_vfio_driver
+from pyvfio.testing.fake.device import FakeDevice, PciDevice, is_vfio_driver
+from pyvfio.testing.fake.group import Group
 from pyvfio.testing.fake.iommu import IommuModel
 
 _MSI = b"0x00000000fee00000 0x00000000feefffff msi\n"

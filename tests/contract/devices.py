@@ -1,0 +1,134 @@
+"""The devices of the contract: what a virtual machine with `--devices contract` has, and the same on the fake.
+
+A test finds them by what they are, in sysfs, wherever they are plugged in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pyvfio import pci
+from pyvfio.kernel import Kernel
+from pyvfio.testing.edu import EDU_ID
+from pyvfio.testing.fake import Bar, FakeDevice, FakeEdu, FakePciDevice
+from pyvfio.units import KIB, PAGE_SIZE
+
+RNG_DRIVER = "virtio-pci"
+VFIO = "vfio-pci"
+
+
+class Id(NamedTuple):
+    """PCI vendor and device."""
+
+    vendor: int
+    device: int
+
+
+EDU = Id(*EDU_ID)
+TESTDEV = Id(0x1B36, 0x0005)
+XHCI = Id(0x1033, 0x0194)
+E1000E = Id(0x8086, 0x10D3)
+RNG = Id(0x1AF4, 0x1005)
+BRIDGE = Id(0x1B36, 0x000E)
+ROOT_PORT = Id(0x1B36, 0x000C)
+FAKE = ("0000:00:03.0", 3)
+"""The contract's device on the fake: address and group."""
+TO_BIND = (TESTDEV, XHCI, E1000E)
+"""What has no driver when the machine has booted, and vfio-pci while the contract runs."""
+
+
+class Member(NamedTuple):
+    """A device's PCI address and group."""
+
+    bdf: str
+    group: int
+
+
+class Company(NamedTuple):
+    """The second edu; the device with many vectors; both functions of one device; a bridge, a device behind it and its
+    sibling there; a root port and the device below it, which can be reset."""
+
+    edu: Member
+    xhci: Member
+    functions: tuple[Member, Member]
+    bridge: Member
+    bridged: Member
+    rng: Member
+    root_port: Member
+    e1000e: Member
+
+
+def find_company(kernel: Kernel) -> Company | None:
+    """Who keeps the contract's device company; None where not all are there."""
+    found: dict[Id, list[Member]] = {}
+    for device in pci.enumerate_devices(kernel):
+        if device.iommu_group is not None:
+            found.setdefault(Id(device.vendor, device.device), []).append(Member(device.bdf, device.iommu_group))
+    match [found.get(each, []) for each in (EDU, XHCI, TESTDEV, BRIDGE, RNG, ROOT_PORT, E1000E)]:
+        case [[_, edu], [xhci], [first, second, bridged], [bridge], [rng], [port], [e1000e]]:
+            return Company(edu, xhci, (first, second), bridge, bridged, rng, port, e1000e)
+    return None
+
+
+def _testdev(bdf: str) -> FakeDevice:
+    bars = {0: Bar(PAGE_SIZE), 1: Bar(256, io=True)}
+    return FakeDevice(bdf, vendor=TESTDEV.vendor, device=TESTDEV.device, bars=bars, intx=False, msi=0)
+
+
+def fake_groups() -> list[tuple[int, Sequence[FakeDevice | FakePciDevice]]]:
+    """The groups of a fake kernel with the contract's device and its company."""
+    xhci = FakeDevice(
+        "0000:00:05.0",
+        vendor=XHCI.vendor,
+        device=XHCI.device,
+        class_code=0x0C0330,
+        bars={0: Bar(16 * KIB)},
+        msi=16,
+        msix=16,
+        msix_bar=0,
+        msix_offset=0x3000,
+        pcie=True,
+    )
+    e1000e = FakeDevice(
+        "0000:02:00.0",
+        vendor=E1000E.vendor,
+        device=E1000E.device,
+        class_code=0x020000,
+        bars={0: Bar(128 * KIB), 1: Bar(128 * KIB), 2: Bar(32, io=True), 3: Bar(16 * KIB)},
+        msix=5,
+        msix_bar=3,
+        resettable=True,
+        pcie=True,
+    )
+    rng = FakeDevice(
+        "0000:01:02.0",
+        driver=RNG_DRIVER,
+        vendor=RNG.vendor,
+        device=RNG.device,
+        bars={0: Bar(32, io=True), 1: Bar(PAGE_SIZE), 4: Bar(16 * KIB)},
+        msi=0,
+        msix=2,
+        msix_bar=1,
+    )
+    return [
+        (FAKE[1], [FakeEdu(FAKE[0])]),
+        (4, [FakeEdu("0000:00:04.0")]),
+        (5, [xhci]),
+        (6, [_testdev("0000:00:10.0"), _testdev("0000:00:10.1")]),
+        (7, [_bridge("0000:00:11.0", BRIDGE, None), _testdev("0000:01:01.0"), rng]),
+        (8, [_bridge("0000:00:12.0", ROOT_PORT, "pcieport"), e1000e]),
+    ]
+
+
+def _bridge(bdf: str, identity: Id, driver: str | None) -> FakeDevice:
+    return FakeDevice(
+        bdf,
+        driver=driver,
+        vendor=identity.vendor,
+        device=identity.device,
+        class_code=0x060400,
+        bars={},
+        intx=False,
+        msi=0,
+    )

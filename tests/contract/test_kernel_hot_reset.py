@@ -1,0 +1,156 @@
+"""What a reset of a whole bus promises (kernel: vfio_pci_core.c)."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import struct
+
+import pytest
+
+from pyvfio import ioctls
+from tests.contract.devices import VFIO, Company, Member
+from tests.contract.world import BAD_ADDRESS, NONE, PAGE, Attached, World, refused
+
+
+@pytest.fixture
+def device(v2: Attached) -> int:
+    """The world's device: an edu, on a root bus."""
+    return v2.world.open_device(v2.group)
+
+
+def hot_reset(world: World, fd: int, *groups: int, argsz: int = 12, flags: int = 0, count: int | None = None) -> None:
+    """VFIO_DEVICE_PCI_HOT_RESET with groups, whose `count` may be another."""
+    head = struct.pack("=III", argsz, flags, len(groups) if count is None else count)
+    argument = bytearray(head + struct.pack(f"={len(groups)}i", *groups) + bytes(32))
+    assert world.ioctl(fd, ioctls.VFIO_DEVICE_PCI_HOT_RESET, argument) == 0
+
+
+def hot_reset_info(world: World, fd: int, argsz: int) -> bytes:
+    """What VFIO_DEVICE_GET_PCI_HOT_RESET_INFO makes of a buffer of bytes 0xAA that says `argsz`; ENOSPC is no error."""
+    buffer = bytearray(struct.pack("=I", argsz) + b"\xaa" * 60)
+    with contextlib.suppress(OSError):
+        world.ioctl(fd, ioctls.VFIO_DEVICE_GET_PCI_HOT_RESET_INFO, buffer)
+    return bytes(buffer)
+
+
+def entry(member: Member) -> bytes:
+    """How a device is named in it."""
+    _domain, bus, rest = member.bdf.split(":")
+    slot, function = rest.split(".")
+    return struct.pack("=IHBB", member.group, 0, int(bus, 16), int(slot, 16) << 3 | int(function))
+
+
+@pytest.fixture
+def behind(bridged: World, company: Company) -> Attached:
+    """A container with the group behind the bridge, both devices bound to vfio-pci."""
+    bridged.bind(company.rng.bdf, VFIO)
+    return Attached.of(bridged, ioctls.VFIO_TYPE1v2_IOMMU)
+
+
+@pytest.mark.parametrize("request_", [ioctls.VFIO_DEVICE_PCI_HOT_RESET, ioctls.VFIO_DEVICE_GET_PCI_HOT_RESET_INFO])
+def test_a_bad_pointer_is_efault(v2: Attached, device: int, request_: int) -> None:
+    with refused(errno.EFAULT):
+        v2.world.ioctl(device, request_, BAD_ADDRESS)
+
+
+def test_a_device_on_a_root_bus_cannot_be_hot_reset(v2: Attached, device: int) -> None:
+    argument = bytearray(struct.pack("=III", 12, 7, 7))
+    with refused(errno.ENODEV):
+        v2.world.ioctl(device, ioctls.VFIO_DEVICE_GET_PCI_HOT_RESET_INFO, argument)
+    assert argument == struct.pack("=III", 12, 7, 7)
+    with refused(errno.ENODEV):
+        hot_reset(v2.world, device, count=1)
+
+
+def test_no_group_at_all_is_einval_before_that_since_6_5(v2: Attached, device: int) -> None:
+    with refused(errno.EINVAL if v2.world.since(6, 5) else errno.ENODEV):
+        hot_reset(v2.world, device)
+
+
+def test_a_short_argsz_and_flags_are_einval(v2: Attached, device: int) -> None:
+    for argsz, flags in ((11, 0), (12, 1)):
+        with refused(errno.EINVAL):
+            hot_reset(v2.world, device, argsz=argsz, flags=flags, count=1)
+    with refused(errno.EINVAL):
+        v2.world.ioctl(device, ioctls.VFIO_DEVICE_GET_PCI_HOT_RESET_INFO, bytearray(struct.pack("=III", 11, 0, 0)))
+
+
+def test_a_device_alone_on_its_bus_is_all_that_a_hot_reset_of_it_reaches(e1000e: World, company: Company) -> None:
+    fd = e1000e.open_device(Attached.of(e1000e, ioctls.VFIO_TYPE1v2_IOMMU).group)
+    for argsz in (20, 50):
+        answer = hot_reset_info(e1000e, fd, argsz)
+        assert answer == struct.pack("=III", argsz, 0, 1) + entry(company.e1000e) + b"\xaa" * 44
+
+
+def test_a_hot_reset_reaches_every_device_on_the_bus_whoever_has_it(bridged: World, company: Company) -> None:
+    bridged.bind(company.rng.bdf, None)
+    fd = bridged.open_device(Attached.of(bridged, ioctls.VFIO_TYPE1v2_IOMMU).group)
+    answer = hot_reset_info(bridged, fd, 28)
+    assert answer == struct.pack("=III", 28, 0, 2) + entry(company.bridged) + entry(company.rng) + b"\xaa" * 36
+
+
+@pytest.mark.parametrize("argsz", [12, 27])
+def test_who_has_no_room_for_the_devices_that_a_hot_reset_reaches_is_told_how_many(
+    behind: Attached, argsz: int
+) -> None:
+    fd = behind.world.open_device(behind.group)
+    argument = bytearray(struct.pack("=III", argsz, 7, 7) + b"\xaa" * 16)
+    with refused(errno.ENOSPC):
+        behind.world.ioctl(fd, ioctls.VFIO_DEVICE_GET_PCI_HOT_RESET_INFO, argument)
+    assert bytes(argument) == struct.pack("=III", argsz, 0, 2) + b"\xaa" * 16
+
+
+def test_whoever_has_the_group_of_all_devices_on_a_bus_resets_it_and_mappings_stay(behind: Attached) -> None:
+    fd = behind.world.open_device(behind.group)
+    before = behind.locked()
+    behind.map()
+    hot_reset(behind.world, fd, behind.group)
+    hot_reset(behind.world, fd, behind.group, behind.group)
+    assert behind.locked() == before + PAGE
+    assert behind.unmap() == PAGE
+
+
+def test_a_bus_with_a_device_that_is_not_vfios_is_not_reset(bridged: World, company: Company) -> None:
+    bridged.bind(company.rng.bdf, None)
+    attached = Attached.of(bridged, ioctls.VFIO_TYPE1v2_IOMMU)
+    fd = bridged.open_device(attached.group)
+    with refused(errno.EINVAL):
+        hot_reset(bridged, fd, attached.group)
+
+
+def test_a_bus_is_not_reset_with_other_groups_than_those_of_its_devices(behind: Attached, other: World) -> None:
+    fd = behind.world.open_device(behind.group)
+    with refused(errno.EINVAL):
+        hot_reset(behind.world, fd, other.open(str(other.group)))
+
+
+def test_what_is_no_group_is_einval_and_what_is_not_open_ebadf(behind: Attached) -> None:
+    fd = behind.world.open_device(behind.group)
+    for number, expected in (
+        (behind.container, errno.EINVAL),
+        (fd, errno.EINVAL),
+        (1000, errno.EBADF),
+        (-1, errno.EBADF),
+    ):
+        with refused(expected):
+            hot_reset(behind.world, fd, number)
+        with refused(expected):
+            hot_reset(behind.world, fd, behind.group, number)
+
+
+def test_a_hot_reset_takes_one_group_at_least_and_no_more_than_there_are_devices(behind: Attached) -> None:
+    fd = behind.world.open_device(behind.group)
+    for count in (0, 3, 1 << 31, (1 << 32) - 1):
+        with refused(errno.EINVAL):
+            hot_reset(behind.world, fd, *[behind.group] * 3, count=count)
+
+
+def test_the_groups_of_a_hot_reset_behind_a_bad_pointer_are_efault(behind: Attached) -> None:
+    fd = behind.world.open_device(behind.group)
+    page = behind.world.memory(2 * PAGE)
+    behind.world.kernel.mprotect(page + PAGE, PAGE, NONE)
+    ctypes.memmove(page + PAGE - 12, struct.pack("=III", 16, 0, 1), 12)
+    with refused(errno.EFAULT):
+        behind.world.ioctl(fd, ioctls.VFIO_DEVICE_PCI_HOT_RESET, page + PAGE - 12)
