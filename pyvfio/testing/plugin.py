@@ -51,7 +51,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that uses `vfio_world` runs in each world that was asked for."""
-    if "vfio_world" in metafunc.fixturenames:
+    own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "vfio_world" in metafunc.fixturenames and "vfio_world" not in own:
         worlds: list[str] = metafunc.config.getoption("--vfio-world") or ["fake"]
         metafunc.parametrize("vfio_world", list(dict.fromkeys(worlds)), indirect=True)
 
@@ -68,13 +69,15 @@ def vfio_groups() -> list[GroupDeclaration]:
 def fake_kernel(request: pytest.FixtureRequest, vfio_groups: list[GroupDeclaration]) -> Iterator[FakeKernel]:
     """A FakeKernel, new for each test: version `--vfio-fake-version`, devices of `vfio_groups`.
 
-    The test fails when memory went away while a device could reach it.
+    The test fails when memory went away while a device could reach it, and when a failure that it had planned with
+    `fail` never happened.
     """
     from pyvfio.testing.fake import FakeKernel  # noqa: PLC0415
 
     with FakeKernel(request.config.getoption("--vfio-fake-version"), groups=vfio_groups) as kernel:
         yield kernel
         kernel.check()
+        assert not kernel.planned_failures, f"never happened: {'; '.join(kernel.planned_failures)}"
 
 
 @pytest.fixture

@@ -86,6 +86,11 @@ def descriptors() -> set[str]:
     return {fd for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")}
 
 
+def spans(first: int, end: int) -> IovaRange:
+    """A range of pages."""
+    return IovaRange.of(iova=Iova(first * PAGE), size=(end - first) * PAGE)
+
+
 # ------------------------------------------------------------------------------------------------- how it is set up
 
 
@@ -97,14 +102,25 @@ def descriptors() -> set[str]:
         (lambda: FakeKernel(groups=[(1, [FakeDevice(BDF)]), (2, [FakeDevice(BDF)])]), f"{BDF}.*1 and 2"),
         (lambda: FakeKernel(groups=[(1, [FakeDevice(BDF)]), (1, [FakeDevice(OTHER)])]), "group 1 is declared twice"),
         (lambda: FakeKernel(groups=[(1, [])]), "group 1 has no device"),
-        (lambda: IommuModel((IovaRange(Iova(0), Iova(9)), IovaRange(Iova(9), Iova(20)))), "0x0-0x9 and 0x9-0x14"),
-        (lambda: IommuModel((), iova_pgsizes=0), "no page size"),
-        (lambda: IommuModel((), dma_entry_limit=-1), "negative"),
+        (lambda: FakeKernel(groups=[(-1, [FakeDevice(BDF)])]), "from 0 on, not -1"),
+        (lambda: FakeKernel(groups=[(1, [BDF])]), "group 1: str is neither"),  # type: ignore[list-item]
+        (lambda: FakeKernel(groups=[FakeDevice(BDF)]), r"\(number, \[devices\]\)"),  # type: ignore[list-item]
+        (lambda: FakeKernel(iommu=None), "IommuModel, not None"),  # type: ignore[arg-type]
+        (lambda: IommuModel((spans(0, 2), spans(1, 3))), "0x0-0x1fff and 0x1000-0x2fff"),
+        (lambda: IommuModel((IovaRange(Iova(0), Iova(9)),)), "begin and end at a page"),
+        (lambda: IommuModel(()), "at least one range"),
+        (lambda: IommuModel((spans(0, 2),), iova_pgsizes=0), "no page size"),
+        (lambda: IommuModel((spans(0, 2),), dma_entry_limit=-1), "negative"),
+        (lambda: FakeDevice(BDF, vendor=0x12345), f"{BDF}: 0x12345 is no vendor"),
+        (lambda: FakeDevice(BDF, class_code=1 << 24), "no class"),
+        (lambda: FakeDevice(BDF, bars={0: PAGE}), f"{BDF}: BAR 0"),  # type: ignore[dict-item]
+        (lambda: FakeDevice(BDF, bars={0: Bar(1 << 41)}), f"{BDF}: BAR 0"),
+        (lambda: FakeDevice(BDF, msix_bar=0), "no MSI-X vectors"),
         (lambda: FakeDevice("2.0"), "'2.0'"),
         (lambda: FakeDevice(BDF, bars={6: Bar(PAGE)}), "0 to 5"),
         (lambda: FakeDevice(BDF, msi=3), "not 3"),
         (lambda: FakeDevice(BDF, msix=4096), "2048"),
-        (lambda: FakeDevice(BDF, msix_bar=2), "BAR 2"),
+        (lambda: FakeDevice(BDF, msix=1, msix_bar=2), "BAR 2"),
         (lambda: Bar(3000), "power of two"),
         (lambda: Bar(PAGE, read=lambda _offset, _width: 0), "both"),
     ],
@@ -357,7 +373,7 @@ def test_what_takes_nothing_away_is_no_violation(kernel: FakeKernel) -> None:
     map_dma(kernel, container, vaddr + PAGE)
     kernel.munmap(vaddr, PAGE)
     kernel.mprotect(vaddr + 2 * PAGE, PAGE, PROT_NONE)
-    kernel.mprotect(vaddr + PAGE, PAGE, READ)
+    kernel.mprotect(vaddr + PAGE, PAGE, BOTH)
     kernel.madvise(vaddr + PAGE, PAGE, MADV_HUGEPAGE)
     with pytest.raises(FileExistsError):
         kernel.mmap(vaddr + PAGE, PAGE, BOTH, PRIVATE | MAP_FIXED_NOREPLACE)

@@ -91,19 +91,39 @@ class FakeDevice:
     def __post_init__(self) -> None:
         if not _BDF.fullmatch(self.bdf):
             raise ValueError(f"{self.bdf!r} is not a PCI address like 0000:00:02.0")
+        for name, value, bits in (
+            ("vendor", self.vendor, 16),
+            ("device", self.device, 16),
+            ("class", self.class_code, 24),
+        ):
+            if not 0 <= value < 1 << bits:
+                raise ValueError(f"{self.bdf}: {value:#x} is no {name}, which has {bits} bits")
+        self._check_bars()
+        self._check_vectors()
+        for offset, data in self.config.items():
+            if not 0 <= offset <= self.config_size - len(data) or _WRITABLE & set(range(offset, offset + len(data))):
+                raise ValueError(f"{self.bdf}: {len(data)} bytes of configuration space at {offset:#x} cannot be given")
+
+    def _check_bars(self) -> None:
         if not set(self.bars) <= set(range(_ROM)):
             raise ValueError(f"{self.bdf}: BARs are numbered 0 to 5, not {sorted(self.bars)}")
+        for number, bar in self.bars.items():
+            if not isinstance(bar, Bar) or bar.size > 1 << _REGION_SHIFT:
+                raise ValueError(f"{self.bdf}: BAR {number} is a Bar of at most 2^{_REGION_SHIFT} bytes, not {bar!r}")
+
+    def _check_vectors(self) -> None:
         if self.msi and (not is_power_of_two(self.msi) or self.msi > 32):
             raise ValueError(f"{self.bdf}: a device has 1, 2, 4 … 32 MSI vectors, not {self.msi}")
         if not 0 <= self.msix <= 2048:
             raise ValueError(f"{self.bdf}: a device has at most 2048 MSI-X vectors, not {self.msix}")
-        if self.msix_bar is not None and self.msix_bar not in self.bars:
+        if self.msix_bar is None:
+            return
+        if not self.msix:
+            raise ValueError(f"{self.bdf}: an MSI-X table in BAR {self.msix_bar}, and no MSI-X vectors")
+        if self.msix_bar not in self.bars:
             raise ValueError(f"{self.bdf}: the MSI-X table is in BAR {self.msix_bar}, which is not there")
-        if self.msix_bar is not None and self.msix_table(self.msix_bar).stop > self.bars[self.msix_bar].size:
+        if self.msix_table(self.msix_bar).stop > self.bars[self.msix_bar].size:
             raise ValueError(f"{self.bdf}: the MSI-X table at {self.msix_offset:#x} leaves BAR {self.msix_bar}")
-        for offset, data in self.config.items():
-            if not 0 <= offset <= self.config_size - len(data) or _WRITABLE & set(range(offset, offset + len(data))):
-                raise ValueError(f"{self.bdf}: {len(data)} bytes of configuration space at {offset:#x} cannot be given")
 
     @property
     def config_size(self) -> int:
@@ -188,6 +208,12 @@ class PciDevice:
     def bus_master(self) -> bool:
         """Whether it may do DMA."""
         return bool(self.command & _COMMAND_MASTER)
+
+    def check_vector(self, vector: int) -> None:
+        """ValueError when it has no such interrupt."""
+        count = max(self.declared.msi, self.declared.msix, 1)
+        if not 0 <= vector < count:
+            raise ValueError(f"{self.bdf} has interrupt vectors 0 to {count - 1}, not {vector}")
 
     def open(self) -> int:
         """A new file descriptor, not counted before `hold`; EMFILE."""

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from pyvfio.testing.fake.device import PciDevice
 from pyvfio.testing.fake.group import Group
 from pyvfio.testing.fake.irqs import MSI, MSIX
-from pyvfio.testing.fake.pins import Mapped
+from pyvfio.testing.fake.pins import Mapped, Violation
 from pyvfio.testing.fake.process import read_memory, write_memory
+from pyvfio.units import Iova, Vaddr
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,8 @@ class DmaFault(Exception):  # noqa: N818 (what an IOMMU calls it)
 class DmaPath:
     """What lies between devices and memory. `faults` keeps each stopped access; `on_fault` is told of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, violations: list[Violation]) -> None:
+        self._violations = violations
         self.faults: list[DmaFault] = []
         self.on_fault: Callable[[DmaFault], object] | None = None
 
@@ -49,7 +51,7 @@ class DmaPath:
             try:
                 parts.append(read_memory(entry.vaddr + at - entry.iova, count))
             except OSError as error:
-                raise _gone(entry, at) from error
+                raise self._gone(group, entry, at, count) from error
         return b"".join(parts)
 
     def write(self, group: Group, device: PciDevice, *, iova: int, data: bytes) -> None:
@@ -58,7 +60,21 @@ class DmaPath:
             try:
                 write_memory(entry.vaddr + at - entry.iova, data[at - iova : at - iova + count])
             except OSError as error:
-                raise _gone(entry, at) from error
+                raise self._gone(group, entry, at, count) from error
+
+    def _gone(self, group: Group, entry: Mapped, at: int, count: int) -> Exception:
+        """What to raise; on record too, since a device's own thread may be where it is raised."""
+        vaddr = Vaddr(entry.vaddr + at - entry.iova)
+        iommu = None if group.container is None else group.container.iommu
+        if iommu is not None and iommu.is_suspended(entry):
+            return NotImplementedError(
+                f"IOVA {at:#x} has given up its address {vaddr:#x} (VFIO_DMA_UNMAP_FLAG_VADDR) and its memory is "
+                "gone: a real device goes on reaching its pages, which the fake kernel does not keep"
+            )
+        self._violations.append(Violation("something", Iova(at), vaddr, count))
+        return AssertionError(
+            f"a device accessed IOVA {at:#x}, whose memory at vaddr {vaddr:#x} is gone or lost its rights"
+        )
 
     def _pieces(
         self, group: Group, device: PciDevice, *, iova: int, size: int, write: bool
@@ -107,8 +123,9 @@ class DeviceSlot:
             self._path.write(self._group, self._device, iova=iova, data=data)
 
     def raise_interrupt(self, vector: int) -> None:
-        """A message, which is a write of a bus master; or the INTx line."""
+        """A message, which is a write of a bus master; or the INTx line. ValueError: there is no such vector."""
         with self.lock:
+            self._device.check_vector(vector)
             irqs = self._device.irqs
             if irqs.enabled not in (MSI, MSIX):
                 irqs.set_line(up=True)
@@ -119,10 +136,3 @@ class DeviceSlot:
         """The INTx line."""
         with self.lock:
             self._device.irqs.set_line(up=False)
-
-
-def _gone(entry: Mapped, at: int) -> AssertionError:
-    vaddr = entry.vaddr + at - entry.iova
-    return AssertionError(
-        f"a device accessed IOVA {at:#x}, whose memory at vaddr {vaddr:#x} is gone or lost its rights"
-    )

@@ -45,12 +45,21 @@ class Handler(Protocol):
         ...
 
 
+class Machine(Protocol):
+    """Whose IOMMU it is."""
+
+    @property
+    def iommu(self) -> IommuModel:
+        """As it is now: the module's parameters can be changed at any time."""
+        ...
+
+
 class Container:
     """`struct vfio_container`: groups, and an IOMMU while there is a group."""
 
-    def __init__(self, *, version: KernelVersion, model: IommuModel, pins: Pins) -> None:
+    def __init__(self, *, version: KernelVersion, machine: Machine, pins: Pins) -> None:
         self._version = version
-        self._model = model
+        self._machine = machine
         self._pins = pins
         self.groups: list[Group] = []
         self.iommu: Type1 | None = None
@@ -92,7 +101,7 @@ class Container:
         if self.iommu is not None and extension == ioctls.VFIO_UPDATE_VADDR:
             return 1
         if self.iommu is not None and extension == ioctls.VFIO_DMA_CC_IOMMU:
-            return int(self._model.dma_is_coherent)
+            return int(self._machine.iommu.dma_is_coherent)
         if extension == ioctls.VFIO_TYPE1_NESTING_IOMMU:
             return int(self._version.nesting)
         return int(extension in (ioctls.VFIO_TYPE1_IOMMU, ioctls.VFIO_TYPE1v2_IOMMU, ioctls.VFIO_UNMAP_ALL))
@@ -106,10 +115,10 @@ class Container:
             refuse(errno.EINVAL)  # an extension that type1 has, and no type that it opens
         if not self.check_extension(argument):
             refuse(errno.ENODEV)
-        if kind == ioctls.VFIO_TYPE1_NESTING_IOMMU and not self._model.nests:
+        if kind == ioctls.VFIO_TYPE1_NESTING_IOMMU and not self._machine.iommu.nests:
             refuse(errno.EINVAL)  # iommu_enable_nesting
         v2 = kind != ioctls.VFIO_TYPE1_IOMMU
-        self.iommu = Type1(version=self._version, model=self._model, pins=self._pins, v2=v2)
+        self.iommu = Type1(version=self._version, model=self._machine.iommu, pins=self._pins, v2=v2)
         return 0
 
     def attach(self, group: Group) -> None:

@@ -30,6 +30,11 @@ class IommuModel:
     dma_is_coherent: bool = False
 
     def __post_init__(self) -> None:
+        if not self.ranges:
+            raise ValueError("an IOMMU has at least one range of addresses")
+        for span in self.ranges:
+            if span.start % PAGE_SIZE or (span.last + 1) % PAGE_SIZE:
+                raise ValueError(f"the IOMMU's range {span} does not begin and end at a page")
         for before, after in pairwise(self.ranges):
             if after.start <= before.last:
                 raise ValueError(f"the IOMMU's ranges {before} and {after} overlap or are not in order")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-from pyvfio.kernel import MAP_FIXED, PROT_NONE, IoctlArgument, LinuxKernel, Memlock, Registers
+from pyvfio.kernel import MAP_FIXED, IoctlArgument, LinuxKernel, Memlock, Registers
 from pyvfio.testing.fake.device import FakeDevice, PciDevice
 from pyvfio.testing.fake.dma import DeviceSlot, DmaFault, DmaPath
 from pyvfio.testing.fake.edu import FakeEdu
@@ -29,7 +30,9 @@ from pyvfio.units import Vaddr
 _Answer = TypeVar("_Answer")
 _MAP_FIXED_NOREPLACE = 0x100000
 _MAP_SHARED = 1
-_DISCARDS = frozenset((4, 8, 9, 24))  # MADV_DONTNEED, _FREE, _REMOVE, _DONTNEED_LOCKED
+_READ_WRITE = 3
+# MADV_NORMAL to _WILLNEED, _DONTFORK to _POPULATE_WRITE, _COLLAPSE: whatever else there is takes pages away.
+_HARMLESS = frozenset((0, 1, 2, 3, *range(10, 24), 25))
 
 GroupDeclaration = tuple[int, Sequence[FakeDevice | FakePciDevice]]
 
@@ -38,7 +41,23 @@ def _default_groups() -> list[GroupDeclaration]:
     return [(2, [FakeEdu("0000:00:02.0")]), (3, [FakeEdu("0000:00:03.0")])]
 
 
+def _check_declaration(declaration: object) -> None:
+    if not isinstance(declaration, tuple) or len(declaration) != 2:
+        raise ValueError(f"a group is declared as (number, [devices]), not {declaration!r}")
+    number, devices = declaration
+    if not isinstance(number, int) or number < 0:
+        raise ValueError(f"an IOMMU group has a number from 0 on, not {number!r}")
+    for device in devices:
+        what = f"IOMMU group {number}: {type(device).__name__}"
+        if not isinstance(device, FakeDevice | FakePciDevice):
+            raise ValueError(f"{what} is neither a FakeDevice nor a FakePciDevice")  # noqa: TRY004 (as other mistakes)
+        if not hasattr(device, "bdf"):
+            raise ValueError(f"{what} did not call super().__init__(bdf)")
+
+
 def _check_groups(groups: Sequence[GroupDeclaration]) -> None:
+    for declaration in groups:
+        _check_declaration(declaration)
     numbers = [number for number, _devices in groups]
     if twice := {number for number in numbers if numbers.count(number) > 1}:
         raise ValueError(f"IOMMU group {min(twice)} is declared twice")
@@ -74,8 +93,10 @@ class FakeKernel:
         iommu: IommuModel | str = "intel",
         groups: Sequence[GroupDeclaration] | None = None,
     ) -> None:
-        declared = _default_groups() if groups is None else groups
+        declared = _default_groups() if groups is None else list(groups)
         _check_groups(declared)
+        if not isinstance(iommu, str | IommuModel):
+            raise ValueError(f"iommu is intel, intel48, amd, virtio or an IommuModel, not {iommu!r}")  # noqa: TRY004
         self._version = kernel_version(version)
         self._model = iommu_model(iommu, self._version) if isinstance(iommu, str) else iommu
         self._owner = os.getpid()
@@ -84,7 +105,8 @@ class FakeKernel:
         self._pins = Pins()
         self._failures = Failures()
         self._files: dict[int, Handler] = {}
-        self._dma = DmaPath()
+        self._shut: set[int] = set()
+        self._dma = DmaPath(self._pins.violations)
         self._groups = {number: self._group(number, devices) for number, devices in declared}
         self._tree: Tree | None = None
         self._finalizer = weakref.finalize(self, _close_all, self._files, self._owner)
@@ -108,12 +130,18 @@ class FakeKernel:
         self.shutdown()
 
     def shutdown(self) -> None:
-        """Close every VFIO descriptor that is left and remove `sysfs` and `dev`. Twice is fine; nothing in a child."""
+        """Close every VFIO descriptor that is left and remove `sysfs` and `dev`. Twice is fine; nothing in a child.
+
+        Whoever still holds one of them may close it once: nothing happens then.
+        """
         if self._in_child:
             return
         with self._lock:
             for fd in list(self._files):
-                self._close(fd)
+                with contextlib.suppress(OSError):  # somebody has closed it with os.close
+                    os.close(fd)
+                self._forget(fd)
+                self._shut.add(fd)
             if self._tree is not None:
                 self._tree.remove()
                 self._tree = None
@@ -146,6 +174,8 @@ class FakeKernel:
 
     @memlock_limit.setter
     def memlock_limit(self, limit: int | None) -> None:
+        if limit is not None and (not isinstance(limit, int) or limit < 0):
+            raise ValueError(f"memlock_limit is a number of bytes or None, not {limit!r}")
         self._pins.limit = limit
 
     @property
@@ -159,7 +189,7 @@ class FakeKernel:
 
     @property
     def dma_entry_limit(self) -> int:
-        """How many mappings a container holds that is opened from now on; may be set at any time."""
+        """How many mappings a container holds whose IOMMU is set from now on; may be set at any time."""
         return self._model.dma_entry_limit
 
     @dma_entry_limit.setter
@@ -191,9 +221,34 @@ class FakeKernel:
         return tuple(self._files)
 
     def check(self) -> None:
-        """AssertionError when memory went away under a mapping."""
+        """AssertionError when memory went away under a mapping, through the seam or so that it shows: each live mapping
+        is looked at. And when the fake itself is not in order. O(n) of the mappings; reads /proc/self/maps."""
+        with self._lock:
+            self._check_state()
+            self._pins.look_at_all()
         if self.violations:
             raise AssertionError("; ".join(map(str, self.violations)))
+
+    def _check_state(self) -> None:
+        containers = {handler for handler in self._files.values() if isinstance(handler, Container)}
+        containers |= {group.container for group in self._groups.values() if group.container is not None}
+        tables = [container.iommu for container in containers if container.iommu is not None]
+        for container in containers:
+            assert container.groups or container.iommu is None, "an IOMMU without a group"
+            assert all(group.container is container for group in container.groups)
+        for iommu in tables:
+            iommu._check()
+        self._pins._check([entry for iommu in tables for entry in iommu.visible()], sum(i.charged() for i in tables))
+        for group in self._groups.values():
+            assert group.container is None or group in group.container.groups
+            assert group.fd is None or self._files.get(group.fd) is group
+            for device in group.devices:
+                assert all(isinstance(self._files.get(fd), DeviceHandle) for fd in device.descriptors)
+
+    @property
+    def planned_failures(self) -> tuple[str, ...]:
+        """What `fail` was asked for and has not happened yet, in words."""
+        return tuple(map(str, self._failures))
 
     def clear_trace(self) -> None:
         """Forget the calls so far."""
@@ -202,7 +257,7 @@ class FakeKernel:
     def fail(
         self,
         *,
-        call: str,
+        call: str | None = None,
         errno: int,
         request: int | str | None = None,
         nth: int = 1,
@@ -210,8 +265,9 @@ class FakeKernel:
     ) -> None:
         """Let a call fail with `errno`: the `nth` from now that matches, before (or `after`) it took effect.
 
-        `call` is a method of `Kernel`; `request` limits an ioctl to a number or, as numbers repeat between containers
-        and devices, to a name in C. ValueError for what cannot match. `clear_failures` forgets what has not happened.
+        `call` is a method of `Kernel`, None any of them; `request` limits an ioctl to a number or, as numbers repeat
+        between containers and devices, to a name in C. ValueError for what cannot match. `planned_failures` has what
+        has not happened, `clear_failures` forgets it.
         """
         self._failures.plan(Failure(call, request, nth, errno, after))
 
@@ -241,9 +297,12 @@ class FakeKernel:
             return tuple(sorted(entry for table in tables.values() for entry in table))
 
     def interrupt(self, bdf: str, vector: int = 0) -> None:
-        """The device raises an interrupt: what is enabled of INTx, MSI and MSI-X signals its eventfd."""
+        """The device raises an interrupt: what is enabled of INTx, MSI and MSI-X signals its eventfd. ValueError for a
+        vector that the device does not have."""
         with self._lock:
-            self._find(bdf)[1].irqs.raise_interrupt(vector)
+            device = self._find(bdf)[1]
+            device.check_vector(vector)
+            device.irqs.raise_interrupt(vector)
 
     def dma_read(self, bdf: str, iova: int, size: int) -> bytes:
         """A device reads memory, whatever its bus master bit says (that of a `FakePciDevice` counts for what it does
@@ -350,12 +409,13 @@ class FakeKernel:
 
     def _open(self, path: str, flags: int) -> int:
         fd = self._linux.open(path, flags)
+        self._shut.discard(fd)
         self._forget(fd)
         node = Path(path)
         if node.parent != self.dev / "vfio":
             return fd
         if node.name == "vfio":
-            self.adopt(fd, Container(version=self._version, model=self._model, pins=self._pins))
+            self.adopt(fd, Container(version=self._version, machine=weakref.proxy(self), pins=self._pins))
         elif node.name.isdecimal() and int(node.name) in self._groups:
             self._open_group(self._groups[int(node.name)], fd)
         return fd
@@ -373,6 +433,9 @@ class FakeKernel:
             os.close(fd)
             return
         with self._lock:
+            if fd in self._shut:  # shutdown closed it; by now the number may be another file's
+                self._shut.discard(fd)
+                return
             self._observed("close", (fd,), lambda: self._close(fd))
 
     def _close(self, fd: int) -> None:
@@ -463,15 +526,15 @@ class FakeKernel:
 
         replaces = flags & MAP_FIXED and not flags & _MAP_FIXED_NOREPLACE
         given = (vaddr, size, protection, flags, fd, offset)
-        return self._memory_call("mmap", given, act, gone=size if replaces else 0)
+        return self._memory_call("mmap", given, act, takes=_READ_WRITE if replaces else 0)
 
     def mprotect(self, vaddr: int, size: int, protection: int) -> None:
-        """The real one, seen: PROT_NONE takes memory away."""
+        """The real one, seen: it takes away memory whose rights a mapping has and it no longer."""
         self._memory_call(
             "mprotect",
             (vaddr, size, protection),
             lambda: self._linux.mprotect(vaddr, size, protection),
-            gone=size if protection == PROT_NONE else 0,
+            takes=_READ_WRITE & ~protection,
         )
 
     def madvise(self, vaddr: int, size: int, advice: int) -> None:
@@ -480,30 +543,37 @@ class FakeKernel:
             "madvise",
             (vaddr, size, advice),
             lambda: self._linux.madvise(vaddr, size, advice),
-            gone=size if advice in _DISCARDS else 0,
+            takes=0 if advice in _HARMLESS else _READ_WRITE,
         )
 
     def munmap(self, vaddr: int, size: int) -> None:
         """The real one, seen."""
-        self._memory_call("munmap", (vaddr, size), lambda: self._linux.munmap(vaddr, size), gone=size)
+        self._memory_call("munmap", (vaddr, size), lambda: self._linux.munmap(vaddr, size), takes=_READ_WRITE)
 
-    def _memory_call(self, call: str, given: tuple[int, ...], action: Callable[[], _Answer], *, gone: int) -> _Answer:
+    def _memory_call(self, call: str, given: tuple[int, ...], action: Callable[[], _Answer], *, takes: int) -> _Answer:
+        """`takes`: PROT_* bits; mappings that have one of them lose the memory."""
         if self._in_child:
             return action()
         with self._lock:
-            done = False
+            made, number = False, 0
 
             def act() -> _Answer:
-                nonlocal done
-                answer = action()
-                done = True
-                return answer
+                nonlocal made, number
+                made = True
+                try:
+                    return action()
+                except OSError as error:
+                    number = error.errno or 0
+                    raise
 
             try:
                 return self._observed(call, given, act)
             finally:
-                if done and gone:
-                    self._pins.gone(call, vaddr=given[0], size=gone)
+                if made and takes:
+                    # A call that fails may have come half way: what is left of the memory tells, but for madvise, which
+                    # goes on behind a hole and says ENOMEM at the end.
+                    asked = bool(number) and (call, number) != ("madvise", errno.ENOMEM)
+                    self._pins.gone(call, vaddr=given[0], size=given[1], takes=takes, only_lost=asked)
 
     def memlock(self) -> Memlock:
         """The fake's own: `memlock_limit` in whole pages, the sum of live mappings, `privileged`."""
@@ -529,5 +599,6 @@ def _close_all(files: dict[int, Handler], owner: int) -> None:
         return
     for fd in list(files):
         handler = files.pop(fd)
-        os.close(fd)
+        with contextlib.suppress(OSError):  # somebody has closed it with os.close
+            os.close(fd)
         handler.release(fd)

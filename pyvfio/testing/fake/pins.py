@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pyvfio.testing.fake.process import can_be_pinned, device_pages, refuse, zero_pages
+from pyvfio.testing.fake.process import MemoryAreas, can_be_pinned, device_pages, refuse, zero_pages
 from pyvfio.units import MIB, PAGE_SIZE, Iova, Vaddr, align_up
 
+_WRITE = 2  # VFIO_DMA_MAP_FLAG_WRITE
+_RIGHTS = 3
 _BATCH = 2 * MIB  # VFIO_BATCH_MAX_CAPACITY pages
 
 
@@ -54,6 +56,9 @@ class VaddrIndex:
         """Strike out a mapping that is there."""
         entries = self._classes[mapped.size.bit_length()]
         del entries[bisect_left(entries, (mapped.vaddr, mapped))]
+
+    def __iter__(self) -> Iterator[Mapped]:
+        return (mapped for entries in self._classes.values() for _vaddr, mapped in entries)
 
     def over(self, start: int, end: int) -> Iterator[Mapped]:
         """The mappings that share a byte with [start, end)."""
@@ -125,20 +130,45 @@ class Pins:
             if within < 0:
                 refuse(errno.ENOMEM)
 
-    def unpin(self, mapped: Mapped) -> None:
+    def unpin(self, mapped: Mapped, *, suspended: bool = False) -> None:
         """Give back the charge of a mapping."""
         self.used -= mapped.size - mapped.uncharged
+        if not suspended:
+            self.index.remove(mapped)
+
+    def suspend(self, mapped: Mapped) -> None:
+        """Its address was given up: what the process does there is not the mapping's concern any more."""
         self.index.remove(mapped)
 
-    def move(self, mapped: Mapped, moved: Mapped) -> None:
-        """A mapping has a new address; what it pinned and was charged stays (`vfio_change_dma_owner`)."""
-        self.index.remove(mapped)
+    def resume(self, moved: Mapped) -> None:
+        """It has an address again; what it pinned and was charged has stayed (`vfio_change_dma_owner`)."""
         self.index.add(moved)
 
-    def gone(self, call: str, *, vaddr: int, size: int) -> None:
-        """Record that `call` took memory away, for each mapping that still reaches it."""
-        end = vaddr + size
+    def gone(self, call: str, *, vaddr: int, size: int, takes: int, only_lost: bool = False) -> None:
+        """Record that `call` took memory away, for each mapping that still reaches it and has one of the rights `takes`
+        (PROT_* and VFIO_DMA_MAP_FLAG_* have the same numbers). `only_lost`: only where it is not there any more."""
+        end = align_up(vaddr + size, PAGE_SIZE)
         for mapped in self.index.over(vaddr, end):
             first, last = max(vaddr, mapped.vaddr), min(end, mapped.vaddr + mapped.size)
+            if not mapped.flags & takes:
+                continue
+            if only_lost and can_be_pinned(first, last - first, write=bool(mapped.flags & _WRITE)):
+                continue
             iova = Iova(mapped.iova + first - mapped.vaddr)
             self.violations.append(Violation(call, iova, Vaddr(first), last - first))
+
+    def look_at_all(self) -> None:
+        """Record memory of mappings that is not there any more, or has lost its rights, by whatever call."""
+        live = list(self.index)
+        areas = MemoryAreas() if live else None
+        for mapped in live:
+            if areas is not None and not areas.have(mapped.vaddr, mapped.size, rights=mapped.flags & _RIGHTS):
+                known = any(
+                    v.iova < mapped.iova + mapped.size and mapped.iova < v.iova + v.size for v in self.violations
+                )
+                if not known:
+                    self.violations.append(Violation("something", mapped.iova, mapped.vaddr, mapped.size))
+
+    def _check(self, mappings: list[Mapped], charged: int) -> None:
+        assert sorted(self.index) == sorted(mappings), "the index by vaddr is not what is mapped"
+        assert self.used == charged >= 0, (self.used, charged)

@@ -10,6 +10,7 @@ import functools
 import mmap
 import os
 import struct
+from bisect import bisect_right
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
@@ -114,6 +115,26 @@ def maps_allow(vaddr: int, size: int, *, write: bool) -> bool:
         if reached >= vaddr + size:
             return True
     return False
+
+
+class MemoryAreas:
+    """/proc/self/maps as it is now. O(n) once, O(log n) a question."""
+
+    def __init__(self) -> None:
+        lines = Path("/proc/self/maps").read_bytes().decode("ascii", "replace").split("\n")[:-1]
+        self._areas = list(_areas(iter(lines)))
+        self._ends = [end for _start, end, _rights in self._areas]
+
+    def have(self, vaddr: int, size: int, *, rights: int) -> bool:
+        """Whether all of a range is there, with PROT_READ or PROT_WRITE in `rights`."""
+        reached = vaddr
+        for start, end, there in self._areas[bisect_right(self._ends, vaddr) :]:
+            if start > reached or (rights & 1 and there[0] != "r") or (rights & 2 and there[1] != "w"):
+                return False
+            reached = end
+            if reached >= vaddr + size:
+                return True
+        return False
 
 
 def can_be_pinned(vaddr: int, size: int, *, write: bool) -> bool:

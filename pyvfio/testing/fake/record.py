@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from errno import errorcode as errno_names
 from typing import NamedTuple
 
 from pyvfio import ioctls
@@ -60,23 +62,31 @@ class Call(NamedTuple):
 class Failure:
     """A call that is to fail: the `nth` that matches, from when it was asked for. `after`: it has taken effect."""
 
-    call: str
+    call: str | None
     request: int | str | None
     nth: int
     errno: int
     after: bool
 
     def __post_init__(self) -> None:
-        if self.call not in CALLS:
+        if self.errno not in errno_names:
+            raise ValueError(f"no such errno: {self.errno}")
+        if isinstance(self.request, str) and not hasattr(ioctls, self.request):
+            raise ValueError(f"no such request: {self.request!r}; its name is the one in linux/vfio.h")
+        if self.call is not None and self.call not in CALLS:
             raise ValueError(f"no such call: {self.call!r}; one of {', '.join(sorted(CALLS))}")
         if self.nth < 1:
             raise ValueError(f"calls are counted from 1, not {self.nth}")
-        if self.request is not None and self.call != "ioctl":
+        if self.request is not None and self.call not in ("ioctl", None):
             raise ValueError(f"{self.call} has no request")
+
+    def __str__(self) -> str:
+        what = self.request or self.call or "any call"
+        return f"call {self.nth} from now of {what} fails with {errno_names[self.errno]}"
 
     def matches(self, call: str, number: int, request: str) -> bool:
         """Whether this is such a call."""
-        return call == self.call and (self.request is None or self.request in (number, request))
+        return self.call in (call, None) and (self.request is None or self.request in (number, request))
 
 
 class Failures:
@@ -87,6 +97,9 @@ class Failures:
 
     def __bool__(self) -> bool:
         return bool(self._planned)
+
+    def __iter__(self) -> Iterator[Failure]:
+        return iter(self._planned)
 
     def plan(self, failure: Failure) -> None:
         """One more."""

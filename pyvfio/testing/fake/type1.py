@@ -112,8 +112,30 @@ class Type1:
 
     def release(self) -> None:
         """The last group left: everything is unmapped and no longer charged (`vfio_iommu_unmap_unpin_all`)."""
-        for entry in list(self.table):
+        for entry in reversed(list(self.table)):  # from the end of every list, which costs nothing
             self._remove(entry)
+
+    def visible(self) -> list[Mapped]:
+        """The mappings that have an address."""
+        return [entry for entry in self.table if entry.iova not in self._invalid]
+
+    def is_suspended(self, entry: Mapped) -> bool:
+        """Whether its address was given up."""
+        return entry.iova in self._invalid
+
+    def charged(self) -> int:
+        """How many bytes are locked for it."""
+        return sum(entry.size - entry.uncharged for entry in self.table)
+
+    def _check(self) -> None:
+        self.table._check()
+        starts = {entry.iova for entry in self.table}
+        assert self._invalid <= starts
+        assert self._bitmaps is None or self._bitmaps.keys() == starts
+        assert len(self.table) <= self._entry_limit
+        for entry in self.table:
+            assert not (entry.iova | entry.size | entry.vaddr) & (self._page - 1), entry
+            assert self._in_range(entry.iova, entry.iova + entry.size - 1), entry
 
     @property
     def has_invalid_vaddr(self) -> bool:
@@ -122,7 +144,7 @@ class Type1:
 
     def _remove(self, entry: Mapped) -> None:
         self.table.remove(entry)
-        self._pins.unpin(entry)
+        self._pins.unpin(entry, suspended=entry.iova in self._invalid)
         self._invalid.discard(entry.iova)
         if self._bitmaps is not None:
             del self._bitmaps[entry.iova]
@@ -214,7 +236,7 @@ class Type1:
             refuse(errno.EINVAL)
         moved = entry._replace(vaddr=Vaddr(vaddr))
         self.table.replace(moved)
-        self._pins.move(entry, moved)
+        self._pins.resume(moved)
         self._invalid.discard(iova)
 
     def _in_range(self, start: int, last: int) -> bool:
@@ -263,6 +285,8 @@ class Type1:
             if entry.iova in self._invalid:
                 self._invalid -= {earlier.iova for earlier in entries[:count]}
                 refuse(errno.EINVAL)
+        for entry in entries:
+            self._pins.suspend(entry)
         self._invalid |= starts
 
     def _wants_all(self, flags: int, iova: int, size: int) -> bool:

@@ -1,0 +1,291 @@
+"""What the fake kernel notices: memory that a device is about to lose, its own state, and failures that never came."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import pytest
+
+from pyvfio import ioctls
+from pyvfio.kernel import MAP_FIXED, PROT_NONE, LinuxKernel
+from pyvfio.testing.fake import FakeDevice, FakeKernel
+from pyvfio.units import MIB, Vaddr
+from tests.unit.test_fake import BASE, BDF, BOTH, MADV_DONTNEED, PAGE, PRIVATE, READ, attach, map_dma, unmap_dma
+
+UNMAP_VADDR, MAP_VADDR = 4, 4
+MAP_HUGETLB = 0x40000
+MADV_FREE, MADV_GUARD_INSTALL = 8, 102
+
+
+@pytest.fixture
+def kernel() -> Iterator[FakeKernel]:
+    """A fake as it is without arguments."""
+    with FakeKernel() as fake:
+        yield fake
+
+
+@pytest.fixture
+def mapped(kernel: FakeKernel) -> int:
+    """The address of two pages that the device reaches at BASE, and a third that it does not."""
+    container, _group = attach(kernel)
+    vaddr = kernel.mmap(0, 3 * PAGE, BOTH, PRIVATE)
+    map_dma(kernel, container, vaddr, size=2 * PAGE)
+    return vaddr
+
+
+def taken(kernel: FakeKernel) -> list[tuple[str, int, int]]:
+    """The violations: call, IOVA and size in pages."""
+    return [(each.call, (each.iova - BASE) // PAGE, each.size // PAGE) for each in kernel.violations]
+
+
+# ------------------------------------------------------------------------------------------------- through the seam
+
+
+def test_a_call_that_fails_half_way_has_taken_what_it_came_to(kernel: FakeKernel, mapped: int) -> None:
+    """mprotect stops at a hole, and what lies before it is inaccessible."""
+    kernel.munmap(mapped + 2 * PAGE, PAGE)
+    with pytest.raises(OSError, match="allocate"):
+        kernel.mprotect(mapped, 3 * PAGE, PROT_NONE)
+    assert taken(kernel) == [("mprotect", 0, 2)]
+
+
+def test_a_discard_that_fails_at_a_hole_has_taken_all_the_rest(kernel: FakeKernel, mapped: int) -> None:
+    """madvise goes on behind it, and says ENOMEM at the end."""
+    kernel.munmap(mapped + 2 * PAGE, PAGE)
+    with pytest.raises(OSError, match="allocate"):
+        kernel.madvise(mapped, 3 * PAGE, MADV_DONTNEED)
+    assert taken(kernel) == [("madvise", 0, 2)]
+
+
+def test_a_fixed_mapping_that_fails_when_it_has_unmapped_is_noticed(kernel: FakeKernel) -> None:
+    """As where the pool of huge pages is empty: a hole is left."""
+    container, _group = attach(kernel)
+    whole = kernel.mmap(0, 4 * MIB, BOTH, PRIVATE)
+    aligned = -(-whole // (2 * MIB)) * 2 * MIB
+    map_dma(kernel, container, aligned)
+    with suppress(OSError):  # where there are huge pages, it is a mapping like others
+        kernel.mmap(aligned, 2 * MIB, BOTH, PRIVATE | MAP_FIXED | MAP_HUGETLB)
+    assert [(each.vaddr, each.size) for each in kernel.violations] == [(aligned, PAGE)]
+    kernel.munmap(aligned, 2 * MIB)
+
+
+def test_a_call_that_fails_and_has_done_nothing_is_no_violation(kernel: FakeKernel, mapped: int) -> None:
+    """The memory is there."""
+    with pytest.raises(OSError, match="Invalid"):
+        kernel.madvise(mapped, PAGE, 9999)
+    with pytest.raises(OSError, match="Invalid"):
+        kernel.munmap(mapped + 1, PAGE)
+    assert taken(kernel) == []
+
+
+@pytest.mark.parametrize(
+    ("protection", "flags", "gone"), [(READ, BOTH, 2), (READ, READ, 0), (4, READ, 2), (0, READ, 2)]
+)
+def test_rights_that_a_mapping_has_and_its_memory_no_longer_are_a_violation(
+    kernel: FakeKernel, protection: int, flags: int, gone: int
+) -> None:
+    """A device that may write has pages that the process must be able to write."""
+    container, _group = attach(kernel)
+    vaddr = kernel.mmap(0, 2 * PAGE, BOTH, PRIVATE)
+    map_dma(kernel, container, vaddr, size=2 * PAGE, flags=flags)
+    kernel.mprotect(vaddr, 2 * PAGE, protection)
+    assert taken(kernel) == [("mprotect", 0, gone)] * bool(gone)
+
+
+def test_the_part_of_a_page_that_is_unmapped_takes_the_page(kernel: FakeKernel, mapped: int) -> None:
+    """As a kernel rounds it."""
+    kernel.munmap(mapped, 1)
+    assert taken(kernel) == [("munmap", 0, 1)]
+
+
+@pytest.mark.parametrize("advice", [MADV_DONTNEED, MADV_FREE, MADV_GUARD_INSTALL])
+def test_advice_that_is_not_known_to_be_harmless_takes_memory(kernel: FakeKernel, mapped: int, advice: int) -> None:
+    """Where the running kernel knows it."""
+    known = True
+    try:
+        kernel.madvise(mapped, PAGE, advice)
+    except OSError:
+        known = False
+    assert taken(kernel) == [("madvise", 0, 1)] * known
+
+
+def test_memory_whose_address_was_given_up_may_go_until_the_mapping_has_another(kernel: FakeKernel) -> None:
+    """A live update: the pages stay with the device; only what it reaches through them does the fake not keep."""
+    container, _group = attach(kernel)
+    old, new = (kernel.mmap(0, PAGE, BOTH, PRIVATE) for _ in range(2))
+    map_dma(kernel, container, old)
+    argument = ioctls.vfio_iommu_type1_dma_unmap(argsz=24, flags=UNMAP_VADDR, iova=BASE, size=PAGE)
+    kernel.ioctl(container, ioctls.VFIO_IOMMU_UNMAP_DMA, argument)
+    kernel.munmap(old, PAGE)
+    kernel.check()
+    with pytest.raises(NotImplementedError, match="does not keep"):
+        kernel.dma_read(BDF, BASE, 1)
+    map_dma(kernel, container, new, flags=MAP_VADDR)
+    kernel.check()
+    kernel.munmap(new, PAGE)
+    assert taken(kernel) == [("munmap", 0, 1)]
+
+
+# ------------------------------------------------------------------------------------------------- behind its back
+
+
+def test_memory_that_goes_behind_its_back_is_noticed_by_check(kernel: FakeKernel, mapped: int) -> None:
+    """Once, whatever took it."""
+    kernel.check()
+    LinuxKernel().munmap(mapped + PAGE, PAGE)
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="something took 0x2000 bytes"):
+            kernel.check()
+    assert len(kernel.violations) == 1
+
+
+def test_an_access_of_a_device_to_memory_that_is_gone_is_on_record(kernel: FakeKernel, mapped: int) -> None:
+    """It may have been made in a thread of the device's own, whose AssertionError nobody sees."""
+    LinuxKernel().mprotect(mapped, PAGE, PROT_NONE)
+    with pytest.raises(AssertionError, match="is gone or lost its rights"):
+        kernel.dma_write(BDF, BASE + 10, b"abc")
+    assert [(each.iova, each.vaddr, each.size) for each in kernel.violations] == [(BASE + 10, mapped + 10, 3)]
+
+
+# ------------------------------------------------------------------------------------------------- its own state
+
+
+def _spoil(kernel: FakeKernel, what: str) -> Callable[[], object]:
+    """Put one thing out of order; what mends it."""
+    container = kernel._groups[2].container
+    assert container is not None
+    iommu = container.iommu
+    assert iommu is not None
+    entry = next(iter(iommu.table))
+    match what:
+        case "charge":
+            kernel._pins.used += 1
+            return lambda: setattr(kernel._pins, "used", kernel._pins.used - 1)
+        case "index":
+            kernel._pins.index.remove(entry)
+            return lambda: kernel._pins.index.add(entry)
+        case "vaddr":
+            iommu._invalid.add(0)
+            return iommu._invalid.clear
+        case "limit":
+            iommu._entry_limit = 0
+            return lambda: setattr(iommu, "_entry_limit", 65535)
+        case "alignment":
+            odd = entry._replace(vaddr=Vaddr(entry.vaddr + 1))
+            iommu.table.replace(odd)
+            return lambda: iommu.table.replace(entry)
+        case _:
+            groups = list(container.groups)
+            container.groups.clear()
+            return lambda: container.groups.extend(groups)
+
+
+@pytest.mark.parametrize("what", ["charge", "index", "vaddr", "limit", "alignment", "groups"])
+def test_check_sees_when_the_fake_itself_is_not_in_order(kernel: FakeKernel, mapped: int, what: str) -> None:
+    """Each thing that it knows twice, and each limit."""
+    del mapped
+    kernel.check()
+    mend = _spoil(kernel, what)
+    with pytest.raises(AssertionError):
+        kernel.check()
+    mend()
+    kernel.check()
+
+
+def test_the_entry_limit_is_the_one_when_the_iommu_is_set(kernel: FakeKernel) -> None:
+    """Not when the container was opened."""
+    container = kernel.open(str(kernel.dev / "vfio/vfio"), os.O_RDWR)
+    group = kernel.open(str(kernel.dev / "vfio/2"), os.O_RDWR)
+    kernel.ioctl(group, ioctls.VFIO_GROUP_SET_CONTAINER, bytearray(struct.pack("=i", container)))
+    kernel.dma_entry_limit = 1
+    kernel.ioctl(container, ioctls.VFIO_SET_IOMMU, ioctls.VFIO_TYPE1v2_IOMMU)
+    kernel.dma_entry_limit = 5
+    vaddr = kernel.mmap(0, PAGE, BOTH, PRIVATE)
+    map_dma(kernel, container, vaddr)
+    with pytest.raises(OSError, match="No space"):
+        map_dma(kernel, container, vaddr, iova=BASE + PAGE)
+    unmap_dma(kernel, container)
+
+
+def test_who_closes_a_descriptor_after_shutdown_closes_nobody_elses() -> None:
+    """The number may be another file's by then."""
+    kernel = FakeKernel()
+    container, group = attach(kernel)
+    kernel.shutdown()
+    others = [os.open("/dev/null", os.O_RDONLY) for _ in range(8)]
+    assert {container, group} <= set(others)
+    kernel.close(container)
+    kernel.close(group)
+    for fd in others:
+        os.close(fd)
+
+
+def test_a_descriptor_that_was_closed_behind_its_back_does_not_stop_shutdown() -> None:
+    """What is left is closed."""
+    kernel = FakeKernel()
+    container, group = attach(kernel)
+    os.close(container)
+    kernel.shutdown()
+    assert kernel.descriptors == ()
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(group)
+
+
+# ------------------------------------------------------------------------------------------------- failures
+
+
+def test_any_call_can_be_made_to_fail_by_its_number(kernel: FakeKernel) -> None:
+    """So that a test can fail the first, the second …, whatever they are."""
+    kernel.fail(errno=errno.EIO, nth=3)
+    fds = [kernel.eventfd(0, 0) for _ in range(2)]
+    assert list(kernel.planned_failures) == ["call 1 from now of any call fails with EIO"]
+    with pytest.raises(OSError, match="Input/output"):
+        kernel.mmap(0, PAGE, BOTH, PRIVATE)
+    assert not list(kernel.planned_failures)
+    for fd in fds:
+        kernel.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ({"call": "ioctl", "request": "VFIO_IOMMU_MAP_DMAA", "errno": 5}, "VFIO_IOMMU_MAP_DMAA"),
+        ({"call": "ioctl", "errno": 0}, "errno: 0"),
+        ({"call": "ioctl", "errno": -5}, "errno: -5"),
+        ({"call": "iotcl", "errno": 5}, "iotcl"),
+    ],
+)
+def test_a_failure_that_can_never_happen_is_refused(kernel: FakeKernel, plan: dict[str, str | int], words: str) -> None:
+    """A test with a misspelt name would pass."""
+    with pytest.raises(ValueError, match=words):
+        kernel.fail(**plan)  # type: ignore[arg-type]
+
+
+def test_an_interrupt_that_the_device_does_not_have_is_a_value_error() -> None:
+    """It would be lost on hardware without a word."""
+
+    with FakeKernel(groups=[(2, [FakeDevice(BDF, msi=2)])]) as kernel:
+        kernel.interrupt(BDF, 1)
+        with pytest.raises(ValueError, match="vectors 0 to 1, not 2"):
+            kernel.interrupt(BDF, 2)
+    with FakeKernel(groups=[(2, [FakeDevice(BDF)])]) as kernel, pytest.raises(ValueError, match="0 to 0"):
+        kernel.interrupt(BDF, 1)
+
+
+def test_a_real_buffer_that_is_closed_under_a_mapping_is_noticed(kernel: FakeKernel) -> None:
+    """mmap.mmap calls munmap without the seam."""
+    container, _group = attach(kernel)
+    buffer = mmap.mmap(-1, PAGE)
+    address = ctypes.c_char.from_buffer(buffer)
+    vaddr = ctypes.addressof(address)
+    map_dma(kernel, container, vaddr)
+    del address
+    buffer.close()
+    with pytest.raises(AssertionError, match="something took"):
+        kernel.check()
