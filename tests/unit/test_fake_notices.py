@@ -16,7 +16,19 @@ from pyvfio import ioctls
 from pyvfio.kernel import MAP_FIXED, PROT_NONE, LinuxKernel
 from pyvfio.testing.fake import FakeDevice, FakeKernel
 from pyvfio.units import MIB, Vaddr
-from tests.unit.test_fake import BASE, BDF, BOTH, MADV_DONTNEED, PAGE, PRIVATE, READ, attach, map_dma, unmap_dma
+from tests.unit.test_fake import (
+    BASE,
+    BDF,
+    BOTH,
+    MADV_DONTNEED,
+    PAGE,
+    PRIVATE,
+    READ,
+    attach,
+    map_dma,
+    open_device,
+    unmap_dma,
+)
 
 UNMAP_VADDR, MAP_VADDR = 4, 4
 MAP_HUGETLB = 0x40000
@@ -235,6 +247,47 @@ def test_a_descriptor_that_was_closed_behind_its_back_does_not_stop_shutdown() -
     assert kernel.descriptors == ()
     with pytest.raises(OSError, match="Bad file"):
         os.fstat(group)
+
+
+def closed_and_taken(fd: int) -> int:
+    """A stranger's file with the number of a descriptor that was closed past the seam."""
+    os.close(fd)
+    stranger = os.open("/dev/null", os.O_RDWR)
+    assert stranger == fd
+    return stranger
+
+
+def test_a_file_that_got_a_lost_descriptors_number_is_neither_answered_for_nor_closed() -> None:
+    """By any call, by its former owner's close, and by shutdown."""
+    kernel = FakeKernel()
+    container, group = attach(kernel)
+    strangers = [closed_and_taken(fd) for fd in (open_device(kernel, group), group, container)]
+    with pytest.raises(OSError, match="Inappropriate"):
+        kernel.ioctl(strangers[0], ioctls.VFIO_DEVICE_GET_INFO, ioctls.vfio_device_info(argsz=24))
+    assert kernel.pread(strangers[0], 4, 0) == b""
+    kernel.close(strangers[1])
+    kernel.shutdown()
+    kernel.close(strangers[2])
+    for fd in strangers:
+        os.close(fd)
+
+
+def test_what_hangs_on_a_lost_descriptor_is_released(kernel: FakeKernel) -> None:
+    """As when the last descriptor goes by close: the group can be opened again, and nothing is mapped."""
+    container, group = attach(kernel)
+    map_dma(kernel, container, kernel.mmap(0, PAGE, BOTH, PRIVATE))
+    os.close(group)
+    again = kernel.open(str(kernel.dev / "vfio/2"), os.O_RDWR)
+    assert kernel.mappings() == ()
+    kernel.close(again)
+
+
+def test_a_device_is_not_opened_by_duplicating_a_lost_descriptor(kernel: FakeKernel) -> None:
+    """It would be a second descriptor of the stranger's file."""
+    _container, group = attach(kernel)
+    stranger = closed_and_taken(open_device(kernel, group))
+    assert os.fstat(open_device(kernel, group)).st_ino != os.fstat(stranger).st_ino
+    os.close(stranger)
 
 
 # ------------------------------------------------------------------------------------------------- failures
