@@ -542,6 +542,72 @@ def test_an_interrupt_of_the_device_signals_and_intx_masks_itself(kernel: FakeKe
     kernel.close(event)
 
 
+def set_intx(kernel: FakeKernel, fd: int, flags: int, *eventfds: int) -> None:
+    """VFIO_DEVICE_SET_IRQS on INTx."""
+    if eventfds:
+        argument = ioctls.irq_set_eventfds(flags=flags, index=0, start=0, eventfds=eventfds)
+        kernel.ioctl(fd, ioctls.VFIO_DEVICE_SET_IRQS, argument)
+    else:
+        argument = ioctls.vfio_irq_set(argsz=20, flags=flags | 1, index=0, start=0, count=1)
+        kernel.ioctl(fd, ioctls.VFIO_DEVICE_SET_IRQS, argument)
+
+
+@pytest.mark.parametrize("version", ["6.1", "6.12", "7.3"])
+def test_a_refused_eventfd_leaves_intx_and_its_trigger_as_they_were(version: str) -> None:
+    with FakeKernel(version) as kernel:
+        fd = open_device(kernel, attach(kernel)[1])
+        event = kernel.eventfd(0, os.EFD_NONBLOCK)
+        set_intx(kernel, fd, 4 | 32, event)
+        for number, words in ((1000, "Bad file"), (fd, "Invalid")):
+            with pytest.raises(OSError, match=words):
+                set_intx(kernel, fd, 4 | 32, number)
+        kernel.interrupt(BDF)
+        assert kernel.eventfd_read(event) == 1
+        kernel.close(event)
+
+
+def test_intx_is_masked_by_the_bit_in_command_that_disables_it(kernel: FakeKernel) -> None:
+    fd, config = open_device(kernel, attach(kernel)[1]), 7 << 40
+    event = kernel.eventfd(0, os.EFD_NONBLOCK)
+    set_intx(kernel, fd, 4 | 32, event)
+    kernel.pwrite(fd, struct.pack("<H", 0x402), config + 4)
+    kernel.interrupt(BDF)
+    set_intx(kernel, fd, 16)
+    set_intx(kernel, fd, 32)
+    assert not kernel.poll(event, 0)
+    kernel.pwrite(fd, struct.pack("<H", 2), config + 4)
+    assert kernel.eventfd_read(event) == 1
+    kernel.close(event)
+
+
+def test_intx_that_is_enabled_while_it_is_disabled_in_command_is_masked(kernel: FakeKernel) -> None:
+    fd, config = open_device(kernel, attach(kernel)[1]), 7 << 40
+    event = kernel.eventfd(0, os.EFD_NONBLOCK)
+    kernel.pwrite(fd, struct.pack("<H", 0x402), config + 4)
+    set_intx(kernel, fd, 4 | 32, event)
+    kernel.interrupt(BDF)
+    assert not kernel.poll(event, 0)
+    kernel.close(event)
+
+
+def test_bars_tell_their_size_and_kind_and_command_has_no_bits_but_its_own() -> None:
+    device = FakeDevice(BDF, bars={0: Bar(MIB), 2: Bar(256, io=True), 3: Bar(1 << 40)})
+    with FakeKernel(groups=[(2, [device])]) as kernel:
+        fd, config = open_device(kernel, attach(kernel)[1]), 7 << 40
+        assert struct.unpack("<6I", kernel.pread(fd, 24, config + 0x10)) == (0, 0, 1, 0, 0, 0)
+        kernel.pwrite(fd, b"\xff" * 24, config + 0x10)
+        assert struct.unpack("<6I", kernel.pread(fd, 24, config + 0x10)) == (0xFFF00000, 0, 0xFFFFFF01, 0, 0, 0)
+        kernel.pwrite(fd, b"\xff\xff", config + 4)
+        assert kernel.pread(fd, 2, config + 4) == struct.pack("<H", 0x77F)
+
+
+def test_no_bytes_are_read_and_written_anywhere(kernel: FakeKernel) -> None:
+    fd = open_device(kernel, attach(kernel)[1])
+    for offset in (0, 8 << 40, 60 << 40):
+        assert kernel.pread(fd, 0, offset) == b""
+        assert kernel.pwrite(fd, b"", offset) == 0
+
+
 def test_a_bar_without_callbacks_mapped_raw_is_the_memory_that_pread_reads() -> None:
     with FakeKernel(groups=[(2, [FakeDevice(BDF)])]) as kernel:
         _container, group = attach(kernel)

@@ -31,6 +31,10 @@ _CONFIG = int(ioctls.VFIO_PCI_CONFIG_REGION_INDEX)
 _COMMAND = 4
 _COMMAND_MEMORY = 2
 _COMMAND_MASTER = 4
+_COMMAND_INTX_DISABLE = 0x400
+_COMMAND_BITS = 0x77F  # the others are reserved (PCI 3.0, 6.2.2); a device may have fewer
+_BARS_AT = 0x10
+_IO_BAR = 1
 # Bytes of the configuration header that a user may change: command, cache line and latency, BARs, interrupt line.
 _WRITABLE = frozenset((4, 5, 0x0C, 0x0D, *range(0x10, 0x28), 0x3C))
 _READ_WRITE = int(ioctls.VFIO_REGION_INFO_FLAG_READ | ioctls.VFIO_REGION_INFO_FLAG_WRITE)
@@ -142,6 +146,8 @@ class FakeDevice:
         struct.pack_into("<HHH", space, 0, self.vendor, self.device, _COMMAND_MEMORY)
         space[9:12] = self.class_code.to_bytes(3, "little")
         space[0x3D] = int(self.intx)
+        for number, bar in self.bars.items():
+            space[_BARS_AT + 4 * number] = _IO_BAR if bar.io else 0
         for offset, data in self.config.items():
             space[offset : offset + len(data)] = data
         return space
@@ -311,9 +317,9 @@ class PciDevice:
 
     def pread(self, fd: int, size: int, offset: int) -> bytes:
         """`vfio_pci_rw`: EINVAL, EIO (memory decoding is off), EFAULT (behind configuration space)."""
-        index, position = self._locate(offset)
         if not size:
             return b""
+        index, position = self._locate(offset)
         if index == _CONFIG:
             self._check_config(position, size)
             return bytes(self.config[position : position + size])
@@ -333,14 +339,15 @@ class PciDevice:
 
     def pwrite(self, fd: int, data: bytes, offset: int) -> int:
         """As `pread`; how many bytes were taken."""
-        index, position = self._locate(offset)
         if not data:
             return 0
+        index, position = self._locate(offset)
         if index == _CONFIG:
             self._check_config(position, len(data))
             for at, value in enumerate(data, start=position):
                 if at in _WRITABLE:
                     self.config[at] = value
+            self._settle_header()
             return len(data)
         bar, size = self._accessible(index, position, len(data))
         for at, count, is_table in self._pieces(index, position, size):
@@ -363,6 +370,17 @@ class PciDevice:
             {position, position + size, *(at for at in (table.start, table.stop) if at - position in range(size))}
         )
         return ((start, end - start, start in table) for start, end in pairwise(cuts))
+
+    def _settle_header(self) -> None:
+        # What hardware does with bits that are not there, vfio_bar_fixup with those that say a BAR's size, and
+        # vfio_basic_config_write with the one that masks INTx.
+        struct.pack_into("<H", self.config, _COMMAND, self.command & _COMMAND_BITS)
+        for number in range(_ROM):
+            at, bar = _BARS_AT + 4 * number, self.declared.bars.get(number)
+            (value,) = struct.unpack_from("<I", self.config, at)
+            value = 0 if bar is None else value & -bar.size & -4 | (_IO_BAR if bar.io else 0)
+            struct.pack_into("<I", self.config, at, value & 0xFFFF_FFFF)
+        self.irqs.set_intx_disable(disabled=bool(self.command & _COMMAND_INTX_DISABLE))
 
     def _locate(self, offset: int) -> tuple[int, int]:
         index = offset >> _REGION_SHIFT

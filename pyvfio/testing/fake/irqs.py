@@ -82,6 +82,7 @@ class Irqs:
         self._triggers: list[int | None] = []
         self._single: dict[int, int | None] = {ERR: None, REQ: None}
         self._masked = False
+        self._disabled = False
         self._pending = False
         self._line = False
         self._unmask: int | None = None  # held, and never looked at
@@ -119,9 +120,25 @@ class Irqs:
             self._masked = True
             _signal(self._triggers[0])
 
+    def set_intx_disable(self, *, disabled: bool) -> None:
+        """PCI COMMAND's INTx disable bit, which masks and unmasks when it changes (`vfio_basic_config_write`)."""
+        if disabled == self._disabled:
+            return
+        self._disabled = disabled
+        if self._enabled == INTX:
+            self._set_masked(masked=disabled)
+
+    def _set_masked(self, *, masked: bool) -> None:
+        self._masked = masked or self._disabled  # vfio_pci_intx_unmask_handler does nothing while it is disabled
+        if self._pending and not self._masked:
+            self._pending = False
+            self.raise_interrupt(0)
+        self._deliver_line()
+
     def release(self) -> None:
         """The last descriptor of the device closed: nothing is signalled any more."""
         self._disable()
+        self._disabled = False
         for index, held in self._single.items():
             self._let_go(held)
             self._single[index] = None
@@ -185,14 +202,21 @@ class Irqs:
         if self._enabled not in (INTX, None) or request.start or request.count != 1:
             refuse(errno.EINVAL)
         if request.data == _EVENTFD:
-            self._enable(INTX, vectors=1)
-            self._set_block(request)
-            self._deliver_line()
+            self._connect_intx(hold_eventfd(request.values[0]))
         elif self._enabled != INTX:
             refuse(errno.EINVAL)
-        elif request.fires(0):
+        elif request.fires(0) and not self._disabled:
             _signal(self._triggers[0])
         return 0
+
+    def _connect_intx(self, new: int | None) -> None:
+        # A refused eventfd changes nothing, for it is taken first; so in 6.1 too, from 6.1.84 on.
+        if self._enabled is None:
+            self._enable(INTX, vectors=1)
+            self._masked = self._disabled
+        self._let_go(self._triggers[0])
+        self._triggers[0] = new
+        self._deliver_line()
 
     def _mask_intx(self, request: _Set) -> int:
         if self._enabled != INTX or request.start or request.count != 1:
@@ -200,11 +224,7 @@ class Irqs:
         if request.data == _EVENTFD:
             return self._unmask_by_eventfd(request)
         if request.fires(0):
-            self._masked = request.action == _MASK
-            if self._pending and not self._masked:
-                self._pending = False
-                self.raise_interrupt(0)
-            self._deliver_line()
+            self._set_masked(masked=request.action == _MASK)
         return 0
 
     def _unmask_by_eventfd(self, request: _Set) -> int:
@@ -271,8 +291,6 @@ class Irqs:
             except OSError:
                 for earlier in vectors[:done]:
                     self._set_trigger(earlier, -1)
-                if request.index == INTX:
-                    self._disable()
                 raise
 
     def _set_single(self, request: _Set) -> int:
