@@ -22,12 +22,11 @@ from pyvfio.kernel import MAP_FIXED, MAP_FIXED_NOREPLACE, PROT_NONE, Kernel, Lin
 from pyvfio.testing.fake import Bar, DmaFault, FakeDevice, FakeKernel, IommuModel
 from pyvfio.testing.fake.pins import Mapped, VaddrIndex
 from pyvfio.testing.fake.process import (
+    Pagemap,
     can_be_pinned,
     maps_allow,
     read_memory,
     write_memory,
-    zero_pages,
-    zero_pages_by_flags,
 )
 from pyvfio.units import MIB, PAGE_SIZE, U64_MAX, Iova, IovaRange, Vaddr
 
@@ -679,7 +678,8 @@ def test_the_finalizers_do_nothing_in_a_child(kernel: FakeKernel) -> None:
 
     def child() -> bool:
         kernel._finalizer()
-        kernel._directories()._finalizer()
+        assert kernel._tree is not None
+        kernel._tree._finalizer()
         return root.exists() and all(os.path.exists(f"/proc/self/fd/{fd}") for fd in kernel.descriptors)
 
     assert in_child(child)
@@ -746,26 +746,28 @@ def test_a_map_takes_as_many_steps_among_20000_as_alone(kernel: FakeKernel) -> N
 
 
 def test_pages_that_were_only_read_are_the_page_of_zeros_whichever_way_one_asks() -> None:
-    linux = LinuxKernel()
+    linux, pagemap = LinuxKernel(), Pagemap()
     vaddr = linux.mmap(0, 200 * PAGE, BOTH, PRIVATE)
     try:
         assert can_be_pinned(vaddr, 200 * PAGE, write=False)
         for page in range(0, 200, 2):
             write_memory(vaddr + page * PAGE, b"x")
-        assert zero_pages(vaddr, 200 * PAGE) == zero_pages_by_flags(vaddr, 200 * PAGE) == 100
-        assert zero_pages(vaddr, PAGE) == zero_pages_by_flags(vaddr, PAGE) == 0
-        assert zero_pages(vaddr + PAGE, PAGE) == zero_pages_by_flags(vaddr + PAGE, PAGE) == 1
+        assert pagemap.zero_pages(vaddr, 200 * PAGE) == pagemap.zero_pages_by_flags(vaddr, 200 * PAGE) == 100
+        assert pagemap.zero_pages(vaddr, PAGE) == pagemap.zero_pages_by_flags(vaddr, PAGE) == 0
+        assert pagemap.zero_pages(vaddr + PAGE, PAGE) == pagemap.zero_pages_by_flags(vaddr + PAGE, PAGE) == 1
     finally:
+        pagemap.close()
         linux.munmap(vaddr, 200 * PAGE)
 
 
 def test_pages_of_a_file_are_not_the_page_of_zeros() -> None:
-    linux = LinuxKernel()
+    linux, pagemap = LinuxKernel(), Pagemap()
     vaddr = linux.mmap(0, 4 * PAGE, BOTH, 0x21)
     try:
         assert can_be_pinned(vaddr, 4 * PAGE, write=False)
-        assert zero_pages(vaddr, 4 * PAGE) == zero_pages_by_flags(vaddr, 4 * PAGE) == 0
+        assert pagemap.zero_pages(vaddr, 4 * PAGE) == pagemap.zero_pages_by_flags(vaddr, 4 * PAGE) == 0
     finally:
+        pagemap.close()
         linux.munmap(vaddr, 4 * PAGE)
 
 

@@ -25,6 +25,7 @@ from tests.unit.test_fake import (
     PRIVATE,
     READ,
     attach,
+    in_child,
     map_dma,
     open_device,
     unmap_dma,
@@ -342,3 +343,105 @@ def test_a_real_buffer_that_is_closed_under_a_mapping_is_noticed(kernel: FakeKer
     buffer.close()
     with pytest.raises(AssertionError, match="something took"):
         kernel.check()
+
+
+# ------------------------------------------------------------------------------------------------- how calls fail
+
+
+def test_a_descriptor_whose_call_fails_afterwards_is_closed_again(kernel: FakeKernel) -> None:
+    """The caller never learns its number."""
+    container, group = attach(kernel)
+    before = set(os.listdir("/proc/self/fd"))
+    calls: dict[str, Callable[[], object]] = {
+        "open": lambda: kernel.open(str(kernel.dev / "vfio/3"), os.O_RDWR),
+        "eventfd": lambda: kernel.eventfd(0, 0),
+        "ioctl": lambda: open_device(kernel, group),
+    }
+    for call, make in calls.items():
+        kernel.fail(call=call, errno=errno.EINTR, after=True)
+        with pytest.raises(InterruptedError):
+            make()
+    assert set(os.listdir("/proc/self/fd")) == before
+    assert kernel.descriptors == (container, group)
+    kernel.close(kernel.open(str(kernel.dev / "vfio/3"), os.O_RDWR))
+
+
+def test_a_close_that_fails_has_closed(kernel: FakeKernel) -> None:
+    """As on Linux: who tries again closes somebody else's descriptor."""
+    container, group = attach(kernel)
+    kernel.fail(call="close", errno=errno.EIO)
+    with pytest.raises(OSError, match="Input/output"):
+        kernel.close(group)
+    assert kernel.descriptors == (container,)
+    kernel.close(kernel.open(str(kernel.dev / "vfio/2"), os.O_RDWR))
+
+
+def test_a_call_that_ends_in_any_exception_is_in_the_trace(kernel: FakeKernel) -> None:
+    """With the exception in words."""
+    container, _group = attach(kernel)
+    with pytest.raises(BufferError):
+        kernel.ioctl(container, ioctls.VFIO_IOMMU_MAP_DMA, bytearray(8))
+    call = kernel.trace[-1]
+    assert (call.request, call.result, call.errno) == ("VFIO_IOMMU_MAP_DMA", None, 0)
+    assert "buffer of 8" in call.error
+    assert "BufferError" in str(call)
+
+
+def test_the_trace_names_what_is_in_small_arguments(kernel: FakeKernel) -> None:
+    """A container's number, a device's name, a feature, an ioeventfd, a range of dirty pages."""
+    container, group = attach(kernel)
+    device = open_device(kernel, group)
+    with suppress(OSError):
+        kernel.ioctl(device, ioctls.VFIO_DEVICE_FEATURE, bytearray(struct.pack("=II", 8, 7)))
+    with suppress(OSError):
+        kernel.ioctl(device, ioctls.VFIO_DEVICE_IOEVENTFD, bytearray(struct.pack("=IIQQiI", 32, 4, 64, 5, 77, 0)))
+    kernel.ioctl(container, ioctls.VFIO_IOMMU_DIRTY_PAGES, bytearray(struct.pack("=II", 8, 1)))
+    with suppress(OSError):
+        kernel.ioctl(container, ioctls.VFIO_IOMMU_DIRTY_PAGES, bytearray(struct.pack("=IIQQQQQ", 48, 4, 9, 1, 2, 3, 0)))
+    seen = {call.request: call.arguments for call in kernel.trace}
+    assert seen["VFIO_GROUP_SET_CONTAINER"]["container"] == container
+    assert seen["VFIO_GROUP_GET_DEVICE_FD"]["name"] == BDF
+    assert seen["VFIO_DEVICE_FEATURE"]["flags"] == 7
+    assert seen["VFIO_DEVICE_IOEVENTFD"]["data"] == 5
+    assert seen["VFIO_IOMMU_DIRTY_PAGES"]["iova"] == 9
+
+
+# ------------------------------------------------------------------------------------------------- whose it is
+
+
+USES: dict[str, Callable[[FakeKernel, int], object]] = {
+    "open": lambda kernel, _fd: kernel.open("/dev/null", os.O_RDONLY),
+    "ioctl": lambda kernel, fd: kernel.ioctl(fd, ioctls.VFIO_GET_API_VERSION),
+    "pread": lambda kernel, fd: kernel.pread(fd, 4, 0),
+    "bind": lambda kernel, _fd: kernel.bind(BDF, None),
+    "sysfs": lambda kernel, _fd: kernel.sysfs,
+    "dev": lambda kernel, _fd: kernel.dev,
+    "limit": lambda kernel, _fd: setattr(kernel, "memlock_limit", 1),
+    "interrupt": lambda kernel, _fd: kernel.interrupt(BDF),
+    "dma": lambda kernel, _fd: kernel.dma_read(BDF, 0, 1),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_kernel_that_was_shut_down_says_so(use: str) -> None:
+    """To whoever uses it, but for closing and for memory."""
+    kernel = FakeKernel()
+    container, _group = attach(kernel)
+    kernel.shutdown()
+    with pytest.raises(RuntimeError, match="was shut down"):
+        USES[use](kernel, container)
+    kernel.close(container)
+    kernel.munmap(kernel.mmap(0, PAGE, BOTH, PRIVATE), PAGE)
+
+
+@pytest.mark.parametrize("use", [*USES, "memlock"])
+def test_a_parents_kernel_says_so_in_a_child(kernel: FakeKernel, use: str) -> None:
+    """Its state is the parent's, and what it did here would be lost."""
+    container, _group = attach(kernel)
+
+    def child() -> bool:
+        with pytest.raises(RuntimeError, match="child"):
+            (USES | {"memlock": lambda kernel, _fd: kernel.memlock()})[use](kernel, container)
+        return True
+
+    assert in_child(child)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
+from pyvfio import ioctls
 from pyvfio.kernel import MAP_FIXED, IoctlArgument, LinuxKernel, Memlock, Registers
 from pyvfio.testing.fake.device import FakeDevice, PciDevice
 from pyvfio.testing.fake.dma import DeviceSlot, DmaFault, DmaPath
@@ -21,7 +22,7 @@ from pyvfio.testing.fake.group import Container, DeviceHandle, Group, Handler
 from pyvfio.testing.fake.iommu import IommuModel, iommu_model
 from pyvfio.testing.fake.pci_device import FakePciDevice
 from pyvfio.testing.fake.pins import Mapped, Pins, Violation
-from pyvfio.testing.fake.process import AddressArgument, BufferArgument, refuse
+from pyvfio.testing.fake.process import AddressArgument, BufferArgument, Pagemap, refuse
 from pyvfio.testing.fake.record import KEPT, Call, Failure, Failures
 from pyvfio.testing.fake.tree import Tree
 from pyvfio.testing.fake.versions import KernelVersion, kernel_version
@@ -33,6 +34,7 @@ _Answer = TypeVar("_Answer")
 _MAP_FIXED_NOREPLACE = 0x100000
 _MAP_SHARED = 1
 _READ_WRITE = 3
+_GET_DEVICE_FD = ioctls.VFIO_GROUP_GET_DEVICE_FD
 # MADV_NORMAL to _WILLNEED, _DONTFORK to _POPULATE_WRITE, _COLLAPSE: whatever else there is takes pages away.
 _HARMLESS = frozenset((0, 1, 2, 3, *range(10, 24), 25))
 
@@ -113,7 +115,10 @@ class FakeKernel:
         self._dma = DmaPath(self._pins.violations)
         self._groups = {number: self._group(number, devices) for number, devices in declared}
         self._tree: Tree | None = None
-        self._finalizer = weakref.finalize(self, _close_all, self._files, self._identities, self._owner)
+        self._is_shut_down = False
+        self._finalizer = weakref.finalize(
+            self, _close_all, self._files, self._identities, self._pins.pagemap, self._owner
+        )
         self.trace: list[Call] = []
 
     def _group(self, number: int, devices: Sequence[FakeDevice | FakePciDevice]) -> Group:
@@ -136,7 +141,8 @@ class FakeKernel:
     def shutdown(self) -> None:
         """Close every VFIO descriptor that is left and remove `sysfs` and `dev`. Twice is fine; nothing in a child.
 
-        Whoever still holds one of them may close it once: nothing happens then.
+        Whoever still holds one of them may close it once: nothing happens then. Any other use is a RuntimeError, but
+        for calls on memory and on descriptors that are not VFIO's.
         """
         if self._in_child:
             return
@@ -146,9 +152,17 @@ class FakeKernel:
                 os.close(fd)
                 self._forget(fd)
                 self._let_go.add(fd)
+            self._pins.pagemap.close()
+            self._is_shut_down = True
             if self._tree is not None:
                 self._tree.remove()
                 self._tree = None
+
+    def _check_usable(self) -> None:
+        if self._in_child:
+            raise RuntimeError(f"this fake kernel is in process {self._owner}, and this is a child: make another here")
+        if self._is_shut_down:
+            raise RuntimeError("this fake kernel was shut down (shutdown, or the end of its `with`): make another")
 
     @property
     def _in_child(self) -> bool:
@@ -178,6 +192,7 @@ class FakeKernel:
 
     @memlock_limit.setter
     def memlock_limit(self, limit: int | None) -> None:
+        self._check_usable()
         if limit is not None and (not isinstance(limit, int) or limit < 0):
             raise ValueError(f"memlock_limit is a number of bytes or None, not {limit!r}")
         self._pins.limit = limit
@@ -269,6 +284,8 @@ class FakeKernel:
     ) -> None:
         """Let a call fail with `errno`: the `nth` from now that matches, before (or `after`) it took effect.
 
+        A descriptor or a register window that was made is closed when the call fails after it; close always closes.
+
         `call` is a method of `Kernel`, None any of them; `request` limits an ioctl to a number or, as numbers repeat
         between containers and devices, to a name in C. ValueError for what cannot match. `planned_failures` has what
         has not happened, `clear_failures` forgets it.
@@ -285,6 +302,7 @@ class FakeKernel:
         While its group is in use a kernel driver's probe fails and the device stays without one, as in
         `iommu_device_use_default_domain`.
         """
+        self._check_usable()
         group, device = self._find(bdf)
         with self._lock:
             device.driver = driver
@@ -303,6 +321,7 @@ class FakeKernel:
     def interrupt(self, bdf: str, vector: int = 0) -> None:
         """The device raises an interrupt: what is enabled of INTx, MSI and MSI-X signals its eventfd. ValueError for a
         vector that the device does not have."""
+        self._check_usable()
         with self._lock:
             device = self._find(bdf)[1]
             device.check_vector(vector)
@@ -311,11 +330,13 @@ class FakeKernel:
     def dma_read(self, bdf: str, iova: int, size: int) -> bytes:
         """A device reads memory, whatever its bus master bit says (that of a `FakePciDevice` counts for what it does
         itself); DmaFault where the IOMMU stops it, AssertionError where the memory is gone."""
+        self._check_usable()
         with self._lock:
             return self._dma.read(*self._find(bdf), iova=iova, size=size)
 
     def dma_write(self, bdf: str, iova: int, data: bytes) -> None:
         """The device writes memory; as `dma_read`. What comes before the stopped byte has been written."""
+        self._check_usable()
         with self._lock:
             self._dma.write(*self._find(bdf), iova=iova, data=data)
 
@@ -336,16 +357,23 @@ class FakeKernel:
         *,
         number: int = -1,
         request: str = "",
+        always: bool = False,
+        undo: Callable[[_Answer], object] | None = None,
     ) -> _Answer:
+        """`always`: a call that is made to fail takes effect in any case. `undo`: what it has made is lost to a caller
+        to whom it fails afterwards, so it goes."""
         failure = self._failures.due(call, number, request) if self._failures else None
         try:
-            if failure is not None and not failure.after:
+            if failure is not None and not failure.after and not always:
                 refuse(failure.errno)
             answer = action()
             if failure is not None:
+                if undo is not None:
+                    undo(answer)
                 refuse(failure.errno)
-        except OSError as error:
-            self.trace.append(Call(call, request, given, None, error.errno or 0))
+        except BaseException as error:
+            number_or_0 = error.errno or 0 if isinstance(error, OSError) else 0
+            self.trace.append(Call(call, request, given, None, number_or_0, "" if number_or_0 else repr(error)))
             raise
         self.trace.append(Call(call, request, given, answer if isinstance(answer, int) else None, 0))
         return answer
@@ -390,6 +418,8 @@ class FakeKernel:
     def _handler(self, fd: int) -> Handler | None:
         handler = self._files.get(fd)
         if handler is None:
+            if fd in self._let_go and self._is_shut_down:
+                self._check_usable()
             return None
         if self._in_child:
             raise RuntimeError(f"descriptor {fd} is of a fake kernel in process {self._owner}, and this is a child")
@@ -412,6 +442,7 @@ class FakeKernel:
     # ------------------------------------------------------------------------------------------------ descriptors
 
     def _directories(self) -> Tree:
+        self._check_usable()
         if self._tree is None:
             self._tree = Tree(tuple(self._groups.values()), self._model)
         return self._tree
@@ -430,8 +461,9 @@ class FakeKernel:
 
     def open(self, path: str, flags: int) -> int:
         """A container, a group (EBUSY, `vfio_group_fops_open`), or any other file."""
+        self._check_usable()
         with self._lock:
-            return self._observed("open", (path, flags), lambda: self._open(path, flags))
+            return self._observed("open", (path, flags), lambda: self._open(path, flags), undo=self._close)
 
     def _open(self, path: str, flags: int) -> int:
         self._sweep()  # a group whose descriptor is gone is not busy
@@ -454,16 +486,18 @@ class FakeKernel:
         self.adopt(fd, group)
 
     def close(self, fd: int) -> None:
-        """Close a descriptor: of a group and a device, also what hangs on it."""
+        """Close a descriptor: of a group and a device, also what hangs on it. It is closed also when the call is made
+        to fail, as on Linux."""
         if self._in_child:
             os.close(fd)
             return
         with self._lock:
-            self._handler(fd)
+            if fd in self._files:
+                self._handler(fd)
             if fd in self._let_go:  # it is closed; by now the number may be another file's
                 self._let_go.discard(fd)
                 return
-            self._observed("close", (fd,), lambda: self._close(fd))
+            self._observed("close", (fd,), lambda: self._close(fd), always=True)
 
     def _close(self, fd: int) -> None:
         os.close(fd)
@@ -491,6 +525,7 @@ class FakeKernel:
                 lambda: handler.ioctl(number, seen),
                 number=number,
                 request=handler.request_name(number),
+                undo=self._close if isinstance(handler, Group) and number == _GET_DEVICE_FD else None,
             )
 
     def pread(self, fd: int, size: int, offset: int) -> bytes:
@@ -519,6 +554,7 @@ class FakeKernel:
                 "registers",
                 (fd, offset, size),
                 lambda: self._map_registers(_device(handler), fd, offset, size),
+                undo=lambda window: window.close(),
             )
 
     def _map_registers(self, device: PciDevice, fd: int, offset: int, size: int) -> Registers:
@@ -528,7 +564,7 @@ class FakeKernel:
     def eventfd(self, initial: int, flags: int) -> int:
         """A real one."""
         with self._lock:
-            fd = self._observed("eventfd", (initial, flags), lambda: self._linux.eventfd(initial, flags))
+            fd = self._observed("eventfd", (initial, flags), lambda: self._linux.eventfd(initial, flags), undo=os.close)
             self._given_out(fd)
             return fd
 
@@ -607,6 +643,8 @@ class FakeKernel:
 
     def memlock(self) -> Memlock:
         """The fake's own: `memlock_limit` in whole pages, the sum of live mappings, `privileged`."""
+        if self._in_child:
+            self._check_usable()
         answer = Memlock(limit=self._pins.page_limit, used=self._pins.used, privileged=self._pins.privileged)
         return self._observed("memlock", (), lambda: answer)
 
@@ -637,9 +675,12 @@ def _is_same_file(fd: int, identities: Mapping[int, tuple[int, int]]) -> bool:
         return False
 
 
-def _close_all(files: dict[int, Handler], identities: Mapping[int, tuple[int, int]], owner: int) -> None:
+def _close_all(
+    files: dict[int, Handler], identities: Mapping[int, tuple[int, int]], pagemap: Pagemap, owner: int
+) -> None:
     if os.getpid() != owner:
         return
+    pagemap.close()
     for fd in list(files):
         handler = files.pop(fd)
         if _is_same_file(fd, identities):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pyvfio.testing.fake.process import MemoryAreas, can_be_pinned, device_pages, refuse, zero_pages
+from pyvfio.testing.fake.process import MemoryAreas, Pagemap, can_be_pinned, device_pages, refuse
 from pyvfio.units import MIB, PAGE_SIZE, Iova, Vaddr, align_up
 
 _WRITE = 2  # VFIO_DMA_MAP_FLAG_WRITE
@@ -82,6 +82,7 @@ class Pins:
     """Whether a BAR was ever mapped: only then it is worth a look where."""
     index: VaddrIndex = field(default_factory=VaddrIndex)
     violations: list[Violation] = field(default_factory=list)
+    pagemap: Pagemap = field(default_factory=Pagemap)
 
     @property
     def page_limit(self) -> int | None:
@@ -118,7 +119,7 @@ class Pins:
 
     def _free_pages(self, vaddr: int, size: int, *, zeros: bool) -> int:
         of_devices = device_pages(vaddr, size) if self.device_memory_is_mapped else 0
-        return of_devices + (zero_pages(vaddr, size) if zeros else 0)
+        return of_devices + (self.pagemap.zero_pages(vaddr, size) if zeros else 0)
 
     def _walk(self, mapped: Mapped, within: int, *, write: bool, zeros: bool) -> None:
         # Page by page: which of them count towards the limit is known only when they are there.

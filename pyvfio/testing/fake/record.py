@@ -17,6 +17,19 @@ _FILE_CALLS = frozenset(
 CALLS = _FILE_CALLS | {"mmap", "mprotect", "madvise", "munmap"}
 KEPT = 256  # bytes of an ioctl's buffer that are remembered
 
+
+class _ContainerFd(ctypes.Structure):
+    _fields_ = [("container", ctypes.c_int32)]
+
+
+class _DirtyRange(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_uint32) for name in ("argsz", "flags")),
+        *((name, ctypes.c_uint64) for name in ("iova", "size", "pgsize", "bitmap_size", "data")),
+    ]
+
+
+_RANGE_SIZE = ctypes.sizeof(_DirtyRange)
 _STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "VFIO_GROUP_GET_STATUS": ioctls.vfio_group_status,
     "VFIO_DEVICE_GET_INFO": ioctls.vfio_device_info,
@@ -26,18 +39,23 @@ _STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "VFIO_IOMMU_GET_INFO": ioctls.vfio_iommu_type1_info,
     "VFIO_IOMMU_MAP_DMA": ioctls.vfio_iommu_type1_dma_map,
     "VFIO_IOMMU_UNMAP_DMA": ioctls.vfio_iommu_type1_dma_unmap,
+    "VFIO_IOMMU_DIRTY_PAGES": ioctls.vfio_iommu_type1_dirty_bitmap,  # to get a bitmap: _DirtyRange
+    "VFIO_GROUP_SET_CONTAINER": _ContainerFd,
+    "VFIO_DEVICE_FEATURE": ioctls.vfio_device_feature,
+    "VFIO_DEVICE_IOEVENTFD": ioctls.vfio_device_ioeventfd,
 }
 
 
 class Call(NamedTuple):
     """One system call: `call` is the method's name, `request` an ioctl's name in C (else ""), `result` what it
-    returned (None: nothing) and `errno` 0 or the number of the OSError."""
+    returned (None: nothing), `errno` 0 or the number of the OSError, `error` another exception in words."""
 
     call: str
     request: str
     given: tuple[int | str | bytes, ...]
     result: int | None
     errno: int
+    error: str = ""
 
     @property
     def arguments(self) -> dict[str, int | str | bytes]:
@@ -46,7 +64,11 @@ class Call(NamedTuple):
             return {f"argument{number}": value for number, value in enumerate(self.given)}
         fd, number, argument = self.given
         answer: dict[str, int | str | bytes] = {"fd": fd, "number": number}
+        if self.request == "VFIO_GROUP_GET_DEVICE_FD" and isinstance(argument, bytes):
+            return answer | {"name": argument.partition(b"\0")[0].decode("utf-8", "replace")}
         structure = _STRUCTURES.get(self.request)
+        if self.request == "VFIO_IOMMU_DIRTY_PAGES" and isinstance(argument, bytes) and len(argument) >= _RANGE_SIZE:
+            structure = _DirtyRange
         if structure is None or not isinstance(argument, bytes) or len(argument) < ctypes.sizeof(structure):
             return answer | {"argument": argument}
         fields = structure.from_buffer_copy(argument)
@@ -54,8 +76,8 @@ class Call(NamedTuple):
 
     def __str__(self) -> str:
         values = ", ".join(f"{k}={v:#x}" if isinstance(v, int) else f"{k}={v!r}" for k, v in self.arguments.items())
-        outcome = f"-> {self.result}" if not self.errno else f"-> {os.strerror(self.errno)}"
-        return f"{self.request or self.call}({values}) {outcome}"
+        outcome = os.strerror(self.errno) if self.errno else self.error or str(self.result)
+        return f"{self.request or self.call}({values}) -> {outcome}"
 
 
 @dataclass

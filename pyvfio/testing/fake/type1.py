@@ -274,7 +274,8 @@ class Type1:
         return pgsize, bitmap_size, data
 
     def _unmap(self, entries: Sequence[Mapped], *, base: int, data: int | None) -> None:
-        for entry in entries:
+        # Without a bitmap the order is nobody's to see, and from the end of every list it costs nothing.
+        for entry in entries if data is not None else reversed(entries):
             if self._bitmaps is not None and data is not None:
                 self._bitmaps[entry.iova].report(data, first=(entry.iova - base) // self._page)
             self._remove(entry)
