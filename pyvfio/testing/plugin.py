@@ -51,7 +51,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that uses `vfio_world` runs in each world that was asked for."""
-    own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    own: set[str] = set()
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        names = mark.args[0] if mark.args else mark.kwargs["argnames"]
+        own |= {name.strip() for name in (names.split(",") if isinstance(names, str) else names)}
     if "vfio_world" in metafunc.fixturenames and "vfio_world" not in own:
         worlds: list[str] = metafunc.config.getoption("--vfio-world") or ["fake"]
         metafunc.parametrize("vfio_world", list(dict.fromkeys(worlds)), indirect=True)

@@ -14,7 +14,7 @@ import pytest
 
 from pyvfio import ioctls
 from pyvfio.kernel import MAP_FIXED, PROT_NONE, LinuxKernel
-from pyvfio.testing.fake import FakeDevice, FakeKernel
+from pyvfio.testing.fake import Bar, FakeDevice, FakeKernel, FakePciDevice
 from pyvfio.units import MIB, Vaddr
 from tests.unit.test_fake import (
     BASE,
@@ -404,6 +404,68 @@ def test_the_trace_names_what_is_in_small_arguments(kernel: FakeKernel) -> None:
     assert seen["VFIO_DEVICE_FEATURE"]["flags"] == 7
     assert seen["VFIO_DEVICE_IOEVENTFD"]["data"] == 5
     assert seen["VFIO_IOMMU_DIRTY_PAGES"]["iova"] == 9
+
+
+# ------------------------------------------------------------------------------------------------- what it is not
+
+
+def test_what_is_asked_for_and_not_modelled_is_told_by_name_and_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A driver's test that relies on it would pass for the wrong reason."""
+    with FakeKernel("7.3") as kernel:
+        fd = open_device(kernel, attach(kernel)[1])
+        for index in (0, 6, 6, 8):
+            with suppress(OSError):
+                argument = ioctls.vfio_region_info(argsz=32, index=index)
+                kernel.ioctl(fd, ioctls.VFIO_DEVICE_GET_REGION_INFO, argument)
+        get = int(ioctls.VFIO_DEVICE_FEATURE_GET)
+        for feature in (11 | get, 3 | int(ioctls.VFIO_DEVICE_FEATURE_PROBE), 5):
+            with suppress(OSError):
+                kernel.ioctl(fd, ioctls.VFIO_DEVICE_FEATURE, bytearray(struct.pack("=II16x", 24, feature)))
+        kernel.mmap(0, PAGE, BOTH, 1, fd=fd)
+        names = [part.name for part in kernel.unmodelled]
+    assert names == [
+        "VFIO_PCI_ROM_REGION_INDEX",
+        "VFIO_PCI_VGA_REGION_INDEX",
+        "VFIO_DEVICE_FEATURE_DMA_BUF",
+        "mmap",
+    ]
+    assert [record.message for record in caplog.records] == [str(part) for part in kernel.unmodelled]
+
+
+class Silent(FakePciDevice):
+    """Its registers say nothing."""
+
+    def reset(self) -> None:
+        """Nothing to be reset."""
+
+    def read_register(self, _bar: int, _offset: int, _width: int, /) -> int:
+        """A return that was forgotten."""
+        return None  # type: ignore[return-value]
+
+    def write_register(self, _bar: int, _offset: int, _width: int, _value: int, /) -> None:
+        """Nothing."""
+
+
+def test_a_register_that_reads_as_nothing_is_an_error_with_the_devices_name() -> None:
+    """And the place in it."""
+    with FakeKernel(groups=[(2, [Silent(BDF)])]) as kernel:
+        fd = open_device(kernel, attach(kernel)[1])
+        with pytest.raises(TypeError, match=r"Silent.read_register\(0, 0x8, 4\) returned None"):
+            kernel.pread(fd, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("declare", "words"),
+    [
+        (lambda: FakeDevice(BDF, config={0x40: b"abcd", 0x42: b"zz"}), "4 bytes .* at 0x40 reach 0x42"),
+        (lambda: FakeDevice(BDF, msix=2048, msix_bar=0, bars={0: Bar(PAGE)}), "ends at 0x8000, and BAR 0 at 0x1000"),
+        (lambda: FakeDevice(BDF, msix=2, msix_offset=0), "say msix_bar"),
+    ],
+)
+def test_a_device_that_cannot_be_is_a_value_error(declare: Callable[[], object], words: str) -> None:
+    """With the numbers of the case."""
+    with pytest.raises(ValueError, match=words):
+        declare()
 
 
 # ------------------------------------------------------------------------------------------------- whose it is

@@ -18,7 +18,9 @@ from tests.unit.test_layering import FLOORS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/testing-without-hardware.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+PYTHON = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+EXAMPLES = [text for text in PYTHON if "def test_" in text]
+SCRIPTS = [text for text in PYTHON if "def test_" not in text]
 
 
 def run_pytest(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -42,6 +44,15 @@ def test_the_examples_of_the_page_pass_in_an_empty_directory(tmp_path: Path, exa
         done = run_pytest(tmp_path, "-q", "-W", "error", "--vfio-fake-version", version)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "1 passed" in done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=["without pytest"])
+def test_the_scripts_of_the_page_run_as_they_stand_there(tmp_path: Path, script: str) -> None:
+    """In an interpreter that has imported nothing else."""
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-W", "error", "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("device 0x11e8 of vendor 0x1234\n", "")
 
 
 def test_the_page_lists_what_is_left_out_on_a_fake_with_each_reason() -> None:
@@ -93,6 +104,29 @@ def test_a_test_runs_once_in_each_world_that_is_asked_for(tmp_path: Path) -> Non
     assert "1 passed, 1 error" in text
     assert "ERROR test_it.py::test_it[hardware]" in text
     assert "--vfio-device" in text
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        '"vfio_world", ["fake"], indirect=True',
+        'argnames="vfio_world", argvalues=["fake"], indirect=True',
+        '"number, vfio_world", [(1, "fake")], indirect=["vfio_world"]',
+        '["number", "vfio_world"], [(1, "fake")], indirect=["vfio_world"]',
+    ],
+)
+def test_a_test_may_choose_its_worlds_itself(tmp_path: Path, mark: str) -> None:
+    """Whichever way it writes that; the option does not add to it."""
+    number = "number, " if "number" in mark else ""
+    body = f"import pytest\n@pytest.mark.parametrize({mark})\ndef test_it({number}vfio_world):\n    pass\n"
+    assert "1 passed" in outcome(tmp_path, body, "--vfio-world", "hardware")
+
+
+def test_a_failure_that_was_planned_and_never_happened_fails_the_test(tmp_path: Path) -> None:
+    """It would have passed without what it is about."""
+    text = outcome(tmp_path, "def test_it(fake_kernel):\n    fake_kernel.fail(call='mmap', errno=12, nth=3)\n")
+    assert "1 passed, 1 error" in text
+    assert "call 3 from now of mmap fails with ENOMEM" in text
 
 
 def test_the_world_of_a_fake_is_that_of_fake_kernel(tmp_path: Path) -> None:

@@ -4,11 +4,11 @@ It answers as Linux 6.1, 6.12 or 7.3 does, errno by errno and in the kernel's or
 fake and real kernels to the same sentences. A file for each thing that a kernel has: `kernel` takes the calls, `group`
 has containers and groups, `device`, `irqs` and `feature` PCI devices, `type1` and `dirty` the IOMMU, `pins`
 locked memory, `process` the memory of this process, `tree` sysfs and /dev, `dma` what lies between devices and memory,
-`hot_reset` buses;
-`pci_device` is the base class for devices that do something, and `edu` QEMU's; `versions` has all that differs between
-kernels.
+`hot_reset` buses; `unmodelled` knows what the fake only seems to do; `pci_device` is the base class for devices that do
+something, and `edu` QEMU's; `versions` has all that differs between kernels.
 
-Not modelled. What the fake does not know, it refuses as a kernel refuses what it does not know:
+Not modelled. What the fake does not know, it refuses as a kernel refuses what it does not know, and `FakeKernel.
+unmodelled` has what a driver asked of it:
 
 * nested translation: type 6 of an `IommuModel` that nests is type1 v2.
 * devices: no ROM, VGA, capabilities in configuration space but those that a device gives as bytes, virtual functions,
@@ -16,6 +16,13 @@ Not modelled. What the fake does not know, it refuses as a kernel refuses what i
   that unmasks INTx are taken, and do nothing when they are signalled; low power is entered and left, and no more; a raw
   mapping of a BAR is memory without side effects; a register window keeps its device's memory, but not its group, after
   the descriptor is closed.
+* configuration space: BARs of memory are 32-bit ones; what `sysfs` shows of it is as after power-on.
+* memory that goes past the seam: `FakeKernel.check` and DMA find what is not there or lost its rights. They cannot see
+  memory that was replaced (mmap with MAP_FIXED, mremap onto it) or discarded (MADV_DONTNEED, MADV_FREE) past it, and
+  through the seam they cannot see what is done to a file by another way to it: another mapping of the same memfd,
+  fallocate, ftruncate (DMA finds what lies behind the end).
+* a live update: between VFIO_DMA_UNMAP_FLAG_VADDR and VFIO_DMA_MAP_FLAG_VADDR a real device goes on reaching its pages;
+  here, DMA is a NotImplementedError once the memory at the old address is gone.
 * dirty pages: every mapped page always is, as with all devices that cannot report what they wrote.
 * pinning: a shared writable file on a disk file system may be mapped (refused from 6.12 on), never-written memory
   mapped for reading is coherent on 6.1 too (a device there goes on reading zeros), and a process that is not allowed
@@ -37,6 +44,7 @@ from pyvfio.testing.fake.kernel import FakeKernel
 from pyvfio.testing.fake.pci_device import FakePciDevice
 from pyvfio.testing.fake.pins import Mapped, Violation
 from pyvfio.testing.fake.record import Call
+from pyvfio.testing.fake.unmodelled import Unmodelled
 from pyvfio.testing.fake.versions import VERSIONS
 
 __all__ = [
@@ -50,5 +58,6 @@ __all__ = [
     "FakePciDevice",
     "IommuModel",
     "Mapped",
+    "Unmodelled",
     "Violation",
 ]

@@ -104,6 +104,11 @@ class FakeDevice:
                 raise ValueError(f"{self.bdf}: {value:#x} is no {name}, which has {bits} bits")
         self._check_bars()
         self._check_vectors()
+        for (before, data), (offset, _data) in pairwise(sorted(self.config.items())):
+            if before + len(data) > offset:
+                raise ValueError(
+                    f"{self.bdf}: {len(data)} bytes of configuration space at {before:#x} reach {offset:#x}"
+                )
         for offset, data in self.config.items():
             if not 0 <= offset <= self.config_size - len(data) or _WRITABLE & set(range(offset, offset + len(data))):
                 raise ValueError(f"{self.bdf}: {len(data)} bytes of configuration space at {offset:#x} cannot be given")
@@ -120,14 +125,20 @@ class FakeDevice:
             raise ValueError(f"{self.bdf}: a device has 1, 2, 4 … 32 MSI vectors, not {self.msi}")
         if not 0 <= self.msix <= 2048:
             raise ValueError(f"{self.bdf}: a device has at most 2048 MSI-X vectors, not {self.msix}")
+        if self.msix_bar is None and self.msix_offset is not None:
+            raise ValueError(f"{self.bdf}: an MSI-X table at {self.msix_offset:#x} of no BAR: say msix_bar")
         if self.msix_bar is None:
             return
         if not self.msix:
             raise ValueError(f"{self.bdf}: an MSI-X table in BAR {self.msix_bar}, and no MSI-X vectors")
         if self.msix_bar not in self.bars:
             raise ValueError(f"{self.bdf}: the MSI-X table is in BAR {self.msix_bar}, which is not there")
-        if self.msix_table(self.msix_bar).stop > self.bars[self.msix_bar].size:
-            raise ValueError(f"{self.bdf}: the MSI-X table at {self.msix_offset:#x} leaves BAR {self.msix_bar}")
+        end, size = (self.msix_offset or 0) + _MSIX_ENTRY * self.msix, self.bars[self.msix_bar].size
+        if end > size:
+            raise ValueError(
+                f"{self.bdf}: an MSI-X table of {self.msix} vectors ends at {end:#x}, and BAR {self.msix_bar} "
+                f"at {size:#x}"
+            )
 
     @property
     def config_size(self) -> int:

@@ -25,6 +25,7 @@ from pyvfio.testing.fake.pins import Mapped, Pins, Violation
 from pyvfio.testing.fake.process import AddressArgument, BufferArgument, Pagemap, refuse
 from pyvfio.testing.fake.record import KEPT, Call, Failure, Failures
 from pyvfio.testing.fake.tree import Tree
+from pyvfio.testing.fake.unmodelled import Unmodelled, unmodelled_part
 from pyvfio.testing.fake.versions import KernelVersion, kernel_version
 from pyvfio.units import Vaddr
 
@@ -120,6 +121,8 @@ class FakeKernel:
             self, _close_all, self._files, self._identities, self._pins.pagemap, self._owner
         )
         self.trace: list[Call] = []
+        self.unmodelled: list[Unmodelled] = []
+        """What was asked for that the fake only seems to do, or does not have: once each, with a warning in the log."""
 
     def _group(self, number: int, devices: Sequence[FakeDevice | FakePciDevice]) -> Group:
         declared = [device.declaration if isinstance(device, FakePciDevice) else device for device in devices]
@@ -519,6 +522,7 @@ class FakeKernel:
             seen = BufferArgument(argument)
             given = seen.read(min(seen.size, KEPT))
         with self._lock:
+            self._warn(unmodelled_part(self._version, handler.request_name(number), given))
             return self._observed(
                 "ioctl",
                 (fd, request, given),
@@ -527,6 +531,11 @@ class FakeKernel:
                 request=handler.request_name(number),
                 undo=self._close if isinstance(handler, Group) and number == _GET_DEVICE_FD else None,
             )
+
+    def _warn(self, part: Unmodelled | None) -> None:
+        if part is not None and part not in self.unmodelled:
+            self.unmodelled.append(part)
+            logger.warning("%s", part)
 
     def pread(self, fd: int, size: int, offset: int) -> bytes:
         """Registers and configuration space of a device; EINVAL on containers and groups."""
@@ -586,7 +595,9 @@ class FakeKernel:
             if handler is not None:
                 if not flags & _MAP_SHARED:
                     refuse(errno.EINVAL)
-                _device(handler).check_mmap(offset, size)
+                bar = _device(handler).declared.bars[_device(handler).check_mmap(offset, size)]
+                if bar.read is not None:
+                    self._warn(Unmodelled("mmap", "a BAR's memory, without the registers that are in it"))
                 self._pins.device_memory_is_mapped = True
             return self._linux.mmap(vaddr, size, protection, flags, fd=fd, offset=offset)
 

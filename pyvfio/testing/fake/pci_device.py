@@ -167,7 +167,13 @@ class FakePciDevice(ABC):
     def _read(self, bar: int, offset: int, width: int) -> int:
         with self._plugged.lock:
             self._check_decoding(bar)
-            return self.read_register(bar, offset, width) & ((1 << 8 * width) - 1)
+            value = self.read_register(bar, offset, width)
+            if not isinstance(value, int):
+                raise TypeError(
+                    f"{type(self).__name__}.read_register({bar}, {offset:#x}, {width}) returned {value!r}, and a load "
+                    "gets a number; -1 where no register is"
+                )
+            return value & ((1 << 8 * width) - 1)
 
     def _write(self, bar: int, offset: int, width: int, value: int) -> None:
         with self._plugged.lock:

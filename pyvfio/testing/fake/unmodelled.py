@@ -1,0 +1,79 @@
+"""What a driver asked of the fake that it takes without doing it, or refuses though a kernel has it."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from pyvfio import ioctls
+from pyvfio.testing.fake.versions import KernelVersion
+
+
+class Unmodelled(NamedTuple):
+    """`name` in C, and what the fake answers, in words."""
+
+    name: str
+    answered: str
+
+    def __str__(self) -> str:
+        return f"{self.name} is not modelled: {self.answered}"
+
+
+_PROBE = int(ioctls.VFIO_DEVICE_FEATURE_PROBE)
+_FEATURES = {
+    name: int(getattr(ioctls, name))
+    for name in (
+        "VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY",
+        "VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP",
+        "VFIO_DEVICE_FEATURE_DMA_BUF",
+    )
+}
+
+
+def _feature(version: KernelVersion, argument: bytes) -> Unmodelled | None:
+    (flags,) = struct.unpack_from("=I", argument, 4)
+    for name, number in _FEATURES.items():
+        if flags & int(ioctls.VFIO_DEVICE_FEATURE_MASK) != number or flags & _PROBE:
+            continue
+        if name != "VFIO_DEVICE_FEATURE_DMA_BUF":
+            return Unmodelled(name, "0, and nothing that can be seen changes")
+        if version.dma_buf:
+            return Unmodelled(name, "ENOTTY, where a kernel makes a DMA-buf")
+    return None
+
+
+def _region_info(_version: KernelVersion, argument: bytes) -> Unmodelled | None:
+    (index,) = struct.unpack_from("=I", argument, 8)
+    if index == ioctls.VFIO_PCI_ROM_REGION_INDEX:
+        return Unmodelled("VFIO_PCI_ROM_REGION_INDEX", "a region of size 0, as of a device without ROM")
+    if index == ioctls.VFIO_PCI_VGA_REGION_INDEX:
+        return Unmodelled("VFIO_PCI_VGA_REGION_INDEX", "EINVAL, as of a device without VGA")
+    return None
+
+
+def _irqs(_version: KernelVersion, argument: bytes) -> Unmodelled | None:
+    flags = int(ioctls.VFIO_IRQ_SET_DATA_EVENTFD | ioctls.VFIO_IRQ_SET_ACTION_UNMASK)
+    if struct.unpack_from("=II", argument, 4) != (flags, ioctls.VFIO_PCI_INTX_IRQ_INDEX):
+        return None
+    return Unmodelled("VFIO_IRQ_SET_ACTION_UNMASK", "0, and the eventfd unmasks nothing when it is signalled")
+
+
+def _ioeventfd(_version: KernelVersion, _argument: bytes) -> Unmodelled:
+    return Unmodelled("VFIO_DEVICE_IOEVENTFD", "0, and nothing is written when the eventfd is signalled")
+
+
+_ASKED: Mapping[str, tuple[int, Callable[[KernelVersion, bytes], Unmodelled | None]]] = {
+    "VFIO_DEVICE_FEATURE": (8, _feature),
+    "VFIO_DEVICE_GET_REGION_INFO": (12, _region_info),
+    "VFIO_DEVICE_SET_IRQS": (12, _irqs),
+    "VFIO_DEVICE_IOEVENTFD": (28, _ioeventfd),
+}
+
+
+def unmodelled_part(version: KernelVersion, request: str, given: int | bytes) -> Unmodelled | None:
+    """What of an ioctl is not modelled; `given` is its argument, as far as the trace keeps it."""
+    if request == "VFIO_SET_IOMMU" and given == ioctls.VFIO_TYPE1_NESTING_IOMMU and version.nesting:
+        return Unmodelled("VFIO_TYPE1_NESTING_IOMMU", "what type1 v2 does")
+    size, part = _ASKED.get(request, (0, None))
+    return None if part is None or isinstance(given, int) or len(given) < size else part(version, given)
