@@ -126,7 +126,7 @@ MUTANTS = (
     Mutant("dirty.py", "return (pages + _WORD - 1) // _WORD * 8", "return (pages + 7) // 8"),
     # What is mapped, charged and alive.
     Mutant("type1.py", "            return []  # v1 stops", "            pass  # v1 stops"),
-    Mutant("type1.py", "and iova and not self._version.unmaps_end_of_u64", "and not self._version.unmaps_end_of_u64"),
+    Mutant("versions.py", "            unmaps_end_of_u64=True,", "            unmaps_end_of_u64=False,"),
     Mutant(
         "type1.py",
         "                self._invalid -= {earlier.iova for earlier in entries[:count]}\n",

@@ -185,6 +185,15 @@ def test_the_first_vector_is_one_of_the_device_even_where_none_is_meant(xhci: Wo
     connect(xhci, vectors, INTX, eventfds(xhci, 1))
 
 
+@pytest.mark.parametrize("index", [MSI, MSIX])
+def test_no_vectors_at_all_cannot_be_enabled(xhci: World, vectors: int, index: int) -> None:
+    """ERANGE, from pci_alloc_irq_vectors; and it is not enabled then."""
+    with refused(errno.ERANGE):
+        set_irqs(xhci, vectors, index, EVENTFD | TRIGGER)
+    with refused(errno.EINVAL):
+        set_irqs(xhci, vectors, index, NONE | TRIGGER, count=1)
+
+
 def test_a_vector_can_be_disconnected_alone(xhci: World, vectors: int) -> None:
     fds = eventfds(xhci, 2)
     connect(xhci, vectors, MSI, fds)

@@ -309,7 +309,7 @@ class Type1:
             first = self.table.at(iova)
             if first is not None and first.iova != iova:
                 return []  # v1 stops at a mapping that starts earlier, whatever else is in the range
-        if last == U64_MAX and iova and not self._version.unmaps_end_of_u64:
+        if last == U64_MAX and not self._version.unmaps_end_of_u64:
             return []  # the exclusive end wraps to 0, and every mapping starts at or behind it
         return self.table.starting_in(iova, last)
 
