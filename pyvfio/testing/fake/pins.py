@@ -13,6 +13,7 @@ from pyvfio.units import MIB, PAGE_SIZE, Iova, Vaddr, align_up
 
 _WRITE = 2  # VFIO_DMA_MAP_FLAG_WRITE
 _RIGHTS = 3
+_FEW = 4 * MIB
 _BATCH = 2 * MIB  # VFIO_BATCH_MAX_CAPACITY pages
 
 
@@ -161,14 +162,19 @@ class Pins:
     def look_at_all(self) -> None:
         """Record memory of mappings that is not there any more, or has lost its rights, by whatever call."""
         live = list(self.index)
-        areas = MemoryAreas() if live else None
+        # Asking for each costs microseconds and what its size does, reading all areas of the process a millisecond.
+        areas = MemoryAreas() if sum(mapped.size for mapped in live) > _FEW else None
         for mapped in live:
-            if areas is not None and not areas.have(mapped.vaddr, mapped.size, rights=mapped.flags & _RIGHTS):
-                known = any(
-                    v.iova < mapped.iova + mapped.size and mapped.iova < v.iova + v.size for v in self.violations
-                )
-                if not known:
-                    self.violations.append(Violation("something", mapped.iova, mapped.vaddr, mapped.size))
+            if areas is None:
+                there = can_be_pinned(mapped.vaddr, mapped.size, write=bool(mapped.flags & _WRITE))
+            else:
+                there = areas.have(mapped.vaddr, mapped.size, rights=mapped.flags & _RIGHTS)
+            if not there and not self._is_known(mapped):
+                self.violations.append(Violation("something", mapped.iova, mapped.vaddr, mapped.size))
+
+    def _is_known(self, mapped: Mapped) -> bool:
+        end = mapped.iova + mapped.size
+        return any(known.iova < end and mapped.iova < known.iova + known.size for known in self.violations)
 
     def _check(self, mappings: list[Mapped], charged: int) -> None:
         assert sorted(self.index) == sorted(mappings), "the index by vaddr is not what is mapped"
