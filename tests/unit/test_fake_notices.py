@@ -7,14 +7,17 @@ import errno
 import mmap
 import os
 import struct
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from pathlib import Path
 
 import pytest
 
 from pyvfio import ioctls
 from pyvfio.kernel import MAP_FIXED, PROT_NONE, LinuxKernel
-from pyvfio.testing.fake import Bar, FakeDevice, FakeKernel, FakePciDevice
+from pyvfio.testing.fake import VERSIONS, Bar, FakeDevice, FakeKernel, FakePciDevice
 from pyvfio.units import MIB, Vaddr
 from tests.unit.test_fake import (
     BASE,
@@ -33,6 +36,7 @@ from tests.unit.test_fake import (
 
 UNMAP_VADDR, MAP_VADDR = 4, 4
 MAP_HUGETLB = 0x40000
+SHARED = 1
 MADV_FREE, MADV_GUARD_INSTALL = 8, 102
 
 
@@ -143,6 +147,31 @@ def test_memory_whose_address_was_given_up_may_go_until_the_mapping_has_another(
     kernel.check()
     kernel.munmap(new, PAGE)
     assert taken(kernel) == [("munmap", 0, 1)]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_a_shared_file_on_a_disk_cannot_be_mapped_for_writing_since_6_12(
+    version: str, where: str, tmp_path: Path
+) -> None:
+    """Its file system would not hear of what the device writes; a file in memory has nobody who must."""
+    directory = tmp_path if where == "disk" else Path("/dev/shm")  # noqa: S108 (deleted at once)
+    with FakeKernel(version) as kernel, tempfile.TemporaryFile(dir=directory) as file:
+        file.truncate(2 * PAGE)
+        kind = subprocess.run(["stat", "-f", "-c", "%T", directory], capture_output=True, text=True, check=True).stdout
+        container, _group = attach(kernel)
+        around = kernel.mmap(0, 4 * PAGE, BOTH, PRIVATE)
+        kernel.mmap(around + PAGE, 2 * PAGE, BOTH, SHARED | MAP_FIXED, fd=file.fileno())
+        refused = version != "6.1" and kind.strip() not in ("tmpfs", "ramfs")
+        with pytest.raises(OSError, match="Bad address") if refused else nullcontext():
+            map_dma(kernel, container, around, size=4 * PAGE)
+        map_dma(kernel, container, around, iova=BASE + MIB, size=4 * PAGE, flags=READ)
+        map_dma(kernel, container, around, iova=BASE + 2 * MIB, size=PAGE)
+        if refused:
+            kernel.memlock_limit = kernel.memlock().used  # which the page before it exceeds
+            with pytest.raises(OSError, match="allocate"):
+                map_dma(kernel, container, around, size=4 * PAGE)
+    LinuxKernel().munmap(around, 4 * PAGE)
 
 
 # ------------------------------------------------------------------------------------------------- behind its back

@@ -22,7 +22,7 @@ from pyvfio.testing.fake.group import Container, DeviceHandle, Group, Handler
 from pyvfio.testing.fake.iommu import IommuModel, iommu_model
 from pyvfio.testing.fake.pci_device import FakePciDevice
 from pyvfio.testing.fake.pins import Mapped, Pins, Violation
-from pyvfio.testing.fake.process import AddressArgument, BufferArgument, Pagemap, refuse
+from pyvfio.testing.fake.process import AddressArgument, BufferArgument, FileAreas, refuse
 from pyvfio.testing.fake.record import KEPT, Call, Failure, Failures
 from pyvfio.testing.fake.tree import Tree
 from pyvfio.testing.fake.unmodelled import Unmodelled, unmodelled_part
@@ -108,7 +108,7 @@ class FakeKernel:
         self._owner = os.getpid()
         self._lock = threading.RLock()
         self._linux = LinuxKernel()
-        self._pins = Pins()
+        self._pins = Pins(file_areas=FileAreas() if self._version.refuses_tracked_files else None)
         self._failures = Failures()
         self._files: dict[int, Handler] = {}
         self._identities: dict[int, tuple[int, int]] = {}
@@ -118,7 +118,7 @@ class FakeKernel:
         self._tree: Tree | None = None
         self._is_shut_down = False
         self._finalizer = weakref.finalize(
-            self, _close_all, self._files, self._identities, self._pins.pagemap, self._owner
+            self, _close_all, self._files, self._identities, self._pins.close, self._owner
         )
         self.trace: list[Call] = []
         self.unmodelled: list[Unmodelled] = []
@@ -155,7 +155,7 @@ class FakeKernel:
                 os.close(fd)
                 self._forget(fd)
                 self._let_go.add(fd)
-            self._pins.pagemap.close()
+            self._pins.close()
             self._is_shut_down = True
             if self._tree is not None:
                 self._tree.remove()
@@ -522,13 +522,14 @@ class FakeKernel:
             seen = BufferArgument(argument)
             given = seen.read(min(seen.size, KEPT))
         with self._lock:
-            self._warn(unmodelled_part(self._version, handler.request_name(number), given))
+            name = handler.request_name(number)
+            self._warn(unmodelled_part(self._version, name, given))
             return self._observed(
                 "ioctl",
                 (fd, request, given),
                 lambda: handler.ioctl(number, seen),
                 number=number,
-                request=handler.request_name(number),
+                request=name,
                 undo=self._close if isinstance(handler, Group) and number == _GET_DEVICE_FD else None,
             )
 
@@ -687,11 +688,11 @@ def _is_same_file(fd: int, identities: Mapping[int, tuple[int, int]]) -> bool:
 
 
 def _close_all(
-    files: dict[int, Handler], identities: Mapping[int, tuple[int, int]], pagemap: Pagemap, owner: int
+    files: dict[int, Handler], identities: Mapping[int, tuple[int, int]], close_pins: Callable[[], None], owner: int
 ) -> None:
     if os.getpid() != owner:
         return
-    pagemap.close()
+    close_pins()
     for fd in list(files):
         handler = files.pop(fd)
         if _is_same_file(fd, identities):

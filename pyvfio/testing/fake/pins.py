@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pyvfio.testing.fake.process import MemoryAreas, Pagemap, can_be_pinned, device_pages, refuse
+from pyvfio.testing.fake.process import FileAreas, MemoryAreas, Pagemap, can_be_pinned, device_pages, refuse
 from pyvfio.units import MIB, PAGE_SIZE, Iova, Vaddr, align_up
 
 _WRITE = 2  # VFIO_DMA_MAP_FLAG_WRITE
@@ -84,6 +84,15 @@ class Pins:
     index: VaddrIndex = field(default_factory=VaddrIndex)
     violations: list[Violation] = field(default_factory=list)
     pagemap: Pagemap = field(default_factory=Pagemap)
+    file_areas: FileAreas | None = None
+    """Where it looks for shared writable files on a disk. No file system hears of what a device writes to them, so that
+    they are EFAULT (`writable_file_mapping_allowed`); None: a kernel before that (6.5)."""
+
+    def close(self) -> None:
+        """The descriptors by which it asks."""
+        self.pagemap.close()
+        if self.file_areas is not None:
+            self.file_areas.close()
 
     @property
     def page_limit(self) -> int | None:
@@ -104,6 +113,11 @@ class Pins:
         if within < mapped.size:
             # The kernel pins a batch before it counts, so memory beyond the limit is populated all the same.
             can_be_pinned(mapped.vaddr, min(mapped.size, align_up(within + PAGE_SIZE, _BATCH)), write=write)
+        if write and self.file_areas is not None:
+            tracked = self.file_areas.first_tracked(mapped.vaddr, min(mapped.size, within + PAGE_SIZE))
+            # What comes before it is pinned first, and may fail in its own way.
+            if tracked is not None and can_be_pinned(mapped.vaddr, tracked - mapped.vaddr, write=write):
+                refuse(errno.EFAULT)
         zeros = zero_page_is_free and not write
         free = zeros or (self.device_memory_is_mapped and device_pages(mapped.vaddr, mapped.size) > 0)
         if free and within < mapped.size:

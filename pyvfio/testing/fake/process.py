@@ -28,6 +28,11 @@ _SCAN = struct.Struct("=12Q")  # struct pm_scan_arg
 _REGIONS = 64
 _Regions = ctypes.c_uint64 * (3 * _REGIONS)
 _IS_ZERO_PAGE = 1 << 5  # PAGE_IS_PFNZERO
+_PROCMAP_QUERY = 0xC068_6611  # linux/fs.h, since 6.11
+_QUERY = struct.Struct("=9Q4I2Q")  # struct procmap_query
+_SHARED_WRITABLE_FILE = 0x02 | 0x08 | 0x10 | 0x20  # VMA_WRITABLE, _SHARED, COVERING_OR_NEXT_VMA, FILE_BACKED_VMA
+_ANY_QUERY = _QUERY.pack(_QUERY.size, _SHARED_WRITABLE_FILE, *[0] * 13)
+_UNTRACKED = frozenset(("tmpfs", "ramfs", "hugetlbfs", "devtmpfs", "proc", "sysfs"))  # vma_needs_dirty_tracking
 _PRESENT, _OF_FILE, _EXCLUSIVE = 1 << 63, 1 << 61, 1 << 56  # Documentation/admin-guide/mm/pagemap.rst
 
 
@@ -209,6 +214,56 @@ def _scan_for_zero(pagemap: int, vaddr: int, end: int) -> int:
             count += (regions[3 * found + 1] - regions[3 * found]) // PAGE_SIZE
         (vaddr,) = struct.unpack_from("=Q", argument, 32)
     return count
+
+
+@functools.cache
+def _file_systems() -> dict[tuple[int, int], str]:
+    """The type of each mounted file system, by the numbers of its device."""
+    found = {}
+    for line in Path("/proc/self/mountinfo").read_bytes().decode("ascii", "replace").split("\n")[:-1]:
+        before, _, after = line.partition(" - ")
+        major, _, minor = before.split()[2].partition(":")
+        found[int(major), int(minor)] = after.split()[0]
+    return found
+
+
+class FileAreas:
+    """Finds shared writable mappings of files, in /proc/self/maps by PROCMAP_QUERY: 2 µs, on kernels from 6.11 on.
+
+    Opened at once and until `close`, so that no descriptor appears in the middle of a test.
+    """
+
+    def __init__(self) -> None:
+        self._fd: int | None = os.open("/proc/self/maps", os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Twice is fine."""
+        if self._fd is not None:
+            fd, self._fd = self._fd, None
+            os.close(fd)
+
+    def first_tracked(self, vaddr: int, size: int) -> int | None:
+        """Where in [`vaddr`, `vaddr + size`) a shared writable mapping of a file begins whose file system must hear of
+        what is written; memory files, and where the running kernel cannot be asked, are None."""
+        at = vaddr
+        while at < vaddr + size and (found := self._next(at)) is not None:
+            start, end, device = found
+            if start >= vaddr + size:
+                break
+            if _file_systems().get(device, "tmpfs") not in _UNTRACKED:
+                return max(start, vaddr)
+            at = end
+        return None
+
+    def _next(self, vaddr: int) -> tuple[int, int, tuple[int, int]] | None:
+        argument = bytearray(_ANY_QUERY)
+        struct.pack_into("=Q", argument, 16, vaddr)
+        try:
+            fcntl.ioctl(-1 if self._fd is None else self._fd, _PROCMAP_QUERY, argument)
+        except (OSError, ValueError):  # there is none, or a kernel before 6.11
+            return None
+        answer = _QUERY.unpack(argument)
+        return answer[3], answer[4], (answer[9], answer[10])
 
 
 class Argument(Protocol):

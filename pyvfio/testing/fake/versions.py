@@ -43,6 +43,8 @@ class KernelVersion:
     """The feature VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2 is known."""
     zero_page_is_free: bool
     """Never-written private memory is mapped for reading as the page of zeros, and charged to nobody (up to 6.1)."""
+    refuses_tracked_files: bool
+    """A shared writable file on a disk cannot be mapped for writing (since 6.5)."""
     eight_byte_access: bool
     """pread and pwrite on a BAR make 8-byte accesses (`vfio_pci_core_do_io_rw`)."""
 
@@ -67,6 +69,7 @@ VERSIONS = {
             dma_buf=False,
             precopy_info_v2=False,
             zero_page_is_free=True,
+            refuses_tracked_files=False,
             eight_byte_access=False,
         ),
         KernelVersion(
@@ -86,6 +89,7 @@ VERSIONS = {
             dma_buf=False,
             precopy_info_v2=False,
             zero_page_is_free=False,
+            refuses_tracked_files=True,
             eight_byte_access=True,
         ),
         KernelVersion(
@@ -105,6 +109,7 @@ VERSIONS = {
             dma_buf=True,
             precopy_info_v2=True,
             zero_page_is_free=False,
+            refuses_tracked_files=True,
             eight_byte_access=True,
         ),
     )
