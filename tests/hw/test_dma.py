@@ -119,9 +119,13 @@ def test_an_isolated_access_one_page_outside_is_a_fault_in_the_kernels_log(rig: 
     """The data shows that it was stopped, and the kernel says so, where the IOMMU tells it."""
     block = rig.blocks.add("ring", used_length=2 * MIB, max_length=GIB)
     outside = rig.mapper.iova(block) + 2 * MIB
-    with world.watch_faults() as log:
-        rig.device_writes(outside, pattern())
-        lines = log.lines(timeout=5.0)
+    lines: list[str] = []
+    # Of the faults that earlier tests have made, kernels log ten in five seconds and swallow the rest
+    # (DEFAULT_RATELIMIT_INTERVAL): where this one was swallowed, the next is on its own.
+    for _ in range(2 if world.logs_faults else 1):
+        with world.watch_faults() as log:
+            rig.device_writes(outside, pattern())
+            lines = lines or log.lines(timeout=6.0)
     assert bool(lines) == world.logs_faults, lines
     assert rig.device_reads(outside) is None
     block.resize(2 * MIB + PAGE_SIZE)
