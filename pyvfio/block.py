@@ -115,6 +115,8 @@ class RamBlock:
 
     def _populated(self, length: int) -> list[Extent]:
         """As it is or will be with that length."""
+        if not self._discarded:
+            return [Extent(0, length)] if length else []
         return without([Extent(0, length)], *self._discarded)
 
     @property
@@ -173,6 +175,7 @@ class RamBlock:
         While it lives (or anything made from it: a slice, a numpy array), the block can grow, but neither shrink below
         the end of the view nor be removed: BufferError. `release()` it, or let go of it.
         """
+        self._check_usable()
         with self._owner()._lock:  # not in the middle of a shrink that another thread makes
             return self._exports.view(self.vaddr, self._used_length)
 
@@ -186,7 +189,6 @@ class RamBlock:
         return f"<RamBlock {self.idstr!r} {where} used={self._used_length:#x} max={self.max_length:#x}>"
 
     def _owner(self) -> _Owner:
-        self._check_usable()
         if self._list is None:
             raise ClosedError(f"RAM block '{self.idstr}' has been removed")
         return self._list
@@ -196,8 +198,8 @@ class RamBlock:
             raise ForkedError(f"RAM block '{self.idstr}'", owner=self._pid)
 
     def _check_views(self, end: int) -> None:
-        reached = self._exports.end() - self.vaddr
-        if reached > end:
+        reached = self._exports.end()
+        if reached and (reached := reached - self.vaddr) > end:
             raise BufferError(
                 f"RAM block '{self.idstr}' has a live view of {format_size(reached)}, so it cannot be "
                 f"{'shrunk to ' + format_size(end) if end else 'emptied or removed'}; release the view first"

@@ -35,7 +35,7 @@ from pyvfio.iova import IovaAllocator
 from pyvfio.kernel import Kernel, LinuxKernel
 from pyvfio.space import Mapping, MappingTable
 from pyvfio.type1_errors import MapRefusal, describe_mappings
-from pyvfio.units import GIB, U64_MAX, Iova, IovaRange, format_ranges, is_aligned
+from pyvfio.units import GIB, U64_MAX, Iova, IovaRange, format_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -506,9 +506,10 @@ class Container(Handle):
         self._table.discard(iova=iova, size=size)
 
     def _check_arguments(self, joined: int, iova: int, size: int) -> None:
-        if size <= 0 or iova < 0 or not is_aligned(joined, self.page_size) or iova + size - 1 > U64_MAX:
+        page_size = self.allocator.page_size
+        if size <= 0 or iova < 0 or joined & (page_size - 1) or iova + size - 1 > U64_MAX:
             raise ValueError(
-                f"addresses and size must be multiples of {self.page_size:#x}, the size above 0 and the end within 64 "
+                f"addresses and size must be multiples of {page_size:#x}, the size above 0 and the end within 64 "
                 f"bits: iova {iova:#x}, size {size:#x}"
             )
 

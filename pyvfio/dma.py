@@ -21,10 +21,10 @@ import errno
 import logging
 import os
 import threading
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 from weakref import WeakKeyDictionary
 
 from pyvfio.discards import DiscardClaim
@@ -43,8 +43,6 @@ logger = logging.getLogger(__name__)
 
 _LARGE_PAGE = 2 * MIB
 """IOVA is congruent to vaddr modulo this, so that the IOMMU can use large pages where the memory does."""
-
-_Result = TypeVar("_Result")
 
 
 class DmaMapping:
@@ -101,8 +99,9 @@ class DmaMapping:
 
 
 class _Followed(NamedTuple):
-    """A block, and the IOVA that is its own for `max_length` bytes."""
+    """A block, and the IOVA that is its own for `max_length` bytes; sorted by `vaddr`, which no two share."""
 
+    vaddr: Vaddr
     block: RamBlock
     window: Window
 
@@ -194,11 +193,11 @@ class DmaMapper:
                 size=max_length,
                 map_piece=self._map,
             )
-            followed = _Followed(block, window)
+            followed = _Followed(block.vaddr, block, window)
             try:
                 self._change(followed, block._populated(used_length))
                 logger.debug("added %r at iova=%#x", block, iova)
-                self._followed.insert(bisect_right(self._followed, block.vaddr, key=_vaddr), followed)
+                insort(self._followed, followed)
             except BaseException as error:
                 window.withdraw(error)  # a signal handler may have raised when all was mapped
                 self._space.release_iova(iova)
@@ -243,7 +242,7 @@ class DmaMapper:
                 return self._space.reserve_iova_at(former, max_length)
             except IoctlError:
                 logger.debug("iova=%#x of %r has been given to another", former, block)
-        return self._recycling(lambda: self._space.reserve_iova(max_length, alignment=_LARGE_PAGE, offset=block.vaddr))
+        return self._reserve(max_length, alignment=_LARGE_PAGE, offset=block.vaddr)
 
     def ram_block_removed(self, block: RamBlock, used_length: int, max_length: int) -> None:
         """Unmap the block and give its IOVA back. Raises UnmapSizeError or IoctlError: it is then still reached."""
@@ -265,28 +264,27 @@ class DmaMapper:
         that fails too, RollbackError: the device reaches less than the block has, until it is resized once more or
         removed.
         """
+        del old_length  # the window knows what it reaches
         with self._lock:
             self._check_open()
             followed = self._find(block)
             if not 0 <= new_length <= block.max_length:
                 raise ValueError(f"{new_length:#x} is not within max_length {block.max_length:#x} of '{block.idstr}'")
             self._policy.check_length(new_length, "used_length")
-            # Before, as the series traces it: what raises behind the change is taken for a refusal.
-            logger.debug("resizing %r at iova=%#x from %#x to %#x", block, followed.window.iova, old_length, new_length)
-            self._change(followed, block._populated(new_length), was=block._populated(old_length))
+            self._change(followed, block._populated(new_length))
 
     def ram_block_discarded(self, block: RamBlock, parts: Sequence[Extent]) -> None:
         """Unmap parts of the block; as `ram_block_resized`. ValueError: granules do not make them up."""
         with self._lock:
             self._check_parts(block, parts)
-            self._change(self._find(block), without(block.populated, *parts), was=block.populated)
+            self._change(self._find(block), without(block.populated, *parts))
 
     def ram_block_populated(self, block: RamBlock, parts: Sequence[Extent]) -> None:
         """Map parts of the block again; as `ram_block_discarded`."""
         with self._lock:
             self._check_parts(block, parts)
             wanted = runs(sorted([*without(block.populated, *parts), *parts]))
-            self._change(self._find(block), wanted, was=block.populated)
+            self._change(self._find(block), wanted)
 
     def _check_parts(self, block: RamBlock, parts: Sequence[Extent]) -> None:
         self._check_open()
@@ -294,9 +292,9 @@ class DmaMapper:
             self._policy.check_length(part.start, f"where a part of RAM block '{block.idstr}' begins")
             self._policy.check_length(part.size, f"a part of RAM block '{block.idstr}'")
 
-    def _change(self, followed: _Followed, wanted: Sequence[Extent], *, was: Sequence[Extent] | None = None) -> None:
+    def _change(self, followed: _Followed, wanted: Sequence[Extent]) -> None:
         try:
-            followed.window.change(wanted, was=was)
+            followed.window.change(wanted)
         except EntryLimitError:
             if self._policy.resize == "remap" or self._policy.granule or not self._policy.allow_gap:
                 raise
@@ -315,16 +313,20 @@ class DmaMapper:
         return 0 if mapping is None or (mapping.iova, mapping.vaddr) != (iova, vaddr) else mapping.size
 
     def _search(self, block: RamBlock) -> _Followed | None:
-        position = bisect_right(self._followed, block.vaddr, key=_vaddr) - 1
-        if position < 0 or self._followed[position].block is not block:
+        position = bisect_left(self._followed, (block.vaddr,))
+        if position == len(self._followed) or self._followed[position].block is not block:
             return None
         return self._followed[position]
 
     def _find(self, block: RamBlock) -> _Followed:
-        followed = self._search(block)
-        if followed is None:
+        if (followed := self._search(block)) is None:
             raise ValueError(f"RAM block '{block.idstr}' is not followed by this mapper")
         return followed
+
+    def _below(self, vaddr: int) -> _Followed | None:
+        """The last block that does not begin above `vaddr`."""
+        position = bisect_left(self._followed, (vaddr + 1,))
+        return self._followed[position - 1] if position else None
 
     # ------------------------------------------------------------------------------------------------ look-ups
 
@@ -349,9 +351,9 @@ class DmaMapper:
         return found
 
     def _find_vaddr(self, vaddr: int, size: int) -> Iova | None:
-        position = bisect_right(self._followed, vaddr, key=_vaddr) - 1
-        if position >= 0 and (window := self._followed[position].window).reaches(vaddr, size):
-            return Iova(window.iova + vaddr - window.vaddr)
+        followed = self._below(vaddr)
+        if followed is not None and followed.window.reaches(vaddr, size):
+            return Iova(followed.window.iova + vaddr - followed.vaddr)
         mapping = self._own_mapping(vaddr, size)
         return None if mapping is None else Iova(mapping.iova + vaddr - mapping.vaddr)
 
@@ -431,8 +433,7 @@ class DmaMapper:
                     buffer.release()
                 return DmaMapping(None, vaddr=Vaddr(vaddr), iova=known, size=size, access=access, buffer=None)
             if iova is None:
-                alignment = self._alignment(size)
-                place = self._recycling(lambda: self._space.reserve_iova(size, alignment=alignment, offset=vaddr))
+                place = self._reserve(size, alignment=self._alignment(size), offset=vaddr)
             else:
                 place = self._space.reserve_iova_at(iova, size)
             mapping = DmaMapping(self, vaddr=Vaddr(vaddr), iova=place, size=size, access=access, buffer=buffer)
@@ -459,9 +460,9 @@ class DmaMapper:
         return found
 
     def _check_apart(self, vaddr: int, size: int) -> None:
-        position = bisect_right(self._followed, vaddr + size - 1, key=_vaddr) - 1
-        if position >= 0 and self._followed[position].window.end > vaddr:
-            block = self._followed[position].block
+        followed = self._below(vaddr + size - 1)
+        if followed is not None and followed.window.end > vaddr:
+            block = followed.block
             raise ValueError(
                 f"vaddr {vaddr:#x}-{vaddr + size - 1:#x} reaches into RAM block '{block.idstr}', which has IOVA of its "
                 f"own for all of {block.vaddr:#x}-{block.vaddr + block.max_length - 1:#x}; grow the block instead"
@@ -482,7 +483,7 @@ class DmaMapper:
             self._check_extent(vaddr, view.nbytes)
             with self._lock:
                 self._check_open()
-                place = self._recycling(lambda: self._reserve_temporary(vaddr, view.nbytes))
+                place = self._reserve(view.nbytes, alignment=self._alignment(view.nbytes), offset=vaddr, top_down=True)
                 access = _access(read=read, write=write)
                 mapping = DmaMapping(self, vaddr=vaddr, iova=place, size=view.nbytes, access=access, buffer=view)
                 self._temporary[place] = mapping
@@ -495,9 +496,6 @@ class DmaMapper:
             self._release_unless_held(view)
             raise
         return mapping
-
-    def _reserve_temporary(self, vaddr: int, size: int) -> Iova:
-        return self._space.reserve_iova(size, alignment=self._alignment(size), offset=vaddr, top_down=True)
 
     def reset_temporary(self) -> int:
         """Unmap all temporary mappings that have been closed; how many are still open, and stay.
@@ -544,20 +542,31 @@ class DmaMapper:
     # ------------------------------------------------------------------------------------------------ below
 
     def _map(self, *, vaddr: int, iova: int, size: int, read: bool = True, write: bool = True) -> None:
-        self._recycling(lambda: self._space.map(vaddr=vaddr, iova=iova, size=size, read=read, write=write))
-
-    def _recycling(self, attempt: Callable[[], _Result]) -> _Result:
-        """Try; where mappings, memory to lock or IOVA ran out and temporary mappings were given up, try once more."""
         try:
-            return attempt()
+            self._space.map(vaddr=vaddr, iova=iova, size=size, read=read, write=write)
         except IoctlError as error:
-            if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+            if not self._recycle(error):
                 raise
-            if not any(mapping._mapper is None for mapping in self._temporary.values()):
+            self._space.map(vaddr=vaddr, iova=iova, size=size, read=read, write=write)
+
+    def _reserve(self, size: int, *, alignment: int, offset: int, top_down: bool = False) -> Iova:
+        try:
+            return self._space.reserve_iova(size, alignment=alignment, offset=offset, top_down=top_down)
+        except IoctlError as error:
+            if not self._recycle(error):
                 raise
-            logger.debug("recycling temporary mappings: %s", error)
-            self.reset_temporary()
-        return attempt()
+            return self._space.reserve_iova(size, alignment=alignment, offset=offset, top_down=top_down)
+
+    def _recycle(self, error: IoctlError) -> bool:
+        """Whether it is worth another try: mappings, memory to lock or IOVA ran out, and there were temporary mappings
+        that had been given up."""
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+            return False
+        if not any(mapping._mapper is None for mapping in self._temporary.values()):
+            return False
+        logger.debug("recycling temporary mappings: %s", error)
+        self.reset_temporary()
+        return True
 
     @staticmethod
     def _alignment(size: int) -> int:
@@ -608,19 +617,18 @@ class DmaMapper:
     def _check(self) -> None:
         """The invariant: for each block, the space has mapped exactly what the block holds."""
         with self._lock:
-            for block, window in self._followed:
+            for _vaddr, block, window in self._followed:
                 reached = runs(window.pieces())
                 assert not without(reached, *block.populated), (block, reached)
                 assert reached == list(block.populated) or not window.settled, (block, reached)
                 assert self._policy.granule is None or all(p.size == self._policy.granule for p in window.pieces())
             for mapping in self._mappings:
                 assert self._size_at(vaddr=mapping.vaddr, iova=mapping.iova) in (0, mapping.size), mapping
-            for addresses in (list(map(_vaddr, self._followed)), [mapping.vaddr for mapping in self._mappings]):
+            for addresses in (
+                [followed.vaddr for followed in self._followed],
+                [mapping.vaddr for mapping in self._mappings],
+            ):
                 assert addresses == sorted(addresses)
-
-
-def _vaddr(followed: _Followed) -> Vaddr:
-    return followed.window.vaddr
 
 
 def _access(*, read: bool, write: bool) -> int:

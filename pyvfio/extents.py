@@ -20,20 +20,19 @@ class Extent(NamedTuple):
 
 def clip(extents: Iterable[Extent], start: int, end: int) -> list[Extent]:
     """What of ascending, disjoint `extents` lies in [start, end)."""
-    parts = (Extent(max(one.start, start), min(one.end, end)) for one in extents)
-    return [part for part in parts if part.start < part.end]
+    return [
+        Extent(first if first > start else start, last if last < end else end)
+        for first, last in extents
+        if first < end and start < last and first < last
+    ]
 
 
 def without(extents: Iterable[Extent], *holes: Extent) -> list[Extent]:
     """`extents` less the bytes of the `holes`."""
     left = [extent for extent in extents if extent.start < extent.end]
     for hole in holes:
-        left = [
-            part
-            for one in left
-            for part in (Extent(one.start, min(one.end, hole.start)), Extent(max(one.start, hole.end), one.end))
-            if part.start < part.end
-        ]
+        if left:
+            left = [*clip(left, 0, hole.start), *clip(left, hole.end, left[-1].end)]
     return left
 
 

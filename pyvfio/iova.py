@@ -39,7 +39,8 @@ class IovaAllocator:
     """
 
     def __init__(self, ranges: Iterable[IovaRange] = (), *, page_size: int = PAGE_SIZE) -> None:
-        self._page_size = page_size
+        self.page_size = page_size
+        """The smallest page of the IOMMU, in bytes: every reservation is a multiple of it. `set_ranges` changes it."""
         self._ranges: tuple[IovaRange, ...] = ()
         self._reserved: dict[int, int] = {}  # first address -> last address
         self._free: list[tuple[int, int]] = []  # (first, last), sorted, maximal within one range
@@ -49,11 +50,6 @@ class IovaAllocator:
     def ranges(self) -> tuple[IovaRange, ...]:
         """What the IOMMU offers, ascending."""
         return self._ranges
-
-    @property
-    def page_size(self) -> int:
-        """The smallest page of the IOMMU, in bytes: every reservation is a multiple of it."""
-        return self._page_size
 
     @property
     def reservations(self) -> tuple[IovaRange, ...]:
@@ -78,7 +74,7 @@ class IovaAllocator:
         checks live mappings only: the unmapped tail of a block would otherwise fail much later, when the block grows.
         """
         new = tuple(sorted(ranges))
-        size = self._page_size if page_size is None else page_size
+        size = self.page_size if page_size is None else page_size
         if not is_power_of_two(size):
             raise ValueError(f"page_size must be a power of two, not {size}")
         if any(one.overlaps(other) for one, other in itertools.pairwise(new)):
@@ -98,14 +94,14 @@ class IovaAllocator:
             )
             error.ranges = new
             raise error
-        self._ranges, self._page_size = new, size
+        self._ranges, self.page_size = new, size
         self._free = list(self._gaps())
 
     def _gaps(self) -> Iterator[tuple[int, int]]:
         taken = sorted(self._reserved.items())
         for offered in self._ranges:
-            start = align_up(offered.start, self._page_size)
-            last = align_down(offered.last + 1, self._page_size) - 1
+            start = align_up(offered.start, self.page_size)
+            last = align_down(offered.last + 1, self.page_size) - 1
             for first_taken, last_taken in taken:
                 if last_taken < start or first_taken > last:
                     continue
@@ -123,10 +119,10 @@ class IovaAllocator:
         none. Raises IovaRangeError (ENOMEM) when there is none either.
         """
         self._check_size(size)
-        alignment = self._page_size if alignment is None else alignment
+        alignment = self.page_size if alignment is None else alignment
         if not is_power_of_two(alignment):
             raise ValueError(f"alignment must be a power of two, not {alignment}")
-        for stride in (max(alignment, self._page_size), self._page_size):
+        for stride in (max(alignment, self.page_size), self.page_size):
             start = self._find(size, stride, offset % stride, top_down=top_down)
             if start is not None:
                 self._take(start, start + size - 1)
@@ -134,7 +130,7 @@ class IovaAllocator:
         raise self._exhausted(size)
 
     def _find(self, size: int, alignment: int, offset: int, *, top_down: bool) -> int | None:
-        offset = align_down(offset, self._page_size)
+        offset = align_down(offset, self.page_size)
         for first, last in reversed(self._free) if top_down else self._free:
             first = max(first, IOVA_MIN)  # noqa: PLW2901
             if top_down:
@@ -152,8 +148,8 @@ class IovaAllocator:
         range, IovaOverlapError (EEXIST) when part of it is reserved.
         """
         self._check_size(size)
-        if not 0 <= iova <= U64_MAX or not is_aligned(iova, self._page_size):
-            raise ValueError(f"an IOVA must be a multiple of {self._page_size:#x} below 2^64, not {iova:#x}")
+        if not 0 <= iova <= U64_MAX or not is_aligned(iova, self.page_size):
+            raise ValueError(f"an IOVA must be a multiple of {self.page_size:#x} below 2^64, not {iova:#x}")
         arguments = {"iova": iova, "size": size}
         if iova + size - 1 > U64_MAX or not any(r.contains(IovaRange.of(iova=iova, size=size)) for r in self._ranges):
             outside = IovaRangeError(
@@ -206,8 +202,8 @@ class IovaAllocator:
         self._reserved[start] = last
 
     def _check_size(self, size: int) -> None:
-        if size <= 0 or not is_aligned(size, self._page_size):
-            raise ValueError(f"a size of IOVA must be a positive multiple of {self._page_size:#x} bytes, not {size:#x}")
+        if size <= 0 or not is_aligned(size, self.page_size):
+            raise ValueError(f"a size of IOVA must be a positive multiple of {self.page_size:#x} bytes, not {size:#x}")
 
     def _exhausted(self, size: int) -> IovaRangeError:
         error = IovaRangeError(

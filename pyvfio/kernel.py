@@ -232,6 +232,9 @@ class LinuxKernel:
     def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
         """ioctl(2) through `fcntl.ioctl`, a quarter of the cost of a ctypes call; numbers that it refuses and buffers
         for which it would keep the GIL go through libc."""
+        if isinstance(argument, ctypes.Structure) and ctypes.sizeof(argument) <= _FCNTL_BUFFER_MAX:
+            answer: int = fcntl.ioctl(fd, request, argument)  # can always be written
+            return answer
         if isinstance(argument, int):
             if 0 <= argument <= _INT_MAX:
                 return fcntl.ioctl(fd, request, argument)
@@ -283,11 +286,13 @@ class LinuxKernel:
 
     def mprotect(self, vaddr: int, size: int, protection: int) -> None:
         """mprotect(2)."""
-        _checked(_libc.mprotect(vaddr, size, protection))
+        if _libc.mprotect(vaddr, size, protection):
+            _checked(-1)
 
     def madvise(self, vaddr: int, size: int, advice: int) -> None:
         """madvise(2)."""
-        _checked(_libc.madvise(vaddr, size, advice))
+        if _libc.madvise(vaddr, size, advice):
+            _checked(-1)
 
     def munmap(self, vaddr: int, size: int) -> None:
         """munmap(2)."""

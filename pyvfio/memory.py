@@ -193,17 +193,18 @@ class Reservation:
         self._check_open()
         if not self._length < length <= self.max_length:
             raise ValueError(f"cannot activate {length:#x} bytes: {self._length:#x} are, of {self.max_length:#x}")
-        stale = (self._length, min(length, self._touched))
+        stale = self._touched
         self._open_up(length)
-        if stale[0] < stale[1]:
-            self._zero(*stale)
+        if self._length < stale:
+            self._zero(self._length, min(length, stale))
         self._length = length
 
     def _open_up(self, length: int) -> None:
         start, touched = self._accessible, self._touched
         if start >= length:  # a grow to there was interrupted after it had come this far
             return
-        self._settle(length)
+        if self._unsettled is not None:
+            self._settle(length)
         try:
             self._touched = max(touched, length)
             self._kernel.mprotect(self.vaddr + start, length - start, _READ_WRITE)
@@ -381,5 +382,7 @@ class Exports:
 
     def end(self) -> int:
         """The highest address, exclusive, that a live view reaches; 0 when there is none."""
+        if not self._exports:
+            return 0
         arrays = (reference() for reference in self._exports)
         return max((ctypes.addressof(array) + len(array) for array in arrays if array is not None), default=0)

@@ -9,11 +9,12 @@ can refuse a resize; here each can.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 from pyvfio.block import RamBlock
 from pyvfio.errors import RollbackError, VfioError
-from pyvfio.extents import Extent
+from pyvfio.extents import Extent, total
+from pyvfio.units import format_size
 
 
 @runtime_checkable
@@ -71,8 +72,22 @@ RamBlockNotifier: TypeAlias = (
 HOOKS = (SupportsRamBlockAdded, SupportsRamBlockRemoved, SupportsRamBlockResized, SupportsRamBlockDiscarded)
 
 
+# Hooks are looked up by name: isinstance() of a protocol costs a hundred times as much, and each resize would pay it.
+_Hook: TypeAlias = Callable[[RamBlock, int, int], None]
+
+
+def follows_parts(notifier: object) -> TypeGuard[SupportsRamBlockDiscarded]:
+    """Whether it has both hooks for parts that go and come back."""
+    return all(getattr(notifier, name, None) is not None for name in ("ram_block_discarded", "ram_block_populated"))
+
+
+def reaches_whole_blocks(notifier: object) -> bool:
+    """Whether nothing may be discarded while it is there; who is not told of blocks reaches none."""
+    return getattr(notifier, "ram_block_added", None) is not None and not follows_parts(notifier)
+
+
 class Event(Protocol):
-    """Something a notifier is told, and its opposite."""
+    """Something a notifier is told, and its opposite; its string says what was tried, for the error."""
 
     def tell(self, notifier: RamBlockNotifier) -> None:
         """Say that it happens."""
@@ -89,21 +104,29 @@ class Added:
     def __init__(self, block: RamBlock) -> None:
         self._block = block
 
+    def __str__(self) -> str:
+        return f"adding RAM block '{self._block.idstr}'"
+
     def tell(self, notifier: RamBlockNotifier) -> None:
         """`ram_block_added`."""
-        if isinstance(notifier, SupportsRamBlockAdded):
-            notifier.ram_block_added(self._block, self._block.used_length, self._block.max_length)
+        hook: _Hook | None = getattr(notifier, "ram_block_added", None)
+        if hook is not None:
+            hook(self._block, self._block.used_length, self._block.max_length)
 
     def revoke(self, notifier: RamBlockNotifier) -> None:
         """`ram_block_removed`."""
-        if isinstance(notifier, SupportsRamBlockRemoved):
-            notifier.ram_block_removed(self._block, self._block.used_length, self._block.max_length)
+        hook: _Hook | None = getattr(notifier, "ram_block_removed", None)
+        if hook is not None:
+            hook(self._block, self._block.used_length, self._block.max_length)
 
 
 class Removed(Added):
     """A block goes."""
 
     tell, revoke = Added.revoke, Added.tell
+
+    def __str__(self) -> str:
+        return f"removing RAM block '{self._block.idstr}'"
 
 
 class Resized:
@@ -112,15 +135,20 @@ class Resized:
     def __init__(self, block: RamBlock, old: int, new: int) -> None:
         self._block, self._old, self._new = block, old, new
 
+    def __str__(self) -> str:
+        return f"resizing RAM block '{self._block.idstr}' from {format_size(self._old)} to {format_size(self._new)}"
+
     def tell(self, notifier: RamBlockNotifier) -> None:
         """`ram_block_resized`."""
-        if isinstance(notifier, SupportsRamBlockResized):
-            notifier.ram_block_resized(self._block, self._old, self._new)
+        hook: _Hook | None = getattr(notifier, "ram_block_resized", None)
+        if hook is not None:
+            hook(self._block, self._old, self._new)
 
     def revoke(self, notifier: RamBlockNotifier) -> None:
         """`ram_block_resized`."""
-        if isinstance(notifier, SupportsRamBlockResized):
-            notifier.ram_block_resized(self._block, self._new, self._old)
+        hook: _Hook | None = getattr(notifier, "ram_block_resized", None)
+        if hook is not None:
+            hook(self._block, self._new, self._old)
 
 
 class Discarded:
@@ -129,14 +157,17 @@ class Discarded:
     def __init__(self, block: RamBlock, parts: Sequence[Extent]) -> None:
         self._block, self._parts = block, parts
 
+    def __str__(self) -> str:
+        return f"discarding {format_size(total(self._parts))} of RAM block '{self._block.idstr}'"
+
     def tell(self, notifier: RamBlockNotifier) -> None:
         """`ram_block_discarded`."""
-        if isinstance(notifier, SupportsRamBlockDiscarded):
+        if follows_parts(notifier):
             notifier.ram_block_discarded(self._block, self._parts)
 
     def revoke(self, notifier: RamBlockNotifier) -> None:
         """`ram_block_populated`."""
-        if isinstance(notifier, SupportsRamBlockDiscarded):
+        if follows_parts(notifier):
             notifier.ram_block_populated(self._block, self._parts)
 
 
@@ -145,31 +176,34 @@ class Populated(Discarded):
 
     tell, revoke = Discarded.revoke, Discarded.tell
 
+    def __str__(self) -> str:
+        return f"populating {format_size(total(self._parts))} of RAM block '{self._block.idstr}'"
+
 
 def tell_all(
     notifiers: Sequence[RamBlockNotifier],
     event: Event,
-    what: str,
     *,
-    finally_check: Callable[[], None] = lambda: None,
+    finally_check: Callable[[], None] | None = None,
 ) -> None:
     """Tell all of them, or none: when one raises, those before it are told the opposite, the last told first.
 
     `finally_check` refuses for what the hooks have done meanwhile: a view that one has taken, for instance.
     """
-    told: list[tuple[RamBlockNotifier, Event]] = []
+    told = 0
     try:
         for notifier in notifiers:
             event.tell(notifier)
-            told.append((notifier, event))
-        finally_check()
+            told += 1
+        if finally_check is not None:
+            finally_check()
     except BaseException as error:
-        undo_all(told, error, what)
+        undo_all([(notifier, event) for notifier in notifiers[:told]], error, event)
         raise
 
 
-def undo_all(told: Sequence[tuple[RamBlockNotifier, Event]], cause: BaseException, what: str) -> None:
-    """Tell the opposite to all who were told, whatever some of them raise; RollbackError with all of that."""
+def undo_all(told: Sequence[tuple[RamBlockNotifier, Event]], cause: BaseException, what: object) -> None:
+    """Tell the opposite to all who were told of `what`, whatever some of them raise; RollbackError with all of that."""
     failures: list[Exception] = []
     for notifier, event in reversed(told):
         try:

@@ -18,14 +18,15 @@ RamDiscardManager listener maps, so that each can go alone (hw/vfio/common.c).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from itertools import chain
+from typing import Literal, Protocol, TypeAlias
 
 from pyvfio.errors import GapError, RollbackError, VfioError
 from pyvfio.extents import Extent, clip, runs, total, without
 from pyvfio.space import AddressSpace, Mapping
-from pyvfio.units import Iova, Vaddr, format_size, is_aligned, is_power_of_two
+from pyvfio.units import Iova, Vaddr, format_size, is_power_of_two
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +50,14 @@ class Policy:
 
     def check_length(self, length: int, what: str) -> None:
         """ValueError when granules do not make up `length`."""
-        if self.granule is not None and not is_aligned(length, self.granule):
+        if self.granule is not None and length & (self.granule - 1):
             raise ValueError(f"{what} must be a multiple of the granule {self.granule:#x}, not {length:#x}")
 
-    def cut(self, extent: Extent) -> Iterator[Extent]:
-        """The pieces that `extent` is mapped in."""
-        step = self.granule or extent.size
-        return (Extent(start, start + step) for start in range(extent.start, extent.end, step))
+    def cut(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The pieces that [start, end) is mapped in."""
+        if self.granule is None:
+            return [(start, end)]
+        return [(piece, piece + self.granule) for piece in range(start, end, self.granule)]
 
     def entries(self, length: int) -> int:
         """How many mappings a block may need that is at most `length` long and never discarded in part: one, where
@@ -63,11 +65,8 @@ class Policy:
         return -(-length // self.granule) if self.granule else min(length, 1)
 
 
-class Step(NamedTuple):
-    """One call: a piece that is mapped, or a run of whole pieces that is unmapped."""
-
-    call: Literal["map", "unmap"]
-    extent: Extent
+Step: TypeAlias = tuple[Literal["map", "unmap"], tuple[int, int]]
+"""One call: a piece that is mapped, or a run of whole pieces that is unmapped; an Extent, or as plain a pair."""
 
 
 def steps(mapped: Sequence[Extent], wanted: Sequence[Extent], policy: Policy) -> list[Step]:
@@ -77,8 +76,7 @@ def steps(mapped: Sequence[Extent], wanted: Sequence[Extent], policy: Policy) ->
     """
     if policy.resize == "remap":
         kept = list(mapped) == list(wanted)
-        unmaps = [] if kept else [Step("unmap", run) for run in runs(mapped)]
-        return unmaps + [Step("map", extent) for extent in wanted if not kept]
+        return [] if kept else [*(("unmap", run) for run in runs(mapped)), *(("map", extent) for extent in wanted)]
     calls: list[Step] = []
     new, gone = list(wanted), []
     for piece in mapped:
@@ -92,15 +90,25 @@ def steps(mapped: Sequence[Extent], wanted: Sequence[Extent], policy: Policy) ->
         if not policy.allow_gap:
             raise _gap(piece, inside)
         # Each head again at once, so that it is out of reach for no longer than its own map takes.
-        calls += [Step("unmap", piece), *(Step("map", extent) for extent in inside)]
-    calls += [Step("unmap", run) for run in runs(gone)]
-    return calls + [Step("map", piece) for extent in new for piece in policy.cut(extent)]
+        calls += [("unmap", piece), *(("map", extent) for extent in inside)]
+    calls += [("unmap", run) for run in runs(gone)]
+    calls += [("map", piece) for extent in new for piece in policy.cut(*extent)]
+    return calls
 
 
 def _difference(one: Sequence[Extent], other: Sequence[Extent]) -> Extent:
-    """Where two sets of bytes differ, from the first byte to the last."""
-    parts = [*without(one, *other), *without(other, *one)]
-    return Extent(min((part.start for part in parts), default=0), max((part.end for part in parts), default=0))
+    """Where two sets of bytes differ, from the first byte to the last. Neither has neighbours, so that each end of an
+    extent is an edge of the set; an edge of both is none of the difference."""
+    edges = set(chain.from_iterable(one)) ^ set(chain.from_iterable(other))
+    return Extent(min(edges), max(edges)) if edges else Extent(0, 0)
+
+
+def _growth(reached: Sequence[Extent], wanted: Sequence[Extent]) -> tuple[int, int] | None:
+    """What a block of which nothing is discarded grows by."""
+    if len(wanted) != 1 or len(reached) != 1 or reached[0].start != wanted[0].start:
+        return None
+    old, new = reached[0].end, wanted[0].end
+    return (old, new) if old < new else None
 
 
 def _gap(piece: Extent, inside: Sequence[Extent]) -> GapError:
@@ -150,7 +158,7 @@ class Window:
         """Where the block's address space ends, exclusive."""
         return self.vaddr + self.size
 
-    def pieces(self, within: Extent | None = None) -> list[Extent]:
+    def pieces(self, within: tuple[int, int] | None = None) -> list[Extent]:
         """What is mapped, ascending: pieces that have a byte in `within` (None: all). O(log n) and their number."""
         start, end = within or (0, self.size)
         if start >= end:
@@ -176,27 +184,14 @@ class Window:
             return False
         return any(run.start <= start and end <= run.end for run in runs(self.pieces(Extent(start, end))))
 
-    def change(
-        self,
-        wanted: Sequence[Extent],
-        *,
-        was: Sequence[Extent] | None = None,
-        join: bool = False,
-    ) -> None:
-        """Let exactly `wanted` be mapped, in as few pieces as can be with `join`.
+    def change(self, wanted: Sequence[Extent], *, join: bool = False) -> None:
+        """Let exactly `wanted`, which has no neighbours, be mapped, in as few pieces as can be with `join`.
 
-        `was`: what the caller believes to be mapped. Where the last change left just that, only the difference is
-        looked at, else the whole block. Raises GapError before any call, and what a call raises; then the pieces are as
-        they were. RollbackError when not even that could be reached.
+        Where the last change came to its end, only the difference is looked at, else the whole block. Raises GapError
+        before any call, and what a call raises; then the pieces are as they were. RollbackError when not even that
+        could be reached.
         """
-        trusted = was is not None and list(was) == self._reached and not join and self._policy.resize == "extend"
-        changed = _difference(was or (), wanted) if trusted else Extent(0, self.size)
-        before = self.pieces(changed)
-        region = Extent(
-            min([changed.start, *(piece.start for piece in before)]),
-            max([changed.end, *(piece.end for piece in before)]),
-        )
-        plan = steps(before, clip(wanted, *region), Policy() if join else self._policy)
+        region, before, plan = self._plan(wanted, join=join)
         self._reached = None
         try:
             for step in plan:
@@ -207,24 +202,40 @@ class Window:
         # Last, so that after an interruption before it the next change looks at the whole block.
         self._reached = list(wanted)
 
+    def _plan(self, wanted: Sequence[Extent], *, join: bool) -> tuple[tuple[int, int], list[Extent], list[Step]]:
+        """Where something changes, the pieces that are there, and the steps."""
+        policy = Policy() if join else self._policy
+        if policy.resize == "remap" or self._reached is None:
+            region = Extent(0, self.size)
+        elif grown := _growth(self._reached, wanted):  # what happens most: nothing is there, and nothing goes
+            return grown, [], [("map", piece) for piece in policy.cut(*grown)]
+        else:
+            region = _difference(self._reached, wanted)
+        before = self.pieces(region)
+        if before:
+            region = Extent(min(region.start, before[0].start), max(region.end, before[-1].end))
+        return region, before, steps(before, clip(wanted, *region), policy)
+
     def withdraw(self, cause: BaseException) -> None:
         """Let nothing be mapped, since `cause` keeps the block from coming. RollbackError."""
         self._restore([], Extent(0, self.size), cause)
 
     def _make(self, step: Step) -> None:
-        start, size = step.extent.start, step.extent.size
-        if step.call == "unmap":
-            self._space.unmap(iova=self.iova + start, size=size)
+        call, (start, end) = step
+        if call == "unmap":
+            self._space.unmap(iova=self.iova + start, size=end - start)
         else:
-            self._map_piece(vaddr=self.vaddr + start, iova=self.iova + start, size=size)
+            self._map_piece(vaddr=self.vaddr + start, iova=self.iova + start, size=end - start)
 
-    def _restore(self, before: Sequence[Extent], region: Extent, cause: BaseException) -> None:
+    def _restore(self, before: Sequence[Extent], region: tuple[int, int], cause: BaseException) -> None:
         """Piece by piece what there was; every new one is taken away before an old one comes back."""
         now = self.pieces(region)
         new, lost = [piece for piece in now if piece not in before], [piece for piece in before if piece not in now]
         try:
-            for step in [*(Step("unmap", run) for run in runs(new)), *(Step("map", piece) for piece in lost)]:
-                self._make(step)
+            for run in runs(new):
+                self._make(("unmap", run))
+            for piece in lost:
+                self._make(("map", piece))
         except BaseException as error:  # a second KeyboardInterrupt, too: nobody may take the memory back now
             raise RollbackError(
                 f"a change of what is mapped of RAM block '{self._idstr}' failed, and so did its undo: "

@@ -25,7 +25,7 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import ParamSpec, Self, TypeVar
 
 from pyvfio.block import RamBlock, ResizedCallback
 from pyvfio.discards import DiscardGuard
@@ -39,7 +39,7 @@ from pyvfio.errors import (
     UnmapSizeError,
     raise_collected,
 )
-from pyvfio.extents import Extent, clip, runs, total, without
+from pyvfio.extents import Extent, clip, runs, without
 from pyvfio.kernel import Kernel, LinuxKernel
 from pyvfio.memory import MemorySettings
 from pyvfio.notifier import (
@@ -51,17 +51,17 @@ from pyvfio.notifier import (
     RamBlockNotifier,
     Removed,
     Resized,
-    SupportsRamBlockAdded,
-    SupportsRamBlockDiscarded,
+    reaches_whole_blocks,
     tell_all,
     undo_all,
 )
-from pyvfio.units import PAGE_SIZE, format_size, is_aligned
+from pyvfio.units import PAGE_SIZE, format_size
 
 __all__ = ["RamBlock", "RamBlockList", "RamBlockNotifier", "ResizedCallback"]
 
 logger = logging.getLogger(__name__)
 
+_Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 _KEEP_MEMORY = (RollbackError, UnmapSizeError)  # after these nobody knows what a device still reaches
@@ -69,7 +69,7 @@ _KEEP_MEMORY = (RollbackError, UnmapSizeError)  # after these nobody knows what 
 
 def _length(value: int, what: str) -> int:
     number = operator.index(value)
-    if number < 0 or not is_aligned(number, PAGE_SIZE):
+    if number < 0 or number % PAGE_SIZE:
         raise ValueError(f"{what} must be a multiple of {PAGE_SIZE} bytes and not negative, not {number}")
     return number
 
@@ -82,11 +82,6 @@ def _part(block: RamBlock, offset: int, size: int) -> Extent:
             f"{block.used_length:#x}"
         )
     return Extent(start, start + length)
-
-
-def _follows_discards(notifier: RamBlockNotifier) -> bool:
-    # Who is not told of blocks reaches none.
-    return isinstance(notifier, SupportsRamBlockDiscarded) or not isinstance(notifier, SupportsRamBlockAdded)
 
 
 def _cannot_follow(notifier: RamBlockNotifier, why: str) -> DiscardError:
@@ -157,9 +152,12 @@ class RamBlockList:
         if not used <= maximum or maximum == 0:
             raise ValueError(f"used_length {used:#x} must be at most max_length {maximum:#x}, which must not be 0")
         block = self._change(
-            lambda: self._add(
-                idstr, used_length=used, max_length=maximum, settings=settings or MemorySettings(), resized=resized
-            )
+            self._add,
+            idstr,
+            used_length=used,
+            max_length=maximum,
+            settings=settings or MemorySettings(),
+            resized=resized,
         )
         logger.debug("added %s", block)
         return block
@@ -181,7 +179,7 @@ class RamBlockList:
                 block._memory.activate(used_length)
             block._used_length = used_length
             blocks = tuple(sorted((*self._blocks, block), key=lambda other: other._start))
-            tell_all(self._notifiers, Added(block), f"adding RAM block '{idstr}'")
+            tell_all(self._notifiers, Added(block))
             self._blocks = blocks  # no call stands between, so that no signal handler can: it is told and known
         except BaseException as error:
             self._abandon(block, error)
@@ -209,7 +207,7 @@ class RamBlockList:
         Raises BufferError while a view of it lives, ValueError when it is not in this list, and whatever a notifier
         raises; then the block stays, and those who were told are told that it is there.
         """
-        self._change(lambda: self._remove(block))
+        self._change(self._remove, block)
         logger.debug("removed %s", block)
 
     def _remove(self, block: RamBlock) -> None:
@@ -217,12 +215,7 @@ class RamBlockList:
             raise ValueError(f"RAM block '{block.idstr}' is not in this list")
         block._check_views(0)
         blocks = tuple(other for other in self._blocks if other is not block)
-        tell_all(
-            self._notifiers,
-            Removed(block),
-            f"removing RAM block '{block.idstr}'",
-            finally_check=lambda: block._check_views(0),
-        )
+        tell_all(self._notifiers, Removed(block), finally_check=lambda: block._check_views(0))
         self._blocks, block._list, block._used_length = blocks, None, 0
         try:
             block._memory.release()
@@ -240,12 +233,12 @@ class RamBlockList:
             raise TypeError(
                 f"{notifier!r} has none of ram_block_added, _removed, _resized, nor both of _discarded and _populated"
             )
-        self._change(lambda: self._add_notifier(notifier))
+        self._change(self._add_notifier, notifier)
 
     def _add_notifier(self, notifier: RamBlockNotifier) -> None:
         if any(known is notifier for known in self._notifiers):
             raise ValueError(f"{notifier!r} is a notifier of this list already")
-        if not _follows_discards(notifier) and (holed := [block for block in self._blocks if block._discarded]):
+        if reaches_whole_blocks(notifier) and (holed := [block for block in self._blocks if block._discarded]):
             raise _cannot_follow(notifier, f"and parts of RAM block '{holed[0].idstr}' are discarded")
         notifiers = [notifier, *self._notifiers]
         try:
@@ -262,7 +255,7 @@ class RamBlockList:
         Raises ValueError when it is not in the list, and whatever it raises; then it stays, and is told again of the
         blocks that it was told are gone.
         """
-        self._change(lambda: self._remove_notifier(notifier))
+        self._change(self._remove_notifier, notifier)
 
     def _remove_notifier(self, notifier: RamBlockNotifier) -> None:
         if not any(known is notifier for known in self._notifiers):
@@ -284,9 +277,9 @@ class RamBlockList:
 
     def _resize(self, block: RamBlock, used_length: int) -> None:
         new = _length(used_length, "used_length")
-        if new > block.max_length:
+        if new > block._max_length:
             raise ValueError(f"used_length {new:#x} is above max_length {block.max_length:#x} of '{block.idstr}'")
-        kept = self._change(lambda: self._resize_to(block, new))
+        kept = self._change(self._resize_to, block, new)
         if kept is not None:
             # Last, since a program may have made warnings errors: by now everything is in order.
             warnings.warn(
@@ -332,7 +325,7 @@ class RamBlockList:
         return None
 
     def _discard(self, block: RamBlock, offset: int, size: int) -> None:
-        kept = self._change(lambda: self._discard_parts(block, _part(block, offset, size)))
+        kept = self._change(self._discard_parts, block, offset, size)
         for error in kept:
             warnings.warn(
                 f"memory of RAM block '{block.idstr}' was discarded, but not given back: {error}. It reads zeros, and "
@@ -341,19 +334,19 @@ class RamBlockList:
                 stacklevel=3,
             )
 
-    def _discard_parts(self, block: RamBlock, wanted: Extent) -> list[OSError]:
+    def _discard_parts(self, block: RamBlock, offset: int, size: int) -> list[OSError]:
+        wanted = _part(block, offset, size)
         self._check_there(block)
         parts = clip(block._populated(block._used_length), *wanted)
         if not parts:
             return []
         for notifier in self._notifiers:
-            if not _follows_discards(notifier):
+            if reaches_whole_blocks(notifier):
                 raise _cannot_follow(notifier, f"so that nothing of RAM block '{block.idstr}' may be")
-        what = f"discarding {format_size(total(parts))} of RAM block '{block.idstr}'"
         discarded = tuple(runs(sorted((*block._discarded, *parts))))
         stale = tuple(sorted((*block._stale, *parts)))
         with self.discards.require_coordinated():
-            tell_all(self._notifiers[::-1], Discarded(block, parts), what)
+            tell_all(self._notifiers[::-1], Discarded(block, parts))
             block._discarded, block._stale = discarded, stale  # no call stands between, as in `_add`
         logger.debug("discarding %s of %s", wanted, block)
         return self._drop_stale(block, wanted)
@@ -372,17 +365,17 @@ class RamBlockList:
         return failures
 
     def _populate(self, block: RamBlock, offset: int, size: int) -> None:
-        self._change(lambda: self._populate_parts(block, _part(block, offset, size)))
+        self._change(self._populate_parts, block, offset, size)
 
-    def _populate_parts(self, block: RamBlock, wanted: Extent) -> None:
+    def _populate_parts(self, block: RamBlock, offset: int, size: int) -> None:
+        wanted = _part(block, offset, size)
         self._check_there(block)
         parts = clip(block._discarded, *wanted)
         if not parts:
             return
-        what = f"populating {format_size(total(parts))} of RAM block '{block.idstr}'"
         discarded = tuple(without(block._discarded, *parts))
         self._drop_stale(block, wanted)  # what a signal handler kept a discard from
-        tell_all(self._notifiers, Populated(block, parts), what)
+        tell_all(self._notifiers, Populated(block, parts))
         block._discarded = discarded
         logger.debug("populated %s of %s", wanted, block)
 
@@ -394,11 +387,11 @@ class RamBlockList:
     @staticmethod
     def _commit(block: RamBlock, old: int, new: int, notifiers: Sequence[RamBlockNotifier]) -> None:
         """Tell `notifiers`, change `used_length`, call the block's callback; or nothing of it."""
-        what = f"resizing RAM block '{block.idstr}' from {format_size(old)} to {format_size(new)}"
         event = Resized(block, old, new)
-        before = old, block._discarded, block._stale
-        after = new, tuple(clip(block._discarded, 0, new)), tuple(clip(block._stale, 0, new))
-        tell_all(notifiers, event, what, finally_check=lambda: block._check_views(new))
+        discarded, stale = block._discarded, block._stale
+        before = old, discarded, stale
+        after = new, tuple(clip(discarded, 0, new)) if discarded else (), tuple(clip(stale, 0, new)) if stale else ()
+        tell_all(notifiers, event, finally_check=None if new > old else lambda: block._check_views(new))
         block._used_length, block._discarded, block._stale = after
         if block._resized is None:
             return
@@ -406,27 +399,30 @@ class RamBlockList:
             block._resized(block.idstr, new)
         except BaseException as error:
             block._used_length, block._discarded, block._stale = before
-            undo_all([(notifier, event) for notifier in notifiers], error, what)
+            undo_all([(notifier, event) for notifier in notifiers], error, event)
             raise
 
-    def _change(self, action: Callable[[], _Result]) -> _Result:
+    def _change(
+        self, action: Callable[_Arguments, _Result], *given: _Arguments.args, **named: _Arguments.kwargs
+    ) -> _Result:
         # Not a context manager: a signal handler that raises between its entry and the block would leave it entered.
         if os.getpid() != self._pid:
             raise ForkedError("this list of RAM blocks", owner=self._pid)
         with self._lock:
-            self._check_settled()
+            if self._changing:
+                raise self._reentered()
             try:
                 self._changing = True
-                return action()
+                return action(*given, **named)
             finally:
                 self._changing = False
 
-    def _check_settled(self) -> None:
-        if self._changing:
-            raise ReentrancyError(
-                "the list of RAM blocks is being changed, and a notifier or callback tries to change it once more",
-                hint="Let the hook return first, and make the change after that",
-            )
+    @staticmethod
+    def _reentered() -> ReentrancyError:
+        return ReentrancyError(
+            "the list of RAM blocks is being changed, and a notifier or callback tries to change it once more",
+            hint="Let the hook return first, and make the change after that",
+        )
 
     def close(self) -> None:
         """Remove all blocks; twice is fine, and in a forked child it does nothing at all.
@@ -437,7 +433,8 @@ class RamBlockList:
             return
         failures: list[Exception] = []
         with self._lock:
-            self._check_settled()
+            if self._changing:
+                raise self._reentered()
             for block in self._blocks:
                 try:
                     self.remove(block)

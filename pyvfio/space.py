@@ -124,22 +124,27 @@ class MappingTable:
 
     def _position(self, iova: int) -> int:
         """Of the first mapping that does not begin below `iova`."""
-        if len(self._iovas) != len(self):  # a change was interrupted before it came to the copy
+        if 3 * len(self._iovas) != len(self._rows):  # a change was interrupted before it came to the copy
             self._iovas = self._rows[::3]
-        return bisect_left(self._iovas, iova)
+        iovas = self._iovas
+        if not iovas or iova > iovas[-1]:  # no search for what comes behind all others
+            return len(iovas)
+        return bisect_left(iovas, iova)
 
     def add(self, *, iova: int, size: int, vaddr: int) -> None:
         """Take a mapping in; the kernel has seen to it that it overlaps none."""
         position = self._position(iova)
-        self._rows[3 * position : 3 * position] = array("Q", (iova, size, vaddr))
+        if position == len(self._iovas):
+            self._rows.extend((iova, size, vaddr))
+        else:
+            self._rows[3 * position : 3 * position] = array("Q", (iova, size, vaddr))
         self._iovas.insert(position, iova)
 
     def overlapping(self, *, iova: int, size: int) -> list[Mapping]:
         """The mappings that share an address with `[iova, iova + size)`."""
         start, end = self._position(iova), self._position(iova + size)
         if start > 0:
-            before = self._at(start - 1)
-            start -= before.iova + before.size > iova
+            start -= self._rows[3 * start - 3] + self._rows[3 * start - 2] > iova  # the one before reaches in
         return [self._at(position) for position in range(start, end)]
 
     def discard(self, *, iova: int, size: int) -> None:
