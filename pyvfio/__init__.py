@@ -15,10 +15,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pyvfio.buffers import DmaMapping
     from pyvfio.caps import DeviceInfo, IommuInfo, IrqInfo, RegionInfo
     from pyvfio.container import Container, Group
     from pyvfio.device import Device, Irq, Region, RegionMap, open_device
-    from pyvfio.dma import DmaMapper, DmaMapping
+    from pyvfio.dma import DmaMapper
     from pyvfio.errors import (
         AccessDeniedError,
         CapabilityError,
@@ -49,12 +50,15 @@ if TYPE_CHECKING:
     from pyvfio.iova import IovaAllocator
     from pyvfio.kernel import Kernel, LinuxKernel, Memlock
     from pyvfio.memory import MemorySettings
+    from pyvfio.plan import BlockShape, Plan, PlannedBlock
+    from pyvfio.progress import Progress
     from pyvfio.ramblock import RamBlock, RamBlockList, RamBlockNotifier
     from pyvfio.space import AddressSpace, Mapping
     from pyvfio.units import GIB, KIB, MIB, PAGE_SIZE, TIB, Iova, IovaRange, Vaddr
 else:
     # pytest imports this package whenever it starts, for the plugin is in it: whoever uses no name pays for none.
     _HOMES = (
+        "buffers",
         "caps",
         "container",
         "device",
@@ -64,12 +68,14 @@ else:
         "iova",
         "kernel",
         "memory",
+        "plan",
+        "progress",
         "ramblock",
         "space",
         "units",
     )
     _MODULES = frozenset(
-        (*_HOMES, "block", "discards", "handle", "ioctls", "notifier", "pci", "pieces", "type1_errors")
+        (*_HOMES, "block", "discards", "handle", "ioctls", "notifier", "pci", "pieces", "prefault", "type1_errors")
     )
 
     def __getattr__(name):
@@ -96,6 +102,7 @@ __all__ = [
     "TIB",
     "AccessDeniedError",
     "AddressSpace",
+    "BlockShape",
     "CapabilityError",
     "ClosedError",
     "Container",
@@ -131,6 +138,9 @@ __all__ = [
     "MemorySettings",
     "NotBoundError",
     "PinLimitError",
+    "Plan",
+    "PlannedBlock",
+    "Progress",
     "RamBlock",
     "RamBlockList",
     "RamBlockNotifier",

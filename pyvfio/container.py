@@ -393,6 +393,12 @@ class Container(Handle):
         return self.allocator.ranges
 
     @property
+    def free_iova(self) -> tuple[IovaRange, ...]:
+        """Of `iova_ranges`, what nobody has reserved, ascending."""
+        with self._lock:
+            return self.allocator.free
+
+    @property
     def entries_left(self) -> int:
         """How many more mappings the kernel takes. One ioctl."""
         with self._lock:

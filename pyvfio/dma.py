@@ -16,86 +16,27 @@ reach.
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import logging
 import os
-import threading
-from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 from weakref import WeakKeyDictionary
 
+from pyvfio.buffers import LARGE_PAGE, BufferMapper, Reserve
 from pyvfio.discards import DiscardClaim
-from pyvfio.errors import ClosedError, EntryLimitError, IoctlError
+from pyvfio.errors import EntryLimitError, IoctlError
 from pyvfio.extents import Extent, runs, without
 from pyvfio.handle import attempt_all
 from pyvfio.pieces import Policy, Window
+from pyvfio.plan import BlockShape, Budget, Plan, Rehearsal, rehearse
+from pyvfio.progress import LongWork, ProgressCallback
 from pyvfio.ramblock import RamBlock, RamBlockList
 from pyvfio.space import AddressSpace
-from pyvfio.units import MIB, U64_MAX, Iova, Vaddr, format_size
-
-if TYPE_CHECKING:  # collections.abc has it from 3.12 on
-    from typing_extensions import Buffer
+from pyvfio.units import Iova, Vaddr
 
 logger = logging.getLogger(__name__)
-
-_LARGE_PAGE = 2 * MIB
-"""IOVA is congruent to vaddr modulo this, so that the IOMMU can use large pages where the memory does."""
-
-
-class DmaMapping:
-    """Memory of the caller's own that the device can reach: `size` bytes at `vaddr`, at `iova` for the device.
-
-    Made by `DmaMapper.map_dma`, `map_buffer` and `map_temporary`; a context manager. A buffer stays exported, so that
-    it cannot be freed or resized, until the kernel has unmapped it.
-    """
-
-    __slots__ = ("_access", "_buffer", "_mapper", "iova", "size", "vaddr")
-
-    def __init__(
-        self,
-        mapper: DmaMapper | None,
-        *,
-        vaddr: Vaddr,
-        iova: Iova,
-        size: int,
-        access: int,
-        buffer: memoryview | None,
-    ) -> None:
-        self._mapper = mapper  # None once closed, or where the mapping belongs to somebody else
-        self._buffer = buffer
-        self.vaddr = vaddr
-        self.iova = iova
-        self.size = size
-        self._access = access  # as `_access` makes it
-
-    def close(self) -> None:
-        """Take the mapping away; twice is fine.
-
-        A temporary one is only given up: it goes with the next `reset_temporary`. Where `map_dma` found the memory
-        mapped already, that mapping stays. Raises UnmapSizeError or IoctlError, and then it is still mapped.
-        """
-        if self._mapper is not None:
-            self._mapper._close_mapping(self)
-
-    def _drop(self) -> None:
-        self._mapper = None
-        if self._buffer is not None:
-            self._buffer.release()
-            self._buffer = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"<DmaMapping vaddr={self.vaddr:#x} iova={self.iova:#x} size={self.size:#x}>"
 
 
 class _Followed(NamedTuple):
@@ -106,7 +47,7 @@ class _Followed(NamedTuple):
     window: Window
 
 
-class DmaMapper:
+class DmaMapper(BufferMapper):
     """Maps RAM blocks, and buffers of the caller's own, into an `AddressSpace`.
 
     `blocks`: follow that list from now on, blocks that it has included. `place`: asked for the IOVA of each block that
@@ -123,6 +64,10 @@ class DmaMapper:
 
     `allow_gap=False`, with "extend": a resize for which a surviving byte would have to be unmapped is a GapError, or
     EntryLimitError where pieces would have to be joined.
+
+    `prefault`: how many threads populate a block's memory before it is mapped, which otherwise is the map's work and
+    one thread's; 0 for none. `progress` is told of each piece that has been populated, mapped or unmapped; a change
+    ends between pieces, with the block as it was, when it raises or a signal handler does.
 
     Raises what mapping the existing blocks raises; then it follows nothing. ValueError: options that do not go
     together.
@@ -141,21 +86,19 @@ class DmaMapper:
         granule: int | None = None,
         allow_gap: bool = True,
         place: Callable[[RamBlock], int | None] | None = None,
+        prefault: int = 0,
+        progress: ProgressCallback | None = None,
     ) -> None:
-        if not hasattr(space, "reserve_iova"):
-            raise TypeError(f"space must be an AddressSpace, such as device.container, not {type(space).__name__}")
+        super().__init__(space)
         if not isinstance(blocks, RamBlockList | None):
             raise TypeError(f"blocks must be a RamBlockList, not {type(blocks).__name__}")
+        if prefault < 0:
+            raise ValueError(f"prefault is a number of threads, not {prefault}")
         self._policy = Policy(resize, granule, allow_gap)
-        self._space = space
+        self._prefault, self._progress = prefault, progress
         self._place = place or (lambda _block: None)
-        self._lock = threading.RLock()
         self._followed: list[_Followed] = []  # sorted by vaddr, windows being as long as their blocks
-        self._pid = os.getpid()
-        self._mappings: list[DmaMapping] = []  # map_dma and map_buffer, sorted by vaddr
-        self._temporary: dict[Iova, DmaMapping] = {}
         self._former: WeakKeyDictionary[RamBlock, Iova] = WeakKeyDictionary()
-        self._closed = False
         self._blocks = blocks
         self._claim: DiscardClaim | None = None
         if blocks is not None:
@@ -170,11 +113,6 @@ class DmaMapper:
         state = "closed" if self._closed else f"{len(self._followed)} blocks, {len(self._mappings)} mappings"
         return f"<DmaMapper {state}>"
 
-    @property
-    def space(self) -> AddressSpace:
-        """Where it maps."""
-        return self._space
-
     # ------------------------------------------------------------------------------------------------ RAM blocks
 
     def ram_block_added(self, block: RamBlock, used_length: int, max_length: int) -> None:
@@ -182,8 +120,8 @@ class DmaMapper:
         with self._lock:
             self._check_open()
             self._policy.check_length(used_length, "used_length")
-            self._check_budget(block, max_length)
-            iova = self._reserve_for(block, max_length)
+            self._check_budget(block, used_length, max_length)
+            iova = self._find_place(block, self._reserve, self._space.reserve_iova_at)
             window = Window(
                 self._space,
                 self._policy,
@@ -192,6 +130,7 @@ class DmaMapper:
                 iova=iova,
                 size=max_length,
                 map_piece=self._map,
+                attendant=self._attendant(block),
             )
             followed = _Followed(block.vaddr, block, window)
             try:
@@ -203,7 +142,7 @@ class DmaMapper:
                 self._space.release_iova(iova)
                 raise
 
-    def _check_budget(self, block: RamBlock, max_length: int) -> None:
+    def _check_budget(self, block: RamBlock, used_length: int, max_length: int) -> None:
         """With a granule, each block can have all the mappings it may ever need."""
         granule = self._policy.granule
         if granule is None:
@@ -212,37 +151,59 @@ class DmaMapper:
             raise ValueError(
                 f"a granule must be at least the IOMMU's page, {self._space.page_size:#x}, not {granule:#x}"
             )
-        needed, left = self._policy.entries(max_length), self._space.entries_left
-        left -= sum(self._policy.entries(f.window.size) - len(f.window.pieces()) for f in self._followed)
-        if needed <= left:
-            return
-        fitting = granule
-        while left > 0 and -(-max_length // fitting) > left:
-            fitting *= 2
-        error = EntryLimitError(
-            errno.ENOSPC,
-            f"RAM block '{block.idstr}' may need {needed} mappings of {format_size(granule)}, and {max(left, 0)} are "
-            "left when all others have those they may need",
-            request="VFIO_IOMMU_MAP_DMA",
-            arguments={"max_length": max_length, "granule": granule},
-            hint=f"The smallest granule that would fit is {format_size(fitting)}"
-            if left > 0
-            else "Remove blocks, or raise the module parameter vfio_iommu_type1.dma_entry_limit",
-        )
-        error.used, error.limit = needed, max(left, 0)
-        raise error
+        budget = Budget(self._policy, self._entries_left())
+        error = budget.take(block.idstr, used_length=used_length, max_length=max_length)
+        if error is not None:
+            raise error
 
-    def _reserve_for(self, block: RamBlock, max_length: int) -> Iova:
+    def _entries_left(self) -> int:
+        """How many mappings are left when all blocks have those they may need."""
+        promised = 0
+        if self._policy.granule is not None:
+            promised = sum(self._policy.entries(f.window.size) - len(f.window.pieces()) for f in self._followed)
+        return self._space.entries_left - promised
+
+    def plan(self, blocks: Iterable[BlockShape | RamBlock]) -> Plan:
+        """What `blocks` would need if they were added in that order, against what there is; nothing is touched.
+
+        Takes blocks of a list that this mapper does not follow yet, or their shapes. A `place` is asked for blocks, not
+        for shapes, which say themselves where they are to be. Raises ValueError for lengths that can never be right.
+        Cost: some system calls, and populating 2 MiB.
+        """
+        with self._lock:
+            self._check_open()
+            return rehearse(
+                self._space,
+                blocks,
+                policy=self._policy,
+                left=self._entries_left(),
+                threads=self._prefault,
+                reserve=self._rehearse_iova,
+            )
+
+    def _rehearse_iova(self, rehearsal: Rehearsal, shape: BlockShape | RamBlock) -> Iova:
+        if isinstance(shape, RamBlock):
+            return self._find_place(shape, rehearsal.reserve_iova, rehearsal.reserve_iova_at)
+        if shape.iova is not None:
+            return rehearsal.reserve_iova_at(shape.iova, shape.max_length)
+        return rehearsal.reserve_iova(shape.max_length, alignment=LARGE_PAGE, offset=0)
+
+    def _attendant(self, block: RamBlock) -> LongWork | None:
+        if not self._prefault and self._progress is None:
+            return None
+        return LongWork(self._space.kernel, block, threads=self._prefault, callback=self._progress)
+
+    def _find_place(self, block: RamBlock, reserve: Reserve, reserve_at: Callable[[int, int], Iova]) -> Iova:
         wanted = self._place(block)
         if wanted is not None:
-            return self._space.reserve_iova_at(wanted, max_length)
+            return reserve_at(wanted, block.max_length)
         former = self._former.get(block)
         if former is not None:  # a block that comes back, after an undo for instance, finds its IOVA again
             try:
-                return self._space.reserve_iova_at(former, max_length)
+                return reserve_at(former, block.max_length)
             except IoctlError:
                 logger.debug("iova=%#x of %r has been given to another", former, block)
-        return self._reserve(max_length, alignment=_LARGE_PAGE, offset=block.vaddr)
+        return reserve(block.max_length, alignment=LARGE_PAGE, offset=block.vaddr)
 
     def ram_block_removed(self, block: RamBlock, used_length: int, max_length: int) -> None:
         """Unmap the block and give its IOVA back. Raises UnmapSizeError or IoctlError: it is then still reached."""
@@ -308,10 +269,6 @@ class DmaMapper:
             most.window.change(runs(most.window.pieces()), join=True)
         followed.window.change(wanted, join=True)
 
-    def _size_at(self, *, vaddr: int, iova: int) -> int:
-        mapping = self._space.mapping_at(iova)
-        return 0 if mapping is None or (mapping.iova, mapping.vaddr) != (iova, vaddr) else mapping.size
-
     def _search(self, block: RamBlock) -> _Followed | None:
         position = bisect_left(self._followed, (block.vaddr,))
         if position == len(self._followed) or self._followed[position].block is not block:
@@ -337,127 +294,11 @@ class DmaMapper:
             self._check_open()
             return self._find(block).window.iova
 
-    def translate_vaddr(self, vaddr: int, size: int = 1) -> Iova:
-        """The IOVA of `[vaddr, vaddr + size)`, all of which one block or one mapping of the caller's own has mapped.
-
-        Raises LookupError when it has not: the tail of a block behind `used_length` is never found. ValueError: `size`
-        is below 1. Temporary mappings are not looked at. O(log n).
-        """
-        _check_size(size)
-        with self._lock:
-            found = self._find_vaddr(vaddr, size)
-        if found is None:
-            raise LookupError(f"{size:#x} bytes at vaddr {vaddr:#x} are not mapped for the device in one piece")
-        return found
-
     def _find_vaddr(self, vaddr: int, size: int) -> Iova | None:
         followed = self._below(vaddr)
         if followed is not None and followed.window.reaches(vaddr, size):
             return Iova(followed.window.iova + vaddr - followed.vaddr)
-        mapping = self._own_mapping(vaddr, size)
-        return None if mapping is None else Iova(mapping.iova + vaddr - mapping.vaddr)
-
-    def _own_mapping(self, vaddr: int, size: int) -> DmaMapping | None:
-        position = bisect_right(self._mappings, vaddr, key=lambda m: m.vaddr) - 1
-        if position < 0 or vaddr + size > self._mappings[position].vaddr + self._mappings[position].size:
-            return None
-        return self._mappings[position]
-
-    def translate_iova(self, iova: int, size: int = 1) -> Vaddr:
-        """Where in this process the device ends up with `[iova, iova + size)`, all of it neighbours here, too.
-
-        LookupError when it would be stopped; ValueError: `size` is below 1. O(log n) and the number of pieces."""
-        _check_size(size)
-        reached, apart = iova, set()
-        for mapping in self._space.mappings_in(iova=iova, size=size):
-            if mapping.iova > reached:
-                break
-            reached = mapping.iova + mapping.size
-            apart.add(mapping.vaddr - mapping.iova)
-        if reached < iova + size or len(apart) != 1:
-            raise LookupError(f"{size:#x} bytes at IOVA {iova:#x} are not mapped for neighbours in this process")
-        return Vaddr(iova + apart.pop())
-
-    # ------------------------------------------------------------------------------------------------ own mappings
-
-    def map_dma(
-        self, *, vaddr: int, size: int, iova: int | None = None, read: bool = True, write: bool = True
-    ) -> DmaMapping:
-        """Let the device reach `[vaddr, vaddr + size)`, both multiples of the IOMMU's smallest page.
-
-        Memory that is wholly mapped already (part of a block, say) is not mapped again: the IOVA is the one it has, and
-        closing the result changes nothing. `iova`: the caller's own choice. The caller keeps the memory alive until the
-        mapping is closed; `map_buffer` sees to that itself.
-
-        Raises ValueError (misaligned; overlaps what is mapped, or the reserved tail of a block, which would get a
-        second IOVA when it grows; is mapped already, but for less access), IovaRangeError, IovaOverlapError,
-        PinLimitError, EntryLimitError, IoctlError.
-        """
-        return self._map_own(vaddr=vaddr, size=size, iova=iova, read=read, write=write, buffer=None)
-
-    def map_buffer(
-        self,
-        buffer: Buffer,
-        *,
-        iova: int | None = None,
-        read: bool = True,
-        write: bool = True,
-    ) -> DmaMapping:
-        """Let the device reach a writable buffer (mmap.mmap, memoryview, numpy array, ctypes array) as `map_dma` does.
-
-        The buffer must begin and end at a page. It stays exported until the mapping is closed, so it can be neither
-        freed nor resized.
-        """
-        view, vaddr = _export(buffer)
-        try:
-            return self._map_own(vaddr=vaddr, size=view.nbytes, iova=iova, read=read, write=write, buffer=view)
-        except BaseException:
-            self._release_unless_held(view)
-            raise
-
-    def _release_unless_held(self, view: memoryview) -> None:
-        """After a map that failed; it is still held where the device may reach it: its unmap failed, too."""
-        if all(mapping._buffer is not view for mapping in self._own_mappings()):
-            view.release()
-
-    def _map_own(
-        self, *, vaddr: int, size: int, iova: int | None, read: bool, write: bool, buffer: memoryview | None
-    ) -> DmaMapping:
-        self._check_extent(vaddr, size)
-        with self._lock:
-            self._check_open()
-            access = _access(read=read, write=write)
-            known = self._known(vaddr, size, iova, access)
-            if known is not None:
-                if buffer is not None:
-                    buffer.release()
-                return DmaMapping(None, vaddr=Vaddr(vaddr), iova=known, size=size, access=access, buffer=None)
-            if iova is None:
-                place = self._reserve(size, alignment=self._alignment(size), offset=vaddr)
-            else:
-                place = self._space.reserve_iova_at(iova, size)
-            mapping = DmaMapping(self, vaddr=Vaddr(vaddr), iova=place, size=size, access=access, buffer=buffer)
-            # Entered first: what a signal handler leaves behind must be known, if only to be unmapped.
-            self._mappings.insert(bisect_right(self._mappings, vaddr, key=lambda m: m.vaddr), mapping)
-            try:
-                self._map(vaddr=vaddr, iova=place, size=size, read=read, write=write)
-            except BaseException:
-                self._close_mapping(mapping)
-                raise
-        return mapping
-
-    def _known(self, vaddr: int, size: int, iova: int | None, access: int) -> Iova | None:
-        """The IOVA of memory that is mapped whole; ValueError where it is in part, or would be later."""
-        found = self._find_vaddr(vaddr, size)
-        if found is None:
-            self._check_apart(vaddr, size)
-            return None
-        if iova is not None and iova != found:
-            raise ValueError(f"vaddr {vaddr:#x} is mapped at IOVA {found:#x}, so it is not mapped at {iova:#x} as well")
-        mapping = self._own_mapping(vaddr, size)
-        if mapping is not None and access & ~mapping._access:
-            raise ValueError(f"the device may not do with {mapping!r} all that is wanted: close that mapping first")
-        return found
+        return super()._find_vaddr(vaddr, size)
 
     def _check_apart(self, vaddr: int, size: int) -> None:
         followed = self._below(vaddr + size - 1)
@@ -467,121 +308,7 @@ class DmaMapper:
                 f"vaddr {vaddr:#x}-{vaddr + size - 1:#x} reaches into RAM block '{block.idstr}', which has IOVA of its "
                 f"own for all of {block.vaddr:#x}-{block.vaddr + block.max_length - 1:#x}; grow the block instead"
             )
-        position = bisect_right(self._mappings, vaddr + size - 1, key=lambda m: m.vaddr) - 1
-        if position >= 0 and self._mappings[position].vaddr + self._mappings[position].size > vaddr:
-            raise ValueError(f"vaddr {vaddr:#x}-{vaddr + size - 1:#x} overlaps {self._mappings[position]!r}")
-
-    def map_temporary(self, buffer: Buffer, *, read: bool = True, write: bool = True) -> DmaMapping:
-        """Map a buffer for one transfer, at an IOVA from the top down, so that it does not come between blocks.
-
-        Closing the result gives it up, but the kernel's mapping stays until `reset_temporary`, which many share, or
-        until mappings or memory to lock run out: then it is made by itself, and the map tried once more. The buffer
-        stays exported, and within the device's reach, until then. Raises as `map_buffer`.
-        """
-        view, vaddr = _export(buffer)
-        try:
-            self._check_extent(vaddr, view.nbytes)
-            with self._lock:
-                self._check_open()
-                place = self._reserve(view.nbytes, alignment=self._alignment(view.nbytes), offset=vaddr, top_down=True)
-                access = _access(read=read, write=write)
-                mapping = DmaMapping(self, vaddr=vaddr, iova=place, size=view.nbytes, access=access, buffer=view)
-                self._temporary[place] = mapping
-                try:
-                    self._map(vaddr=vaddr, iova=place, size=view.nbytes, read=read, write=write)
-                except BaseException:
-                    self._unmap_run([mapping])
-                    raise
-        except BaseException:
-            self._release_unless_held(view)
-            raise
-        return mapping
-
-    def reset_temporary(self) -> int:
-        """Unmap all temporary mappings that have been closed; how many are still open, and stay.
-
-        Raises UnmapSizeError or IoctlError; what has not been unmapped stays known. Cost: one unmap for each run of
-        neighbours.
-        """
-        with self._lock:
-            given_up = sorted(iova for iova, mapping in self._temporary.items() if mapping._mapper is None)
-            while given_up:
-                self._unmap_run(self._take_run(given_up))
-            return len(self._temporary)
-
-    def _take_run(self, given_up: list[Iova]) -> list[DmaMapping]:
-        run = [self._temporary[given_up.pop()]]
-        while given_up and self._temporary[given_up[-1]].size + given_up[-1] == run[-1].iova:
-            run.append(self._temporary[given_up.pop()])
-        return run
-
-    def _unmap_run(self, run: list[DmaMapping]) -> None:
-        if any(self._size_at(vaddr=mapping.vaddr, iova=mapping.iova) for mapping in run):
-            self._space.unmap(iova=run[-1].iova, size=sum(mapping.size for mapping in run))
-        for mapping in run:
-            del self._temporary[mapping.iova]
-            self._space.release_iova(mapping.iova)
-            mapping._drop()
-
-    def _close_mapping(self, mapping: DmaMapping) -> None:
-        with self._lock:
-            if mapping._mapper is None or os.getpid() != self._pid:  # another thread was first, or this is a child
-                return
-            if self._temporary.get(mapping.iova) is mapping:
-                mapping._mapper = None
-                return
-            # What the space does not have went with its last group, or in a call that a signal handler ended.
-            if self._size_at(vaddr=mapping.vaddr, iova=mapping.iova):
-                self._space.unmap(iova=mapping.iova, size=mapping.size)
-            position = bisect_right(self._mappings, mapping.vaddr, key=lambda m: m.vaddr) - 1
-            if position >= 0 and self._mappings[position] is mapping:  # else a signal handler ended an earlier close
-                del self._mappings[position]
-                self._space.release_iova(mapping.iova)
-            mapping._drop()
-
-    # ------------------------------------------------------------------------------------------------ below
-
-    def _map(self, *, vaddr: int, iova: int, size: int, read: bool = True, write: bool = True) -> None:
-        try:
-            self._space.map(vaddr=vaddr, iova=iova, size=size, read=read, write=write)
-        except IoctlError as error:
-            if not self._recycle(error):
-                raise
-            self._space.map(vaddr=vaddr, iova=iova, size=size, read=read, write=write)
-
-    def _reserve(self, size: int, *, alignment: int, offset: int, top_down: bool = False) -> Iova:
-        try:
-            return self._space.reserve_iova(size, alignment=alignment, offset=offset, top_down=top_down)
-        except IoctlError as error:
-            if not self._recycle(error):
-                raise
-            return self._space.reserve_iova(size, alignment=alignment, offset=offset, top_down=top_down)
-
-    def _recycle(self, error: IoctlError) -> bool:
-        """Whether it is worth another try: mappings, memory to lock or IOVA ran out, and there were temporary mappings
-        that had been given up."""
-        if error.errno not in (errno.ENOSPC, errno.ENOMEM):
-            return False
-        if not any(mapping._mapper is None for mapping in self._temporary.values()):
-            return False
-        logger.debug("recycling temporary mappings: %s", error)
-        self.reset_temporary()
-        return True
-
-    @staticmethod
-    def _alignment(size: int) -> int:
-        return _LARGE_PAGE if size >= _LARGE_PAGE else 1
-
-    def _check_extent(self, vaddr: int, size: int) -> None:
-        if size <= 0 or vaddr < 0 or vaddr + size - 1 > U64_MAX or (vaddr | size) % self._space.page_size:
-            raise ValueError(
-                f"vaddr {vaddr:#x} and size {size:#x} must be multiples of {self._space.page_size:#x}, the size above "
-                "0; mmap.mmap(-1, size) and RAM blocks begin at a page, a bytearray or numpy array does not"
-            )
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError("this DmaMapper has been closed")
+        super()._check_apart(vaddr, size)
 
     def close(self) -> None:
         """Leave the list of blocks and unmap everything; twice is fine, and in a forked child nothing happens.
@@ -602,10 +329,6 @@ class DmaMapper:
         if self._claim is not None:
             self._claim.close()
 
-    def _own_mappings(self) -> list[DmaMapping]:
-        with self._lock:
-            return [*self._mappings, *self._temporary.values()]
-
     def __enter__(self) -> Self:
         return self
 
@@ -622,35 +345,6 @@ class DmaMapper:
                 assert not without(reached, *block.populated), (block, reached)
                 assert reached == list(block.populated) or not window.settled, (block, reached)
                 assert self._policy.granule is None or all(p.size == self._policy.granule for p in window.pieces())
-            for mapping in self._mappings:
-                assert self._size_at(vaddr=mapping.vaddr, iova=mapping.iova) in (0, mapping.size), mapping
-            for addresses in (
-                [followed.vaddr for followed in self._followed],
-                [mapping.vaddr for mapping in self._mappings],
-            ):
-                assert addresses == sorted(addresses)
-
-
-def _access(*, read: bool, write: bool) -> int:
-    return read | write << 1
-
-
-def _check_size(size: int) -> None:
-    if size < 1:
-        raise ValueError(f"a size must be at least 1 byte, not {size}")
-
-
-def _export(buffer: Buffer) -> tuple[memoryview, Vaddr]:
-    """A memoryview that keeps the buffer's memory where it is, and the address of its first byte."""
-    view = memoryview(buffer)
-    what = (
-        "read-only" if view.readonly else "not contiguous" if not view.c_contiguous else "" if view.nbytes else "empty"
-    )
-    if what:
-        size = view.nbytes
-        view.release()
-        raise ValueError(
-            f"this buffer of {size} bytes is {what}, and one for DMA must be writable, contiguous and not empty; map "
-            "memory that is not to be written with map_dma(vaddr=…, size=…, write=False)"
-        )
-    return view, Vaddr(ctypes.addressof(ctypes.c_char.from_buffer(view)))
+            addresses = [followed.vaddr for followed in self._followed]
+            assert addresses == sorted(addresses)
+            super()._check()

@@ -39,6 +39,7 @@ MAP_FIXED_NOREPLACE = 0x100000
 MAP_NORESERVE = 0x4000
 PROT_NONE = 0
 MADV_DODUMP = 17
+MADV_POPULATE_WRITE = 23  # Python's mmap has no name for it
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ RamDiscardManager listener maps, so that each can go alone (hw/vfio/common.c).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -123,14 +124,27 @@ class _Map(Protocol):
     def __call__(self, *, vaddr: int, iova: int, size: int) -> None: ...
 
 
+class Attendant(Protocol):
+    """Looks after a change that may take long. What it raises is taken for a refusal, and the change undone."""
+
+    def prepare(self, parts: Sequence[Extent]) -> None:
+        """`parts` of the block are about to be mapped, which were not; nothing has happened yet."""
+        ...
+
+    def report(self, call: Literal["map", "unmap"], done: int, total: int) -> None:
+        """Such a call has been made: `done` of `total` bytes are mapped, or unmapped, now."""
+        ...
+
+
 class Window:
     """The IOVA of one block, `size` bytes from `iova` on, and what of the block is mapped there.
 
     What is mapped is the space's word alone: a signal handler can raise between the space's change and any note here.
-    `map_piece` makes one mapping, `space` takes mappings away. Synchronization: none; its mapper serializes calls.
+    `map_piece` makes one mapping, `space` takes mappings away, `attendant` is there when either takes long.
+    Synchronization: none; its mapper serializes calls.
     """
 
-    __slots__ = ("_idstr", "_map_piece", "_policy", "_reached", "_space", "iova", "size", "vaddr")
+    __slots__ = ("_attendant", "_idstr", "_map_piece", "_policy", "_reached", "_space", "iova", "size", "vaddr")
 
     def __init__(
         self,
@@ -142,11 +156,13 @@ class Window:
         iova: Iova,
         size: int,
         map_piece: _Map,
+        attendant: Attendant | None = None,
     ) -> None:
         self._idstr = idstr
         self._space = space
         self._policy = policy
         self._map_piece = map_piece
+        self._attendant = attendant
         # What the last change was to reach; None while one is made, and after one of which not even the undo succeeded.
         self._reached: list[Extent] | None = []
         self.vaddr = vaddr
@@ -194,8 +210,11 @@ class Window:
         region, before, plan = self._plan(wanted, join=join)
         self._reached = None
         try:
-            for step in plan:
-                self._make(step)
+            if self._attendant is not None:
+                self._attend(self._attendant, plan, without(clip(wanted, *region), *before))
+            else:
+                for step in plan:
+                    self._make(step)
         except BaseException as error:
             self._restore(before, region, error)
             raise
@@ -215,6 +234,18 @@ class Window:
         if before:
             region = Extent(min(region.start, before[0].start), max(region.end, before[-1].end))
         return region, before, steps(before, clip(wanted, *region), policy)
+
+    def _attend(self, attendant: Attendant, plan: Sequence[Step], new: Sequence[Extent]) -> None:
+        if new:
+            attendant.prepare(new)
+        totals, made = Counter[str](), Counter[str]()
+        for call, (start, end) in plan:
+            totals[call] += end - start
+        for step in plan:
+            self._make(step)
+            call, (start, end) = step
+            made[call] += end - start
+            attendant.report(call, made[call], totals[call])
 
     def withdraw(self, cause: BaseException) -> None:
         """Let nothing be mapped, since `cause` keeps the block from coming. RollbackError."""

@@ -60,6 +60,11 @@ class AddressSpace(Protocol):
         ...
 
     @property
+    def free_iova(self) -> tuple[IovaRange, ...]:
+        """Of `iova_ranges`, what nobody has reserved, ascending."""
+        ...
+
+    @property
     def entries_left(self) -> int:
         """How many more mappings it takes."""
         ...

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from pyvfio.errors import EntryLimitError, IoctlError, IovaOverlapError, IovaRangeError, PinLimitError, describe_ranges
-from pyvfio.kernel import Kernel
+from pyvfio.kernel import Kernel, Memlock
 from pyvfio.memory import describe
 from pyvfio.space import Mapping
 from pyvfio.units import IovaRange, format_ranges, format_size
@@ -22,6 +22,18 @@ _Error = TypeVar("_Error", bound=IoctlError)
 def describe_mappings(mappings: Sequence[Mapping]) -> str:
     """The IOVAs of mappings, the first eight of them."""
     return format_ranges(mapping.range for mapping in mappings[:8]) + (", …" if len(mappings) > 8 else "")
+
+
+def describe_memlock(lock: Memlock, size: int) -> tuple[str, str]:
+    """That `size` bytes more cannot be locked, and what to do about it."""
+    limit = lock.limit or 0
+    return (
+        f"RLIMIT_MEMLOCK lets this process lock {format_size(limit)}; {format_size(lock.used)} are locked and "
+        f"{format_size(size)} were asked for, so {format_size(lock.used + size - limit)} are missing",
+        f"ulimit -l {-(-(lock.used + size) // 1024)} (KiB) or more in the shell, memlock in "
+        "/etc/security/limits.conf, LimitMEMLOCK=infinity in a systemd unit, --ulimit memlock=-1 for a container; "
+        "or CAP_IPC_LOCK",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,15 +81,7 @@ class MapRefusal:
                 f"the kernel has no memory to map {format_size(self.size)}",
                 "RLIMIT_MEMLOCK is not what stands in the way; free memory, or look at the cgroup's limit",
             )
-        missing = lock.used + self.size - lock.limit
-        explained = self._say(
-            PinLimitError,
-            f"RLIMIT_MEMLOCK lets this process lock {format_size(lock.limit)}; {format_size(lock.used)} are locked and "
-            f"{format_size(self.size)} were asked for, so {format_size(missing)} are missing",
-            f"ulimit -l {-(-(lock.used + self.size) // 1024)} (KiB) or more in the shell, memlock in "
-            "/etc/security/limits.conf, LimitMEMLOCK=infinity in a systemd unit, --ulimit memlock=-1 for a container; "
-            "or CAP_IPC_LOCK",
-        )
+        explained = self._say(PinLimitError, *describe_memlock(lock, self.size))
         explained.limit, explained.used, explained.asked = lock.limit, lock.used, self.size
         return explained
 

@@ -19,7 +19,7 @@ from statistics import median
 
 from pyvfio.container import Container
 from pyvfio.dma import DmaMapper
-from pyvfio.kernel import Kernel
+from pyvfio.kernel import MADV_POPULATE_WRITE, Kernel
 from pyvfio.ramblock import RamBlock, RamBlockList
 from pyvfio.testing.vm_errors import find_tool
 from pyvfio.units import MIB
@@ -28,8 +28,6 @@ STEP = 2 * MIB
 """A block grows by as much, in bytes."""
 
 SOURCE = Path(__file__).with_name("bare_resize.c")
-
-_MADV_POPULATE_WRITE = 23  # Python's mmap has no name for it
 
 POLICIES: dict[str, Callable[[Container, RamBlockList], DmaMapper]] = {
     "remap": DmaMapper,
@@ -56,7 +54,7 @@ class _Prefault:
     def ram_block_resized(self, block: RamBlock, old_length: int, new_length: int) -> None:
         start = time.monotonic_ns()
         if new_length > old_length:
-            self._kernel.madvise(block.vaddr + old_length, new_length - old_length, _MADV_POPULATE_WRITE)
+            self._kernel.madvise(block.vaddr + old_length, new_length - old_length, MADV_POPULATE_WRITE)
         self.nanoseconds = time.monotonic_ns() - start
 
 

@@ -19,8 +19,10 @@ ROOF = "pyvfio"
 
 FLOORS = {
     **dict.fromkeys(("ioctls", "kernel", "errors", "units", "extents"), 0),
-    **dict.fromkeys(("space", "memory", "iova", "caps", "pci", "handle", "type1_errors", "discards"), 1),
-    **dict.fromkeys(("container", "device", "ramblock", "block", "notifier", "pieces"), 2),
+    **dict.fromkeys(("space", "memory", "iova", "caps", "pci", "handle", "type1_errors", "discards", "prefault"), 1),
+    **dict.fromkeys(
+        ("container", "device", "ramblock", "block", "notifier", "pieces", "buffers", "progress", "plan"), 2
+    ),
     "dma": 3,
 }
 # What a module may not import though it is on the same floor.

@@ -1,0 +1,245 @@
+"""What a set of RAM blocks will need of an address space, before anything is touched: mappings, locked memory, IOVA,
+and roughly which time.
+
+`rehearse` goes through the blocks as a `DmaMapper` would and collects what that would raise. It asks the space and the
+kernel what is left, and changes nothing in either.
+
+Source: the limits are `dma_entry_limit` and RLIMIT_MEMLOCK, as `vfio_dma_do_map` and `vfio_pin_pages_remote` in
+drivers/vfio/vfio_iommu_type1.c count them: one entry a mapping, every mapped page charged.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pyvfio.block import RamBlock
+from pyvfio.errors import EntryLimitError, IoctlError, PinLimitError, VfioError
+from pyvfio.iova import IovaAllocator
+from pyvfio.kernel import Kernel, Memlock
+from pyvfio.pieces import Policy
+from pyvfio.space import AddressSpace
+from pyvfio.type1_errors import describe_memlock
+from pyvfio.units import MIB, Iova, IovaRange, align_up, format_ranges, format_size
+
+_SAMPLE = 2 * MIB
+
+
+class BlockShape(NamedTuple):
+    """A RAM block that is to come; lengths in bytes. `iova`: where the caller will place it, if anywhere."""
+
+    idstr: str
+    used_length: int
+    max_length: int
+    iova: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedBlock:
+    """What one block will need. `iova` is None where no IOVA is left for it; `entries` are mappings at first,
+    `entries_most` at most, None where that depends on how often the block grows."""
+
+    idstr: str
+    used_length: int
+    max_length: int
+    iova: Iova | None
+    entries: int
+    entries_most: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a set of blocks will need, against what there is. A snapshot; `str()` of it is for people.
+
+    `shortages` are the errors that adding the blocks would raise, with their numbers and hints, and
+    `shortages_when_grown` those that would come when all blocks had grown to `max_length`. `seconds`: roughly, to map
+    `used_length` of all, where none of it is populated yet.
+    """
+
+    blocks: tuple[PlannedBlock, ...]
+    entries_left: int
+    memlock: Memlock
+    iova_ranges: tuple[IovaRange, ...]
+    seconds: float
+    shortages: tuple[VfioError, ...]
+    shortages_when_grown: tuple[VfioError, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether all blocks can be added."""
+        return not self.shortages
+
+    @property
+    def entries(self) -> int:
+        """Mappings that the blocks take at first."""
+        return sum(block.entries for block in self.blocks)
+
+    @property
+    def entries_most(self) -> int | None:
+        """Mappings that they take at most; None where that depends on how often they grow."""
+        most = [block.entries_most for block in self.blocks]
+        return None if None in most else sum(count for count in most if count is not None)
+
+    @property
+    def locked(self) -> int:
+        """Bytes that are locked for them at first."""
+        return sum(block.used_length for block in self.blocks)
+
+    @property
+    def locked_most(self) -> int:
+        """Bytes that are locked for them when all have grown to `max_length`."""
+        return sum(block.max_length for block in self.blocks)
+
+    def __str__(self) -> str:
+        most = "as many as they grow in" if self.entries_most is None else self.entries_most
+        limit = self.memlock.limit
+        allowed = "no limit" if limit is None or self.memlock.privileged else f"{format_size(limit)} allowed"
+        lines = [
+            f"{block.idstr}: {format_size(block.used_length)} of {format_size(block.max_length)} at "
+            f"{'no IOVA' if block.iova is None else f'IOVA {block.iova:#x}'}"
+            for block in self.blocks
+        ]
+        lines += [
+            f"mappings: {self.entries}, at most {most}; {self.entries_left} are left",
+            f"locked memory: {format_size(self.locked)}, at most {format_size(self.locked_most)}; "
+            f"{format_size(self.memlock.used)} are locked, {allowed}",
+            f"IOVA: {format_ranges(self.iova_ranges)}",
+            f"time: some {self.seconds:.2g} s",
+            *(f"does not fit: {error}" for error in self.shortages),
+            *(f"would not fit when grown: {error}" for error in self.shortages_when_grown),
+        ]
+        return "\n".join(lines)
+
+
+class Rehearsal:
+    """Stands in for an address space when IOVA is reserved: from what is free there, and without taking it."""
+
+    def __init__(self, space: AddressSpace) -> None:
+        self._allocator = IovaAllocator(space.free_iova, page_size=space.page_size)
+
+    def reserve_iova(self, size: int, *, alignment: int, offset: int, top_down: bool = False) -> Iova:
+        """As `AddressSpace.reserve_iova`."""
+        return self._allocator.reserve(size, alignment=alignment, offset=offset, top_down=top_down)
+
+    def reserve_iova_at(self, iova: int, size: int) -> Iova:
+        """As `AddressSpace.reserve_iova_at`."""
+        return self._allocator.reserve_at(iova, size)
+
+
+class Budget:
+    """The mappings that are left, and who may need how many of them."""
+
+    def __init__(self, policy: Policy, left: int) -> None:
+        self._policy = policy
+        self._left = left
+
+    def take(self, idstr: str, *, used_length: int, max_length: int) -> EntryLimitError | None:
+        """Have them for one more block; the error where there are too few, with the granule that would fit."""
+        granule = self._policy.granule
+        needed = self._policy.entries(used_length if granule is None else max_length)
+        left, self._left = self._left, self._left - needed
+        if needed <= left:
+            return None
+        error = EntryLimitError(
+            errno.ENOSPC,
+            f"RAM block '{idstr}' may need {needed} mappings"
+            + ("" if granule is None else f" of {format_size(granule)}")
+            + f", and {max(left, 0)} are left when all others have those they may need",
+            request="VFIO_IOMMU_MAP_DMA",
+            arguments={"max_length": max_length, **({} if granule is None else {"granule": granule})},
+            hint=self._hint(granule, left, max_length),
+        )
+        error.used, error.limit = needed, max(left, 0)
+        return error
+
+    @staticmethod
+    def _hint(granule: int | None, left: int, max_length: int) -> str:
+        if granule is None or left <= 0:
+            return "Remove blocks, or raise the module parameter vfio_iommu_type1.dma_entry_limit"
+        while -(-max_length // granule) > left:
+            granule *= 2
+        return f"The smallest granule that would fit is {format_size(granule)}"
+
+
+def rehearse(
+    space: AddressSpace,
+    blocks: Iterable[BlockShape | RamBlock],
+    *,
+    policy: Policy,
+    left: int,
+    threads: int,
+    reserve: Callable[[Rehearsal, BlockShape | RamBlock], Iova],
+) -> Plan:
+    """What `blocks` will need under `policy`, of `left` mappings; `reserve` finds the IOVA of each. See `Plan`.
+
+    Raises ValueError for lengths that can never be right. Cost: populates 2 MiB of memory of its own, to see how long
+    that takes.
+    """
+    wanted, planned = list(blocks), []
+    shortages: list[VfioError] = []
+    budget, rehearsal = Budget(policy, left), Rehearsal(space)
+    for shape in wanted:
+        _check(shape, policy, space.page_size)
+        shortage = budget.take(shape.idstr, used_length=shape.used_length, max_length=shape.max_length)
+        shortages += [] if shortage is None else [shortage]
+        iova = None
+        try:
+            iova = reserve(rehearsal, shape)
+        except IoctlError as error:
+            shortages.append(error)
+        planned.append(_planned(shape, iova, policy))
+    memlock = space.kernel.memlock()
+    used, most = (sum(getattr(shape, name) for shape in wanted) for name in ("used_length", "max_length"))
+    pin, pin_grown = _pin_shortage(memlock, used), _pin_shortage(memlock, most)
+    return Plan(
+        blocks=tuple(planned),
+        entries_left=left,
+        memlock=memlock,
+        iova_ranges=space.iova_ranges,
+        seconds=used / MIB * _seconds_per_mib(space.kernel) / max(1, min(threads, os.cpu_count() or 1)),
+        shortages=(*shortages, *([] if pin is None else [pin])),
+        shortages_when_grown=() if pin_grown is None else (pin_grown,),
+    )
+
+
+def _check(shape: BlockShape | RamBlock, policy: Policy, page_size: int) -> None:
+    if not 0 <= shape.used_length <= shape.max_length or shape.max_length == 0:
+        raise ValueError(
+            f"'{shape.idstr}': used_length {shape.used_length:#x} must be within max_length {shape.max_length:#x}, "
+            "which must not be 0"
+        )
+    if (shape.used_length | shape.max_length) % page_size:
+        raise ValueError(f"lengths of '{shape.idstr}' must be multiples of {page_size:#x}")
+    policy.check_length(shape.used_length, f"used_length of '{shape.idstr}'")
+
+
+def _planned(shape: BlockShape | RamBlock, iova: Iova | None, policy: Policy) -> PlannedBlock:
+    most = None if policy.resize == "extend" and policy.granule is None else policy.entries(shape.max_length)
+    return PlannedBlock(shape.idstr, shape.used_length, shape.max_length, iova, policy.entries(shape.used_length), most)
+
+
+def _pin_shortage(lock: Memlock, size: int) -> PinLimitError | None:
+    if lock.limit is None or lock.privileged or lock.used + size <= lock.limit:
+        return None
+    message, hint = describe_memlock(lock, size)
+    error = PinLimitError(errno.ENOMEM, message, request="VFIO_IOMMU_MAP_DMA", arguments={"size": size}, hint=hint)
+    error.limit, error.used, error.asked = lock.limit, lock.used, size
+    return error
+
+
+def _seconds_per_mib(kernel: Kernel) -> float:
+    """What populating memory takes on this machine now, which is most of a first map: zeroing outweighs pinning."""
+    size = 2 * _SAMPLE
+    whole = kernel.mmap(0, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        start = time.perf_counter()
+        ctypes.memset(align_up(whole, _SAMPLE), 0, _SAMPLE)
+        return (time.perf_counter() - start) / (_SAMPLE / MIB)
+    finally:
+        kernel.munmap(whole, size)

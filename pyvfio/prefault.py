@@ -1,0 +1,94 @@
+"""Populating memory before it is mapped, by several threads.
+
+Mapping memory pins it, and pages that are not there yet are then zeroed one after the other by the one thread that
+maps: most of what a first map takes. Populated beforehand they are zeroed by as many threads as are wanted, and the
+map finds them in place.
+
+Source: MADV_POPULATE_WRITE (madvise(2), Linux 5.14), which QEMU's `os_mem_prealloc` (util/oslib-posix.c) uses the same
+way.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import closing
+from functools import partial
+from typing import Protocol
+
+from pyvfio.errors import IoctlError
+from pyvfio.kernel import MADV_POPULATE_WRITE, Kernel
+from pyvfio.units import MIB, Vaddr, align_down, format_size
+
+logger = logging.getLogger(__name__)
+
+SLICE = 32 * MIB
+"""What one call populates: long enough to be worth a call, short enough for Ctrl-C and for a bar that moves."""
+
+
+class Report(Protocol):
+    """Told how far a change has come: `done` of `total` bytes."""
+
+    def __call__(self, done: int, total: int) -> None: ...
+
+
+def populate(
+    kernel: Kernel,
+    parts: Sequence[tuple[int, int]],
+    *,
+    vaddr: Vaddr,
+    threads: int,
+    report: Report | None = None,
+) -> None:
+    """Have pages behind all `parts`, (start, end) in bytes from `vaddr` on, by `threads` threads.
+
+    Nothing happens where the kernel cannot (EINVAL: before 5.14, or memory of a kind that has no pages): the map does
+    it then. Raises IoctlError when there are no pages, and what `report` raises, which is called by the caller's own
+    thread; calls that are under way are waited for. What has been populated by then stays.
+    """
+    slices = [piece for part in parts for piece in _slices(*part)]
+    total, done = sum(end - start for start, end in slices), 0
+    calls = [partial(_populate, kernel, vaddr + start, end - start) for start, end in slices]
+    with closing(_made(calls, threads)) as sizes:  # what is under way is waited for, whoever raises
+        for size in sizes:
+            done += size
+            if report is not None:
+                report(done, total)
+
+
+def _slices(start: int, end: int) -> Iterator[tuple[int, int]]:
+    while start < end:
+        stop = min(align_down(start + SLICE, SLICE), end)
+        yield start, stop
+        start = stop
+
+
+def _populate(kernel: Kernel, vaddr: int, size: int) -> int:
+    try:
+        kernel.madvise(vaddr, size, MADV_POPULATE_WRITE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise IoctlError.of(
+                error,
+                f"{format_size(size)} of memory could not be populated",
+                request="madvise",
+                arguments={"vaddr": vaddr, "size": size, "advice": MADV_POPULATE_WRITE},
+                hint="Free memory, look at the cgroup's limit (memory.max) and, for huge pages, at the pool "
+                "(vm.nr_hugepages)",
+            ) from error
+        logger.debug("%#x-%#x is left to the map to populate: %s", vaddr, vaddr + size - 1, error)
+    return size
+
+
+def _made(calls: Sequence[Callable[[], int]], threads: int) -> Generator[int, None, None]:
+    if threads < 2 or len(calls) < 2:
+        yield from (call() for call in calls)
+        return
+    executor = ThreadPoolExecutor(min(threads, len(calls)), thread_name_prefix="prefault")
+    try:
+        futures: list[Future[int]] = [executor.submit(call) for call in calls]
+        yield from (future.result() for future in as_completed(futures))
+    finally:
+        executor.shutdown(cancel_futures=True)

@@ -1,0 +1,54 @@
+"""How far a long change of a RAM block has come, for whoever waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+from pyvfio import prefault
+from pyvfio.block import RamBlock
+from pyvfio.extents import Extent
+from pyvfio.kernel import Kernel
+
+
+class Progress(NamedTuple):
+    """`step` of a change of `block` has come to `done` of `total` bytes."""
+
+    block: RamBlock
+    step: Literal["prefault", "map", "unmap"]
+    done: int
+    total: int
+
+
+ProgressCallback: TypeAlias = Callable[[Progress], None]
+"""Told of each piece that was populated, mapped or unmapped, under the lock of the block's list, so that it must return
+soon. What it raises, KeyboardInterrupt for instance, ends the change, and the block is as it was before."""
+
+
+class LongWork:
+    """The attendant of one block's changes: populates memory by `threads` threads before it is mapped (0: not at all),
+    and tells `callback` how far things have come."""
+
+    def __init__(self, kernel: Kernel, block: RamBlock, *, threads: int, callback: ProgressCallback | None) -> None:
+        self._kernel = kernel
+        self._block = block
+        self._threads = threads
+        self._callback = callback
+
+    def prepare(self, parts: Sequence[Extent]) -> None:
+        """`parts` are about to be mapped."""
+        if self._threads:
+            prefault.populate(
+                self._kernel, parts, vaddr=self._block.vaddr, threads=self._threads, report=self._prefaulted
+            )
+
+    def _prefaulted(self, done: int, total: int) -> None:
+        self._report("prefault", done, total)
+
+    def report(self, call: Literal["map", "unmap"], done: int, total: int) -> None:
+        """`done` of `total` bytes are mapped, or unmapped."""
+        self._report(call, done, total)
+
+    def _report(self, step: Literal["prefault", "map", "unmap"], done: int, total: int) -> None:
+        if self._callback is not None:
+            self._callback(Progress(self._block, step, done, total))

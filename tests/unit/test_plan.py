@@ -1,0 +1,178 @@
+"""A plan says what adding blocks would do, and does nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+
+import pyvfio
+from pyvfio import BlockShape
+from pyvfio.testing.fake import FakeDevice, FakeKernel
+from pyvfio.units import GIB, MIB, PAGE_SIZE
+from tests.unit.fakes import BDF, Rig, SpecialKernel, requests, small_iommu
+
+GRANULES = partial(pyvfio.DmaMapper, resize="extend", granule=2 * MIB)
+EXTENDS = partial(pyvfio.DmaMapper, resize="extend")
+
+
+@pytest.fixture
+def kernel() -> Iterator[SpecialKernel]:
+    """With one device."""
+    with SpecialKernel(groups=[(2, [FakeDevice(BDF)])]) as made:
+        yield made
+
+
+SHAPES = [BlockShape("a", 4 * MIB, 64 * MIB), BlockShape("b", 0, GIB), BlockShape("c", PAGE_SIZE, 3 * PAGE_SIZE)]
+
+
+def test_what_is_planned_is_what_comes(kernel: SpecialKernel) -> None:
+    """The IOVA of each block, the mappings and the locked memory of all."""
+    kernel.privileged = False
+    kernel.memlock_limit = GIB
+    with Rig(kernel) as rig:
+        rig.add("earlier")
+        former = kernel.memlock().used
+        plan = rig.mapper.plan(SHAPES)
+        left = rig.container.entries_left
+        blocks = [
+            rig.blocks.add(shape.idstr, used_length=shape.used_length, max_length=shape.max_length) for shape in SHAPES
+        ]
+        assert [planned.iova for planned in plan.blocks] == [rig.mapper.iova(block) for block in blocks]
+        assert (plan.entries_left, plan.entries) == (left, left - rig.container.entries_left)
+        assert (plan.memlock.used, plan.locked) == (former, kernel.memlock().used - former)
+        assert plan.fits
+        assert plan.iova_ranges == rig.container.iova_ranges
+
+
+def test_a_plan_changes_nothing(kernel: SpecialKernel) -> None:
+    """It asks the container for its info, and has memory of its own for a moment."""
+    with Rig(kernel) as rig:
+        rig.add("earlier")
+        reserved, reached = rig.container.allocator.reservations, rig.reached()
+        kernel.clear_trace()
+        rig.mapper.plan(SHAPES)
+        assert set(requests(kernel.trace)) == {"VFIO_IOMMU_GET_INFO", "memlock", "mmap", "munmap"}
+        assert (rig.container.allocator.reservations, rig.reached()) == (reserved, reached)
+        rig.check()
+
+
+def test_a_plan_takes_blocks_that_are_there_already(kernel: SpecialKernel) -> None:
+    """Those of a list that no mapper follows, placed where the mapper's `place` wants them."""
+    with Rig(kernel) as rig, pyvfio.RamBlockList(kernel=kernel) as blocks:
+        block = blocks.add("here", used_length=MIB, max_length=GIB)
+        with pyvfio.DmaMapper(rig.container, place=lambda _block: 0x4000_0000) as mapper:
+            (planned,) = mapper.plan([block]).blocks
+            assert planned == pyvfio.PlannedBlock("here", MIB, GIB, pyvfio.Iova(0x4000_0000), 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("factory", "entries", "most"), [(pyvfio.DmaMapper, 1, 1), (EXTENDS, 1, None), (GRANULES, 2, 32)]
+)
+def test_how_many_mappings_a_block_takes_depends_on_how_it_is_resized(
+    kernel: SpecialKernel, factory: partial[pyvfio.DmaMapper], entries: int, most: int | None
+) -> None:
+    """One, one for each time that it grows, or one for each granule."""
+    with Rig(kernel, mapper=factory) as rig:
+        plan = rig.mapper.plan([BlockShape("a", 4 * MIB, 64 * MIB), BlockShape("b", 0, 64 * MIB)])
+        assert [(block.entries, block.entries_most) for block in plan.blocks] == [(entries, most), (0, most)]
+        assert (plan.entries, plan.entries_most) == (entries, None if most is None else 2 * most)
+
+
+def test_what_does_not_fit_is_said_as_adding_it_would() -> None:
+    """The same error, with the same numbers, for mappings, for IOVA and for locked memory."""
+    kernel = FakeKernel(iommu=small_iommu(40), groups=[(2, [FakeDevice(BDF)])])
+    kernel.memlock_limit = 8 * MIB
+    with kernel, Rig(kernel, mapper=GRANULES) as rig:
+        plan = rig.mapper.plan(
+            [
+                BlockShape("fits", 2 * MIB, 64 * MIB),
+                BlockShape("too many", 2 * MIB, 64 * MIB),
+                BlockShape("too long", 0, 1 << 40),
+                BlockShape("too much", 6 * MIB, 6 * MIB),
+            ]
+        )
+        assert not plan.fits
+        kinds = [type(error) for error in plan.shortages]
+        assert kinds == [
+            pyvfio.EntryLimitError,
+            pyvfio.EntryLimitError,
+            pyvfio.IovaRangeError,
+            pyvfio.EntryLimitError,
+            pyvfio.PinLimitError,
+        ]
+        rig.add("fits", used=2 * MIB, maximum=64 * MIB)
+        with pytest.raises(pyvfio.EntryLimitError) as raised:
+            rig.add("too many", used=2 * MIB, maximum=64 * MIB)
+        assert str(raised.value) == str(plan.shortages[0])
+        assert "smallest granule that would fit is 8 MiB" in str(raised.value)
+        rig.check()
+
+
+def test_memory_that_can_be_locked_now_may_not_be_when_all_has_grown(kernel: SpecialKernel) -> None:
+    """Both are said, and the first alone decides whether the blocks fit."""
+    kernel.privileged = False
+    kernel.memlock_limit = 8 * MIB
+    with Rig(kernel) as rig:
+        plan = rig.mapper.plan([BlockShape("a", 4 * MIB, 64 * MIB)])
+        assert plan.fits
+        (later,) = plan.shortages_when_grown
+        assert isinstance(later, pyvfio.PinLimitError)
+        assert (later.limit, later.used, later.asked) == (8 * MIB, 0, 64 * MIB)
+        assert "does not fit" not in str(plan)
+        assert "would not fit when grown" in str(plan)
+
+
+def test_with_privilege_no_memory_is_too_much(kernel: SpecialKernel) -> None:
+    """CAP_IPC_LOCK lifts the limit."""
+    kernel.privileged = True
+    kernel.memlock_limit = PAGE_SIZE
+    with Rig(kernel) as rig:
+        plan = rig.mapper.plan([BlockShape("a", 4 * MIB, 64 * MIB)])
+        assert (plan.shortages, plan.shortages_when_grown) == ((), ())
+        assert "no limit" in str(plan)
+
+
+def test_iova_that_the_caller_chose_is_looked_at(kernel: SpecialKernel) -> None:
+    """It is where the block will be, or why it will not."""
+    with Rig(kernel) as rig:
+        plan = rig.mapper.plan(
+            [BlockShape("a", 0, MIB, iova=0x4000_0000), BlockShape("b", 0, MIB, iova=0x4000_0000 + MIB - PAGE_SIZE)]
+        )
+        assert [block.iova for block in plan.blocks] == [0x4000_0000, None]
+        (error,) = plan.shortages
+        assert isinstance(error, pyvfio.IovaOverlapError)
+
+
+@pytest.mark.parametrize("shape", [BlockShape("a", 2, 1), BlockShape("a", 0, 0), BlockShape("a", 1, PAGE_SIZE)])
+def test_lengths_that_can_never_be_right_are_refused(kernel: SpecialKernel, shape: BlockShape) -> None:
+    """Before anything is asked."""
+    with Rig(kernel) as rig, pytest.raises(ValueError, match="'a'"):
+        rig.mapper.plan([shape])
+
+
+def test_a_plan_can_be_read(kernel: SpecialKernel) -> None:
+    """A line for each block, for each of the things that may run out, and for the time."""
+    with Rig(kernel, mapper=GRANULES) as rig:
+        text = str(rig.mapper.plan([BlockShape("a", 4 * MIB, 64 * MIB), BlockShape("b", 0, GIB)]))
+    lines = text.split("\n")
+    assert lines[0].startswith("a: 4 MiB of 64 MiB at IOVA 0x")
+    assert lines[2] == "mappings: 2, at most 544; 65535 are left"
+    assert lines[3].startswith("locked memory: 4 MiB, at most 1088 MiB; 0 bytes are locked")
+    assert lines[5].startswith("time: some ")
+
+
+def test_a_longer_block_takes_more_time(kernel: SpecialKernel) -> None:
+    """Seconds grow with what is used, from none for nothing; what is only reserved takes none."""
+    with Rig(kernel) as rig:
+        assert rig.mapper.plan([BlockShape("a", 0, GIB)]).seconds == 0
+        assert rig.mapper.plan([BlockShape("a", GIB, GIB)]).seconds > 0
+
+
+def test_a_closed_mapper_plans_nothing(kernel: SpecialKernel) -> None:
+    """As it does nothing else."""
+    with Rig(kernel) as rig:
+        rig.mapper.close()
+        with pytest.raises(pyvfio.ClosedError):
+            rig.mapper.plan([])

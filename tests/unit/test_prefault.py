@@ -1,0 +1,237 @@
+"""Memory is populated before it is mapped, by several threads, and whoever waits is told how far it has come."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+
+import pyvfio
+from pyvfio import Progress
+from pyvfio.kernel import MADV_POPULATE_WRITE
+from pyvfio.prefault import SLICE
+from pyvfio.testing.fake import FakeDevice
+from pyvfio.units import MIB, PAGE_SIZE
+from tests.unit.fakes import BDF, Interrupt, Rig, SpecialKernel
+
+PREFAULTS = partial(pyvfio.DmaMapper, prefault=1)
+IN_GRANULES = partial(pyvfio.DmaMapper, resize="extend", granule=2 * MIB)
+
+
+class PopulatingKernel(SpecialKernel):
+    """Knows what it was told to populate, and by which thread. With `together`, two such calls wait for each other."""
+
+    def __init__(self, *, together: bool = False) -> None:
+        super().__init__(groups=[(2, [FakeDevice(BDF)])])
+        self.populated: list[tuple[int, int]] = []
+        self.threads: set[int] = set()
+        self._barrier = threading.Barrier(2) if together else None
+
+    def madvise(self, vaddr: int, size: int, advice: int) -> None:
+        """As told."""
+        if advice == MADV_POPULATE_WRITE:
+            self.populated.append((vaddr, size))
+            self.threads.add(threading.get_ident())
+            if self._barrier is not None:
+                self._barrier.wait(timeout=60)
+        super().madvise(vaddr, size, advice)
+
+
+@pytest.fixture
+def kernel() -> Iterator[PopulatingKernel]:
+    """With one device."""
+    with PopulatingKernel() as made:
+        yield made
+
+
+def calls(kernel: SpecialKernel) -> list[str]:
+    """What was populated and mapped, in order."""
+    names = {"VFIO_IOMMU_MAP_DMA": "map", "VFIO_IOMMU_UNMAP_DMA": "unmap"}
+    found = []
+    for call in kernel.trace:
+        if call.request in names:
+            found.append(names[call.request])
+        elif call.call == "madvise" and MADV_POPULATE_WRITE in call.arguments.values():
+            found.append("populate")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ({}, ["populate", "unmap", "map"]),
+        ({"resize": "extend"}, ["populate", "map"]),
+        ({"resize": "extend", "granule": 2 * MIB}, ["populate", "map", "map"]),
+    ],
+    ids=["remap", "extend", "granule"],
+)
+def test_what_is_new_is_populated_before_anything_is_unmapped_or_mapped(
+    kernel: PopulatingKernel, policy: dict[str, object], expected: list[str]
+) -> None:
+    """Not what was mapped before, and not what is given back: so that a remap's gap is no longer than it must be."""
+    with Rig(kernel, mapper=partial(pyvfio.DmaMapper, prefault=1, **policy)) as rig:  # type: ignore[arg-type]
+        block = rig.add(used=4 * MIB, maximum=64 * MIB)
+        kernel.clear_trace()
+        kernel.populated.clear()
+        block.resize(8 * MIB)
+        assert calls(kernel) == expected
+        assert kernel.populated == [(block.vaddr + 4 * MIB, 4 * MIB)]
+        block.resize(2 * MIB)
+        assert kernel.populated == [(block.vaddr + 4 * MIB, 4 * MIB)]
+        rig.check()
+
+
+def test_what_was_discarded_is_populated_when_it_comes_back(kernel: PopulatingKernel) -> None:
+    """And nothing else of the block."""
+    with Rig(kernel, mapper=partial(PREFAULTS, resize="extend", granule=PAGE_SIZE)) as rig:
+        block = rig.add(used=4 * PAGE_SIZE)
+        block.discard(PAGE_SIZE, PAGE_SIZE)
+        kernel.populated.clear()
+        block.populate(0, 4 * PAGE_SIZE)
+        assert kernel.populated == [(block.vaddr + PAGE_SIZE, PAGE_SIZE)]
+
+
+def test_without_prefault_nothing_is_populated(kernel: PopulatingKernel) -> None:
+    """The map does it."""
+    with Rig(kernel) as rig:
+        rig.add(used=4 * MIB, maximum=64 * MIB)
+        assert kernel.populated == []
+
+
+def test_several_threads_populate_at_once() -> None:
+    """Two calls that wait for each other both come to their end; the slices make up what is new, each once."""
+    two = partial(pyvfio.DmaMapper, prefault=2)
+    with PopulatingKernel(together=True) as kernel, Rig(kernel, mapper=two) as rig:
+        block = rig.add(used=2 * SLICE, maximum=4 * SLICE)
+        assert sorted(kernel.populated) == [(block.vaddr, SLICE), (block.vaddr + SLICE, SLICE)]
+        assert len(kernel.threads) == 2
+        rig.check()
+
+
+def test_slices_begin_at_multiples_of_their_size(kernel: PopulatingKernel) -> None:
+    """So that no large page is cut in two."""
+    with Rig(kernel, mapper=PREFAULTS) as rig:
+        block = rig.add(used=PAGE_SIZE, maximum=4 * SLICE)
+        kernel.populated.clear()
+        block.resize(2 * SLICE + PAGE_SIZE)
+        start = block.vaddr
+        assert kernel.populated == [
+            (start + PAGE_SIZE, SLICE - PAGE_SIZE),
+            (start + SLICE, SLICE),
+            (start + 2 * SLICE, PAGE_SIZE),
+        ]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_memory_that_cannot_be_had_is_an_error_before_anything_is_mapped(
+    kernel: PopulatingKernel, threads: int
+) -> None:
+    """With a hint; the block is as it was, and grows when there is memory again."""
+    with Rig(kernel, mapper=partial(pyvfio.DmaMapper, prefault=threads)) as rig:
+        block = rig.add(used=2 * MIB, maximum=4 * SLICE)
+        kernel.clear_trace()
+        kernel.fail(call="madvise", errno=errno.ENOMEM)
+        with pytest.raises(pyvfio.IoctlError, match=r"madvise.*ENOMEM.*could not be populated.*memory\.max"):
+            block.resize(3 * SLICE)
+        assert block.used_length == 2 * MIB
+        assert "map" not in calls(kernel)
+        rig.check()
+        block.resize(3 * SLICE)
+        assert rig.reached() == rig.expected()
+
+
+def test_a_kernel_that_cannot_populate_maps_all_the_same(kernel: PopulatingKernel) -> None:
+    """EINVAL, before 5.14: the map zeroes the pages then."""
+    with Rig(kernel, mapper=PREFAULTS) as rig:
+        block = rig.add(used=2 * MIB, maximum=64 * MIB)
+        kernel.fail(call="madvise", errno=errno.EINVAL)
+        block.resize(8 * MIB)
+        assert rig.reached() == rig.expected()
+        rig.check()
+
+
+def test_a_negative_number_of_threads_is_refused(kernel: PopulatingKernel) -> None:
+    """Before anything is mapped."""
+    with Rig(kernel) as rig, pytest.raises(ValueError, match="a number of threads, not -1"):
+        pyvfio.DmaMapper(rig.container, prefault=-1)
+
+
+# ------------------------------------------------------------------------------------------------------- progress
+
+
+def test_each_piece_is_reported_when_it_is_done(kernel: PopulatingKernel) -> None:
+    """Populated, mapped and unmapped bytes, each from what it begins with to the whole."""
+    told: list[Progress] = []
+    with Rig(kernel, mapper=partial(IN_GRANULES, prefault=1, progress=told.append)) as rig:
+        block = rig.add(used=0, maximum=64 * MIB)
+        block.resize(6 * MIB)
+        assert told == [
+            Progress(block, "prefault", 6 * MIB, 6 * MIB),
+            *(Progress(block, "map", done * 2 * MIB, 6 * MIB) for done in (1, 2, 3)),
+        ]
+        told.clear()
+        block.resize(2 * MIB)
+        assert told == [Progress(block, "unmap", 4 * MIB, 4 * MIB)]
+        told.clear()
+        block.remove()
+        assert told == [Progress(block, "unmap", 2 * MIB, 2 * MIB)]
+
+
+def test_a_callback_that_raises_ends_the_change_between_pieces(kernel: PopulatingKernel) -> None:
+    """Two of four pieces were mapped, and are unmapped again; the block is as it was."""
+
+    def enough(progress: Progress) -> None:
+        if progress.done == 4 * MIB:
+            raise Interrupt
+
+    with Rig(kernel, mapper=partial(IN_GRANULES, progress=enough)) as rig:
+        block = rig.add(used=0, maximum=64 * MIB)
+        kernel.clear_trace()
+        with pytest.raises(Interrupt):
+            block.resize(8 * MIB)
+        assert calls(kernel) == ["map", "map", "unmap"]
+        assert (block.used_length, rig.reached()) == (0, [])
+        rig.check()
+        block.resize(2 * MIB)
+        assert rig.reached() == rig.expected()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_callback_that_raises_while_memory_is_populated_leaves_the_block_as_it_was(
+    kernel: PopulatingKernel, threads: int
+) -> None:
+    """Calls that are under way come to their end first; those that are not are never made."""
+
+    def enough(progress: Progress) -> None:
+        raise Interrupt
+
+    with Rig(kernel, mapper=partial(pyvfio.DmaMapper, prefault=threads, progress=enough)) as rig:
+        block = rig.add(used=0, maximum=16 * SLICE)
+        with pytest.raises(Interrupt):
+            block.resize(16 * SLICE)
+        made = len(kernel.populated)
+        assert 1 <= made < 16
+        assert threading.active_count() == 1
+        assert (block.used_length, rig.reached()) == (0, [])
+        rig.check()
+        assert resident(block.vaddr, 16 * SLICE) == 0
+
+
+def resident(vaddr: int, size: int) -> int:
+    """Bytes of this process's memory there that have pages (/proc/self/pagemap)."""
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        pagemap.seek(vaddr // PAGE_SIZE * 8)
+        entries = memoryview(pagemap.read(size // PAGE_SIZE * 8)).cast("Q")
+        return sum(entry >> 63 for entry in entries) * PAGE_SIZE
+
+
+def test_populated_memory_has_pages(kernel: PopulatingKernel) -> None:
+    """The kernel says so; without prefault there are none, since the fake's map pins nothing."""
+    with Rig(kernel, mapper=PREFAULTS) as rig:
+        block = rig.add(used=4 * MIB, maximum=64 * MIB)
+        assert resident(block.vaddr, 4 * MIB) == 4 * MIB
+    assert os.path.exists("/proc/self/pagemap")
