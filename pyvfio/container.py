@@ -448,7 +448,8 @@ class Container(Handle):
         Raises ValueError before any system call for what can never be right; otherwise as `map_dma`. All or nothing.
         Cost: the kernel pins every page: some 30 ns each where they are there, and zeroing where they are not.
         """
-        self._check_arguments(vaddr | iova | size, iova, size)
+        if size <= 0 or iova < 0 or (vaddr | iova | size) & (self.allocator.page_size - 1) or iova + size - 1 > U64_MAX:
+            raise self._misaligned(iova, size)
         if vaddr < 0 or vaddr + size - 1 > U64_MAX:  # ctypes would cut it to 64 bits
             raise ValueError(f"no process has {size:#x} bytes at vaddr {vaddr:#x}")
         if not (read or write):
@@ -486,7 +487,8 @@ class Container(Handle):
 
         Raises UnmapSizeError when the kernel says another number, IoctlError when it refuses.
         """
-        self._check_arguments(iova | size, iova, size)
+        if size <= 0 or iova < 0 or (iova | size) & (self.allocator.page_size - 1) or iova + size - 1 > U64_MAX:
+            raise self._misaligned(iova, size)
         with self._lock:
             if self.closed and not self._table.overlapping(iova=iova, size=size):
                 return  # close() has unmapped it
@@ -511,13 +513,11 @@ class Container(Handle):
             raise UnmapSizeError(iova=iova, asked=size, unmapped=unmapped, known=known)
         self._table.discard(iova=iova, size=size)
 
-    def _check_arguments(self, joined: int, iova: int, size: int) -> None:
-        page_size = self.allocator.page_size
-        if size <= 0 or iova < 0 or joined & (page_size - 1) or iova + size - 1 > U64_MAX:
-            raise ValueError(
-                f"addresses and size must be multiples of {page_size:#x}, the size above 0 and the end within 64 "
-                f"bits: iova {iova:#x}, size {size:#x}"
-            )
+    def _misaligned(self, iova: int, size: int) -> ValueError:
+        return ValueError(
+            f"addresses and size must be multiples of {self.page_size:#x}, the size above 0 and the end within 64 "
+            f"bits: iova {iova:#x}, size {size:#x}"
+        )
 
     # ------------------------------------------------------------------------------------------------ the end
 

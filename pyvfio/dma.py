@@ -227,9 +227,8 @@ class DmaMapper(BufferMapper):
         """
         del old_length  # the window knows what it reaches
         with self._lock:
-            self._check_open()
             followed = self._find(block)
-            if not 0 <= new_length <= block.max_length:
+            if not 0 <= new_length <= followed.window.size:
                 raise ValueError(f"{new_length:#x} is not within max_length {block.max_length:#x} of '{block.idstr}'")
             self._policy.check_length(new_length, "used_length")
             self._change(followed, block._populated(new_length))
@@ -277,6 +276,7 @@ class DmaMapper(BufferMapper):
 
     def _find(self, block: RamBlock) -> _Followed:
         if (followed := self._search(block)) is None:
+            self._check_open()
             raise ValueError(f"RAM block '{block.idstr}' is not followed by this mapper")
         return followed
 
@@ -291,7 +291,6 @@ class DmaMapper(BufferMapper):
         """Where `block` begins for the device; it stays there until the block is removed. Raises ValueError when the
         block is not followed, ClosedError."""
         with self._lock:
-            self._check_open()
             return self._find(block).window.iova
 
     def _find_vaddr(self, vaddr: int, size: int) -> Iova | None:

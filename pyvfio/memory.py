@@ -190,7 +190,8 @@ class Reservation:
         Raises IoctlError (ENOMEM: the commit limit, RLIMIT_DATA or RLIMIT_AS is reached); then nothing has changed,
         /proc/self/maps included.
         """
-        self._check_open()
+        if self.vaddr == 0:
+            raise self._released()
         if not self._length < length <= self.max_length:
             raise ValueError(f"cannot activate {length:#x} bytes: {self._length:#x} are, of {self.max_length:#x}")
         stale = self._touched
@@ -307,7 +308,11 @@ class Reservation:
 
     def _check_open(self) -> None:
         if self.vaddr == 0:
-            raise ClosedError("this memory has been released")
+            raise self._released()
+
+    @staticmethod
+    def _released() -> ClosedError:
+        return ClosedError("this memory has been released")
 
     def _check(self) -> None:
         assert is_aligned(self.vaddr, ALIGNMENT)

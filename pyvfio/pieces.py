@@ -29,6 +29,9 @@ from pyvfio.extents import Extent, clip, runs, total, without
 from pyvfio.space import AddressSpace, Mapping
 from pyvfio.units import Iova, Vaddr, format_size, is_power_of_two
 
+Step: TypeAlias = tuple[Literal["map", "unmap"], tuple[int, int]]
+"""One call: a piece that is mapped, or a run of whole pieces that is unmapped; an Extent, or as plain a pair."""
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -54,20 +57,16 @@ class Policy:
         if self.granule is not None and length & (self.granule - 1):
             raise ValueError(f"{what} must be a multiple of the granule {self.granule:#x}, not {length:#x}")
 
-    def cut(self, start: int, end: int) -> list[tuple[int, int]]:
-        """The pieces that [start, end) is mapped in."""
-        if self.granule is None:
-            return [(start, end)]
-        return [(piece, piece + self.granule) for piece in range(start, end, self.granule)]
+    def maps(self, start: int, end: int) -> list[Step]:
+        """The calls that map [start, end), a piece each."""
+        if self.granule is None or end - start == self.granule:
+            return [("map", (start, end))]
+        return [("map", (piece, piece + self.granule)) for piece in range(start, end, self.granule)]
 
     def entries(self, length: int) -> int:
         """How many mappings a block may need that is at most `length` long and never discarded in part: one, where
         pieces can be joined."""
         return -(-length // self.granule) if self.granule else min(length, 1)
-
-
-Step: TypeAlias = tuple[Literal["map", "unmap"], tuple[int, int]]
-"""One call: a piece that is mapped, or a run of whole pieces that is unmapped; an Extent, or as plain a pair."""
 
 
 def steps(mapped: Sequence[Extent], wanted: Sequence[Extent], policy: Policy) -> list[Step]:
@@ -93,7 +92,8 @@ def steps(mapped: Sequence[Extent], wanted: Sequence[Extent], policy: Policy) ->
         # Each head again at once, so that it is out of reach for no longer than its own map takes.
         calls += [("unmap", piece), *(("map", extent) for extent in inside)]
     calls += [("unmap", run) for run in runs(gone)]
-    calls += [("map", piece) for extent in new for piece in policy.cut(*extent)]
+    for extent in new:
+        calls += policy.maps(*extent)
     return calls
 
 
@@ -227,7 +227,7 @@ class Window:
         if policy.resize == "remap" or self._reached is None:
             region = Extent(0, self.size)
         elif grown := _growth(self._reached, wanted):  # what happens most: nothing is there, and nothing goes
-            return grown, [], [("map", piece) for piece in policy.cut(*grown)]
+            return grown, [], policy.maps(*grown)
         else:
             region = _difference(self._reached, wanted)
         before = self.pieces(region)

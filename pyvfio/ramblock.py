@@ -24,8 +24,9 @@ import threading
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
-from typing import ParamSpec, Self, TypeVar
+from typing import Self, TypeVar
 
 from pyvfio.block import RamBlock, ResizedCallback
 from pyvfio.discards import DiscardGuard
@@ -61,7 +62,6 @@ __all__ = ["RamBlock", "RamBlockList", "RamBlockNotifier", "ResizedCallback"]
 
 logger = logging.getLogger(__name__)
 
-_Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 _KEEP_MEMORY = (RollbackError, UnmapSizeError)  # after these nobody knows what a device still reaches
@@ -152,12 +152,14 @@ class RamBlockList:
         if not used <= maximum or maximum == 0:
             raise ValueError(f"used_length {used:#x} must be at most max_length {maximum:#x}, which must not be 0")
         block = self._change(
-            self._add,
-            idstr,
-            used_length=used,
-            max_length=maximum,
-            settings=settings or MemorySettings(),
-            resized=resized,
+            partial(
+                self._add,
+                idstr,
+                used_length=used,
+                max_length=maximum,
+                settings=settings or MemorySettings(),
+                resized=resized,
+            )
         )
         logger.debug("added %s", block)
         return block
@@ -207,7 +209,7 @@ class RamBlockList:
         Raises BufferError while a view of it lives, ValueError when it is not in this list, and whatever a notifier
         raises; then the block stays, and those who were told are told that it is there.
         """
-        self._change(self._remove, block)
+        self._change(partial(self._remove, block))
         logger.debug("removed %s", block)
 
     def _remove(self, block: RamBlock) -> None:
@@ -233,7 +235,7 @@ class RamBlockList:
             raise TypeError(
                 f"{notifier!r} has none of ram_block_added, _removed, _resized, nor both of _discarded and _populated"
             )
-        self._change(self._add_notifier, notifier)
+        self._change(partial(self._add_notifier, notifier))
 
     def _add_notifier(self, notifier: RamBlockNotifier) -> None:
         if any(known is notifier for known in self._notifiers):
@@ -255,7 +257,7 @@ class RamBlockList:
         Raises ValueError when it is not in the list, and whatever it raises; then it stays, and is told again of the
         blocks that it was told are gone.
         """
-        self._change(self._remove_notifier, notifier)
+        self._change(partial(self._remove_notifier, notifier))
 
     def _remove_notifier(self, notifier: RamBlockNotifier) -> None:
         if not any(known is notifier for known in self._notifiers):
@@ -279,7 +281,7 @@ class RamBlockList:
         new = _length(used_length, "used_length")
         if new > block._max_length:
             raise ValueError(f"used_length {new:#x} is above max_length {block.max_length:#x} of '{block.idstr}'")
-        kept = self._change(self._resize_to, block, new)
+        kept = self._change(partial(self._resize_to, block, new))
         if kept is not None:
             # Last, since a program may have made warnings errors: by now everything is in order.
             warnings.warn(
@@ -300,8 +302,9 @@ class RamBlockList:
                 self._grow(block, old, new)
             else:
                 kept = self._shrink(block, old, new)
-        finally:
+        except BaseException:
             block._agree()
+            raise
         logger.debug("resized %s from %#x", block, old)
         return kept
 
@@ -325,7 +328,7 @@ class RamBlockList:
         return None
 
     def _discard(self, block: RamBlock, offset: int, size: int) -> None:
-        kept = self._change(self._discard_parts, block, offset, size)
+        kept = self._change(partial(self._discard_parts, block, offset, size))
         for error in kept:
             warnings.warn(
                 f"memory of RAM block '{block.idstr}' was discarded, but not given back: {error}. It reads zeros, and "
@@ -365,7 +368,7 @@ class RamBlockList:
         return failures
 
     def _populate(self, block: RamBlock, offset: int, size: int) -> None:
-        self._change(self._populate_parts, block, offset, size)
+        self._change(partial(self._populate_parts, block, offset, size))
 
     def _populate_parts(self, block: RamBlock, offset: int, size: int) -> None:
         wanted = _part(block, offset, size)
@@ -402,9 +405,7 @@ class RamBlockList:
             undo_all([(notifier, event) for notifier in notifiers], error, event)
             raise
 
-    def _change(
-        self, action: Callable[_Arguments, _Result], *given: _Arguments.args, **named: _Arguments.kwargs
-    ) -> _Result:
+    def _change(self, action: Callable[[], _Result]) -> _Result:
         # Not a context manager: a signal handler that raises between its entry and the block would leave it entered.
         if os.getpid() != self._pid:
             raise ForkedError("this list of RAM blocks", owner=self._pid)
@@ -413,7 +414,7 @@ class RamBlockList:
                 raise self._reentered()
             try:
                 self._changing = True
-                return action(*given, **named)
+                return action()
             finally:
                 self._changing = False
 
