@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pyvfio import pci
-from pyvfio.cli import resize_cost
+from pyvfio.cli import bars, resize_cost
 from pyvfio.cli.common import FAILED, OK, Json, complain, print_json, print_table, run
 from pyvfio.cli.main_job import iommu_name
 from pyvfio.cli.resize_cost import POLICIES, STEP, Cost
@@ -95,13 +95,18 @@ def _measure(world: World, bdf: str, options: argparse.Namespace, bare: Path | N
         found = resize_cost.measure_bare(bare, node, sizes=options.sizes, repeat=options.repeat)
         bares = {(policy, size): cost for policy, size, cost in found}
     rows = []
-    with open_device(bdf, kernel=world.kernel) as device:
+    steps = len(POLICIES) * len(options.sizes)
+    with (
+        open_device(bdf, kernel=world.kernel) as device,
+        bars.bar(steps, what="measuring", unit="row", shown=options.bars or None) as advance,
+    ):
         for policy in POLICIES:
             # The interpreter specializes what it has run some times; that is not to be part of the first row.
             resize_cost.measure(device.container, policy, size=STEP, repeat=_WARM_UP)
             for size in options.sizes:
                 cost = resize_cost.measure(device.container, policy, size=size, repeat=options.repeat)
                 rows.append(Row(policy, size, cost, bares.get((policy, size))))
+                advance(1)
     return rows
 
 
@@ -168,11 +173,12 @@ def _report(rows: Sequence[Row], verdicts: Sequence[Verdict], world: World, *, i
 def _run_in_vm(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     kernel, iommu = options.kernel or "6.12", options.iommu or "intel"
     print(f"{NAME}: measuring on kernel {kernel} with {iommu} IOMMU; some minutes", file=sys.stderr, flush=True)
+    shown = [bars.HIDDEN_OPTION] if bars.wanted() else []
     with tempfile.TemporaryDirectory(prefix="pyvfio-bench-") as directory:
         program = resize_cost.compile_bare(Path(directory))
         try:
             result = vm.run(
-                [sys.executable, "-m", "pyvfio.cli.bench", *arguments, "--guest", str(program)],
+                [sys.executable, "-m", "pyvfio.cli.bench", *arguments, "--guest", str(program), *shown],
                 kernel=kernel,
                 iommu=iommu,
                 icount=True,
@@ -259,6 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="for programs")
     add("--check", action="store_true", help="exit status 1 when something that must hold does not; not with --fake")
     add("--guest", type=Path, help=argparse.SUPPRESS)
+    add(bars.HIDDEN_OPTION, action="store_true", help=argparse.SUPPRESS)
     return parser
 
 

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from pyvfio import pci
+from pyvfio.cli.bars import bar
 from pyvfio.cli.common import FAILED, OK, run
 from pyvfio.kernel import LinuxKernel
 from pyvfio.testing import differential, kernels, sequences, vm
@@ -132,14 +133,16 @@ def _differing(
     episodes: Sequence[Episode], recorded: Iterator[Outcome], stage: FakeStage
 ) -> Iterator[tuple[Episode, str]]:
     """Each episode on which the fake differs, cut behind the difference, and what the difference looks like."""
-    for episode in episodes:
-        real = list(islice(recorded, len(episode.ops)))
-        found = differential.first_difference(real, differential.play(stage, episode))
-        if found is not None:
-            number, one, other = found
-            op = episode.ops[number]
-            look = f"{op.call} {op.request}: errno {one.errno} or {other.errno}, value {one.value} or {other.value}"
-            yield episode._replace(ops=episode.ops[: number + 1]), look
+    with bar(len(episodes), what="comparing", unit="episode") as advance:
+        for episode in episodes:
+            real = list(islice(recorded, len(episode.ops)))
+            found = differential.first_difference(real, differential.play(stage, episode))
+            advance(1)
+            if found is not None:
+                number, one, other = found
+                op = episode.ops[number]
+                look = f"{op.call} {op.request}: errno {one.errno} or {other.errno}, value {one.value} or {other.value}"
+                yield episode._replace(ops=episode.ops[: number + 1]), look
 
 
 def _report(machine: _Machine, found: Sequence[Episode], options: argparse.Namespace) -> None:
