@@ -1,7 +1,6 @@
 """A device at work while a block is resized, processes that die in the middle of it, and a Ctrl-C: who loses what.
 
-QEMU's `edu` moves all bytes of a transfer at one instant, some 100 ms after it was told to; a transfer counts as lost
-when its data did not arrive.
+What the device does meanwhile, and what counts as lost, is in `pyvfio.testing.under_fire`.
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ import pytest
 
 import pyvfio
 from pyvfio.kernel import Kernel
+from pyvfio.testing.under_fire import copy_meanwhile
 from pyvfio.testing.world import World
 from pyvfio.units import GIB, MIB, PAGE_SIZE
 from tests.hw.rig import SIZE, Rig, pattern
 from tests.unit.processes import in_child
 
-RESIZES, TRANSFERS = 1000, 200
+RESIZES, COPIES = 1000, 100
 KILLS = 100
 
 POLICIES = [
@@ -57,25 +57,12 @@ def test_the_device_reaches_exactly_what_is_in_use_under_each_policy(
         assert rig.device_reads(iova + 2 * PAGE_SIZE - SIZE // 2) == across
 
 
-def _fire(rig: Rig, block: pyvfio.RamBlock, resize: Callable[[], object], *, resizes: int, transfers: int) -> int:
-    """Have the device copy a pattern inside `block` again and again while it is resized, until both numbers are
-    reached; how many copies did not arrive. Each is two transfers."""
-    iova, count, moved, lost = rig.mapper.iova(block), 0, 0, 0
-    while count < resizes or moved < transfers:
-        sent = pattern()
-        with block.view() as view:
-            view[:SIZE] = sent
-            view[PAGE_SIZE : PAGE_SIZE + SIZE] = bytes(SIZE)
-        for start, where in ((rig.engine.start_read, iova), (rig.engine.start_write, iova + PAGE_SIZE)):
-            start(where, SIZE)
-            while not rig.engine.idle:
-                resize()
-                count += 1
-            moved += 1
-        with block.view() as view:
-            lost += bytes(view[PAGE_SIZE : PAGE_SIZE + SIZE]) != sent
-    print(f"{count} resizes, {moved} transfers, {lost} of {moved // 2} copies lost")
-    return lost
+def _fire(rig: Rig, block: pyvfio.RamBlock, resize: Callable[[], object], *, resizes: int, copies: int) -> int:
+    """How many copies did not arrive while `block` was resized."""
+    iova = rig.mapper.iova(block)
+    done = copy_meanwhile(rig.engine, block, iova=iova, size=SIZE, meanwhile=resize, copies=copies, calls=resizes)
+    print(done)
+    return done.lost
 
 
 @pytest.mark.real_kernel("a transfer of the fake edu is over at once: nothing can happen meanwhile")
@@ -85,7 +72,7 @@ def test_with_granules_no_transfer_into_what_stays_is_lost(engine_bdfs: tuple[st
         unit = 64 * PAGE_SIZE
         block = rig.blocks.add("ring", used_length=unit, max_length=64 * unit)
         lengths = cycle((2 * unit, 5 * unit, 3 * unit, unit, 4 * unit, 2 * unit))
-        assert _fire(rig, block, lambda: block.resize(next(lengths)), resizes=RESIZES, transfers=TRANSFERS) == 0
+        assert _fire(rig, block, lambda: block.resize(next(lengths)), resizes=RESIZES, copies=COPIES) == 0
         rig.mapper._check()
 
 
@@ -95,7 +82,7 @@ def test_a_remap_of_a_large_block_loses_transfers(engine_bdfs: tuple[str, ...], 
     with Rig(engine_bdfs[0], kernel=kernel, resize="remap") as rig:
         block = rig.blocks.add("ring", used_length=256 * MIB, max_length=GIB)
         lengths = cycle((258 * MIB, 256 * MIB))
-        rounds = (_fire(rig, block, lambda: block.resize(next(lengths)), resizes=1, transfers=20) for _ in range(20))
+        rounds = (_fire(rig, block, lambda: block.resize(next(lengths)), resizes=1, copies=10) for _ in range(20))
         assert any(rounds)
 
 
