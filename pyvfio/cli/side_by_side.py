@@ -133,6 +133,7 @@ class _Side:
             meanwhile=resize,
             copies=_COPIES,
         )
+        self.block.resize(LENGTH)
         self.figures.copies = copies
         clock.microseconds /= copies.calls or 1
         seen = f"{copies.lost or 'none'} of {copies.made} copies lost, in {copies.calls} resizes"
