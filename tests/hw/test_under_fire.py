@@ -23,7 +23,6 @@ from pyvfio.testing.under_fire import copy_meanwhile
 from pyvfio.testing.world import World
 from pyvfio.units import GIB, MIB, PAGE_SIZE
 from tests.hw.rig import SIZE, Rig, pattern
-from tests.unit.processes import in_child
 
 RESIZES, COPIES = 1000, 100
 KILLS = 100
@@ -164,28 +163,3 @@ def test_a_ctrl_c_during_a_long_grow_leaves_the_block_as_it_was(
         assert rig.device_reads(rig.mapper.iova(block) + 2 * MIB) is None
         block.resize(4 * MIB)
         assert rig.reaches(block, 4 * MIB - SIZE)
-
-
-@pytest.mark.real_kernel("a fake refuses its calls in a child, whoever makes them")
-def test_a_child_reaches_neither_the_memory_nor_the_device_and_takes_nothing_with_it(rig: Rig) -> None:
-    """Its finalizers do nothing: the parent's device goes on."""
-    block = rig.blocks.add("ring", used_length=2 * MIB, max_length=GIB)
-
-    def child() -> None:
-        for use in (
-            lambda: block.resize(4 * MIB),
-            lambda: rig.container.unmap(iova=rig.mapper.iova(block), size=2 * MIB),
-            lambda: rig.device.region(0).read32(0),
-            block.view,
-        ):
-            with pytest.raises(pyvfio.ForkedError):
-                use()
-        rig.mapper.close()
-        rig.blocks.close()
-        rig.container.close()
-
-    assert in_child(child) == 0
-    assert in_child(lambda: os.pread(os.open("/proc/self/mem", os.O_RDONLY), 1, block.vaddr)) == 1
-    assert rig.reaches(block, 2 * MIB - SIZE)
-    block.resize(4 * MIB)
-    assert rig.reaches(block, 4 * MIB - SIZE)
