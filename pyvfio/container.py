@@ -461,11 +461,11 @@ class Container(Handle):
             except (OSError, VfioError):
                 raise
             except BaseException:
-                self._withdraw(iova=iova, size=size)
+                self._withdraw(vaddr=vaddr, iova=iova, size=size)
                 raise
         logger.debug("mapped iova=%#x vaddr=%#x size=%#x", iova, vaddr, size)
 
-    def _withdraw(self, *, iova: int, size: int) -> None:
+    def _withdraw(self, *, vaddr: int, iova: int, size: int) -> None:
         """A signal handler has raised: after a long map likely between the kernel's answer and its entry here.
 
         What is entered is left to the caller, who finds it with `mapping_at`. What is not must not stay either, for
@@ -476,6 +476,7 @@ class Container(Handle):
         try:
             self.unmap_dma(iova=iova, size=size)
         except (OSError, VfioError) as error:
+            self._table.add(iova=iova, size=size, vaddr=vaddr)  # so that nobody takes its IOVA or its memory for free
             raise RollbackError(
                 f"mapping IOVA {IovaRange.of(iova=iova, size=size)} was interrupted, and it could not be unmapped",
                 [error],

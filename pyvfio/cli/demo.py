@@ -1,5 +1,5 @@
-"""`scripts/demo`: the main job on a real device, on a real kernel in a virtual machine, or on the fake kernel, for a
-person to see."""
+"""`scripts/demo`: the main job, or the ways of resizing side by side, on a real device, on a real kernel in a virtual
+machine, or on the fake kernel, for a person to see."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from contextlib import ExitStack
 from dataclasses import asdict
 
 from pyvfio import pci
-from pyvfio.cli.common import FAILED, OK, Json, bdf_argument, complain, print_json, run
+from pyvfio.cli.common import FAILED, OK, Json, bdf_argument, complain, print_json, print_table, run
 from pyvfio.cli.main_job import MainJob, StepResult
+from pyvfio.cli.side_by_side import STEP, Figures, Policy, SideBySide
 from pyvfio.errors import DeviceNotFoundError, VfioError
 from pyvfio.kernel import LinuxKernel
 from pyvfio.testing import kernels, vm, vm_errors
 from pyvfio.testing.edu import EDU_ID
 from pyvfio.testing.fake import VERSIONS, FakeKernel
-from pyvfio.testing.world import FakeWorld, LinuxWorld, WorldName
+from pyvfio.testing.world import FakeWorld, LinuxWorld, World, WorldName
 from pyvfio.units import format_size
 
 NAME = "demo"
 _TIMEOUT = 300.0
 WRONG_USAGE = 2  # as argparse has it
+_WAYS: dict[str, tuple[Policy, ...]] = {"remap": ("remap",), "extend": ("remap", "extend")}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,6 +45,11 @@ def _parser() -> argparse.ArgumentParser:
     names = "|".join([*kernels.LINES, "FILE"])
     parser.add_argument("--kernel", metavar=names, help=f"default: 6.12; of a fake: {', '.join(VERSIONS)}")
     parser.add_argument("--iommu", choices=list(vm.IOMMUS), help="not with --device; default: intel")
+    parser.add_argument(
+        "--resize",
+        choices=list(_WAYS),
+        help="what a resize costs a device that is at work: under remap, or under extend with granules beside it",
+    )
     parser.add_argument("--json", action="store_true", help="for programs")
     return parser
 
@@ -50,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
 def _run_in_vm(options: argparse.Namespace) -> int:
     kernel, iommu = options.kernel or "6.12", options.iommu or "intel"
     words = [sys.executable, "-m", "pyvfio.cli.demo", "--guest", "--iommu", iommu]
-    print(f"{NAME}: booting kernel {kernel} with {iommu} IOMMU in QEMU; some ten seconds", file=sys.stderr, flush=True)
+    words += ["--resize", options.resize] if options.resize else []
+    time = "a minute" if options.resize else "some ten seconds"
+    print(f"{NAME}: booting kernel {kernel} with {iommu} IOMMU in QEMU; {time}", file=sys.stderr, flush=True)
     try:
         result = vm.run(
             [*words, *(["--json"] if options.json else [])],
@@ -70,6 +79,12 @@ def _run_in_vm(options: argparse.Namespace) -> int:
     return result.status
 
 
+def _job(bdf: str, world: World, options: argparse.Namespace, *, iommu: str | None = None) -> MainJob | SideBySide:
+    if options.resize:
+        return SideBySide(bdf, world=world, ways=_WAYS[options.resize], iommu=iommu)
+    return MainJob(bdf, world=world, iommu=iommu)
+
+
 def _run_in_guest(options: argparse.Namespace) -> int:
     kernel = LinuxKernel()
     found = [device for device in pci.enumerate_devices(kernel) if (device.vendor, device.device) == EDU_ID]
@@ -78,11 +93,12 @@ def _run_in_guest(options: argparse.Namespace) -> int:
     with ExitStack() as stack:
         stack.callback(pci.restore, kernel, pci.bind(kernel, found[0].bdf))
         world = LinuxWorld([found[0].bdf], name=WorldName.VM)
-        return _show(MainJob(found[0].bdf, world=world, iommu=options.iommu), world="vm", as_json=options.json)
+        job = _job(found[0].bdf, world, options, iommu=options.iommu)
+        return _show(job, world="vm", as_json=options.json)
 
 
 def _run_on_device(options: argparse.Namespace) -> int:
-    job = MainJob(options.device, world=LinuxWorld([options.device]))
+    job = _job(options.device, LinuxWorld([options.device]), options)
     return _show(job, world="device", as_json=options.json)
 
 
@@ -93,7 +109,7 @@ def _run_on_fake(options: argparse.Namespace) -> int:
         complain(NAME, error)
         return WRONG_USAGE
     with fake:
-        job = MainJob(fake.bdfs[0], world=FakeWorld(fake), iommu=options.iommu or "intel")
+        job = _job(fake.bdfs[0], FakeWorld(fake), options, iommu=options.iommu or "intel")
         status = _show(job, world="fake", as_json=options.json)
         fake.check()
     return status
@@ -111,7 +127,7 @@ def _has_machine() -> bool:
 _WHERE = {"vm": "in a virtual machine: Linux", "device": "on this machine: Linux", "fake": "the fake kernel, as Linux"}
 
 
-def _show(job: MainJob, *, world: str, as_json: bool) -> int:
+def _show(job: MainJob | SideBySide, *, world: str, as_json: bool) -> int:
     results: list[StepResult] = []
     if not as_json:
         print(f"world    {_WHERE[world]} {job.facts.kernel}, {job.facts.iommu} IOMMU", flush=True)
@@ -129,14 +145,16 @@ def _show(job: MainJob, *, world: str, as_json: bool) -> int:
     if as_json:
         print_json(_report(job, results, world=world, ok=ok))
     else:
+        if isinstance(job, SideBySide) and ok:
+            _print_figures(job.figures)
         print("\nEvery step held." if ok else "\nThe last step did NOT hold.")
     return OK if ok else FAILED
 
 
-def _print_step(job: MainJob, result: StepResult, *, first: bool) -> None:
+def _print_step(job: MainJob | SideBySide, result: StepResult, *, first: bool) -> None:
     if first:
-        if not job.has_engine:
-            print("note     pyvfio cannot drive this device's DMA: what needs that is left out")
+        for note in job.notes:
+            print(f"note     {note}")
         for number, (start, last) in enumerate(job.facts.iova_ranges, 1):
             print(
                 f"IOVA {number}   {start:#x}-{last:#x}"
@@ -148,7 +166,37 @@ def _print_step(job: MainJob, result: StepResult, *, first: bool) -> None:
     print(f"                      {result.seen}", flush=True)
 
 
-def _report(job: MainJob, results: Sequence[StepResult], *, world: str, ok: bool) -> dict[str, Json]:
+def _print_figures(figures: Sequence[Figures]) -> None:
+    step = format_size(STEP)
+    rows = {
+        f"grow by {step}": [f"{one.grow:,.0f} µs" for one in figures],
+        f"shrink by {step}": [f"{one.shrink:,.0f} µs" for one in figures],
+        "mappings": [str(one.mappings) for one in figures],
+        "out of the device's reach": [format_size(one.out_of_reach) for one in figures],
+        "copies lost": [f"{one.copies.lost} of {one.copies.made}" if one.copies else "" for one in figures],
+    }
+    print()
+    print_table(["", *(one.policy for one in figures)], [[name, *cells] for name, cells in rows.items() if any(cells)])
+
+
+def _figures_report(figures: Figures) -> dict[str, Json]:
+    copies = figures.copies
+    return {
+        "policy": figures.policy,
+        "grow_us": figures.grow,
+        "shrink_us": figures.shrink,
+        "mappings": figures.mappings,
+        "out_of_reach_bytes": figures.out_of_reach,
+        "copies": None if copies is None else copies.made,
+        "copies_lost": None if copies is None else copies.lost,
+        "resizes_meanwhile": None if copies is None else copies.calls,
+    }
+
+
+def _report(job: MainJob | SideBySide, results: Sequence[StepResult], *, world: str, ok: bool) -> dict[str, Json]:
+    policies: dict[str, Json] = {}
+    if isinstance(job, SideBySide):
+        policies["policies"] = [_figures_report(one) for one in job.figures]
     return {
         "ok": ok,
         "world": world,
@@ -157,6 +205,7 @@ def _report(job: MainJob, results: Sequence[StepResult], *, world: str, ok: bool
         "iova_ranges": [{"start": start, "last": last} for start, last in job.facts.iova_ranges],
         "block": dict(job.facts.block),
         "steps": [asdict(result) for result in results],
+        **policies,
     }
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import pyvfio
 from pyvfio import ioctls, pci
@@ -41,12 +42,15 @@ class Facts:
     block: dict[str, int | str] = field(default_factory=dict)
 
 
-class _Clock:
+class Clock:
+    """Adds up what is done while it is running."""
+
     def __init__(self) -> None:
         self.microseconds = 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
+        """From here to the end of the block."""
         start = time.perf_counter_ns()
         try:
             yield
@@ -63,6 +67,32 @@ def iommu_name(kernel: Kernel) -> str:
     )
 
 
+class Leftovers:
+    """What this process holds of the machine, from now on: locked bytes and descriptors."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._former = (world.locked_bytes(), _open_fds())
+
+    def step(self, clock: Clock) -> tuple[bool, str]:
+        """The last step of a job: whether it holds no more than at first."""
+        with clock.running():
+            locked, fds = self._world.locked_bytes(), _open_fds()
+        seen = f"{locked} bytes locked, {len(fds)} descriptors open, as before"
+        return (locked, fds) == self._former, seen
+
+
+Step: TypeAlias = Callable[[Clock], tuple[bool, str]]
+"""Runs the clock while it does what it is about; whether that held, and what was seen."""
+
+
+def carry_out(name: str, step: Step) -> StepResult:
+    """Make one step."""
+    clock = Clock()
+    ok, seen = step(clock)
+    return StepResult(name, ok, round(clock.microseconds, 1), seen)
+
+
 class MainJob:
     """Runs the job on `bdf` of `world`. `steps()` yields each step's result as it is there; `facts` fills up meanwhile.
 
@@ -74,11 +104,12 @@ class MainJob:
         self._world = world
         self._kernel = world.kernel
         self._stack = ExitStack()
-        self._former = (world.locked_bytes(), _open_fds())
+        self._leftovers = Leftovers(world)
         self._witness: PageWitness | None = None
         self.facts = Facts(kernel=world.release, iommu=iommu or iommu_name(world.kernel))
         identity = pci.read_device(world.kernel, bdf)
         self.has_engine = (identity.vendor, identity.device) == EDU_ID
+        self.notes = [] if self.has_engine else ["pyvfio cannot drive this device's DMA: what needs that is left out"]
 
     def steps(self) -> Iterator[StepResult]:
         """Carry the steps out. Raises VfioError where the device cannot be opened."""
@@ -86,12 +117,12 @@ class MainJob:
             for name, needs_engine, step in self._plan():
                 if needs_engine and not self.has_engine:
                     continue
-                yield (result := self._run(name, step))
+                yield (result := carry_out(name, step))
                 if not result.ok:
                     return
-        yield self._run("nothing is left", self._nothing_left)
+        yield carry_out("nothing is left", self._leftovers.step)
 
-    def _plan(self) -> list[tuple[str, bool, Callable[[_Clock], tuple[bool, str]]]]:
+    def _plan(self) -> list[tuple[str, bool, Step]]:
         return [
             ("open the device", False, self._open),
             ("reserve and map a block", False, self._add),
@@ -107,13 +138,7 @@ class MainJob:
             ("remove the block", False, self._remove),
         ]
 
-    @staticmethod
-    def _run(name: str, step: Callable[[_Clock], tuple[bool, str]]) -> StepResult:
-        clock = _Clock()
-        ok, seen = step(clock)
-        return StepResult(name, ok, round(clock.microseconds, 1), seen)
-
-    def _open(self, clock: _Clock) -> tuple[bool, str]:
+    def _open(self, clock: Clock) -> tuple[bool, str]:
         with clock.running():
             device = self._stack.enter_context(pyvfio.open_device(self._bdf, kernel=self._kernel))
         self._container = device.container
@@ -133,7 +158,7 @@ class MainJob:
         engine = Edu(device.region(ioctls.VFIO_PCI_BAR0_REGION_INDEX))
         self._probe = DmaProbe(engine, desk=desk, iova=self._mapper.iova(desk))
 
-    def _add(self, clock: _Clock) -> tuple[bool, str]:
+    def _add(self, clock: Clock) -> tuple[bool, str]:
         with clock.running():
             self._block = self._blocks.add("demo", used_length=2 * MIB, max_length=GIB)
         self._iova = self._mapper.iova(self._block)
@@ -151,7 +176,7 @@ class MainJob:
         mapping = self._container.mapping_at(self._iova)
         return self._mapper.iova(self._block) == self._iova and (mapping.size if mapping else 0) == length
 
-    def _dma(self, clock: _Clock, offset: int) -> tuple[bool, str]:
+    def _dma(self, clock: Clock, offset: int) -> tuple[bool, str]:
         there, sent = pattern(LIMIT), pattern(LIMIT)
         with self._block.view() as view:
             view[offset : offset + LIMIT] = there
@@ -163,12 +188,12 @@ class MainJob:
         words = f"read {there[:4].hex(' ')} …, wrote {written[:4].hex(' ')} …, {LIMIT} bytes each at {offset:#x}"
         return read == there and written == sent, words
 
-    def _resize(self, clock: _Clock, length: int) -> tuple[bool, str]:
+    def _resize(self, clock: Clock, length: int) -> tuple[bool, str]:
         with clock.running():
             self._block.resize(length)
         return self._is_mapped(length), f"{format_size(length)} mapped, still at IOVA {self._iova:#x}"
 
-    def _shrink_under_watch(self, clock: _Clock) -> tuple[bool, str]:
+    def _shrink_under_watch(self, clock: Clock) -> tuple[bool, str]:
         with self._block.view() as view:
             view[2 * MIB :][:8] = b"witness!"
         # Before the block shrinks, so that it can be seen whether anything still gets at the page afterwards. A fake
@@ -177,7 +202,7 @@ class MainJob:
             self._witness = PageWitness(self._block.vaddr + 2 * MIB)
         return self._resize(clock, 2 * MIB)
 
-    def _blocked(self, clock: _Clock) -> tuple[bool, str]:
+    def _blocked(self, clock: Clock) -> tuple[bool, str]:
         outside = self._iova + self._block.used_length
         with self._world.watch_faults() as log:
             with clock.running():
@@ -191,7 +216,7 @@ class MainJob:
         held = page.decode(errors="replace")
         return page == b"witness!" and read is None, f"the page given back still holds {held!r}; {seen}"
 
-    def _to_nothing(self, clock: _Clock) -> tuple[bool, str]:
+    def _to_nothing(self, clock: Clock) -> tuple[bool, str]:
         with clock.running():
             self._block.resize(0)
         empty = self._is_mapped(0)
@@ -200,7 +225,7 @@ class MainJob:
             zero = not any(view)
         return empty and zero and self._is_mapped(2 * MIB), "0 bytes is a length too; what grew back reads zero"
 
-    def _ranges(self, clock: _Clock) -> tuple[bool, str]:
+    def _ranges(self, clock: Clock) -> tuple[bool, str]:
         ok, words = True, []
         for number, (start, last) in enumerate(self.facts.iova_ranges, 1):
             # In the middle, and where the block itself is not.
@@ -216,19 +241,13 @@ class MainJob:
             words.append(f"{number}: DMA at {iova:#x}")
         return ok, "; ".join(words)
 
-    def _remove(self, clock: _Clock) -> tuple[bool, str]:
+    def _remove(self, clock: Clock) -> tuple[bool, str]:
         with clock.running():
             self._block.remove()
         gone = self._container.mapping_at(self._iova) is None
         if not self.has_engine:
             return gone, "unmapped, its IOVA is free again"
         return gone and self._probe.read(self._iova, LIMIT) is None, "unmapped, and out of the device's reach"
-
-    def _nothing_left(self, clock: _Clock) -> tuple[bool, str]:
-        with clock.running():
-            locked, fds = self._world.locked_bytes(), _open_fds()
-        seen = f"{locked} bytes locked, {len(fds)} descriptors open, as before"
-        return (locked, fds) == self._former, seen
 
 
 def _open_fds() -> set[str]:

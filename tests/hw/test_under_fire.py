@@ -1,7 +1,6 @@
 """A device at work while a block is resized, processes that die in the middle of it, and a Ctrl-C: who loses what.
 
-QEMU's `edu` moves all bytes of a transfer at one instant, some 100 ms after it was told to; a transfer counts as lost
-when its data did not arrive.
+What the device does meanwhile, and what counts as lost, is in `pyvfio.testing.under_fire`.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ import pytest
 
 import pyvfio
 from pyvfio.kernel import Kernel
+from pyvfio.testing.under_fire import copy_meanwhile
 from pyvfio.testing.world import World
 from pyvfio.units import GIB, MIB, PAGE_SIZE
 from tests.hw.rig import SIZE, Rig, pattern
-from tests.unit.processes import in_child
 
-RESIZES, TRANSFERS = 1000, 200
+RESIZES, COPIES = 1000, 100
 KILLS = 100
 
 POLICIES = [
@@ -57,25 +56,12 @@ def test_the_device_reaches_exactly_what_is_in_use_under_each_policy(
         assert rig.device_reads(iova + 2 * PAGE_SIZE - SIZE // 2) == across
 
 
-def _fire(rig: Rig, block: pyvfio.RamBlock, resize: Callable[[], object], *, resizes: int, transfers: int) -> int:
-    """Have the device copy a pattern inside `block` again and again while it is resized, until both numbers are
-    reached; how many copies did not arrive. Each is two transfers."""
-    iova, count, moved, lost = rig.mapper.iova(block), 0, 0, 0
-    while count < resizes or moved < transfers:
-        sent = pattern()
-        with block.view() as view:
-            view[:SIZE] = sent
-            view[PAGE_SIZE : PAGE_SIZE + SIZE] = bytes(SIZE)
-        for start, where in ((rig.engine.start_read, iova), (rig.engine.start_write, iova + PAGE_SIZE)):
-            start(where, SIZE)
-            while not rig.engine.idle:
-                resize()
-                count += 1
-            moved += 1
-        with block.view() as view:
-            lost += bytes(view[PAGE_SIZE : PAGE_SIZE + SIZE]) != sent
-    print(f"{count} resizes, {moved} transfers, {lost} of {moved // 2} copies lost")
-    return lost
+def _fire(rig: Rig, block: pyvfio.RamBlock, resize: Callable[[], object], *, resizes: int, copies: int) -> int:
+    """How many copies did not arrive while `block` was resized."""
+    iova = rig.mapper.iova(block)
+    done = copy_meanwhile(rig.engine, block, iova=iova, size=SIZE, meanwhile=resize, copies=copies, calls=resizes)
+    print(done)
+    return done.lost
 
 
 @pytest.mark.real_kernel("a transfer of the fake edu is over at once: nothing can happen meanwhile")
@@ -85,7 +71,7 @@ def test_with_granules_no_transfer_into_what_stays_is_lost(engine_bdfs: tuple[st
         unit = 64 * PAGE_SIZE
         block = rig.blocks.add("ring", used_length=unit, max_length=64 * unit)
         lengths = cycle((2 * unit, 5 * unit, 3 * unit, unit, 4 * unit, 2 * unit))
-        assert _fire(rig, block, lambda: block.resize(next(lengths)), resizes=RESIZES, transfers=TRANSFERS) == 0
+        assert _fire(rig, block, lambda: block.resize(next(lengths)), resizes=RESIZES, copies=COPIES) == 0
         rig.mapper._check()
 
 
@@ -95,7 +81,7 @@ def test_a_remap_of_a_large_block_loses_transfers(engine_bdfs: tuple[str, ...], 
     with Rig(engine_bdfs[0], kernel=kernel, resize="remap") as rig:
         block = rig.blocks.add("ring", used_length=256 * MIB, max_length=GIB)
         lengths = cycle((258 * MIB, 256 * MIB))
-        rounds = (_fire(rig, block, lambda: block.resize(next(lengths)), resizes=1, transfers=20) for _ in range(20))
+        rounds = (_fire(rig, block, lambda: block.resize(next(lengths)), resizes=1, copies=10) for _ in range(20))
         assert any(rounds)
 
 
@@ -177,28 +163,3 @@ def test_a_ctrl_c_during_a_long_grow_leaves_the_block_as_it_was(
         assert rig.device_reads(rig.mapper.iova(block) + 2 * MIB) is None
         block.resize(4 * MIB)
         assert rig.reaches(block, 4 * MIB - SIZE)
-
-
-@pytest.mark.real_kernel("a fake refuses its calls in a child, whoever makes them")
-def test_a_child_reaches_neither_the_memory_nor_the_device_and_takes_nothing_with_it(rig: Rig) -> None:
-    """Its finalizers do nothing: the parent's device goes on."""
-    block = rig.blocks.add("ring", used_length=2 * MIB, max_length=GIB)
-
-    def child() -> None:
-        for use in (
-            lambda: block.resize(4 * MIB),
-            lambda: rig.container.unmap(iova=rig.mapper.iova(block), size=2 * MIB),
-            lambda: rig.device.region(0).read32(0),
-            block.view,
-        ):
-            with pytest.raises(pyvfio.ForkedError):
-                use()
-        rig.mapper.close()
-        rig.blocks.close()
-        rig.container.close()
-
-    assert in_child(child) == 0
-    assert in_child(lambda: os.pread(os.open("/proc/self/mem", os.O_RDONLY), 1, block.vaddr)) == 1
-    assert rig.reaches(block, 2 * MIB - SIZE)
-    block.resize(4 * MIB)
-    assert rig.reaches(block, 4 * MIB - SIZE)

@@ -11,7 +11,8 @@ from typing import Self, TypeVar
 
 import pyvfio
 from pyvfio import ioctls
-from pyvfio.kernel import IoctlArgument
+from pyvfio.extents import Extent, without
+from pyvfio.kernel import MAP_FIXED, IoctlArgument
 from pyvfio.testing.fake import Call, FakeDevice, FakeKernel, IommuModel
 from pyvfio.units import MIB, PAGE_SIZE, Vaddr
 from tests.unit.processes import open_fds
@@ -46,7 +47,8 @@ class SpecialKernel(FakeKernel):
 
     `answers`: what an ioctl returns, by its name in C, without being made. `top`: the last IOVA that the IOMMU offers,
     from now on. `interrupt_at`: raise Interrupt before or after that call from now, of those that are
-    INTERRUPTIBLE.
+    INTERRUPTIBLE. `fall_short_at`: that unmap from now takes nothing away and says so. `areas`: the address space that
+    has been asked for and not been given back since, as extents of vaddr.
     """
 
     INTERRUPTIBLE = ("ioctl", "mmap", "mprotect", "madvise", "munmap")
@@ -57,8 +59,14 @@ class SpecialKernel(FakeKernel):
         super().__init__(version, groups=groups)
         self.answers: dict[str, int] = {}
         self.top: int | None = None
+        self.areas: list[Extent] = []
         self._due = 0
         self._after = False
+        self._short = 0
+
+    def fall_short_at(self, nth: int) -> None:
+        """VFIO_IOMMU_UNMAP_DMA succeeds then, with a size of 0; 0: at none."""
+        self._short = nth
 
     def interrupt_at(self, nth: int, *, after: bool) -> None:
         """Raise at that call; 0: at none."""
@@ -78,6 +86,11 @@ class SpecialKernel(FakeKernel):
         for name, answer in self.answers.items():
             if request == vars(ioctls)[name]:
                 return answer
+        if request == ioctls.VFIO_IOMMU_UNMAP_DMA:
+            self._short -= 1
+            if self._short == 0 and isinstance(argument, ioctls.vfio_iommu_type1_dma_unmap):
+                argument.size = 0
+                return 0
         result = self._interrupted(lambda: FakeKernel.ioctl(self, fd, request, argument))
         if self.top is not None and self.trace[-1].request == "VFIO_IOMMU_GET_INFO" and isinstance(argument, bytearray):
             self._lower_the_top(argument, self.top)
@@ -95,7 +108,10 @@ class SpecialKernel(FakeKernel):
 
     def mmap(self, vaddr: int, size: int, protection: int, flags: int, *, fd: int = -1, offset: int = 0) -> Vaddr:
         """As told by `interrupt_at`."""
-        return self._interrupted(lambda: FakeKernel.mmap(self, vaddr, size, protection, flags, fd=fd, offset=offset))
+        got = self._interrupted(lambda: FakeKernel.mmap(self, vaddr, size, protection, flags, fd=fd, offset=offset))
+        if not flags & MAP_FIXED and fd < 0:
+            self.areas = sorted([*self.areas, Extent(got, got + size)])
+        return got
 
     def mprotect(self, vaddr: int, size: int, protection: int) -> None:
         """As told by `interrupt_at`."""
@@ -107,7 +123,11 @@ class SpecialKernel(FakeKernel):
 
     def munmap(self, vaddr: int, size: int) -> None:
         """As told by `interrupt_at`."""
-        self._interrupted(lambda: FakeKernel.munmap(self, vaddr, size))
+        self._interrupted(lambda: self._give_back(vaddr, size))
+
+    def _give_back(self, vaddr: int, size: int) -> None:
+        FakeKernel.munmap(self, vaddr, size)
+        self.areas = without(self.areas, Extent(vaddr, vaddr + size))
 
 
 class Rig:

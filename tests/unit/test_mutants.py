@@ -1,4 +1,4 @@
-"""The list of `scripts/mutants` fits the fake as it is; that each is caught is for the script to show."""
+"""The lists of `scripts/mutants` fit the sources as they are; that each is caught is for the script to show."""
 
 from __future__ import annotations
 
@@ -6,19 +6,36 @@ import ast
 
 import pytest
 
-from tests.contract.mutants import FAKE, MUTANTS, ROOT, Mutant
+from tests.mutants import fake, library
+from tests.mutants.mutant import ROOT, Mutant, Suite
+
+OPERATIONS = ("open", "add", "grow", "shrink", "discard", "populate", "remove", "temporary map", "close")
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.what[:60])
-def test_each_mutant_changes_one_place_and_is_still_python(mutant: Mutant) -> None:
-    ast.parse(mutant.apply((ROOT / FAKE / mutant.file).read_text(encoding="utf-8")))
+@pytest.mark.parametrize(
+    ("suite", "mutant"),
+    [(suite, mutant) for suite in (fake.SUITE, library.SUITE) for mutant in suite.mutants],
+    ids=lambda given: given.what[:60] if isinstance(given, Mutant) else "",
+)
+def test_each_mutant_changes_one_place_and_is_still_python(suite: Suite, mutant: Mutant) -> None:
+    """And is another program than the one it was made of."""
+    source = (ROOT / suite.folder / mutant.file).read_text(encoding="utf-8")
+    assert ast.dump(ast.parse(mutant.apply(source))) != ast.dump(ast.parse(source))
 
 
 def test_there_are_enough_of_them() -> None:
-    assert len(MUTANTS) >= 25
+    """Of each kind."""
+    assert len(fake.SUITE.mutants) >= 25
+    assert len(library.SUITE.mutants) >= 20
+
+
+def test_each_operation_has_a_mistake_of_its_own() -> None:
+    """And there is no operation beside those."""
+    assert {mutant.operation for mutant in library.SUITE.mutants} == set(OPERATIONS)
 
 
 @pytest.mark.parametrize("text", ["", "a a"])
 def test_a_list_that_is_out_of_date_says_so(text: str) -> None:
+    """In place of a mistake that nobody made."""
     with pytest.raises(ValueError, match="out of date"):
         Mutant("type1.py", "a", "b").apply(text)

@@ -1,24 +1,10 @@
-"""Mistakes put into the fake, one at a time: the contract has to notice each. `scripts/mutants` runs this.
-
-A mutant is a file of the fake, a piece of it that is there once, and what stands there instead. The contract runs on a
-copy of the checkout, without devices; a mutant under which it still passes is a sentence that is missing.
-"""
+"""Mistakes in the fake kernel: the contract has to notice each."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from queue import SimpleQueue
-from typing import NamedTuple
+
+from tests.mutants.mutant import Mutant, Suite
 
 # Which tests come first, so that most mutants are caught soon; all of them run where these do not notice.
 _FIRST = {
@@ -34,30 +20,8 @@ _FIRST = {
     "pins.py": ("map",),
     "versions.py": ("info", "map"),
 }
-ROOT = Path(__file__).resolve().parents[2]
-FAKE = Path("pyvfio/testing/fake")
 
-
-class Mutant(NamedTuple):
-    """In `file` of the fake `old`, which is there once, becomes `new`."""
-
-    file: str
-    old: str
-    new: str
-
-    @property
-    def what(self) -> str:
-        """One line."""
-        return f"{self.file}: {' '.join(self.old.split())}  ->  {' '.join(self.new.split())}"
-
-    def apply(self, text: str) -> str:
-        """The mutated source; ValueError when the piece is not there exactly once."""
-        if text.count(self.old) != 1:
-            raise ValueError(f"{text.count(self.old)} places in {self.file} are {self.old!r}: the list is out of date")
-        return text.replace(self.old, self.new)
-
-
-MUTANTS = (
+_MUTANTS = (
     # Which errno.
     Mutant("type1.py", "refuse(errno.EEXIST)", "refuse(errno.EINVAL)"),
     Mutant("type1.py", "refuse(errno.ENOSPC)", "refuse(errno.ENOMEM)"),
@@ -183,71 +147,9 @@ MUTANTS = (
 )
 
 
-def is_caught(checkout: Path, mutant: Mutant) -> str | None:
-    """The first test that fails under a mutant, in a copy of the checkout; None when all pass."""
-    path = checkout / FAKE / mutant.file
-    original = path.read_text(encoding="utf-8")
-    path.write_text(mutant.apply(original), encoding="utf-8")
-    try:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=no"]
-        first = [f"tests/contract/test_kernel_{word}.py" for word in _FIRST[mutant.file]]
-        done = subprocess.run(
-            [*command, *first, "tests/contract"], cwd=checkout, capture_output=True, text=True, check=False
-        )
-    finally:
-        path.write_text(original, encoding="utf-8")
-    if done.returncode == 0:
-        return None
-    failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return failures[0].split(" ", 1)[1].split(" - ")[0] if failures else f"pytest ended with {done.returncode}"
+def _rounds(mutant: Mutant) -> list[list[str]]:
+    first = [f"tests/contract/test_kernel_{word}.py" for word in _FIRST[mutant.file]]
+    return [[*first, "tests/contract"]]
 
 
-@contextmanager
-def copies(count: int) -> Iterator[SimpleQueue[Path]]:
-    """So many copies of what the contract needs."""
-    queue: SimpleQueue[Path] = SimpleQueue()
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 (a directory of one's own in it)
-    with tempfile.TemporaryDirectory(prefix="pyvfio-mutants-", dir=memory) as directory:
-        for number in range(count):
-            copy = Path(directory) / str(number)
-            for name in ("pyvfio", "tests"):
-                shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-            shutil.copy(ROOT / "pyproject.toml", copy)
-            queue.put(copy)
-        yield queue
-
-
-def run(mutants: Sequence[Mutant], *, jobs: int) -> list[Mutant]:
-    """Print who notices each mutant; those that nobody does."""
-    with copies(jobs) as queue, ThreadPoolExecutor(jobs) as pool:
-
-        def judge(mutant: Mutant) -> tuple[Mutant, str | None]:
-            checkout = queue.get()
-            try:
-                return mutant, is_caught(checkout, mutant)
-            finally:
-                queue.put(checkout)
-
-        survivors = []
-        for mutant, witness in pool.map(judge, mutants):
-            print(f"{'caught ' if witness else 'MISSED '} {mutant.what}\n        {witness or ''}", flush=True)
-            if witness is None:
-                survivors.append(mutant)
-    return survivors
-
-
-def main() -> int:
-    """0 when each mutant is caught."""
-    parser = argparse.ArgumentParser(prog="mutants", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="so many at once; default: %(default)s")
-    parser.add_argument("--only", default="", metavar="WORD", help="those that have this in their line")
-    options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # the copies go in any case
-    chosen = [mutant for mutant in MUTANTS if options.only in mutant.what]
-    missed = run(chosen, jobs=max(options.jobs, 1))
-    print(f"{len(chosen) - len(missed)} of {len(chosen)} mutants are caught")
-    return 1 if missed or not chosen else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+SUITE = Suite(Path("pyvfio/testing/fake"), _MUTANTS, _rounds)
