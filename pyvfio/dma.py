@@ -179,10 +179,12 @@ class DmaMapper:
     # ------------------------------------------------------------------------------------------------ RAM blocks
 
     def ram_block_added(self, block: RamBlock, used_length: int, max_length: int) -> None:
-        """Reserve `max_length` of IOVA and map `used_length`, or nothing of it."""
+        """Reserve `max_length` of IOVA and map what is populated, or nothing of it. ValueError: granules do not make it
+        up."""
         with self._lock:
             self._check_open()
             self._policy.check_length(used_length, "used_length")
+            self._check_parts(block, block._populated(used_length))  # it may have holes already
             self._check_budget(block, max_length)
             iova = self._reserve_for(block, max_length)
             window = Window(
