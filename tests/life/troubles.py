@@ -83,13 +83,14 @@ class Trouble:
 
 
 class FailingCalls(Trouble):
-    """System calls of a fake kernel fail. It may be one that nothing depends on."""
+    """System calls of a fake kernel fail. It may be one that nothing depends on, or, with `hits_undo`, one of the undo."""
 
     certain = False
 
-    def __init__(self, kernel: FakeKernel, calls: Sequence[FailingCall]) -> None:
+    def __init__(self, kernel: FakeKernel, calls: Sequence[FailingCall], *, hits_undo: bool) -> None:
         self._kernel = kernel
         self._calls = calls
+        self._hits_undo = hits_undo
 
     @contextmanager
     def arranged(self) -> Iterator[None]:
@@ -110,8 +111,8 @@ class FailingCalls(Trouble):
             self._kernel.clear_failures()
 
     def explains(self, error: Exception) -> bool:
-        """One failing call is undone; a second may hit the undo."""
-        return isinstance(error, OSError) or (isinstance(error, RollbackError) and len(self._calls) > 1)
+        """What has failed once is undone."""
+        return isinstance(error, OSError) or (isinstance(error, RollbackError) and self._hits_undo)
 
 
 class Refusal(Trouble):
