@@ -83,7 +83,7 @@ class Trouble:
 
 
 class FailingCalls(Trouble):
-    """System calls of a fake kernel fail. It may be one that nothing depends on, or, with `hits_undo`, one of the undo."""
+    """System calls of a fake kernel fail: also one that nothing depends on, and, with `hits_undo`, one of the undo."""
 
     certain = False
 
