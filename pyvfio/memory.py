@@ -148,7 +148,7 @@ class Reservation:
 
     @property
     def held(self) -> int:
-        """Bytes that a device may still reach, from `vaddr` on, since something failed that should have unmapped them."""
+        """Bytes that a device may still reach, from `vaddr` on, since what should have unmapped them has failed."""
         return self._held
 
     def _reserve(self) -> Vaddr:

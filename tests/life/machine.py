@@ -6,7 +6,6 @@ is true then; all of that is looked at after each step, and the device itself is
 
 from __future__ import annotations
 
-import errno
 import mmap
 import warnings
 from collections import Counter
@@ -41,7 +40,6 @@ from tests.life.model import BlockModel, Piece, Way, runs_of
 from tests.life.troubles import (
     CallbackRefusal,
     Failing,
-    FailingCall,
     FailingCalls,
     LittleMemory,
     MemoryLimit,
@@ -50,6 +48,7 @@ from tests.life.troubles import (
     RefusingCallback,
     RefusingListener,
     Trouble,
+    plans,
 )
 
 NAMES = ("a", "b", "c")
@@ -69,51 +68,16 @@ WAYS = (
     Way("extend", 2),
     Way("extend", 2, allow_gap=False),
 )
-CALLS = (
-    *("VFIO_IOMMU_MAP_DMA", "VFIO_IOMMU_UNMAP_DMA", "mmap") * 2,
-    *("VFIO_IOMMU_GET_INFO", "mprotect", "madvise", "munmap"),
-)
-ERRNOS = (errno.ENOMEM, errno.ENOSPC, errno.EINVAL, errno.EFAULT)
 REFUSED = (
     *(RefusalError, ValueError, BufferError, pyvfio.IoctlError, pyvfio.PinLimitError, pyvfio.EntryLimitError),
     *(pyvfio.GapError, pyvfio.DiscardError, pyvfio.RollbackError),
 )
 """How a change can end that is not made."""
 
-# The second call is one of the undo: of a remap and a cut piece, of granules that come, and of parts that go.
-PAIRS = [
-    Failing((FailingCall(one, errno.EFAULT, nth, False), FailingCall(other, errno.EINVAL, again, False)))  # noqa: FBT003
-    for one, nth, other, again in (
-        ("VFIO_IOMMU_MAP_DMA", 1, "VFIO_IOMMU_MAP_DMA", 2),
-        ("VFIO_IOMMU_MAP_DMA", 2, "VFIO_IOMMU_UNMAP_DMA", 1),
-        ("VFIO_IOMMU_MAP_DMA", 3, "VFIO_IOMMU_UNMAP_DMA", 1),
-        ("VFIO_IOMMU_UNMAP_DMA", 2, "VFIO_IOMMU_MAP_DMA", 1),
-    )
-]
-
 which = st.integers(0, 11)
 SELDOM = 11  # of them
 page = st.integers(0, MAX_PAGES - 1)
 pages = st.integers(0, MAX_PAGES)
-calls = st.builds(
-    FailingCall,
-    st.sampled_from(CALLS),
-    number=st.sampled_from(ERRNOS),
-    nth=st.sampled_from((1, 1, 1, 2, 2, 3)),
-    after=st.booleans(),
-)
-refusals = st.builds(RefusingListener, which, turn=st.integers(1, 3))
-plans = st.sampled_from((0, 0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 4, 5, 5)).flatmap(
-    (
-        st.none(),
-        st.builds(Failing, st.tuples(calls)),
-        st.sampled_from(PAIRS),
-        refusals,
-        st.just(RefusingCallback()),
-        st.builds(LittleMemory, pages),
-    ).__getitem__
-)
-"""Nothing, mostly."""
 
 
 class Tally(Counter[str]):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
+
+from hypothesis import strategies as st
 
 from pyvfio.errors import RollbackError
 from pyvfio.testing.fake import FakeKernel
@@ -178,3 +181,40 @@ class MemoryLimit(Trouble):
     def room(self) -> int | None:
         """Exactly."""
         return self._pages
+
+
+_CALLS = (
+    *("VFIO_IOMMU_MAP_DMA", "VFIO_IOMMU_UNMAP_DMA", "mmap") * 2,
+    *("VFIO_IOMMU_GET_INFO", "mprotect", "madvise", "munmap"),
+)
+_ERRNOS = (errno.ENOMEM, errno.ENOSPC, errno.EINVAL, errno.EFAULT)
+# The second call is one of the undo: of a remap and a cut piece, of granules that come, and of parts that go.
+_PAIRS = [
+    Failing((FailingCall(one, errno.EFAULT, nth, False), FailingCall(other, errno.EINVAL, again, False)))  # noqa: FBT003
+    for one, nth, other, again in (
+        ("VFIO_IOMMU_MAP_DMA", 1, "VFIO_IOMMU_MAP_DMA", 2),
+        ("VFIO_IOMMU_MAP_DMA", 2, "VFIO_IOMMU_UNMAP_DMA", 1),
+        ("VFIO_IOMMU_MAP_DMA", 3, "VFIO_IOMMU_UNMAP_DMA", 1),
+        ("VFIO_IOMMU_UNMAP_DMA", 2, "VFIO_IOMMU_MAP_DMA", 1),
+    )
+]
+
+_calls = st.builds(
+    FailingCall,
+    st.sampled_from(_CALLS),
+    number=st.sampled_from(_ERRNOS),
+    nth=st.sampled_from((1, 1, 1, 2, 2, 3)),
+    after=st.booleans(),
+)
+_refusals = st.builds(RefusingListener, st.integers(0, 2), turn=st.integers(1, 3))
+plans = st.sampled_from((0, 0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 4, 5, 5)).flatmap(
+    (
+        st.none(),
+        st.builds(Failing, st.tuples(_calls)),
+        st.sampled_from(_PAIRS),
+        _refusals,
+        st.just(RefusingCallback()),
+        st.builds(LittleMemory, st.integers(0, 8)),
+    ).__getitem__
+)
+"""Nothing, mostly."""

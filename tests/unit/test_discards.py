@@ -176,7 +176,7 @@ def test_a_late_mapper_refuses_a_block_whose_holes_its_granules_do_not_make_up(
         block = rig.add(used=4 * PAGE_SIZE)
         rig.mapper.close()
         discard(block, *hole)
-        with pytest.raises(ValueError, match="a part of RAM block 'ring' .*must be a multiple of the granule"):
+        with pytest.raises(ValueError, match=r"a part of RAM block 'ring' .*must be a multiple of the granule"):
             GRANULE(rig.container, rig.blocks)
         assert rig.reached() == []
         populate(block, *hole)

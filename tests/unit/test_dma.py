@@ -619,7 +619,7 @@ def test_what_a_failed_undo_left_in_reach_is_not_given_back_when_the_next_grow_i
 
 
 class _Refuser:
-    def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
+    def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:  # noqa: ARG002
         raise ZeroDivisionError
 
 
