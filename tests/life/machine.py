@@ -86,6 +86,10 @@ class Tally(Counter[str]):
     steps = 0
     lives = 0
 
+    def ends(self) -> set[str]:
+        """Of all steps: that they were made, or what refused them."""
+        return {end.partition(": ")[2] for end in self}
+
     def __str__(self) -> str:
         ends = ", ".join(f"{count} {end}" for end, count in sorted(self.items()))
         return f"{self.steps} steps in {self.lives} lives: {ends}"
@@ -855,19 +859,21 @@ def live(
     transfers: int = STEPS,
     a_time: int = STEPS,
     shrink: bool = True,
+    refusals: Iterable[type[Exception]] = (),
 ) -> Tally:
-    """Let lives of `a_time` steps, each in one of `worlds`, pass until there were `steps`; how they went.
+    """Let lives of `a_time` steps, each in one of `worlds`, pass until there were `steps`, and, within three times as
+    many, until each of `refusals` has been met; how they went.
 
     The device is asked `transfers` times in each. `seed` says what happens: with the same one, the same. `shrink`: look
     for the shortest life that fails.
     """
-    tally = Tally()
-    while tally.steps < steps:
+    tally, names = Tally(), {refusal.__name__ for refusal in refusals}
+    while tally.steps < steps or (tally.steps < 3 * steps and not names <= tally.ends()):
         life = type("Life", (RandomLife,), {"worlds": worlds, "tally": tally, "transfers": transfers})
         run_state_machine_as_test(
             hypothesis.seed(seed)(life),
             settings=settings(
-                max_examples=-(-(steps - tally.steps) // a_time),
+                max_examples=-(-(steps - tally.steps) // a_time) if tally.steps < steps else steps // a_time // 10 + 1,
                 stateful_step_count=a_time,
                 deadline=None,
                 database=None,
