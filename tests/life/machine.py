@@ -49,6 +49,7 @@ from tests.life.troubles import (
     RefusingListener,
     Trouble,
     plans,
+    refusals,
 )
 
 NAMES = ("a", "b", "c")
@@ -340,7 +341,7 @@ class RandomLife(RuleBasedStateMachine):
     add_2 = add  # a name more is a turn more
 
     @precondition(lambda self: self.model)
-    @rule(number=which, plan=plans)
+    @rule(number=which, plan=st.one_of(plans, refusals))
     def remove(self, *, number: int, plan: Plan) -> None:
         """Unless a view of it lives."""
         idstr, model, block = self._pick(number)
@@ -352,6 +353,8 @@ class RandomLife(RuleBasedStateMachine):
             if model.iova is not None:
                 self.former.append(Iova(model.iova))
             del self.model[idstr]
+
+    remove_2 = remove
 
     @precondition(lambda self: self.model)
     @rule(number=which, length=pages, plan=plans)
@@ -859,15 +862,15 @@ def live(
     transfers: int = STEPS,
     a_time: int = STEPS,
     shrink: bool = True,
-    refusals: Iterable[type[Exception]] = (),
+    until: Iterable[type[Exception]] = (),
 ) -> Tally:
     """Let lives of `a_time` steps, each in one of `worlds`, pass until there were `steps`, and, within three times as
-    many, until each of `refusals` has been met; how they went.
+    many, `until` each of these refusals has been met; how they went.
 
     The device is asked `transfers` times in each. `seed` says what happens: with the same one, the same. `shrink`: look
     for the shortest life that fails.
     """
-    tally, names = Tally(), {refusal.__name__ for refusal in refusals}
+    tally, names = Tally(), {refusal.__name__ for refusal in until}
     while tally.steps < steps or (tally.steps < 3 * steps and not names <= tally.ends()):
         life = type("Life", (RandomLife,), {"worlds": worlds, "tally": tally, "transfers": transfers})
         run_state_machine_as_test(

@@ -206,13 +206,13 @@ _calls = st.builds(
     nth=st.sampled_from((1, 1, 1, 2, 2, 3)),
     after=st.booleans(),
 )
-_refusals = st.builds(RefusingListener, st.integers(0, 2), turn=st.integers(1, 3))
-plans = st.sampled_from((0, 0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 4, 5, 5)).flatmap(
+refusals = st.builds(RefusingListener, st.integers(0, 2), turn=st.integers(1, 3))
+plans = st.sampled_from((0, 0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 5, 5)).flatmap(
     (
         st.none(),
         st.builds(Failing, st.tuples(_calls)),
         st.sampled_from(_PAIRS),
-        _refusals,
+        refusals,
         st.just(RefusingCallback()),
         st.builds(LittleMemory, st.integers(0, 8)),
     ).__getitem__

@@ -32,7 +32,7 @@ def test_whatever_happens_the_device_reaches_what_is_populated_and_nothing_else(
     """And all else is as the model says, through failures, refusals and a change of mappers."""
     steps: int = request.config.getoption("--random-steps")
     refusals = REFUSED if steps >= MANY else ()
-    tally = live(WORLDS, steps=steps, seed=random_seed, refusals=refusals)
+    tally = live(WORLDS, steps=steps, seed=random_seed, until=refusals)
     assert tally.steps >= steps
     assert tally["dma: arrived"]
     assert tally["dma: stopped"]
