@@ -206,8 +206,11 @@ class RamBlock:
             )
 
     def _give_back(self) -> None:
-        """After a grow that was undone: what it had activated goes, unless a hook has kept a view of it."""
+        """After a grow that was undone: what it had activated goes, unless a hook has kept a view of it or a device may
+        reach it since an earlier undo failed, for this one has left everything as it was."""
         if self._memory.length == self._used_length or self._exports.end() > self._start + self._used_length:
+            return
+        if self._memory.held > self._used_length:
             return
         try:
             self._memory.deactivate(self._used_length)

@@ -116,10 +116,12 @@ class DmaMapper(BufferMapper):
     # ------------------------------------------------------------------------------------------------ RAM blocks
 
     def ram_block_added(self, block: RamBlock, used_length: int, max_length: int) -> None:
-        """Reserve `max_length` of IOVA and map `used_length`, or nothing of it."""
+        """Reserve `max_length` of IOVA and map what is populated, or nothing of it. ValueError: granules do not make it
+        up."""
         with self._lock:
             self._check_open()
             self._policy.check_length(used_length, "used_length")
+            self._check_parts(block, block._populated(used_length))  # it may have holes already
             self._check_budget(block, used_length, max_length)
             iova = self._find_place(block, self._reserve, self._space.reserve_iova_at)
             window = Window(

@@ -146,6 +146,11 @@ class Reservation:
         """Bytes behind `length` that a failed shrink could not give back; they are zeroed before they are seen."""
         return self._touched - self._length
 
+    @property
+    def held(self) -> int:
+        """Bytes that a device may still reach, from `vaddr` on, since what should have unmapped them has failed."""
+        return self._held
+
     def _reserve(self) -> Vaddr:
         size = self.max_length + PAGE_SIZE
         try:

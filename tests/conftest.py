@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 
@@ -12,6 +13,8 @@ from pyvfio import pci
 from pyvfio.cli.common import selector_argument
 from pyvfio.kernel import LinuxKernel
 from pyvfio.testing.fake import VERSIONS
+
+pytest.register_assert_rewrite("tests.life")
 
 # A machine that is busy is not a bug, so how long an example takes is not looked at.
 hypothesis.settings.register_profile("pyvfio", deadline=None)
@@ -44,6 +47,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="this machine is a throw-away virtual machine, whose settings the tests may change",
     )
     group.addoption(
+        "--random-steps",
+        type=int,
+        default=1500,
+        metavar="N",
+        help="how many steps the random lives in tests/property take (default: 1500)",
+    )
+    group.addoption(
         "--hw-required", action="store_true", help="a test that lacks what it needs fails, where it would be skipped"
     )
 
@@ -70,6 +80,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     if report.skipped and item.config.getoption("--hw-required"):
         report.outcome = "failed"
     return report
+
+
+@pytest.fixture
+def random_seed(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> int:
+    """What random steps begin with: `--hypothesis-seed`, else another number each time; it is printed."""
+    given = request.config.getoption("--hypothesis-seed")
+    seed = secrets.randbits(32) if given is None else int(given)
+    with capsys.disabled():
+        print(f"\n{request.node.name}: --hypothesis-seed={seed}", flush=True)
+    return seed
 
 
 @pytest.fixture(scope="session")

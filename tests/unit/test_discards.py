@@ -167,6 +167,25 @@ def test_a_late_mapper_and_one_that_comes_back_map_only_what_is_populated(kernel
         block.remove()
 
 
+@pytest.mark.parametrize("hole", [(0, 1), (1, 2), (3, 4), (1, 3)])
+def test_a_late_mapper_refuses_a_block_whose_holes_its_granules_do_not_make_up(
+    kernel: SpecialKernel, hole: tuple[int, int]
+) -> None:
+    """Whatever is in a granule with what is populated would be in the device's reach, too."""
+    with Rig(kernel) as rig:
+        block = rig.add(used=4 * PAGE_SIZE)
+        rig.mapper.close()
+        discard(block, *hole)
+        with pytest.raises(ValueError, match=r"a part of RAM block 'ring' .*must be a multiple of the granule"):
+            GRANULE(rig.container, rig.blocks)
+        assert rig.reached() == []
+        populate(block, *hole)
+        discard(block, 2, 4)
+        with GRANULE(rig.container, rig.blocks) as late:
+            late._check()
+            assert [size for _iova, _vaddr, size in rig.reached()] == [2 * PAGE_SIZE]
+
+
 def test_a_mapper_that_was_cut_off_behind_an_unmap_finds_out_with_the_next_change(kernel: SpecialKernel) -> None:
     """Another notifier refuses, and a signal handler ends the undo: the mapper has heard one half, and no more."""
     with Rig(kernel, mapper=PAGES) as rig:

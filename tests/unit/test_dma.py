@@ -8,6 +8,7 @@ import gc
 import mmap
 import tracemalloc
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -586,6 +587,40 @@ def test_a_buffer_that_is_not_whole_pages_is_refused_and_let_go(rig: Rig) -> Non
 
 def _pages(count: int) -> list[mmap.mmap]:
     return [mmap.mmap(-1, PAGE_SIZE) for _ in range(count)]
+
+
+@pytest.mark.parametrize("refuser", ["kernel", "listener"])
+def test_what_a_failed_undo_left_in_reach_is_not_given_back_when_the_next_grow_is_refused(
+    kernel: SpecialKernel, refuser: str
+) -> None:
+    """That grow leaves all as it was; the next that succeeds puts it in order."""
+    with Rig(kernel, mapper=partial(pyvfio.DmaMapper, resize="extend", granule=PAGE_SIZE)) as rig:
+        block = rig.add(used=0)
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", nth=2, errno=errno.EFAULT)
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_UNMAP_DMA", errno=errno.EINVAL)
+        with pytest.raises(pyvfio.RollbackError):
+            block.resize(2 * PAGE_SIZE)
+        assert rig.reached() == [(rig.mapper.iova(block), block.vaddr, PAGE_SIZE)]
+        if refuser == "kernel":
+            kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.EFAULT)
+            with pytest.raises(pyvfio.IoctlError):
+                block.resize(2 * PAGE_SIZE)
+        else:
+            rig.blocks.add_notifier(_Refuser())
+            with pytest.raises(ZeroDivisionError):
+                block.resize(2 * PAGE_SIZE)
+            rig.blocks.remove_notifier(rig.blocks._notifiers[0])
+        kernel.check()
+        block.resize(3 * PAGE_SIZE)
+        rig.check()
+        assert [size for _iova, _vaddr, size in rig.reached()] == 3 * [PAGE_SIZE]
+        with block.view() as view:
+            assert bytes(view) == bytes(3 * PAGE_SIZE)
+
+
+class _Refuser:
+    def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:  # noqa: ARG002
+        raise ZeroDivisionError
 
 
 def test_temporary_mappings_come_from_the_top_down(rig: Rig) -> None:
