@@ -15,10 +15,12 @@ import logging
 import os
 import threading
 from bisect import bisect_right
+from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
-from pyvfio.errors import ClosedError, IoctlError
+from pyvfio.errors import ClosedError, IoctlError, RollbackError, as_exception
 from pyvfio.space import AddressSpace
 from pyvfio.units import MIB, U64_MAX, Iova, Vaddr
 
@@ -133,7 +135,7 @@ class BufferMapper:
 
         Raises ValueError (misaligned; overlaps what is mapped, or the reserved tail of a block, which would get a
         second IOVA when it grows; is mapped already, but for less access), IovaRangeError, IovaOverlapError,
-        PinLimitError, EntryLimitError, IoctlError.
+        PinLimitError, EntryLimitError, IoctlError; RollbackError when what had been mapped could not be unmapped again.
         """
         return self._map_own(vaddr=vaddr, size=size, iova=iova, read=read, write=write, buffer=None)
 
@@ -183,10 +185,21 @@ class BufferMapper:
             self._mappings.insert(bisect_right(self._mappings, vaddr, key=lambda m: m.vaddr), mapping)
             try:
                 self._map(vaddr=vaddr, iova=place, size=size, read=read, write=write)
-            except BaseException:
-                self._close_mapping(mapping)
+            except BaseException as error:
+                self._undo(mapping, error, partial(self._close_mapping, mapping))
                 raise
         return mapping
+
+    @staticmethod
+    def _undo(mapping: DmaMapping, cause: BaseException, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except BaseException as error:
+            raise RollbackError(
+                f"{mapping!r} could not be made, and its undo failed, too",
+                [as_exception(cause), as_exception(error)],
+                hint="The device may reach that memory: keep it until this mapper is closed, which tries again",
+            ) from cause
 
     def _known(self, vaddr: int, size: int, iova: int | None, access: int) -> Iova | None:
         """The IOVA of memory that is mapped whole; ValueError where it is in part, or would be later."""
@@ -225,8 +238,8 @@ class BufferMapper:
                 self._temporary[place] = mapping
                 try:
                     self._map(vaddr=vaddr, iova=place, size=view.nbytes, read=read, write=write)
-                except BaseException:
-                    self._unmap_run([mapping])
+                except BaseException as error:
+                    self._undo(mapping, error, partial(self._unmap_run, [mapping]))
                     raise
         except BaseException:
             self._release_unless_held(view)

@@ -237,6 +237,11 @@ class MemoryNotReturnedWarning(RuntimeWarning):
     reach, and is zeroed before it is seen again."""
 
 
+def as_exception(error: BaseException) -> Exception:
+    """What a RollbackError can hold: KeyboardInterrupt and its like, which no ExceptionGroup takes, in words."""
+    return error if isinstance(error, Exception) else VfioError(f"interrupted by {type(error).__name__}")
+
+
 def raise_collected(message: str, failures: Sequence[Exception]) -> None:
     """Raise what a series of steps, each of which had to be tried, ran into: nothing, the one failure, or all."""
     if len(failures) == 1:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 from pyvfio.block import RamBlock
-from pyvfio.errors import RollbackError, VfioError
+from pyvfio.errors import RollbackError, as_exception
 from pyvfio.extents import Extent, total
 from pyvfio.units import format_size
 
@@ -209,14 +209,10 @@ def undo_all(told: Sequence[tuple[RamBlockNotifier, Event]], cause: BaseExceptio
         try:
             event.revoke(notifier)
         except BaseException as error:  # a KeyboardInterrupt, too, must not end the undo in the middle
-            failures.append(_as_exception(error))
+            failures.append(as_exception(error))
     if failures:
         raise RollbackError(
             f"{what} failed, and so did its undo",
-            [_as_exception(cause), *failures],
+            [as_exception(cause), *failures],
             hint="The memory in question is kept, since a device may still reach it",
         ) from cause
-
-
-def _as_exception(error: BaseException) -> Exception:
-    return error if isinstance(error, Exception) else VfioError(f"interrupted by {type(error).__name__}")

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Literal, Protocol, TypeAlias
 
-from pyvfio.errors import GapError, RollbackError, VfioError
+from pyvfio.errors import GapError, RollbackError, as_exception
 from pyvfio.extents import Extent, clip, runs, total, without
 from pyvfio.space import AddressSpace, Mapping
 from pyvfio.units import Iova, Vaddr, format_size, is_power_of_two
@@ -271,10 +271,6 @@ class Window:
             raise RollbackError(
                 f"a change of what is mapped of RAM block '{self._idstr}' failed, and so did its undo: "
                 f"{format_size(total(lost))} may not be mapped any more, {format_size(total(new))} may still be",
-                [_as_exception(cause), _as_exception(error)],
+                [as_exception(cause), as_exception(error)],
                 hint="Its memory is kept. Resize it to another length, or remove it",
             ) from cause
-
-
-def _as_exception(error: BaseException) -> Exception:
-    return error if isinstance(error, Exception) else VfioError(f"interrupted by {type(error).__name__}")

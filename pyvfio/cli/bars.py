@@ -11,6 +11,8 @@ from pyvfio.progress import Progress, ProgressCallback
 
 try:
     from tqdm import tqdm
+
+    tqdm.monitor_interval = 0  # no thread of its own, in programs that fork
 except ImportError:  # it comes with the extra "scripts"
     tqdm = None  # type: ignore[assignment, misc]
 

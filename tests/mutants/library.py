@@ -256,8 +256,9 @@ _MUTANTS = (
     # A map that failed leaves its IOVA reserved.
     Mutant(
         "buffers.py",
-        "                except BaseException:\n"
-        "                    self._unmap_run([mapping])\n                    raise\n",
+        "                except BaseException as error:\n"
+        "                    self._undo(mapping, error, partial(self._unmap_run, [mapping]))\n"
+        "                    raise\n",
         "                except BaseException:\n                    raise\n",
         "temporary map",
     ),

@@ -856,3 +856,39 @@ def test_a_mapper_that_is_closed_says_so(rig: Rig) -> None:
     rig.mapper.close()
     with pytest.raises(pyvfio.ClosedError):
         rig.mapper.iova(block)
+
+
+@pytest.mark.parametrize("kind", ["map_dma", "map_temporary"])
+def test_a_mapping_that_can_be_neither_made_nor_undone_is_said_to_stay(kernel: SpecialKernel, kind: str) -> None:
+    """The caller, who gets no handle, must keep the memory; closing the mapper tries again."""
+    with Rig(kernel) as rig, mmap.mmap(-1, PAGE_SIZE) as memory:
+        for nth in (1, 2, 3):
+            kernel.fail(call="ioctl", request="VFIO_IOMMU_UNMAP_DMA", nth=nth, errno=errno.EIO)
+        kernel.interrupt_at(1, after=True)
+        make = rig.mapper.map_buffer if kind == "map_dma" else rig.mapper.map_temporary
+        with pytest.raises(pyvfio.RollbackError) as raised:
+            make(memory)
+        assert "keep it until this mapper is closed" in str(raised.value)
+        kernel.clear_failures()
+        assert len(rig.reached()) == 1
+        with pytest.raises(BufferError):
+            memory.resize(2 * PAGE_SIZE)
+        rig.mapper.close()
+        assert rig.reached() == []
+
+
+def test_what_a_grow_left_in_reach_whose_undo_failed_is_memory_that_is_kept(kernel: SpecialKernel) -> None:
+    """The block is as it was, and its next resize sets things right."""
+    with Rig(kernel, mapper=partial(pyvfio.DmaMapper, resize="extend", granule=PAGE_SIZE)) as rig:
+        block = rig.add(used=PAGE_SIZE)
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", nth=3, errno=errno.EIO)
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_UNMAP_DMA", errno=errno.EIO)
+        with pytest.raises(pyvfio.RollbackError):
+            block.resize(4 * PAGE_SIZE)
+        assert (block.used_length, len(rig.reached())) == (PAGE_SIZE, 3)
+        rig.check()
+        block.resize(2 * PAGE_SIZE)
+        assert rig.reached() == [
+            (rig.mapper.iova(block) + offset, block.vaddr + offset, PAGE_SIZE) for offset in (0, PAGE_SIZE)
+        ]
+        rig.check()
