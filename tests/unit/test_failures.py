@@ -449,12 +449,15 @@ POLICIES: dict[str, MapperFactory] = {
     "remap": pyvfio.DmaMapper,
     "extend": partial(pyvfio.DmaMapper, resize="extend"),
     "granule": partial(pyvfio.DmaMapper, resize="extend", granule=PAGE_SIZE),
+    "prefault": partial(pyvfio.DmaMapper, prefault=1),
 }
 # Those in which a policy shows; the others do the same under each.
 RESIZES = ("add", "grow", "shrink", "shrink to nothing", "grow from nothing", "discard", "populate", "remove", "leave")
 
 
-SCENES = [(policy, name) for policy in POLICIES for name in OPERATIONS if policy == "remap" or name in RESIZES]
+POPULATES = ("add", "grow", "populate")
+SHOWN_BY = {"remap": tuple(OPERATIONS), "extend": RESIZES, "granule": RESIZES, "prefault": POPULATES}
+SCENES = [(policy, name) for policy, names in SHOWN_BY.items() for name in names]
 
 
 def _trace_of(kernel: SpecialKernel, policy: str, name: str) -> list[Call]:
