@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pyvfio.dma import DmaMapper
     from pyvfio.errors import (
         AccessDeniedError,
+        CannotBePinnedWarning,
         CapabilityError,
         ClosedError,
         DeviceNotFoundError,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         IovaRangeError,
         MemoryNotReturnedWarning,
         NotBoundError,
+        PersistenceWarning,
         PinLimitError,
         ReentrancyError,
         RollbackError,
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
     from pyvfio.extents import Extent
     from pyvfio.iova import IovaAllocator
     from pyvfio.kernel import Kernel, LinuxKernel, Memlock
-    from pyvfio.memory import MemorySettings
+    from pyvfio.memory import Anonymous, File, Memfd, MemorySettings
     from pyvfio.plan import BlockShape, Plan, PlannedBlock
     from pyvfio.progress import Progress
     from pyvfio.ramblock import RamBlock, RamBlockList, RamBlockNotifier
@@ -102,7 +104,9 @@ __all__ = [
     "TIB",
     "AccessDeniedError",
     "AddressSpace",
+    "Anonymous",
     "BlockShape",
+    "CannotBePinnedWarning",
     "CapabilityError",
     "ClosedError",
     "Container",
@@ -114,6 +118,7 @@ __all__ = [
     "DmaMapping",
     "EntryLimitError",
     "Extent",
+    "File",
     "ForkedError",
     "GapError",
     "Group",
@@ -133,10 +138,12 @@ __all__ = [
     "Kernel",
     "LinuxKernel",
     "Mapping",
+    "Memfd",
     "Memlock",
     "MemoryNotReturnedWarning",
     "MemorySettings",
     "NotBoundError",
+    "PersistenceWarning",
     "PinLimitError",
     "Plan",
     "PlannedBlock",

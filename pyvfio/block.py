@@ -11,13 +11,13 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from pyvfio.errors import ClosedError, ForkedError
 from pyvfio.extents import Extent, clip, runs, without
 from pyvfio.kernel import Kernel
-from pyvfio.memory import Exports, MemorySettings, Reservation
-from pyvfio.units import PAGE_SIZE, Vaddr, format_size
+from pyvfio.memory import Exports, MemoryKind, MemorySettings, Reservation
+from pyvfio.units import Vaddr, format_size
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,15 @@ class _Owner(Protocol):
     def _populate(self, block: RamBlock, offset: int, size: int) -> None: ...
 
     def remove(self, block: RamBlock) -> None: ...
+
+
+class FileRange(NamedTuple):
+    """Memory that is a file's: `size` bytes at `vaddr` are those from `offset` on of the file behind `fd`."""
+
+    fd: int
+    offset: int
+    vaddr: Vaddr
+    size: int
 
 
 class RamBlock:
@@ -62,6 +71,8 @@ class RamBlock:
         "_start",
         "_used_length",
         "idstr",
+        "page_size",
+        "readonly",
     )
 
     def __init__(
@@ -72,6 +83,8 @@ class RamBlock:
         max_length: int,
         settings: MemorySettings | None,
         resized: ResizedCallback | None,
+        memory: MemoryKind | None = None,
+        readonly: bool = False,
     ) -> None:
         self.idstr = idstr
         self._max_length = max_length
@@ -82,7 +95,11 @@ class RamBlock:
         self._stale: tuple[Extent, ...] = ()  # of that, what is still to be dropped
         self._exports = Exports()
         self._pid = os.getpid()
-        self._memory = Reservation(owner.kernel, max_length=max_length, settings=settings)
+        self._memory = Reservation(owner.kernel, max_length=max_length, settings=settings, kind=memory, idstr=idstr)
+        self.page_size = self._memory.page_size
+        """Lengths, and parts that are discarded, are multiples of this, in bytes."""
+        self.readonly = readonly or self._memory.readable_only
+        """Whether a device may only read it."""
         self._start = self._memory.vaddr  # stays when the memory goes: who looks the block up meanwhile goes by it
 
     @property
@@ -120,9 +137,11 @@ class RamBlock:
         return without([Extent(0, length)], *self._discarded)
 
     @property
-    def page_size(self) -> int:
-        """Lengths are multiples of this, in bytes."""
-        return PAGE_SIZE
+    def file(self) -> FileRange | None:
+        """The file that `[0, used_length)` is of, for whoever maps files; None for anonymous memory. The descriptor is
+        the block's, or the caller's who gave it."""
+        found = self._memory.file
+        return None if found is None else FileRange(*found, self.vaddr, self._used_length)
 
     @property
     def settings(self) -> MemorySettings:

@@ -20,6 +20,7 @@ import logging
 import os
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Literal, NamedTuple, Self
 from weakref import WeakKeyDictionary
@@ -131,7 +132,7 @@ class DmaMapper(BufferMapper):
                 vaddr=block.vaddr,
                 iova=iova,
                 size=max_length,
-                map_piece=self._map,
+                map_piece=partial(self._map, write=False) if block.readonly else self._map,
                 attendant=self._attendant(block),
             )
             followed = _Followed(block.vaddr, block, window)
@@ -191,9 +192,13 @@ class DmaMapper(BufferMapper):
         return rehearsal.reserve_iova(shape.max_length, alignment=LARGE_PAGE, offset=0)
 
     def _attendant(self, block: RamBlock) -> LongWork | None:
-        if not self._prefault and self._progress is None:
+        # A device that only reads would have the page of zeros where nothing was written yet, and keep it: kernels pin
+        # what is there (`vaddr_get_pfns` without FOLL_WRITE).
+        must = block.readonly and not block._memory.readable_only
+        if not (must or self._prefault or self._progress is not None):
             return None
-        return LongWork(self._space.kernel, block, threads=self._prefault, callback=self._progress)
+        threads = max(self._prefault, must)
+        return LongWork(self._space.kernel, block, threads=threads, callback=self._progress)
 
     def _find_place(self, block: RamBlock, reserve: Reserve, reserve_at: Callable[[int, int], Iova]) -> Iova:
         wanted = self._place(block)
@@ -205,7 +210,7 @@ class DmaMapper(BufferMapper):
                 return reserve_at(former, block.max_length)
             except IoctlError:
                 logger.debug("iova=%#x of %r has been given to another", former, block)
-        return reserve(block.max_length, alignment=LARGE_PAGE, offset=block.vaddr)
+        return reserve(block.max_length, alignment=max(LARGE_PAGE, block.page_size), offset=block.vaddr)
 
     def ram_block_removed(self, block: RamBlock, used_length: int, max_length: int) -> None:
         """Unmap the block and give its IOVA back. Raises UnmapSizeError or IoctlError: it is then still reached."""

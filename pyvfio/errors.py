@@ -232,6 +232,14 @@ class RollbackError(VfioError, ExceptionGroup[Exception]):
         return f"{text}. {self.hint}" if self.hint else text
 
 
+class CannotBePinnedWarning(RuntimeWarning):
+    """A block was made of memory that kernels do not let a device write to."""
+
+
+class PersistenceWarning(RuntimeWarning):
+    """What is written to persistent memory may be lost when the machine goes down."""
+
+
 class MemoryNotReturnedWarning(RuntimeWarning):
     """A block shrank, but its memory could not be given back to the system. It stays charged, out of the device's
     reach, and is zeroed before it is seen again."""

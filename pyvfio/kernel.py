@@ -34,10 +34,20 @@ _FCNTL_BUFFER_MAX = 1024  # up to here fcntl.ioctl works on a copy and releases 
 _CAP_IPC_LOCK = 14  # linux/capability.h
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
+MAP_SHARED = 0x1
+MAP_PRIVATE = 0x2
+MAP_SHARED_VALIDATE = 0x3
 MAP_FIXED = 0x10
 MAP_FIXED_NOREPLACE = 0x100000
 MAP_NORESERVE = 0x4000
+MAP_SYNC = 0x80000
 PROT_NONE = 0
+PROT_READ = 1
+PROT_WRITE = 2
+FALLOC_FL_KEEP_SIZE = 1  # linux/falloc.h
+FALLOC_FL_PUNCH_HOLE = 2
+HUGETLBFS_MAGIC = 0x958458F6  # linux/magic.h
+TMPFS_MAGIC = 0x01021994
 MADV_DODUMP = 17
 MADV_POPULATE_WRITE = 23  # Python's mmap has no name for it
 
@@ -53,6 +63,17 @@ class Memlock:
     limit: int | None
     used: int
     privileged: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FileStatus:
+    """An open file: `size` in bytes, `file_system` by its magic number (linux/magic.h), the `block_size` of that, and
+    whether the descriptor lets it be written."""
+
+    size: int
+    file_system: int
+    block_size: int
+    writable: bool
 
 
 class Registers(Protocol):
@@ -140,6 +161,22 @@ class Kernel(Protocol):
         """munmap(2)."""
         ...
 
+    def memfd_create(self, name: str, flags: int) -> int:
+        """memfd_create(2); MFD_CLOEXEC is always added."""
+        ...
+
+    def ftruncate(self, fd: int, size: int) -> None:
+        """ftruncate(2)."""
+        ...
+
+    def fallocate(self, fd: int, mode: int, offset: int, size: int) -> None:
+        """fallocate(2)."""
+        ...
+
+    def file_status(self, fd: int) -> FileStatus:
+        """fstat(2), fstatfs(2) and F_GETFL of fcntl(2)."""
+        ...
+
     def memlock(self) -> Memlock:
         """RLIMIT_MEMLOCK, VmLck and CAP_IPC_LOCK of this process; some 50 µs, so for errors and plans only."""
         ...
@@ -160,6 +197,8 @@ def _load_libc() -> ctypes.CDLL:
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
+    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
     return libc
 
 
@@ -298,6 +337,30 @@ class LinuxKernel:
     def munmap(self, vaddr: int, size: int) -> None:
         """munmap(2)."""
         _checked(_libc.munmap(vaddr, size))
+
+    def memfd_create(self, name: str, flags: int) -> int:
+        """memfd_create(2) with MFD_CLOEXEC."""
+        return os.memfd_create(name, flags | os.MFD_CLOEXEC)
+
+    def ftruncate(self, fd: int, size: int) -> None:
+        """ftruncate(2)."""
+        os.ftruncate(fd, size)
+
+    def fallocate(self, fd: int, mode: int, offset: int, size: int) -> None:
+        """fallocate(2)."""
+        if _libc.fallocate(fd, mode, offset, size):
+            _checked(-1)
+
+    def file_status(self, fd: int) -> FileStatus:
+        """fstat(2), fstatfs(2), fcntl(2)."""
+        answer = (ctypes.c_long * 16)()  # struct statfs begins with f_type and f_bsize
+        _checked(_libc.fstatfs(fd, ctypes.addressof(answer)))
+        return FileStatus(
+            size=os.fstat(fd).st_size,
+            file_system=answer[0],
+            block_size=answer[1],
+            writable=fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY,
+        )
 
     def memlock(self) -> Memlock:
         """getrlimit(2) and /proc/self/status."""

@@ -42,7 +42,7 @@ from pyvfio.errors import (
 )
 from pyvfio.extents import Extent, clip, runs, without
 from pyvfio.kernel import Kernel, LinuxKernel
-from pyvfio.memory import MemorySettings
+from pyvfio.memory import MemoryKind, MemorySettings
 from pyvfio.notifier import (
     HOOKS,
     Added,
@@ -67,15 +67,15 @@ _Result = TypeVar("_Result")
 _KEEP_MEMORY = (RollbackError, UnmapSizeError)  # after these nobody knows what a device still reaches
 
 
-def _length(value: int, what: str) -> int:
+def _length(value: int, what: str, page_size: int) -> int:
     number = operator.index(value)
-    if number < 0 or number % PAGE_SIZE:
-        raise ValueError(f"{what} must be a multiple of {PAGE_SIZE} bytes and not negative, not {number}")
+    if number < 0 or number % page_size:
+        raise ValueError(f"{what} must be a multiple of {page_size} bytes and not negative, not {number}")
     return number
 
 
 def _part(block: RamBlock, offset: int, size: int) -> Extent:
-    start, length = _length(offset, "offset"), _length(size, "size")
+    start, length = _length(offset, "offset", block.page_size), _length(size, "size", block.page_size)
     if start + length > block.used_length:
         raise ValueError(
             f"bytes {start:#x}-{start + length - 1:#x} are not all in use: used_length of RAM block '{block.idstr}' is "
@@ -139,16 +139,22 @@ class RamBlockList:
         *,
         used_length: int,
         max_length: int,
+        memory: MemoryKind | None = None,
+        readonly: bool = False,
         settings: MemorySettings | None = None,
         resized: ResizedCallback | None = None,
     ) -> RamBlock:
         """Reserve `max_length` bytes, activate `used_length` of them, and tell all notifiers, the newest first.
 
-        Both lengths are multiples of the page size; `used_length` may be 0. Raises ValueError for lengths that can
-        never be right and for an id string that is taken, OSError or IoctlError when there is no address space or
+        `memory`: private anonymous memory (`Anonymous()`, the default), a memfd of the block's own (`Memfd()`, also of
+        huge pages) or a file of the caller's (`File(fd)`). `readonly`: devices may only read it.
+
+        Both lengths are multiples of the memory's page size; `used_length` may be 0. Raises ValueError for lengths that
+        can never be right and for an id string that is taken, OSError or IoctlError when there is no address space or
         memory, and whatever a notifier raises; then there is no such block.
         """
-        used, maximum = _length(used_length, "used_length"), _length(max_length, "max_length")
+        used = _length(used_length, "used_length", PAGE_SIZE)
+        maximum = _length(max_length, "max_length", PAGE_SIZE)
         if not used <= maximum or maximum == 0:
             raise ValueError(f"used_length {used:#x} must be at most max_length {maximum:#x}, which must not be 0")
         block = self._change(
@@ -157,11 +163,15 @@ class RamBlockList:
                 idstr,
                 used_length=used,
                 max_length=maximum,
+                memory=memory,
+                readonly=readonly,
                 settings=settings or MemorySettings(),
                 resized=resized,
             )
         )
         logger.debug("added %s", block)
+        for warning in block._memory.warnings:
+            warnings.warn(warning, stacklevel=2)
         return block
 
     def _add(
@@ -170,13 +180,24 @@ class RamBlockList:
         *,
         used_length: int,
         max_length: int,
+        memory: MemoryKind | None,
+        readonly: bool,
         settings: MemorySettings,
         resized: ResizedCallback | None,
     ) -> RamBlock:
         if any(block.idstr == idstr for block in self._blocks):
             raise ValueError(f"there is a RAM block '{idstr}' already")
-        block = RamBlock(self, idstr=idstr, max_length=max_length, settings=settings, resized=resized)
+        block = RamBlock(
+            self,
+            idstr=idstr,
+            max_length=max_length,
+            settings=settings,
+            resized=resized,
+            memory=memory,
+            readonly=readonly,
+        )
         try:
+            _length(used_length, "used_length", block.page_size)
             if used_length:
                 block._memory.activate(used_length)
             block._used_length = used_length
@@ -278,7 +299,7 @@ class RamBlockList:
             raise
 
     def _resize(self, block: RamBlock, used_length: int) -> None:
-        new = _length(used_length, "used_length")
+        new = _length(used_length, "used_length", block.page_size)
         if new > block._max_length:
             raise ValueError(f"used_length {new:#x} is above max_length {block.max_length:#x} of '{block.idstr}'")
         kept = self._change(partial(self._resize_to, block, new))
@@ -343,6 +364,11 @@ class RamBlockList:
         parts = clip(block._populated(block._used_length), *wanted)
         if not parts:
             return []
+        if not block._memory.can_drop:
+            raise DiscardError(
+                f"RAM block '{block.idstr}' is a file of the caller's that is not to be punched",
+                hint="Give it memory=File(fd, punch=True), if holes may be made in the file",
+            )
         for notifier in self._notifiers:
             if reaches_whole_blocks(notifier):
                 raise _cannot_follow(notifier, f"so that nothing of RAM block '{block.idstr}' may be")
@@ -378,6 +404,8 @@ class RamBlockList:
             return
         discarded = tuple(without(block._discarded, *parts))
         self._drop_stale(block, wanted)  # what a signal handler kept a discard from
+        for part in parts:
+            block._memory.provide(*part)
         tell_all(self._notifiers, Populated(block, parts))
         block._discarded = discarded
         logger.debug("populated %s of %s", wanted, block)

@@ -75,7 +75,7 @@ _MUTANTS = (
         "add",
     ),
     Mutant(
-        "memory.py",
+        "memory/reservation.py",
         "            for start, stop in ours:\n                if start < stop:\n"
         "                    self._kernel.munmap(start, stop - start)\n            raise\n",
         "            raise\n",
@@ -121,9 +121,9 @@ _MUTANTS = (
     ),
     # What comes back is not zeroed.
     Mutant(
-        "memory.py",
-        "        if self._length < stale:\n            self._zero(",
-        "        if False:\n            self._zero(",
+        "memory/reservation.py",
+        "        if self._length < stale and not self._store.holds_contents:\n",
+        "        if False:\n",
         "grow",
     ),
     # What was mapped before a resize that failed is not mapped again.
@@ -194,7 +194,12 @@ _MUTANTS = (
         "discard",
     ),
     # It is neither dropped nor written.
-    Mutant("memory.py", "        ctypes.memset(self.vaddr + start, 0, end - start)\n", "", "discard"),
+    Mutant(
+        "memory/reservation.py",
+        "        ctypes.memset(self.vaddr + start, 0, end - start)\n        return failure\n",
+        "        return failure\n",
+        "discard",
+    ),
     # ------------------------------------------------------------------------------------------------------ populate
     Mutant(
         "ramblock.py",

@@ -127,7 +127,7 @@ def test_no_two_modules_import_each_other() -> None:
         ("memory", "from pyvfio import RamBlock"),
         ("errors", "def late():\n    from pyvfio.iova import IovaAllocator"),
         ("memory", "from pyvfio.ramblock import RamBlock"),
-        ("memory", "from . import container"),
+        ("memory", "from .. import container"),
         ("space", "from .dma import DmaMapper"),
         ("ramblock", "from pyvfio.dma import DmaMapper"),
         ("ramblock", "from pyvfio.container import Container"),

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from pyvfio import ioctls
-from pyvfio.kernel import MAP_FIXED, IoctlArgument, LinuxKernel, Memlock, Registers
+from pyvfio.kernel import FALLOC_FL_KEEP_SIZE, MAP_FIXED, FileStatus, IoctlArgument, LinuxKernel, Memlock, Registers
 from pyvfio.testing.fake.device import FakeDevice, PciDevice
 from pyvfio.testing.fake.dma import DeviceSlot, DmaFault, DmaPath
 from pyvfio.testing.fake.edu import FakeEdu
@@ -22,12 +22,12 @@ from pyvfio.testing.fake.group import Container, DeviceHandle, Group, Handler
 from pyvfio.testing.fake.iommu import IommuModel, iommu_model
 from pyvfio.testing.fake.pci_device import FakePciDevice
 from pyvfio.testing.fake.pins import Mapped, Pins, Violation
-from pyvfio.testing.fake.process import AddressArgument, BufferArgument, FileAreas, refuse
+from pyvfio.testing.fake.process import AddressArgument, BufferArgument, FileAreas, file_areas, refuse
 from pyvfio.testing.fake.record import KEPT, Call, Failure, Failures
 from pyvfio.testing.fake.tree import Tree
 from pyvfio.testing.fake.unmodelled import Unmodelled, unmodelled_part
 from pyvfio.testing.fake.versions import KernelVersion, kernel_version
-from pyvfio.units import Vaddr
+from pyvfio.units import U64_MAX, Vaddr
 
 logger = logging.getLogger(__name__)
 
@@ -652,6 +652,57 @@ class FakeKernel:
                     # goes on behind a hole and says ENOMEM at the end.
                     asked = bool(number) and (call, number) != ("madvise", errno.ENOMEM)
                     self._pins.gone(call, vaddr=given[0], size=given[1], takes=takes, only_lost=asked)
+
+    def memfd_create(self, name: str, flags: int) -> int:
+        """The real one."""
+        if self._in_child:
+            return self._linux.memfd_create(name, flags)
+        with self._lock:
+            fd = self._observed(
+                "memfd_create", (name, flags), lambda: self._linux.memfd_create(name, flags), undo=os.close
+            )
+            self._given_out(fd)
+            return fd
+
+    def ftruncate(self, fd: int, size: int) -> None:
+        """The real one, seen: what is cut off is taken from whoever has it mapped."""
+        self._file_call("ftruncate", (fd, size), lambda: self._linux.ftruncate(fd, size), fd=fd, start=size)
+
+    def fallocate(self, fd: int, mode: int, offset: int, size: int) -> None:
+        """The real one, seen: a hole that is punched takes memory away."""
+
+        def act() -> None:
+            self._linux.fallocate(fd, mode, offset, size)
+
+        end = offset + size if mode & ~FALLOC_FL_KEEP_SIZE else offset
+        self._file_call("fallocate", (fd, mode, offset, size), act, fd=fd, start=offset, end=end)
+
+    def file_status(self, fd: int) -> FileStatus:
+        """The real one."""
+        return self._observed("file_status", (fd,), lambda: self._linux.file_status(fd))
+
+    def _file_call(
+        self, call: str, given: tuple[int, ...], action: Callable[[], None], *, fd: int, start: int, end: int = U64_MAX
+    ) -> None:
+        """The pages of a file from `start` to `end` go, and what devices reach of them with them."""
+        if self._in_child:
+            action()
+            return
+        with self._lock:
+            # Before, for what is behind the new end of a file has no pages to be found by.
+            areas = list(file_areas(fd, start, end)) if start < end and self._pins.used else []
+            made = False
+
+            def act() -> None:
+                nonlocal made
+                action()
+                made = True
+
+            try:
+                self._observed(call, given, act)
+            finally:
+                for vaddr, size in areas if made else ():
+                    self._pins.gone(call, vaddr=vaddr, size=size, takes=_READ_WRITE)
 
     def memlock(self) -> Memlock:
         """The fake's own: `memlock_limit` in whole pages, the sum of live mappings, `privileged`."""

@@ -227,6 +227,21 @@ def _file_systems() -> dict[tuple[int, int], str]:
     return found
 
 
+def file_areas(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Where this process has bytes `start` to `end` of a file mapped: vaddr, size. Source: /proc/self/maps."""
+    status = os.fstat(fd)
+    for line in Path("/proc/self/maps").read_bytes().split(b"\n")[:-1]:
+        span, _rights, offset, device, inode = line.split(maxsplit=5)[:5]
+        major, minor = (int(part, 16) for part in device.split(b":"))
+        if (int(inode), os.makedev(major, minor)) != (status.st_ino, status.st_dev):
+            continue
+        first, last = (int(part, 16) for part in span.split(b"-"))
+        begin = int(offset, 16)
+        low, high = max(start, begin), min(end, begin + last - first)
+        if low < high:
+            yield first + low - begin, high - low
+
+
 class FileAreas:
     """Finds shared writable mappings of files, in /proc/self/maps by PROCMAP_QUERY: 2 µs, on kernels from 6.11 on.
 

@@ -14,7 +14,10 @@ from pyvfio import ioctls
 _FILE_CALLS = frozenset(
     ("open", "close", "ioctl", "pread", "pwrite", "registers", "eventfd", "eventfd_read", "poll", "memlock")
 )
-CALLS = _FILE_CALLS | {"mmap", "mprotect", "madvise", "munmap"}
+_MEMORY_CALLS = frozenset(
+    ("mmap", "mprotect", "madvise", "munmap", "memfd_create", "ftruncate", "fallocate", "file_status")
+)
+CALLS = _FILE_CALLS | _MEMORY_CALLS
 KEPT = 256  # bytes of an ioctl's buffer that are remembered
 
 

@@ -1,9 +1,9 @@
-"""Process memory that can grow and shrink in place: reserve, activate, deactivate, release.
+"""Address space of which a part is memory: reserved as a whole, activated and given back at its end.
 
 A `Reservation` holds `max_length` bytes of address space. `[0, length)` can be used; what lies behind cannot be touched
-and is not charged. It is private anonymous memory, the kind that the series "Ram blocks with resizable anonymous
-allocations under POSIX" (QEMU, 2020, patches 9 to 12 and 15) resizes, with two departures, both seen to matter on
-running kernels:
+and is not charged. What the memory is, `pyvfio.memory.kinds` knows. It is what the series "Ram blocks with resizable
+anonymous allocations under POSIX" (QEMU, 2020, patches 9 to 12 and 15) resizes, with two departures, both seen to
+matter on running kernels:
 
 * it grows by mprotect(2), not by a MAP_FIXED mapping: with overcommit_memory=2 a MAP_FIXED mapping that fails with
   ENOMEM has, on 6.1, already taken the reservation away, and a stranger's mmap can land in the hole. A failing mprotect
@@ -16,16 +16,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import itertools
 import logging
-import mmap
-import weakref
-from bisect import bisect_right
-from dataclasses import dataclass
-from pathlib import Path
 
 from pyvfio.errors import ClosedError, IoctlError
 from pyvfio.kernel import MAP_FIXED, PROT_NONE, Kernel
+from pyvfio.memory.kinds import Anonymous, MemoryKind, make_store
+from pyvfio.memory.maps import areas
+from pyvfio.memory.settings import MemorySettings, apply_settings
 from pyvfio.units import MIB, PAGE_SIZE, U64_MAX, Vaddr, align_up, format_size, is_aligned
 
 logger = logging.getLogger(__name__)
@@ -34,62 +31,15 @@ ALIGNMENT = 2 * MIB
 """Reservations start at a multiple of this, so that transparent huge pages can back them from the first byte
 (QEMU_VMALLOC_ALIGN)."""
 
-_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
-
-
-@dataclass(frozen=True, slots=True)
-class MemorySettings:
-    """What madvise(2) is told about all memory of a block, kept through every resize.
-
-    `dontfork`: a child does not inherit the memory (on by default: copy-on-write after a fork would part the process's
-    pages from those the device has). `hugepage`: transparent huge pages may back it. `dontdump`: left out of core
-    dumps. `mergeable`: KSM may merge it; merging moves pages, so leave it off for memory that a device reaches.
-    """
-
-    dontfork: bool = True
-    hugepage: bool = True
-    dontdump: bool = False
-    mergeable: bool = False
-
-    @property
-    def advices(self) -> tuple[int, ...]:
-        """The madvise advices, in the order of `qemu_ram_apply_settings`."""
-        chosen = (
-            (self.mergeable, mmap.MADV_MERGEABLE),
-            (self.dontdump, mmap.MADV_DONTDUMP),
-            (self.hugepage, mmap.MADV_HUGEPAGE),
-            (self.dontfork, mmap.MADV_DONTFORK),
-        )
-        return tuple(advice for wanted, advice in chosen if wanted)
-
-
-# A kernel built without KSM or without transparent huge pages answers EINVAL; both only save memory or time.
-_MAY_BE_MISSING = (mmap.MADV_MERGEABLE, mmap.MADV_HUGEPAGE)
-
-
-def apply_settings(kernel: Kernel, settings: MemorySettings, *, vaddr: int, size: int) -> None:
-    """Make `settings` on `[vaddr, vaddr + size)`. Raises IoctlError; up to four system calls."""
-    for advice in settings.advices:
-        try:
-            kernel.madvise(vaddr, size, advice)
-        except OSError as error:
-            if error.errno != errno.EINVAL or advice not in _MAY_BE_MISSING:
-                raise IoctlError.of(
-                    error,
-                    "a setting of a block's memory could not be made",
-                    request="madvise",
-                    arguments={"vaddr": vaddr, "size": size, "advice": advice},
-                    hint="The process may have as many mappings as it may (vm.max_map_count)",
-                ) from error
-            logger.debug("madvise(%#x, %#x, %d): not built into this kernel", vaddr, size, advice)
+_PRIVATE = 0x22  # MAP_PRIVATE | MAP_ANONYMOUS
 
 
 class Reservation:
-    """`max_length` bytes of address space at `vaddr`, of which `[0, length)` can be read and written.
+    """`max_length` bytes of address space at `vaddr`, of which `[0, length)` can be used, as `kind` has it.
 
-    `vaddr` is a multiple of 2 MiB; one page behind `max_length` stays inaccessible as a guard. New memory reads zero,
-    also where it has been used, given up and taken again.
+    `vaddr` is a multiple of 2 MiB, or of its huge pages; one page behind `max_length` stays inaccessible as a guard.
+    New memory reads zero, also where it has been used, given up and taken again; that of a caller's file reads what the
+    file holds. `idstr` names a memfd.
 
     Raises ValueError for a length that is not a positive multiple of the page size or that no address space can hold,
     IoctlError when there is no address space or the settings cannot be made. Nothing is charged for the
@@ -106,13 +56,22 @@ class Reservation:
         "_kernel",
         "_length",
         "_settings",
+        "_store",
         "_touched",
         "_unsettled",
         "max_length",
         "vaddr",
     )
 
-    def __init__(self, kernel: Kernel, *, max_length: int, settings: MemorySettings | None = None) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        *,
+        max_length: int,
+        settings: MemorySettings | None = None,
+        kind: MemoryKind | None = None,
+        idstr: str = "",
+    ) -> None:
         if max_length <= 0 or not is_aligned(max_length, PAGE_SIZE):
             raise ValueError(f"max_length must be a positive multiple of {PAGE_SIZE} bytes, not {max_length}")
         if max_length + ALIGNMENT > U64_MAX:
@@ -129,7 +88,12 @@ class Reservation:
         self._held = 0  # a device may still reach up to here, unless the next shrink says otherwise
         self._kept = False  # a device may reach any of it for ever
         self._unsettled: tuple[int, int] | None = None  # [start, end) that has lost its settings
-        self.vaddr = self._reserve()
+        self._store = make_store(kernel, kind or Anonymous(), idstr=idstr, max_length=max_length)
+        try:
+            self.vaddr = self._reserve()
+        except BaseException:
+            self._store.close()
+            raise
 
     @property
     def length(self) -> int:
@@ -140,6 +104,31 @@ class Reservation:
     def settings(self) -> MemorySettings:
         """What holds for all of this memory."""
         return self._settings
+
+    @property
+    def page_size(self) -> int:
+        """What lengths are multiples of, in bytes."""
+        return self._store.page_size
+
+    @property
+    def readable_only(self) -> bool:
+        """Whether it cannot be written."""
+        return not self._store.protection & 2
+
+    @property
+    def can_drop(self) -> bool:
+        """Whether parts can be given back while they stay accessible."""
+        return self._store.can_drop
+
+    @property
+    def warnings(self) -> tuple[Warning, ...]:
+        """What whoever chose this kind of memory should know."""
+        return tuple(self._store.warnings)
+
+    @property
+    def file(self) -> tuple[int, int] | None:
+        """The descriptor and the offset in it that the memory begins at; None for memory that is no file's."""
+        return None if self._store.fd < 0 else (self._store.fd, self._store.offset)
 
     @property
     def retained(self) -> int:
@@ -153,8 +142,12 @@ class Reservation:
 
     def _reserve(self) -> Vaddr:
         size = self.max_length + PAGE_SIZE
+        if self.max_length % self._store.page_size:
+            raise ValueError(f"max_length {self.max_length:#x} must be a multiple of {self._store.page_size:#x}")
+        alignment = max(ALIGNMENT, self._store.page_size)
+        flags = _PRIVATE if self._store.fd >= 0 else self._store.flags
         try:
-            whole = self._kernel.mmap(0, size + ALIGNMENT - PAGE_SIZE, PROT_NONE, _ANONYMOUS)
+            whole = self._kernel.mmap(0, size + alignment - PAGE_SIZE, PROT_NONE, flags)
         except OSError as error:
             raise IoctlError.of(
                 error,
@@ -163,13 +156,15 @@ class Reservation:
                 arguments={"size": size},
                 hint="Choose a smaller max_length, or raise RLIMIT_AS (ulimit -v); a process has 128 TiB at most",
             ) from error
-        end = whole + size + ALIGNMENT - PAGE_SIZE
-        vaddr = Vaddr(align_up(whole, ALIGNMENT))
+        end = whole + size + alignment - PAGE_SIZE
+        vaddr = Vaddr(align_up(whole, alignment))
         head, body, tail = (whole, vaddr), (vaddr, vaddr + size), (vaddr + size, end)
         ours = [head, body, tail]
         try:
             for piece in (head, tail):
                 self._trim(ours, piece)
+            if self._store.fd >= 0:
+                self._map_file(ours, body)
             apply_settings(self._kernel, self._settings, vaddr=vaddr, size=size)
         except BaseException:
             for start, stop in ours:
@@ -189,6 +184,41 @@ class Reservation:
             ours.append(piece)
             raise
 
+    def _map_file(self, ours: list[tuple[int, int]], body: tuple[int, int]) -> None:
+        vaddr = body[0]
+        ours.remove(body)  # a fixed mapping that fails may have taken it away, and another thread may have memory there
+        try:
+            self._map_inaccessible(vaddr, 0, self.max_length)
+        except OSError as error:
+            if self._is_intact(*body):
+                ours.append(body)
+            raise IoctlError.of(
+                error,
+                f"descriptor {self._store.fd} could not be mapped",
+                request="mmap",
+                arguments={"vaddr": vaddr, "size": self.max_length, "offset": self._store.offset},
+                hint="It must be open for reading, and of a file that can be mapped",
+            ) from error
+        except BaseException:
+            ours.append(body)
+            raise
+        ours.append(body)
+
+    @staticmethod
+    def _is_intact(start: int, end: int) -> bool:
+        reached = start
+        for first, last, permissions in areas(start, end - start):
+            if first > reached or permissions != "---p":
+                return False
+            reached = last
+        return reached >= end
+
+    def _map_inaccessible(self, vaddr: int, start: int, end: int) -> None:
+        store = self._store
+        self._kernel.mmap(
+            vaddr + start, end - start, PROT_NONE, store.flags | MAP_FIXED, fd=store.fd, offset=store.offset + start
+        )
+
     def activate(self, length: int) -> None:
         """Make `[0, length)` usable; `length` is above the present one and at most `max_length`.
 
@@ -201,8 +231,8 @@ class Reservation:
             raise ValueError(f"cannot activate {length:#x} bytes: {self._length:#x} are, of {self.max_length:#x}")
         stale = self._touched
         self._open_up(length)
-        if self._length < stale:
-            self._zero(self._length, min(length, stale))
+        if self._length < stale and not self._store.holds_contents:
+            self._clear(self._length, min(length, stale))
         self._length = length
 
     def _open_up(self, length: int) -> None:
@@ -213,18 +243,51 @@ class Reservation:
             self._settle(length)
         try:
             self._touched = max(touched, length)
-            self._kernel.mprotect(self.vaddr + start, length - start, _READ_WRITE)
+            if self._store.fd >= 0:
+                self.provide(start, length)
+            self._kernel.mprotect(self.vaddr + start, length - start, self._store.protection)
+        except IoctlError:
+            self._unprovide(touched, length)
+            raise
         except OSError as error:
-            self._touched = touched
-            raise IoctlError.of(
-                error,
-                f"{format_size(length - start)} more memory could not be had",
-                request="mprotect",
-                arguments={"vaddr": self.vaddr + start, "size": length - start},
-                hint="Free memory, raise the commit limit (vm.overcommit_ratio, vm.overcommit_kbytes) where "
-                "vm.overcommit_memory is 2, or raise RLIMIT_DATA and RLIMIT_AS",
-            ) from error
+            self._unprovide(touched, length)
+            raise self._no_memory(error, "mprotect", start, length) from error
         self._accessible = length
+
+    def provide(self, start: int, end: int) -> None:
+        """Have pages behind `[start, end)` where the kind of memory lets that be asked for. Raises IoctlError."""
+        try:
+            self._store.provide(start, end)
+        except OSError as error:
+            raise self._no_memory(error, "fallocate", start, end) from error
+
+    def _unprovide(self, touched: int, length: int) -> None:
+        """What a grow that failed has provided goes; what was retained before it stays."""
+        if touched < length and self._store.fd >= 0:
+            try:
+                self._store.give_back(touched, length)
+            except OSError as error:
+                logger.debug("%#x keeps pages of a grow that failed: %s", self.vaddr, error)
+                return  # they are zeroed before they are seen
+        self._touched = touched
+
+    def _no_memory(self, error: OSError, request: str, start: int, end: int) -> IoctlError:
+        hint = (
+            "Free memory, raise the commit limit (vm.overcommit_ratio, vm.overcommit_kbytes) where "
+            "vm.overcommit_memory is 2, or raise RLIMIT_DATA and RLIMIT_AS"
+        )
+        if self._store.page_size > PAGE_SIZE:
+            pages = format_size(self._store.page_size)
+            hint = (
+                f"The pool of huge pages of {pages} may be too small (vm.nr_hugepages), or the hugetlb cgroup's limit"
+            )
+        return IoctlError.of(
+            error,
+            f"{format_size(end - start)} more memory could not be had: {error.strerror}",
+            request=request,
+            arguments={"vaddr": self.vaddr + start, "size": end - start},
+            hint=hint,
+        )
 
     def deactivate(self, length: int) -> None:
         """Give back everything from `length` on; `length` is below the present one.
@@ -243,13 +306,17 @@ class Reservation:
         self._held = min(self._held, length)
         start, stop = self._unsettled or (length, end)
         self._unsettled = (min(start, length), max(stop, end))
-        self._kernel.mmap(self.vaddr + length, end - length, PROT_NONE, _ANONYMOUS | MAP_FIXED)
-        self._touched = length
+        self._map_inaccessible(self.vaddr, length, end)
+        if self._store.fd < 0:
+            self._touched = length
         try:
             self._settle(self.max_length)
         except OSError as error:
             # Nothing depends on it before the memory is activated again, which then tries once more.
             logger.debug("settings of %#x wait until it is activated: %s", self.vaddr + length, error)
+        if self._store.fd >= 0:
+            self._store.give_back(length, end)
+            self._touched = length
 
     def drop(self, start: int, end: int) -> None:
         """Give the pages of `[start, end)`, which is active, back; it stays accessible and reads zeros. Raises OSError
@@ -281,13 +348,20 @@ class Reservation:
         apply_settings(self._kernel, self._settings, vaddr=self.vaddr + start, size=end - start)
         self._unsettled = None
 
+    def _clear(self, start: int, end: int) -> None:
+        """Let stale contents read zeros. Pages of a file have been provided, and a hole would lose them."""
+        if self._store.fd < 0:
+            self._zero(start, end)
+        else:
+            ctypes.memset(self.vaddr + start, 0, end - start)
+
     def _zero(self, start: int, end: int) -> OSError | None:
         """What kept the pages from being dropped."""
         # Pages that a device may reach must stay the ones that this process has; they are written, not dropped.
         failure = OSError(errno.EBUSY, "a device may still reach it")
         if start >= self._held:
             try:
-                self._kernel.madvise(self.vaddr + start, end - start, mmap.MADV_DONTNEED)
+                self._store.drop(self.vaddr, start, end)
             except OSError as error:
                 # Locked memory cannot be dropped (EINVAL); it can be written.
                 logger.debug("%#x is written with zeros: %s", self.vaddr + start, error)
@@ -310,6 +384,7 @@ class Reservation:
             self.vaddr = vaddr
             raise
         self._length = self._accessible = self._touched = self._held = 0
+        self._store.close()
 
     def _check_open(self) -> None:
         if self.vaddr == 0:
@@ -325,74 +400,13 @@ class Reservation:
             return
         assert 0 <= self._length <= self._accessible <= self._touched <= self.max_length
         reached = int(self.vaddr)
-        for start, end, permissions in _maps(self.vaddr, self.max_length + PAGE_SIZE):
+        shared = "s" if self._store.flags & 1 else "p"
+        usable = ("rw" if self._store.protection & 2 else "r-") + "-" + shared
+        for start, end, permissions in areas(self.vaddr, self.max_length + PAGE_SIZE):
             first = max(start, self.vaddr)  # it merges with what lies before and is alike
             assert first == reached, hex(reached)
             reached = end
             # Between the two stands what a shrink could not give back, or a grow was interrupted in.
-            assert permissions == "rw-p" or first >= self.vaddr + self._accessible, (hex(start), permissions)
-            assert permissions == "---p" or end <= self.vaddr + self._touched, (hex(end), permissions)
+            assert permissions == usable or first >= self.vaddr + self._accessible, (hex(start), permissions)
+            assert permissions[:3] == "---" or end <= self.vaddr + self._touched, (hex(end), permissions)
         assert reached >= self.vaddr + self.max_length + PAGE_SIZE, hex(reached)
-
-
-def _maps(vaddr: int, size: int) -> list[tuple[int, int, str]]:
-    """The lines of /proc/self/maps that lie in `[vaddr, vaddr + size)`: start, end, permissions."""
-    found = []
-    # As bytes: a path may hold a carriage return, which the kernel does not escape and Python takes for a line's end.
-    lines = Path("/proc/self/maps").read_bytes().split(b"\n")[:-1]
-    # They ascend, and a large process has thousands: search, and read those few that matter.
-    first = bisect_right(lines, vaddr, key=lambda line: _span(line)[1])
-    for line in itertools.islice(lines, first, None):
-        start, end = _span(line)
-        if start >= vaddr + size:
-            break
-        found.append((start, end, line.split(maxsplit=2)[1].decode("ascii")))
-    return found
-
-
-def _span(line: bytes) -> tuple[int, int]:
-    start, end = line.split(b" ", 1)[0].split(b"-")
-    return int(start, 16), int(end, 16)
-
-
-def describe(vaddr: int, size: int) -> str:
-    """What this process has at `[vaddr, vaddr + size)`, in words, for error messages; about 1 ms."""
-    found = _maps(vaddr, size)
-    covered = sum(min(end, vaddr + size) - max(start, vaddr) for start, end, _ in found)
-    spans = ", ".join(f"{start:#x}-{end - 1:#x} {permissions}" for start, end, permissions in found[:4])
-    if not found:
-        return f"This process has nothing mapped at {vaddr:#x}-{vaddr + size - 1:#x}"
-    hole = "" if covered == size else f"; {size - covered:#x} bytes of it are not mapped at all"
-    return f"This process has there: {spans}{hole}"
-
-
-class Exports:
-    """The memoryviews that have been given out of one piece of memory and are still alive.
-
-    CPython tells an object that implements the buffer protocol in Python when a view goes only from 3.12 on. A ctypes
-    array works everywhere: every view made of it, and every view of a view, holds a reference to it, so a weak
-    reference to the array dies with the last of them.
-
-    Synchronization: none; the owner serializes calls. Cost: O(live views) a call.
-    """
-
-    __slots__ = ("_exports",)
-
-    def __init__(self) -> None:
-        self._exports: list[weakref.ref[ctypes.Array[ctypes.c_ubyte]]] = []
-
-    def view(self, vaddr: int, size: int) -> memoryview:
-        """A writable memoryview of bytes. The memory must stay mapped while `end()` is above it."""
-        if size == 0:
-            return memoryview(bytearray())
-        array = (ctypes.c_ubyte * size).from_address(vaddr)
-        self._exports = [reference for reference in self._exports if reference() is not None]
-        self._exports.append(weakref.ref(array))
-        return memoryview(array).cast("B")
-
-    def end(self) -> int:
-        """The highest address, exclusive, that a live view reaches; 0 when there is none."""
-        if not self._exports:
-            return 0
-        arrays = (reference() for reference in self._exports)
-        return max((ctypes.addressof(array) + len(array) for array in arrays if array is not None), default=0)

@@ -1,0 +1,480 @@
+"""What memory of each kind does when a block is made of it, grows, shrinks, is discarded and goes."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import pyvfio
+from pyvfio import Anonymous, File, Memfd, RamBlock, RamBlockList
+from pyvfio.kernel import TMPFS_MAGIC
+from pyvfio.memory import MemoryKind, Reservation
+from pyvfio.testing.fake import DmaFault, FakeDevice
+from pyvfio.units import MIB, PAGE_SIZE
+from tests.unit.fakes import BDF, Rig, SpecialKernel
+
+DATA = bytes(range(1, 256))
+
+
+@pytest.fixture
+def kernel() -> Iterator[SpecialKernel]:
+    """With one device."""
+    with SpecialKernel(groups=[(2, [FakeDevice(BDF)])]) as made:
+        yield made
+
+
+@pytest.fixture
+def blocks(kernel: SpecialKernel) -> Iterator[RamBlockList]:
+    """A list of blocks on it."""
+    with RamBlockList(kernel=kernel) as made:
+        yield made
+
+
+@pytest.fixture
+def fd() -> Iterator[int]:
+    """An empty file of the caller's, in memory."""
+    made = os.memfd_create("caller's", os.MFD_CLOEXEC)
+    yield made
+    os.close(made)
+
+
+@contextmanager
+def kinds(name: str) -> Iterator[MemoryKind]:
+    """A kind by a name; a file has the page before the block's first byte, too, and is as long as it must be."""
+    without_file: dict[str, MemoryKind] = {
+        "anonymous": Anonymous(),
+        "noreserve": Anonymous(noreserve=True),
+        "memfd": Memfd(),
+    }
+    if name in without_file:
+        yield without_file[name]
+        return
+    fd = os.memfd_create("caller's", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, MIB + PAGE_SIZE)
+        yield File(fd, PAGE_SIZE, shared=name != "file private", punch=name == "file punched")
+    finally:
+        os.close(fd)
+
+
+NAMES = ("anonymous", "noreserve", "memfd", "file shared", "file private", "file punched")
+
+
+def contents(block: RamBlock) -> bytes:
+    """All of it."""
+    with block.view() as view:
+        return bytes(view)
+
+
+def write(block: RamBlock, offset: int = 0) -> None:
+    """DATA, at an offset."""
+    with block.view() as view:
+        view[offset : offset + len(DATA)] = DATA
+
+
+# ---------------------------------------------------------------------------------------------------------- all kinds
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_below_stays_and_the_device_follows(kernel: SpecialKernel, name: str) -> None:
+    """Through growing, shrinking to nothing and back; whatever kind of memory it is."""
+    with kinds(name) as kind, Rig(kernel) as rig:
+        block = rig.blocks.add("ring", used_length=2 * PAGE_SIZE, max_length=MIB, memory=kind)
+        write(block)
+        for length in (8, 1, 8, 3):
+            block.resize(length * PAGE_SIZE)
+            assert contents(block)[: len(DATA)] == DATA
+            assert rig.reached() == rig.expected()
+            rig.check()
+        block.resize(0)
+        block.resize(MIB)
+        rig.check()
+        assert rig.reached() == rig.expected()
+    kernel.check()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_that_comes_back_reads_zero_or_what_the_file_holds(blocks: RamBlockList, name: str) -> None:
+    """A file that is not punched keeps what it had; private pages of it, and all other memory, are gone."""
+    with kinds(name) as kind:
+        block = blocks.add("ring", used_length=2 * PAGE_SIZE, max_length=MIB, memory=kind)
+        write(block, PAGE_SIZE)
+        block.resize(PAGE_SIZE)
+        block.resize(2 * PAGE_SIZE)
+        expected = DATA if name == "file shared" else bytes(len(DATA))
+        assert contents(block)[PAGE_SIZE : PAGE_SIZE + len(DATA)] == expected
+        blocks.close()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_address_space_and_descriptors_are_as_before_when_it_goes(blocks: RamBlockList, name: str) -> None:
+    """Nothing of it stays mapped, and a caller's descriptor stays open."""
+    with kinds(name) as kind:
+        before = set(os.listdir("/proc/self/fd"))
+        block = blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB, memory=kind)
+        start, end = block.vaddr, block.vaddr + MIB
+        block.remove()
+        assert set(os.listdir("/proc/self/fd")) == before
+        lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
+        assert not any(start <= int(line.split("-")[0], 16) < end for line in lines)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("call", ["mmap", "mprotect", "madvise", "munmap", "memfd_create", "fallocate", "file_status"])
+def test_a_block_that_cannot_be_made_leaves_nothing_behind(
+    kernel: SpecialKernel, blocks: RamBlockList, name: str, call: str
+) -> None:
+    """Whichever call fails, and however often it had succeeded before."""
+    with kinds(name) as kind:
+        kernel.clear_trace()
+        blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB, memory=kind).remove()
+        count = len([made for made in kernel.trace if made.call == call])
+        fds, maps = set(os.listdir("/proc/self/fd")), areas()
+        for nth in range(1, count + 1):
+            kernel.fail(call=call, errno=errno.ENOMEM, nth=nth)
+            try:
+                block = blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB, memory=kind)
+            except OSError:
+                assert set(os.listdir("/proc/self/fd")) == fds
+            else:
+                block.remove()  # the call that fails may be one of its end
+            kernel.clear_failures()
+            for left in list(blocks):
+                left.remove()
+        blocks.close()
+        if call != "munmap":  # what could not be given back is lost
+            assert areas() == maps
+
+
+def areas() -> int:
+    """How much address space there is that nobody can touch, which is what a reservation leaves if it leaves any."""
+    spans = [line.split()[:2] for line in Path("/proc/self/maps").read_text(errors="replace").splitlines()]
+    sizes = [int(span.split("-")[1], 16) - int(span.split("-")[0], 16) for span, rights in spans if rights[:3] == "---"]
+    return sum(size for size in sizes if MIB <= size <= 4 * MIB)
+
+
+# -------------------------------------------------------------------------------------------------------------- memfd
+
+
+def test_the_length_of_a_memfd_follows_that_of_the_block(blocks: RamBlockList) -> None:
+    """It is as long as what is used, and has pages for all of that before anybody touches it."""
+    block = blocks.add("ring", used_length=0, max_length=MIB, memory=Memfd())
+    assert block.file is not None
+    fd = block.file.fd
+    assert os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:ring")
+    for length in (4, 16, 2, 0, 3):
+        block.resize(length * PAGE_SIZE)
+        status = os.fstat(fd)
+        assert (status.st_size, status.st_blocks * 512) == (length * PAGE_SIZE, length * PAGE_SIZE)
+        assert block.file == (fd, 0, block.vaddr, length * PAGE_SIZE)
+
+
+def test_others_see_a_memfds_memory(blocks: RamBlockList) -> None:
+    """Whoever maps the descriptor."""
+    block = blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB, memory=Memfd())
+    assert block.file is not None
+    with mmap.mmap(block.file.fd, PAGE_SIZE) as theirs:
+        theirs[: len(DATA)] = DATA
+        assert contents(block)[: len(DATA)] == DATA
+
+
+def test_growing_a_memfd_without_memory_changes_nothing(kernel: SpecialKernel, blocks: RamBlockList) -> None:
+    """fallocate says so, before anybody could be killed for touching it."""
+    block = blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB, memory=Memfd())
+    assert block.file is not None
+    kernel.fail(call="fallocate", errno=errno.ENOSPC)
+    with pytest.raises(pyvfio.IoctlError, match="more memory could not be had"):
+        block.resize(4 * PAGE_SIZE)
+    assert (block.used_length, os.fstat(block.file.fd).st_size) == (PAGE_SIZE, PAGE_SIZE)
+    block._check()
+    block.resize(4 * PAGE_SIZE)
+
+
+def test_pages_of_a_growth_that_is_refused_go_back(kernel: SpecialKernel, blocks: RamBlockList) -> None:
+    """mprotect fails when there were pages already."""
+    block = blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB, memory=Memfd())
+    assert block.file is not None
+    kernel.fail(call="mprotect", errno=errno.ENOMEM)
+    with pytest.raises(pyvfio.IoctlError):
+        block.resize(4 * PAGE_SIZE)
+    assert os.fstat(block.file.fd).st_size == PAGE_SIZE
+    block._check()
+
+
+def test_a_memfd_that_cannot_be_cut_is_a_warning_and_reads_zero_later(
+    kernel: SpecialKernel, blocks: RamBlockList
+) -> None:
+    """As with any memory that could not be given back."""
+    block = blocks.add("ring", used_length=2 * PAGE_SIZE, max_length=MIB, memory=Memfd())
+    write(block, PAGE_SIZE)
+    kernel.fail(call="ftruncate", errno=errno.EIO)
+    with pytest.warns(pyvfio.MemoryNotReturnedWarning):
+        block.resize(PAGE_SIZE)
+    block._check()
+    block.resize(2 * PAGE_SIZE)
+    assert not any(contents(block)[PAGE_SIZE:])
+    block._check()
+
+
+def test_discarded_parts_of_a_memfd_are_holes_until_they_are_populated(blocks: RamBlockList) -> None:
+    """The pages go and come; nobody finds out by touching that there are none."""
+    block = blocks.add("ring", used_length=4 * PAGE_SIZE, max_length=MIB, memory=Memfd())
+    assert block.file is not None
+    write(block, PAGE_SIZE)
+    block.discard(PAGE_SIZE, 2 * PAGE_SIZE)
+    assert os.fstat(block.file.fd).st_blocks * 512 == 2 * PAGE_SIZE
+    block.populate(PAGE_SIZE, 2 * PAGE_SIZE)
+    assert os.fstat(block.file.fd).st_blocks * 512 == 4 * PAGE_SIZE
+    assert not any(contents(block))
+
+
+def test_a_discard_that_cannot_be_populated_again_stays_one(kernel: SpecialKernel, blocks: RamBlockList) -> None:
+    """No memory for it: the block is as it was before the attempt."""
+    block = blocks.add("ring", used_length=4 * PAGE_SIZE, max_length=MIB, memory=Memfd())
+    block.discard(0, PAGE_SIZE)
+    kernel.fail(call="fallocate", errno=errno.ENOSPC)
+    with pytest.raises(pyvfio.IoctlError):
+        block.populate(0, PAGE_SIZE)
+    assert list(block.discarded) == [(0, PAGE_SIZE)]
+    block.populate(0, PAGE_SIZE)
+    assert list(block.discarded) == []
+
+
+@pytest.mark.parametrize("size", [0, 1000, PAGE_SIZE, 3 * MIB])
+def test_huge_pages_have_a_size_that_pages_can_have(blocks: RamBlockList, size: int) -> None:
+    """Anything else is refused before the kernel is asked."""
+    with pytest.raises(ValueError, match="huge pages"):
+        blocks.add("ring", used_length=0, max_length=4 * MIB, memory=Memfd(hugetlb=size))
+
+
+def test_huge_pages_that_the_kernel_does_not_have_are_said_to_be_missing(blocks: RamBlockList) -> None:
+    """128 MiB is none that x86 has."""
+    with pytest.raises(pyvfio.IoctlError, match=r"memfd_create.*no huge pages of 128 MiB"):
+        blocks.add("ring", used_length=0, max_length=128 * MIB, memory=Memfd(hugetlb=128 * MIB))
+
+
+def test_lengths_are_multiples_of_huge_pages(blocks: RamBlockList) -> None:
+    """All of them: where a block is made, when it is resized, and where it is discarded."""
+    huge = Memfd(hugetlb=2 * MIB)
+    for used, maximum in ((0, 3 * MIB), (MIB, 4 * MIB)):
+        with pytest.raises(ValueError, match="multiple of"):
+            blocks.add("ring", used_length=used, max_length=maximum, memory=huge)
+    block = blocks.add("ring", used_length=0, max_length=4 * MIB, memory=huge)
+    assert (block.page_size, block.vaddr % (2 * MIB)) == (2 * MIB, 0)
+    with pytest.raises(ValueError, match="multiple of 2097152"):
+        block.resize(MIB)
+    with pytest.raises(ValueError, match="multiple of 2097152"):
+        block.discard(0, PAGE_SIZE)
+
+
+def test_a_huge_page_pool_that_is_too_small_is_an_error_and_nothing_else(
+    kernel: SpecialKernel, blocks: RamBlockList
+) -> None:
+    """The errno that fallocate has for it, and a hint that names the pool; no process is killed."""
+    block = blocks.add("ring", used_length=0, max_length=4 * MIB, memory=Memfd(hugetlb=2 * MIB))
+    kernel.fail(call="fallocate", errno=errno.ENOSPC)
+    with pytest.raises(pyvfio.IoctlError, match="pool of huge pages of 2 MiB may be too small"):
+        block.resize(2 * MIB)
+    block._check()
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def test_a_callers_file_is_never_changed_in_length_unless_asked(blocks: RamBlockList, fd: int) -> None:
+    """Nor punched: it is the same file when the block is gone."""
+    os.ftruncate(fd, MIB)
+    os.pwrite(fd, DATA, 3 * PAGE_SIZE)
+    block = blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB, memory=File(fd))
+    for length in (8, 1, 0):
+        block.resize(length * PAGE_SIZE)
+        assert (os.fstat(fd).st_size, os.pread(fd, len(DATA), 3 * PAGE_SIZE)) == (MIB, DATA)
+
+
+def test_a_file_that_may_grow_does_when_the_block_does(blocks: RamBlockList, fd: int) -> None:
+    """By as much as is needed; it stays as long as it was when the block shrinks."""
+    block = blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB, memory=File(fd, PAGE_SIZE, grow=True))
+    lengths = []
+    for length in (4, 1):
+        block.resize(length * PAGE_SIZE)
+        lengths.append(os.fstat(fd).st_size)
+    assert lengths == [5 * PAGE_SIZE, 5 * PAGE_SIZE]
+
+
+def test_a_file_that_may_be_punched_gives_its_pages_back(blocks: RamBlockList, fd: int) -> None:
+    """Its length stays."""
+    os.ftruncate(fd, MIB)
+    block = blocks.add("ring", used_length=4 * PAGE_SIZE, max_length=MIB, memory=File(fd, punch=True))
+    with block.view() as view:
+        view[:] = b"x" * len(view)
+    block.resize(PAGE_SIZE)
+    status = os.fstat(fd)
+    assert (status.st_size, status.st_blocks * 512) == (MIB, PAGE_SIZE)
+
+
+def test_private_pages_of_a_file_are_not_the_files(blocks: RamBlockList, fd: int) -> None:
+    """What is written stays with the process."""
+    os.ftruncate(fd, MIB)
+    block = blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB, memory=File(fd, shared=False))
+    write(block)
+    assert os.pread(fd, len(DATA), 0) == bytes(len(DATA))
+
+
+def test_a_file_that_is_too_short_is_refused_when_the_block_is_made(blocks: RamBlockList, fd: int) -> None:
+    """Not when it is grown."""
+    os.ftruncate(fd, MIB)
+    with pytest.raises(ValueError, match=r"ends 1020 KiB behind offset 0x1000.*let grow be True"):
+        blocks.add("ring", used_length=0, max_length=MIB, memory=File(fd, PAGE_SIZE))
+
+
+def test_a_file_that_has_become_too_short_is_refused_when_the_block_grows(blocks: RamBlockList, fd: int) -> None:
+    """Somebody else has cut it; touching it would kill."""
+    os.ftruncate(fd, MIB)
+    block = blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB, memory=File(fd))
+    os.ftruncate(fd, 2 * PAGE_SIZE)
+    with pytest.raises(pyvfio.IoctlError, match="the file has become too short"):
+        block.resize(4 * PAGE_SIZE)
+    assert block.used_length == PAGE_SIZE
+    block.resize(2 * PAGE_SIZE)
+
+
+def test_a_file_that_is_not_to_be_punched_cannot_be_discarded_in_part(blocks: RamBlockList, fd: int) -> None:
+    """It would not read zeros."""
+    os.ftruncate(fd, MIB)
+    block = blocks.add("ring", used_length=4 * PAGE_SIZE, max_length=MIB, memory=File(fd))
+    with pytest.raises(pyvfio.DiscardError, match="not to be punched"):
+        block.discard(0, PAGE_SIZE)
+    assert block.discarded == ()
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [({"offset": 1}, "offset"), ({"offset": -PAGE_SIZE}, "offset"), ({"shared": False, "punch": True}, "private")],
+)
+def test_what_does_not_go_together_is_refused(
+    blocks: RamBlockList, fd: int, changed: dict[str, int], what: str
+) -> None:
+    """Before anything is mapped."""
+    os.ftruncate(fd, 2 * MIB)
+    with pytest.raises(ValueError, match=what):
+        blocks.add("ring", used_length=0, max_length=MIB, memory=File(fd, **changed))  # type: ignore[arg-type]
+
+
+def test_a_descriptor_that_is_open_for_reading_makes_a_block_that_is_read(kernel: SpecialKernel, fd: int) -> None:
+    """By the process and by devices; it can be neither made longer nor punched."""
+    os.ftruncate(fd, MIB)
+    os.pwrite(fd, DATA, 0)
+    reading = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with Rig(kernel) as rig:
+            for changed in ({"grow": True}, {"punch": True}):
+                with pytest.raises(ValueError, match="open for reading only"):
+                    rig.blocks.add("ring", used_length=0, max_length=MIB, memory=File(reading, **changed))
+            block = rig.blocks.add("ring", used_length=2 * PAGE_SIZE, max_length=MIB, memory=File(reading))
+            assert block.readonly
+            assert contents(block)[: len(DATA)] == DATA
+            assert [mapping.flags for mapping in kernel.mappings(BDF)] == [1]
+            block.resize(4 * PAGE_SIZE)
+            rig.check()
+    finally:
+        os.close(reading)
+
+
+def test_a_bad_descriptor_is_the_kernels_refusal(blocks: RamBlockList) -> None:
+    """EBADF."""
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        blocks.add("ring", used_length=0, max_length=MIB, memory=File(987654))
+
+
+def test_a_file_on_a_disk_warns_that_no_device_can_be_let_write_to_it(blocks: RamBlockList) -> None:
+    """When the block is made; one that is read, or private, does not."""
+    places = [Path(__file__).parent, Path.home(), Path("/")]
+    directory = next(place for place in places if os.access(place, os.W_OK) and file_system(place) != TMPFS_MAGIC)
+    with tempfile.TemporaryFile(dir=directory) as file:
+        file.truncate(MIB)
+        with pytest.warns(pyvfio.CannotBePinnedWarning, match=r"since Linux 6\.5") as caught:
+            blocks.add("ring", used_length=0, max_length=MIB, memory=File(file.fileno()))
+        assert caught[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            blocks.add("private", used_length=0, max_length=MIB, memory=File(file.fileno(), shared=False))
+        blocks.close()
+
+
+def file_system(path: Path) -> int:
+    """Its magic number."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        return pyvfio.LinuxKernel().file_status(fd).file_system
+    finally:
+        os.close(fd)
+
+
+def test_memory_that_is_not_persistent_is_said_not_to_be(blocks: RamBlockList, fd: int) -> None:
+    """MAP_SYNC is refused for it; the block is made all the same."""
+    os.ftruncate(fd, MIB)
+    with pytest.warns(pyvfio.PersistenceWarning, match="MAP_SYNC") as caught:
+        block = blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB, memory=File(fd, pmem=True))
+    assert caught[0].filename == __file__
+    write(block)
+    assert os.pread(fd, len(DATA), 0) == DATA
+
+
+# ----------------------------------------------------------------------------------------------------------- read-only
+
+
+def test_a_device_may_only_read_a_readonly_block(kernel: SpecialKernel) -> None:
+    """The process goes on writing it; and each page is the process's own before the device has it."""
+    with Rig(kernel) as rig:
+        block = rig.blocks.add("rom", used_length=2 * PAGE_SIZE, max_length=MIB, readonly=True)
+        assert [mapping.flags for mapping in kernel.mappings(BDF)] == [1]
+        assert kernel.memlock().used == 2 * PAGE_SIZE
+        write(block)
+        assert kernel.dma_read(BDF, rig.mapper.iova(block), len(DATA)) == DATA
+        with pytest.raises(DmaFault):
+            kernel.dma_write(BDF, rig.mapper.iova(block), b"x")
+        block.resize(4 * PAGE_SIZE)
+        assert {mapping.flags for mapping in kernel.mappings(BDF)} == {1}
+        rig.check()
+
+
+@pytest.mark.parametrize("version", ["6.1", "6.12"])
+def test_what_is_written_after_the_map_is_what_a_reading_device_sees(version: str) -> None:
+    """Though nothing had been written before, where a kernel pins the page of zeros."""
+    with SpecialKernel(version, groups=[(2, [FakeDevice(BDF)])]) as kernel, Rig(kernel) as rig:
+        rig.blocks.add("rom", used_length=PAGE_SIZE, max_length=MIB, readonly=True)
+        assert kernel.memlock().used == PAGE_SIZE  # 6.1 charges nobody for the page of zeros
+
+
+# ----------------------------------------------------------------------------------------------- the fake sees files go
+
+
+def test_a_fake_kernel_sees_that_a_file_was_cut_under_a_device(kernel: SpecialKernel) -> None:
+    """What the device still reaches is a violation, with both addresses; so is a hole."""
+    with Rig(kernel) as rig:
+        block = rig.blocks.add("ring", used_length=4 * PAGE_SIZE, max_length=MIB, memory=Memfd())
+        assert block.file is not None
+        kernel.fallocate(block.file.fd, 3, PAGE_SIZE, PAGE_SIZE)
+        kernel.ftruncate(block.file.fd, 3 * PAGE_SIZE)
+        found = [(each.call, each.vaddr - block.vaddr, each.size) for each in kernel.violations]
+        assert found == [("fallocate", PAGE_SIZE, PAGE_SIZE), ("ftruncate", 3 * PAGE_SIZE, PAGE_SIZE)]
+
+
+def test_a_reservation_of_a_file_is_address_space_of_that_file(kernel: SpecialKernel, fd: int) -> None:
+    """Inaccessible where it is not used, and nothing charged: a growth needs no new mapping, which could fail half
+    way."""
+    memory = Reservation(kernel, max_length=MIB, kind=Memfd(), idstr="x")
+    try:
+        kernel.clear_trace()
+        memory.activate(4 * PAGE_SIZE)
+        assert [call.call for call in kernel.trace] == ["fallocate", "mprotect"]
+    finally:
+        memory.release()
