@@ -236,6 +236,14 @@ class RamBlock:
         except OSError as error:
             logger.warning("%s keeps what it was to grow by: %s", self, error)
 
+    def _release(self) -> None:
+        """The block is gone, and so is its memory, or at least nobody uses it."""
+        try:
+            self._memory.release()
+        except OSError as error:
+            logger.warning("the address space of %s could not be given back: %s", self, error)
+            self._memory.abandon()
+
     def _agree(self) -> None:
         """Nothing is in use that is not part of the block, wherever a change came to its end."""
         if self._memory.length > self._used_length:

@@ -215,14 +215,12 @@ class RamBlockList:
         if isinstance(error, _KEEP_MEMORY):
             block._memory.keep()
             logger.warning("the memory of %s is kept, since a device may still reach it: %s", block, error)
-            return
-        if block._exports.end():
+            block._memory.abandon()
+        elif block._exports.end():
             logger.warning("the memory of %s is kept, since a hook has kept a view of it", block)
-            return
-        try:
-            block._memory.release()
-        except OSError as failure:  # what the caller must hear of is why there is no block
-            logger.warning("the address space of %s could not be given back: %s", block, failure)
+            block._memory.abandon()
+        else:
+            block._release()  # what the caller must hear of is why there is no block
 
     def remove(self, block: RamBlock) -> None:
         """Tell all notifiers, the newest first, and give the block's memory and address space back.
@@ -240,10 +238,7 @@ class RamBlockList:
         blocks = tuple(other for other in self._blocks if other is not block)
         tell_all(self._notifiers, Removed(block), finally_check=lambda: block._check_views(0))
         self._blocks, block._list, block._used_length = blocks, None, 0
-        try:
-            block._memory.release()
-        except OSError as error:
-            logger.warning("the address space of %s could not be given back: %s", block, error)
+        block._release()
 
     def add_notifier(self, notifier: RamBlockNotifier) -> None:
         """Tell `notifier` of every block there is, and from now on of every change, before all older ones.

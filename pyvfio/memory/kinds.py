@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -189,8 +190,11 @@ class _MemfdStore:
         self._kernel.fallocate(self.fd, _PUNCH, start, end - start)
 
     def close(self) -> None:
-        """The memfd."""
-        self._kernel.close(self.fd)
+        """The memfd; twice is fine. Its memory stays for as long as it is mapped."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            with suppress(OSError):  # a descriptor is gone even when close(2) reports an error
+                self._kernel.close(fd)
 
 
 class _FileStore:

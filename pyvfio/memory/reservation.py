@@ -383,7 +383,14 @@ class Reservation:
         except OSError:
             self.vaddr = vaddr
             raise
+        except BaseException:  # a signal handler: whether it went nobody knows, so that nobody may unmap it again
+            self._store.close()
+            raise
         self._length = self._accessible = self._touched = self._held = 0
+        self._store.close()
+
+    def abandon(self) -> None:
+        """Nobody will use it any more, and its memory stays where it is: only what was opened for it is closed."""
         self._store.close()
 
     def _check_open(self) -> None:

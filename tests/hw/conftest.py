@@ -30,6 +30,13 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
 
 
 @pytest.fixture
+def throwaway(request: pytest.FixtureRequest) -> None:
+    """Nobody minds what happens to this machine."""
+    if not request.config.getoption("--throwaway"):
+        pytest.skip("this changes settings of the machine; say --throwaway where nobody minds")
+
+
+@pytest.fixture
 def kernel(world: World) -> Kernel:
     """The world's kernel."""
     return world.kernel

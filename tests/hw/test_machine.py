@@ -20,12 +20,7 @@ from pyvfio.testing.world import World
 from pyvfio.units import GIB, MIB, TIB
 from tests.hw.rig import SIZE, Rig
 
-
-@pytest.fixture(autouse=True)
-def throwaway(request: pytest.FixtureRequest) -> None:
-    """Nobody minds what happens to this machine."""
-    if not request.config.getoption("--throwaway"):
-        pytest.skip("this changes settings of the machine; say --throwaway where nobody minds")
+pytestmark = pytest.mark.usefixtures("throwaway")
 
 
 @contextmanager

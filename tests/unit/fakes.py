@@ -13,6 +13,7 @@ import pyvfio
 from pyvfio import ioctls
 from pyvfio.extents import Extent, without
 from pyvfio.kernel import MAP_FIXED, IoctlArgument
+from pyvfio.memory import MemoryKind
 from pyvfio.testing.fake import Call, FakeDevice, FakeKernel, IommuModel
 from pyvfio.units import MIB, PAGE_SIZE, Vaddr
 from tests.unit.processes import open_fds
@@ -51,7 +52,7 @@ class SpecialKernel(FakeKernel):
     has been asked for and not been given back since, as extents of vaddr.
     """
 
-    INTERRUPTIBLE = ("ioctl", "mmap", "mprotect", "madvise", "munmap")
+    INTERRUPTIBLE = ("ioctl", "mmap", "mprotect", "madvise", "munmap", "ftruncate", "fallocate")
 
     def __init__(
         self, version: str = "6.12", *, groups: Sequence[tuple[int, Sequence[FakeDevice]]] | None = None
@@ -117,6 +118,14 @@ class SpecialKernel(FakeKernel):
         """As told by `interrupt_at`."""
         self._interrupted(lambda: FakeKernel.mprotect(self, vaddr, size, protection))
 
+    def ftruncate(self, fd: int, size: int) -> None:
+        """As told by `interrupt_at`."""
+        self._interrupted(lambda: FakeKernel.ftruncate(self, fd, size))
+
+    def fallocate(self, fd: int, mode: int, offset: int, size: int) -> None:
+        """As told by `interrupt_at`."""
+        self._interrupted(lambda: FakeKernel.fallocate(self, fd, mode, offset, size))
+
     def madvise(self, vaddr: int, size: int, advice: int) -> None:
         """As told by `interrupt_at`."""
         self._interrupted(lambda: FakeKernel.madvise(self, vaddr, size, advice))
@@ -140,8 +149,10 @@ class Rig:
         mapper: MapperFactory = pyvfio.DmaMapper,
         container: pyvfio.Container | None = None,
         iommu_type: ioctls.VfioExtension | None = None,
+        memory: MemoryKind | None = None,
     ) -> None:
         self.kernel = kernel
+        self.memory_kind = memory
         self.device = pyvfio.open_device(BDF, container=container, kernel=kernel, iommu_type=iommu_type)
         self.container = self.device.container
         self.group = self.device.group
@@ -150,7 +161,7 @@ class Rig:
 
     def add(self, idstr: str = "ring", *, used: int = 2 * PAGE_SIZE, maximum: int = MIB) -> pyvfio.RamBlock:
         """A block."""
-        return self.blocks.add(idstr, used_length=used, max_length=maximum)
+        return self.blocks.add(idstr, used_length=used, max_length=maximum, memory=self.memory_kind)
 
     def reached(self) -> list[tuple[int, int, int]]:
         """What the device reaches: iova, vaddr and size of each mapping that the kernel has."""

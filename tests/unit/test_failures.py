@@ -18,6 +18,7 @@ import pytest
 import pyvfio
 from pyvfio import ioctls
 from pyvfio.extents import Extent
+from pyvfio.memory import MemoryKind
 from pyvfio.testing.fake import Call, FakeDevice, FakeKernel
 from pyvfio.units import PAGE_SIZE
 from tests.unit.fakes import BDF, Interrupt, MapperFactory, Rig, SpecialKernel, nothing_left, requests
@@ -27,9 +28,9 @@ STUBBORN = (errno.ENOMEM, errno.EIO)
 SHORT = 0  # in place of an errno: the call succeeds, and the kernel says that it has unmapped nothing
 DEVICE = FakeDevice(BDF, resettable=True)
 # Failing after they have made a descriptor they would leak it, whoever calls them; no kernel does.
-GIVES_A_DESCRIPTOR = ("open", "VFIO_GROUP_GET_DEVICE_FD", "eventfd")
+GIVES_A_DESCRIPTOR = ("open", "VFIO_GROUP_GET_DEVICE_FD", "eventfd", "memfd_create")
 # These fail and have done nothing (vfio_dma_do_map, as tests/contract shows; test_memory): only a signal comes after.
-MEMORY = ("mmap", "mprotect", "madvise", "munmap")
+MEMORY = ("mmap", "mprotect", "madvise", "munmap", "fallocate", "ftruncate")
 ALL_OR_NOTHING = ("VFIO_IOMMU_MAP_DMA", "mprotect")
 
 
@@ -276,10 +277,15 @@ def test_a_step_of_closing_that_fails_does_not_keep_the_others_from_being_made(
 class Scene:
     """Two blocks, one of them empty, mappings of the caller's own, and temporary ones that have been given up."""
 
-    def __init__(self, kernel: SpecialKernel, make_mapper: MapperFactory = pyvfio.DmaMapper) -> None:
+    def __init__(
+        self,
+        kernel: SpecialKernel,
+        make_mapper: MapperFactory = pyvfio.DmaMapper,
+        memory: MemoryKind | None = None,
+    ) -> None:
         self.kernel = kernel
         self.stack = ExitStack()
-        self.rig = Rig(kernel, mapper=make_mapper)
+        self.rig = Rig(kernel, mapper=make_mapper, memory=memory)
         self.block = self.rig.add("ring", used=2 * PAGE_SIZE)
         self.empty = self.rig.add("empty", used=0)
         self.holed = self.rig.add("holed", used=4 * PAGE_SIZE)
@@ -450,19 +456,21 @@ POLICIES: dict[str, MapperFactory] = {
     "extend": partial(pyvfio.DmaMapper, resize="extend"),
     "granule": partial(pyvfio.DmaMapper, resize="extend", granule=PAGE_SIZE),
     "prefault": partial(pyvfio.DmaMapper, prefault=1),
+    "memfd": pyvfio.DmaMapper,
 }
+MEMORIES = {"memfd": pyvfio.Memfd()}
 # Those in which a policy shows; the others do the same under each.
 RESIZES = ("add", "grow", "shrink", "shrink to nothing", "grow from nothing", "discard", "populate", "remove", "leave")
 
 
 POPULATES = ("add", "grow", "populate")
-SHOWN_BY = {"remap": tuple(OPERATIONS), "extend": RESIZES, "granule": RESIZES, "prefault": POPULATES}
+SHOWN_BY = {"remap": tuple(OPERATIONS), "extend": RESIZES, "granule": RESIZES, "prefault": POPULATES, "memfd": RESIZES}
 SCENES = [(policy, name) for policy, names in SHOWN_BY.items() for name in names]
 
 
 def _trace_of(kernel: SpecialKernel, policy: str, name: str) -> list[Call]:
     """What an operation calls when nothing fails."""
-    scene = Scene(kernel, POLICIES[policy])
+    scene = Scene(kernel, POLICIES[policy], MEMORIES.get(policy))
     kernel.clear_trace()
     OPERATIONS[name](scene)
     calls = list(kernel.trace)
@@ -493,7 +501,7 @@ def _check_refusal(scene: Scene, before: object, error: BaseException | None, pl
 def _fail(kernel: SpecialKernel, policy: str, name: str, *plans: Case) -> list[Call]:
     """Make an operation while that fails, and look at what it leaves; the calls that it made."""
     operation, areas, exact = OPERATIONS[name], list(kernel.areas), _is_exact(plans)
-    scene = Scene(kernel, POLICIES[policy])
+    scene = Scene(kernel, POLICIES[policy], MEMORIES.get(policy))
     before = scene.blocks()
     kernel.clear_trace()
     for plan in plans:

@@ -1,0 +1,149 @@
+"""A device and memory of each kind: it reaches what is in use, and no more, whatever the pages are."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import pyvfio
+from pyvfio import Anonymous, File, Memfd
+from pyvfio.memory import MemoryKind
+from pyvfio.testing.probe import PageWitness
+from pyvfio.testing.world import World
+from pyvfio.units import GIB, MIB, PAGE_SIZE
+from tests.hw.rig import SIZE, Rig, pattern
+from tests.hw.test_machine import strict_overcommit
+
+POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+
+
+@contextmanager
+def kind(name: str) -> Iterator[MemoryKind]:
+    """By its name; files are in memory, where a device may write to them."""
+    fd = os.memfd_create("caller's", os.MFD_CLOEXEC)
+    os.ftruncate(fd, 16 * MIB)
+    kinds: dict[str, MemoryKind] = {
+        "noreserve": Anonymous(noreserve=True),
+        "memfd": Memfd(),
+        "file": File(fd, PAGE_SIZE, grow=True, punch=True),
+        "private file": File(fd, shared=False),
+    }
+    yield kinds[name]
+    os.close(fd)
+
+
+@pytest.mark.parametrize("name", ["noreserve", "memfd", "file", "private file"])
+def test_the_device_follows_memory_of_any_kind(rig: Rig, name: str) -> None:
+    """Through growing, shrinking and growing back; behind the end it is stopped."""
+    with kind(name) as memory:
+        block = rig.blocks.add("ring", used_length=PAGE_SIZE, max_length=16 * MIB, memory=memory)
+        assert rig.reaches(block, PAGE_SIZE - SIZE)
+        block.resize(4 * MIB)
+        assert rig.reaches(block, 0)
+        assert rig.reaches(block, 4 * MIB - SIZE)
+        block.resize(2 * MIB)
+        assert rig.device_reads(rig.mapper.iova(block) + 2 * MIB) is None
+        block.resize(3 * MIB)
+        assert rig.reaches(block, 3 * MIB - SIZE)
+        rig.mapper._check()
+        block.remove()
+
+
+def test_what_a_device_writes_is_in_the_file(rig: Rig) -> None:
+    """Another mapping of it sees that, as a process would that was handed the descriptor."""
+    block = rig.blocks.add("ring", used_length=2 * PAGE_SIZE, max_length=MIB, memory=Memfd())
+    sent = pattern()
+    rig.device_writes(rig.mapper.iova(block) + PAGE_SIZE, sent)
+    assert block.file is not None
+    assert os.pread(block.file.fd, SIZE, PAGE_SIZE) == sent
+
+
+@pytest.mark.real_kernel("a fake reaches memory by its address and pins no physical page")
+@pytest.mark.parametrize("name", ["memfd", "file"])
+def test_a_page_of_a_file_that_was_given_back_is_out_of_the_devices_reach(rig: Rig, name: str) -> None:
+    """Cut off or punched out of the file, and held by a pipe: the device writes to its address in vain."""
+    with kind(name) as memory:
+        block = rig.blocks.add("ring", used_length=2 * MIB, max_length=16 * MIB, memory=memory)
+        iova, before = rig.mapper.iova(block) + MIB, pattern()
+        with block.view() as view:
+            view[MIB : MIB + SIZE] = before
+        witness = PageWitness(block.vaddr + MIB)
+        block.resize(MIB)
+        rig.device_writes(iova, pattern())
+        assert witness.look()[:SIZE] == before
+        block.remove()
+
+
+def test_a_device_may_read_a_readonly_block_and_not_write_it(rig: Rig) -> None:
+    """What it writes is stopped, judged by the data; what the process writes later is what it reads."""
+    block = rig.blocks.add("rom", used_length=2 * PAGE_SIZE, max_length=MIB, readonly=True)
+    iova, first = rig.mapper.iova(block), pattern()
+    with block.view() as view:
+        view[:SIZE] = first  # for the first time, when it is mapped already
+    assert rig.device_reads(iova) == first
+    rig.device_writes(iova, pattern())
+    with block.view() as view:
+        assert bytes(view[:SIZE]) == first
+    block.resize(4 * PAGE_SIZE)
+    later = pattern()
+    with block.view() as view:
+        view[3 * PAGE_SIZE : 3 * PAGE_SIZE + SIZE] = later
+    assert rig.device_reads(iova + 3 * PAGE_SIZE) == later
+
+
+@contextmanager
+def huge_pages(count: int) -> Iterator[None]:
+    """So many in the machine's pool."""
+    former = POOL.read_text(encoding="ascii")
+    POOL.write_text(str(count), encoding="ascii")
+    assert int(POOL.read_text(encoding="ascii")) >= count, "this machine has no memory in one piece"
+    try:
+        yield
+    finally:
+        POOL.write_text(former, encoding="ascii")
+
+
+@pytest.mark.real_kernel("the pool of huge pages is the machine's")
+def test_huge_pages_are_grown_to_the_end_of_their_pool_and_no_further(rig: Rig, world: World, throwaway: None) -> None:
+    """The device reaches all of them; beyond, fallocate says that there are none, and nothing has changed."""
+    with huge_pages(4):
+        block = rig.blocks.add("ring", used_length=0, max_length=GIB, memory=Memfd(hugetlb=2 * MIB))
+        free = Path(POOL.parent / "free_hugepages")
+        assert int(free.read_text(encoding="ascii")) == 4, "a reservation takes none of the pool"
+        block.resize(8 * MIB)
+        assert rig.reaches(block, 8 * MIB - SIZE)
+        locked = world.locked_bytes()
+        with pytest.raises(pyvfio.IoctlError, match="pool of huge pages of 2 MiB may be too small") as caught:
+            block.resize(10 * MIB)
+        assert caught.value.errno in (errno.ENOSPC, errno.ENOMEM)
+        assert (block.used_length, world.locked_bytes()) == (8 * MIB, locked)
+        block.resize(4 * MIB)
+        assert int(free.read_text(encoding="ascii")) == 2
+        assert rig.reaches(block, 4 * MIB - SIZE)
+        block.remove()
+
+
+@pytest.mark.real_kernel("what is charged under strict overcommit is the machine's")
+def test_a_memfd_that_would_grow_beyond_the_commit_limit_is_refused(rig: Rig, world: World, throwaway: None) -> None:
+    """By fallocate, before anybody touches what is not there; nothing has changed."""
+    block = rig.blocks.add("ring", used_length=2 * MIB, max_length=64 * GIB, memory=Memfd())
+    assert block.file is not None
+    with strict_overcommit():
+        before = (os.fstat(block.file.fd).st_size, world.locked_bytes(), rig.container.mappings)
+        with pytest.raises(pyvfio.IoctlError, match="more memory could not be had"):
+            block.resize(32 * GIB)
+        assert (os.fstat(block.file.fd).st_size, world.locked_bytes(), rig.container.mappings) == before
+    assert rig.reaches(block, 2 * MIB - SIZE)
+
+
+@pytest.mark.real_kernel("what is charged under strict overcommit is the machine's")
+def test_memory_is_not_left_unreserved_where_the_machine_reserves_all(throwaway: None) -> None:
+    """It would be charged nevertheless: refused, with the reason."""
+    refused = pytest.raises(ValueError, match=r"vm\.overcommit_memory is 2")
+    with strict_overcommit(), pyvfio.RamBlockList() as blocks, refused:
+        blocks.add("ring", used_length=0, max_length=MIB, memory=Anonymous(noreserve=True))
