@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
 from pyvfio.errors import ClosedError, ForkedError
@@ -66,6 +66,7 @@ class RamBlock:
         "_max_length",
         "_memory",
         "_pid",
+        "_prealloc",
         "_resized",
         "_stale",
         "_start",
@@ -93,6 +94,7 @@ class RamBlock:
         self._used_length = 0
         self._discarded: tuple[Extent, ...] = ()  # ascending, disjoint, within [0, used_length)
         self._stale: tuple[Extent, ...] = ()  # of that, what is still to be dropped
+        self._prealloc: Callable[[Sequence[tuple[int, int]]], None] | None = None  # has pages behind parts
         self._exports = Exports()
         self._pid = os.getpid()
         self._memory = Reservation(owner.kernel, max_length=max_length, settings=settings, kind=memory, idstr=idstr)

@@ -194,7 +194,7 @@ class DmaMapper(BufferMapper):
     def _attendant(self, block: RamBlock) -> LongWork | None:
         # A device that only reads would have the page of zeros where nothing was written yet, and keep it: kernels pin
         # what is there (`vaddr_get_pfns` without FOLL_WRITE).
-        must = block.readonly and not block._memory.readable_only
+        must = block.readonly and not block._memory.readable_only and block._prealloc is None
         if not (must or self._prefault or self._progress is not None):
             return None
         threads = max(self._prefault, must)

@@ -10,6 +10,7 @@ way.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -20,7 +21,7 @@ from typing import Protocol
 
 from pyvfio.errors import IoctlError
 from pyvfio.kernel import MADV_POPULATE_WRITE, Kernel
-from pyvfio.units import MIB, Vaddr, align_down, format_size
+from pyvfio.units import MIB, PAGE_SIZE, Vaddr, align_down, format_size
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +42,18 @@ def populate(
     vaddr: Vaddr,
     threads: int,
     report: Report | None = None,
+    touch: bool = False,
 ) -> None:
     """Have pages behind all `parts`, (start, end) in bytes from `vaddr` on, by `threads` threads.
 
-    Nothing happens where the kernel cannot (EINVAL: before 5.14, or memory of a kind that has no pages): the map does
-    it then. Raises IoctlError when there are no pages, and what `report` raises, which is called by the caller's own
-    thread; calls that are under way are waited for. What has been populated by then stays.
+    Where the kernel cannot (EINVAL: before 5.14, or memory of a kind that has no pages) each page is touched, if
+    `touch`, and else left to the map to populate. Raises IoctlError when there are no pages, and what `report` raises,
+    which is called by the caller's own thread; calls that are under way are waited for. What has been populated by then
+    stays.
     """
     slices = [piece for part in parts for piece in _slices(*part)]
     total, done = sum(end - start for start, end in slices), 0
-    calls = [partial(_populate, kernel, vaddr + start, end - start) for start, end in slices]
+    calls = [partial(_populate, kernel, vaddr + start, end - start, touch=touch) for start, end in slices]
     with closing(_made(calls, threads)) as sizes:  # what is under way is waited for, whoever raises
         for size in sizes:
             done += size
@@ -65,7 +68,7 @@ def _slices(start: int, end: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def _populate(kernel: Kernel, vaddr: int, size: int) -> int:
+def _populate(kernel: Kernel, vaddr: int, size: int, *, touch: bool) -> int:
     try:
         kernel.madvise(vaddr, size, MADV_POPULATE_WRITE)
     except OSError as error:
@@ -78,8 +81,16 @@ def _populate(kernel: Kernel, vaddr: int, size: int) -> int:
                 hint="Free memory, look at the cgroup's limit (memory.max) and, for huge pages, at the pool "
                 "(vm.nr_hugepages)",
             ) from error
-        logger.debug("%#x-%#x is left to the map to populate: %s", vaddr, vaddr + size - 1, error)
+        logger.debug("%#x-%#x cannot be populated by madvise: %s", vaddr, vaddr + size - 1, error)
+        if touch:
+            _touch(vaddr, size)
     return size
+
+
+def _touch(vaddr: int, size: int) -> None:
+    """Write the first byte of each page, as it is."""
+    with memoryview((ctypes.c_ubyte * size).from_address(vaddr)).cast("B") as view:
+        view[::PAGE_SIZE] = view[::PAGE_SIZE]
 
 
 def _made(calls: Sequence[Callable[[], int]], threads: int) -> Generator[int, None, None]:

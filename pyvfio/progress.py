@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from pyvfio import prefault
 from pyvfio.block import RamBlock
-from pyvfio.extents import Extent
 from pyvfio.kernel import Kernel
 
 
@@ -27,19 +26,33 @@ soon. What it raises, KeyboardInterrupt for instance, ends the change, and the b
 
 class LongWork:
     """The attendant of one block's changes: populates memory by `threads` threads before it is mapped (0: not at all),
-    and tells `callback` how far things have come."""
+    and tells `callback` how far things have come. `touch`: as `pyvfio.prefault.populate`."""
 
-    def __init__(self, kernel: Kernel, block: RamBlock, *, threads: int, callback: ProgressCallback | None) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        block: RamBlock,
+        *,
+        threads: int,
+        callback: ProgressCallback | None,
+        touch: bool = False,
+    ) -> None:
         self._kernel = kernel
         self._block = block
         self._threads = threads
         self._callback = callback
+        self._touch = touch
 
-    def prepare(self, parts: Sequence[Extent]) -> None:
+    def prepare(self, parts: Sequence[tuple[int, int]]) -> None:
         """`parts` are about to be mapped."""
         if self._threads:
             prefault.populate(
-                self._kernel, parts, vaddr=self._block.vaddr, threads=self._threads, report=self._prefaulted
+                self._kernel,
+                parts,
+                vaddr=self._block.vaddr,
+                threads=self._threads,
+                report=self._prefaulted,
+                touch=self._touch,
             )
 
     def _prefaulted(self, done: int, total: int) -> None:

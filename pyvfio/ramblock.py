@@ -56,6 +56,7 @@ from pyvfio.notifier import (
     tell_all,
     undo_all,
 )
+from pyvfio.progress import LongWork, ProgressCallback
 from pyvfio.units import PAGE_SIZE, format_size
 
 __all__ = ["RamBlock", "RamBlockList", "RamBlockNotifier", "ResizedCallback"]
@@ -141,6 +142,8 @@ class RamBlockList:
         max_length: int,
         memory: MemoryKind | None = None,
         readonly: bool = False,
+        prealloc: int = 0,
+        progress: ProgressCallback | None = None,
         settings: MemorySettings | None = None,
         resized: ResizedCallback | None = None,
     ) -> RamBlock:
@@ -148,6 +151,8 @@ class RamBlockList:
 
         `memory`: private anonymous memory (`Anonymous()`, the default), a memfd of the block's own (`Memfd()`, also of
         huge pages) or a file of the caller's (`File(fd)`). `readonly`: devices may only read it.
+        `prealloc`: how many threads see to it that there are pages behind whatever comes into use, also when the block
+        grows, before anybody is told of it (0: pages come when they are touched); `progress` is told how far they are.
 
         Both lengths are multiples of the memory's page size; `used_length` may be 0. Raises ValueError for lengths that
         can never be right and for an id string that is taken, OSError or IoctlError when there is no address space or
@@ -157,6 +162,8 @@ class RamBlockList:
         maximum = _length(max_length, "max_length", PAGE_SIZE)
         if not used <= maximum or maximum == 0:
             raise ValueError(f"used_length {used:#x} must be at most max_length {maximum:#x}, which must not be 0")
+        if prealloc < 0:
+            raise ValueError(f"prealloc is a number of threads, not {prealloc}")
         block = self._change(
             partial(
                 self._add,
@@ -165,6 +172,8 @@ class RamBlockList:
                 max_length=maximum,
                 memory=memory,
                 readonly=readonly,
+                prealloc=prealloc,
+                progress=progress,
                 settings=settings or MemorySettings(),
                 resized=resized,
             )
@@ -182,6 +191,8 @@ class RamBlockList:
         max_length: int,
         memory: MemoryKind | None,
         readonly: bool,
+        prealloc: int,
+        progress: ProgressCallback | None,
         settings: MemorySettings,
         resized: ResizedCallback | None,
     ) -> RamBlock:
@@ -196,10 +207,13 @@ class RamBlockList:
             memory=memory,
             readonly=readonly,
         )
+        if prealloc:
+            work = LongWork(self.kernel, block, threads=prealloc, callback=progress, touch=True)
+            block._prealloc = work.prepare
         try:
             _length(used_length, "used_length", block.page_size)
             if used_length:
-                block._memory.activate(used_length)
+                self._activate(block, 0, used_length)
             block._used_length = used_length
             blocks = tuple(sorted((*self._blocks, block), key=lambda other: other._start))
             tell_all(self._notifiers, Added(block))
@@ -326,13 +340,19 @@ class RamBlockList:
 
     def _grow(self, block: RamBlock, old: int, new: int) -> None:
         try:
-            block._memory.activate(new)
+            self._activate(block, old, new)
             self._commit(block, old, new, self._notifiers)
         except _KEEP_MEMORY:
             raise  # and retain: a device may still reach it
         except BaseException:
             block._give_back()
             raise
+
+    @staticmethod
+    def _activate(block: RamBlock, old: int, new: int) -> None:
+        block._memory.activate(new)
+        if block._prealloc is not None:
+            block._prealloc([(old, new)])
 
     def _shrink(self, block: RamBlock, old: int, new: int) -> OSError | None:
         block._check_views(new)
@@ -401,6 +421,8 @@ class RamBlockList:
         self._drop_stale(block, wanted)  # what a signal handler kept a discard from
         for part in parts:
             block._memory.provide(*part)
+        if block._prealloc is not None:
+            block._prealloc(parts)
         tell_all(self._notifiers, Populated(block, parts))
         block._discarded = discarded
         logger.debug("populated %s of %s", wanted, block)

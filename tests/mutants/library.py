@@ -101,8 +101,8 @@ _MUTANTS = (
     # The device is told before the memory is there.
     Mutant(
         "ramblock.py",
-        "            block._memory.activate(new)\n            self._commit(block, old, new, self._notifiers)\n",
-        "            self._commit(block, old, new, self._notifiers)\n            block._memory.activate(new)\n",
+        "            self._activate(block, old, new)\n            self._commit(block, old, new, self._notifiers)\n",
+        "            self._commit(block, old, new, self._notifiers)\n            self._activate(block, old, new)\n",
         "grow",
     ),
     # What a failed grow had activated stays.

@@ -236,3 +236,69 @@ def test_populated_memory_has_pages(kernel: PopulatingKernel) -> None:
         block = rig.add(used=4 * MIB, maximum=64 * MIB)
         assert resident(block.vaddr, 4 * MIB) == 4 * MIB
     assert os.path.exists("/proc/self/pagemap")
+
+
+# ------------------------------------------------------------------------------------------------------- prealloc
+
+
+def test_preallocated_memory_has_pages_before_anybody_is_told(kernel: PopulatingKernel) -> None:
+    """When the block is made, when it grows and when a part comes back; whoever waits hears how far it is."""
+    told: list[Progress] = []
+
+    class Listener:
+        """Looks whether there are pages."""
+
+        def ram_block_resized(self, block: pyvfio.RamBlock, old: int, new: int) -> None:
+            """They are there already."""
+            assert resident(block.vaddr, max(old, new)) == max(old, new)
+
+    with pyvfio.RamBlockList(kernel=kernel) as blocks:
+        blocks.add_notifier(Listener())
+        block = blocks.add("ring", used_length=MIB, max_length=64 * MIB, prealloc=1, progress=told.append)
+        assert resident(block.vaddr, MIB) == MIB
+        block.resize(4 * MIB)
+        assert told == [Progress(block, "prefault", MIB, MIB), Progress(block, "prefault", 3 * MIB, 3 * MIB)]
+        block.discard(0, MIB)
+        assert resident(block.vaddr, MIB) == 0
+        block.populate(0, MIB)
+        assert resident(block.vaddr, MIB) == MIB
+        block.resize(2 * MIB)
+
+
+@pytest.mark.parametrize("memory", [pyvfio.Anonymous(), pyvfio.Memfd()], ids=["anonymous", "memfd"])
+def test_nothing_is_kept_of_pages_that_were_not_all_to_be_had(
+    kernel: PopulatingKernel, memory: pyvfio.Anonymous | pyvfio.Memfd
+) -> None:
+    """The second of three slices fails: the first is given back, and nobody was told."""
+    with pyvfio.RamBlockList(kernel=kernel) as blocks:
+        block = blocks.add("ring", used_length=MIB, max_length=4 * SLICE, memory=memory, prealloc=1)
+        kernel.fail(call="madvise", errno=errno.ENOMEM, nth=2)
+        with pytest.raises(pyvfio.IoctlError, match="could not be populated"):
+            block.resize(3 * SLICE)
+        assert block.used_length == MIB
+        assert resident(block.vaddr, 4 * SLICE) == MIB
+        block._check()
+        block.resize(2 * SLICE)
+        assert resident(block.vaddr, 2 * SLICE) == 2 * SLICE
+
+
+def test_a_kernel_that_cannot_populate_has_each_page_touched(kernel: PopulatingKernel) -> None:
+    """And what is in a page stays."""
+    with pyvfio.RamBlockList(kernel=kernel) as blocks:
+        block = blocks.add("ring", used_length=2 * PAGE_SIZE, max_length=64 * MIB, prealloc=1)
+        with block.view() as view:
+            view[:] = b"x" * len(view)
+        for nth in range(1, 3):
+            kernel.fail(call="madvise", errno=errno.EINVAL, nth=nth)
+        block.resize(2 * SLICE)
+        kernel.clear_failures()
+        assert resident(block.vaddr, 2 * SLICE) == 2 * SLICE
+        with block.view() as view:
+            assert bytes(view[: 2 * PAGE_SIZE]) == b"x" * 2 * PAGE_SIZE
+            assert not any(view[2 * PAGE_SIZE :])
+
+
+def test_a_negative_number_of_threads_preallocates_nothing(kernel: PopulatingKernel) -> None:
+    """Refused."""
+    with pyvfio.RamBlockList(kernel=kernel) as blocks, pytest.raises(ValueError, match="number of threads, not -2"):
+        blocks.add("ring", used_length=0, max_length=MIB, prealloc=-2)
