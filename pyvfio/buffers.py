@@ -20,7 +20,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
-from pyvfio.errors import ClosedError, IoctlError, RollbackError, as_exception
+from pyvfio.errors import ClosedError, IoctlError, RollbackError, VfioError, as_exception
 from pyvfio.space import AddressSpace
 from pyvfio.units import MIB, U64_MAX, Iova, Vaddr
 
@@ -194,10 +194,12 @@ class BufferMapper:
     def _undo(mapping: DmaMapping, cause: BaseException, step: Callable[[], None]) -> None:
         try:
             step()
-        except BaseException as error:
+        except Exception as error:
+            if not isinstance(error, OSError | VfioError):
+                raise  # a mistake of this program's, which is not to be taken for a refusal
             raise RollbackError(
                 f"{mapping!r} could not be made, and its undo failed, too",
-                [as_exception(cause), as_exception(error)],
+                [as_exception(cause), error],
                 hint="The device may reach that memory: keep it until this mapper is closed, which tries again",
             ) from cause
 

@@ -5,6 +5,7 @@ What the device does meanwhile, and what counts as lost, is in `pyvfio.testing.u
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -133,10 +134,16 @@ def test_a_process_that_is_killed_in_the_middle_of_a_resize_leaves_nothing_behin
 
 @pytest.fixture
 def interruption() -> Iterator[Callable[[float], None]]:
-    """KeyboardInterrupt in so many seconds, as a Ctrl-C."""
+    """KeyboardInterrupt in so many seconds, as a Ctrl-C.
+
+    No garbage is collected meanwhile: hypothesis is told of each collection, and Python throws away what a signal
+    handler raises in such a callback.
+    """
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    gc.disable()
     yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds) and None
     signal.setitimer(signal.ITIMER_REAL, 0)
+    gc.enable()
     signal.signal(signal.SIGALRM, before)
 
 
