@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
@@ -15,6 +16,8 @@ from pyvfio.kernel import LinuxKernel
 from pyvfio.testing.fake import VERSIONS
 
 pytest.register_assert_rewrite("tests.life")
+
+LEFT_OUT = pytest.StashKey[int]()
 
 # A machine that is busy is not a bug, so how long an example takes is not looked at.
 hypothesis.settings.register_profile("pyvfio", deadline=None)
@@ -63,14 +66,33 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--fake") and config.getoption("--device"):
         raise pytest.UsageError("--fake is in place of --device")
     config.addinivalue_line("markers", "real_kernel(reason): what a fake kernel does not show, and why")
+    config.addinivalue_line("markers", "kvm: what needs a /dev/kvm that this user may open")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --fake, what a fake does not show is left out; docs/testing-without-hardware.md lists it."""
-    if config.getoption("--fake"):
-        left_out = [item for item in items if item.get_closest_marker("real_kernel")]
+    """With --fake, what a fake does not show is left out; docs/testing-without-hardware.md lists it. So is what needs
+    /dev/kvm on a machine that has none: no set-up can provide it."""
+    absent = [*(["real_kernel"] if config.getoption("--fake") else []), *([] if kvm_opens() else ["kvm"])]
+    left_out = [item for item in items if any(item.get_closest_marker(name) for name in absent)]
+    config.stash[LEFT_OUT] = sum(item.get_closest_marker("kvm") is not None for item in left_out)
+    if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what was left out for want of /dev/kvm, so that nobody takes it for passed."""
+    if count := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"{count} tests left out: /dev/kvm is not there, or not for this user")
+
+
+def kvm_opens() -> bool:
+    """Whether there is a /dev/kvm, for this user."""
+    try:
+        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,0 +1,1 @@
+"""Programs that follow resizable RAM blocks with something else than VFIO."""
