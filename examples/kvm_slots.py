@@ -122,6 +122,9 @@ class KvmSlots:
     def ram_block_added(self, block: pyvfio.RamBlock, used_length: int, max_length: int) -> None:
         """Reserve `max_length` of guest physical addresses, and make slots of what is populated."""
         del used_length  # the block says which parts of it are populated
+        if block in self._followed:  # a signal handler has ended its removal, which may have done nothing
+            self._change(self._followed[block], block.populated, f"adding RAM block '{block.idstr}'")
+            return
         followed = _Followed(self._find_place(block, max_length), block.vaddr, max_length)
         self._followed[block] = followed  # first: what is set of it is known, whatever happens
         try:

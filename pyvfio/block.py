@@ -214,6 +214,9 @@ class RamBlock:
             raise ClosedError(f"RAM block '{self.idstr}' has been removed")
         return self._list
 
+    def _set_discarded(self, discarded: tuple[Extent, ...], stale: tuple[Extent, ...]) -> None:
+        self._discarded, self._stale = discarded, stale
+
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:
             raise ForkedError(f"RAM block '{self.idstr}'", owner=self._pid)

@@ -393,15 +393,16 @@ class Container(Handle):
         return self.allocator.ranges
 
     @property
-    def free_iova(self) -> tuple[IovaRange, ...]:
-        """Of `iova_ranges`, what nobody has reserved, ascending."""
+    def reserved_iova(self) -> tuple[IovaRange, ...]:
+        """Of `iova_ranges`, what has been reserved, ascending."""
         with self._lock:
-            return self.allocator.free
+            return self.allocator.reservations
 
     @property
     def entries_left(self) -> int:
-        """How many more mappings the kernel takes. One ioctl."""
+        """How many more mappings the kernel takes. One ioctl. Raises VfioError while there is no group."""
         with self._lock:
+            self._check_ready()
             # Kernels before 5.10 do not say (caps.DEFAULT_DMA_AVAIL stands in) and stop at the same number.
             return min(self.get_info().dma_avail, self._entry_limit - len(self._table))
 

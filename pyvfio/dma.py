@@ -68,7 +68,8 @@ class DmaMapper(BufferMapper):
 
     `prefault`: how many threads populate a block's memory before it is mapped, which otherwise is the map's work and
     one thread's; 0 for none. `progress` is told of each piece that has been populated, mapped or unmapped; a change
-    ends between pieces, with the block as it was, when it raises or a signal handler does.
+    ends between pieces, with the block as it was, when it raises or a signal handler does. It is given a `Progress`,
+    by the thread that makes the change and under the lock of the list, so that it must return soon.
 
     Raises what mapping the existing blocks raises; then it follows nothing. ValueError: options that do not go
     together.
@@ -93,8 +94,10 @@ class DmaMapper(BufferMapper):
         super().__init__(space)
         if not isinstance(blocks, RamBlockList | None):
             raise TypeError(f"blocks must be a RamBlockList, not {type(blocks).__name__}")
-        if prefault < 0:
-            raise ValueError(f"prefault is a number of threads, not {prefault}")
+        if not isinstance(prefault, int) or prefault < 0:
+            raise ValueError(f"prefault is a number of threads, not {prefault!r}")
+        if not all(callback is None or callable(callback) for callback in (progress, place)):
+            raise TypeError("progress and place are called, so that they must be callable")
         self._policy = Policy(resize, granule, allow_gap)
         self._prefault, self._progress = prefault, progress
         self._place = place or (lambda _block: None)
@@ -121,9 +124,12 @@ class DmaMapper(BufferMapper):
         up."""
         with self._lock:
             self._check_open()
+            if (known := self._search(block)) is not None:  # a signal handler has ended its removal, which did nothing
+                self._change(known, block._populated(used_length))
+                return
             self._policy.check_length(used_length, "used_length")
             self._check_parts(block, block._populated(used_length))  # it may have holes already
-            self._check_budget(block, used_length, max_length)
+            self._check_budget(block, max_length)
             iova = self._find_place(block, self._reserve, self._space.reserve_iova_at)
             window = Window(
                 self._space,
@@ -145,7 +151,7 @@ class DmaMapper(BufferMapper):
                 self._space.release_iova(iova)
                 raise
 
-    def _check_budget(self, block: RamBlock, used_length: int, max_length: int) -> None:
+    def _check_budget(self, block: RamBlock, max_length: int) -> None:
         """With a granule, each block can have all the mappings it may ever need."""
         granule = self._policy.granule
         if granule is None:
@@ -154,8 +160,8 @@ class DmaMapper(BufferMapper):
             raise ValueError(
                 f"a granule must be at least the IOMMU's page, {self._space.page_size:#x}, not {granule:#x}"
             )
-        budget = Budget(self._policy, self._entries_left())
-        error = budget.take(block.idstr, used_length=used_length, max_length=max_length)
+        needed = self._policy.entries(max_length)
+        error = Budget(self._policy, self._entries_left()).take(block.idstr, needed=needed, max_length=max_length)
         if error is not None:
             raise error
 
@@ -170,11 +176,14 @@ class DmaMapper(BufferMapper):
         """What `blocks` would need if they were added in that order, against what there is; nothing is touched.
 
         Takes blocks of a list that this mapper does not follow yet, or their shapes. A `place` is asked for blocks, not
-        for shapes, which say themselves where they are to be. Raises ValueError for lengths that can never be right.
-        Cost: some system calls, and populating 2 MiB.
+        for shapes, which say themselves where they are to be. Temporary mappings that have been given up count as
+        taken: call `reset_temporary` first. Raises ValueError for lengths that can never be right, and for a block that
+        is there already. Cost: some system calls, and populating 2 MiB.
         """
         with self._lock:
             self._check_open()
+            blocks = list(blocks)
+            self._check_new(blocks)
             return rehearse(
                 self._space,
                 blocks,
@@ -183,6 +192,13 @@ class DmaMapper(BufferMapper):
                 threads=self._prefault,
                 reserve=self._rehearse_iova,
             )
+
+    def _check_new(self, shapes: Sequence[BlockShape | RamBlock]) -> None:
+        known = {followed.block.idstr: followed.block for followed in self._followed}
+        for shape in shapes:
+            followed = known.get(getattr(shape, "idstr", ""))
+            if followed is not None and (followed is shape or isinstance(shape, BlockShape)):
+                raise ValueError(f"there is a RAM block '{shape.idstr}' already, and this mapper follows it")
 
     def _rehearse_iova(self, rehearsal: Rehearsal, shape: BlockShape | RamBlock) -> Iova:
         if isinstance(shape, RamBlock):
@@ -330,7 +346,8 @@ class DmaMapper(BufferMapper):
 
     def _leave(self) -> None:
         if self._blocks is not None:
-            self._blocks.remove_notifier(self)
+            if self._blocks._knows(self):  # else it was taken out, or a signal handler has ended an earlier attempt
+                self._blocks.remove_notifier(self)
             self._blocks = None
         if self._claim is not None:
             self._claim.close()

@@ -20,6 +20,8 @@ class Extent(NamedTuple):
 
 def clip(extents: Iterable[Extent], start: int, end: int) -> list[Extent]:
     """What of ascending, disjoint `extents` lies in [start, end)."""
+    if start >= end:
+        return []
     return [
         Extent(first if first > start else start, last if last < end else end)
         for first, last in extents

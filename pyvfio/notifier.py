@@ -13,7 +13,7 @@ from typing import Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 from pyvfio.block import RamBlock
 from pyvfio.errors import RollbackError, as_exception
-from pyvfio.extents import Extent, total
+from pyvfio.extents import Extent, clip, total
 from pyvfio.units import format_size
 
 
@@ -40,9 +40,13 @@ class SupportsRamBlockResized(Protocol):
     """A notifier with this hook is told of every change of `used_length`."""
 
     def ram_block_resized(self, block: RamBlock, old_length: int, new_length: int) -> None:
-        """`block` changes from `old_length` to `new_length`; memory of both lengths is there. Raising refuses it, and
-        whoever raises has left everything as it was, unless it raises RollbackError. Whoever returns reaches nothing
-        behind `new_length` any more, whatever an earlier failure had left: that memory may now be given back."""
+        """`block` changes from `old_length` to `new_length`; memory of both lengths is there.
+
+        Raising refuses it, and whoever raises has left everything as it was, unless it raises RollbackError. What a
+        signal handler raises (KeyboardInterrupt) may come when all is done, so that the opposite is told then, which
+        has to leave alone what is so already. Whoever returns reaches nothing behind `new_length` any more, whatever an
+        earlier failure had left: that memory may now be given back.
+        """
         ...
 
 
@@ -134,6 +138,22 @@ class Resized:
 
     def __init__(self, block: RamBlock, old: int, new: int) -> None:
         self._block, self._old, self._new = block, old, new
+        self._parts = block._discarded, block._stale
+
+    def commit(self) -> None:
+        """All have been told: the block has that length, and its callback is called."""
+        block, new = self._block, self._new
+        if new < self._old:
+            block._check_views(new)  # a hook may have taken one
+            block._set_discarded(*(tuple(clip(parts, 0, new)) for parts in self._parts))
+        block._used_length = new
+        if block._resized is not None:
+            block._resized(block.idstr, new)
+
+    def rollback(self) -> None:
+        """It has the former one."""
+        self._block._used_length = self._old
+        self._block._set_discarded(*self._parts)
 
     def __str__(self) -> str:
         return f"resizing RAM block '{self._block.idstr}' from {format_size(self._old)} to {format_size(self._new)}"
@@ -180,25 +200,46 @@ class Populated(Discarded):
         return f"populating {format_size(total(self._parts))} of RAM block '{self._block.idstr}'"
 
 
-def tell_all(
-    notifiers: Sequence[RamBlockNotifier],
-    event: Event,
-    *,
-    finally_check: Callable[[], None] | None = None,
-) -> None:
-    """Tell all of them, or none: when one raises, those before it are told the opposite, the last told first.
+class Change(Protocol):
+    """What all of it is for: made when everybody has been told. Its string says what was tried, for the error."""
 
-    `finally_check` refuses for what the hooks have done meanwhile: a view that one has taken, for instance.
+    def commit(self) -> None:
+        """Make it; may refuse by raising."""
+        ...
+
+    def rollback(self) -> None:
+        """Take back what `commit` may have done."""
+        ...
+
+
+class Bookkeeping:
+    """A change that is a matter of setting something, and of setting what was there before."""
+
+    def __init__(self, what: object, commit: Callable[[], None], rollback: Callable[[], None]) -> None:
+        self._what = what
+        self.commit, self.rollback = commit, rollback
+
+    def __str__(self) -> str:
+        return str(self._what)
+
+
+def tell_all(notifiers: Sequence[RamBlockNotifier], events: Sequence[Event], change: Change) -> None:
+    """Tell each its event and then make the change, or nothing of it: when one raises, those before it are told the
+    opposite, the last told first.
+
+    Nothing that belongs to the change stands outside of this, for a signal handler may raise between any two lines. It
+    may also have ended a hook that had done its part, so that this one, too, is told the opposite.
     """
     told = 0
     try:
         for notifier in notifiers:
-            event.tell(notifier)
+            events[told].tell(notifier)
             told += 1
-        if finally_check is not None:
-            finally_check()
+        change.commit()
     except BaseException as error:
-        undo_all([(notifier, event) for notifier in notifiers[:told]], error, event)
+        change.rollback()
+        count = told if isinstance(error, Exception) else told + 1
+        undo_all(list(zip(notifiers, events, strict=True))[:count], error, change)
         raise
 
 

@@ -12,23 +12,27 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
+import math
+import operator
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from pyvfio.block import RamBlock
 from pyvfio.errors import EntryLimitError, IoctlError, PinLimitError, VfioError
+from pyvfio.extents import Extent, total
 from pyvfio.iova import IovaAllocator
-from pyvfio.kernel import Kernel, Memlock
+from pyvfio.kernel import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE, Kernel, Memlock
 from pyvfio.pieces import Policy
 from pyvfio.space import AddressSpace
 from pyvfio.type1_errors import describe_memlock
-from pyvfio.units import MIB, Iova, IovaRange, align_up, format_ranges, format_size
+from pyvfio.units import MIB, U64_MAX, Iova, IovaRange, align_up, format_ranges, format_size
 
 _SAMPLE = 2 * MIB
+_MOST_ADDRESS_SPACE = 1 << 47  # TASK_SIZE on x86-64
 
 
 class BlockShape(NamedTuple):
@@ -42,12 +46,14 @@ class BlockShape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PlannedBlock:
-    """What one block will need. `iova` is None where no IOVA is left for it; `entries` are mappings at first,
-    `entries_most` at most, None where that depends on how often the block grows."""
+    """What one block will need. `populated`: bytes of `used_length` that are not discarded. `iova` is None where no
+    IOVA is left for it; `entries` are mappings at first, `entries_most` at most if nothing more is discarded, None
+    where that depends on how often the block grows."""
 
     idstr: str
     used_length: int
     max_length: int
+    populated: int
     iova: Iova | None
     entries: int
     entries_most: int | None
@@ -58,8 +64,8 @@ class Plan:
     """What a set of blocks will need, against what there is. A snapshot; `str()` of it is for people.
 
     `shortages` are the errors that adding the blocks would raise, with their numbers and hints, and
-    `shortages_when_grown` those that would come when all blocks had grown to `max_length`. `seconds`: roughly, to map
-    `used_length` of all, where none of it is populated yet.
+    `shortages_when_grown` those that would come when all of these had grown to `max_length`, and no others. `seconds`:
+    roughly, to map what is used of all, where none of it is populated yet; nan where that could not be tried.
     """
 
     blocks: tuple[PlannedBlock, ...]
@@ -89,7 +95,7 @@ class Plan:
     @property
     def locked(self) -> int:
         """Bytes that are locked for them at first."""
-        return sum(block.used_length for block in self.blocks)
+        return sum(block.populated for block in self.blocks)
 
     @property
     def locked_most(self) -> int:
@@ -110,7 +116,7 @@ class Plan:
             f"locked memory: {format_size(self.locked)}, at most {format_size(self.locked_most)}; "
             f"{format_size(self.memlock.used)} are locked, {allowed}",
             f"IOVA: {format_ranges(self.iova_ranges)}",
-            f"time: some {self.seconds:.2g} s",
+            f"time: some {self.seconds:,.3f} s",
             *(f"does not fit: {error}" for error in self.shortages),
             *(f"would not fit when grown: {error}" for error in self.shortages_when_grown),
         ]
@@ -118,10 +124,12 @@ class Plan:
 
 
 class Rehearsal:
-    """Stands in for an address space when IOVA is reserved: from what is free there, and without taking it."""
+    """Stands in for an address space when IOVA is reserved: what is taken there is taken here, and nothing more."""
 
     def __init__(self, space: AddressSpace) -> None:
-        self._allocator = IovaAllocator(space.free_iova, page_size=space.page_size)
+        self._allocator = IovaAllocator(space.iova_ranges, page_size=space.page_size)
+        for taken in space.reserved_iova:
+            self._allocator.reserve_at(taken.start, taken.size)
 
     def reserve_iova(self, size: int, *, alignment: int, offset: int, top_down: bool = False) -> Iova:
         """As `AddressSpace.reserve_iova`."""
@@ -139,28 +147,27 @@ class Budget:
         self._policy = policy
         self._left = left
 
-    def take(self, idstr: str, *, used_length: int, max_length: int) -> EntryLimitError | None:
+    def take(self, idstr: str, *, needed: int, max_length: int) -> EntryLimitError | None:
         """Have them for one more block; the error where there are too few, with the granule that would fit."""
         granule = self._policy.granule
-        needed = self._policy.entries(used_length if granule is None else max_length)
-        left, self._left = self._left, self._left - needed
+        left, self._left = max(self._left, 0), self._left - needed
         if needed <= left:
             return None
         error = EntryLimitError(
             errno.ENOSPC,
             f"RAM block '{idstr}' may need {needed} mappings"
             + ("" if granule is None else f" of {format_size(granule)}")
-            + f", and {max(left, 0)} are left when all others have those they may need",
+            + f", and {left} are left when all others have those they may need",
             request="VFIO_IOMMU_MAP_DMA",
             arguments={"max_length": max_length, **({} if granule is None else {"granule": granule})},
             hint=self._hint(granule, left, max_length),
         )
-        error.used, error.limit = needed, max(left, 0)
+        error.used, error.limit = needed, left
         return error
 
     @staticmethod
     def _hint(granule: int | None, left: int, max_length: int) -> str:
-        if granule is None or left <= 0:
+        if granule is None or left == 0:
             return "Remove blocks, or raise the module parameter vfio_iommu_type1.dma_entry_limit"
         while -(-max_length // granule) > left:
             granule *= 2
@@ -181,47 +188,98 @@ def rehearse(
     Raises ValueError for lengths that can never be right. Cost: populates 2 MiB of memory of its own, to see how long
     that takes.
     """
-    wanted, planned = list(blocks), []
+    wanted = list(blocks)
+    _check_all(wanted, policy, space.page_size)
     shortages: list[VfioError] = []
-    budget, rehearsal = Budget(policy, left), Rehearsal(space)
+    grown: list[VfioError] = []
+    now, later, rehearsal = Budget(policy, left), Budget(policy, left), Rehearsal(space)
+    planned = []
     for shape in wanted:
-        _check(shape, policy, space.page_size)
-        shortage = budget.take(shape.idstr, used_length=shape.used_length, max_length=shape.max_length)
-        shortages += [] if shortage is None else [shortage]
-        iova = None
-        try:
-            iova = reserve(rehearsal, shape)
-        except IoctlError as error:
-            shortages.append(error)
-        planned.append(_planned(shape, iova, policy))
+        block = _planned(shape, _reserve(reserve, rehearsal, shape, shortages), policy)
+        planned.append(block)
+        most = policy.entries(block.max_length)
+        promised = block.entries if policy.granule is None else most
+        _collect(shortages, now.take(block.idstr, needed=promised, max_length=block.max_length))
+        if policy.granule is None:
+            _collect(grown, later.take(block.idstr, needed=max(most, block.entries), max_length=block.max_length))
     memlock = space.kernel.memlock()
-    used, most = (sum(getattr(shape, name) for shape in wanted) for name in ("used_length", "max_length"))
-    pin, pin_grown = _pin_shortage(memlock, used), _pin_shortage(memlock, most)
+    used, most_locked = sum(block.populated for block in planned), sum(block.max_length for block in planned)
+    _collect(shortages, _pin_shortage(memlock, used))
+    _collect(grown, _pin_shortage(memlock, most_locked))
     return Plan(
         blocks=tuple(planned),
         entries_left=left,
         memlock=memlock,
         iova_ranges=space.iova_ranges,
         seconds=used / MIB * _seconds_per_mib(space.kernel) / max(1, min(threads, os.cpu_count() or 1)),
-        shortages=(*shortages, *([] if pin is None else [pin])),
-        shortages_when_grown=() if pin_grown is None else (pin_grown,),
+        shortages=tuple(shortages),
+        shortages_when_grown=tuple(grown),
     )
 
 
-def _check(shape: BlockShape | RamBlock, policy: Policy, page_size: int) -> None:
-    if not 0 <= shape.used_length <= shape.max_length or shape.max_length == 0:
-        raise ValueError(
-            f"'{shape.idstr}': used_length {shape.used_length:#x} must be within max_length {shape.max_length:#x}, "
-            "which must not be 0"
+def _collect(errors: list[VfioError], error: VfioError | None) -> None:
+    if error is not None:
+        errors.append(error)
+
+
+def _reserve(
+    reserve: Callable[[Rehearsal, BlockShape | RamBlock], Iova],
+    rehearsal: Rehearsal,
+    shape: BlockShape | RamBlock,
+    shortages: list[VfioError],
+) -> Iova | None:
+    if shape.max_length > _MOST_ADDRESS_SPACE:
+        error = IoctlError(
+            errno.ENOMEM,
+            f"{format_size(shape.max_length)} of address space could not be reserved",
+            request="mmap",
+            arguments={"size": shape.max_length},
+            hint="Choose a smaller max_length; a process has 128 TiB at most",
         )
-    if (shape.used_length | shape.max_length) % page_size:
+        shortages.append(error)
+        return None
+    try:
+        return reserve(rehearsal, shape)
+    except IoctlError as error:
+        shortages.append(error)
+    return None
+
+
+def _check_all(shapes: Sequence[BlockShape | RamBlock], policy: Policy, page_size: int) -> None:
+    for shape in shapes:
+        if not isinstance(shape, BlockShape | RamBlock):
+            raise TypeError(f"a plan is made of BlockShapes and RamBlocks, in a list, not of {type(shape).__name__}")
+        _check(shape, policy, page_size)
+    names = [shape.idstr for shape in shapes]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"'{twice[0]}' is planned more than once")
+
+
+def _check(shape: BlockShape | RamBlock, policy: Policy, page_size: int) -> None:
+    used, maximum = operator.index(shape.used_length), operator.index(shape.max_length)
+    if not 0 <= used <= maximum or maximum == 0 or maximum > U64_MAX:
+        raise ValueError(
+            f"'{shape.idstr}': used_length {used:#x} must be within max_length {maximum:#x}, which must not be 0, nor "
+            "more than an address has bits"
+        )
+    if (used | maximum) % page_size:
         raise ValueError(f"lengths of '{shape.idstr}' must be multiples of {page_size:#x}")
-    policy.check_length(shape.used_length, f"used_length of '{shape.idstr}'")
+    policy.check_length(used, f"used_length of '{shape.idstr}'")
 
 
 def _planned(shape: BlockShape | RamBlock, iova: Iova | None, policy: Policy) -> PlannedBlock:
+    parts = shape.populated if isinstance(shape, RamBlock) else (Extent(0, shape.used_length),)
+    entries = sum(policy.entries(part.size) for part in parts)
     most = None if policy.resize == "extend" and policy.granule is None else policy.entries(shape.max_length)
-    return PlannedBlock(shape.idstr, shape.used_length, shape.max_length, iova, policy.entries(shape.used_length), most)
+    return PlannedBlock(
+        shape.idstr,
+        shape.used_length,
+        shape.max_length,
+        total(parts),
+        iova,
+        entries,
+        None if most is None else max(most, entries),
+    )
 
 
 def _pin_shortage(lock: Memlock, size: int) -> PinLimitError | None:
@@ -236,10 +294,14 @@ def _pin_shortage(lock: Memlock, size: int) -> PinLimitError | None:
 def _seconds_per_mib(kernel: Kernel) -> float:
     """What populating memory takes on this machine now, which is most of a first map: zeroing outweighs pinning."""
     size = 2 * _SAMPLE
-    whole = kernel.mmap(0, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        whole = kernel.mmap(0, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS)
+    except OSError:
+        return math.nan
     try:
         start = time.perf_counter()
         ctypes.memset(align_up(whole, _SAMPLE), 0, _SAMPLE)
         return (time.perf_counter() - start) / (_SAMPLE / MIB)
     finally:
-        kernel.munmap(whole, size)
+        with suppress(OSError):
+            kernel.munmap(whole, size)

@@ -10,13 +10,15 @@ way.
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import errno
 import logging
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import closing
 from functools import partial
+from queue import SimpleQueue
 from typing import Protocol
 
 from pyvfio.errors import IoctlError
@@ -94,12 +96,51 @@ def _touch(vaddr: int, size: int) -> None:
 
 
 def _made(calls: Sequence[Callable[[], int]], threads: int) -> Generator[int, None, None]:
+    """What the calls return, in the order in which they end."""
     if threads < 2 or len(calls) < 2:
         yield from (call() for call in calls)
         return
-    executor = ThreadPoolExecutor(min(threads, len(calls)), thread_name_prefix="prefault")
+    # A signal handler may raise in the main thread at any moment. Locks that Python code takes, as those of
+    # concurrent.futures and threading, could then stay taken for ever, and the workers wait for them; what a deque and
+    # a SimpleQueue do, they do in one step.
+    waiting, answers = deque(calls), SimpleQueue[int | Exception | None]()
+    running = 0
     try:
-        futures: list[Future[int]] = [executor.submit(call) for call in calls]
-        yield from (future.result() for future in as_completed(futures))
+        while running < min(threads, len(calls)):
+            _thread.start_new_thread(_work, (waiting, answers))
+            running += 1
+        while running:
+            answer = answers.get()
+            if answer is None:
+                running -= 1
+            elif isinstance(answer, Exception):
+                raise answer
+            else:
+                yield answer
     finally:
-        executor.shutdown(cancel_futures=True)
+        waiting.clear()
+        _await(answers, running)
+
+
+def _work(waiting: deque[Callable[[], int]], answers: SimpleQueue[int | Exception | None]) -> None:
+    try:
+        while True:
+            answers.put(waiting.popleft()())
+    except IndexError:  # nothing waits
+        pass
+    except Exception as error:
+        answers.put(error)
+    finally:
+        answers.put(None)
+
+
+def _await(answers: SimpleQueue[int | Exception | None], running: int) -> None:
+    """Until no worker runs any more, whatever a signal handler raises meanwhile; that then."""
+    interruption: BaseException | None = None
+    while running:
+        try:
+            running -= answers.get() is None
+        except BaseException as error:
+            interruption = error
+    if interruption is not None:
+        raise interruption

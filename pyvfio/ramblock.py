@@ -46,6 +46,7 @@ from pyvfio.memory import MemoryKind, MemorySettings
 from pyvfio.notifier import (
     HOOKS,
     Added,
+    Bookkeeping,
     Discarded,
     Event,
     Populated,
@@ -54,7 +55,6 @@ from pyvfio.notifier import (
     Resized,
     reaches_whole_blocks,
     tell_all,
-    undo_all,
 )
 from pyvfio.progress import LongWork, ProgressCallback
 from pyvfio.units import PAGE_SIZE, format_size
@@ -216,8 +216,13 @@ class RamBlockList:
                 self._activate(block, 0, used_length)
             block._used_length = used_length
             blocks = tuple(sorted((*self._blocks, block), key=lambda other: other._start))
-            tell_all(self._notifiers, Added(block))
-            self._blocks = blocks  # no call stands between, so that no signal handler can: it is told and known
+            known = self._blocks
+            self._tell(
+                self._notifiers,
+                Added(block),
+                commit=partial(self._set_blocks, blocks),
+                rollback=partial(self._set_blocks, known),
+            )
         except BaseException as error:
             self._abandon(block, error)
             raise
@@ -250,8 +255,17 @@ class RamBlockList:
             raise ValueError(f"RAM block '{block.idstr}' is not in this list")
         block._check_views(0)
         blocks = tuple(other for other in self._blocks if other is not block)
-        tell_all(self._notifiers, Removed(block), finally_check=lambda: block._check_views(0))
-        self._blocks, block._list, block._used_length = blocks, None, 0
+
+        def commit() -> None:
+            block._check_views(0)  # a hook may have taken one
+            self._blocks, block._list, block._used_length = blocks, None, 0
+
+        before = self._blocks, self, block._used_length
+
+        def rollback() -> None:
+            self._blocks, block._list, block._used_length = before
+
+        self._tell(self._notifiers, Removed(block), commit=commit, rollback=rollback)
         block._release()
 
     def add_notifier(self, notifier: RamBlockNotifier) -> None:
@@ -268,18 +282,17 @@ class RamBlockList:
         self._change(partial(self._add_notifier, notifier))
 
     def _add_notifier(self, notifier: RamBlockNotifier) -> None:
-        if any(known is notifier for known in self._notifiers):
+        if self._knows(notifier):
             raise ValueError(f"{notifier!r} is a notifier of this list already")
         if reaches_whole_blocks(notifier) and (holed := [block for block in self._blocks if block._discarded]):
             raise _cannot_follow(notifier, f"and parts of RAM block '{holed[0].idstr}' are discarded")
         notifiers = [notifier, *self._notifiers]
         try:
-            self._replay(notifier, [Added(block) for block in self._blocks], "adding a notifier")
+            self._replay(notifier, [Added(block) for block in self._blocks], "adding a notifier", notifiers)
         except _KEEP_MEMORY:
             for block in self._blocks:
                 block._memory.keep()
             raise
-        self._notifiers = notifiers
 
     def remove_notifier(self, notifier: RamBlockNotifier) -> None:
         """Tell `notifier` that every block is gone, and tell it nothing more.
@@ -290,22 +303,38 @@ class RamBlockList:
         self._change(partial(self._remove_notifier, notifier))
 
     def _remove_notifier(self, notifier: RamBlockNotifier) -> None:
-        if not any(known is notifier for known in self._notifiers):
+        if not self._knows(notifier):
             raise ValueError(f"{notifier!r} is not a notifier of this list")
         notifiers = [known for known in self._notifiers if known is not notifier]
-        self._replay(notifier, [Removed(block) for block in reversed(self._blocks)], "removing a notifier")
+        events = [Removed(block) for block in reversed(self._blocks)]
+        self._replay(notifier, events, "removing a notifier", notifiers)
+
+    def _replay(
+        self, notifier: RamBlockNotifier, events: Sequence[Event], what: str, notifiers: list[RamBlockNotifier]
+    ) -> None:
+        """Tell it all of `events`, and have those `notifiers` then; or neither."""
+        before = self._notifiers
+        change = Bookkeeping(what, partial(self._set_notifiers, notifiers), partial(self._set_notifiers, before))
+        tell_all([notifier] * len(events), events, change)
+
+    def _knows(self, notifier: RamBlockNotifier) -> bool:
+        return any(known is notifier for known in self._notifiers)
+
+    def _set_notifiers(self, notifiers: list[RamBlockNotifier]) -> None:
         self._notifiers = notifiers
 
+    def _set_blocks(self, blocks: tuple[RamBlock, ...]) -> None:
+        self._blocks = blocks
+
     @staticmethod
-    def _replay(notifier: RamBlockNotifier, events: Sequence[Event], what: str) -> None:
-        told: list[Event] = []
-        try:
-            for event in events:
-                event.tell(notifier)
-                told.append(event)
-        except BaseException as error:
-            undo_all([(notifier, event) for event in told], error, what)
-            raise
+    def _tell(
+        notifiers: Sequence[RamBlockNotifier],
+        event: Event,
+        *,
+        commit: Callable[[], None],
+        rollback: Callable[[], None],
+    ) -> None:
+        tell_all(notifiers, [event] * len(notifiers), Bookkeeping(event, commit, rollback))
 
     def _resize(self, block: RamBlock, used_length: int) -> None:
         new = _length(used_length, "used_length", block.page_size)
@@ -390,8 +419,12 @@ class RamBlockList:
         discarded = tuple(runs(sorted((*block._discarded, *parts))))
         stale = tuple(sorted((*block._stale, *parts)))
         with self.discards.require_coordinated():
-            tell_all(self._notifiers[::-1], Discarded(block, parts))
-            block._discarded, block._stale = discarded, stale  # no call stands between, as in `_add`
+            self._tell(
+                self._notifiers[::-1],
+                Discarded(block, parts),
+                commit=partial(block._set_discarded, discarded, stale),
+                rollback=partial(block._set_discarded, block._discarded, block._stale),
+            )
         logger.debug("discarding %s of %s", wanted, block)
         return self._drop_stale(block, wanted)
 
@@ -423,8 +456,12 @@ class RamBlockList:
             block._memory.provide(*part)
         if block._prealloc is not None:
             block._prealloc(parts)
-        tell_all(self._notifiers, Populated(block, parts))
-        block._discarded = discarded
+        self._tell(
+            self._notifiers,
+            Populated(block, parts),
+            commit=partial(block._set_discarded, discarded, block._stale),
+            rollback=partial(block._set_discarded, block._discarded, block._stale),
+        )
         logger.debug("populated %s of %s", wanted, block)
 
     @staticmethod
@@ -436,19 +473,7 @@ class RamBlockList:
     def _commit(block: RamBlock, old: int, new: int, notifiers: Sequence[RamBlockNotifier]) -> None:
         """Tell `notifiers`, change `used_length`, call the block's callback; or nothing of it."""
         event = Resized(block, old, new)
-        discarded, stale = block._discarded, block._stale
-        before = old, discarded, stale
-        after = new, tuple(clip(discarded, 0, new)) if discarded else (), tuple(clip(stale, 0, new)) if stale else ()
-        tell_all(notifiers, event, finally_check=None if new > old else lambda: block._check_views(new))
-        block._used_length, block._discarded, block._stale = after
-        if block._resized is None:
-            return
-        try:
-            block._resized(block.idstr, new)
-        except BaseException as error:
-            block._used_length, block._discarded, block._stale = before
-            undo_all([(notifier, event) for notifier in notifiers], error, event)
-            raise
+        tell_all(notifiers, [event] * len(notifiers), event)
 
     def _change(self, action: Callable[[], _Result]) -> _Result:
         # Not a context manager: a signal handler that raises between its entry and the block would leave it entered.

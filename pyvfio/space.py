@@ -60,8 +60,8 @@ class AddressSpace(Protocol):
         ...
 
     @property
-    def free_iova(self) -> tuple[IovaRange, ...]:
-        """Of `iova_ranges`, what nobody has reserved, ascending."""
+    def reserved_iova(self) -> tuple[IovaRange, ...]:
+        """Of `iova_ranges`, what has been reserved, ascending."""
         ...
 
     @property

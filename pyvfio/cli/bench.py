@@ -38,6 +38,7 @@ ADDED = 80.0
 """What pyvfio adds to the system calls of one such resize, at most, in microseconds."""
 
 _WARM_UP = 16
+_LONGEST = 1 << 40
 _TIMEOUT = 480.0
 
 
@@ -232,7 +233,7 @@ def _size(text: str) -> int:
         size = int(text) * MIB
     except ValueError:
         size = 0
-    if size <= 0 or size % STEP:
+    if not 0 < size <= _LONGEST or size % STEP:
         raise argparse.ArgumentTypeError(f"not a length in MiB that is a multiple of {STEP // MIB}: {text!r}")
     return size
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
@@ -23,6 +24,9 @@ def run(main: Callable[[], int], *, name: str) -> NoReturn:
     """Run a command and exit with its status. What a user can cause is one line on stderr and status 1, never a
     traceback; argparse has its own status 2 for wrong usage. Interrupted, and cut off by a closed pipe, it ends as a
     shell expects."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that has no µ shows something else
     try:
         status = guard(main, name=name)
         sys.stdout.flush()

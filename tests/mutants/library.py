@@ -171,17 +171,15 @@ _MUTANTS = (
     # Pages are dropped before the device has lost them; what is discarded is noted before all have agreed.
     Mutant(
         "ramblock.py",
-        "        with self.discards.require_coordinated():\n            tell_all(",
+        "        with self.discards.require_coordinated():\n            self._tell(",
         "        with self.discards.require_coordinated():\n"
-        "            block._memory.drop(*parts[0])\n            tell_all(",
+        "            block._memory.drop(*parts[0])\n            self._tell(",
         "discard",
     ),
     Mutant(
         "ramblock.py",
-        "            tell_all(self._notifiers[::-1], Discarded(block, parts))\n"
-        "            block._discarded, block._stale = discarded, stale  # no call stands between, as in `_add`\n",
-        "            block._discarded, block._stale = discarded, stale\n"
-        "            tell_all(self._notifiers[::-1], Discarded(block, parts))\n",
+        "                rollback=partial(block._set_discarded, block._discarded, block._stale),\n",
+        "                rollback=partial(block._set_discarded, discarded, stale),\n",
         "discard",
     ),
     # What could not be dropped is forgotten before it was tried.
@@ -203,8 +201,10 @@ _MUTANTS = (
     # ------------------------------------------------------------------------------------------------------ populate
     Mutant(
         "ramblock.py",
-        "        tell_all(self._notifiers, Populated(block, parts))\n        block._discarded = discarded\n",
-        "        block._discarded = discarded\n        tell_all(self._notifiers, Populated(block, parts))\n",
+        "            commit=partial(block._set_discarded, discarded, block._stale),\n"
+        "            rollback=partial(block._set_discarded, block._discarded, block._stale),\n",
+        "            commit=partial(block._set_discarded, discarded, block._stale),\n"
+        "            rollback=partial(block._set_discarded, discarded, block._stale),\n",
         "populate",
     ),
     # What a signal handler kept a discard from is seen again.
@@ -235,13 +235,11 @@ _MUTANTS = (
         "remove",
     ),
     Mutant("dma.py", "            self._space.release_iova(followed.window.iova)\n", "", "remove"),
-    # The block is gone though a notifier has refused.
+    # A notifier that refuses to go is told nothing any more.
     Mutant(
         "ramblock.py",
-        '        self._replay(notifier, [Removed(block) for block in reversed(self._blocks)], "removing a notifier")\n'
-        "        self._notifiers = notifiers\n",
-        "        self._notifiers = notifiers\n"
-        '        self._replay(notifier, [Removed(block) for block in reversed(self._blocks)], "removing a notifier")\n',
+        "partial(self._set_notifiers, notifiers), partial(self._set_notifiers, before))",
+        "partial(self._set_notifiers, notifiers), partial(self._set_notifiers, notifiers))",
         "remove",
     ),
     # ------------------------------------------------------------------------------------------------- temporary map

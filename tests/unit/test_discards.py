@@ -378,3 +378,15 @@ def test_a_claim_against_discards_is_kept_by_the_list(rig: Rig) -> None:
     discard(block, 0, 1)
     rig.mapper.close()
     rig.blocks.discards.require().close()
+
+
+def test_discarding_and_populating_nothing_does_nothing(kernel: SpecialKernel, rig: Rig) -> None:
+    """In the middle of what is populated, and of what is discarded: no call, no notification, no gap."""
+    block = rig.add(used=4 * PAGE_SIZE)
+    discard(block, 2, 4)
+    before = (block.discarded, rig.reached())
+    kernel.clear_trace()
+    block.discard(PAGE_SIZE, 0)
+    block.populate(3 * PAGE_SIZE, 0)
+    assert (block.discarded, rig.reached(), kernel.trace) == (*before, [])
+    rig.check()

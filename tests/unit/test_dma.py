@@ -892,3 +892,19 @@ def test_what_a_grow_left_in_reach_whose_undo_failed_is_memory_that_is_kept(kern
             (rig.mapper.iova(block) + offset, block.vaddr + offset, PAGE_SIZE) for offset in (0, PAGE_SIZE)
         ]
         rig.check()
+
+
+def test_a_mapper_that_was_taken_out_of_the_list_closes_all_the_same(kernel: SpecialKernel) -> None:
+    """Somebody else has removed the notifier."""
+    with Rig(kernel) as rig:
+        rig.add()
+        rig.blocks.remove_notifier(rig.mapper)
+        assert rig.reached() == []
+        rig.mapper.close()
+
+
+@pytest.mark.parametrize("wrong", [{"progress": 5}, {"place": 5}])
+def test_what_is_to_be_called_must_be_callable(kernel: SpecialKernel, wrong: dict[str, int]) -> None:
+    """Said when the mapper is made, not when it is needed."""
+    with Rig(kernel) as rig, pytest.raises(TypeError, match="must be callable"):
+        pyvfio.DmaMapper(rig.container, **wrong)  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -64,7 +66,7 @@ def test_a_plan_takes_blocks_that_are_there_already(kernel: SpecialKernel) -> No
         block = blocks.add("here", used_length=MIB, max_length=GIB)
         with pyvfio.DmaMapper(rig.container, place=lambda _block: 0x4000_0000) as mapper:
             (planned,) = mapper.plan([block]).blocks
-            assert planned == pyvfio.PlannedBlock("here", MIB, GIB, pyvfio.Iova(0x4000_0000), 1, 1)
+            assert planned == pyvfio.PlannedBlock("here", MIB, GIB, MIB, pyvfio.Iova(0x4000_0000), 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +99,8 @@ def test_what_does_not_fit_is_said_as_adding_it_would() -> None:
         kinds = [type(error) for error in plan.shortages]
         assert kinds == [
             pyvfio.EntryLimitError,
-            pyvfio.EntryLimitError,
             pyvfio.IovaRangeError,
+            pyvfio.EntryLimitError,
             pyvfio.EntryLimitError,
             pyvfio.PinLimitError,
         ]
@@ -176,3 +178,83 @@ def test_a_closed_mapper_plans_nothing(kernel: SpecialKernel) -> None:
         rig.mapper.close()
         with pytest.raises(pyvfio.ClosedError):
             rig.mapper.plan([])
+
+
+def test_the_last_mapping_may_be_needed_when_a_block_has_grown() -> None:
+    """An empty block takes none at first; where none is left, it is said that it could not grow."""
+    kernel = FakeKernel(iommu=small_iommu(1), groups=[(2, [FakeDevice(BDF)])])
+    with kernel, Rig(kernel) as rig:
+        rig.add("there")
+        plan = rig.mapper.plan([BlockShape("a", 0, MIB), BlockShape("b", 0, MIB)])
+        assert plan.fits
+        assert [type(error) for error in plan.shortages_when_grown] == [pyvfio.EntryLimitError] * 2
+        block = rig.add("a", used=0)
+        with pytest.raises(pyvfio.EntryLimitError):
+            block.resize(PAGE_SIZE)
+
+
+def test_an_iova_that_is_taken_is_refused_as_adding_the_block_would_be(kernel: SpecialKernel) -> None:
+    """By the reservation that is there."""
+    with Rig(kernel) as rig:
+        there = rig.mapper.iova(rig.add("there"))
+        plan = rig.mapper.plan([BlockShape("a", 0, MIB, iova=there)])
+        (error,) = plan.shortages
+        assert isinstance(error, pyvfio.IovaOverlapError)
+        assert error.existing[0].start == there
+
+
+def test_discarded_parts_need_nothing_and_what_is_between_them_a_mapping_each(kernel: SpecialKernel) -> None:
+    """Of a block that is there already."""
+    with Rig(kernel) as rig, pyvfio.RamBlockList(kernel=kernel) as blocks:
+        block = blocks.add("holed", used_length=4 * PAGE_SIZE, max_length=MIB)
+        block.discard(PAGE_SIZE, PAGE_SIZE)
+        plan = rig.mapper.plan([block])
+        assert (plan.entries, plan.locked) == (2, 3 * PAGE_SIZE)
+        block.discard(0, 4 * PAGE_SIZE)
+        plan = rig.mapper.plan([block])
+        assert (plan.entries, plan.locked) == (0, 0)
+
+
+@pytest.mark.parametrize("shift", [47, 50, 62])
+def test_more_than_a_process_has_addresses_for_does_not_fit(shift: int) -> None:
+    """Though the IOMMU has the IOVA for it."""
+    kernel = FakeKernel(iommu="virtio", groups=[(2, [FakeDevice(BDF)])])
+    with kernel, Rig(kernel) as rig:
+        plan = rig.mapper.plan([BlockShape("a", 0, (1 << shift) + PAGE_SIZE)])
+        assert "of address space could not be reserved" in str(plan.shortages[0])
+
+
+@pytest.mark.parametrize("wrong", [1 << 64, 1 << 80])
+def test_lengths_beyond_an_address_are_refused(kernel: SpecialKernel, wrong: int) -> None:
+    """They can never be right."""
+    with Rig(kernel) as rig, pytest.raises(ValueError, match="an address has bits"):
+        rig.mapper.plan([BlockShape("a", 0, wrong)])
+
+
+def test_what_is_no_set_of_blocks_is_refused(kernel: SpecialKernel) -> None:
+    """One shape without a list, the same name twice, a name or a block that is there."""
+    with Rig(kernel) as rig:
+        there = rig.add("there")
+        with pytest.raises(TypeError, match="in a list, not of str"):
+            rig.mapper.plan(BlockShape("a", 0, MIB))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="'a' is planned more than once"):
+            rig.mapper.plan([BlockShape("a", 0, MIB)] * 2)
+        for known in (BlockShape("there", 0, MIB), there):
+            with pytest.raises(ValueError, match="'there' already"):
+                rig.mapper.plan([known])
+
+
+def test_a_plan_is_made_though_the_time_cannot_be_tried(kernel: SpecialKernel) -> None:
+    """Without memory for that the seconds are no number; without the address space back, the plan is as it is."""
+    with Rig(kernel) as rig:
+        kernel.fail(call="mmap", errno=errno.ENOMEM)
+        assert math.isnan(rig.mapper.plan(SHAPES).seconds)
+        kernel.fail(call="munmap", errno=errno.ENOMEM)
+        assert rig.mapper.plan(SHAPES).seconds > 0
+
+
+def test_a_container_without_a_group_has_no_plan(kernel: SpecialKernel) -> None:
+    """Attach one first: it brings the IOMMU."""
+    refused = pytest.raises(pyvfio.VfioError, match="Attach a group first")
+    with pyvfio.Container(kernel=kernel) as container, pyvfio.DmaMapper(container) as mapper, refused:
+        mapper.plan([])

@@ -58,7 +58,7 @@ class Notifier:
     """Writes down what it is told, with what is usable and what is used at that time, and refuses when asked to.
 
     It knows how much it was told of each block, and holds that to what the list's module promises: it never is more
-    than what is active.
+    than what is active. Where a signal handler has ended a hook, it is told the opposite of what it has not done.
     """
 
     def __init__(self, name: str = "", log: list[str] | None = None) -> None:
@@ -67,31 +67,43 @@ class Notifier:
         self.known: dict[str, int] = {}
         self.refuse: dict[str, list[BaseException]] = {}
         self.hook: Callable[[RamBlock], object] = lambda _block: None
+        self._interrupted = False
+
+    def _is_undo(self) -> bool:
+        interrupted, self._interrupted = self._interrupted, False
+        return interrupted
 
     def _note(self, what: str, block: RamBlock, *lengths: int) -> None:
         sizes = " ".join(str(length // MIB) for length in lengths)
         self.log.append(f"{self.name}{what} {block.idstr} {sizes}")
         assert max(self.known.get(block.idstr, 0), lengths[-1] if what == "resized" else 0) <= block._memory.length
-        self.hook(block)
+        try:
+            self.hook(block)
+            self._refuse(what, sizes)
+        except BaseException as error:
+            self._interrupted = not isinstance(error, Exception)
+            raise
+
+    def _refuse(self, what: str, sizes: str) -> None:
         for refusal in (what, f"{what} {sizes}"):
             if self.refuse.get(refusal):
                 raise self.refuse[refusal].pop(0)
 
     def ram_block_added(self, block: RamBlock, used_length: int, max_length: int) -> None:
         """A block has come."""
-        assert block.idstr not in self.known
+        assert self._is_undo() or block.idstr not in self.known
         self._note("added", block, used_length, max_length)
         self.known[block.idstr] = used_length
 
     def ram_block_removed(self, block: RamBlock, used_length: int, max_length: int) -> None:
         """A block goes."""
-        assert self.known[block.idstr] == used_length
+        assert self._is_undo() or self.known[block.idstr] == used_length
         self._note("removed", block, used_length, max_length)
-        del self.known[block.idstr]
+        self.known.pop(block.idstr, None)
 
     def ram_block_resized(self, block: RamBlock, old_length: int, new_length: int) -> None:
         """A block changes."""
-        assert self.known[block.idstr] == old_length
+        assert self.known[block.idstr] == new_length if self._is_undo() else self.known[block.idstr] == old_length
         self._note("resized", block, old_length, new_length)
         self.known[block.idstr] = new_length
 
@@ -559,7 +571,8 @@ def test_a_notifier_is_in_a_list_once(blocks: RamBlockList) -> None:
 def test_a_notifier_that_refuses_a_resize_leaves_the_block_as_it_was(
     kernel: FakeKernel, blocks: RamBlockList, who: str, new_length: int, refusal: type[BaseException]
 ) -> None:
-    """Those told before it are told the reverse, the last told first; lengths, contents and memory are as before."""
+    """Those told before it are told the reverse, the last told first, and so is it itself when it was interrupted;
+    lengths, contents and memory are as before."""
     log, notifiers = three(blocks)
     block = ram(blocks)
     data = filled(block)
@@ -570,7 +583,8 @@ def test_a_notifier_that_refuses_a_resize_leaves_the_block_as_it_was(
     order = "cba" if new_length > 4 * MIB else "abc"
     told = order[: order.index(who) + 1]
     new = new_length // MIB
-    assert log == [f"{n} resized ram 4 {new}" for n in told] + [f"{n} resized ram {new} 4" for n in told[-2::-1]]
+    undone = told[::-1] if refusal is KeyboardInterrupt else told[-2::-1]
+    assert log == [f"{n} resized ram 4 {new}" for n in told] + [f"{n} resized ram {new} 4" for n in undone]
     assert (block.used_length, contents(block)) == (4 * MIB, data)
     assert {n.known["ram"] for n in notifiers.values()} == {4 * MIB}
     assert (block._memory.length, block._memory.retained) == (4 * MIB, 0)
@@ -613,7 +627,7 @@ def test_a_block_that_a_notifier_refuses_never_was(
     notifiers[who].refuse["added"] = [refusal()]
     with pytest.raises(refusal):
         ram(blocks)
-    told = "cba"["cba".index(who) :: -1][1:]
+    told = "cba"["cba".index(who) :: -1][refusal is not KeyboardInterrupt :]
     assert [line[:9] for line in log if "removed" in line] == [f"{n} removed" for n in told]
     assert not any(n.known for n in notifiers.values())
     assert (len(blocks), kernel.trace[-1].call) == (0, "munmap")
@@ -630,7 +644,8 @@ def test_a_block_that_a_notifier_wants_kept_stays(blocks: RamBlockList, refusal:
     notifiers["a"].refuse["removed"] = [refusal()]
     with pytest.raises(refusal):
         block.remove()
-    assert [line[:7] for line in log] == ["c remov", "b remov", "a remov", "b added", "c added"]
+    itself = ["a added"] if refusal is KeyboardInterrupt else []
+    assert [line[:7] for line in log] == ["c remov", "b remov", "a remov", *itself, "b added", "c added"]
     assert (blocks["ram"], contents(block)) == (block, data)
     blocks._check()
     block.resize(MAX)
@@ -644,11 +659,13 @@ def test_a_notifier_that_refuses_a_block_does_not_come(blocks: RamBlockList, ref
         ram(blocks, idstr=name)
     notifier = Notifier()
     names = [block.idstr for block in blocks]
-    notifier.hook = lambda block: _raise_for(block, names[2], refusal)
+    refusals = [refusal]
+    notifier.hook = lambda block: _raise_for(block, names[2], refusals)
     with pytest.raises(refusal):
         blocks.add_notifier(notifier)
     assert [line[:-4] for line in notifier.log] == [
         *(f"added {name}" for name in names),
+        *([f"removed {names[2]}"] if refusal is KeyboardInterrupt else []),
         f"removed {names[1]}",
         f"removed {names[0]}",
     ]
@@ -658,9 +675,9 @@ def test_a_notifier_that_refuses_a_block_does_not_come(blocks: RamBlockList, ref
     blocks.close()
 
 
-def _raise_for(block: RamBlock, idstr: str, refusal: type[BaseException]) -> None:
-    if block.idstr == idstr:
-        raise refusal
+def _raise_for(block: RamBlock, idstr: str, refusals: list[type[BaseException]]) -> None:
+    if block.idstr == idstr and refusals:
+        raise refusals.pop()
 
 
 def test_a_notifier_that_refuses_to_go_stays(blocks: RamBlockList) -> None:
@@ -671,7 +688,8 @@ def test_a_notifier_that_refuses_to_go_stays(blocks: RamBlockList) -> None:
     blocks.add_notifier(notifier)
     names = [block.idstr for block in blocks]
     notifier.log.clear()
-    notifier.hook = lambda block: _raise_for(block, names[0], RefusalError)
+    refusals: list[type[BaseException]] = [RefusalError]
+    notifier.hook = lambda block: _raise_for(block, names[0], refusals)
     with pytest.raises(RefusalError):
         blocks.remove_notifier(notifier)
     notifier.hook = lambda _block: None
@@ -698,7 +716,8 @@ def test_an_undo_that_fails_is_told_with_its_cause_and_the_rest_is_undone(
     notifiers["b"].refuse["resized 6 4"] = [failure("undo")]
     with pytest.raises(RollbackError, match="from 4 MiB to 6 MiB failed, and so did its undo") as raised:
         block.resize(6 * MIB)
-    assert [line[0] for line in log] == ["c", "b", "a", "b", "c"]
+    itself = ["a"] if cause is KeyboardInterrupt else []
+    assert [line[0] for line in log] == ["c", "b", "a", *itself, "b", "c"]
     first, second = raised.value.exceptions
     assert isinstance(first, RefusalError if cause is RefusalError else VfioError)
     assert isinstance(second, RefusalError if failure is RefusalError else VfioError)
@@ -772,7 +791,7 @@ def test_a_notifier_that_came_half_and_could_not_go_keeps_all_memory_for_ever(
     made = [ram(blocks, idstr=name) for name in "ab"]
     notifier = Notifier()
     last = tuple(blocks)[-1].idstr
-    notifier.hook = lambda block: _raise_for(block, last, RefusalError)
+    notifier.hook = lambda block: _raise_for(block, last, [RefusalError])
     notifier.refuse["removed"] = [RefusalError()]
     with pytest.raises(RollbackError):
         blocks.add_notifier(notifier)
