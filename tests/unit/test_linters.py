@@ -47,12 +47,12 @@ def test_ruff_finds_nothing() -> None:
 
 
 def test_everything_is_formatted_as_ruff_formats_it() -> None:
-    """`ruff format pyvfio tests` would change nothing."""
-    run(*module("ruff"), "format", "--check", "pyvfio", "tests", *PYTHON)
+    """`ruff format pyvfio tests examples` would change nothing."""
+    run(*module("ruff"), "format", "--check", "pyvfio", "tests", "examples", *PYTHON)
 
 
 def test_mypy_finds_nothing() -> None:
-    """With --strict, in the package and in the tests."""
+    """With --strict, in the package, the tests and the examples."""
     run(*module("mypy"), "--strict")
 
 
