@@ -95,7 +95,7 @@ DEVICES: Mapping[str, Sequence[str]] = {
         "pcie-root-port,id=above,addr=12,disable-acs=on",
         "e1000e,bus=above,romfile=",
     ),
-    "virtio-rng": (*_EDU, "virtio-rng-pci,disable-legacy=on,iommu_platform=on,max-bytes=4096,period=50"),
+    "virtio-rng": (*_EDU, "virtio-rng-pci,disable-legacy=on,iommu_platform=on,max-bytes=4096,period=100"),
 }
 """Lists of QEMU's devices. ``edu``: two of them, each a group of its own. ``contract``, for ``tests/contract``, begins
 with these, and goes on with
@@ -109,8 +109,8 @@ with these, and goes on with
 The ``virtio-rng`` and the root port come with the kernel's drivers, the others with none.
 
 ``virtio-rng``, for ``examples/virtio_rng.py``, begins with these, and has a ``virtio-rng`` (1af4:1044) of virtio 1.x
-behind the IOMMU, in a group of its own and with the kernel's driver. It is so slow, 4096 bytes in 50 ms, that it always
-has something to do."""
+behind the IOMMU, in a group of its own and with the kernel's driver. It is slow, 4096 bytes in 100 ms, so that a driver
+has requests in flight."""
 
 
 @dataclass(frozen=True)
