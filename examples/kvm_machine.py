@@ -17,9 +17,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NewType
 
+import kvm_ioctls
 import pyvfio
-from examples import kvm_ioctls
-from examples.kvm_ioctls import kvm_regs, kvm_run, kvm_segment, kvm_sregs, kvm_userspace_memory_region
+from kvm_ioctls import kvm_regs, kvm_run, kvm_segment, kvm_sregs, kvm_userspace_memory_region
 from pyvfio.handle import Handle
 from pyvfio.kernel import IoctlArgument
 

@@ -15,7 +15,7 @@ KVM_RUN, as QEMU does (accel/accel-blocker.c). In contrast to VFIO, KVM pins not
 process (KVM_CAP_SYNC_MMU), so that no discard is ruled out here. A slot that stayed behind a shrunk end would reach no
 freed memory; KVM_RUN would end with EFAULT, or with KVM_EXIT_MMIO where KVM emulates the instruction.
 
-Run as a program (`python -m examples.kvm_slots`), it lets one block be followed by both, by slots of the running
+Run as a program (`python examples/kvm_slots.py`), it lets one block be followed by both, by slots of the running
 kernel and by a DmaMapper on pyvfio's fake kernel. After each step a virtual CPU stores bytes before and behind all ends
 of what the block holds, and each is looked for in the block; and since KVM_EXIT_MMIO alone does not say that there is
 no slot, the kernel is asked as well: it refuses another slot where one is (EEXIST). With `--no-run`, or where no guest
@@ -37,7 +37,7 @@ from typing import Protocol, Self
 from weakref import WeakKeyDictionary
 
 import pyvfio
-from examples.kvm_machine import CODE, Gpa, Vcpu, Vm
+from kvm_machine import CODE, Gpa, Vcpu, Vm
 from pyvfio.cli.common import FAILED, OK, complain, guard, print_table
 from pyvfio.errors import as_exception
 from pyvfio.extents import clip, runs, without
@@ -406,7 +406,7 @@ def show(*, execute: bool, kernel: pyvfio.Kernel | None = None) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.kvm_slots",
+        prog="examples/kvm_slots.py",
         description="One RAM block that grows and shrinks, followed by memory slots of /dev/kvm and by a DmaMapper on "
         "the fake VFIO kernel. A virtual CPU stores bytes at the edges of what the block holds.",
     )

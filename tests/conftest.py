@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 
 import pyvfio
-from examples.kvm_machine import CODE, Vcpu, Vm
+from kvm_machine import CODE, Vcpu, Vm
 from pyvfio import pci
 from pyvfio.cli.common import selector_argument
 from pyvfio.kernel import LinuxKernel

@@ -95,6 +95,7 @@ DEVICES: Mapping[str, Sequence[str]] = {
         "pcie-root-port,id=above,addr=12,disable-acs=on",
         "e1000e,bus=above,romfile=",
     ),
+    "virtio-rng": (*_EDU, "virtio-rng-pci,disable-legacy=on,iommu_platform=on,max-bytes=4096,period=100"),
 }
 """Lists of QEMU's devices. ``edu``: two of them, each a group of its own. ``contract``, for ``tests/contract``, begins
 with these, and goes on with
@@ -105,7 +106,11 @@ with these, and goes on with
   driver of the last keeps from being viable;
 * an ``e1000e`` (8086:10d3), which can be reset, in one group with the root port above it.
 
-The ``virtio-rng`` and the root port come with the kernel's drivers, the others with none."""
+The ``virtio-rng`` and the root port come with the kernel's drivers, the others with none.
+
+``virtio-rng``, for ``examples/virtio_rng.py``, begins with these, and has a ``virtio-rng`` (1af4:1044) of virtio 1.x
+behind the IOMMU, in a group of its own and with the kernel's driver. It is slow, 4096 bytes in 100 ms, so that a driver
+has requests in flight."""
 
 
 @dataclass(frozen=True)

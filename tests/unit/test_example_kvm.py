@@ -21,10 +21,10 @@ from typing import ParamSpec
 
 import pytest
 
+import kvm_ioctls
 import pyvfio
-from examples import kvm_ioctls
-from examples.kvm_machine import CODE, DEV_KVM, Gpa, Mmio, Vcpu, Vm
-from examples.kvm_slots import GUEST_PHYSICAL, KvmSlots, Story, obstacle, probe_by_slot, show
+from kvm_machine import CODE, DEV_KVM, Gpa, Mmio, Vcpu, Vm
+from kvm_slots import GUEST_PHYSICAL, KvmSlots, Story, obstacle, probe_by_slot, show
 from pyvfio import Extent
 from pyvfio.kernel import IoctlArgument
 from pyvfio.testing import FakeKernel
@@ -786,8 +786,8 @@ def test_every_number_size_and_offset_is_that_of_the_header(tmp_path: Path) -> N
 
 
 def program(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m examples.kvm_slots`."""
-    command = [sys.executable, "-m", "examples.kvm_slots", *arguments]
+    """`python examples/kvm_slots.py`."""
+    command = [sys.executable, "examples/kvm_slots.py", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
