@@ -74,6 +74,7 @@ class RamBlock:
         "idstr",
         "page_size",
         "readonly",
+        "whole",
     )
 
     def __init__(
@@ -91,6 +92,9 @@ class RamBlock:
         self._max_length = max_length
         self._list: _Owner | None = owner
         self._resized = resized
+        self.whole = False
+        """Whether all of `max_length` is memory, as a listener that cannot follow a resize has it: lengths change then,
+        and nothing is given back."""
         self._used_length = 0
         self._discarded: tuple[Extent, ...] = ()  # ascending, disjoint, within [0, used_length)
         self._stale: tuple[Extent, ...] = ()  # of that, what is still to be dropped
@@ -232,9 +236,9 @@ class RamBlock:
     def _give_back(self) -> None:
         """After a grow that was undone: what it had activated goes, unless a hook has kept a view of it or a device may
         reach it since an earlier undo failed, for this one has left everything as it was."""
-        if self._memory.length == self._used_length or self._exports.end() > self._start + self._used_length:
+        if self.whole or self._memory.length == self._used_length or self._memory.held > self._used_length:
             return
-        if self._memory.held > self._used_length:
+        if self._exports.end() > self._start + self._used_length:
             return
         try:
             self._memory.deactivate(self._used_length)
@@ -251,12 +255,12 @@ class RamBlock:
 
     def _agree(self) -> None:
         """Nothing is in use that is not part of the block, wherever a change came to its end."""
-        if self._memory.length > self._used_length:
+        if self._memory.length > self._used_length and not self.whole:
             self._memory.retain(self._used_length)
 
     def _check(self) -> None:
         assert 0 <= self._used_length <= self.max_length
-        assert self._memory.length == self._used_length
+        assert self._memory.length == (self.max_length if self.whole else self._used_length)
         assert not without(self._stale, *self._discarded)
         assert list(self._discarded) == runs(clip(self._discarded, 0, self._used_length))
         self._memory._check()

@@ -19,7 +19,11 @@ from pyvfio.units import format_size
 
 @runtime_checkable
 class SupportsRamBlockAdded(Protocol):
-    """A notifier with this hook is told of every block, also of those that exist when it comes."""
+    """A notifier with this hook is told of every block, also of those that exist when it comes.
+
+    One that has no `ram_block_resized` is taken to reach all of `max_length`: blocks that come after it are allocated
+    in full, and it cannot come where others are (`RamBlock.whole`).
+    """
 
     def ram_block_added(self, block: RamBlock, used_length: int, max_length: int) -> None:
         """`block` has come, or was there already. Raising refuses it."""
@@ -88,6 +92,13 @@ def follows_parts(notifier: object) -> TypeGuard[SupportsRamBlockDiscarded]:
 def reaches_whole_blocks(notifier: object) -> bool:
     """Whether nothing may be discarded while it is there; who is not told of blocks reaches none."""
     return getattr(notifier, "ram_block_added", None) is not None and not follows_parts(notifier)
+
+
+def reaches_for_good(notifier: object) -> bool:
+    """Whether it is told of blocks and cannot follow a resize: it may reach all of `max_length`, and goes on to."""
+    return (
+        getattr(notifier, "ram_block_added", None) is not None and getattr(notifier, "ram_block_resized", None) is None
+    )
 
 
 class Event(Protocol):

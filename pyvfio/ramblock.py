@@ -38,6 +38,7 @@ from pyvfio.errors import (
     ReentrancyError,
     RollbackError,
     UnmapSizeError,
+    UnsupportedError,
     raise_collected,
 )
 from pyvfio.extents import Extent, clip, runs, without
@@ -53,6 +54,7 @@ from pyvfio.notifier import (
     RamBlockNotifier,
     Removed,
     Resized,
+    reaches_for_good,
     reaches_whole_blocks,
     tell_all,
 )
@@ -212,8 +214,9 @@ class RamBlockList:
             block._prealloc = work.prepare
         try:
             _length(used_length, "used_length", block.page_size)
-            if used_length:
-                self._activate(block, 0, used_length)
+            block.whole = self._must_be_whole(block)
+            if memory_length := max_length if block.whole else used_length:
+                self._activate(block, 0, memory_length)
             block._used_length = used_length
             blocks = tuple(sorted((*self._blocks, block), key=lambda other: other._start))
             known = self._blocks
@@ -227,6 +230,18 @@ class RamBlockList:
             self._abandon(block, error)
             raise
         return block
+
+    def _must_be_whole(self, block: RamBlock) -> bool:
+        for notifier in self._notifiers:
+            if reaches_for_good(notifier):
+                logger.warning(
+                    "RAM block '%s' is allocated in full, %s: %r cannot follow a resize",
+                    block.idstr,
+                    format_size(block.max_length),
+                    notifier,
+                )
+                return True
+        return False
 
     @staticmethod
     def _abandon(block: RamBlock, error: BaseException) -> None:
@@ -271,9 +286,11 @@ class RamBlockList:
     def add_notifier(self, notifier: RamBlockNotifier) -> None:
         """Tell `notifier` of every block there is, and from now on of every change, before all older ones.
 
-        Raises TypeError when it has none of the hooks, ValueError when it is in the list, and whatever it raises; then
-        it is not in the list, and has been told that the blocks it knew are gone. When that fails too (RollbackError),
-        the blocks' memory is never given back any more: nobody would tell whether a device still reaches it.
+        Raises TypeError when it has none of the hooks, ValueError when it is in the list, UnsupportedError when it is
+        told of blocks and cannot follow a resize, but there are blocks that can be resized, and whatever it raises;
+        then it is not in the list, and has been told that the blocks it knew are gone. When that fails too
+        (RollbackError), the blocks' memory is never given back any more: nobody would tell whether a device still
+        reaches it.
         """
         if not isinstance(notifier, HOOKS):
             raise TypeError(
@@ -284,6 +301,12 @@ class RamBlockList:
     def _add_notifier(self, notifier: RamBlockNotifier) -> None:
         if self._knows(notifier):
             raise ValueError(f"{notifier!r} is a notifier of this list already")
+        if reaches_for_good(notifier) and (resizable := [block for block in self._blocks if not block.whole]):
+            raise UnsupportedError(
+                f"{notifier!r} is told of blocks and cannot follow a resize, and RAM block '{resizable[0].idstr}' is "
+                "memory only as far as it is used",
+                hint="Add it before the blocks, which are allocated in full then, or give it ram_block_resized",
+            )
         if reaches_whole_blocks(notifier) and (holed := [block for block in self._blocks if block._discarded]):
             raise _cannot_follow(notifier, f"and parts of RAM block '{holed[0].idstr}' are discarded")
         notifiers = [notifier, *self._notifiers]
@@ -357,7 +380,9 @@ class RamBlockList:
             return None
         kept: OSError | None = None
         try:
-            if new > old:
+            if block.whole:
+                self._relabel(block, old, new)
+            elif new > old:
                 self._grow(block, old, new)
             else:
                 kept = self._shrink(block, old, new)
@@ -366,6 +391,15 @@ class RamBlockList:
             raise
         logger.debug("resized %s from %#x", block, old)
         return kept
+
+    def _relabel(self, block: RamBlock, old: int, new: int) -> None:
+        """A block that is memory altogether has another length; what comes back reads zeros."""
+        if new > old:
+            block._memory.clear(old, new)
+            self._commit(block, old, new, self._notifiers)
+        else:
+            block._check_views(new)
+            self._commit(block, old, new, self._notifiers[::-1])
 
     def _grow(self, block: RamBlock, old: int, new: int) -> None:
         try:

@@ -327,6 +327,14 @@ class Reservation:
         if failure := self._zero(start, end):
             raise failure
 
+    def clear(self, start: int, end: int) -> None:
+        """Let `[start, end)`, which is active, read zeros, unless it is a file's whose contents it shows."""
+        self._check_open()
+        if not 0 <= start < end <= self._length:
+            raise ValueError(f"cannot clear [{start:#x}, {end:#x}): {self._length:#x} bytes are active")
+        if not self._store.holds_contents:
+            ctypes.memset(self.vaddr + start, 0, end - start)
+
     def retain(self, length: int) -> None:
         """Say that only `[0, length)` is in use, and give nothing back: a device may still reach what lies behind,
         until `deactivate` says otherwise."""

@@ -72,6 +72,9 @@ class Listener:
     def ram_block_added(self, block: pyvfio.RamBlock, used_length: int, max_length: int) -> None:
         """A block."""
 
+    def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
+        """Another length."""
+
     def ram_block_discarded(self, block: pyvfio.RamBlock, parts: Sequence[Extent]) -> None:
         """Parts go."""
         del block
@@ -88,6 +91,9 @@ class Whole:
 
     def ram_block_added(self, block: pyvfio.RamBlock, used_length: int, max_length: int) -> None:
         """A block."""
+
+    def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
+        """Another length."""
 
 
 # -------------------------------------------------------------------------------------------- device and memory

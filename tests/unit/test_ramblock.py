@@ -524,9 +524,9 @@ def test_a_late_notifier_is_told_of_every_block_and_a_leaving_one_that_all_are_g
 def test_each_hook_is_optional(blocks: RamBlockList) -> None:
     """A notifier is told what it has a hook for."""
     added, removed, resized = OnlyAdded(), OnlyRemoved(), OnlyResized()
-    block = ram(blocks)
     for notifier in (added, removed, resized):
         blocks.add_notifier(notifier)
+    block = ram(blocks)
     block.resize(6 * MIB)
     block.remove()
     assert added.told == [("ram", 4 * MIB, MAX)]
