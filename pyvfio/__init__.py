@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pyvfio.caps import DeviceInfo, IommuInfo, IrqInfo, RegionInfo
     from pyvfio.container import Container, Group
     from pyvfio.device import Device, Irq, Region, RegionMap, open_device
+    from pyvfio.dirty import DirtyPages, DirtyTracking
     from pyvfio.dma import DmaMapper
     from pyvfio.errors import (
         AccessDeniedError,
@@ -64,6 +65,7 @@ else:
         "caps",
         "container",
         "device",
+        "dirty",
         "dma",
         "errors",
         "extents",
@@ -113,6 +115,8 @@ __all__ = [
     "Device",
     "DeviceInfo",
     "DeviceNotFoundError",
+    "DirtyPages",
+    "DirtyTracking",
     "DiscardError",
     "DmaMapper",
     "DmaMapping",

@@ -277,9 +277,15 @@ class Container(Handle):
                 attached=self._info is not None,
             ).explain() from error
 
-    def unmap_dma(self, *, iova: int, size: int, flags: int = 0) -> int:
-        """VFIO_IOMMU_UNMAP_DMA, as it is: how many bytes the kernel unmapped. `unmap` is what you want."""
+    def unmap_dma(self, *, iova: int, size: int, flags: int = 0, bitmap: ioctls.vfio_bitmap | None = None) -> int:
+        """VFIO_IOMMU_UNMAP_DMA, as it is: how many bytes the kernel unmapped. `unmap` is what you want.
+
+        `bitmap`: where it says what may have been written until then (VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP).
+        """
         argument = ioctls.vfio_iommu_type1_dma_unmap(24, flags, iova, size)
+        if bitmap is not None:
+            flags |= ioctls.VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP
+            argument = ioctls.DmaUnmapWithBitmap(48, flags, iova, size, bitmap)
         try:
             self._kernel.ioctl(self.fd, ioctls.VFIO_IOMMU_UNMAP_DMA, argument)
         except OSError as error:
@@ -484,8 +490,10 @@ class Container(Handle):
                 hint="The device may reach it; its memory is kept",
             ) from error
 
-    def unmap(self, *, iova: int, size: int) -> None:
+    def unmap(self, *, iova: int, size: int, bitmap: ioctls.vfio_bitmap | None = None) -> None:
         """Take whole mappings away; when it returns, exactly `size` bytes at `iova` are out of the devices' reach.
+
+        `bitmap`: as `unmap_dma`; `pyvfio.dirty` makes one.
 
         Raises UnmapSizeError when the kernel says another number, IoctlError when it refuses.
         """
@@ -495,7 +503,7 @@ class Container(Handle):
             if self.closed and not self._table.overlapping(iova=iova, size=size):
                 return  # close() has unmapped it
             try:
-                self._unmap_exactly(iova=iova, size=size)
+                self._unmap_exactly(iova=iova, size=size, bitmap=bitmap)
             except (OSError, VfioError):
                 raise
             except BaseException:
@@ -508,8 +516,8 @@ class Container(Handle):
                 raise
         logger.debug("unmapped iova=%#x size=%#x", iova, size)
 
-    def _unmap_exactly(self, *, iova: int, size: int) -> None:
-        unmapped = self.unmap_dma(iova=iova, size=size)
+    def _unmap_exactly(self, *, iova: int, size: int, bitmap: ioctls.vfio_bitmap | None) -> None:
+        unmapped = self.unmap_dma(iova=iova, size=size, bitmap=bitmap)
         if unmapped != size:
             known = describe_mappings(self._table.overlapping(iova=iova, size=size))
             raise UnmapSizeError(iova=iova, asked=size, unmapped=unmapped, known=known)

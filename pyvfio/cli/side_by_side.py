@@ -44,9 +44,9 @@ class WatchedContainer(Container):
         super().__init__(kernel=kernel)
         self.unmapped: list[Extent] = []
 
-    def unmap_dma(self, *, iova: int, size: int, flags: int = 0) -> int:
+    def unmap_dma(self, *, iova: int, size: int, flags: int = 0, bitmap: ioctls.vfio_bitmap | None = None) -> int:
         """As it is; and noted."""
-        unmapped = super().unmap_dma(iova=iova, size=size, flags=flags)
+        unmapped = super().unmap_dma(iova=iova, size=size, flags=flags, bitmap=bitmap)
         self.unmapped.append(Extent(iova, iova + unmapped))
         return unmapped
 

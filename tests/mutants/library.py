@@ -148,8 +148,8 @@ _MUTANTS = (
     # A mapping that the kernel refused to unmap is forgotten; one that it unmapped is not.
     Mutant(
         "container.py",
-        "        unmapped = self.unmap_dma(iova=iova, size=size)\n",
-        "        self._table.discard(iova=iova, size=size)\n        unmapped = self.unmap_dma(iova=iova, size=size)\n",
+        "        unmapped = self.unmap_dma(iova=iova, size=size, bitmap=bitmap)\n",
+        "        self._table.discard(iova=iova, size=size)\n        unmapped = self.unmap_dma(iova=iova, size=size, bitmap=bitmap)\n",
         "shrink",
     ),
     Mutant(

@@ -21,7 +21,7 @@ FLOORS = {
     **dict.fromkeys(("ioctls", "kernel", "errors", "units", "extents"), 0),
     **dict.fromkeys(("space", "memory", "iova", "caps", "pci", "handle", "type1_errors", "discards", "prefault"), 1),
     **dict.fromkeys(
-        ("container", "device", "ramblock", "block", "notifier", "pieces", "buffers", "progress", "plan"), 2
+        ("container", "device", "ramblock", "block", "notifier", "pieces", "buffers", "progress", "plan", "dirty"), 2
     ),
     "dma": 3,
 }

@@ -1,0 +1,111 @@
+"""What devices may have written, on the fake kernel: all that is mapped, mapping by mapping."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+import pytest
+
+import pyvfio
+from pyvfio import DirtyTracking, ioctls
+from pyvfio.testing.fake import FakeDevice
+from pyvfio.units import PAGE_SIZE
+from tests.unit.fakes import BDF, Rig, SpecialKernel, requests
+
+BASE = 0x10_0000
+
+
+@pytest.fixture
+def kernel() -> Iterator[SpecialKernel]:
+    """With one device."""
+    with SpecialKernel(groups=[(2, [FakeDevice(BDF)])]) as made:
+        yield made
+
+
+@pytest.fixture
+def rig(kernel: SpecialKernel) -> Iterator[Rig]:
+    """Three mappings: four pages, three, and, behind a hole, one."""
+    with Rig(kernel) as made:
+        memory = made.memory(16 * PAGE_SIZE)
+        for page, count in ((0, 4), (4, 3), (10, 1)):
+            made.container.map(vaddr=memory + page * PAGE_SIZE, iova=BASE + page * PAGE_SIZE, size=count * PAGE_SIZE)
+        yield made
+        made.device.close()
+        made.free(memory, 16 * PAGE_SIZE)
+
+
+def spans(pages: pyvfio.DirtyPages) -> list[tuple[int, int]]:
+    """First page and how many."""
+    return [((found.start - BASE) // PAGE_SIZE, found.size // PAGE_SIZE) for found in pages.dirty]
+
+
+def test_all_that_is_mapped_may_have_been_written(rig: Rig) -> None:
+    """Each time it is asked; neighbours are one range, and what is not mapped is no page."""
+    with DirtyTracking(rig.container) as tracking:
+        for _ in range(2):
+            found = tracking.read(iova=BASE, size=16 * PAGE_SIZE)
+            assert spans(found) == [(0, 7), (10, 1)]
+            assert (found.pages, found.count, found.page_size) == (8, 8, PAGE_SIZE)
+        assert spans(tracking.read(iova=BASE + 4 * PAGE_SIZE, size=3 * PAGE_SIZE)) == [(4, 3)]
+        nothing = tracking.read(iova=BASE + 8 * PAGE_SIZE, size=PAGE_SIZE)
+        assert (nothing.pages, nothing.dirty) == (0, ())
+
+
+def test_a_snapshot_can_be_read(rig: Rig) -> None:
+    """By a person."""
+    with DirtyTracking(rig.container) as tracking:
+        found = tracking.read(iova=BASE, size=16 * PAGE_SIZE)
+    assert str(found) == "8 of 8 pages of 4 KiB are dirty: 0x100000-0x106fff, 0x10a000-0x10afff"
+
+
+def test_what_is_unmapped_says_at_the_last_moment_what_was_written(rig: Rig) -> None:
+    """And is out of reach then."""
+    with DirtyTracking(rig.container) as tracking:
+        assert spans(tracking.unmap(iova=BASE, size=7 * PAGE_SIZE)) == [(0, 7)]
+    assert [mapping.iova for mapping in rig.container.mappings] == [BASE + 10 * PAGE_SIZE]
+    rig.container._check()
+
+
+def test_a_mapping_that_is_cut_is_refused_before_the_kernel_is_asked(rig: Rig, kernel: SpecialKernel) -> None:
+    """With the mapping."""
+    with DirtyTracking(rig.container) as tracking:
+        kernel.clear_trace()
+        for ask in (tracking.read, tracking.unmap):
+            with pytest.raises(ValueError, match="cuts the mapping 0x100000-0x103fff"):
+                ask(iova=BASE + PAGE_SIZE, size=4 * PAGE_SIZE)
+        assert requests(kernel.trace) == []
+
+
+def test_tracking_ends_with_its_close(rig: Rig, kernel: SpecialKernel) -> None:
+    """Once; what is asked then is an error, and a closed container is none."""
+    tracking = DirtyTracking(rig.container)
+    tracking.close()
+    kernel.clear_trace()
+    tracking.close()
+    assert requests(kernel.trace) == []
+    with pytest.raises(pyvfio.ClosedError):
+        tracking.read(iova=BASE, size=PAGE_SIZE)
+    late = DirtyTracking(rig.container)
+    rig.container.close()
+    late.close()
+
+
+def test_an_old_type1_does_not_track(kernel: SpecialKernel) -> None:
+    """The kernel's EACCES, or no capability: an error in any case."""
+    refused = pytest.raises((pyvfio.IoctlError, pyvfio.UnsupportedError))
+    with Rig(kernel, iommu_type=ioctls.VFIO_TYPE1_IOMMU) as rig, refused:
+        DirtyTracking(rig.container)
+
+
+def test_a_failing_answer_is_an_error_with_its_errno(rig: Rig, kernel: SpecialKernel) -> None:
+    """And changes nothing."""
+    with DirtyTracking(rig.container) as tracking:
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_DIRTY_PAGES", errno=errno.ENOMEM)
+        with pytest.raises(pyvfio.IoctlError) as raised:
+            tracking.read(iova=BASE, size=4 * PAGE_SIZE)
+        assert raised.value.errno == errno.ENOMEM
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_UNMAP_DMA", errno=errno.EIO)
+        with pytest.raises(pyvfio.IoctlError):
+            tracking.unmap(iova=BASE, size=4 * PAGE_SIZE)
+        assert len(rig.container.mappings) == 3
