@@ -149,7 +149,8 @@ _MUTANTS = (
     Mutant(
         "container.py",
         "        unmapped = self.unmap_dma(iova=iova, size=size, bitmap=bitmap)\n",
-        "        self._table.discard(iova=iova, size=size)\n        unmapped = self.unmap_dma(iova=iova, size=size, bitmap=bitmap)\n",
+        "        self._table.discard(iova=iova, size=size)\n"
+        "        unmapped = self.unmap_dma(iova=iova, size=size, bitmap=bitmap)\n",
         "shrink",
     ),
     Mutant(
