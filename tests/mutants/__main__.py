@@ -58,7 +58,7 @@ def copies(count: int) -> Iterator[SimpleQueue[Path]]:
     with tempfile.TemporaryDirectory(prefix="pyvfio-mutants-", dir=memory) as directory:
         for number in range(count):
             copy = Path(directory) / str(number)
-            for name in ("pyvfio", "tests"):
+            for name in ("pyvfio", "tests", "examples"):
                 shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
             shutil.copy(ROOT / "pyproject.toml", copy)
             queue.put(copy)
