@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,7 +49,7 @@ def test_a_table_says_that_a_fake_says_nothing_of_a_kernel(capsys: pytest.Captur
     assert "say nothing of a kernel" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("sizes", ["x", "3", "0", "", "-2"])
+@pytest.mark.parametrize("sizes", ["x", "3", "0", "", "-2", "1" + 40 * "0"])
 def test_lengths_that_cannot_be_are_wrong_usage(sizes: str, capsys: pytest.CaptureFixture[str]) -> None:
     """With the word that is wrong."""
     with pytest.raises(SystemExit) as ended:
@@ -77,3 +79,11 @@ def test_the_program_in_c_is_compiled_without_a_warning(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_terminal_that_has_not_all_letters_shows_others() -> None:
+    """A µ is none of ASCII; the command goes on."""
+    command = [sys.executable, "-m", "pyvfio.cli.bench", "--fake", "--sizes", "2", "--repeat", "1"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"remap" in done.stdout
