@@ -195,14 +195,15 @@ class RamBlock:
         self._owner().remove(self)
 
     def view(self) -> memoryview:
-        """A writable memoryview of `[0, used_length)`.
+        """A memoryview of `[0, used_length)`, writable unless the memory is a file that is open for reading only.
 
         While it lives (or anything made from it: a slice, a numpy array), the block can grow, but neither shrink below
         the end of the view nor be removed: BufferError. `release()` it, or let go of it.
         """
         self._check_usable()
         with self._owner()._lock:  # not in the middle of a shrink that another thread makes
-            return self._exports.view(self.vaddr, self._used_length)
+            view = self._exports.view(self.vaddr, self._used_length)
+            return view.toreadonly() if self._memory.readable_only else view
 
     def __buffer__(self, flags: int) -> memoryview:
         """`memoryview(block)` and `numpy.frombuffer(block)`, from Python 3.12 on."""
@@ -241,7 +242,7 @@ class RamBlock:
         if self._exports.end() > self._start + self._used_length:
             return
         try:
-            self._memory.deactivate(self._used_length)
+            self._memory.deactivate(self._used_length, undo=True)
         except OSError as error:
             logger.warning("%s keeps what it was to grow by: %s", self, error)
 

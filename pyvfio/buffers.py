@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # collections.abc has it from 3.12 on
 
 logger = logging.getLogger(__name__)
 
+READ = 1
+"""What a device may do, as `_access` makes it."""
 LARGE_PAGE = 2 * MIB
 """IOVA is congruent to vaddr modulo this, so that the IOMMU can use large pages where the memory does."""
 
@@ -205,16 +207,31 @@ class BufferMapper:
 
     def _known(self, vaddr: int, size: int, iova: int | None, access: int) -> Iova | None:
         """The IOVA of memory that is mapped whole; ValueError where it is in part, or would be later."""
+        self._forget_unmade(vaddr, size)
         found = self._find_vaddr(vaddr, size)
         if found is None:
             self._check_apart(vaddr, size)
             return None
         if iova is not None and iova != found:
             raise ValueError(f"vaddr {vaddr:#x} is mapped at IOVA {found:#x}, so it is not mapped at {iova:#x} as well")
-        mapping = self._own_mapping(vaddr, size)
-        if mapping is not None and access & ~mapping._access:
-            raise ValueError(f"the device may not do with {mapping!r} all that is wanted: close that mapping first")
+        if access & ~self._allowed(vaddr, size):
+            raise ValueError(
+                f"the device may not do all that is wanted with what is mapped at IOVA {found:#x} already: close that "
+                "mapping first, or let the block be written"
+            )
         return found
+
+    def _allowed(self, vaddr: int, size: int) -> int:
+        """What the device may do with memory that is mapped whole, as `_access` makes it."""
+        mapping = self._own_mapping(vaddr, size)
+        return _access(read=True, write=True) if mapping is None else mapping._access
+
+    def _forget_unmade(self, vaddr: int, size: int) -> None:
+        """What was entered and never mapped: a signal handler has ended its making, and its undo."""
+        for mapping in list(self._mappings):
+            touches = mapping.vaddr < vaddr + size and vaddr < mapping.vaddr + mapping.size
+            if touches and not self._size_at(vaddr=mapping.vaddr, iova=mapping.iova):
+                self._close_mapping(mapping)
 
     def _check_apart(self, vaddr: int, size: int) -> None:
         """ValueError where any of it is mapped."""

@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Literal, NamedTuple, Self
 from weakref import WeakKeyDictionary
 
-from pyvfio.buffers import LARGE_PAGE, BufferMapper, Reserve
+from pyvfio.buffers import LARGE_PAGE, READ, BufferMapper, Reserve
 from pyvfio.discards import DiscardClaim
 from pyvfio.errors import EntryLimitError, IoctlError
 from pyvfio.extents import Extent, runs, without
@@ -321,6 +321,12 @@ class DmaMapper(BufferMapper):
         if followed is not None and followed.window.reaches(vaddr, size):
             return Iova(followed.window.iova + vaddr - followed.vaddr)
         return super()._find_vaddr(vaddr, size)
+
+    def _allowed(self, vaddr: int, size: int) -> int:
+        followed = self._below(vaddr)
+        if followed is not None and followed.window.reaches(vaddr, size) and followed.block.readonly:
+            return READ
+        return super()._allowed(vaddr, size)
 
     def _check_apart(self, vaddr: int, size: int) -> None:
         followed = self._below(vaddr + size - 1)

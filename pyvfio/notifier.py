@@ -149,6 +149,7 @@ class Resized:
 
     def __init__(self, block: RamBlock, old: int, new: int) -> None:
         self._block, self._old, self._new = block, old, new
+        self.settled = True
         self._parts = block._discarded, block._stale
 
     def commit(self) -> None:
@@ -214,6 +215,9 @@ class Populated(Discarded):
 class Change(Protocol):
     """What all of it is for: made when everybody has been told. Its string says what was tried, for the error."""
 
+    settled: bool
+    """False while somebody may have been told, and not yet the opposite: nothing may be given back then."""
+
     def commit(self) -> None:
         """Make it; may refuse by raising."""
         ...
@@ -228,6 +232,7 @@ class Bookkeeping:
 
     def __init__(self, what: object, commit: Callable[[], None], rollback: Callable[[], None]) -> None:
         self._what = what
+        self.settled = True
         self.commit, self.rollback = commit, rollback
 
     def __str__(self) -> str:
@@ -242,6 +247,7 @@ def tell_all(notifiers: Sequence[RamBlockNotifier], events: Sequence[Event], cha
     may also have ended a hook that had done its part, so that this one, too, is told the opposite.
     """
     told = 0
+    change.settled = False
     try:
         for notifier in notifiers:
             events[told].tell(notifier)
@@ -251,6 +257,7 @@ def tell_all(notifiers: Sequence[RamBlockNotifier], events: Sequence[Event], cha
         change.rollback()
         count = told if isinstance(error, Exception) else told + 1
         undo_all(list(zip(notifiers, events, strict=True))[:count], error, change)
+        change.settled = True
         raise
 
 

@@ -18,8 +18,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from functools import partial
-from queue import SimpleQueue
-from typing import Protocol
+from queue import Empty, SimpleQueue
+from typing import Protocol, TypeAlias
 
 from pyvfio.errors import IoctlError
 from pyvfio.kernel import MADV_POPULATE_WRITE, Kernel
@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 SLICE = 32 * MIB
 """What one call populates: long enough to be worth a call, short enough for Ctrl-C and for a bar that moves."""
+
+
+_GLANCE = 0.05  # seconds, after which it is looked whether all workers have finished
 
 
 class Report(Protocol):
@@ -55,9 +58,11 @@ def populate(
     """
     slices = [piece for part in parts for piece in _slices(*part)]
     total, done = sum(end - start for start, end in slices), 0
-    calls = [partial(_populate, kernel, vaddr + start, end - start, touch=touch) for start, end in slices]
-    with closing(_made(calls, threads)) as sizes:  # what is under way is waited for, whoever raises
-        for size in sizes:
+    calls = [partial(_populate, kernel, vaddr + start, end - start) for start, end in slices]
+    with closing(_made(calls, threads)) as answers:  # what is under way is waited for, whoever raises
+        for where, size, populated in answers:
+            if touch and not populated:
+                _touch(where, size)
             done += size
             if report is not None:
                 report(done, total)
@@ -70,7 +75,8 @@ def _slices(start: int, end: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def _populate(kernel: Kernel, vaddr: int, size: int, *, touch: bool) -> int:
+def _populate(kernel: Kernel, vaddr: int, size: int) -> tuple[int, int, bool]:
+    """Where, how much, and whether that could be done."""
     try:
         kernel.madvise(vaddr, size, MADV_POPULATE_WRITE)
     except OSError as error:
@@ -84,9 +90,8 @@ def _populate(kernel: Kernel, vaddr: int, size: int, *, touch: bool) -> int:
                 "(vm.nr_hugepages)",
             ) from error
         logger.debug("%#x-%#x cannot be populated by madvise: %s", vaddr, vaddr + size - 1, error)
-        if touch:
-            _touch(vaddr, size)
-    return size
+        return vaddr, size, False
+    return vaddr, size, True
 
 
 def _touch(vaddr: int, size: int) -> None:
@@ -95,34 +100,38 @@ def _touch(vaddr: int, size: int) -> None:
         view[::PAGE_SIZE] = view[::PAGE_SIZE]
 
 
-def _made(calls: Sequence[Callable[[], int]], threads: int) -> Generator[int, None, None]:
+_Answer: TypeAlias = tuple[int, int, bool]
+
+
+def _made(calls: Sequence[Callable[[], _Answer]], threads: int) -> Generator[_Answer, None, None]:
     """What the calls return, in the order in which they end."""
     if threads < 2 or len(calls) < 2:
         yield from (call() for call in calls)
         return
-    # A signal handler may raise in the main thread at any moment. Locks that Python code takes, as those of
+    # A signal handler may raise in the main thread between any two lines. Locks that Python code takes, as those of
     # concurrent.futures and threading, could then stay taken for ever, and the workers wait for them; what a deque and
-    # a SimpleQueue do, they do in one step.
-    waiting, answers = deque(calls), SimpleQueue[int | Exception | None]()
-    running = 0
+    # a SimpleQueue do, they do in one step. A worker that is started and not counted does no harm when it lives longer:
+    # it populates, which fails where the memory has gone.
+    waiting, answers, finished = deque(calls), SimpleQueue[_Answer | Exception](), deque[None]()
+    started = 0
     try:
-        while running < min(threads, len(calls)):
-            _thread.start_new_thread(_work, (waiting, answers))
-            running += 1
-        while running:
-            answer = answers.get()
-            if answer is None:
-                running -= 1
-            elif isinstance(answer, Exception):
+        while started < min(threads, len(calls)):
+            _thread.start_new_thread(_work, (waiting, answers, finished))
+            started += 1
+        while len(finished) < started or not answers.empty():
+            answer = _next(answers)
+            if isinstance(answer, Exception):
                 raise answer
-            else:
+            if answer is not None:
                 yield answer
     finally:
         waiting.clear()
-        _await(answers, running)
+        _await(answers, finished, started)
 
 
-def _work(waiting: deque[Callable[[], int]], answers: SimpleQueue[int | Exception | None]) -> None:
+def _work(
+    waiting: deque[Callable[[], _Answer]], answers: SimpleQueue[_Answer | Exception], finished: deque[None]
+) -> None:
     try:
         while True:
             answers.put(waiting.popleft()())
@@ -131,15 +140,22 @@ def _work(waiting: deque[Callable[[], int]], answers: SimpleQueue[int | Exceptio
     except Exception as error:
         answers.put(error)
     finally:
-        answers.put(None)
+        finished.append(None)
 
 
-def _await(answers: SimpleQueue[int | Exception | None], running: int) -> None:
+def _next(answers: SimpleQueue[_Answer | Exception]) -> _Answer | Exception | None:
+    try:
+        return answers.get(timeout=_GLANCE)
+    except Empty:
+        return None
+
+
+def _await(answers: SimpleQueue[_Answer | Exception], finished: deque[None], started: int) -> None:
     """Until no worker runs any more, whatever a signal handler raises meanwhile; that then."""
     interruption: BaseException | None = None
-    while running:
+    while len(finished) < started:
         try:
-            running -= answers.get() is None
+            _next(answers)
         except BaseException as error:
             interruption = error
     if interruption is not None:

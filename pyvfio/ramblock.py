@@ -181,8 +181,6 @@ class RamBlockList:
             )
         )
         logger.debug("added %s", block)
-        for warning in block._memory.warnings:
-            warnings.warn(warning, stacklevel=2)
         return block
 
     def _add(
@@ -210,24 +208,23 @@ class RamBlockList:
             readonly=readonly,
         )
         if prealloc:
-            work = LongWork(self.kernel, block, threads=prealloc, callback=progress, touch=True)
+            work = LongWork(
+                self.kernel, block, threads=prealloc, callback=progress, touch=not block._memory.readable_only
+            )
             block._prealloc = work.prepare
+        blocks = tuple(sorted((*self._blocks, block), key=lambda other: other._start))
+        change = Bookkeeping(Added(block), partial(self._set_blocks, blocks), partial(self._set_blocks, self._blocks))
         try:
             _length(used_length, "used_length", block.page_size)
+            for warning in block._memory.warnings:
+                warnings.warn(warning, stacklevel=4)  # first: a program may have made warnings errors
             block.whole = self._must_be_whole(block)
             if memory_length := max_length if block.whole else used_length:
                 self._activate(block, 0, memory_length)
             block._used_length = used_length
-            blocks = tuple(sorted((*self._blocks, block), key=lambda other: other._start))
-            known = self._blocks
-            self._tell(
-                self._notifiers,
-                Added(block),
-                commit=partial(self._set_blocks, blocks),
-                rollback=partial(self._set_blocks, known),
-            )
+            tell_all(self._notifiers, [Added(block)] * len(self._notifiers), change)
         except BaseException as error:
-            self._abandon(block, error)
+            self._abandon(block, error, settled=change.settled)
             raise
         return block
 
@@ -244,9 +241,9 @@ class RamBlockList:
         return False
 
     @staticmethod
-    def _abandon(block: RamBlock, error: BaseException) -> None:
+    def _abandon(block: RamBlock, error: BaseException, *, settled: bool) -> None:
         block._list, block._used_length = None, 0
-        if isinstance(error, _KEEP_MEMORY):
+        if isinstance(error, _KEEP_MEMORY) or not settled:
             block._memory.keep()
             logger.warning("the memory of %s is kept, since a device may still reach it: %s", block, error)
             block._memory.abandon()
@@ -396,19 +393,21 @@ class RamBlockList:
         """A block that is memory altogether has another length; what comes back reads zeros."""
         if new > old:
             block._memory.clear(old, new)
-            self._commit(block, old, new, self._notifiers)
+            self._commit(Resized(block, old, new), self._notifiers)
         else:
             block._check_views(new)
-            self._commit(block, old, new, self._notifiers[::-1])
+            self._commit(Resized(block, old, new), self._notifiers[::-1])
 
     def _grow(self, block: RamBlock, old: int, new: int) -> None:
+        event = Resized(block, old, new)
         try:
             self._activate(block, old, new)
-            self._commit(block, old, new, self._notifiers)
+            self._commit(event, self._notifiers)
         except _KEEP_MEMORY:
             raise  # and retain: a device may still reach it
         except BaseException:
-            block._give_back()
+            if event.settled:  # else a second signal has ended the undo: retain, too
+                block._give_back()
             raise
 
     @staticmethod
@@ -419,7 +418,7 @@ class RamBlockList:
 
     def _shrink(self, block: RamBlock, old: int, new: int) -> OSError | None:
         block._check_views(new)
-        self._commit(block, old, new, self._notifiers[::-1])
+        self._commit(Resized(block, old, new), self._notifiers[::-1])
         try:
             block._memory.deactivate(new)
         except OSError as error:
@@ -504,9 +503,8 @@ class RamBlockList:
             raise ClosedError(f"RAM block '{block.idstr}' has been removed")
 
     @staticmethod
-    def _commit(block: RamBlock, old: int, new: int, notifiers: Sequence[RamBlockNotifier]) -> None:
+    def _commit(event: Resized, notifiers: Sequence[RamBlockNotifier]) -> None:
         """Tell `notifiers`, change `used_length`, call the block's callback; or nothing of it."""
-        event = Resized(block, old, new)
         tell_all(notifiers, [event] * len(notifiers), event)
 
     def _change(self, action: Callable[[], _Result]) -> _Result:

@@ -91,6 +91,8 @@ class Store(Protocol):
     protection: int
     holds_contents: bool
     """Whether memory that comes back reads what was there, and is meant to."""
+    is_own: bool
+    """Whether its pages are nobody else's, so that an attempt that failed may take back those that it had provided."""
     can_drop: bool
     """Whether pages can be given back while the memory stays accessible."""
     warnings: list[Warning]
@@ -119,12 +121,14 @@ def make_store(kernel: Kernel, kind: MemoryKind, *, idstr: str, max_length: int)
         return _AnonymousStore(kernel, kind)
     if isinstance(kind, Memfd):
         return _MemfdStore(kernel, kind, idstr)
+    if not isinstance(kind, File):
+        raise TypeError(f"memory is Anonymous(), Memfd() or File(fd), not {kind!r}")
     return _FileStore(kernel, kind, max_length)
 
 
 class _AnonymousStore:
     fd, offset, page_size, protection = -1, 0, PAGE_SIZE, _READ_WRITE
-    holds_contents, can_drop = False, True
+    holds_contents, can_drop, is_own = False, True, True
 
     def __init__(self, kernel: Kernel, kind: Anonymous) -> None:
         self._kernel = kernel
@@ -150,7 +154,7 @@ class _AnonymousStore:
 
 
 class _MemfdStore:
-    offset, protection, holds_contents, can_drop = 0, _READ_WRITE, False, True
+    offset, protection, holds_contents, can_drop, is_own = 0, _READ_WRITE, False, True, True
 
     def __init__(self, kernel: Kernel, kind: Memfd, idstr: str) -> None:
         self._kernel = kernel
@@ -165,7 +169,7 @@ class _MemfdStore:
             self.page_size = kind.hugetlb
             flags = _MFD_HUGETLB | (kind.hugetlb.bit_length() - 1) << _MFD_HUGE_SHIFT
         try:
-            self.fd = kernel.memfd_create(idstr[:200], flags)
+            self.fd = kernel.memfd_create(idstr.encode()[:200].decode(errors="ignore"), flags)
         except OSError as error:
             raise IoctlError.of(
                 error,
@@ -198,6 +202,8 @@ class _MemfdStore:
 
 
 class _FileStore:
+    is_own = False
+
     def __init__(self, kernel: Kernel, kind: File, max_length: int) -> None:
         self._kernel = kernel
         self._kind = kind
@@ -207,9 +213,11 @@ class _FileStore:
         self.page_size = status.block_size if status.file_system == HUGETLBFS_MAGIC else PAGE_SIZE
         self.protection = _READ_WRITE if status.writable or not kind.shared else PROT_READ
         self.can_drop = kind.punch
-        self.holds_contents = True
+        self.holds_contents = kind.shared and not kind.punch
         if kind.offset < 0 or not is_aligned(kind.offset, self.page_size):
             raise ValueError(f"offset must be a multiple of {self.page_size:#x} and not negative, not {kind.offset:#x}")
+        if kind.offset + max_length >= 1 << 63:
+            raise ValueError(f"no file has bytes up to offset {kind.offset:#x} and {format_size(max_length)} more")
         if (kind.grow or kind.punch) and not status.writable:
             raise ValueError("the file is open for reading only: it can be neither made longer nor punched")
         if kind.punch and not kind.shared:

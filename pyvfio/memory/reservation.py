@@ -263,7 +263,7 @@ class Reservation:
 
     def _unprovide(self, touched: int, length: int) -> None:
         """What a grow that failed has provided goes; what was retained before it stays."""
-        if touched < length and self._store.fd >= 0:
+        if touched < length and self._store.fd >= 0 and self._store.is_own:
             try:
                 self._store.give_back(touched, length)
             except OSError as error:
@@ -289,8 +289,9 @@ class Reservation:
             hint=hint,
         )
 
-    def deactivate(self, length: int) -> None:
-        """Give back everything from `length` on; `length` is below the present one.
+    def deactivate(self, length: int, *, undo: bool = False) -> None:
+        """Give back everything from `length` on; `length` is below the present one. `undo`: it came into use by a
+        change that was refused, so that what a caller's file holds there is not ours to punch.
 
         That says, too, that no device reaches behind `length` any more. Raises OSError when the memory could not be
         given back (the limit of mappings, vm.max_map_count); `length` has changed all the same, and the memory stays
@@ -315,7 +316,8 @@ class Reservation:
             # Nothing depends on it before the memory is activated again, which then tries once more.
             logger.debug("settings of %#x wait until it is activated: %s", self.vaddr + length, error)
         if self._store.fd >= 0:
-            self._store.give_back(length, end)
+            if self._store.is_own or not undo:
+                self._store.give_back(length, end)
             self._touched = length
 
     def drop(self, start: int, end: int) -> None:
@@ -381,6 +383,8 @@ class Reservation:
 
     def release(self) -> None:
         """Give the address space back, guard page included; twice is fine. Raises OSError, and then still holds it."""
+        if self._kept:
+            self._store.close()  # its memory stays for as long as it is mapped
         if self.vaddr == 0 or self._kept:
             return
         # First: once it is unmapped it may be another's, and must not be unmapped again.

@@ -62,12 +62,17 @@ _MUTANTS = (
     # Memory is given back though a device may still reach it.
     Mutant(
         "ramblock.py",
-        "if isinstance(error, _KEEP_MEMORY):\n            block._memory.keep()",
+        "if isinstance(error, _KEEP_MEMORY) or not settled:\n            block._memory.keep()",
         "if False:\n            pass",
         "add",
     ),
     # Address space, and IOVA, of a block that did not come.
-    Mutant("ramblock.py", "            self._abandon(block, error)\n            raise\n", "            raise\n", "add"),
+    Mutant(
+        "ramblock.py",
+        "            self._abandon(block, error, settled=change.settled)\n            raise\n",
+        "            raise\n",
+        "add",
+    ),
     Mutant(
         "dma.py",
         "                self._space.release_iova(iova)\n                raise\n",
@@ -101,15 +106,15 @@ _MUTANTS = (
     # The device is told before the memory is there.
     Mutant(
         "ramblock.py",
-        "            self._activate(block, old, new)\n            self._commit(block, old, new, self._notifiers)\n",
-        "            self._commit(block, old, new, self._notifiers)\n            self._activate(block, old, new)\n",
+        "            self._activate(block, old, new)\n            self._commit(event, self._notifiers)\n",
+        "            self._commit(event, self._notifiers)\n            self._activate(block, old, new)\n",
         "grow",
     ),
     # What a failed grow had activated stays.
     Mutant(
         "ramblock.py",
-        "        except BaseException:\n            block._give_back()\n            raise\n",
-        "        except BaseException:\n            raise\n",
+        "                block._give_back()\n            raise\n",
+        "                pass\n            raise\n",
         "grow",
     ),
     # It goes though a device may still reach it.
@@ -137,10 +142,10 @@ _MUTANTS = (
     # Memory goes before the device has lost it.
     Mutant(
         "ramblock.py",
-        "        self._commit(block, old, new, self._notifiers[::-1])\n        try:\n"
+        "        self._commit(Resized(block, old, new), self._notifiers[::-1])\n        try:\n"
         "            block._memory.deactivate(new)\n",
         "        try:\n            block._memory.deactivate(new)\n"
-        "            self._commit(block, old, new, self._notifiers[::-1])\n",
+        "            self._commit(Resized(block, old, new), self._notifiers[::-1])\n",
         "shrink",
     ),
     # How much the kernel says it unmapped is not looked at.

@@ -37,6 +37,7 @@ HOUSE = {
         "block.py",
         "memory/reservation.py",
         "container.py",
+        "buffers.py",
     )
 }
 
@@ -125,3 +126,23 @@ def test_memory_that_a_device_reaches_stays_wherever_a_signal_handler_raises(nam
             assert not kernel.violations, (interrupter.where, kernel.violations)
             assert not kernel.mappings(), interrupter.where
     print(f"{policy}, {name}: {count.lines} lines")
+
+
+def test_what_the_mapper_says_is_mapped_is_mapped_wherever_a_signal_handler_raised() -> None:
+    """Memory of the caller's own, when it is mapped once more."""
+    with FakeKernel(groups=[(2, [FakeDevice(BDF)])]) as kernel:
+        with Rig(kernel) as rig:
+            memory = rig.memory()
+            count = Interrupter()
+            count.run(partial(rig.mapper.map_dma, vaddr=memory, size=PAGE_SIZE))
+        for at in range(1, count.lines + 1):
+            rig = Rig(kernel)
+            interrupter = Interrupter(at)
+            with suppress(Interrupt, pyvfio.RollbackError):
+                interrupter.run(partial(rig.mapper.map_dma, vaddr=memory, size=PAGE_SIZE))
+            mapping = rig.mapper.map_dma(vaddr=memory, size=PAGE_SIZE)
+            assert rig.reached() == [(mapping.iova, memory, PAGE_SIZE)], interrupter.where
+            rig.mapper._check()
+            rig.close()
+            assert not kernel.mappings(), interrupter.where
+        kernel.munmap(memory, PAGE_SIZE)

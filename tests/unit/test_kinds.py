@@ -478,3 +478,112 @@ def test_a_reservation_of_a_file_is_address_space_of_that_file(kernel: SpecialKe
         assert [call.call for call in kernel.trace] == ["fallocate", "mprotect"]
     finally:
         memory.release()
+
+
+# ------------------------------------------------------------------------------------- what is the caller's stays so
+
+
+@pytest.mark.parametrize("call", ["mprotect", "fallocate", "notifier"])
+def test_a_growth_that_is_refused_leaves_a_callers_file_as_it_was(
+    kernel: SpecialKernel, blocks: RamBlockList, fd: int, call: str
+) -> None:
+    """Also where it may be punched: what the block never had is not its to punch."""
+
+    class Refuses:
+        """Every growth."""
+
+        def ram_block_resized(self, block: RamBlock, old: int, new: int) -> None:
+            """No."""
+            assert block.max_length == MIB
+            if new > old and call == "notifier":
+                raise PermissionError
+
+    os.ftruncate(fd, MIB)
+    os.pwrite(fd, b"x" * MIB, 0)
+    blocks.add_notifier(Refuses())
+    block = blocks.add("ring", used_length=0, max_length=MIB, memory=File(fd, punch=True, grow=True))
+    if call != "notifier":
+        kernel.fail(call=call, errno=errno.ENOMEM)
+    with pytest.raises(OSError):  # noqa: PT011 (each has its own)
+        block.resize(8 * PAGE_SIZE)
+    assert os.pread(fd, MIB, 0) == b"x" * MIB
+    blocks.close()
+
+
+def test_what_could_not_be_punched_reads_zeros_all_the_same(
+    kernel: SpecialKernel, blocks: RamBlockList, fd: int
+) -> None:
+    """When it is seen again, as the punched file would."""
+    os.ftruncate(fd, MIB)
+    block = blocks.add("ring", used_length=2 * PAGE_SIZE, max_length=MIB, memory=File(fd, punch=True))
+    write(block, PAGE_SIZE)
+    kernel.fail(call="fallocate", errno=errno.EIO)
+    with pytest.warns(pyvfio.MemoryNotReturnedWarning):
+        block.resize(PAGE_SIZE)
+    block.resize(2 * PAGE_SIZE)
+    assert not any(contents(block)[PAGE_SIZE:])
+
+
+def test_memory_that_cannot_be_written_is_not_by_a_view_nor_by_prealloc(blocks: RamBlockList, fd: int) -> None:
+    """TypeError in place of a signal that ends the process."""
+    os.ftruncate(fd, MIB)
+    reading = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    block = blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB, memory=File(reading), prealloc=1)
+    with block.view() as view, pytest.raises(TypeError, match="read-only"):
+        view[0] = 1
+    blocks.close()
+    os.close(reading)
+
+
+@pytest.mark.parametrize("wrong", [7, Memfd, "memfd"])
+def test_what_is_no_kind_of_memory_is_refused(blocks: RamBlockList, wrong: object) -> None:
+    """With those that there are."""
+    with pytest.raises(TypeError, match=r"Anonymous\(\), Memfd\(\) or File\(fd\)"):
+        blocks.add("ring", used_length=0, max_length=MIB, memory=wrong)  # type: ignore[arg-type]
+
+
+def test_an_offset_that_no_file_has_is_refused(blocks: RamBlockList, fd: int) -> None:
+    """Before it is cut to 64 bits."""
+    with pytest.raises(ValueError, match="no file has bytes"):
+        blocks.add("ring", used_length=0, max_length=MIB, memory=File(fd, (1 << 64) + PAGE_SIZE, grow=True))
+
+
+def test_a_name_that_is_too_long_for_a_memfd_is_cut(blocks: RamBlockList) -> None:
+    """Not in the middle of a letter."""
+    block = blocks.add("ü" * 200, used_length=0, max_length=MIB, memory=Memfd())
+    assert block.file is not None
+    assert os.readlink(f"/proc/self/fd/{block.file.fd}").startswith("/memfd:" + "ü" * 100)
+
+
+def test_a_warning_that_is_an_error_leaves_no_block(blocks: RamBlockList, fd: int) -> None:
+    """As any other error does."""
+    os.ftruncate(fd, MIB)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(pyvfio.PersistenceWarning):
+            blocks.add("ring", used_length=0, max_length=MIB, memory=File(fd, pmem=True))
+    assert len(blocks) == 0
+
+
+def test_a_device_is_not_let_write_a_readonly_block_by_another_way(kernel: SpecialKernel) -> None:
+    """It is mapped already, but for less."""
+    with Rig(kernel) as rig:
+        block = rig.blocks.add("rom", used_length=PAGE_SIZE, max_length=MIB, readonly=True)
+        with pytest.raises(ValueError, match="may not do all that is wanted"):
+            rig.mapper.map_dma(vaddr=block.vaddr, size=PAGE_SIZE)
+        assert rig.mapper.map_dma(vaddr=block.vaddr, size=PAGE_SIZE, write=False).iova == rig.mapper.iova(block)
+
+
+def test_memory_that_is_kept_for_ever_keeps_no_descriptor(kernel: SpecialKernel) -> None:
+    """A second mapper came half, and could not go: the memory stays, for a device may reach it."""
+    before = set(os.listdir("/proc/self/fd"))
+    rig = Rig(kernel, memory=Memfd())
+    for name in ("a", "b"):
+        rig.add(name)
+    kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.EIO, nth=2)
+    kernel.fail(call="ioctl", request="VFIO_IOMMU_UNMAP_DMA", errno=errno.EIO)
+    with pytest.raises(pyvfio.RollbackError):
+        pyvfio.DmaMapper(rig.container, rig.blocks)
+    kernel.clear_failures()
+    rig.close()
+    assert set(os.listdir("/proc/self/fd")) == before
