@@ -83,7 +83,8 @@ def test_a_command_that_leaves_others_running_is_over_when_it_ends() -> None:
 
 
 def test_a_panic_is_a_failure_that_shows_the_end_of_the_log() -> None:
-    process = run_script(["--", "sh", "-c", "echo before; echo c > /proc/sysrq-trigger"])
+    # What was written is on its way through a pipe and a port; a panic waits for neither.
+    process = run_script(["--", "sh", "-c", "echo before; sleep 2; echo c > /proc/sysrq-trigger"])
     out, err = process.communicate(timeout=100)
     assert (process.returncode, out) == (240, b"before\n")
     assert b"Kernel panic - not syncing: sysrq triggered crash" in err
