@@ -159,6 +159,13 @@ class KvmSlots:
         wanted = runs(sorted([*without(block.populated, *parts), *parts]))
         self._change(self._followed[block], wanted, f"populating RAM block '{block.idstr}'")
 
+    def ram_block_remapping(self, block: pyvfio.RamBlock, parts: Sequence[pyvfio.Extent]) -> None:
+        """Nothing: a guest goes through this process's page tables, and KVM hears when they change
+        (`mmu_notifier_invalidate_range_start`)."""
+
+    def ram_block_remapped(self, block: pyvfio.RamBlock, parts: Sequence[pyvfio.Extent]) -> None:
+        """Nothing."""
+
     # ------------------------------------------------------------------------------------------------------- slots
 
     def _change(self, followed: _Followed, wanted: Sequence[pyvfio.Extent], what: str) -> None:

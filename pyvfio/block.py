@@ -37,6 +37,8 @@ class _Owner(Protocol):
 
     def _populate(self, block: RamBlock, offset: int, size: int) -> None: ...
 
+    def _remap(self, block: RamBlock, offset: int, size: int) -> None: ...
+
     def remove(self, block: RamBlock) -> None: ...
 
 
@@ -189,6 +191,25 @@ class RamBlock:
         Does nothing where nothing of it is discarded. Raises as `discard`, but for DiscardError.
         """
         self._owner()._populate(self, offset, size)
+
+    def remap(self, offset: int, size: int) -> None:
+        """Put fresh pages behind `[offset, offset + size)`, and let devices reach those: what is left to do when memory
+        has failed, of which a touch is SIGBUS, and a device that has pinned it goes on reaching the failed page.
+
+        Address, IOVA and settings stay, contents are lost: it reads zeros, or what a caller's file holds, also for a
+        private mapping. A shared file of the caller's is given fresh pages only with `punch=True`; without, the kernel
+        may read a page from the disk again that had not been changed. The part is out of the devices' reach meanwhile,
+        and so are, where the kernel unmaps whole mappings only, the bytes that are mapped in one piece with it.
+
+        Raises ValueError (misaligned, outside of `used_length`) and UnsupportedError (a notifier could not follow)
+        before any system call; GapError where a mapper may let nothing else out of reach; IoctlError when there are no
+        fresh pages, and whatever a notifier raises; devices then reach what they did. RollbackError: they reach less
+        than the block has, until it is remapped or resized once more.
+
+        Synchronization: takes the list's lock. Cost: up to three system calls, and what the notifiers do. Source:
+        `qemu_ram_remap` (system/physmem.c of QEMU); MADV_HWPOISON in madvise(2) lets it be tried.
+        """
+        self._owner()._remap(self, offset, size)
 
     def remove(self) -> None:
         """As `RamBlockList.remove`."""

@@ -269,6 +269,22 @@ class DmaMapper(BufferMapper):
             wanted = runs(sorted([*without(block.populated, *parts), *parts]))
             self._change(self._find(block), wanted)
 
+    def ram_block_remapping(self, block: RamBlock, parts: Sequence[Extent]) -> None:
+        """Let go of the pages of `parts`, and of what is mapped in one piece with them. GapError: that was not
+        allowed, and a granule is not in `parts` as a whole."""
+        with self._lock:
+            followed = self._find(block)
+            if self._policy.resize == "remap" and parts:
+                self._change(followed, [])  # it would be a piece before and one behind them, and one again
+            else:
+                self._change(followed, without(block.populated, *self._policy.round_out(parts)))
+
+    def ram_block_remapped(self, block: RamBlock, parts: Sequence[Extent]) -> None:
+        """Map what there is now. As `ram_block_resized`."""
+        del parts  # the window knows what it reaches
+        with self._lock:
+            self._change(self._find(block), block.populated)
+
     def _check_parts(self, block: RamBlock, parts: Sequence[Extent]) -> None:
         self._check_open()
         for part in parts:

@@ -50,7 +50,9 @@ FALLOC_FL_PUNCH_HOLE = 2
 HUGETLBFS_MAGIC = 0x958458F6  # linux/magic.h
 TMPFS_MAGIC = 0x01021994
 MADV_DODUMP = 17
-MADV_POPULATE_WRITE = 23  # Python's mmap has no name for it
+MADV_POPULATE_READ = 22
+MADV_POPULATE_WRITE = 23  # Python's mmap has no name for these
+MADV_DONTNEED_LOCKED = 24
 
 
 @dataclass(frozen=True, slots=True)

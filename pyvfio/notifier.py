@@ -72,12 +72,40 @@ class SupportsRamBlockDiscarded(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsRamBlockRemapped(Protocol):
+    """A notifier with these hooks lets go of pages that are about to be replaced, and takes the new ones.
+
+    Who has none of them, but `ram_block_added`, may hold the old pages for ever, so that none can be replaced while it
+    is there. Who reaches memory through this process's page tables has nothing to do in them.
+    """
+
+    def ram_block_remapping(self, block: RamBlock, parts: Sequence[Extent]) -> None:
+        """Other pages are about to be put behind `parts`, ascending and all of them populated. Raising refuses it.
+        Whoever returns holds none of the present ones any more."""
+        ...
+
+    def ram_block_remapped(self, block: RamBlock, parts: Sequence[Extent]) -> None:
+        """Pages of `parts` can be taken: other ones, or those from before where the change was refused."""
+        ...
+
+
 RamBlockNotifier: TypeAlias = (
-    SupportsRamBlockAdded | SupportsRamBlockRemoved | SupportsRamBlockResized | SupportsRamBlockDiscarded
+    SupportsRamBlockAdded
+    | SupportsRamBlockRemoved
+    | SupportsRamBlockResized
+    | SupportsRamBlockDiscarded
+    | SupportsRamBlockRemapped
 )
 """Whatever has at least one of the hooks."""
 
-HOOKS = (SupportsRamBlockAdded, SupportsRamBlockRemoved, SupportsRamBlockResized, SupportsRamBlockDiscarded)
+HOOKS = (
+    SupportsRamBlockAdded,
+    SupportsRamBlockRemoved,
+    SupportsRamBlockResized,
+    SupportsRamBlockDiscarded,
+    SupportsRamBlockRemapped,
+)
 
 
 # Hooks are looked up by name: isinstance() of a protocol costs a hundred times as much, and each resize would pay it.
@@ -87,6 +115,16 @@ _Hook: TypeAlias = Callable[[RamBlock, int, int], None]
 def follows_parts(notifier: object) -> TypeGuard[SupportsRamBlockDiscarded]:
     """Whether it has both hooks for parts that go and come back."""
     return all(getattr(notifier, name, None) is not None for name in ("ram_block_discarded", "ram_block_populated"))
+
+
+def follows_pages(notifier: object) -> TypeGuard[SupportsRamBlockRemapped]:
+    """Whether it has both hooks for pages that are replaced."""
+    return all(getattr(notifier, name, None) is not None for name in ("ram_block_remapping", "ram_block_remapped"))
+
+
+def holds_pages(notifier: object) -> bool:
+    """Whether it may hold pages that are to be replaced, and would go on to; who is not told of blocks holds none."""
+    return getattr(notifier, "ram_block_added", None) is not None and not follows_pages(notifier)
 
 
 def reaches_whole_blocks(notifier: object) -> bool:
@@ -210,6 +248,23 @@ class Populated(Discarded):
 
     def __str__(self) -> str:
         return f"populating {format_size(total(self._parts))} of RAM block '{self._block.idstr}'"
+
+
+class Remapping(Discarded):
+    """Pages behind parts of a block are replaced."""
+
+    def __str__(self) -> str:
+        return f"putting other pages behind {format_size(total(self._parts))} of RAM block '{self._block.idstr}'"
+
+    def tell(self, notifier: RamBlockNotifier) -> None:
+        """`ram_block_remapping`."""
+        if follows_pages(notifier):
+            notifier.ram_block_remapping(self._block, self._parts)
+
+    def revoke(self, notifier: RamBlockNotifier) -> None:
+        """`ram_block_remapped`."""
+        if follows_pages(notifier):
+            notifier.ram_block_remapped(self._block, self._parts)
 
 
 class Change(Protocol):

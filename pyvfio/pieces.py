@@ -27,7 +27,7 @@ from typing import Literal, Protocol, TypeAlias
 from pyvfio.errors import GapError, RollbackError, as_exception
 from pyvfio.extents import Extent, clip, runs, total, without
 from pyvfio.space import AddressSpace, Mapping
-from pyvfio.units import Iova, Vaddr, format_size, is_power_of_two
+from pyvfio.units import Iova, Vaddr, align_down, align_up, format_size, is_power_of_two
 
 Step: TypeAlias = tuple[Literal["map", "unmap"], tuple[int, int]]
 """One call: a piece that is mapped, or a run of whole pieces that is unmapped; an Extent, or as plain a pair."""
@@ -56,6 +56,25 @@ class Policy:
         """ValueError when granules do not make up `length`."""
         if self.granule is not None and length & (self.granule - 1):
             raise ValueError(f"{what} must be a multiple of the granule {self.granule:#x}, not {length:#x}")
+
+    def round_out(self, parts: Sequence[Extent]) -> list[Extent]:
+        """The whole granules that `parts`, which ascend, have a byte of. GapError: more than that, and not allowed."""
+        granule = self.granule
+        if granule is None:
+            return list(parts)
+        rounded: list[Extent] = []
+        for start, end in parts:
+            first = max(align_down(start, granule), rounded[-1].end if rounded else 0)
+            if first < end:
+                rounded.append(Extent(first, align_up(end, granule)))
+        rounded = runs(rounded)
+        if not self.allow_gap and rounded != runs(parts):
+            raise GapError(
+                f"{format_size(total(rounded) - total(parts))} that stay would be out of the device's reach for a "
+                f"moment: they are in one granule of {granule:#x} bytes with pages that are to be replaced",
+                hint="Remap whole granules, whose contents are lost then, or let allow_gap be True",
+            )
+        return rounded
 
     def maps(self, start: int, end: int) -> list[Step]:
         """The calls that map [start, end), a piece each."""

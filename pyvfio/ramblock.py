@@ -59,6 +59,7 @@ from pyvfio.notifier import (
     tell_all,
 )
 from pyvfio.progress import LongWork, ProgressCallback
+from pyvfio.renewal import renew
 from pyvfio.units import PAGE_SIZE, format_size
 
 __all__ = ["RamBlock", "RamBlockList", "RamBlockNotifier", "ResizedCallback"]
@@ -496,6 +497,16 @@ class RamBlockList:
             rollback=partial(block._set_discarded, block._discarded, block._stale),
         )
         logger.debug("populated %s of %s", wanted, block)
+
+    def _remap(self, block: RamBlock, offset: int, size: int) -> None:
+        self._change(partial(self._remap_parts, block, offset, size))
+
+    def _remap_parts(self, block: RamBlock, offset: int, size: int) -> None:
+        wanted = _part(block, offset, size)
+        self._check_there(block)
+        if wanted.size:
+            renew(block, wanted, self._notifiers)
+            logger.debug("remapped %s of %s", wanted, block)
 
     @staticmethod
     def _check_there(block: RamBlock) -> None:

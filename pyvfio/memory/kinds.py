@@ -24,6 +24,8 @@ from pyvfio.kernel import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
     HUGETLBFS_MAGIC,
+    MADV_DONTNEED_LOCKED,
+    MADV_POPULATE_READ,
     MAP_NORESERVE,
     MAP_PRIVATE,
     MAP_SHARED,
@@ -110,6 +112,10 @@ class Store(Protocol):
         """The pages of what stays accessible; it reads zeros. OSError."""
         ...
 
+    def replace(self, vaddr: int, start: int, end: int) -> None:
+        """Other pages behind what is accessible and stays so, whatever has become of the present ones. OSError."""
+        ...
+
     def close(self) -> None:
         """Whatever was opened."""
         ...
@@ -124,6 +130,16 @@ def make_store(kernel: Kernel, kind: MemoryKind, *, idstr: str, max_length: int)
     if not isinstance(kind, File):
         raise TypeError(f"memory is Anonymous(), Memfd() or File(fd), not {kind!r}")
     return _FileStore(kernel, kind, max_length)
+
+
+def _forget(kernel: Kernel, vaddr: int, size: int) -> None:
+    """Let nothing stand in this process's page tables, the marks of failed pages included."""
+    try:
+        kernel.madvise(vaddr, size, mmap.MADV_DONTNEED)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        kernel.madvise(vaddr, size, MADV_DONTNEED_LOCKED)
 
 
 class _AnonymousStore:
@@ -148,6 +164,10 @@ class _AnonymousStore:
     def drop(self, vaddr: int, start: int, end: int) -> None:
         """MADV_DONTNEED."""
         self._kernel.madvise(vaddr + start, end - start, mmap.MADV_DONTNEED)
+
+    def replace(self, vaddr: int, start: int, end: int) -> None:
+        """They come when they are touched."""
+        _forget(self._kernel, vaddr + start, end - start)
 
     def close(self) -> None:
         """Nothing was opened."""
@@ -192,6 +212,13 @@ class _MemfdStore:
         """A hole in the file."""
         del vaddr
         self._kernel.fallocate(self.fd, _PUNCH, start, end - start)
+
+    def replace(self, vaddr: int, start: int, end: int) -> None:
+        """A hole takes the present ones out of the file, whatever they are, and forgetting them out of this process: a
+        page that has failed stays in its page tables else (6.1 to 7.3)."""
+        self._kernel.fallocate(self.fd, _PUNCH, start, end - start)
+        _forget(self._kernel, vaddr + start, end - start)
+        self.provide(start, end)
 
     def close(self) -> None:
         """The memfd; twice is fine. Its memory stays for as long as it is mapped."""
@@ -280,6 +307,24 @@ class _FileStore:
         """A hole."""
         del vaddr
         self.give_back(start, end)
+
+    def replace(self, vaddr: int, start: int, end: int) -> None:
+        """Those of the file: other ones where it may be punched or the mapping is private, and where the kernel has
+        taken a failed page out and reads it from the disk again."""
+        if self._kind.punch:
+            self._kernel.fallocate(self.fd, _PUNCH, self.offset + start, end - start)
+        _forget(self._kernel, vaddr + start, end - start)
+        if self._kind.punch:
+            self.provide(start, end)
+        elif self._kind.shared:
+            self._check_readable(vaddr + start, end - start)
+
+    def _check_readable(self, vaddr: int, size: int) -> None:
+        try:
+            self._kernel.madvise(vaddr, size, MADV_POPULATE_READ)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # Linux before 5.14
+                raise
 
     def close(self) -> None:
         """It is the caller's."""

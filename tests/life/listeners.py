@@ -89,6 +89,19 @@ class CarefulListener(Listener):
         self._turn(block, parts[-1].end)
         self.holes[block.idstr] -= pages
 
+    def ram_block_remapping(self, block: RamBlock, parts: Sequence[Extent]) -> None:
+        """All of it was there."""
+        assert _pages(parts), "a listener was told of nothing"
+        assert not _pages(parts) & self.holes[block.idstr]
+        self._turn(block, parts[-1].end)
+
+    def ram_block_remapped(self, block: RamBlock, parts: Sequence[Extent]) -> None:
+        """And it is, with other contents."""
+        assert not _pages(parts) & self.holes[block.idstr]
+        with block.view() as view:
+            assert not any(any(view[part.start : part.end]) for part in parts), "pages were to be fresh"
+        self._journal.append(self)
+
 
 def _pages(parts: Sequence[Extent]) -> set[int]:
     return {page for part in parts for page in range(part.start // PAGE_SIZE, part.end // PAGE_SIZE)}

@@ -58,6 +58,11 @@ class Way:
         """The mappings that a block may ever need and that are kept free for it: none but with a granule."""
         return -(-maximum // self.granule) if self.granule else 0
 
+    def neighbours(self, page: int) -> range:
+        """The pages that can be let go of only together with it, but for its piece."""
+        step = self.granule or 1
+        return range(page // step * step, page // step * step + step)
+
     def after(self, pieces: Iterable[Piece], wanted: set[int]) -> list[Piece] | None:
         """The pieces of a block once just `wanted` is in reach; None where that makes a gap that is not allowed."""
         if self.resize == "remap":
@@ -120,6 +125,10 @@ class BlockModel:
 
     def discard(self, pages: set[int]) -> None:
         """They read zero."""
-        for page in pages - self.discarded:
-            self.contents[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = bytes(PAGE_SIZE)
+        self.clear(pages - self.discarded)
         self.discarded |= pages
+
+    def clear(self, pages: set[int]) -> None:
+        """They read zero."""
+        for page in pages:
+            self.contents[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = bytes(PAGE_SIZE)

@@ -15,6 +15,7 @@ _FIRST = {
     "shrink": "shrink",
     "discard": "discard",
     "populate": "populate",
+    "replace pages": "replace",
     "remove": "remove or leave",
     "temporary map": "temporary or reset",
     "close": "closing or close or leave",
@@ -220,6 +221,16 @@ _MUTANTS = (
         "",
         "populate",
     ),
+    # ------------------------------------------------------------------------------------------------- replace pages
+    # Pages are replaced while a device reaches them.
+    Mutant(
+        "notifier.py",
+        "            notifier.ram_block_remapping(self._block, self._parts)\n",
+        "            pass\n",
+        "replace pages",
+    ),
+    # Who has let go takes nothing again.
+    Mutant("renewal.py", "            event.revoke(notifier)\n", "            pass\n", "replace pages"),
     # -------------------------------------------------------------------------------------------------------- remove
     # Memory goes before the device has lost it.
     Mutant(

@@ -429,6 +429,7 @@ OPERATIONS: dict[str, Callable[[Scene], object]] = {
     "grow from nothing": lambda scene: scene.empty.resize(PAGE_SIZE),
     "discard": lambda scene: scene.holed.discard(0, 3 * PAGE_SIZE),
     "populate": lambda scene: scene.holed.populate(0, 4 * PAGE_SIZE),
+    "replace pages": lambda scene: scene.holed.remap(0, 3 * PAGE_SIZE),
     "remove": lambda scene: scene.block.remove(),
     "map_dma": lambda scene: scene.own(),
     "map_buffer": lambda scene: scene.rig.mapper.map_buffer(scene.buffers[2]),
@@ -460,7 +461,10 @@ POLICIES: dict[str, MapperFactory] = {
 }
 MEMORIES = {"memfd": pyvfio.Memfd()}
 # Those in which a policy shows; the others do the same under each.
-RESIZES = ("add", "grow", "shrink", "shrink to nothing", "grow from nothing", "discard", "populate", "remove", "leave")
+RESIZES = (
+    *("add", "grow", "shrink", "shrink to nothing", "grow from nothing"),
+    *("discard", "populate", "replace pages", "remove", "leave"),
+)
 
 
 POPULATES = ("add", "grow", "populate")

@@ -90,6 +90,7 @@ OPERATIONS: dict[str, Callable[[Rig], object]] = {
     "shrink": lambda rig: rig.blocks["ring"].resize(PAGE_SIZE),
     "discard": lambda rig: rig.blocks["ring"].discard(0, PAGE_SIZE),
     "populate": lambda rig: rig.blocks["ring"].populate(3 * PAGE_SIZE, PAGE_SIZE),
+    "replace pages": lambda rig: rig.blocks["ring"].remap(0, 2 * PAGE_SIZE),
     "remove": lambda rig: rig.blocks["ring"].remove(),
     "leave": lambda rig: rig.mapper.close(),
 }

@@ -23,6 +23,7 @@ FLOORS = {
     **dict.fromkeys(
         ("container", "device", "ramblock", "block", "notifier", "pieces", "buffers", "progress", "plan", "dirty"), 2
     ),
+    "renewal": 2,
     "dma": 3,
 }
 # What a module may not import though it is on the same floor.

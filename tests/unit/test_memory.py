@@ -743,3 +743,42 @@ def test_a_file_with_a_strange_name_does_not_confuse_the_map(tmp_path: Path) -> 
         memory = reserve(active=MIB)
         memory._check()
         memory.release()
+
+
+# -------------------------------------------------------------------------------------------------- other pages
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_pages_that_are_replaced_read_zeros_and_their_neighbours_what_they_did(*, locked: bool) -> None:
+    """Also in memory that is locked, which MADV_DONTNEED refuses; it stays one area."""
+    memory = reserve(active=MIB)
+    fill(memory, 0, MIB)
+    before = layout(memory)
+    libc = ctypes.CDLL(None)
+    if locked:
+        assert libc.mlock(ctypes.c_void_p(memory.vaddr), ctypes.c_size_t(MIB)) == 0
+    memory.replace(2 * PAGE_SIZE, 3 * PAGE_SIZE)
+    if locked:
+        assert libc.munlock(ctypes.c_void_p(memory.vaddr), ctypes.c_size_t(MIB)) == 0
+    content = ctypes.string_at(memory.vaddr, MIB)
+    filling = content[:1]
+    assert content == filling * (2 * PAGE_SIZE) + bytes(PAGE_SIZE) + filling * (MIB - 3 * PAGE_SIZE)
+    assert filling != b"\0"
+    assert layout(memory) == before
+    memory.release()
+
+
+def test_pages_that_a_device_may_still_reach_are_not_replaced(kernel: FakeKernel) -> None:
+    """EBUSY, until a shrink has said that it reaches them no more."""
+    memory = reserve(kernel, active=4 * MIB)
+    memory.retain(2 * MIB)
+    with pytest.raises(IoctlError, match="EBUSY, other pages for 4 KiB could not be had: a device may still reach"):
+        memory.replace(0, PAGE_SIZE)
+    memory.deactivate(MIB)
+    memory.activate(2 * MIB)
+    with pytest.raises(IoctlError, match="EBUSY"):
+        memory.replace(0, PAGE_SIZE)
+    memory.replace(MIB, MIB + PAGE_SIZE)
+    with pytest.raises(ValueError, match="are active"):
+        memory.replace(MIB, 3 * MIB)
+    memory.release()

@@ -9,7 +9,10 @@ import pytest
 from tests.mutants import fake, library
 from tests.mutants.mutant import ROOT, Mutant, Suite
 
-OPERATIONS = ("open", "add", "grow", "shrink", "discard", "populate", "remove", "temporary map", "close")
+OPERATIONS = (
+    *("open", "add", "grow", "shrink", "discard", "populate", "replace pages"),
+    *("remove", "temporary map", "close"),
+)
 
 
 @pytest.mark.parametrize(
