@@ -574,6 +574,20 @@ def test_a_guest_does_not_reach_what_is_discarded(vm: Vm, vcpu: Vcpu, blocks: py
 
 
 @pytest.mark.kvm
+def test_a_guest_has_fresh_pages_as_soon_as_they_are_there(vm: Vm, vcpu: Vcpu, blocks: pyvfio.RamBlockList) -> None:
+    """KVM hears of it without any slot being touched."""
+    with KvmSlots(vm, blocks) as slots:
+        block = add(blocks, 8)
+        first, end = slots.gpa(block) + 2 * PAGE_SIZE, slots.gpa(block) + 3 * PAGE_SIZE
+        assert [vcpu.store(gpa, 7) for gpa in (first - 1, first, end)] == [None] * 3
+        block.remap(2 * PAGE_SIZE, PAGE_SIZE)
+        assert [vcpu.load(gpa) for gpa in (first - 1, first, end)] == [7, 0, 7]
+        assert vcpu.store(first, 9) is None
+        with block.view() as memory:
+            assert memory[2 * PAGE_SIZE] == 9
+
+
+@pytest.mark.kvm
 def test_a_slot_that_stays_behind_a_shrunk_end_reaches_no_memory(
     vm: Vm, vcpu: Vcpu, blocks: pyvfio.RamBlockList
 ) -> None:
