@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno as errnos
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -26,6 +26,21 @@ class VfioError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}. {self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[Callable[..., VfioError], tuple[object, ...]]:
+        """So that it can be copied, and sent to another process: a pool of workers does."""
+        return _again, (type(self), self.args, dict(vars(self)))
+
+
+def _again(kind: type[VfioError], arguments: tuple[object, ...], attributes: Mapping[str, object]) -> VfioError:
+    """Without calling its own constructor, which takes other arguments than `args` keeps."""
+    error = kind.__new__(kind, *arguments)
+    if isinstance(error, OSError):
+        OSError.__init__(error, *arguments)
+    else:
+        BaseException.__init__(error, *arguments)
+    vars(error).update(attributes)
+    return error
 
 
 class IoctlError(VfioError, OSError):

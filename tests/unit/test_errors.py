@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
+import pickle
 
 import pytest
 
@@ -49,6 +51,30 @@ def test_every_error_is_a_vfio_error() -> None:
     others = {kind for kind in kinds if not issubclass(kind, VfioError) and kind.__module__ == errors.__name__}
     assert others == {MemoryNotReturnedWarning, CannotBePinnedWarning, PersistenceWarning}
     assert len(kinds) > 15
+
+
+MADE = [
+    VfioError("It is broken", hint="Mend it"),
+    ioctl_error(),
+    ioctl_error(PinLimitError),
+    AccessDeniedError("/dev/vfio/1", hint="Become root"),
+    GroupNotViableError(4, [GroupMember("0000:00:02.0", "e1000e", blocks=True)]),
+    GroupBusyError(4, [Holder(1, "init")]),
+    ForkedError("it", owner=1),
+    UnmapSizeError(iova=0x1000, asked=2, unmapped=1),
+    RollbackError("twice", [ioctl_error(), OSError(5, "no")], hint="Wait"),
+]
+
+
+@pytest.mark.parametrize("error", MADE, ids=lambda error: type(error).__name__)
+def test_an_error_arrives_in_another_process_as_it_was(error: VfioError) -> None:
+    """And a copy of it is one."""
+    for other in (pickle.loads(pickle.dumps(error)), copy.copy(error)):  # noqa: S301  (our own)
+        assert type(other) is type(error)
+        assert str(other) == str(error)
+        assert [repr(value) for value in vars(other).values()] == [repr(value) for value in vars(error).values()]
+        assert getattr(other, "errno", None) == getattr(error, "errno", None)
+        assert len(getattr(other, "exceptions", ())) == len(getattr(error, "exceptions", ()))
 
 
 def test_an_error_says_what_is_wrong_and_then_what_to_do() -> None:
