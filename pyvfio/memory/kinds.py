@@ -102,6 +102,10 @@ class Store(Protocol):
         """Have pages for what is about to be made accessible, or raise OSError and have none."""
         ...
 
+    def extend(self, end: int) -> None:
+        """Have everything up to `end` where it can be touched, without asking whether there are pages. OSError."""
+        ...
+
     def give_back(self, start: int, end: int) -> None:
         """The pages of what is not accessible any more. OSError."""
         ...
@@ -141,6 +145,9 @@ class _AnonymousStore:
 
     def provide(self, start: int, end: int) -> None:
         """They come when they are touched."""
+
+    def extend(self, end: int) -> None:
+        """So it is."""
 
     def give_back(self, start: int, end: int) -> None:
         """They went with the mapping."""
@@ -182,6 +189,10 @@ class _MemfdStore:
     def provide(self, start: int, end: int) -> None:
         """fallocate(2): the only call that says whether there is memory, and makes the file as long as it is to be."""
         self._kernel.fallocate(self.fd, 0, start, end - start)
+
+    def extend(self, end: int) -> None:
+        """A file that is long enough."""
+        self._kernel.ftruncate(self.fd, end)
 
     def give_back(self, start: int, end: int) -> None:
         """The file ends where the memory does."""
@@ -259,17 +270,24 @@ class _FileStore:
 
     def provide(self, start: int, end: int) -> None:
         """A file that is long enough, and has its pages where it may be changed."""
+        if not self._kind.grow:
+            self.extend(end)
+            return
+        try:
+            self._kernel.fallocate(self.fd, 0, self.offset + start, end - start)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            self.extend(end)
+
+    def extend(self, end: int) -> None:
+        """A file that is long enough."""
         needed = self.offset + end
-        if self._kind.grow:
-            try:
-                self._kernel.fallocate(self.fd, 0, self.offset + start, end - start)
-            except OSError as error:
-                if error.errno != errno.EOPNOTSUPP:
-                    raise
-                if self._kernel.file_status(self.fd).size < needed:
-                    self._kernel.ftruncate(self.fd, needed)
-        elif self._kernel.file_status(self.fd).size < needed:
+        if self._kernel.file_status(self.fd).size >= needed:
+            return
+        if not self._kind.grow:
             raise OSError(errno.EFAULT, os.strerror(errno.EFAULT) + ": the file has become too short")
+        self._kernel.ftruncate(self.fd, needed)
 
     def give_back(self, start: int, end: int) -> None:
         """A hole, where that was asked for; the file stays as long as it is."""
