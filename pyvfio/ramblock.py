@@ -45,7 +45,7 @@ from pyvfio.errors import (
 )
 from pyvfio.extents import Extent, clip, runs, without
 from pyvfio.kernel import Kernel, LinuxKernel
-from pyvfio.memory import MemoryKind, MemorySettings
+from pyvfio.memory import Anonymous, MemoryKind, MemorySettings
 from pyvfio.notifier import (
     HOOKS,
     Added,
@@ -60,8 +60,9 @@ from pyvfio.notifier import (
     reaches_whole_blocks,
     tell_all,
 )
+from pyvfio.prefault import check_threads
 from pyvfio.progress import LongWork, ProgressCallback
-from pyvfio.units import PAGE_SIZE, format_size
+from pyvfio.units import check_bool, format_size
 
 __all__ = ["RamBlock", "RamBlockList", "RamBlockNotifier", "ResizedCallback"]
 
@@ -73,10 +74,24 @@ _KEEP_MEMORY = (RollbackError, UnmapSizeError)  # after these nobody knows what 
 
 
 def _length(value: int, what: str, page_size: int) -> int:
-    number = operator.index(value)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{what} must be a whole number of bytes, not {value!r}") from None
     if number < 0 or number % page_size:
         raise ValueError(f"{what} must be a multiple of {page_size} bytes and not negative, not {number}")
     return number
+
+
+def _check_options(idstr: object, settings: object, *, callbacks: Sequence[object]) -> None:
+    if not isinstance(idstr, str):
+        raise TypeError(f"idstr must be text, not {idstr!r}")
+    if "\0" in idstr:
+        raise ValueError(f"idstr names files, so that no NUL can be in it: {idstr!r}")
+    if not isinstance(settings, MemorySettings | None):
+        raise TypeError(f"settings must be a MemorySettings(), not {settings!r}")
+    if not all(callback is None or callable(callback) for callback in callbacks):
+        raise TypeError("progress and resized are called, so that they must be callable")
 
 
 def _part(block: RamBlock, offset: int, size: int) -> Extent:
@@ -169,23 +184,27 @@ class RamBlockList:
         can never be right and for an id string that is taken, OSError or IoctlError when there is no address space or
         memory, and whatever a notifier raises; then there is no such block.
         """
-        used = _length(used_length, "used_length", PAGE_SIZE)
-        maximum = _length(max_length, "max_length", PAGE_SIZE)
+        kind: MemoryKind = Anonymous() if memory is None else memory
+        if not isinstance(kind, MemoryKind):
+            raise TypeError(f"memory is Anonymous(), Memfd() or File(fd), not {kind!r}")
+        used = _length(used_length, "used_length", kind.page_size)
+        maximum = _length(max_length, "max_length", kind.page_size)
         if not used <= maximum or maximum == 0:
             raise ValueError(f"used_length {used:#x} must be at most max_length {maximum:#x}, which must not be 0")
-        if prealloc < 0:
-            raise ValueError(f"prealloc is a number of threads, not {prealloc}")
+        _check_options(idstr, settings, callbacks=(progress, resized))
+        check_bool(readonly, "readonly")
+        check_threads(prealloc, "prealloc")
         block = self._change(
             partial(
                 self._add,
                 idstr,
                 used_length=used,
                 max_length=maximum,
-                memory=memory,
+                memory=kind,
                 readonly=readonly,
                 prealloc=prealloc,
                 progress=progress,
-                settings=settings or MemorySettings(),
+                settings=MemorySettings() if settings is None else settings,
                 resized=resized,
             )
         )

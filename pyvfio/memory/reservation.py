@@ -32,6 +32,16 @@ ALIGNMENT = 2 * MIB
 (QEMU_VMALLOC_ALIGN)."""
 
 _PRIVATE = 0x22  # MAP_PRIVATE | MAP_ANONYMOUS
+# Where it is no want of memory.
+_HINTS = dict.fromkeys(
+    (errno.EPERM, errno.EACCES),
+    "The file may have been sealed meanwhile, or its file system does not let it be written or made longer",
+) | {
+    errno.EFBIG: "The file would be longer than its file system or RLIMIT_FSIZE (ulimit -f) lets it be",
+    errno.EAGAIN: "All memory of this process is locked (mlockall): raise RLIMIT_MEMLOCK (ulimit -l)",
+    errno.EROFS: "The file system is mounted for reading only",
+    errno.EFAULT: "The file must stay as long as the block may become",
+}
 
 
 class Reservation:
@@ -80,7 +90,7 @@ class Reservation:
             # ctypes would cut it to 64 bits, and the memory of others would be taken for ours.
             raise ValueError(f"max_length {max_length:#x} is more than an address space can hold")
         self._kernel = kernel
-        self._settings = settings or MemorySettings()
+        self._settings = MemorySettings() if settings is None else settings
         self.max_length = max_length
         # Each of these is changed on the safe side of the system call it speaks of, so that a signal handler that
         # raises in between leaves too much zeroing or too many mprotects to do, never too few.
@@ -91,7 +101,7 @@ class Reservation:
         self._kept = False  # a device may reach any of it for ever
         self._guarded = True  # the page behind max_length is inaccessible
         self._unsettled: tuple[int, int] | None = None  # [start, end) that has lost its settings
-        self._store = make_store(kernel, kind or Anonymous(), idstr=idstr, max_length=max_length)
+        self._store = make_store(kernel, Anonymous() if kind is None else kind, idstr=idstr, max_length=max_length)
         try:
             self.vaddr = self._reserve()
         except BaseException:
@@ -200,7 +210,8 @@ class Reservation:
                 f"descriptor {self._store.fd} could not be mapped",
                 request="mmap",
                 arguments={"vaddr": vaddr, "size": self.max_length, "offset": self._store.offset},
-                hint="It must be open for reading, and of a file that can be mapped",
+                hint="It must be of a file that can be mapped; one that is sealed against writing, kernels before 6.7 "
+                "map only where it is open for reading only",
             ) from error
         except BaseException:
             ours.append(body)
@@ -298,12 +309,13 @@ class Reservation:
         self._touched = touched
 
     def _no_memory(self, error: OSError, request: str, start: int, end: int) -> IoctlError:
-        hint = (
+        number = error.errno or 0
+        hint = _HINTS.get(number) or (
             "Free memory, raise the commit limit (vm.overcommit_ratio, vm.overcommit_kbytes) where "
             "vm.overcommit_memory is 2, raise RLIMIT_DATA and RLIMIT_AS, or, for a process of very many mappings, "
             "vm.max_map_count"
         )
-        if self._store.page_size > PAGE_SIZE:
+        if self._store.page_size > PAGE_SIZE and number not in _HINTS:
             pages = format_size(self._store.page_size)
             hint = (
                 f"The pool of huge pages of {pages} may be too small (vm.nr_hugepages), or the hugetlb cgroup's limit"
