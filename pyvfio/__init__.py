@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pyvfio.container import Container, Group
     from pyvfio.device import Device, Irq, Region, RegionMap, open_device
     from pyvfio.dirty import DirtyPages, DirtyTracking
+    from pyvfio.dirty_log import DirtyBlock, DirtyLog
     from pyvfio.dma import DmaMapper
     from pyvfio.errors import (
         AccessDeniedError,
@@ -66,6 +67,7 @@ else:
         "container",
         "device",
         "dirty",
+        "dirty_log",
         "dma",
         "errors",
         "extents",
@@ -115,6 +117,8 @@ __all__ = [
     "Device",
     "DeviceInfo",
     "DeviceNotFoundError",
+    "DirtyBlock",
+    "DirtyLog",
     "DirtyPages",
     "DirtyTracking",
     "DiscardError",

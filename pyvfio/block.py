@@ -95,8 +95,8 @@ class RamBlock:
         self._list: _Owner | None = owner
         self._resized = resized
         self.whole = False
-        """Whether all of `max_length` is memory, as a listener that cannot follow a resize has it: lengths change then,
-        and nothing is given back."""
+        """Whether all of `max_length` is memory, since a listener cannot follow a resize or a part could not be had:
+        lengths change then, and nothing is given back."""
         self._used_length = 0
         self._discarded: tuple[Extent, ...] = ()  # ascending, disjoint, within [0, used_length)
         self._stale: tuple[Extent, ...] = ()  # of that, what is still to be dropped

@@ -32,6 +32,7 @@ from pyvfio.extents import Extent, runs, without
 from pyvfio.handle import attempt_all
 from pyvfio.pieces import Policy, Window
 from pyvfio.plan import BlockShape, Budget, Plan, Rehearsal, rehearse
+from pyvfio.prefault import check_threads
 from pyvfio.progress import LongWork, ProgressCallback
 from pyvfio.ramblock import RamBlock, RamBlockList
 from pyvfio.space import AddressSpace
@@ -94,8 +95,7 @@ class DmaMapper(BufferMapper):
         super().__init__(space)
         if not isinstance(blocks, RamBlockList | None):
             raise TypeError(f"blocks must be a RamBlockList, not {type(blocks).__name__}")
-        if not isinstance(prefault, int) or prefault < 0:
-            raise ValueError(f"prefault is a number of threads, not {prefault!r}")
+        check_threads(prefault, "prefault")
         if not all(callback is None or callable(callback) for callback in (progress, place)):
             raise TypeError("progress and place are called, so that they must be callable")
         self._policy = Policy(resize, granule, allow_gap)

@@ -32,6 +32,7 @@ would return a copy of the buffer in place of the kernel's answer, and a device 
 _INT_MAX = (1 << 31) - 1  # fcntl.ioctl refuses larger ints up to Python 3.11 at least
 _FCNTL_BUFFER_MAX = 1024  # up to here fcntl.ioctl works on a copy and releases the GIL
 _CAP_IPC_LOCK = 14  # linux/capability.h
+_F_GET_SEALS = 1034  # linux/fcntl.h
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 MAP_SHARED = 0x1
@@ -49,6 +50,9 @@ FALLOC_FL_KEEP_SIZE = 1  # linux/falloc.h
 FALLOC_FL_PUNCH_HOLE = 2
 HUGETLBFS_MAGIC = 0x958458F6  # linux/magic.h
 TMPFS_MAGIC = 0x01021994
+F_SEAL_GROW = 4  # linux/fcntl.h
+F_SEAL_WRITE = 8
+F_SEAL_FUTURE_WRITE = 16
 MADV_DODUMP = 17
 MADV_POPULATE_READ = 22
 MADV_POPULATE_WRITE = 23  # Python's mmap has no name for these
@@ -70,13 +74,17 @@ class Memlock:
 
 @dataclass(frozen=True, slots=True)
 class FileStatus:
-    """An open file: `size` in bytes, `file_system` by its magic number (linux/magic.h), the `block_size` of that, and
-    whether the descriptor lets it be written."""
+    """An open file: its `mode` as stat(2) has it, its `size` in bytes, `file_system` by its magic number
+    (linux/magic.h), the `block_size` of that, whether the descriptor lets it be read and written, and the `seals` that
+    it has (F_SEAL_*, 0 for what cannot be sealed)."""
 
+    mode: int
     size: int
     file_system: int
     block_size: int
+    readable: bool
     writable: bool
+    seals: int
 
 
 class Registers(Protocol):
@@ -177,7 +185,7 @@ class Kernel(Protocol):
         ...
 
     def file_status(self, fd: int) -> FileStatus:
-        """fstat(2), fstatfs(2) and F_GETFL of fcntl(2)."""
+        """fstat(2), fstatfs(2), F_GETFL and F_GET_SEALS of fcntl(2)."""
         ...
 
     def memlock(self) -> Memlock:
@@ -358,11 +366,19 @@ class LinuxKernel:
         """fstat(2), fstatfs(2), fcntl(2)."""
         answer = (ctypes.c_long * 16)()  # struct statfs begins with f_type and f_bsize
         _checked(_libc.fstatfs(fd, ctypes.addressof(answer)))
+        status, flags = os.fstat(fd), fcntl.fcntl(fd, fcntl.F_GETFL)
+        try:
+            seals = fcntl.fcntl(fd, _F_GET_SEALS)
+        except OSError:  # EINVAL: no file that can be sealed; EBADF: O_PATH
+            seals = 0
         return FileStatus(
-            size=os.fstat(fd).st_size,
+            mode=status.st_mode,
+            size=status.st_size,
             file_system=answer[0],
             block_size=answer[1],
-            writable=fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY,
+            readable=not flags & os.O_PATH and flags & os.O_ACCMODE != os.O_WRONLY,
+            writable=not flags & os.O_PATH and flags & os.O_ACCMODE != os.O_RDONLY,
+            seals=seals,
         )
 
     def memlock(self) -> Memlock:

@@ -23,7 +23,7 @@ from typing import Protocol, TypeAlias
 
 from pyvfio.errors import IoctlError
 from pyvfio.kernel import MADV_POPULATE_WRITE, Kernel
-from pyvfio.units import MIB, PAGE_SIZE, Vaddr, align_down, format_size
+from pyvfio.units import MIB, PAGE_SIZE, Vaddr, align_down, check_whole_number, format_size
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,17 @@ SLICE = 32 * MIB
 
 
 _GLANCE = 0.05  # seconds, after which it is looked whether all workers have finished
+
+
+MOST_THREADS = 1024
+"""More than this many threads can only be a mistake."""
+
+
+def check_threads(value: object, what: str) -> None:
+    """TypeError and ValueError, with `what` in it, for what is no number of threads."""
+    check_whole_number(value, what)
+    if not isinstance(value, int) or not 0 <= value <= MOST_THREADS:
+        raise ValueError(f"{what} is a number of threads, not {value}, and at most {MOST_THREADS}")
 
 
 class Report(Protocol):

@@ -17,6 +17,7 @@ raising.
 
 from __future__ import annotations
 
+import errno
 import logging
 import operator
 import os
@@ -34,6 +35,7 @@ from pyvfio.errors import (
     ClosedError,
     DiscardError,
     ForkedError,
+    IoctlError,
     MemoryNotReturnedWarning,
     ReentrancyError,
     RollbackError,
@@ -43,7 +45,7 @@ from pyvfio.errors import (
 )
 from pyvfio.extents import Extent, clip, runs, without
 from pyvfio.kernel import Kernel, LinuxKernel
-from pyvfio.memory import MemoryKind, MemorySettings
+from pyvfio.memory import Anonymous, MemoryKind, MemorySettings
 from pyvfio.notifier import (
     HOOKS,
     Added,
@@ -58,9 +60,10 @@ from pyvfio.notifier import (
     reaches_whole_blocks,
     tell_all,
 )
+from pyvfio.prefault import check_threads
 from pyvfio.progress import LongWork, ProgressCallback
 from pyvfio.renewal import renew
-from pyvfio.units import PAGE_SIZE, format_size
+from pyvfio.units import check_bool, format_size
 
 __all__ = ["RamBlock", "RamBlockList", "RamBlockNotifier", "ResizedCallback"]
 
@@ -72,10 +75,24 @@ _KEEP_MEMORY = (RollbackError, UnmapSizeError)  # after these nobody knows what 
 
 
 def _length(value: int, what: str, page_size: int) -> int:
-    number = operator.index(value)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{what} must be a whole number of bytes, not {value!r}") from None
     if number < 0 or number % page_size:
         raise ValueError(f"{what} must be a multiple of {page_size} bytes and not negative, not {number}")
     return number
+
+
+def _check_options(idstr: object, settings: object, *, callbacks: Sequence[object]) -> None:
+    if not isinstance(idstr, str):
+        raise TypeError(f"idstr must be text, not {idstr!r}")
+    if "\0" in idstr:
+        raise ValueError(f"idstr names files, so that no NUL can be in it: {idstr!r}")
+    if not isinstance(settings, MemorySettings | None):
+        raise TypeError(f"settings must be a MemorySettings(), not {settings!r}")
+    if not all(callback is None or callable(callback) for callback in callbacks):
+        raise TypeError("progress and resized are called, so that they must be callable")
 
 
 def _part(block: RamBlock, offset: int, size: int) -> Extent:
@@ -93,6 +110,10 @@ def _cannot_follow(notifier: RamBlockNotifier, why: str) -> DiscardError:
         f"{notifier!r} reaches whole blocks and is not told of discarded parts, {why}",
         hint="Give it ram_block_discarded and ram_block_populated, or populate everything",
     )
+
+
+def _say_whole(block: RamBlock, why: str) -> None:
+    logger.warning("RAM block '%s' is allocated in full, %s: %s", block.idstr, format_size(block.max_length), why)
 
 
 class RamBlockList:
@@ -157,27 +178,34 @@ class RamBlockList:
         `prealloc`: how many threads see to it that there are pages behind whatever comes into use, also when the block
         grows, before anybody is told of it (0: pages come when they are touched); `progress` is told how far they are.
 
+        Where a listener cannot follow a resize, or the process has no mapping left for a part (vm.max_map_count), all
+        of `max_length` is allocated (`RamBlock.whole`), and a warning logged.
+
         Both lengths are multiples of the memory's page size; `used_length` may be 0. Raises ValueError for lengths that
         can never be right and for an id string that is taken, OSError or IoctlError when there is no address space or
         memory, and whatever a notifier raises; then there is no such block.
         """
-        used = _length(used_length, "used_length", PAGE_SIZE)
-        maximum = _length(max_length, "max_length", PAGE_SIZE)
+        kind: MemoryKind = Anonymous() if memory is None else memory
+        if not isinstance(kind, MemoryKind):
+            raise TypeError(f"memory is Anonymous(), Memfd() or File(fd), not {kind!r}")
+        used = _length(used_length, "used_length", kind.page_size)
+        maximum = _length(max_length, "max_length", kind.page_size)
         if not used <= maximum or maximum == 0:
             raise ValueError(f"used_length {used:#x} must be at most max_length {maximum:#x}, which must not be 0")
-        if prealloc < 0:
-            raise ValueError(f"prealloc is a number of threads, not {prealloc}")
+        _check_options(idstr, settings, callbacks=(progress, resized))
+        check_bool(readonly, "readonly")
+        check_threads(prealloc, "prealloc")
         block = self._change(
             partial(
                 self._add,
                 idstr,
                 used_length=used,
                 max_length=maximum,
-                memory=memory,
+                memory=kind,
                 readonly=readonly,
                 prealloc=prealloc,
                 progress=progress,
-                settings=settings or MemorySettings(),
+                settings=MemorySettings() if settings is None else settings,
                 resized=resized,
             )
         )
@@ -219,9 +247,7 @@ class RamBlockList:
             _length(used_length, "used_length", block.page_size)
             for warning in block._memory.warnings:
                 warnings.warn(warning, stacklevel=4)  # first: a program may have made warnings errors
-            block.whole = self._must_be_whole(block)
-            if memory_length := max_length if block.whole else used_length:
-                self._activate(block, 0, memory_length)
+            self._allocate(block, used_length)
             block._used_length = used_length
             tell_all(self._notifiers, [Added(block)] * len(self._notifiers), change)
         except BaseException as error:
@@ -229,15 +255,37 @@ class RamBlockList:
             raise
         return block
 
+    def _allocate(self, block: RamBlock, used_length: int) -> None:
+        """The first memory of a block: what is used, or all of it."""
+        block.whole = self._must_be_whole(block)
+        length = block.max_length if block.whole else used_length
+        if not length:
+            return
+        try:
+            block._memory.activate(length)
+        except IoctlError as error:
+            if error.errno != errno.ENOMEM or not self._has_whole(block, length, error):
+                raise
+        if block._prealloc is not None:
+            block._prealloc([(0, length)])
+
+    @staticmethod
+    def _has_whole(block: RamBlock, length: int, why: IoctlError) -> bool:
+        """Whether all of `max_length` could be had where `length` bytes could not: see `Reservation.activate_whole`."""
+        try:
+            block._memory.activate_whole(length)
+        except IoctlError as error:
+            logger.debug("%s cannot be allocated in full, either: %s", block, error)
+            return False
+        if not block.whole:
+            _say_whole(block, f"a part of it could not be: {why}")
+        block.whole = True
+        return True
+
     def _must_be_whole(self, block: RamBlock) -> bool:
         for notifier in self._notifiers:
             if reaches_for_good(notifier):
-                logger.warning(
-                    "RAM block '%s' is allocated in full, %s: %r cannot follow a resize",
-                    block.idstr,
-                    format_size(block.max_length),
-                    notifier,
-                )
+                _say_whole(block, f"{notifier!r} cannot follow a resize")
                 return True
         return False
 
@@ -393,6 +441,9 @@ class RamBlockList:
     def _relabel(self, block: RamBlock, old: int, new: int) -> None:
         """A block that is memory altogether has another length; what comes back reads zeros."""
         if new > old:
+            block._memory.provide(old, new)  # it may have been allocated in full for want of mappings, and have none
+            if block._prealloc is not None:
+                block._prealloc([(old, new)])
             block._memory.clear(old, new)
             self._commit(Resized(block, old, new), self._notifiers)
         else:

@@ -46,6 +46,18 @@ def is_aligned(number: int, alignment: int) -> bool:
     return number & (alignment - 1) == 0
 
 
+def check_whole_number(value: object, what: str) -> None:
+    """TypeError, with `what` in it, for what is no int, and for a bool, which is one by accident."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{what} must be a whole number, not {value!r}")
+
+
+def check_bool(value: object, what: str) -> None:
+    """TypeError, with `what` in it, for what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{what} must be True or False, not {value!r}")
+
+
 def format_size(size: int) -> str:
     """A length as a person writes it: the largest unit that divides it (`2 MiB`, `4097 bytes`), unless that makes a
     number of five digits, which is rounded (`508.0 GiB`)."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import stat
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from typing import Protocol, TypeAlias
 
 from pyvfio.errors import CannotBePinnedWarning, IoctlError, PersistenceWarning
 from pyvfio.kernel import (
+    F_SEAL_FUTURE_WRITE,
+    F_SEAL_GROW,
+    F_SEAL_WRITE,
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
     HUGETLBFS_MAGIC,
@@ -34,13 +38,24 @@ from pyvfio.kernel import (
     PROT_READ,
     PROT_WRITE,
     TMPFS_MAGIC,
+    FileStatus,
     Kernel,
 )
-from pyvfio.units import PAGE_SIZE, format_size, is_aligned, is_power_of_two
+from pyvfio.units import PAGE_SIZE, check_bool, check_whole_number, format_size, is_aligned, is_power_of_two
 
 _READ_WRITE = PROT_READ | PROT_WRITE
+_NO_WRITING = F_SEAL_WRITE | F_SEAL_FUTURE_WRITE
+_WHAT = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFLNK: "a symbolic link",
+}
 _MFD_HUGETLB = 4  # linux/memfd.h
 _MFD_HUGE_SHIFT = 26
+_POOLS = Path("/sys/kernel/mm/hugepages")
 _PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
 
@@ -52,6 +67,14 @@ class Anonymous:
 
     noreserve: bool = False
 
+    def __post_init__(self) -> None:
+        check_bool(self.noreserve, "noreserve")
+
+    @property
+    def page_size(self) -> int:
+        """What lengths are multiples of, as far as that is known beforehand, in bytes."""
+        return PAGE_SIZE
+
 
 @dataclass(frozen=True, slots=True)
 class Memfd:
@@ -60,16 +83,30 @@ class Memfd:
 
     hugetlb: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.hugetlb is None:
+            return
+        check_whole_number(self.hugetlb, "hugetlb")
+        if not is_power_of_two(self.hugetlb) or not PAGE_SIZE < self.hugetlb < 1 << 63:
+            raise ValueError(f"huge pages have a power of two of bytes above {PAGE_SIZE}, not {self.hugetlb:#x}")
+
+    @property
+    def page_size(self) -> int:
+        """What lengths are multiples of, in bytes."""
+        return self.hugetlb or PAGE_SIZE
+
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file of the caller's own, from `offset` on; the descriptor stays the caller's, who keeps it open.
+    """A regular file of the caller's own, from `offset` on; the descriptor stays the caller's, who keeps it open.
 
     `shared`: what is written goes to the file, and what others write is seen. `grow`: the file may be made longer when
     the block grows, which it must be long enough for otherwise. `punch`: what the block gives back is punched out of
     the file; otherwise it stays there, and memory that comes back reads what the file holds, not zeros. A descriptor
-    that is open for reading only makes a block that a device may only read. `pmem`: it is persistent memory, to be
-    mapped with MAP_SYNC.
+    that is open for reading only makes a block that a device may only read, and so does a file that is sealed against
+    writing. `pmem`: it is persistent memory, to be mapped with MAP_SYNC.
+
+    Raises TypeError and ValueError for what can be right for no file.
     """
 
     fd: int
@@ -78,6 +115,25 @@ class File:
     grow: bool = False
     punch: bool = False
     pmem: bool = False
+
+    def __post_init__(self) -> None:
+        if hasattr(self.fd, "fileno"):
+            raise TypeError(f"fd must be a descriptor, as fileno() has it, not {self.fd!r}")
+        for name in ("fd", "offset"):
+            check_whole_number(getattr(self, name), name)
+        for name in ("shared", "grow", "punch", "pmem"):
+            check_bool(getattr(self, name), name)
+        if not 0 <= self.fd < 1 << 31:
+            raise ValueError(f"no descriptor has the number {self.fd}")
+        if self.offset < 0 or not is_aligned(self.offset, PAGE_SIZE):
+            raise ValueError(f"offset must be a multiple of {PAGE_SIZE:#x} and not negative, not {self.offset:#x}")
+        if not self.shared and (self.punch or self.pmem):
+            raise ValueError("a private mapping of a file is not the file: it can be neither punched nor persistent")
+
+    @property
+    def page_size(self) -> int:
+        """What lengths are multiples of, as far as that is known beforehand, in bytes."""
+        return PAGE_SIZE
 
 
 MemoryKind: TypeAlias = Anonymous | Memfd | File
@@ -102,6 +158,10 @@ class Store(Protocol):
 
     def provide(self, start: int, end: int) -> None:
         """Have pages for what is about to be made accessible, or raise OSError and have none."""
+        ...
+
+    def extend(self, end: int) -> None:
+        """Have everything up to `end` where it can be touched, without asking whether there are pages. OSError."""
         ...
 
     def give_back(self, start: int, end: int) -> None:
@@ -158,6 +218,9 @@ class _AnonymousStore:
     def provide(self, start: int, end: int) -> None:
         """They come when they are touched."""
 
+    def extend(self, end: int) -> None:
+        """So it is."""
+
     def give_back(self, start: int, end: int) -> None:
         """They went with the mapping."""
 
@@ -184,24 +247,34 @@ class _MemfdStore:
         self.flags = MAP_SHARED | MAP_NORESERVE
         flags = 0
         if kind.hugetlb is not None:
-            if not is_power_of_two(kind.hugetlb) or kind.hugetlb <= PAGE_SIZE:
-                raise ValueError(f"huge pages have a power of two of bytes above {PAGE_SIZE}, not {kind.hugetlb!r}")
             self.page_size = kind.hugetlb
             flags = _MFD_HUGETLB | (kind.hugetlb.bit_length() - 1) << _MFD_HUGE_SHIFT
         try:
-            self.fd = kernel.memfd_create(idstr.encode()[:200].decode(errors="ignore"), flags)
+            name = idstr.encode(errors="replace")[:200].decode(errors="ignore")
+            self.fd = kernel.memfd_create(name, flags)
         except OSError as error:
             raise IoctlError.of(
                 error,
                 f"a memfd for RAM block '{idstr}' could not be made",
                 request="memfd_create",
                 arguments={"flags": flags},
-                hint=f"This kernel may have no huge pages of {format_size(self.page_size)}" if flags else "",
+                hint=self._why_not(error, flags),
             ) from error
+
+    def _why_not(self, error: OSError, flags: int) -> str:
+        if flags and error.errno == errno.ENODEV:
+            there = sorted(int(path.name.split("-")[1].removesuffix("kB")) << 10 for path in _POOLS.glob("hugepages-*"))
+            known = ", ".join(map(format_size, there)) or "none"
+            return f"This kernel has no huge pages of {format_size(self.page_size)}; it has: {known}"
+        return "Close descriptors, or raise RLIMIT_NOFILE (ulimit -n)" if error.errno == errno.EMFILE else ""
 
     def provide(self, start: int, end: int) -> None:
         """fallocate(2): the only call that says whether there is memory, and makes the file as long as it is to be."""
         self._kernel.fallocate(self.fd, 0, start, end - start)
+
+    def extend(self, end: int) -> None:
+        """A file that is long enough."""
+        self._kernel.ftruncate(self.fd, end)
 
     def give_back(self, start: int, end: int) -> None:
         """The file ends where the memory does."""
@@ -236,32 +309,63 @@ class _FileStore:
         self._kind = kind
         self.fd, self.offset = kind.fd, kind.offset
         self.warnings: list[Warning] = []
-        status = kernel.file_status(kind.fd)
+        status = self._look()
         self.page_size = status.block_size if status.file_system == HUGETLBFS_MAGIC else PAGE_SIZE
-        self.protection = _READ_WRITE if status.writable or not kind.shared else PROT_READ
+        can_be_written = status.writable and not status.seals & _NO_WRITING
+        self.protection = _READ_WRITE if can_be_written or not kind.shared else PROT_READ
         self.can_drop = kind.punch
         self.holds_contents = kind.shared and not kind.punch
-        if kind.offset < 0 or not is_aligned(kind.offset, self.page_size):
-            raise ValueError(f"offset must be a multiple of {self.page_size:#x} and not negative, not {kind.offset:#x}")
-        if kind.offset + max_length >= 1 << 63:
-            raise ValueError(f"no file has bytes up to offset {kind.offset:#x} and {format_size(max_length)} more")
-        if (kind.grow or kind.punch) and not status.writable:
-            raise ValueError("the file is open for reading only: it can be neither made longer nor punched")
-        if kind.punch and not kind.shared:
-            raise ValueError("a private mapping of a file is not the file: it cannot be punched")
-        if not kind.grow and status.size < kind.offset + max_length:
-            raise ValueError(
-                f"the file ends {format_size(max(status.size - kind.offset, 0))} behind offset {kind.offset:#x}, and "
-                f"max_length is {format_size(max_length)}: make it longer, or let grow be True"
-            )
+        self._check_file(status)
+        self._check_lengths(status, max_length)
         tracked = status.file_system not in (TMPFS_MAGIC, HUGETLBFS_MAGIC)
-        if tracked and kind.shared and status.writable:
+        if tracked and kind.shared and can_be_written:
             self.warnings.append(
                 CannotBePinnedWarning(
                     "no device can be let write to a shared mapping of a file on a disk since Linux 6.5: it is EFAULT"
                 )
             )
         self.flags = self._flags()
+
+    def _look(self) -> FileStatus:
+        try:
+            return self._kernel.file_status(self.fd)
+        except OSError as error:
+            raise IoctlError.of(
+                error,
+                f"descriptor {self.fd} could not be looked at: {error.strerror}",
+                request="fstat",
+                arguments={"fd": self.fd},
+                hint="It must be open, and stay so until the block is gone",
+            ) from error
+
+    def _check_file(self, status: FileStatus) -> None:
+        """What may be done with it."""
+        kind = self._kind
+        if not stat.S_ISREG(status.mode):
+            what = _WHAT.get(stat.S_IFMT(status.mode), "something else, such as an eventfd")
+            raise ValueError(f"descriptor {self.fd} is no regular file, which can be memory, but {what}")
+        if not status.readable:
+            raise ValueError(f"descriptor {self.fd} is open for writing only, or with O_PATH: it cannot be mapped")
+        if (kind.grow or kind.punch) and not status.writable:
+            raise ValueError("the file is open for reading only: it can be neither made longer nor punched")
+        if kind.punch and status.seals & _NO_WRITING:
+            raise ValueError("the file is sealed against writing (F_SEAL_WRITE, F_SEAL_FUTURE_WRITE): no hole is made")
+
+    def _check_lengths(self, status: FileStatus, max_length: int) -> None:
+        """Whether it has, or can come to have, as many bytes."""
+        offset, end = self.offset, self.offset + max_length
+        if not is_aligned(offset, self.page_size):
+            raise ValueError(f"offset must be a multiple of {self.page_size:#x} and not negative, not {offset:#x}")
+        if end >= 1 << 63:
+            raise ValueError(f"no file has bytes up to offset {offset:#x} and {format_size(max_length)} more")
+        if status.size >= end:
+            return
+        left = format_size(max(status.size - offset, 0))
+        wrong = f"the file ends {left} behind offset {offset:#x}, and max_length is {format_size(max_length)}: "
+        if not self._kind.grow:
+            raise ValueError(wrong + "make it longer, or let grow be True")
+        if status.seals & F_SEAL_GROW:
+            raise ValueError(wrong + "it cannot be made longer, since it is sealed against that (F_SEAL_GROW)")
 
     def _flags(self) -> int:
         if not self._kind.shared:
@@ -286,17 +390,24 @@ class _FileStore:
 
     def provide(self, start: int, end: int) -> None:
         """A file that is long enough, and has its pages where it may be changed."""
+        if not self._kind.grow:
+            self.extend(end)
+            return
+        try:
+            self._kernel.fallocate(self.fd, 0, self.offset + start, end - start)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            self.extend(end)
+
+    def extend(self, end: int) -> None:
+        """A file that is long enough."""
         needed = self.offset + end
-        if self._kind.grow:
-            try:
-                self._kernel.fallocate(self.fd, 0, self.offset + start, end - start)
-            except OSError as error:
-                if error.errno != errno.EOPNOTSUPP:
-                    raise
-                if self._kernel.file_status(self.fd).size < needed:
-                    self._kernel.ftruncate(self.fd, needed)
-        elif self._kernel.file_status(self.fd).size < needed:
+        if self._kernel.file_status(self.fd).size >= needed:
+            return
+        if not self._kind.grow:
             raise OSError(errno.EFAULT, os.strerror(errno.EFAULT) + ": the file has become too short")
+        self._kernel.ftruncate(self.fd, needed)
 
     def give_back(self, start: int, end: int) -> None:
         """A hole, where that was asked for; the file stays as long as it is."""

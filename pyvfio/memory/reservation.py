@@ -32,12 +32,23 @@ ALIGNMENT = 2 * MIB
 (QEMU_VMALLOC_ALIGN)."""
 
 _PRIVATE = 0x22  # MAP_PRIVATE | MAP_ANONYMOUS
+# Where it is no want of memory.
+_HINTS = dict.fromkeys(
+    (errno.EPERM, errno.EACCES),
+    "The file may have been sealed meanwhile, or its file system does not let it be written or made longer",
+) | {
+    errno.EFBIG: "The file would be longer than its file system or RLIMIT_FSIZE (ulimit -f) lets it be",
+    errno.EAGAIN: "All memory of this process is locked (mlockall): raise RLIMIT_MEMLOCK (ulimit -l)",
+    errno.EROFS: "The file system is mounted for reading only",
+    errno.EFAULT: "The file must stay as long as the block may become",
+}
 
 
 class Reservation:
     """`max_length` bytes of address space at `vaddr`, of which `[0, length)` can be used, as `kind` has it.
 
-    `vaddr` is a multiple of 2 MiB, or of its huge pages; one page behind `max_length` stays inaccessible as a guard.
+    `vaddr` is a multiple of 2 MiB, or of its huge pages; one page behind `max_length` stays inaccessible as a guard,
+    unless `activate_whole` needs it.
     New memory reads zero, also where it has been used, given up and taken again; that of a caller's file reads what the
     file holds. `idstr` names a memfd.
 
@@ -51,6 +62,7 @@ class Reservation:
 
     __slots__ = (
         "_accessible",
+        "_guarded",
         "_held",
         "_kept",
         "_kernel",
@@ -78,7 +90,7 @@ class Reservation:
             # ctypes would cut it to 64 bits, and the memory of others would be taken for ours.
             raise ValueError(f"max_length {max_length:#x} is more than an address space can hold")
         self._kernel = kernel
-        self._settings = settings or MemorySettings()
+        self._settings = MemorySettings() if settings is None else settings
         self.max_length = max_length
         # Each of these is changed on the safe side of the system call it speaks of, so that a signal handler that
         # raises in between leaves too much zeroing or too many mprotects to do, never too few.
@@ -87,8 +99,9 @@ class Reservation:
         self._touched = 0  # old contents may be found up to here; above _length: not given back
         self._held = 0  # a device may still reach up to here, unless the next shrink says otherwise
         self._kept = False  # a device may reach any of it for ever
+        self._guarded = True  # the page behind max_length is inaccessible
         self._unsettled: tuple[int, int] | None = None  # [start, end) that has lost its settings
-        self._store = make_store(kernel, kind or Anonymous(), idstr=idstr, max_length=max_length)
+        self._store = make_store(kernel, Anonymous() if kind is None else kind, idstr=idstr, max_length=max_length)
         try:
             self.vaddr = self._reserve()
         except BaseException:
@@ -197,7 +210,8 @@ class Reservation:
                 f"descriptor {self._store.fd} could not be mapped",
                 request="mmap",
                 arguments={"vaddr": vaddr, "size": self.max_length, "offset": self._store.offset},
-                hint="It must be open for reading, and of a file that can be mapped",
+                hint="It must be of a file that can be mapped; one that is sealed against writing, kernels before 6.7 "
+                "map only where it is open for reading only",
             ) from error
         except BaseException:
             ours.append(body)
@@ -254,6 +268,29 @@ class Reservation:
             raise self._no_memory(error, "mprotect", start, length) from error
         self._accessible = length
 
+    def activate_whole(self, provided: int) -> None:
+        """Make all of `max_length` usable where nothing is yet, with pages at least up to `provided`.
+
+        It succeeds where `activate` does not because the process has as many mappings as it may (vm.max_map_count): a
+        part that gets other rights is a mapping more. The guard page gets them, too, where it is of the same mapping,
+        and guards no more. Raises IoctlError as `activate`.
+        """
+        self._check_open()
+        if self._length:
+            raise ValueError(f"{self._length:#x} bytes are active already")
+        anonymous = self._store.fd < 0
+        self._touched = self.max_length
+        self._guarded = not anonymous
+        try:
+            self._store.extend(self.max_length)
+            self._store.provide(0, provided)
+            self._kernel.mprotect(self.vaddr, self.max_length + (PAGE_SIZE if anonymous else 0), self._store.protection)
+        except OSError as error:
+            self._guarded = True
+            self._unprovide(0, self.max_length)
+            raise self._no_memory(error, "mprotect", 0, self.max_length) from error
+        self._length = self._accessible = self.max_length
+
     def provide(self, start: int, end: int) -> None:
         """Have pages behind `[start, end)` where the kind of memory lets that be asked for. Raises IoctlError."""
         try:
@@ -272,11 +309,13 @@ class Reservation:
         self._touched = touched
 
     def _no_memory(self, error: OSError, request: str, start: int, end: int) -> IoctlError:
-        hint = (
+        number = error.errno or 0
+        hint = _HINTS.get(number) or (
             "Free memory, raise the commit limit (vm.overcommit_ratio, vm.overcommit_kbytes) where "
-            "vm.overcommit_memory is 2, or raise RLIMIT_DATA and RLIMIT_AS"
+            "vm.overcommit_memory is 2, raise RLIMIT_DATA and RLIMIT_AS, or, for a process of very many mappings, "
+            "vm.max_map_count"
         )
-        if self._store.page_size > PAGE_SIZE:
+        if self._store.page_size > PAGE_SIZE and number not in _HINTS:
             pages = format_size(self._store.page_size)
             hint = (
                 f"The pool of huge pages of {pages} may be too small (vm.nr_hugepages), or the hugetlb cgroup's limit"
@@ -446,6 +485,7 @@ class Reservation:
         if not self.vaddr:
             return
         assert 0 <= self._length <= self._accessible <= self._touched <= self.max_length
+        assert self._guarded or self._touched == self.max_length
         reached = int(self.vaddr)
         shared = "s" if self._store.flags & 1 else "p"
         usable = ("rw" if self._store.protection & 2 else "r-") + "-" + shared
@@ -455,5 +495,6 @@ class Reservation:
             reached = end
             # Between the two stands what a shrink could not give back, or a grow was interrupted in.
             assert permissions == usable or first >= self.vaddr + self._accessible, (hex(start), permissions)
-            assert permissions[:3] == "---" or end <= self.vaddr + self._touched, (hex(end), permissions)
+            inside = end <= self.vaddr + self._touched or not self._guarded
+            assert permissions[:3] == "---" or inside, (hex(end), permissions)
         assert reached >= self.vaddr + self.max_length + PAGE_SIZE, hex(reached)

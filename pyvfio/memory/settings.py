@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from pyvfio.errors import IoctlError
 from pyvfio.kernel import Kernel
+from pyvfio.units import check_bool
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,10 @@ class MemorySettings:
     hugepage: bool = True
     dontdump: bool = False
     mergeable: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("dontfork", "hugepage", "dontdump", "mergeable"):
+            check_bool(getattr(self, name), name)
 
     @property
     def advices(self) -> tuple[int, ...]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pyvfio import DirtyTracking
+import pytest
+
+from pyvfio import DirtyLog, DirtyTracking
+from pyvfio.kernel import Kernel
 from pyvfio.units import MIB, PAGE_SIZE
 from tests.hw.rig import Rig, pattern
 
@@ -32,3 +35,51 @@ def test_the_last_word_on_what_was_written_comes_with_the_unmap(rig: Rig) -> Non
     assert [(dirty.start - iova, dirty.size) for dirty in found.dirty] == [(0, PAGE_SIZE), (2 * PAGE_SIZE, PAGE_SIZE)]
     assert rig.device_reads(iova) is None
     rig.container.release_iova(iova)
+
+
+def test_what_a_device_writes_is_dirty_after_a_resize_and_after_a_clear(rig: Rig) -> None:
+    """In the snapshot of the block: all of it after a resize; after a clear nothing, until what was written since is
+    collected."""
+    block = rig.blocks.add("ring", used_length=8 * PAGE_SIZE, max_length=MIB)
+    iova = rig.mapper.iova(block)
+    with DirtyLog(rig.blocks) as log, DirtyTracking(rig.container) as tracking:
+        for length in (12, 4):
+            block.resize(length * PAGE_SIZE)
+            assert log.snapshot(block, clear=True).dirty == ((0, length * PAGE_SIZE),)
+            assert log.snapshot(block).count == 0
+            rig.device_writes(iova + PAGE_SIZE, pattern())
+            log.collect(block, tracking, rig.mapper)
+            start, end = log.snapshot(block).dirty[0]
+            assert start <= PAGE_SIZE < 2 * PAGE_SIZE <= end
+        block.discard(0, PAGE_SIZE)
+        log.collect(block, tracking, rig.mapper)
+        assert log.snapshot(block).dirty == ((PAGE_SIZE, 4 * PAGE_SIZE),)
+
+
+@pytest.mark.parametrize("granule", [None, PAGE_SIZE], ids=["remap", "granules"])
+def test_a_copy_of_what_is_dirty_is_the_block(
+    engine_bdfs: tuple[str, ...], kernel: Kernel, granule: int | None
+) -> None:
+    """Though the device goes on writing while it is made, and the block grows and shrinks: nothing is copied but what a
+    snapshot names."""
+    copy = bytearray(MIB)
+    with Rig(engine_bdfs[0], kernel=kernel, resize="extend" if granule else "remap", granule=granule) as rig:
+        block = rig.blocks.add("ring", used_length=8 * PAGE_SIZE, max_length=MIB)
+        iova = rig.mapper.iova(block)
+        with DirtyLog(rig.blocks) as log, DirtyTracking(rig.container) as tracking:
+            for turn, length in enumerate((8, 12, 12, 3, 8, 8)):
+                block.resize(length * PAGE_SIZE)
+                rig.device_writes(iova + turn % 3 * PAGE_SIZE, pattern())
+                log.collect(block, tracking, rig.mapper)
+                rig.device_writes(iova + (turn + 1) % 3 * PAGE_SIZE, pattern())
+                found = log.snapshot(block, clear=True)
+                rig.device_writes(iova + (turn + 2) % 3 * PAGE_SIZE, pattern())
+                with block.view() as view:
+                    for start, end in found.dirty:
+                        copy[start:end] = view[start:end]
+                rig.device_writes(iova + turn % 2 * PAGE_SIZE, pattern())
+            log.collect(block, tracking, rig.mapper)
+            with block.view() as view:
+                for start, end in log.snapshot(block, clear=True).dirty:
+                    copy[start:end] = view[start:end]
+                assert bytes(view) == copy[: block.used_length]

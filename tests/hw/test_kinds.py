@@ -18,6 +18,7 @@ from pyvfio.testing.world import World
 from pyvfio.units import GIB, MIB, PAGE_SIZE
 from tests.hw.rig import SIZE, Rig, pattern
 from tests.hw.test_machine import strict_overcommit
+from tests.unit.processes import mappings_left
 
 POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 
@@ -147,3 +148,25 @@ def test_memory_is_not_left_unreserved_where_the_machine_reserves_all(throwaway:
     refused = pytest.raises(ValueError, match=r"vm\.overcommit_memory is 2")
     with strict_overcommit(), pyvfio.RamBlockList() as blocks, refused:
         blocks.add("ring", used_length=0, max_length=MIB, memory=Anonymous(noreserve=True))
+
+
+@pytest.mark.parametrize("memory", [Anonymous(), Memfd()], ids=["anonymous", "memfd"])
+def test_a_block_that_is_whole_for_want_of_mappings_is_reached_as_far_as_it_is_used(
+    rig: Rig, memory: MemoryKind
+) -> None:
+    """The process may have no more of them (vm.max_map_count), and a part of a block would be one."""
+    with pyvfio.RamBlockList() as blocks:  # not a fake kernel, which would have to read the list of all mappings
+        with mappings_left(2):
+            block = blocks.add("ring", used_length=2 * PAGE_SIZE, max_length=4 * MIB, memory=memory)
+        assert block.whole
+        with pyvfio.DmaMapper(rig.container, blocks) as mapper:
+            iova = mapper.iova(block)
+            for length in (20, 2):
+                block.resize(length * PAGE_SIZE)
+                sent = pattern()
+                rig.device_writes(iova + length * PAGE_SIZE - SIZE, sent)
+                with block.view() as view:
+                    assert bytes(view[-SIZE:]) == sent
+                assert rig.device_reads(iova + length * PAGE_SIZE) is None
+            blocks._check()
+            mapper._check()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import linecache
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -49,14 +49,15 @@ CALM = ("self._changing = False",)
 class Interrupter:
     """Counts the lines of the house that run, and raises at one of them."""
 
-    def __init__(self, at: int = 0) -> None:
+    def __init__(self, at: int = 0, *, house: Collection[str] = HOUSE) -> None:
         self.lines = 0
         self.where = ""
         self._at = at
+        self._house = house
 
     def _global(self, frame: FrameType, event: str, argument: object) -> TraceFunction | None:
         del event, argument
-        return self._local if frame.f_code.co_filename in HOUSE else None
+        return self._local if frame.f_code.co_filename in self._house else None
 
     def _local(self, frame: FrameType, event: str, argument: object) -> TraceFunction:
         del argument

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
+import socket
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 import pyvfio
 from pyvfio import Anonymous, File, Memfd, RamBlock, RamBlockList
-from pyvfio.kernel import TMPFS_MAGIC
+from pyvfio.kernel import F_SEAL_FUTURE_WRITE, F_SEAL_GROW, F_SEAL_WRITE, TMPFS_MAGIC
 from pyvfio.memory import MemoryKind, Reservation
 from pyvfio.testing.fake import DmaFault, FakeDevice
 from pyvfio.units import MIB, PAGE_SIZE
 from tests.unit.fakes import BDF, Rig, SpecialKernel
 
 DATA = bytes(range(1, 256))
+F_ADD_SEALS = 1033  # linux/fcntl.h
 
 
 @pytest.fixture
@@ -389,9 +393,10 @@ def test_a_descriptor_that_is_open_for_reading_makes_a_block_that_is_read(kernel
 
 
 def test_a_bad_descriptor_is_the_kernels_refusal(blocks: RamBlockList) -> None:
-    """EBADF."""
-    with pytest.raises(OSError, match="Bad file descriptor"):
+    """EBADF, with what a block needs."""
+    with pytest.raises(pyvfio.IoctlError, match=r"fd=0x.*EBADF.*Bad file descriptor.*stay so until") as raised:
         blocks.add("ring", used_length=0, max_length=MIB, memory=File(987654))
+    assert raised.value.errno == errno.EBADF
 
 
 def test_a_file_on_a_disk_warns_that_no_device_can_be_let_write_to_it(blocks: RamBlockList) -> None:
@@ -587,3 +592,238 @@ def test_memory_that_is_kept_for_ever_keeps_no_descriptor(kernel: SpecialKernel)
     kernel.clear_failures()
     rig.close()
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@contextmanager
+def descriptor(what: str) -> Iterator[int]:
+    """Of something that is no regular file, or that is not open in the right way."""
+    with ExitStack() as stack, tempfile.NamedTemporaryFile() as file:
+        file.truncate(2 * MIB)
+        if what == "a socket":
+            yield stack.enter_context(socket.socket()).fileno()
+            return
+        ours: tuple[int, ...]
+        match what:
+            case "a pipe":
+                ours = os.pipe()
+            case "a directory":
+                ours = (os.open("/", os.O_RDONLY | os.O_DIRECTORY),)
+            case "a character device":
+                ours = (os.open("/dev/zero", os.O_RDWR),)
+            case "such as an eventfd":
+                ours = (os.eventfd(0, os.EFD_CLOEXEC),)
+            case _:
+                ours = (os.open(file.name, os.O_PATH if what == "O_PATH" else os.O_WRONLY),)
+        try:
+            yield ours[-1]
+        finally:
+            for fd in ours:
+                os.close(fd)
+
+
+@pytest.mark.parametrize("grow", [False, True])
+@pytest.mark.parametrize(
+    "what",
+    ["a socket", "a pipe", "a directory", "a character device", "such as an eventfd", "O_PATH", "for writing only"],
+)
+def test_what_cannot_be_mapped_is_refused_with_what_it_is(
+    kernel: SpecialKernel, blocks: RamBlockList, what: str, *, grow: bool
+) -> None:
+    """Before any address space is asked for."""
+    with descriptor(what) as fd:
+        with pytest.raises(ValueError, match=rf"descriptor {fd} is .*{what}"):
+            blocks.add("ring", used_length=0, max_length=MIB, memory=File(fd, grow=grow))
+        assert [call.call for call in kernel.trace] == ["file_status"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "what"),
+    [
+        ({"fd": None}, TypeError, "fd must be a whole number, not None"),
+        ({"fd": "3"}, TypeError, "fd must be a whole number"),
+        ({"fd": 3.0}, TypeError, "fd must be a whole number"),
+        ({"fd": True}, TypeError, "fd must be a whole number"),
+        ({"fd": sys.__stdout__}, TypeError, r"as fileno\(\) has it"),
+        ({"fd": -1}, ValueError, "no descriptor has the number -1"),
+        ({"fd": 1 << 31}, ValueError, "no descriptor"),
+        ({"offset": None}, TypeError, "offset must be a whole number"),
+        ({"offset": 0.0}, TypeError, "offset must be a whole number"),
+        ({"offset": False}, TypeError, "offset must be a whole number"),
+        ({"offset": -PAGE_SIZE}, ValueError, "not negative, not -0x1000"),
+        ({"offset": 1}, ValueError, "multiple of 0x1000"),
+        ({"shared": None}, TypeError, "shared must be True or False, not None"),
+        ({"grow": 1}, TypeError, "grow must be True or False"),
+        ({"punch": "no"}, TypeError, "punch must be True or False"),
+        ({"pmem": 0}, TypeError, "pmem must be True or False"),
+        ({"shared": False, "pmem": True}, ValueError, "a private mapping of a file is not the file"),
+        ({"shared": False, "punch": True}, ValueError, "a private mapping of a file is not the file"),
+    ],
+)
+def test_a_file_that_nothing_can_be_is_refused_where_it_is_named(
+    changed: dict[str, object], error: type[Exception], what: str
+) -> None:
+    """With the argument that is wrong."""
+    with pytest.raises(error, match=what):
+        File(**{"fd": 3, **changed})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [None, "2M", 2.0 * MIB, True, 0, -2 * MIB, PAGE_SIZE, 3 * MIB, 1 << 63, 1 << 64])
+def test_a_size_that_no_huge_page_has_is_refused_where_it_is_named(size: object) -> None:
+    """None is no size, but ordinary pages."""
+    if size is None:
+        assert Memfd(hugetlb=None).page_size == PAGE_SIZE
+        return
+    with pytest.raises((TypeError, ValueError), match="huge"):
+        Memfd(hugetlb=size)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "what"),
+    [
+        ({"used_length": None}, TypeError, "used_length must be a whole number of bytes, not None"),
+        ({"max_length": float(MIB)}, TypeError, "max_length must be a whole number of bytes, not 1048576.0"),
+        ({"max_length": "1M"}, TypeError, "max_length must be a whole number of bytes"),
+        ({"max_length": True}, ValueError, "max_length must be a multiple of 4096"),
+        ({"used_length": -PAGE_SIZE}, ValueError, "used_length must be a multiple of 4096 bytes and not negative"),
+        ({"used_length": 2 * MIB}, ValueError, "at most max_length"),
+        ({"max_length": 0, "used_length": 0}, ValueError, "must not be 0"),
+        ({"max_length": 1 << 64}, ValueError, "more than an address space can hold"),
+        ({"memory": 0}, TypeError, r"Anonymous\(\), Memfd\(\) or File\(fd\), not 0"),
+        ({"memory": Memfd}, TypeError, r"Anonymous\(\), Memfd\(\) or File\(fd\)"),
+        ({"memory": Memfd(hugetlb=2 * MIB)}, ValueError, "used_length must be a multiple of 2097152"),
+        ({"memory": Memfd(hugetlb=2 * MIB), "used_length": 0}, ValueError, "max_length must be a multiple of 2097152"),
+        ({"readonly": "no"}, TypeError, "readonly must be True or False"),
+        ({"prealloc": True}, TypeError, "prealloc must be a whole number, not True"),
+        ({"prealloc": 1.0}, TypeError, "prealloc must be a whole number"),
+        ({"prealloc": -1}, ValueError, "prealloc is a number of threads, not -1"),
+        ({"prealloc": 10**6}, ValueError, "prealloc is a number of threads, not 1000000, and at most 1024"),
+        ({"progress": 3}, TypeError, "must be callable"),
+        ({"resized": "print"}, TypeError, "must be callable"),
+        ({"settings": {}}, TypeError, r"settings must be a MemorySettings\(\), not {}"),
+        ({"settings": pyvfio.MemorySettings}, TypeError, r"settings must be a MemorySettings\(\)"),
+        ({"idstr": None}, TypeError, "idstr must be text, not None"),
+        ({"idstr": b"ring"}, TypeError, "idstr must be text"),
+        ({"idstr": "a\0b", "memory": Memfd()}, ValueError, "no NUL"),
+    ],
+)
+def test_what_can_never_be_right_is_refused_before_any_system_call(
+    kernel: SpecialKernel, blocks: RamBlockList, changed: dict[str, object], error: type[Exception], what: str
+) -> None:
+    """With the argument that is wrong; nothing is left of it."""
+    kernel.clear_trace()
+    with pytest.raises(error, match=what):
+        blocks.add(**{"idstr": "ring", "used_length": PAGE_SIZE, "max_length": MIB, **changed})  # type: ignore[arg-type]
+    assert (list(kernel.trace), len(blocks)) == ([], 0)
+
+
+@pytest.mark.parametrize("name", ["dontfork", "hugepage", "dontdump", "mergeable"])
+def test_a_setting_is_on_or_off(name: str) -> None:
+    """And so is whether memory is reserved."""
+    with pytest.raises(TypeError, match=f"{name} must be True or False, not 'no'"):
+        pyvfio.MemorySettings(**{name: "no"})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="noreserve must be True or False"):
+        Anonymous(noreserve=None)  # type: ignore[arg-type]
+
+
+def test_more_address_space_than_there_is_is_the_kernels_refusal(blocks: RamBlockList) -> None:
+    """With how much a process has; nothing stays mapped or open."""
+    fds = set(os.listdir("/proc/self/fd"))
+    for kind in (Anonymous(), Memfd()):
+        with pytest.raises(pyvfio.IoctlError, match=r"8 EiB of address space.*a process has 128 TiB at most") as raised:
+            blocks.add("ring", used_length=0, max_length=1 << 63, memory=kind)
+        assert raised.value.errno == errno.ENOMEM
+    assert set(os.listdir("/proc/self/fd")) == fds
+
+
+def test_huge_pages_that_are_missing_are_said_with_those_that_there_are(blocks: RamBlockList) -> None:
+    """By their sizes, as /sys/kernel/mm/hugepages has them."""
+    there = sorted(path.name for path in Path("/sys/kernel/mm/hugepages").glob("hugepages-*"))
+    with pytest.raises(pyvfio.IoctlError, match="no huge pages of 128 MiB; it has: ") as raised:
+        blocks.add("ring", used_length=0, max_length=128 * MIB, memory=Memfd(hugetlb=128 * MIB))
+    assert ("2 MiB" in raised.value.hint) == ("hugepages-2048kB" in there)
+
+
+def sealed(size: int, seals: int) -> int:
+    """A memfd of that size that is sealed."""
+    fd = os.memfd_create("sealed", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size)
+    fcntl.fcntl(fd, F_ADD_SEALS, seals)
+    return fd
+
+
+def test_a_file_that_cannot_grow_says_so_when_the_block_is_made(kernel: SpecialKernel, blocks: RamBlockList) -> None:
+    """Sealed against it: not when the block is grown. One that is long enough already is as good as any."""
+    short, long = sealed(PAGE_SIZE, F_SEAL_GROW), sealed(MIB, F_SEAL_GROW)
+    with pytest.raises(ValueError, match=r"ends 4 KiB behind offset 0x0.*cannot be made longer.*F_SEAL_GROW"):
+        blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB, memory=File(short, grow=True))
+    assert [call.call for call in kernel.trace] == ["file_status"]
+    block = blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB, memory=File(long, grow=True))
+    block.resize(MIB)
+    blocks.close()
+    for fd in (short, long):
+        os.close(fd)
+
+
+@pytest.mark.parametrize("seal", [F_SEAL_WRITE, F_SEAL_FUTURE_WRITE], ids=["write", "future write"])
+def test_a_file_that_is_sealed_against_writing_makes_a_block_that_is_read(kernel: SpecialKernel, seal: int) -> None:
+    """As one that is open for reading only does; a private mapping of it can be written, and no hole can be made."""
+    fd = sealed(MIB, seal)
+    reading = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)  # older kernels map nothing else of it
+    with Rig(kernel) as rig:
+        block = rig.blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB, memory=File(reading))
+        assert block.readonly
+        assert [mapping.flags for mapping in kernel.mappings(BDF)] == [1]
+        with block.view() as view, pytest.raises(TypeError, match="read-only"):
+            view[0] = 1
+        block.resize(3 * PAGE_SIZE)
+        rig.check()
+        with pytest.raises(ValueError, match="sealed against writing"):
+            rig.blocks.add("holes", used_length=0, max_length=MIB, memory=File(fd, punch=True))
+        write(rig.blocks.add("private", used_length=PAGE_SIZE, max_length=MIB, memory=File(fd, shared=False)))
+    os.close(fd)
+    os.close(reading)
+
+
+def test_a_writable_descriptor_of_a_sealed_file_makes_a_block_that_is_read_or_says_how(blocks: RamBlockList) -> None:
+    """Kernels before 6.7 map none that could be written."""
+    fd = sealed(MIB, F_SEAL_WRITE)
+    try:
+        block = blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB, memory=File(fd))
+    except pyvfio.IoctlError as error:
+        assert (error.errno, "open for reading only" in error.hint) == (errno.EPERM, True)  # noqa: PT017
+    else:
+        assert block.readonly
+    blocks.close()
+    os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("number", "what"),
+    [
+        (errno.EPERM, "may have been sealed meanwhile"),
+        (errno.EFBIG, "RLIMIT_FSIZE"),
+        (errno.EAGAIN, "RLIMIT_MEMLOCK"),
+        (errno.EROFS, "mounted for reading only"),
+        (errno.ENOSPC, "Free memory"),
+        (errno.ENOMEM, "vm.max_map_count"),
+    ],
+)
+def test_a_refused_growth_says_what_its_errno_means(
+    kernel: SpecialKernel, blocks: RamBlockList, number: int, what: str
+) -> None:
+    """Not always a want of memory."""
+    block = blocks.add("ring", used_length=0, max_length=MIB, memory=Memfd())
+    kernel.fail(call="fallocate", errno=number)
+    with pytest.raises(pyvfio.IoctlError) as raised:
+        block.resize(PAGE_SIZE)
+    assert what in raised.value.hint
+
+
+def test_a_name_that_no_file_can_have_is_replaced(blocks: RamBlockList) -> None:
+    """Half a surrogate, as an undecodable file name has it."""
+    block = blocks.add("\udcff", used_length=0, max_length=MIB, memory=Memfd())
+    assert block.file is not None
+    assert os.readlink(f"/proc/self/fd/{block.file.fd}").startswith("/memfd:?")

@@ -24,7 +24,7 @@ FLOORS = {
         ("container", "device", "ramblock", "block", "notifier", "pieces", "buffers", "progress", "plan", "dirty"), 2
     ),
     "renewal": 2,
-    "dma": 3,
+    **dict.fromkeys(("dma", "dirty_log"), 3),
 }
 # What a module may not import though it is on the same floor.
 APART = {("ramblock", "container"), ("ramblock", "device"), ("container", "ramblock"), ("device", "ramblock")}

@@ -1,0 +1,244 @@
+"""What of RAM blocks has to be copied again: dirty tracking of a block, as a snapshot that a person can read.
+
+A `DirtyLog` is a notifier of a `RamBlockList`; blocks that have none pay nothing. What it knows is what is *clean*:
+only `snapshot(clear=True)` adds to that, and whatever else happens, an error, an undo or a signal handler that raises,
+can but take away from it. So it says too much is dirty at times, never too little.
+
+* A block that comes is dirty as a whole, and so it is after each resize, at its new length: it has to be copied again.
+* Parts that are discarded are not dirty, as there is nothing to copy. They are when they are populated again, and so
+  are parts whose pages were replaced.
+* A change that was undone leaves dirty what it had made so.
+
+Source: `qemu_ram_resize` of QEMU, which clears the dirty bits of the old length and sets those of the new one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+from weakref import WeakKeyDictionary
+
+from pyvfio.dirty import DirtyTracking
+from pyvfio.discards import DiscardClaim
+from pyvfio.dma import DmaMapper
+from pyvfio.errors import ClosedError, ForkedError
+from pyvfio.extents import Extent, clip, runs, total, without
+from pyvfio.ramblock import RamBlock, RamBlockList
+from pyvfio.space import Mapping
+from pyvfio.units import Iova, align_down, align_up, format_size
+
+
+@dataclass(frozen=True, slots=True)
+class DirtyBlock:
+    """What of a RAM block has to be copied: `dirty`, ascending and neighbours joined, in bytes from the block's
+    beginning, whole pages of `page_size` bytes."""
+
+    idstr: str
+    used_length: int
+    page_size: int
+    dirty: tuple[Extent, ...]
+
+    @property
+    def pages(self) -> int:
+        """How many pages the block has."""
+        return self.used_length // self.page_size
+
+    @property
+    def count(self) -> int:
+        """How many of them are dirty."""
+        return total(self.dirty) // self.page_size
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{start:#x}-{end - 1:#x}" for start, end in self.dirty[:8]) or "none"
+        return (
+            f"{self.count} of {self.pages} pages of {format_size(self.page_size)} of RAM block '{self.idstr}' are "
+            f"dirty: {shown}{', …' if len(self.dirty) > 8 else ''}"
+        )
+
+
+class DirtyLog:
+    """Which pages of the blocks of a list are dirty, until `close`; a context manager.
+
+    What changes blocks through the list is seen, and nothing else. What the process writes through a view, a buffer or
+    an address is not: say it with `mark`, after the write. What devices write is not, either: `collect` it. While it is
+    open no memory may be discarded behind its back (`blocks.discards`).
+
+    To copy a block that is written meanwhile, in this order:
+
+        log.collect(block, tracking, mapper)
+        found = log.snapshot(block, clear=True)
+        copy(found.dirty)
+
+    The kernel forgets what it has told, and the log what it has cleared, so that the pages are read last: a transfer
+    between any two of these lines is in what is copied, or in what the next `collect` finds, or in both. Copied before
+    they are cleared, they would lose it. The last time, stop the device first.
+
+    Raises what `RamBlockList.add_notifier` raises, DiscardError where somebody claims discards nobody is told of.
+
+    Synchronization: any thread may call anything; methods wait for a change of the list that is under way. Cost: a
+    look-up in a dict for each change, O(number of clean extents) for each call.
+    """
+
+    def __init__(self, blocks: RamBlockList) -> None:
+        if not isinstance(blocks, RamBlockList):
+            raise TypeError(f"blocks must be a RamBlockList, not {type(blocks).__name__}")
+        self._blocks: RamBlockList | None = blocks
+        self._pid = os.getpid()
+        # Ascending, disjoint, of whole pages; replaced as a whole. What is not here is dirty. It may reach behind
+        # used_length and into discarded parts, which no snapshot shows, and which are taken out when they come back.
+        # A block that is removed goes out of it by itself.
+        self._clean: WeakKeyDictionary[RamBlock, list[Extent]] = WeakKeyDictionary()
+        self._claim: DiscardClaim = blocks.discards.disable_uncoordinated()
+        try:
+            blocks.add_notifier(self)
+        except BaseException:
+            self._claim.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"<DirtyLog {'closed' if self._blocks is None else f'of {len(self._blocks)} blocks'}>"
+
+    # ------------------------------------------------------------------------------------------------ the list's hooks
+
+    def ram_block_added(self, block: RamBlock, used_length: int, max_length: int) -> None:
+        """All of it is dirty."""
+        del used_length, max_length
+        self._clean.pop(block, None)
+
+    def ram_block_resized(self, block: RamBlock, old_length: int, new_length: int) -> None:
+        """All of the new length is dirty."""
+        del old_length, new_length
+        self._clean.pop(block, None)
+
+    def ram_block_discarded(self, block: RamBlock, parts: Sequence[Extent]) -> None:
+        """There is nothing to copy, for as long as they are gone."""
+
+    def ram_block_populated(self, block: RamBlock, parts: Sequence[Extent]) -> None:
+        """They are dirty."""
+        self._soil(block, parts)
+
+    def ram_block_remapping(self, block: RamBlock, parts: Sequence[Extent]) -> None:
+        """They are dirty: what they held is lost."""
+        self._soil(block, parts)
+
+    def ram_block_remapped(self, block: RamBlock, parts: Sequence[Extent]) -> None:
+        """And stay so, whatever was cleared meanwhile."""
+        self._soil(block, parts)
+
+    def _soil(self, block: RamBlock, parts: Sequence[Extent]) -> None:
+        if block in self._clean:
+            self._clean[block] = without(self._clean[block], *parts)
+
+    # ------------------------------------------------------------------------------------------------ what is written
+
+    def mark(self, block: RamBlock, offset: int, size: int) -> None:
+        """The process has written `[offset, offset + size)`, in bytes; the pages that these lie in are dirty.
+
+        Raises ValueError (outside of `used_length`, not a block of this list), ClosedError.
+        """
+        start, length = operator.index(offset), operator.index(size)
+        with self._list()._lock:
+            self._check_followed(block)
+            if not 0 <= start <= start + length <= block.used_length:
+                raise ValueError(
+                    f"{length:#x} bytes at offset {start:#x} do not lie in RAM block '{block.idstr}', whose "
+                    f"used_length is {block.used_length:#x}"
+                )
+            self._soil(block, [_pages(block, start, start + length)])
+
+    def collect(self, block: RamBlock, tracking: DirtyTracking, mapper: DmaMapper) -> None:
+        """Take over what devices may have written through `mapper`'s mappings of the block since the last time.
+
+        What they write is lost with the mapping: collect before `mapper` is closed or leaves the list. A resize needs
+        nothing, as all is dirty then. What devices reach through other mappings of the same memory is not seen.
+
+        Raises ValueError where `mapper` does not follow the block or maps into another container than `tracking`'s, and
+        what `DirtyTracking.read` raises; the mapping that it failed at is dirty then. Cost: an ioctl for each mapping.
+        """
+        with self._list()._lock:
+            self._check_followed(block)
+            container = tracking._container
+            if mapper.space is not container:
+                raise ValueError("the mapper maps into another container than the one that is tracked")
+            iova = mapper.iova(block)
+            for mapping in container.mappings_in(iova=iova, size=block.max_length):
+                self._collect(block, iova, tracking, mapping)
+
+    def _collect(self, block: RamBlock, iova: Iova, tracking: DirtyTracking, mapping: Mapping) -> None:
+        before = self._clean.get(block, [])
+        # First, since the kernel forgets what it tells: nobody would know of it if this did not come to its end.
+        self._soil(block, [_pages(block, mapping.iova - iova, mapping.iova - iova + mapping.size)])
+        found = tracking.read(iova=mapping.iova, size=mapping.size)
+        if before:
+            written = [_pages(block, dirty.start - iova, dirty.last + 1 - iova) for dirty in found.dirty]
+            self._clean[block] = without(before, *written)
+
+    # ------------------------------------------------------------------------------------------------ what is dirty
+
+    def snapshot(self, block: RamBlock, *, clear: bool = False) -> DirtyBlock:
+        """What is dirty now. `clear`: and is clean from now on, in the same moment; copy it after that, not before.
+
+        Raises ValueError when it is not a block of this list, ClosedError.
+        """
+        dirty: tuple[Extent, ...] = ()
+        blocks = self._list()
+        try:
+            with blocks._lock:
+                self._check_followed(block)
+                dirty = tuple(runs(without(block.populated, *self._clean.get(block, ()))))
+                found = DirtyBlock(block.idstr, block.used_length, block.page_size, dirty)
+                if clear:
+                    self._clean[block] = list(block.populated)
+                return found
+        except BaseException:
+            with blocks._lock:  # a signal handler may have raised when it was cleared, and nobody gets to know what was
+                self._soil(block, dirty)
+            raise
+
+    def _list(self) -> RamBlockList:
+        if self._blocks is None:
+            raise ClosedError("this log has been closed")
+        if os.getpid() != self._pid:
+            raise ForkedError("this log", owner=self._pid)
+        if not self._blocks._knows(self):
+            raise ClosedError("this log has been taken out of the list that it followed, and is told nothing more")
+        return self._blocks
+
+    def _check_followed(self, block: RamBlock) -> None:
+        if self._list().block_at(block.vaddr) is not block:
+            raise ValueError(f"RAM block '{block.idstr}' is not in the list that this log follows")
+
+    def close(self) -> None:
+        """Leave the list; twice is fine, and in a forked child it does nothing."""
+        if self._blocks is None or os.getpid() != self._pid:
+            return
+        if self._blocks._knows(self):  # else it was taken out, or a signal handler has ended an earlier attempt
+            self._blocks.remove_notifier(self)
+        self._claim.close()
+        self._blocks = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check(self) -> None:
+        for block, clean in self._clean.items():
+            assert clean == clip(sorted(clean), 0, block.max_length)
+            assert all(one.end <= other.start for one, other in itertools.pairwise(clean))
+            assert not any(edge % block.page_size for extent in clean for edge in extent)
+
+
+def _pages(block: RamBlock, start: int, end: int) -> Extent:
+    """The whole pages that [start, end) lies in; none where that is empty."""
+    if start >= end:
+        return Extent(start, start)
+    return Extent(align_down(start, block.page_size), align_up(end, block.page_size))

@@ -1,0 +1,539 @@
+"""What of a block has to be copied again, on the fake kernel: too much at times, never too little."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+
+import pytest
+
+import pyvfio
+from pyvfio import DirtyBlock, DirtyLog, DirtyTracking, Memfd, RamBlock, RamBlockList
+from pyvfio.extents import Extent
+from pyvfio.testing.fake import FakeDevice, FakeKernel
+from pyvfio.units import MIB, PAGE_SIZE
+from tests.unit.fakes import BDF, Interrupt, Rig, SpecialKernel
+from tests.unit.processes import in_child
+from tests.unit.test_interruptions import HOUSE, POLICIES, ROOT, Interrupter
+
+HOUSE_AND_LOG = {*HOUSE, str(ROOT / "dirty.py"), str(ROOT / "dirty_log.py")}
+
+
+@pytest.fixture
+def kernel() -> Iterator[SpecialKernel]:
+    """With one device."""
+    with SpecialKernel(groups=[(2, [FakeDevice(BDF)])]) as made:
+        yield made
+
+
+@pytest.fixture
+def rig(kernel: SpecialKernel) -> Iterator[Rig]:
+    """A device, and blocks that its mapper follows."""
+    with Rig(kernel) as made:
+        yield made
+
+
+@pytest.fixture
+def log(rig: Rig) -> Iterator[DirtyLog]:
+    """Of the rig's blocks."""
+    with DirtyLog(rig.blocks) as made:
+        yield made
+        made._check()
+
+
+def pages(found: DirtyBlock) -> list[int]:
+    """The dirty ones, by their numbers."""
+    return [page for start, end in found.dirty for page in range(start // PAGE_SIZE, end // PAGE_SIZE)]
+
+
+def dirty(log: DirtyLog, block: RamBlock) -> list[int]:
+    """What is dirty now."""
+    log._check()
+    return pages(log.snapshot(block))
+
+
+class Clears:
+    """Takes what is dirty in the middle of a discard."""
+
+    def __init__(self, log: DirtyLog) -> None:
+        self._log = log
+
+    def ram_block_discarded(self, block: RamBlock, parts: object) -> None:
+        """All of it."""
+        del parts
+        self._log.snapshot(block, clear=True)
+
+    def ram_block_populated(self, block: RamBlock, parts: object) -> None:
+        """Not here."""
+
+
+class Refuses:
+    """Whatever happens to a block, once it is told to; it is told before whoever was there earlier, or after."""
+
+    def __init__(self) -> None:
+        self.armed = False
+
+    def ram_block_resized(self, block: RamBlock, old_length: int, new_length: int) -> None:
+        """No."""
+        del block, old_length, new_length
+        if self.armed:
+            raise PermissionError
+
+    def ram_block_discarded(self, block: RamBlock, parts: object) -> None:
+        """No."""
+        del block, parts
+        if self.armed:
+            raise PermissionError
+
+    def ram_block_populated(self, block: RamBlock, parts: object) -> None:
+        """No."""
+        self.ram_block_discarded(block, parts)
+
+
+# ------------------------------------------------------------------------------------------------- what happens to it
+
+
+def test_a_block_that_comes_is_dirty_as_a_whole_and_clean_when_that_was_taken(rig: Rig, log: DirtyLog) -> None:
+    """One that was there already, too. What is not cleared stays dirty, however often it is looked at."""
+    block = rig.add(used=3 * PAGE_SIZE)
+    for _ in range(2):
+        assert dirty(log, block) == [0, 1, 2]
+    assert pages(log.snapshot(block, clear=True)) == [0, 1, 2]
+    assert dirty(log, block) == []
+    with DirtyLog(rig.blocks) as late:
+        assert dirty(late, block) == [0, 1, 2]
+    assert dirty(log, block) == []
+
+
+@pytest.mark.parametrize("length", [5, 2, 0])
+def test_a_resize_clears_what_was_and_sets_all_of_the_new_length(rig: Rig, log: DirtyLog, length: int) -> None:
+    """Everything has to be copied again, and nothing behind the end."""
+    block = rig.add(used=3 * PAGE_SIZE)
+    log.snapshot(block, clear=True)
+    block.resize(length * PAGE_SIZE)
+    assert dirty(log, block) == list(range(length))
+    block.resize(3 * PAGE_SIZE)
+    assert dirty(log, block) == [0, 1, 2]
+
+
+def test_an_empty_block_has_nothing_to_copy(rig: Rig, log: DirtyLog) -> None:
+    """Until it is grown."""
+    block = rig.add(used=0)
+    found = log.snapshot(block, clear=True)
+    assert (found.pages, found.count, found.dirty) == (0, 0, ())
+    log.mark(block, 0, 0)
+    block.resize(PAGE_SIZE)
+    assert dirty(log, block) == [0]
+
+
+def test_discarded_parts_are_not_dirty_and_populated_ones_are(rig: Rig, log: DirtyLog) -> None:
+    """Whatever they were before, or were marked meanwhile."""
+    block = rig.add(used=6 * PAGE_SIZE)
+    block.discard(PAGE_SIZE, 2 * PAGE_SIZE)
+    assert dirty(log, block) == [0, 3, 4, 5]
+    log.snapshot(block, clear=True)
+    block.discard(4 * PAGE_SIZE, PAGE_SIZE)
+    log.mark(block, 2 * PAGE_SIZE, PAGE_SIZE)
+    assert dirty(log, block) == []
+    log.snapshot(block, clear=True)
+    block.populate(0, 6 * PAGE_SIZE)
+    assert dirty(log, block) == [1, 2, 4]
+
+
+def test_parts_whose_pages_were_replaced_are_dirty(rig: Rig, log: DirtyLog) -> None:
+    """They read zeros now. Also when another one has taken what was dirty in the middle of it."""
+
+    class Takes:
+        def ram_block_remapping(self, block: RamBlock, parts: object) -> None:
+            pass
+
+        def ram_block_remapped(self, block: RamBlock, parts: object) -> None:
+            del parts
+            log.snapshot(block, clear=True)
+
+    block = rig.add(used=6 * PAGE_SIZE)
+    log.snapshot(block, clear=True)
+    block.remap(2 * PAGE_SIZE, 2 * PAGE_SIZE)
+    assert dirty(log, block) == [2, 3]
+    rig.blocks.add_notifier(Takes())
+    block.remap(4 * PAGE_SIZE, PAGE_SIZE)
+    assert dirty(log, block) == [4]
+
+
+def test_what_a_hook_has_cleared_in_the_middle_of_a_discard_is_dirty_when_it_comes_back(rig: Rig) -> None:
+    """It was still there then."""
+
+    block = rig.add()
+    with DirtyLog(rig.blocks) as log:
+        rig.blocks.add_notifier(Clears(log))
+        block.discard(0, PAGE_SIZE)
+        assert dirty(log, block) == []
+        block.populate(0, PAGE_SIZE)
+        assert dirty(log, block) == [0]
+
+
+def test_nothing_is_discarded_that_the_log_is_not_told_of(rig: Rig) -> None:
+    """A discard by the list goes on while it is there; a claim to others waits until it has gone."""
+    rig.mapper.close()
+    block = rig.add(used=2 * PAGE_SIZE)
+    with DirtyLog(rig.blocks) as log:
+        log.snapshot(block, clear=True)
+        block.discard(0, PAGE_SIZE)
+        block.populate(0, PAGE_SIZE)
+        assert dirty(log, block) == [0]
+        with pytest.raises(pyvfio.DiscardError, match="disable_uncoordinated"):
+            rig.blocks.discards.require()
+    with rig.blocks.discards.require(), pytest.raises(pyvfio.DiscardError):
+        DirtyLog(rig.blocks)
+
+
+def test_blocks_stay_resizable_for_it(rig: Rig, log: DirtyLog) -> None:
+    """It follows resizes, so that nothing is allocated in full for its sake."""
+    block = rig.add()
+    assert not block.whole
+    assert dirty(log, block) == [0, 1]
+
+
+def test_a_block_that_was_removed_is_forgotten(rig: Rig, log: DirtyLog) -> None:
+    """Another one by the same name is dirty."""
+    block = rig.add()
+    log.snapshot(block, clear=True)
+    block.remove()
+    for ask in (log.snapshot, partial(log.mark, offset=0, size=1)):
+        with pytest.raises(pyvfio.ClosedError):
+            ask(block)
+    assert dirty(log, rig.add()) == [0, 1]
+
+
+# ----------------------------------------------------------------------------------------------- what did not happen
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["told later", "told first"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: block.resize(6 * PAGE_SIZE),
+        lambda block: block.resize(PAGE_SIZE),
+        lambda block: block.discard(0, PAGE_SIZE),
+        lambda block: block.populate(3 * PAGE_SIZE, PAGE_SIZE),
+    ],
+    ids=["grow", "shrink", "discard", "populate"],
+)
+def test_a_change_that_was_refused_leaves_too_much_dirty_and_never_too_little(
+    rig: Rig, change: Callable[[RamBlock], None], *, first: bool
+) -> None:
+    """Whether the log had been told of it or not."""
+    block = rig.add(used=4 * PAGE_SIZE)
+    block.discard(3 * PAGE_SIZE, PAGE_SIZE)
+    refuses = Refuses()
+    if first:
+        rig.blocks.add_notifier(refuses)
+    with DirtyLog(rig.blocks) as log:
+        if not first:
+            rig.blocks.add_notifier(refuses)
+        log.snapshot(block, clear=True)
+        log.mark(block, PAGE_SIZE, 1)
+        refuses.armed = True
+        with pytest.raises(PermissionError):
+            change(block)
+        assert 1 in dirty(log, block)
+        assert 3 not in dirty(log, block)
+
+
+def test_a_block_whose_removal_was_refused_is_still_known(rig: Rig, kernel: SpecialKernel, log: DirtyLog) -> None:
+    """Dirty as a whole, as one that has come."""
+    block = rig.add()
+    log.snapshot(block, clear=True)
+    kernel.fail(call="ioctl", request="VFIO_IOMMU_UNMAP_DMA", errno=errno.EIO)
+    with pytest.raises(pyvfio.IoctlError):
+        block.remove()
+    assert dirty(log, block) == [0, 1]
+
+
+# ------------------------------------------------------------------------------------------------ what was written
+
+
+def test_what_the_process_says_it_wrote_is_dirty_by_whole_pages(rig: Rig, log: DirtyLog) -> None:
+    """Each page of which a byte was written, and no other."""
+    block = rig.add(used=8 * PAGE_SIZE)
+    log.snapshot(block, clear=True)
+    log.mark(block, PAGE_SIZE - 1, 2)
+    log.mark(block, 5 * PAGE_SIZE, 0)
+    log.mark(block, 8 * PAGE_SIZE - 1, 1)
+    assert dirty(log, block) == [0, 1, 7]
+    log.mark(block, 4 * PAGE_SIZE, PAGE_SIZE)
+    assert log.snapshot(block, clear=True).dirty == (
+        (0, 2 * PAGE_SIZE),
+        (4 * PAGE_SIZE, 5 * PAGE_SIZE),
+        (7 * 4096, 8 * 4096),
+    )
+    assert dirty(log, block) == []
+
+
+def test_what_is_written_through_a_view_is_not_seen(rig: Rig, log: DirtyLog) -> None:
+    """As its docstring says: whoever writes says so."""
+    block = rig.add()
+    log.snapshot(block, clear=True)
+    with block.view() as view:
+        view[0] = 1
+    assert dirty(log, block) == []
+
+
+@pytest.mark.parametrize(
+    ("offset", "size"), [(-1, 1), (0, -1), (2 * PAGE_SIZE, 1), (0, 2 * PAGE_SIZE + 1), (1 << 70, 0)]
+)
+def test_what_lies_outside_of_the_block_was_not_written(rig: Rig, log: DirtyLog, offset: int, size: int) -> None:
+    """Whoever says so has the wrong block."""
+    block = rig.add()
+    with pytest.raises(ValueError, match="do not lie in RAM block 'ring', whose used_length is 0x2000"):
+        log.mark(block, offset, size)
+
+
+def test_pages_are_as_large_as_those_of_the_blocks_memory(kernel: SpecialKernel) -> None:
+    """Huge ones are told apart as such."""
+    with RamBlockList(kernel=kernel) as blocks, DirtyLog(blocks) as log:
+        block = blocks.add("huge", used_length=0, max_length=8 * MIB, memory=Memfd(hugetlb=2 * MIB))
+        found = log.snapshot(block)
+        assert (found.page_size, found.pages) == (2 * MIB, 0)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_devices_may_have_written_is_collected_mapping_by_mapping(kernel: SpecialKernel, policy: str) -> None:
+    """All that is mapped of the block, wherever that lies in IOVA; not what is discarded, nor what others have."""
+    with Rig(kernel, mapper=POLICIES[policy]) as rig, DirtyLog(rig.blocks) as log:
+        rig.add("before")
+        block, other = rig.add(used=2 * PAGE_SIZE), rig.add("other")
+        block.resize(6 * PAGE_SIZE)
+        block.discard(PAGE_SIZE, PAGE_SIZE)
+        with DirtyTracking(rig.container) as tracking:
+            for each in (block, other):
+                log.snapshot(each, clear=True)
+            log.collect(block, tracking, rig.mapper)
+            assert dirty(log, block) == [0, 2, 3, 4, 5]
+            assert dirty(log, other) == []
+            block.resize(0)
+            log.collect(block, tracking, rig.mapper)
+            assert dirty(log, block) == []
+
+
+class Precise(DirtyTracking):
+    """Of an IOMMU that knows what was written, as type1 does not: pages 2 and 3 of each mapping."""
+
+    def _ranges(self, mapping: pyvfio.Mapping, bits: bytes) -> Iterator[pyvfio.IovaRange]:
+        assert any(bits)
+        assert mapping.size >= 4 * PAGE_SIZE
+        yield pyvfio.IovaRange.of(iova=pyvfio.Iova(mapping.iova + 2 * PAGE_SIZE), size=2 * PAGE_SIZE)
+
+
+def test_only_what_the_kernel_names_becomes_dirty(rig: Rig, log: DirtyLog) -> None:
+    """Where it knows what was written."""
+    block = rig.add(used=6 * PAGE_SIZE)
+    with Precise(rig.container) as tracking:
+        log.snapshot(block, clear=True)
+        log.collect(block, tracking, rig.mapper)
+        assert dirty(log, block) == [2, 3]
+
+
+def test_a_mapping_that_could_not_be_asked_for_is_dirty(kernel: SpecialKernel) -> None:
+    """The kernel may have forgotten what it was about to tell; what was read before it is kept, too."""
+    with Rig(kernel, mapper=POLICIES["granule"]) as rig, DirtyLog(rig.blocks) as log:
+        block = rig.add(used=4 * PAGE_SIZE)
+        with DirtyTracking(rig.container) as tracking:
+            log.snapshot(block, clear=True)
+            kernel.fail(call="ioctl", request="VFIO_IOMMU_DIRTY_PAGES", nth=3, errno=errno.EFAULT, after=True)
+            with pytest.raises(pyvfio.IoctlError):
+                log.collect(block, tracking, rig.mapper)
+            assert dirty(log, block) == [0, 1, 2]
+
+
+class Copying:
+    """A copy of a block, of nothing but what snapshots name, and everybody who disturbs it meanwhile."""
+
+    def __init__(self, rig: Rig, log: DirtyLog, tracking: DirtyTracking) -> None:
+        self._rig, self._log, self._tracking = rig, log, tracking
+        self._chance = random.Random(5)  # noqa: S311
+        self.block = rig.add(used=8 * PAGE_SIZE)
+        self.copy = bytearray(MIB)
+
+    def device_writes(self) -> None:
+        """A byte, somewhere in its reach."""
+        if self.block.populated:
+            start, end = self._chance.choice(self.block.populated)
+            iova = self._rig.mapper.iova(self.block) + self._chance.randrange(start, end)
+            self._rig.kernel.dma_write(BDF, iova, bytes([self._chance.randrange(256)]))
+
+    def change(self) -> None:
+        """Its length, what of it is populated, or what the process writes."""
+        page = self._chance.randrange(2) * PAGE_SIZE
+        match self._chance.randrange(4):
+            case 0:
+                self.block.resize(self._chance.randrange(4, 12) * PAGE_SIZE)
+            case 1:
+                self.block.discard(page, 2 * PAGE_SIZE)
+            case 2:
+                self.block.populate(page, 3 * PAGE_SIZE)
+            case _:
+                with self.block.view() as view:
+                    view[page] = self._chance.randrange(256)
+                self._log.mark(self.block, page, 1)
+
+    def step(self, disturb: Callable[[], None]) -> None:
+        """Copy what is dirty."""
+        self._log.collect(self.block, self._tracking, self._rig.mapper)
+        disturb()
+        found = self._log.snapshot(self.block, clear=True)
+        disturb()
+        with self.block.view() as view:
+            for start, end in found.dirty:
+                self.copy[start:end] = view[start:end]
+        disturb()
+
+
+def test_a_copy_that_is_made_in_that_order_misses_no_transfer(rig: Rig, log: DirtyLog) -> None:
+    """A device writes between any two steps, the block is resized, parts of it go and come: in the end the copy is the
+    block."""
+    with DirtyTracking(rig.container) as tracking:
+        copying = Copying(rig, log, tracking)
+        for _ in range(200):
+            copying.change()
+            copying.step(copying.device_writes)
+        copying.step(lambda: None)
+        with copying.block.view() as view:
+            for start, end in copying.block.populated:
+                assert copying.copy[start:end] == view[start:end]
+
+
+# ------------------------------------------------------------------------------------------------ signals and others
+
+
+OPERATIONS: dict[str, Callable[[Rig, DirtyLog, DirtyTracking], object]] = {
+    "grow": lambda rig, _log, _tracking: rig.blocks["ring"].resize(6 * PAGE_SIZE),
+    "shrink": lambda rig, _log, _tracking: rig.blocks["ring"].resize(3 * PAGE_SIZE),
+    "discard": lambda rig, _log, _tracking: rig.blocks["ring"].discard(0, PAGE_SIZE),
+    "populate": lambda rig, _log, _tracking: rig.blocks["ring"].populate(3 * PAGE_SIZE, PAGE_SIZE),
+    "remove": lambda rig, _log, _tracking: rig.blocks["ring"].remove(),
+    "mark": lambda rig, log, _tracking: log.mark(rig.blocks["ring"], 0, PAGE_SIZE),
+    "collect": lambda rig, log, tracking: log.collect(rig.blocks["ring"], tracking, rig.mapper),
+    "look": lambda rig, log, _tracking: log.snapshot(rig.blocks["ring"]),
+    "clear": lambda rig, log, _tracking: log.snapshot(rig.blocks["ring"], clear=True),
+}
+
+
+def must_be_dirty(name: str, block: RamBlock) -> set[int]:
+    """Page 2 was written before; what a change that was made has brought, and what was asked for and forgotten."""
+    length = block.used_length // PAGE_SIZE
+    if name in ("grow", "shrink"):
+        return set(range(length)) - {3} if length != 4 else {2}
+    if name == "populate" and not block.discarded:
+        return {2, 3}
+    return {2}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_never_is_too_little_dirty_wherever_a_signal_handler_raises(name: str) -> None:
+    """In the log, in the list, in the mapper: what had been dirty and nobody was told of still is."""
+    with FakeKernel(groups=[(2, [FakeDevice(BDF)])]) as kernel:
+        at, lines = 0, 1
+        while at <= lines:
+            with Rig(kernel) as rig, DirtyLog(rig.blocks) as log, DirtyTracking(rig.container) as tracking:
+                block = rig.add("ring", used=4 * PAGE_SIZE)
+                block.discard(3 * PAGE_SIZE, PAGE_SIZE)
+                log.snapshot(block, clear=True)
+                log.mark(block, 2 * PAGE_SIZE, 1)
+                interrupter = Interrupter(at, house=HOUSE_AND_LOG)
+                ended = False
+                with suppress(Interrupt, pyvfio.RollbackError):
+                    interrupter.run(partial(OPERATIONS[name], rig, log, tracking))
+                    ended = True
+                if at == 0:
+                    lines = interrupter.lines
+                if not (ended and name == "clear") and "ring" in [each.idstr for each in rig.blocks]:
+                    assert must_be_dirty(name, block) <= set(dirty(log, block)), interrupter.where
+                log._check()
+            at += 1
+    print(f"{name}: {lines} lines")
+
+
+def test_what_a_failed_ioctl_or_a_signal_kept_from_being_told_is_dirty(
+    rig: Rig, kernel: SpecialKernel, log: DirtyLog
+) -> None:
+    """The kernel had told it, and forgotten it."""
+    block = rig.add(used=4 * PAGE_SIZE)
+    with DirtyTracking(rig.container) as tracking:
+        log.snapshot(block, clear=True)
+        kernel.interrupt_at(1, after=True)
+        with pytest.raises(Interrupt):
+            log.collect(block, tracking, rig.mapper)
+        assert dirty(log, block) == [0, 1, 2, 3]
+
+
+def test_a_log_and_a_mapper_and_a_tracking_belong_together(kernel: SpecialKernel, rig: Rig, log: DirtyLog) -> None:
+    """Others have other blocks, other IOVA: what they say would be of something else."""
+    block = rig.add()
+    with RamBlockList(kernel=kernel) as blocks, pyvfio.Container(kernel=kernel) as container:
+        stranger = blocks.add("ring", used_length=PAGE_SIZE, max_length=PAGE_SIZE)
+        for ask in (log.snapshot, partial(log.mark, offset=0, size=1)):
+            with pytest.raises(ValueError, match="not in the list that this log follows"):
+                ask(stranger)
+        with DirtyTracking(rig.container) as tracking, pytest.raises(ValueError, match="another container"):
+            log.collect(block, tracking, pyvfio.DmaMapper(container))
+        with DirtyTracking(rig.container) as tracking, pytest.raises(ValueError, match="not followed"):
+            log.collect(block, tracking, pyvfio.DmaMapper(rig.container))
+    with pytest.raises(TypeError, match="RamBlockList"):
+        DirtyLog([])  # type: ignore[arg-type]
+
+
+def test_it_ends_with_its_close(rig: Rig) -> None:
+    """Twice is fine; the list and its blocks go on."""
+    block = rig.add()
+    log = DirtyLog(rig.blocks)
+    assert repr(log) == "<DirtyLog of 1 blocks>"
+    log.close()
+    log.close()
+    assert repr(log) == "<DirtyLog closed>"
+    with pytest.raises(pyvfio.ClosedError, match="this log has been closed"):
+        log.snapshot(block)
+    block.resize(PAGE_SIZE)
+    rig.blocks.discards.require_coordinated().close()
+
+
+def test_who_takes_it_out_of_its_list_ends_it(rig: Rig) -> None:
+    """It would not hear of a resize. Put in again it finds everything dirty."""
+    block = rig.add()
+    with DirtyLog(rig.blocks) as log:
+        log.snapshot(block, clear=True)
+        rig.blocks.remove_notifier(log)
+        with pytest.raises(pyvfio.ClosedError, match="taken out of the list"):
+            log.snapshot(block)
+        rig.blocks.add_notifier(log)
+        assert dirty(log, block) == [0, 1]
+
+
+def test_a_forked_child_neither_asks_nor_ends_it(rig: Rig, log: DirtyLog) -> None:
+    """It is the parent's."""
+    block = rig.add()
+    log.snapshot(block, clear=True)
+
+    def child() -> None:
+        with pytest.raises(pyvfio.ForkedError):
+            log.snapshot(block)
+        log.close()
+
+    assert in_child(child) == 0
+    assert dirty(log, block) == []
+    assert os.getpid() == log._pid
+
+
+def test_a_snapshot_can_be_read() -> None:
+    """By a person; and is what it was, whatever happens to the block."""
+    found = DirtyBlock("ring", 512 * 4096, 4096, (Extent(0, 4096), Extent(0x5000, 0x10000)))
+    assert str(found) == "12 of 512 pages of 4 KiB of RAM block 'ring' are dirty: 0x0-0xfff, 0x5000-0xffff"
+    assert str(DirtyBlock("ring", 0, 4096, ())) == "0 of 0 pages of 4 KiB of RAM block 'ring' are dirty: none"
+    many = DirtyBlock("ring", MIB, 4096, tuple(Extent(page * 8192, page * 8192 + 4096) for page in range(9)))
+    assert str(many).endswith("0xe000-0xefff, …")
+    with pytest.raises(AttributeError):
+        found.dirty = ()  # type: ignore[misc]
