@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         GroupBusyError,
         GroupMember,
         GroupNotViableError,
+        HandOverError,
         Holder,
         IoctlError,
         IovaOverlapError,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from pyvfio.extents import Extent
     from pyvfio.iova import IovaAllocator
     from pyvfio.kernel import Kernel, LinuxKernel, Memlock
+    from pyvfio.live_update import HandOver, TakenOver, hand_over, take_over
     from pyvfio.memory import Anonymous, File, Memfd, MemorySettings
     from pyvfio.plan import BlockShape, Plan, PlannedBlock
     from pyvfio.progress import Progress
@@ -71,6 +73,7 @@ else:
         "extents",
         "iova",
         "kernel",
+        "live_update",
         "memory",
         "plan",
         "progress",
@@ -79,7 +82,11 @@ else:
         "units",
     )
     _MODULES = frozenset(
-        (*_HOMES, "block", "discards", "handle", "ioctls", "notifier", "pci", "pieces", "prefault", "type1_errors")
+        (
+            *_HOMES,
+            *("block", "discards", "handle", "ioctls", "live_state", "notifier", "pci", "pieces", "prefault"),
+            "type1_errors",
+        )
     )
 
     def __getattr__(name):
@@ -129,6 +136,8 @@ __all__ = [
     "GroupBusyError",
     "GroupMember",
     "GroupNotViableError",
+    "HandOver",
+    "HandOverError",
     "Holder",
     "IoctlError",
     "IommuInfo",
@@ -160,10 +169,13 @@ __all__ = [
     "RegionInfo",
     "RegionMap",
     "RollbackError",
+    "TakenOver",
     "UnavailableError",
     "UnmapSizeError",
     "UnsupportedError",
     "Vaddr",
     "VfioError",
+    "hand_over",
     "open_device",
+    "take_over",
 ]

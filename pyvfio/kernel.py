@@ -68,13 +68,14 @@ class Memlock:
 
 @dataclass(frozen=True, slots=True)
 class FileStatus:
-    """An open file: `size` in bytes, `file_system` by its magic number (linux/magic.h), the `block_size` of that, and
-    whether the descriptor lets it be written."""
+    """An open file: `size` in bytes, `file_system` by its magic number (linux/magic.h), the `block_size` of that,
+    whether the descriptor lets it be written, and its `identity`: st_dev and st_ino."""
 
     size: int
     file_system: int
     block_size: int
     writable: bool
+    identity: tuple[int, int]
 
 
 class Registers(Protocol):
@@ -356,11 +357,13 @@ class LinuxKernel:
         """fstat(2), fstatfs(2), fcntl(2)."""
         answer = (ctypes.c_long * 16)()  # struct statfs begins with f_type and f_bsize
         _checked(_libc.fstatfs(fd, ctypes.addressof(answer)))
+        status = os.fstat(fd)
         return FileStatus(
-            size=os.fstat(fd).st_size,
+            size=status.st_size,
             file_system=answer[0],
             block_size=answer[1],
             writable=fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY,
+            identity=(status.st_dev, status.st_ino),
         )
 
     def memlock(self) -> Memlock:

@@ -15,7 +15,7 @@ import errno
 import mmap
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -78,7 +78,16 @@ class File:
     pmem: bool = False
 
 
-MemoryKind: TypeAlias = Anonymous | Memfd | File
+@dataclass(frozen=True, slots=True)
+class Received:
+    """`memory` behind a descriptor that another process has handed over, and that the block closes when it is told to
+    own it."""
+
+    fd: int
+    memory: Memfd | File
+
+
+MemoryKind: TypeAlias = Anonymous | Memfd | File | Received
 
 
 class Store(Protocol):
@@ -95,6 +104,8 @@ class Store(Protocol):
     """Whether its pages are nobody else's, so that an attempt that failed may take back those that it had provided."""
     can_drop: bool
     """Whether pages can be given back while the memory stays accessible."""
+    owned: bool
+    """Whether `close` closes `fd`."""
     warnings: list[Warning]
     """What whoever chose this kind should know."""
 
@@ -121,6 +132,10 @@ def make_store(kernel: Kernel, kind: MemoryKind, *, idstr: str, max_length: int)
         return _AnonymousStore(kernel, kind)
     if isinstance(kind, Memfd):
         return _MemfdStore(kernel, kind, idstr)
+    if isinstance(kind, Received):
+        if isinstance(kind.memory, Memfd):
+            return _MemfdStore(kernel, kind.memory, idstr, fd=kind.fd)
+        return _FileStore(kernel, replace(kind.memory, fd=kind.fd), max_length)
     if not isinstance(kind, File):
         raise TypeError(f"memory is Anonymous(), Memfd() or File(fd), not {kind!r}")
     return _FileStore(kernel, kind, max_length)
@@ -128,7 +143,7 @@ def make_store(kernel: Kernel, kind: MemoryKind, *, idstr: str, max_length: int)
 
 class _AnonymousStore:
     fd, offset, page_size, protection = -1, 0, PAGE_SIZE, _READ_WRITE
-    holds_contents, can_drop, is_own = False, True, True
+    holds_contents, can_drop, is_own, owned = False, True, True, False
 
     def __init__(self, kernel: Kernel, kind: Anonymous) -> None:
         self._kernel = kernel
@@ -156,10 +171,11 @@ class _AnonymousStore:
 class _MemfdStore:
     offset, protection, holds_contents, can_drop, is_own = 0, _READ_WRITE, False, True, True
 
-    def __init__(self, kernel: Kernel, kind: Memfd, idstr: str) -> None:
+    def __init__(self, kernel: Kernel, kind: Memfd, idstr: str, *, fd: int | None = None) -> None:
         self._kernel = kernel
         self.warnings: list[Warning] = []
         self.page_size = PAGE_SIZE
+        self.owned = fd is None
         # A huge page that is mapped would be reserved in the pool, for all of max_length.
         self.flags = MAP_SHARED | MAP_NORESERVE
         flags = 0
@@ -168,6 +184,9 @@ class _MemfdStore:
                 raise ValueError(f"huge pages have a power of two of bytes above {PAGE_SIZE}, not {kind.hugetlb!r}")
             self.page_size = kind.hugetlb
             flags = _MFD_HUGETLB | (kind.hugetlb.bit_length() - 1) << _MFD_HUGE_SHIFT
+        if fd is not None:
+            self.fd = fd
+            return
         try:
             self.fd = kernel.memfd_create(idstr.encode()[:200].decode(errors="ignore"), flags)
         except OSError as error:
@@ -196,13 +215,13 @@ class _MemfdStore:
     def close(self) -> None:
         """The memfd; twice is fine. Its memory stays for as long as it is mapped."""
         fd, self.fd = self.fd, -1
-        if fd >= 0:
+        if fd >= 0 and self.owned:
             with suppress(OSError):  # a descriptor is gone even when close(2) reports an error
                 self._kernel.close(fd)
 
 
 class _FileStore:
-    is_own = False
+    is_own, owned = False, False
 
     def __init__(self, kernel: Kernel, kind: File, max_length: int) -> None:
         self._kernel = kernel
@@ -282,4 +301,8 @@ class _FileStore:
         self.give_back(start, end)
 
     def close(self) -> None:
-        """It is the caller's."""
+        """It is the caller's, unless another process has handed it over."""
+        if self.owned and self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            with suppress(OSError):
+                self._kernel.close(fd)
