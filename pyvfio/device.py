@@ -580,7 +580,6 @@ class Device(Handle):
 
     def _forget(self) -> None:
         """Another process has it: nothing here may touch it, and what is closed is this process's share."""
-        self._stack.pop_all()
         if self.closed:
             return
         steps: list[Callable[[], object]] = [irq._forget for irq in self._irqs.values()]

@@ -135,7 +135,8 @@ class HandOver:
     message), or let a program inherit them: `make_inheritable`.
 
     Eventfds of interrupts go on being signalled and are not among `fds`: send `irq.fds` yourself where the new process
-    is to count on in them, or let it `enable` its own, which takes their place.
+    is to count on in them, or let it `enable` its own, which takes their place. Nor does a DirtyTracking go along: the
+    kernel goes on tracking, and the new process opens one of its own.
 
     Synchronization: one thread at a time.
     """
@@ -462,7 +463,8 @@ def take_over(
     of another version, and HandOverError for descriptors that are not what it says, all of that before any mapping is
     touched; HandOverError where the other process has cancelled; PinLimitError where this process may not lock as much;
     OSError. Then no mapping has an address here, the descriptors are open and the caller's, so that it can be tried
-    again, and the other process can cancel. RollbackError: not even that; it can cancel nevertheless.
+    again, and the other process can cancel. Until either, kernels count what had come so far as locked by this process.
+    RollbackError: some may have one; the other process can cancel nevertheless.
 
     Cost: an ioctl for each mapping; whatever is in memory stays where it is.
     """

@@ -97,6 +97,14 @@ def layout(rig: Rig) -> list[tuple[int, int]]:
     return [(mapping.iova, mapping.size) for mapping in rig.kernel.mappings(BDF)]
 
 
+def has_addresses(rig: Rig) -> None:
+    """No mapping waits for one: each refuses another."""
+    for iova, vaddr, size in rig.reached():
+        with pytest.raises(pyvfio.IoctlError) as caught:
+            rig.container.map_dma(vaddr=vaddr, iova=iova, size=size, flags=int(ioctls.VFIO_DMA_MAP_FLAG_VADDR))
+        assert caught.value.errno == errno.EINVAL
+
+
 # ------------------------------------------------------------------------------------------- the three that matter
 
 
@@ -218,16 +226,48 @@ def test_whichever_call_of_a_hand_over_fails_everything_is_as_it_was(kernel: Spe
         try:
             update = hand_over(rig.mapper)
             update.cancel()
+        except pyvfio.RollbackError:
+            end(kernel)
+            hand_over(rig.mapper).cancel()
         except (OSError, pyvfio.VfioError, Interrupt):
             end(kernel)
-            with suppress(pyvfio.VfioError):
+            if rig.container._handing is not None:  # it was `cancel` that failed
                 hand_over(rig.mapper).cancel()
         end(kernel)
+        has_addresses(rig)
         assert rig.reached() == before
         rig.check()
         rig.blocks["ring"].resize(5 * PAGE_SIZE)
         rig.blocks["ring"].resize(4 * PAGE_SIZE)
         assert rig.reached() == before
+
+
+def test_a_cancel_that_the_kernel_refuses_leaves_it_handed_over_and_can_be_made_again(
+    kernel: SpecialKernel, rig: Rig
+) -> None:
+    """All that could be given an address has it; nothing can change until the rest has."""
+    before = rig.reached()
+    update = hand_over(rig.mapper)
+    kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.ENOMEM, nth=2)
+    with pytest.raises(pyvfio.PinLimitError):
+        update.cancel()
+    with pytest.raises(HandOverError):
+        rig.blocks["ring"].resize(PAGE_SIZE)
+    with pytest.raises(HandOverError):
+        rig.container.unmap(iova=before[0][0], size=before[0][2])
+    update.cancel()
+    assert rig.reached() == before
+    has_addresses(rig)
+    rig.blocks["ring"].resize(8 * PAGE_SIZE)
+
+
+def test_a_kernel_that_gives_up_more_or_less_than_is_known_is_not_trusted(kernel: SpecialKernel, rig: Rig) -> None:
+    """Everything has its address then, as before."""
+    kernel.fall_short_at(1)
+    with pytest.raises(HandOverError, match="44 KiB are known to be mapped, and the kernel has 0 bytes"):
+        hand_over(rig.mapper)
+    has_addresses(rig)
+    rig.check()
 
 
 def test_between_the_two_ends_nothing_can_change_and_what_is_tried_does_nothing(
@@ -312,6 +352,8 @@ def test_a_finish_that_is_interrupted_can_be_made_again(kernel: SpecialKernel) -
                 with suppress(OSError, pyvfio.VfioError, Interrupt):
                     update.finish()
                 end(kernel)
+                if update._ended:
+                    update.cancel()  # as the end of a `with` does
                 update.finish()
                 taken.mapper._check()
                 both_ways(rig, taken.blocks, {block.idstr: taken.mapper.iova(block) for block in taken.blocks})
