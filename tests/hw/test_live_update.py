@@ -445,6 +445,7 @@ def test_a_process_that_executes_another_program_hands_over_to_that(engine_bdfs:
     assert copies.made > 5
     mine.send(b"go")
     assert mine.recv(100) == b"checked"
+    mine.close()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     with pyvfio.open_device(engine_bdfs[0], kernel=world.kernel):
         pass
