@@ -185,7 +185,7 @@ class HandOver:
                 "the kernel cannot hand over what is mapped: it has no VFIO_UPDATE_VADDR",
                 hint="Linux has it from 5.12 on, but not for a container without a group or with a mediated device",
             )
-        if obstacles := [*self._obstacles()]:
+        if obstacles := self._obstacles():
             raise HandOverError(
                 f"{len(obstacles)} things cannot be handed over: " + "; ".join(obstacles[:8]),
                 hint="Nothing has been touched",
