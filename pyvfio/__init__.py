@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         GroupBusyError,
         GroupMember,
         GroupNotViableError,
+        HandOverError,
         Holder,
         IoctlError,
         IovaOverlapError,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from pyvfio.extents import Extent
     from pyvfio.iova import IovaAllocator
     from pyvfio.kernel import Kernel, LinuxKernel, Memlock
+    from pyvfio.live_update import HandOver, TakenOver, hand_over, take_over
     from pyvfio.memory import Anonymous, File, Memfd, MemorySettings
     from pyvfio.plan import BlockShape, Plan, PlannedBlock
     from pyvfio.progress import Progress
@@ -73,6 +75,7 @@ else:
         "extents",
         "iova",
         "kernel",
+        "live_update",
         "memory",
         "plan",
         "progress",
@@ -81,7 +84,11 @@ else:
         "units",
     )
     _MODULES = frozenset(
-        (*_HOMES, "block", "discards", "handle", "ioctls", "notifier", "pci", "pieces", "prefault", "type1_errors")
+        (
+            *_HOMES,
+            *("block", "discards", "handle", "ioctls", "live_state", "notifier", "pci", "pieces", "prefault"),
+            "type1_errors",
+        )
     )
 
     def __getattr__(name):
@@ -133,6 +140,8 @@ __all__ = [
     "GroupBusyError",
     "GroupMember",
     "GroupNotViableError",
+    "HandOver",
+    "HandOverError",
     "Holder",
     "IoctlError",
     "IommuInfo",
@@ -164,10 +173,13 @@ __all__ = [
     "RegionInfo",
     "RegionMap",
     "RollbackError",
+    "TakenOver",
     "UnavailableError",
     "UnmapSizeError",
     "UnsupportedError",
     "Vaddr",
     "VfioError",
+    "hand_over",
     "open_device",
+    "take_over",
 ]

@@ -75,6 +75,7 @@ class RamBlock:
         "_used_length",
         "idstr",
         "page_size",
+        "prealloc",
         "readonly",
         "whole",
     )
@@ -101,6 +102,8 @@ class RamBlock:
         self._discarded: tuple[Extent, ...] = ()  # ascending, disjoint, within [0, used_length)
         self._stale: tuple[Extent, ...] = ()  # of that, what is still to be dropped
         self._prealloc: Callable[[Sequence[tuple[int, int]]], None] | None = None  # has pages behind parts
+        self.prealloc = 0
+        """How many threads have pages behind whatever comes into use (0: pages come when they are touched)."""
         self._exports = Exports()
         self._pid = os.getpid()
         self._memory = Reservation(owner.kernel, max_length=max_length, settings=settings, kind=memory, idstr=idstr)

@@ -12,6 +12,7 @@ import os
 import stat
 import struct
 import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 
@@ -81,6 +82,9 @@ class Group(Handle):
             fd = kernel.open(path, os.O_RDWR)
         except OSError as error:
             raise self._explain(kernel, number, path, error) from error
+        self._begin(kernel, fd, number)
+
+    def _begin(self, kernel: Kernel, fd: int, number: int) -> None:
         super().__init__(kernel, fd, f"IOMMU group {number}")
         self.number = number
         self.container: Container | None = None
@@ -139,6 +143,7 @@ class Group(Handle):
         """
         if self._forked or self.closed:
             return
+        self._check_here()
         failures: list[Exception] = []
         for device in tuple(self.devices):
             attempt(device.close, failures)
@@ -173,19 +178,35 @@ class Container(Handle):
         kernel = kernel or LinuxKernel()
         if iommu_type not in (None, ioctls.VFIO_TYPE1_IOMMU, ioctls.VFIO_TYPE1v2_IOMMU):
             raise ValueError(f"iommu_type must be VFIO_TYPE1_IOMMU or VFIO_TYPE1v2_IOMMU, not {iommu_type!r}")
-        super().__init__(kernel, self._open(kernel), "the VFIO container")
-        self._lock = threading.RLock()
-        self._groups: dict[int, Group] = {}
-        self._table = MappingTable()
-        self._info: caps.IommuInfo | None = None
-        self._entry_limit = caps.DEFAULT_DMA_AVAIL
-        self.allocator = IovaAllocator()
+        self._begin(kernel, self._open(kernel))
         try:
             self._check_version()
             self._iommu_type = self._choose(iommu_type)
         except BaseException:
             self._close_fd()
             raise
+
+    def _begin(self, kernel: Kernel, fd: int) -> None:
+        super().__init__(kernel, fd, "the VFIO container")
+        self._lock = threading.RLock()
+        self._groups: dict[int, Group] = {}
+        self._table = MappingTable()
+        self._info: caps.IommuInfo | None = None
+        self._entry_limit = caps.DEFAULT_DMA_AVAIL
+        self.allocator = IovaAllocator()
+        self._handing: object | None = None  # who hands it to another process
+
+    def _resume(self, iommu_type: ioctls.VfioExtension, groups: Iterable[Group], *, mapped: int) -> None:
+        """As another process has left it, with that IOMMU set, those groups in it, and so many mappings, which the
+        caller enters."""
+        self._check_version()
+        self._iommu_type = iommu_type
+        info = self.get_info()
+        self._adopt(info)
+        self._entry_limit = info.dma_avail + mapped
+        for group in groups:
+            self._groups[group.number] = group
+            group.container = self
 
     @staticmethod
     def _open(kernel: Kernel) -> int:
@@ -538,6 +559,7 @@ class Container(Handle):
         """
         if self._forked or self.closed:
             return
+        self._check_here()
         failures: list[Exception] = []
         with self._lock:
             for group in tuple(self._groups.values()):

@@ -324,6 +324,11 @@ class Irq:
         stop = partial(self._act, ioctls.VFIO_IRQ_SET_ACTION_TRIGGER, start=0, count=0)
         attempt_all(f"disabling {self._name}", [stop, *(partial(self._device.kernel.close, fd) for fd in fds)])
 
+    def _forget(self) -> None:
+        """Close the eventfds and leave the device as it is."""
+        fds, self.fds = self.fds, ()
+        attempt_all(f"forgetting {self._name}", [partial(self._device.kernel.close, fd) for fd in fds])
+
     def wait(self, vector: int = 0, *, timeout: float | None = None) -> int:
         """Wait until `vector` has been raised; how often since the last time, 0 when the time has passed.
 
@@ -405,18 +410,26 @@ class Device(Handle):
 
     def __init__(self, group: Group, bdf: str) -> None:
         bdf = pci.parse_bdf(bdf)
-        super().__init__(group.kernel, group.get_device_fd(bdf), f"device {bdf}")
-        self.bdf = bdf
-        self.group = group
-        self._regions: dict[int, Region] = {}
-        self._irqs: dict[int, Irq] = {}
-        self._stack = ExitStack()  # what open_device opened for this device alone
+        self._begin(group, bdf, group.get_device_fd(bdf))
         try:
             self.info = self._get_info()
         except BaseException:
             self._close_fd()
             raise
         group.devices.append(self)
+
+    def _begin(self, group: Group, bdf: str, fd: int) -> None:
+        super().__init__(group.kernel, fd, f"device {bdf}")
+        self.bdf = bdf
+        self.group = group
+        self._regions: dict[int, Region] = {}
+        self._irqs: dict[int, Irq] = {}
+        self._stack = ExitStack()  # what open_device opened for this device alone
+
+    def _resume(self) -> None:
+        """As another process has left it."""
+        self.info = self._get_info()
+        self.group.devices.append(self)
 
     def __repr__(self) -> str:
         return f"<Device {self.bdf} in group {self.group.number}{', closed' if self.closed else ''}>"
@@ -551,15 +564,28 @@ class Device(Handle):
         """
         if self._forked or self.closed:
             return
-        for region in self._regions.values():
-            for mapped in region._maps:
-                mapped._check_views()
+        self.group._check_here()
+        self._check_views()
         steps: list[Callable[[], object]] = [irq.disable for irq in self._irqs.values()]
         # Nothing may be under way when the mappings go: a device without a reset is kept from the bus.
         steps += [partial(self._set_command, PCI_COMMAND_MASTER, on=False), *([self.reset] if self.can_reset else [])]
         steps += [region._close for region in self._regions.values()]
         steps += [self._close_fd, partial(self.group.devices.remove, self), self._stack.close]
         attempt_all(f"closing device {self.bdf}", steps)
+
+    def _check_views(self) -> None:
+        for region in self._regions.values():
+            for mapped in region._maps:
+                mapped._check_views()
+
+    def _forget(self) -> None:
+        """Another process has it: nothing here may touch it, and what is closed is this process's share."""
+        if self.closed:
+            return
+        steps: list[Callable[[], object]] = [irq._forget for irq in self._irqs.values()]
+        steps += [region._close for region in self._regions.values()]
+        steps += [self._close_fd, partial(self.group.devices.remove, self)]
+        attempt_all(f"forgetting device {self.bdf}", steps)
 
 
 def _checked_timeout(timeout: float | None) -> float | None:

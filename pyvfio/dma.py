@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import os
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Literal, NamedTuple, Self
@@ -131,16 +131,7 @@ class DmaMapper(BufferMapper):
             self._check_parts(block, block._populated(used_length))  # it may have holes already
             self._check_budget(block, max_length)
             iova = self._find_place(block, self._reserve, self._space.reserve_iova_at)
-            window = Window(
-                self._space,
-                self._policy,
-                idstr=block.idstr,
-                vaddr=block.vaddr,
-                iova=iova,
-                size=max_length,
-                map_piece=partial(self._map, write=False) if block.readonly else self._map,
-                attendant=self._attendant(block),
-            )
+            window = self._window(block, iova)
             followed = _Followed(block.vaddr, block, window)
             try:
                 self._change(followed, block._populated(used_length))
@@ -150,6 +141,40 @@ class DmaMapper(BufferMapper):
                 window.withdraw(error)  # a signal handler may have raised when all was mapped
                 self._space.release_iova(iova)
                 raise
+
+    def _window(self, block: RamBlock, iova: Iova) -> Window:
+        return Window(
+            self._space,
+            self._policy,
+            idstr=block.idstr,
+            vaddr=block.vaddr,
+            iova=iova,
+            size=block.max_length,
+            map_piece=partial(self._map, write=False) if block.readonly else self._map,
+            attendant=self._attendant(block),
+        )
+
+    def _resume(self, blocks: RamBlockList, places: Mapping[str, int]) -> None:
+        """Follow `blocks`, a list that nobody else knows, each of which the space has mapped already at its IOVA.
+
+        No call is made, and nobody is told anything, so that nothing has to be taken back when this fails.
+        """
+        with self._lock:
+            self._claim = blocks.discards.disable_uncoordinated()
+            for block in blocks:
+                window = self._window(block, self._space.reserve_iova_at(places[block.idstr], block.max_length))
+                window.resume(block.populated)
+                insort(self._followed, _Followed(block.vaddr, block, window))
+            blocks._set_notifiers([self])
+            self._blocks = blocks
+
+    def _forget(self) -> None:
+        """The blocks are another process's, and so is what is mapped."""
+        with self._lock:
+            self._closed = True
+            self._followed, self._blocks = [], None
+            if self._claim is not None:
+                self._claim.close()
 
     def _check_budget(self, block: RamBlock, max_length: int) -> None:
         """With a granule, each block can have all the mappings it may ever need."""

@@ -221,6 +221,11 @@ class GapError(VfioError):
     """A resize would take memory that stays out of the device's reach for a moment, and that was not allowed."""
 
 
+class HandOverError(VfioError):
+    """Something cannot be handed to another process, is being handed over and so cannot be changed, or could not be
+    taken over as it was handed."""
+
+
 class ReentrancyError(VfioError):
     """A RAM block was added, removed or resized from inside a notifier of the same list."""
 

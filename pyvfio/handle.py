@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from pyvfio import ioctls
-from pyvfio.errors import ClosedError, ForkedError, IoctlError, raise_collected
+from pyvfio.errors import ClosedError, ForkedError, HandOverError, IoctlError, raise_collected
 from pyvfio.kernel import IoctlArgument, Kernel
 
 
@@ -26,6 +26,7 @@ class Handle:
     def __init__(self, kernel: Kernel, fd: int, what: str) -> None:
         self._kernel = kernel
         self._fd = fd
+        self._aside = -1  # the descriptor, while it is being handed to another process
         self._what = what
         self._pid = os.getpid()
 
@@ -36,17 +37,19 @@ class Handle:
 
     @property
     def fd(self) -> int:
-        """The descriptor. Raises ClosedError, and ForkedError in a child of the process that opened it."""
+        """The descriptor. Raises ClosedError, ForkedError in a child of the process that opened it, and HandOverError
+        where it is being handed to another process."""
         if os.getpid() != self._pid:
             raise ForkedError(self._what, owner=self._pid)
         if self._fd < 0:
+            self._check_here()
             raise ClosedError(f"{self._what} has been closed")
         return self._fd
 
     @property
     def closed(self) -> bool:
         """Whether `close()` has been called."""
-        return self._fd < 0
+        return self._fd < 0 and self._aside < 0
 
     def _ioctl(
         self,
@@ -74,6 +77,29 @@ class Handle:
         """Close the descriptor; twice is fine, and in a forked child nothing happens."""
         if not self._forked and self._fd >= 0:
             self._close_fd()
+
+    def _set_aside(self) -> None:
+        """Nobody may use it, until `_take_back`: it is being handed to another process. Twice is fine."""
+        if self._aside < 0:
+            self._aside = self._fd
+        self._fd = -1
+
+    def _take_back(self) -> None:
+        """Undo `_set_aside`, also one that a signal handler has ended."""
+        if self._aside >= 0:
+            self._fd = self._aside
+        self._aside = -1
+
+    def _check_here(self) -> None:
+        if self._aside >= 0:
+            raise HandOverError(
+                f"{self._what} is being handed to another process",
+                hint="cancel() or finish() of the HandOver says who has it from now on",
+            )
+
+    def _abandon(self) -> None:
+        """Forget the descriptor, which stays open."""
+        self._fd = self._aside = -1
 
     @property
     def _forked(self) -> bool:

@@ -75,8 +75,8 @@ class Memlock:
 @dataclass(frozen=True, slots=True)
 class FileStatus:
     """An open file: its `mode` as stat(2) has it, its `size` in bytes, `file_system` by its magic number
-    (linux/magic.h), the `block_size` of that, whether the descriptor lets it be read and written, and the `seals` that
-    it has (F_SEAL_*, 0 for what cannot be sealed)."""
+    (linux/magic.h), the `block_size` of that, whether the descriptor lets it be read and written, the `seals` that it
+    has (F_SEAL_*, 0 for what cannot be sealed), and its `identity`: st_dev and st_ino."""
 
     mode: int
     size: int
@@ -85,6 +85,7 @@ class FileStatus:
     readable: bool
     writable: bool
     seals: int
+    identity: tuple[int, int]
 
 
 class Registers(Protocol):
@@ -379,6 +380,7 @@ class LinuxKernel:
             readable=not flags & os.O_PATH and flags & os.O_ACCMODE != os.O_WRONLY,
             writable=not flags & os.O_PATH and flags & os.O_ACCMODE != os.O_RDONLY,
             seals=seals,
+            identity=(status.st_dev, status.st_ino),
         )
 
     def memlock(self) -> Memlock:

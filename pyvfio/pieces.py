@@ -207,6 +207,10 @@ class Window:
     def _extent(self, mapping: Mapping) -> Extent:
         return Extent(mapping.iova - self.iova, mapping.iova + mapping.size - self.iova)
 
+    def resume(self, reached: Sequence[Extent]) -> None:
+        """`reached`, without neighbours, is mapped already."""
+        self._reached = list(reached)
+
     @property
     def settled(self) -> bool:
         """Whether the last change, or its undo, came to its end."""

@@ -35,12 +35,14 @@ from pyvfio.errors import (
     ClosedError,
     DiscardError,
     ForkedError,
+    HandOverError,
     IoctlError,
     MemoryNotReturnedWarning,
     ReentrancyError,
     RollbackError,
     UnmapSizeError,
     UnsupportedError,
+    VfioError,
     raise_collected,
 )
 from pyvfio.extents import Extent, clip, runs, without
@@ -133,6 +135,7 @@ class RamBlockList:
         self._notifiers: list[RamBlockNotifier] = []  # newest first, as QLIST_INSERT_HEAD leaves them
         self._lock = threading.RLock()
         self._changing = False
+        self._handing: object | None = None  # who hands the blocks to another process; then `_changing` is set, too
         self._pid = os.getpid()
         self.discards = DiscardGuard()
         """Who may discard memory, and who rules it out."""
@@ -236,11 +239,7 @@ class RamBlockList:
             memory=memory,
             readonly=readonly,
         )
-        if prealloc:
-            work = LongWork(
-                self.kernel, block, threads=prealloc, callback=progress, touch=not block._memory.readable_only
-            )
-            block._prealloc = work.prepare
+        self._set_prealloc(block, prealloc, progress)
         blocks = tuple(sorted((*self._blocks, block), key=lambda other: other._start))
         change = Bookkeeping(Added(block), partial(self._set_blocks, blocks), partial(self._set_blocks, self._blocks))
         try:
@@ -282,6 +281,12 @@ class RamBlockList:
         block.whole = True
         return True
 
+    def _set_prealloc(self, block: RamBlock, threads: int, progress: ProgressCallback | None) -> None:
+        block.prealloc = threads
+        if threads:
+            touch = not block._memory.readable_only
+            block._prealloc = LongWork(self.kernel, block, threads=threads, callback=progress, touch=touch).prepare
+
     def _must_be_whole(self, block: RamBlock) -> bool:
         for notifier in self._notifiers:
             if reaches_for_good(notifier):
@@ -301,6 +306,23 @@ class RamBlockList:
             block._memory.abandon()
         else:
             block._release()  # what the caller must hear of is why there is no block
+
+    def _receive(
+        self, block: RamBlock, *, used_length: int, discarded: Sequence[Extent], stale: Sequence[Extent]
+    ) -> None:
+        """Take in a block whose memory another process has filled; this list has no notifier. OSError."""
+        block._memory.resume(used_length)
+        block._used_length = used_length
+        block._set_discarded(tuple(discarded), tuple(stale))
+        self._blocks = tuple(sorted((*self._blocks, block), key=lambda other: other._start))
+
+    def _forget(self) -> None:
+        """The blocks are another process's: their memory here goes, and nobody is told."""
+        with self._lock:
+            for block in self._blocks:
+                block._list, block._used_length = None, 0
+                block._release()
+            self._blocks, self._notifiers = (), []
 
     def remove(self, block: RamBlock) -> None:
         """Tell all notifiers, the newest first, and give the block's memory and address space back.
@@ -582,8 +604,26 @@ class RamBlockList:
             finally:
                 self._changing = False
 
-    @staticmethod
-    def _reentered() -> ReentrancyError:
+    def _suspend(self, by: object) -> None:
+        """Refuse all changes until `_resume`, as the blocks are being handed to another process."""
+        if os.getpid() != self._pid:
+            raise ForkedError("this list of RAM blocks", owner=self._pid)
+        with self._lock:
+            if self._changing:
+                raise self._reentered()
+            self._handing, self._changing = by, True
+
+    def _resume(self, by: object) -> None:
+        with self._lock:
+            if self._handing is by:
+                self._changing, self._handing = False, None
+
+    def _reentered(self) -> VfioError:
+        if self._handing is not None:
+            return HandOverError(
+                "the RAM blocks are being handed to another process, so that none of them can change",
+                hint="cancel() or finish() of the HandOver says who has them from now on",
+            )
         return ReentrancyError(
             "the list of RAM blocks is being changed, and a notifier or callback tries to change it once more",
             hint="Let the hook return first, and make the change after that",
@@ -616,7 +656,7 @@ class RamBlockList:
         self.close()
 
     def _check(self) -> None:
-        assert not self._changing
+        assert not self._changing or self._handing is not None
         assert [block.vaddr for block in self._blocks] == sorted(block._start for block in self._blocks)
         assert len({block.idstr for block in self._blocks}) == len(self._blocks)
         for block in self._blocks:

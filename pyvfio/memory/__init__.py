@@ -5,7 +5,7 @@ madvise(2) is told, `exports` who looks at it, `maps` what the kernel says of it
 """
 
 from pyvfio.memory.exports import Exports
-from pyvfio.memory.kinds import Anonymous, File, Memfd, MemoryKind
+from pyvfio.memory.kinds import Anonymous, File, Memfd, MemoryKind, Received
 from pyvfio.memory.maps import describe
 from pyvfio.memory.reservation import ALIGNMENT, Reservation
 from pyvfio.memory.settings import MemorySettings, apply_settings
@@ -18,6 +18,7 @@ __all__ = [
     "Memfd",
     "MemoryKind",
     "MemorySettings",
+    "Received",
     "Reservation",
     "apply_settings",
     "describe",

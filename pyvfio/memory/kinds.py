@@ -16,7 +16,7 @@ import mmap
 import os
 import stat
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -136,7 +136,21 @@ class File:
         return PAGE_SIZE
 
 
-MemoryKind: TypeAlias = Anonymous | Memfd | File
+@dataclass(frozen=True, slots=True)
+class Received:
+    """`memory` behind a descriptor that another process has handed over, and that the block closes when it is told to
+    own it."""
+
+    fd: int
+    memory: Memfd | File
+
+    @property
+    def page_size(self) -> int:
+        """As `memory`."""
+        return self.memory.page_size
+
+
+MemoryKind: TypeAlias = Anonymous | Memfd | File | Received
 
 
 class Store(Protocol):
@@ -153,6 +167,8 @@ class Store(Protocol):
     """Whether its pages are nobody else's, so that an attempt that failed may take back those that it had provided."""
     can_drop: bool
     """Whether pages can be given back while the memory stays accessible."""
+    owned: bool
+    """Whether `close` closes `fd`."""
     warnings: list[Warning]
     """What whoever chose this kind should know."""
 
@@ -187,6 +203,10 @@ def make_store(kernel: Kernel, kind: MemoryKind, *, idstr: str, max_length: int)
         return _AnonymousStore(kernel, kind)
     if isinstance(kind, Memfd):
         return _MemfdStore(kernel, kind, idstr)
+    if isinstance(kind, Received):
+        if isinstance(kind.memory, Memfd):
+            return _MemfdStore(kernel, kind.memory, idstr, fd=kind.fd)
+        return _FileStore(kernel, replace(kind.memory, fd=kind.fd), max_length)
     if not isinstance(kind, File):
         raise TypeError(f"memory is Anonymous(), Memfd() or File(fd), not {kind!r}")
     return _FileStore(kernel, kind, max_length)
@@ -204,7 +224,7 @@ def _forget(kernel: Kernel, vaddr: int, size: int) -> None:
 
 class _AnonymousStore:
     fd, offset, page_size, protection = -1, 0, PAGE_SIZE, _READ_WRITE
-    holds_contents, can_drop, is_own = False, True, True
+    holds_contents, can_drop, is_own, owned = False, True, True, False
 
     def __init__(self, kernel: Kernel, kind: Anonymous) -> None:
         self._kernel = kernel
@@ -239,16 +259,20 @@ class _AnonymousStore:
 class _MemfdStore:
     offset, protection, holds_contents, can_drop, is_own = 0, _READ_WRITE, False, True, True
 
-    def __init__(self, kernel: Kernel, kind: Memfd, idstr: str) -> None:
+    def __init__(self, kernel: Kernel, kind: Memfd, idstr: str, *, fd: int | None = None) -> None:
         self._kernel = kernel
         self.warnings: list[Warning] = []
         self.page_size = PAGE_SIZE
+        self.owned = fd is None
         # A huge page that is mapped would be reserved in the pool, for all of max_length.
         self.flags = MAP_SHARED | MAP_NORESERVE
         flags = 0
         if kind.hugetlb is not None:
             self.page_size = kind.hugetlb
             flags = _MFD_HUGETLB | (kind.hugetlb.bit_length() - 1) << _MFD_HUGE_SHIFT
+        if fd is not None:
+            self.fd = fd
+            return
         try:
             name = idstr.encode(errors="replace")[:200].decode(errors="ignore")
             self.fd = kernel.memfd_create(name, flags)
@@ -296,13 +320,13 @@ class _MemfdStore:
     def close(self) -> None:
         """The memfd; twice is fine. Its memory stays for as long as it is mapped."""
         fd, self.fd = self.fd, -1
-        if fd >= 0:
+        if fd >= 0 and self.owned:
             with suppress(OSError):  # a descriptor is gone even when close(2) reports an error
                 self._kernel.close(fd)
 
 
 class _FileStore:
-    is_own = False
+    is_own, owned = False, False
 
     def __init__(self, kernel: Kernel, kind: File, max_length: int) -> None:
         self._kernel = kernel
@@ -438,4 +462,8 @@ class _FileStore:
                 raise
 
     def close(self) -> None:
-        """It is the caller's."""
+        """It is the caller's, unless another process has handed it over."""
+        if self.owned and self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            with suppress(OSError):
+                self._kernel.close(fd)

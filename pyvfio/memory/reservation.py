@@ -20,7 +20,7 @@ import logging
 
 from pyvfio.errors import ClosedError, IoctlError
 from pyvfio.kernel import MAP_FIXED, PROT_NONE, Kernel
-from pyvfio.memory.kinds import Anonymous, MemoryKind, make_store
+from pyvfio.memory.kinds import Anonymous, MemoryKind, Received, make_store
 from pyvfio.memory.maps import areas
 from pyvfio.memory.settings import MemorySettings, apply_settings
 from pyvfio.units import MIB, PAGE_SIZE, U64_MAX, Vaddr, align_up, format_size, is_aligned
@@ -71,6 +71,7 @@ class Reservation:
         "_store",
         "_touched",
         "_unsettled",
+        "kind",
         "max_length",
         "vaddr",
     )
@@ -101,7 +102,10 @@ class Reservation:
         self._kept = False  # a device may reach any of it for ever
         self._guarded = True  # the page behind max_length is inaccessible
         self._unsettled: tuple[int, int] | None = None  # [start, end) that has lost its settings
-        self._store = make_store(kernel, Anonymous() if kind is None else kind, idstr=idstr, max_length=max_length)
+        chosen = Anonymous() if kind is None else kind
+        self.kind: MemoryKind = chosen.memory if isinstance(chosen, Received) else chosen
+        """Where its pages come from, as the caller chose it."""
+        self._store = make_store(kernel, chosen, idstr=idstr, max_length=max_length)
         try:
             self.vaddr = self._reserve()
         except BaseException:
@@ -248,6 +252,21 @@ class Reservation:
         if self._length < stale and not self._store.holds_contents:
             self._clear(self._length, min(length, stale))
         self._length = length
+
+    def resume(self, length: int) -> None:
+        """Make `[0, length)` usable, whose pages are in the file already as another process has left them. OSError."""
+        self._touched = length
+        if length:
+            self._kernel.mprotect(self.vaddr, length, self._store.protection)
+        self._accessible = self._length = length
+
+    def own(self) -> None:
+        """Close the descriptor with it."""
+        self._store.owned = True
+
+    def disown(self) -> None:
+        """Leave the descriptor open, which is somebody else's."""
+        self._store.owned = False
 
     def _open_up(self, length: int) -> None:
         start, touched = self._accessible, self._touched

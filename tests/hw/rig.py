@@ -9,6 +9,7 @@ from typing import Literal, Self
 import pyvfio
 from pyvfio import ioctls, pci
 from pyvfio.kernel import Kernel
+from pyvfio.memory import MemoryKind
 from pyvfio.testing import probe
 from pyvfio.testing.edu import EDU_ID, LIMIT, Edu
 from pyvfio.units import PAGE_SIZE
@@ -39,6 +40,7 @@ class Rig:
         place: int | None = None,
         resize: Literal["remap", "extend"] = "remap",
         granule: int | None = None,
+        memory: MemoryKind | None = None,
     ) -> None:
         with ExitStack() as stack:
             self.device = stack.enter_context(
@@ -59,7 +61,7 @@ class Rig:
                 )
             )
             room = granule or PAGE_SIZE
-            desk = self.blocks.add("desk", used_length=room, max_length=room)
+            desk = self.blocks.add("desk", used_length=room, max_length=room, memory=memory)
             self._probe = probe.DmaProbe(self.engine, desk=desk, iova=self.mapper.iova(desk))
             self._stack = stack.pop_all()
 

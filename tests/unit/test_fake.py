@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import pyvfio
 from pyvfio import ioctls
 from pyvfio.kernel import MAP_FIXED, MAP_FIXED_NOREPLACE, PROT_NONE, Kernel, LinuxKernel
 from pyvfio.testing.fake import Bar, DmaFault, FakeDevice, FakeKernel, IommuModel
@@ -796,3 +797,26 @@ def test_a_device_reaches_the_new_vaddr_of_a_mapping_and_its_memory_is_watched_t
     assert kernel.violations == []
     kernel.munmap(new, PAGE)
     assert [violation.vaddr for violation in kernel.violations] == [new]
+
+
+def test_what_hangs_on_a_descriptor_stays_until_the_last_duplicate_is_closed(kernel: FakeKernel) -> None:
+    """A group is busy, and a device has its interrupts, whichever of the two is closed first."""
+    bdf = kernel.bdfs[0]
+    with pyvfio.Container(kernel=kernel) as container, pyvfio.open_device(bdf, container=container) as device:
+        irq, number = device.irq(ioctls.VFIO_PCI_MSI_IRQ_INDEX), device.group.number
+        irq.enable(1)
+        for fd in [kernel.duplicate(fd) for fd in (container.fd, device.group.fd, device.fd)]:
+            kernel.close(fd)
+            kernel.check()
+        kernel.interrupt(bdf)
+        assert irq.wait(timeout=0) == 1
+        copies = [kernel.duplicate(fd) for fd in (device.group.fd, device.fd)]
+        for handle in (device.group, device):
+            handle._close_fd()
+            kernel.check()
+        for fd in copies:
+            with pytest.raises(pyvfio.GroupBusyError):
+                pyvfio.Group(number, kernel=kernel)
+            kernel.close(fd)
+            kernel.check()
+        pyvfio.Group(number, kernel=kernel).close()

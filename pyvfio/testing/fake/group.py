@@ -41,7 +41,11 @@ class Handler(Protocol):
         ...
 
     def release(self, fd: int) -> None:
-        """The descriptor was closed."""
+        """The descriptor was closed, the last of its open file."""
+        ...
+
+    def live_on(self, fd: int, other: int) -> None:
+        """The descriptor was closed, and `other` is one of the same open file."""
         ...
 
 
@@ -94,6 +98,9 @@ class Container:
 
     def release(self, fd: int) -> None:
         """Groups hold the container: nothing happens."""
+
+    def live_on(self, fd: int, other: int) -> None:
+        """Nor here."""
 
     def check_extension(self, argument: Argument) -> int:
         """`vfio_ioctl_check_extension`; never fails."""
@@ -183,6 +190,11 @@ class Group:
         if fd == self.fd:
             self.fd = None
         self.device_closed()
+
+    def live_on(self, fd: int, other: int) -> None:
+        """It stays open by the other one."""
+        if fd == self.fd:
+            self.fd = other
 
     def device_closed(self) -> None:
         """Leave the container when nothing of the group is open."""
@@ -298,6 +310,11 @@ class DeviceHandle:
         if not self.device.descriptors:
             self._features.release()
         self.group.device_closed()
+
+    def live_on(self, fd: int, other: int) -> None:
+        """It stays open by the other one."""
+        self.device.hold(other)
+        self.device.descriptors.discard(fd)
 
 
 class DescriptorTable(Buses, Protocol):

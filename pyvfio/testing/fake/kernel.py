@@ -272,6 +272,18 @@ class FakeKernel:
         """What `fail` was asked for and has not happened yet, in words."""
         return tuple(map(str, self._failures))
 
+    def duplicate(self, fd: int) -> int:
+        """Another descriptor of the same open file, close-on-exec: what dup(2) gives, and a process that is sent one
+        over a socket. What hangs on the file goes with the last of them."""
+        self._check_usable()
+        with self._lock:
+            handler = self._handler(fd)
+            copy = os.dup(fd)
+            self._given_out(copy)
+            if handler is not None:
+                self.adopt(copy, handler)
+            return copy
+
     def clear_trace(self) -> None:
         """Forget the calls so far."""
         self.trace.clear()
@@ -415,8 +427,13 @@ class FakeKernel:
     def _forget(self, fd: int) -> None:
         self._identities.pop(fd, None)
         stale = self._files.pop(fd, None)
-        if stale is not None:
+        if stale is None:
+            return
+        other = next((each for each, handler in self._files.items() if handler is stale), None)
+        if other is None:
             stale.release(fd)
+        else:
+            stale.live_on(fd, other)
 
     def _handler(self, fd: int) -> Handler | None:
         handler = self._files.get(fd)

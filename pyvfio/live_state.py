@@ -1,0 +1,267 @@
+"""What one process tells another of memory that it hands over: plain facts, as JSON, which are checked when they come.
+
+Nothing here makes a system call. Descriptors travel beside it, in the order of `State.identities`: the container's,
+those of the groups, of the devices and of the blocks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from pyvfio import ioctls
+from pyvfio.extents import Extent, clip, runs, without
+from pyvfio.memory import File, Memfd, MemoryKind, MemorySettings
+from pyvfio.pieces import Policy
+from pyvfio.units import PAGE_SIZE, U64_MAX, is_aligned
+
+FORMAT, VERSION = "pyvfio live update", 1
+_ELSEWHERE = 0  # a descriptor's number is each process's own
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """A device, and the number of its group."""
+
+    bdf: str
+    group: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockState:
+    """A RAM block that devices reach at `iova`: what it is made of, and which mappings it has, the `pieces`; all
+    extents in bytes of the block, ascending. `stale`: of what is discarded, what has not been given back."""
+
+    idstr: str
+    used_length: int
+    max_length: int
+    iova: int
+    memory: MemoryKind
+    readonly: bool
+    prealloc: int
+    settings: MemorySettings
+    discarded: tuple[Extent, ...]
+    stale: tuple[Extent, ...]
+    pieces: tuple[Extent, ...]
+
+    def __post_init__(self) -> None:
+        """ValueError for what no block is."""
+        populated = without([Extent(0, self.used_length)], *self.discarded)
+        if not (
+            0 <= self.used_length <= self.max_length
+            and self.max_length > 0
+            and 0 <= self.iova <= U64_MAX - self.max_length + 1
+            and is_aligned(self.used_length | self.max_length | self.iova, PAGE_SIZE)
+            and list(self.discarded) == runs(clip(self.discarded, 0, self.used_length))
+            and not without(self.stale, *self.discarded)
+            and runs(self.pieces) == populated
+            and all(one.end <= other.start for one, other in zip(self.pieces, self.pieces[1:], strict=False))
+        ):
+            raise ValueError(f"the lengths and parts of RAM block '{self.idstr}' do not go together")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """All of it; `identities` (st_dev, st_ino) tell whether a descriptor is the one that was meant."""
+
+    iommu_type: ioctls.VfioExtension
+    groups: tuple[int, ...]
+    devices: tuple[DeviceState, ...]
+    policy: Policy
+    prefault: int
+    blocks: tuple[BlockState, ...]
+    identities: tuple[tuple[int, int], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each descriptor is, in words."""
+        return (
+            "the VFIO container",
+            *(f"IOMMU group {number}" for number in self.groups),
+            *(f"device {device.bdf}" for device in self.devices),
+            *(f"the memory of RAM block '{block.idstr}'" for block in self.blocks),
+        )
+
+    def dump(self) -> bytes:
+        """As JSON."""
+        policy = self.policy
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "iommu_type": int(self.iommu_type),
+                "groups": self.groups,
+                "devices": [{"bdf": device.bdf, "group": device.group} for device in self.devices],
+                "policy": {"resize": policy.resize, "granule": policy.granule, "allow_gap": policy.allow_gap},
+                "prefault": self.prefault,
+                "blocks": [_dump_block(block) for block in self.blocks],
+                "identities": self.identities,
+            },
+            separators=(",", ":"),
+        ).encode()
+
+    @classmethod
+    def load(cls, data: bytes) -> State:
+        """What `dump` has written. ValueError, with what is wrong."""
+        try:
+            top = _Fields(json.loads(data), "the state")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"these {len(data)} bytes are not the state of a HandOver, or not all of it: {error}"
+            ) from error
+        if top.find("format") != FORMAT:
+            raise ValueError("this is not the state of a HandOver, but something else in JSON")
+        if top.find("version") != VERSION:
+            raise ValueError(
+                f"the state is of version {top.find('version')}, and this pyvfio knows version {VERSION}: let both "
+                "processes run pyvfio of one release"
+            )
+        return cls._of(top)
+
+    @classmethod
+    def _of(cls, top: _Fields) -> State:
+        number = top.number("iommu_type")
+        if number not in (ioctls.VFIO_TYPE1_IOMMU, ioctls.VFIO_TYPE1v2_IOMMU):
+            raise ValueError(f"the state has an IOMMU of type {number}, which is none of type1")
+        policy = top.inside("policy")
+        resize = policy.text("resize")
+        state = cls(
+            iommu_type=ioctls.VfioExtension(number),
+            groups=tuple(top.numbers("groups")),
+            devices=tuple(DeviceState(row.text("bdf"), row.number("group")) for row in top.rows("devices")),
+            policy=Policy(
+                "extend" if resize == "extend" else "remap", policy.number_or_none("granule"), policy.flag("allow_gap")
+            ),
+            prefault=top.number("prefault"),
+            blocks=tuple(_load_block(row) for row in top.rows("blocks")),
+            identities=tuple(top.pairs("identities")),
+        )
+        if not {device.group for device in state.devices} <= set(state.groups):
+            raise ValueError("the state has a device of a group that it has not")
+        if len({block.idstr for block in state.blocks}) < len(state.blocks):
+            raise ValueError("the state has two RAM blocks of one name")
+        if len(state.identities) != len(state.names):
+            raise ValueError("the state does not tell of each descriptor what it is")
+        return state
+
+
+def _dump_block(block: BlockState) -> dict[str, object]:
+    memory: dict[str, object] = {"kind": "memfd"}
+    if isinstance(block.memory, Memfd):
+        memory["hugetlb"] = block.memory.hugetlb
+    elif isinstance(block.memory, File):
+        of_file = block.memory
+        memory = {"kind": "file", "offset": of_file.offset, "grow": of_file.grow, "punch": of_file.punch}
+        memory["pmem"] = of_file.pmem
+    return {
+        "idstr": block.idstr,
+        "used_length": block.used_length,
+        "max_length": block.max_length,
+        "iova": block.iova,
+        "memory": memory,
+        "readonly": block.readonly,
+        "prealloc": block.prealloc,
+        "settings": {field.name: getattr(block.settings, field.name) for field in fields(MemorySettings)},
+        "discarded": block.discarded,
+        "stale": block.stale,
+        "pieces": block.pieces,
+    }
+
+
+def _load_block(row: _Fields) -> BlockState:
+    settings = row.inside("settings")
+    return BlockState(
+        idstr=row.text("idstr"),
+        used_length=row.number("used_length"),
+        max_length=row.number("max_length"),
+        iova=row.number("iova"),
+        memory=_load_memory(row.inside("memory")),
+        readonly=row.flag("readonly"),
+        prealloc=row.number("prealloc"),
+        settings=MemorySettings(**{field.name: settings.flag(field.name) for field in fields(MemorySettings)}),
+        discarded=row.extents("discarded"),
+        stale=row.extents("stale"),
+        pieces=row.extents("pieces"),
+    )
+
+
+def _load_memory(row: _Fields) -> MemoryKind:
+    if row.text("kind") == "memfd":
+        return Memfd(hugetlb=row.number_or_none("hugetlb"))
+    return File(_ELSEWHERE, row.number("offset"), grow=row.flag("grow"), punch=row.flag("punch"), pmem=row.flag("pmem"))
+
+
+class _Fields:
+    """An object of JSON, of which each field has to be there and what is wanted; ValueError says which is not."""
+
+    def __init__(self, value: object, where: str) -> None:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} is no JSON object")  # noqa: TRY004 (a value, whatever its type)
+        self._values: dict[str, object] = value
+        self._where = where
+
+    def find(self, name: str) -> object:
+        """Whatever it is; None where it is not there."""
+        return self._values.get(name)
+
+    def _wrong(self, name: str) -> ValueError:
+        return ValueError(f"'{name}' of {self._where} is missing, or not what a HandOver writes")
+
+    def number(self, name: str) -> int:
+        """Not negative."""
+        value = self.find(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise self._wrong(name)
+        return value
+
+    def number_or_none(self, name: str) -> int | None:
+        """As `number`."""
+        return None if name in self._values and self.find(name) is None else self.number(name)
+
+    def text(self, name: str) -> str:
+        """A string."""
+        if not isinstance(value := self.find(name), str):
+            raise self._wrong(name)
+        return value
+
+    def flag(self, name: str) -> bool:
+        """True or false."""
+        if not isinstance(value := self.find(name), bool):
+            raise self._wrong(name)
+        return value
+
+    def _items(self, name: str) -> Sequence[object]:
+        if not isinstance(value := self.find(name), list):
+            raise self._wrong(name)
+        return value
+
+    def numbers(self, name: str) -> list[int]:
+        """A list of them."""
+        items = self._items(name)
+        found = [item for item in items if isinstance(item, int) and not isinstance(item, bool) and item >= 0]
+        if len(found) < len(items):
+            raise self._wrong(name)
+        return found
+
+    def pairs(self, name: str) -> list[tuple[int, int]]:
+        """A list of two numbers each."""
+        rows = [_Fields({name: item}, self._where).numbers(name) for item in self._items(name)]
+        if any(len(row) != 2 for row in rows):
+            raise self._wrong(name)
+        return [(row[0], row[1]) for row in rows]
+
+    def extents(self, name: str) -> tuple[Extent, ...]:
+        """A list of start and end."""
+        found = tuple(Extent(*pair) for pair in self.pairs(name))
+        if any(extent.start >= extent.end for extent in found):
+            raise self._wrong(name)
+        return found
+
+    def inside(self, name: str) -> _Fields:
+        """An object in it."""
+        return _Fields(self.find(name), f"'{name}' of {self._where}")
+
+    def rows(self, name: str) -> list[_Fields]:
+        """A list of objects in it."""
+        return [_Fields(item, f"'{name}' of {self._where}") for item in self._items(name)]

@@ -1,0 +1,688 @@
+"""A hand-over on the fake kernel, both processes in this one: the new one has duplicates of the descriptors.
+
+`tests/hw/test_live_update.py` has two processes, and a device at work.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Literal
+
+import pytest
+
+import pyvfio
+from pyvfio import Anonymous, File, HandOver, HandOverError, Memfd, TakenOver, hand_over, ioctls, take_over
+from pyvfio.kernel import IoctlArgument
+from pyvfio.live_state import State
+from pyvfio.memory import MemoryKind
+from pyvfio.testing.fake import FakeDevice
+from pyvfio.testing.probe import pattern
+from pyvfio.units import MIB, PAGE_SIZE
+from tests.unit.fakes import (
+    BDF,
+    OTHER_BDF,
+    Interrupt,
+    Rig,
+    SpecialKernel,
+    nothing_left,
+    proc_maps_has,
+    requests,
+    small_iommu,
+)
+from tests.unit.processes import in_child, open_fds
+from tests.unit.test_failures import cases, end
+
+SIZE = 64
+
+
+@pytest.fixture
+def kernel() -> Iterator[SpecialKernel]:
+    """Nothing is left in it at the end."""
+    with SpecialKernel(groups=[(2, [FakeDevice(BDF, resettable=True)])]) as made, nothing_left(made):
+        yield made
+
+
+@pytest.fixture
+def rig(kernel: SpecialKernel) -> Iterator[Rig]:
+    """The old process: two blocks, one with holes, in pieces."""
+    with old(kernel) as made:
+        yield made
+
+
+def old(kernel: SpecialKernel, resize: Literal["remap", "extend"] = "extend") -> Rig:
+    """Of memfds."""
+    rig = Rig(kernel, memory=Memfd(), mapper=lambda space, blocks: pyvfio.DmaMapper(space, blocks, resize=resize))
+    rig.add("ring")
+    rig.blocks["ring"].resize(4 * PAGE_SIZE)
+    rig.add("holes", used=8 * PAGE_SIZE)
+    rig.blocks["holes"].discard(2 * PAGE_SIZE, PAGE_SIZE)
+    return rig
+
+
+def duplicates(kernel: SpecialKernel, update: HandOver) -> list[int]:
+    """As they come over a socket."""
+    return [kernel.duplicate(fd) for fd in update.fds]
+
+
+def close(kernel: SpecialKernel, fds: list[int]) -> None:
+    """As a process that dies does."""
+    for fd in fds:
+        kernel.close(fd)
+
+
+def both_ways(rig: Rig, blocks: pyvfio.RamBlockList, iovas: dict[str, int]) -> None:
+    """The device reads what the process has written to each block, and the process what the device has."""
+    for block in blocks:
+        for part in block.populated:
+            there, sent = pattern(SIZE), pattern(SIZE)
+            with block.view() as view:
+                view[part.start : part.start + SIZE] = there
+            assert rig.kernel.dma_read(BDF, iovas[block.idstr] + part.start, SIZE) == there
+            rig.kernel.dma_write(BDF, iovas[block.idstr] + part.start, sent)
+            with block.view() as view:
+                assert bytes(view[part.start : part.start + SIZE]) == sent
+
+
+def iovas(rig: Rig) -> dict[str, int]:
+    """By the names of the blocks."""
+    return {block.idstr: rig.mapper.iova(block) for block in rig.blocks}
+
+
+def layout(rig: Rig) -> list[tuple[int, int]]:
+    """Where the device reaches how much, whatever is behind it."""
+    return [(mapping.iova, mapping.size) for mapping in rig.kernel.mappings(BDF)]
+
+
+def has_addresses(rig: Rig) -> None:
+    """No mapping waits for one: each refuses another."""
+    for iova, vaddr, size in rig.reached():
+        with pytest.raises(pyvfio.IoctlError) as caught:
+            rig.container.map_dma(vaddr=vaddr, iova=iova, size=size, flags=int(ioctls.VFIO_DMA_MAP_FLAG_VADDR))
+        assert caught.value.errno == errno.EINVAL
+
+
+# ------------------------------------------------------------------------------------------- the three that matter
+
+
+def test_a_new_process_has_the_blocks_where_the_device_has_them_and_nothing_was_unmapped(
+    kernel: SpecialKernel, rig: Rig
+) -> None:
+    """The device reaches the same bytes all the while, and afterwards what the new process makes of the blocks."""
+    before, places = layout(rig), iovas(rig)
+    written = pattern(SIZE)
+    kernel.dma_write(BDF, places["ring"], written)
+    kernel.clear_trace()
+    with hand_over(rig.mapper) as update:
+        both_ways(rig, rig.blocks, places)
+        kernel.dma_write(BDF, places["ring"] + PAGE_SIZE, written)
+        taken = take_over(update.state, duplicates(kernel, update), kernel=kernel)
+        assert layout(rig) == before
+        update.finish()
+    assert not {"pwrite", "VFIO_DEVICE_RESET", "VFIO_GROUP_UNSET_CONTAINER"} & set(requests(kernel.trace))
+    with taken:
+        taken.mapper._check()
+        taken.container._check()
+        taken.blocks._check()
+        assert layout(rig) == before
+        ring = taken.blocks["ring"]
+        with ring.view() as view:
+            assert bytes(view[PAGE_SIZE : PAGE_SIZE + SIZE]) == written
+        both_ways(rig, taken.blocks, places)
+        assert {block.idstr: taken.mapper.iova(block) for block in taken.blocks} == places
+        ring.resize(64 * PAGE_SIZE)
+        assert set(before) < set(layout(rig))
+        both_ways(rig, taken.blocks, places)
+        ring.resize(PAGE_SIZE)
+        taken.blocks["holes"].populate(0, 8 * PAGE_SIZE)
+        with taken.blocks["holes"].view() as view:
+            assert bytes(view[2 * PAGE_SIZE : 3 * PAGE_SIZE]) == bytes(PAGE_SIZE)
+        both_ways(rig, taken.blocks, places)
+        taken.mapper._check()
+
+
+def test_what_is_cancelled_is_as_it_was(kernel: SpecialKernel, rig: Rig) -> None:
+    """Though the new process had all of it already, and died."""
+    before, places = rig.reached(), iovas(rig)
+    with hand_over(rig.mapper) as update:
+        fds = duplicates(kernel, update)
+        taken = take_over(update.state, fds, kernel=kernel)
+        assert rig.reached() != before
+        forget(taken, kernel, fds)
+    assert rig.reached() == before
+    rig.check()
+    both_ways(rig, rig.blocks, places)
+    rig.blocks["ring"].resize(16 * PAGE_SIZE)
+    both_ways(rig, rig.blocks, places)
+
+
+def forget(taken: TakenOver, kernel: SpecialKernel, fds: list[int]) -> None:
+    """It dies: its memory and descriptors go, and nothing else happens."""
+    areas = [(block.vaddr, block.max_length + PAGE_SIZE) for block in taken.blocks]
+    taken.mapper._forget()
+    for handle in (taken.container, *taken.container._groups.values(), *taken.devices.values()):
+        handle._abandon()
+    for block in taken.blocks:
+        block._memory.disown()
+    close(kernel, fds)
+    with suppress(AssertionError):
+        for vaddr, size in areas:
+            kernel._linux.munmap(vaddr, size)
+
+
+@pytest.mark.parametrize("stubborn", [False, True], ids=["then cancel", "then once more"])
+def test_whichever_call_of_a_take_over_fails_the_device_reaches_the_same_and_it_can_be_cancelled(
+    kernel: SpecialKernel, rig: Rig, *, stubborn: bool
+) -> None:
+    """Or tried once more, by the new process, with the same descriptors."""
+    before, places, shape = rig.reached(), iovas(rig), layout(rig)
+    with hand_over(rig.mapper) as update:
+        fds = duplicates(kernel, update)
+        kernel.clear_trace()
+        forget(take_over(update.state, fds, kernel=kernel), kernel, fds)
+        calls = list(kernel.trace)
+    assert requests(calls).count("VFIO_IOMMU_MAP_DMA") >= len(before)
+    count = 0
+    for case in cases(calls[: requests(calls).index("close")]):
+        with hand_over(rig.mapper) as update:
+            fds = duplicates(kernel, update)
+            case.plan(kernel)
+            lost = False
+            try:
+                taken = take_over(update.state, fds, kernel=kernel)
+                forget(taken, kernel, fds)  # a setting that may be missing
+                fds = []
+            except HandOverError:
+                lost = case.name == "VFIO_IOMMU_MAP_DMA"  # as after a cancel, which leaves nothing to take over
+            except (OSError, pyvfio.VfioError, Interrupt):
+                pass
+            end(kernel)
+            assert set(fds) <= set(open_fds())
+            assert layout(rig) == shape
+            if stubborn and fds and not lost:
+                forget(take_over(update.state, fds, kernel=kernel), kernel, fds)
+                fds = []
+            close(kernel, fds)
+        assert rig.reached() == before
+        rig.check()
+        count += 1
+    assert count > 100
+    both_ways(rig, rig.blocks, places)
+
+
+# ---------------------------------------------------------------------------------------------- the old process
+
+
+def test_whichever_call_of_a_hand_over_fails_everything_is_as_it_was(kernel: SpecialKernel, rig: Rig) -> None:
+    """A signal handler may raise in any of them, too. What has failed to be undone can be cancelled once more."""
+    before = rig.reached()
+    kernel.clear_trace()
+    hand_over(rig.mapper).cancel()
+    for case in cases(list(kernel.trace)):
+        case.plan(kernel)
+        try:
+            update = hand_over(rig.mapper)
+            update.cancel()
+        except pyvfio.RollbackError:
+            end(kernel)
+            hand_over(rig.mapper).cancel()
+        except (OSError, pyvfio.VfioError, Interrupt):
+            end(kernel)
+            if rig.container._handing is not None:  # it was `cancel` that failed
+                hand_over(rig.mapper).cancel()
+        end(kernel)
+        has_addresses(rig)
+        assert rig.reached() == before
+        rig.check()
+        rig.blocks["ring"].resize(5 * PAGE_SIZE)
+        rig.blocks["ring"].resize(4 * PAGE_SIZE)
+        assert rig.reached() == before
+
+
+def test_a_cancel_that_the_kernel_refuses_leaves_it_handed_over_and_can_be_made_again(
+    kernel: SpecialKernel, rig: Rig
+) -> None:
+    """All that could be given an address has it; nothing can change until the rest has."""
+    before = rig.reached()
+    update = hand_over(rig.mapper)
+    kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.ENOMEM, nth=2)
+    with pytest.raises(pyvfio.PinLimitError):
+        update.cancel()
+    with pytest.raises(HandOverError):
+        rig.blocks["ring"].resize(PAGE_SIZE)
+    with pytest.raises(HandOverError):
+        rig.container.unmap(iova=before[0][0], size=before[0][2])
+    update.cancel()
+    assert rig.reached() == before
+    has_addresses(rig)
+    rig.blocks["ring"].resize(8 * PAGE_SIZE)
+
+
+def test_a_kernel_that_gives_up_more_or_less_than_is_known_is_not_trusted(kernel: SpecialKernel, rig: Rig) -> None:
+    """Everything has its address then, as before."""
+    kernel.fall_short_at(1)
+    with pytest.raises(HandOverError, match="44 KiB are known to be mapped, and the kernel has 0 bytes"):
+        hand_over(rig.mapper)
+    has_addresses(rig)
+    rig.check()
+
+
+def test_between_the_two_ends_nothing_can_change_and_what_is_tried_does_nothing(
+    kernel: SpecialKernel, rig: Rig
+) -> None:
+    """Of the blocks, the mapper, the container, the group and the device, which can be read and written."""
+    before = rig.reached()
+    memory = rig.memory()
+    uses: list[Callable[[], object]] = [
+        lambda: rig.blocks["ring"].resize(PAGE_SIZE),
+        lambda: rig.blocks["ring"].discard(0, PAGE_SIZE),
+        lambda: rig.blocks["holes"].populate(2 * PAGE_SIZE, PAGE_SIZE),
+        rig.blocks["ring"].remove,
+        lambda: rig.add("another"),
+        rig.blocks.close,
+        lambda: rig.blocks.remove_notifier(rig.mapper),
+        lambda: rig.mapper.map_dma(vaddr=memory, size=PAGE_SIZE),
+        rig.mapper.close,
+        lambda: rig.container.map(vaddr=memory, iova=0, size=PAGE_SIZE),
+        lambda: rig.container.unmap(iova=before[0][0], size=before[0][2]),
+        lambda: rig.container.detach(rig.group),
+        rig.container.close,
+        rig.group.close,
+        rig.device.close,
+        lambda: pyvfio.open_device(BDF, container=rig.container),
+    ]
+    with hand_over(rig.mapper) as update:
+        for use in uses:
+            with pytest.raises((HandOverError, pyvfio.RollbackError), match="another process"):
+                use()
+        assert rig.device.config.read16(0) == 0x1234
+        assert hand_over(rig.mapper) is update
+        assert not rig.container.closed
+        assert rig.reached() == before
+    rig.free(memory)
+    rig.check()
+    for use in uses[:3]:
+        use()
+
+
+def test_what_is_finished_is_closed_and_closing_it_reaches_nothing(kernel: SpecialKernel, rig: Rig) -> None:
+    """Twice is fine; the old objects say that they are closed."""
+    ring, vaddr = rig.blocks["ring"], rig.blocks["ring"].vaddr
+    update = hand_over(rig.mapper)
+    with take_over(update.state, duplicates(kernel, update), kernel=kernel) as taken:
+        before = layout(rig)
+        with ring.view(), pytest.raises(BufferError, match="ring"):
+            update.finish()
+        update.finish()
+        update.finish()
+        update.cancel()
+        with pytest.raises(pyvfio.ClosedError, match="finished"):
+            update.make_inheritable()
+        kernel.clear_trace()
+        rig.close()
+        assert kernel.trace == []
+        assert layout(rig) == before
+        assert not proc_maps_has(vaddr)
+        for use in (lambda: ring.resize(0), rig.container.get_info, rig.device.reset):
+            with pytest.raises(pyvfio.ClosedError):
+                use()
+        with pytest.raises(pyvfio.ClosedError):
+            hand_over(rig.mapper)
+        rig.blocks.add("another", used_length=0, max_length=PAGE_SIZE).remove()
+        both_ways(rig, taken.blocks, {block.idstr: taken.mapper.iova(block) for block in taken.blocks})
+
+
+def test_a_finish_that_is_interrupted_can_be_made_again(kernel: SpecialKernel) -> None:
+    """Wherever a signal handler raises in it, or a call of it fails."""
+    with old(kernel) as rig:
+        update = hand_over(rig.mapper)
+        taken = take_over(update.state, duplicates(kernel, update), kernel=kernel)
+        kernel.clear_trace()
+        update.finish()
+        calls = list(kernel.trace)
+        taken.close()
+    for case in cases(calls):
+        with old(kernel) as rig:
+            update = hand_over(rig.mapper)
+            with take_over(update.state, duplicates(kernel, update), kernel=kernel) as taken:
+                case.plan(kernel)
+                with suppress(OSError, pyvfio.VfioError, Interrupt):
+                    update.finish()
+                end(kernel)
+                update.cancel()  # as the end of a `with` does
+                update.finish()
+                taken.mapper._check()
+                both_ways(rig, taken.blocks, {block.idstr: taken.mapper.iova(block) for block in taken.blocks})
+        for area in list(kernel.areas):  # address space of which a signal handler left nobody to know whose it is
+            with suppress(OSError):
+                kernel._linux.munmap(area.start, area.size)
+        kernel.areas = []
+
+
+def test_in_a_child_neither_end_does_anything(kernel: SpecialKernel, rig: Rig) -> None:
+    """The parent's hand-over goes on."""
+    before = rig.reached()
+    with hand_over(rig.mapper) as update:
+
+        def child() -> None:
+            for end_it in (update.cancel, update.finish, update.make_inheritable):
+                with pytest.raises(pyvfio.ForkedError):
+                    end_it()
+            with update:
+                pass
+
+        assert in_child(child) == 0
+    assert rig.reached() == before
+
+
+def test_descriptors_are_inheritable_when_that_is_asked_for_and_not_afterwards(rig: Rig) -> None:
+    """All of them, for execve."""
+    with hand_over(rig.mapper) as update:
+        assert not any(os.get_inheritable(fd) for fd in update.fds)
+        assert update.make_inheritable() == update.fds
+        assert all(os.get_inheritable(fd) for fd in update.fds)
+    assert not any(os.get_inheritable(fd) for fd in update.fds)
+
+
+@pytest.mark.parametrize(
+    ("memory", "reason"),
+    [(Anonymous(), "'private'.*memory=Memfd"), (File(0, shared=False), "'private'.*memory=Memfd")],
+    ids=["anonymous", "private file"],
+)
+def test_private_memory_is_refused_by_name_before_anything_is_touched(
+    kernel: SpecialKernel, rig: Rig, memory: MemoryKind, reason: str
+) -> None:
+    """With what to do."""
+    fd = os.memfd_create("caller's")
+    os.ftruncate(fd, MIB)
+    if isinstance(memory, File):
+        memory = File(fd, shared=False)
+    block = rig.blocks.add("private", used_length=PAGE_SIZE, max_length=MIB, memory=memory)
+    refused(rig, reason)
+    block.remove()
+    hand_over(rig.mapper).cancel()
+    os.close(fd)
+
+
+def refused(rig: Rig, reason: str) -> None:
+    """Nothing is touched, and all goes on."""
+    rig.kernel.clear_trace()
+    with pytest.raises((HandOverError, pyvfio.UnsupportedError), match=reason):
+        hand_over(rig.mapper)
+    assert not {"VFIO_IOMMU_UNMAP_DMA", "VFIO_IOMMU_MAP_DMA"} & set(requests(rig.kernel.trace))
+    rig.check()
+    rig.blocks["ring"].resize(5 * PAGE_SIZE)
+    rig.blocks["ring"].resize(4 * PAGE_SIZE)
+
+
+class _Listener:
+    def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
+        """Nothing."""
+
+
+def test_buffers_listeners_and_mappings_of_others_are_refused_by_name(kernel: SpecialKernel, rig: Rig) -> None:
+    """Of this process, or of another that has the container."""
+    memory, listener = rig.memory(), _Listener()
+    mapping = rig.mapper.map_dma(vaddr=memory, size=PAGE_SIZE)
+    refused(rig, f"vaddr={memory:#x}.*close it")
+    mapping.close()
+    rig.blocks.add_notifier(listener)
+    refused(rig, "_Listener.*remove_notifier")
+    rig.blocks.remove_notifier(listener)
+    rig.container.map(vaddr=memory, iova=0, size=PAGE_SIZE)
+    refused(rig, "IOVA 0x0-0xfff is mapped")
+    rig.container.unmap(iova=0, size=PAGE_SIZE)
+    rig.container.map_dma(vaddr=memory, iova=0, size=PAGE_SIZE)
+    refused(rig, "of which .* known here")
+    rig.container.unmap_dma(iova=0, size=PAGE_SIZE)
+    hand_over(rig.mapper).cancel()
+    rig.free(memory)
+
+
+def test_a_kernel_without_it_is_told_apart(kernel: SpecialKernel, rig: Rig) -> None:
+    """VFIO_UPDATE_VADDR says so."""
+    kernel.answers["VFIO_CHECK_EXTENSION"] = 0
+    refused(rig, "VFIO_UPDATE_VADDR.*5.12")
+    kernel.answers.clear()
+
+
+def test_from_inside_a_hook_nothing_is_handed_over(rig: Rig) -> None:
+    """The change that is being made comes first."""
+
+    def resized(_idstr: str, _length: int) -> None:
+        with pytest.raises(pyvfio.ReentrancyError):
+            hand_over(rig.mapper)
+
+    block = rig.blocks.add("called", used_length=0, max_length=MIB, memory=Memfd(), resized=resized)
+    block.resize(PAGE_SIZE)
+    rig.check()
+
+
+def test_wrong_arguments_are_told_at_once(kernel: SpecialKernel, rig: Rig) -> None:
+    """Neither a container nor a block can be handed over alone."""
+    for wrong in (rig.container, rig.blocks["ring"]):
+        with pytest.raises(TypeError, match="DmaMapper"):
+            hand_over(wrong)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------- the new process
+
+
+def test_a_block_comes_with_all_that_it_was_made_of(kernel: SpecialKernel) -> None:
+    """Settings, rights, prealloc, the policy of its mapper; a file's descriptor is the new process's own."""
+    fd = os.memfd_create("caller's", os.MFD_CLOEXEC)
+    settings = pyvfio.MemorySettings(dontdump=True, hugepage=False)
+
+    def mapper(space: pyvfio.Container, blocks: pyvfio.RamBlockList) -> pyvfio.DmaMapper:
+        return pyvfio.DmaMapper(space, blocks, resize="extend", granule=2 * PAGE_SIZE, allow_gap=False, prefault=2)
+
+    called: list[int] = []
+    with Rig(kernel, mapper=mapper) as rig:
+        file = File(fd, PAGE_SIZE, grow=True, punch=True)
+        rig.blocks.add("file", used_length=2 * PAGE_SIZE, max_length=MIB, memory=file, readonly=True)
+        rig.blocks.add(
+            "other", used_length=4 * PAGE_SIZE, max_length=MIB, memory=Memfd(), settings=settings, prealloc=2
+        )
+        with rig.blocks["file"].view() as view:
+            view[:4] = b"file"
+        update = hand_over(rig.mapper)
+        resized = {"other": lambda _idstr, length: called.append(length)}
+        with take_over(update.state, duplicates(kernel, update), kernel=kernel, resized=resized) as taken:
+            update.finish()
+            os.close(fd)
+            policy = taken.mapper._policy
+            assert (policy.resize, policy.granule, policy.allow_gap) == ("extend", 2 * PAGE_SIZE, False)
+            of_file, other = taken.blocks["file"], taken.blocks["other"]
+            assert of_file.readonly
+            assert (other.settings, other.prealloc, other.readonly) == (settings, 2, False)
+            assert kernel.dma_read(BDF, taken.mapper.iova(of_file), 4) == b"file"
+            of_file.resize(4 * PAGE_SIZE)
+            other.resize(8 * PAGE_SIZE)
+            assert called == [8 * PAGE_SIZE]
+            taken.mapper._check()
+
+
+def test_a_container_that_is_full_can_be_handed_over(kernel: SpecialKernel) -> None:
+    """Whoever takes it over has the same promise for each block, and no more."""
+    with SpecialKernel(groups=[(2, [FakeDevice(BDF)])]) as narrow, nothing_left(narrow):
+        narrow._model = small_iommu(8)
+
+        def mapper(space: pyvfio.Container, blocks: pyvfio.RamBlockList) -> pyvfio.DmaMapper:
+            return pyvfio.DmaMapper(space, blocks, resize="extend", granule=PAGE_SIZE)
+
+        with Rig(narrow, mapper=mapper, memory=Memfd()) as rig:
+            rig.add(used=6 * PAGE_SIZE, maximum=8 * PAGE_SIZE)
+            update = hand_over(rig.mapper)
+            with take_over(update.state, duplicates(narrow, update), kernel=narrow) as taken:
+                update.finish()
+                taken.blocks["ring"].resize(8 * PAGE_SIZE)
+                assert taken.container.entries_left == 0
+                with pytest.raises(pyvfio.EntryLimitError):
+                    taken.blocks.add("more", used_length=0, max_length=PAGE_SIZE)
+
+
+def test_what_was_taken_over_can_be_handed_over_again(kernel: SpecialKernel, rig: Rig) -> None:
+    """And the place of new blocks is the caller's to choose there."""
+    update = hand_over(rig.mapper)
+    first = take_over(update.state, duplicates(kernel, update), kernel=kernel, place=lambda _block: 1 << 32)
+    update.finish()
+    again = hand_over(first.mapper)
+    with take_over(again.state, duplicates(kernel, again), kernel=kernel, place=lambda _block: 1 << 33) as second:
+        again.finish()
+        first.close()
+        new = second.blocks.add("new", used_length=PAGE_SIZE, max_length=MIB)
+        assert second.mapper.iova(new) == 1 << 33
+        both_ways(rig, second.blocks, {block.idstr: second.mapper.iova(block) for block in second.blocks})
+
+
+def test_a_list_without_blocks_and_an_empty_block_are_handed_over(kernel: SpecialKernel) -> None:
+    """The device alone is something."""
+    for used in (None, 0):
+        with Rig(kernel, memory=Memfd()) as rig:
+            if used is not None:
+                rig.add(used=used)
+            update = hand_over(rig.mapper)
+            with take_over(update.state, duplicates(kernel, update), kernel=kernel) as taken:
+                update.finish()
+                for block in taken.blocks:
+                    block.resize(PAGE_SIZE)
+                assert len(layout(rig)) == len(taken.blocks)
+
+
+def test_two_groups_go_together_and_one_container_with_them(kernel: SpecialKernel) -> None:
+    """With all their devices, by their addresses."""
+    with SpecialKernel() as two, nothing_left(two), Rig(two, memory=Memfd()) as rig:
+        pyvfio.open_device(OTHER_BDF, container=rig.container)
+        rig.add()
+        update = hand_over(rig.mapper)
+        with take_over(update.state, duplicates(two, update), kernel=two) as taken:
+            update.finish()
+            assert set(taken.devices) == {BDF, OTHER_BDF}
+            assert taken.devices[OTHER_BDF].container is taken.container
+
+
+def test_pins_that_the_new_process_may_not_have_are_told_with_the_limit(kernel: SpecialKernel, rig: Rig) -> None:
+    """And the old process has everything still."""
+    before = rig.reached()
+    with hand_over(rig.mapper) as update:
+        fds = duplicates(kernel, update)
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.ENOMEM, nth=2)
+        kernel.memlock_limit = kernel.memlock().used
+        with pytest.raises(pyvfio.PinLimitError, match="RLIMIT_MEMLOCK lets this process lock"):
+            take_over(update.state, fds, kernel=kernel)
+        close(kernel, fds)
+    assert rig.reached() == before
+
+
+def test_descriptors_that_are_not_what_they_should_be_are_refused(kernel: SpecialKernel, rig: Rig) -> None:
+    """One too few, the same twice, two exchanged, one that is closed, memory that has become too short."""
+    with hand_over(rig.mapper) as update:
+        fds = duplicates(kernel, update)
+        closed = os.dup(fds[-1])
+        os.close(closed)
+        exchanged = [*fds[:-2], fds[-1], fds[-2]]
+        for wrong, reason in (
+            (fds[:-1], "the VFIO container, IOMMU group 2, device .*, the memory of RAM block"),
+            ([*fds[:-1], fds[0]], "different ones"),
+            (exchanged, "should be the memory of RAM block '(ring|holes)', and is another file"),
+            ([*fds[:-1], closed], "Bad file descriptor.*send_fds"),
+        ):
+            kernel.clear_trace()
+            with pytest.raises(HandOverError, match=reason):
+                take_over(update.state, wrong, kernel=kernel)
+            assert "ioctl" not in [call.call for call in kernel.trace]
+        state = json.loads(update.state)
+        state["blocks"][0].update(used_length=MIB, pieces=[[0, MIB]], discarded=[], stale=[])
+        with pytest.raises(HandOverError, match=r"has (16|32) KiB, and 1 MiB are in use"):
+            take_over(json.dumps(state).encode(), fds, kernel=kernel)
+        close(kernel, fds)
+
+
+def test_what_was_cancelled_cannot_be_taken_over(kernel: SpecialKernel, rig: Rig) -> None:
+    """Nor can what another has taken over, and it loses nothing by that."""
+    update = hand_over(rig.mapper)
+    fds = duplicates(kernel, update)
+    update.cancel()
+    before = rig.reached()
+    with pytest.raises(HandOverError, match="has cancelled"):
+        take_over(update.state, fds, kernel=kernel)
+    close(kernel, fds)
+    hand_over(rig.mapper).cancel()
+    assert rig.reached() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda state: state[:100], "or not all of it"),
+        (lambda _state: b"\xff\0", "not the state"),
+        (lambda _state: b"[]", "no JSON object"),
+        (lambda _state: b"{}", "something else"),
+        (lambda state: state.replace(b'"version":1', b'"version":2'), "version 2.*one release"),
+        (lambda state: state.replace(b'"version":1', b'"version":[]'), "version"),
+        (lambda state: state.replace(b'"iommu_type":3', b'"iommu_type":7'), "type 7"),
+        (lambda state: state.replace(b'"groups":[2]', b'"groups":[3]'), "group that it has not"),
+        (lambda state: state.replace(b'"groups":[2]', b'"groups":["2"]'), "'groups'"),
+        (lambda state: state.replace(b'"bdf"', b'"fdb"'), "'bdf'"),
+        (lambda state: state.replace(b'"pieces":[[', b'"pieces":[[4096,'), "'pieces'"),
+        (lambda state: state.replace(b'"pieces":[[0,', b'"pieces":[[4096,'), "do not go together"),
+        (lambda state: state.replace(b'"idstr":"holes"', b'"idstr":"ring"'), "two RAM blocks of one name"),
+        (lambda state: state.replace(b'"max_length":1048576', b'"max_length":-1'), "'max_length'"),
+        (lambda state: state.replace(b'"readonly":false', b'"readonly":0'), "'readonly'"),
+        (lambda state: state.replace(b'"identities":[', b'"identities":[[1,2],'), "of each descriptor"),
+        (lambda state: state.replace(b'"granule":null', b'"granule":3'), "power of two"),
+    ],
+)
+def test_a_state_that_is_none_is_refused_with_what_is_wrong_with_it(
+    kernel: SpecialKernel, rig: Rig, change: Callable[[bytes], bytes], reason: str
+) -> None:
+    """Cut off, of another version, not JSON, or with lengths that no block has: no call is made."""
+    with hand_over(rig.mapper) as update:
+        wrong = change(update.state)
+        assert wrong != update.state
+        kernel.clear_trace()
+        with pytest.raises(ValueError, match=reason):
+            take_over(wrong, update.fds, kernel=kernel)
+        assert kernel.trace == []
+        with pytest.raises(ValueError, match="no RAM block 'other'"):
+            take_over(update.state, update.fds, kernel=kernel, resized={"other": lambda _idstr, _length: None})
+
+
+def test_a_state_says_the_same_after_it_has_travelled(kernel: SpecialKernel, rig: Rig) -> None:
+    """To the last field."""
+    with hand_over(rig.mapper) as update:
+        state = State.load(update.state)
+        assert State.load(state.dump()) == state
+        assert [block.idstr for block in state.blocks] == [block.idstr for block in rig.blocks]
+        assert state.iommu_type is ioctls.VFIO_TYPE1v2_IOMMU
+
+
+class _PiecemealKernel(SpecialKernel):
+    """One without VFIO_UNMAP_ALL."""
+
+    def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
+        """As the fake's, but for that."""
+        if request == ioctls.VFIO_CHECK_EXTENSION and argument == ioctls.VFIO_UNMAP_ALL:
+            return 0
+        return super().ioctl(fd, request, argument)
+
+
+@pytest.mark.parametrize("iommu_type", [ioctls.VFIO_TYPE1_IOMMU, ioctls.VFIO_TYPE1v2_IOMMU])
+@pytest.mark.parametrize("version", ["6.1", "6.12", "7.3"])
+def test_every_kernel_and_both_types_of_iommu_hand_over(version: str, iommu_type: ioctls.VfioExtension) -> None:
+    """By one call where it takes all mappings at once, else by one for each."""
+    for at_once in (True, False):
+        kernel = SpecialKernel(version) if at_once else _PiecemealKernel(version)
+        with kernel, nothing_left(kernel), Rig(kernel, memory=Memfd(), iommu_type=iommu_type) as rig:
+            rig.add(used=4 * PAGE_SIZE)
+            rig.add("other")
+            places = iovas(rig)
+            kernel.clear_trace()
+            update = hand_over(rig.mapper)
+            assert requests(kernel.trace).count("VFIO_IOMMU_UNMAP_DMA") == (1 if at_once else 2)
+            with take_over(update.state, duplicates(kernel, update), kernel=kernel) as taken:
+                update.finish()
+                both_ways(rig, taken.blocks, places)
