@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
@@ -15,10 +16,12 @@ from pyvfio import pci
 from pyvfio.cli.common import selector_argument
 from pyvfio.kernel import LinuxKernel
 from pyvfio.testing.fake import VERSIONS
+from tests import series
 
 pytest.register_assert_rewrite("tests.life")
 
 LEFT_OUT = pytest.StashKey[int]()
+OUTCOMES = pytest.StashKey[dict[str, bool]]()
 
 # A machine that is busy is not a bug, so how long an example takes is not looked at.
 hypothesis.settings.register_profile("pyvfio", deadline=None)
@@ -26,7 +29,7 @@ hypothesis.settings.load_profile("pyvfio")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--device`, `--fake`, `--bind`, `--throwaway`, `--hw-required`."""
+    """`--device`, `--fake`, `--bind`, `--throwaway`, `--hw-required`, `--report-documented` and `--random-steps`."""
     group = parser.getgroup("pyvfio")
     group.addoption(
         "--device",
@@ -60,6 +63,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--hw-required", action="store_true", help="a test that lacks what it needs fails, where it would be skipped"
     )
+    group.addoption(
+        "--report-documented",
+        action="store_true",
+        help="print at the end which tests of docs/series.md passed, and on what, for tests/series.py",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -84,11 +92,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say what was left out for want of /dev/kvm, so that nobody takes it for passed."""
+    """Say what was left out for want of /dev/kvm, so that nobody takes it for passed; and what was documented."""
     if count := config.stash.get(LEFT_OUT, 0):
         terminalreporter.write_line(
             f"{count} tests left out: /dev/kvm is not there, not for this user, or runs no guest"
         )
+    if config.getoption("--report-documented"):
+        outcomes = config.stash.get(OUTCOMES, {})
+        documented = {test for row in series.read_rows(series.PAGE.read_text(encoding="utf-8")) for test in row.tests}
+        for test in sorted(documented & outcomes.keys()):
+            terminalreporter.write_line(series.report(test, _where(config), passed=outcomes[test]))
+
+
+def _where(config: pytest.Config) -> str:
+    """What tests/hw and tests/contract run on, as docs/series.md promises it."""
+    if config.getoption("--device"):
+        return f"kernel {os.uname().release}"
+    return f"fake {fake}" if (fake := config.getoption("--fake")) else "here"
 
 
 def kvm_runs() -> bool:
@@ -103,10 +123,14 @@ def kvm_runs() -> bool:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """With --hw-required a skip is a failure: CI must not pass because something is missing."""
+    """With --hw-required a skip is a failure: CI must not pass because something is missing. A test with parameters has
+    passed when it has with all of them, set-up and tear-down included."""
     report = yield
     if report.skipped and item.config.getoption("--hw-required"):
         report.outcome = "failed"
+    outcomes = item.config.stash.setdefault(OUTCOMES, {})
+    test = item.nodeid.partition("[")[0]
+    outcomes[test] = outcomes.get(test, True) and report.passed
     return report
 
 

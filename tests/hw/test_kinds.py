@@ -64,6 +64,22 @@ def test_what_a_device_writes_is_in_the_file(rig: Rig) -> None:
     assert os.pread(block.file.fd, SIZE, PAGE_SIZE) == sent
 
 
+def test_a_block_is_its_part_of_a_file_and_so_is_what_the_device_reaches(rig: Rig) -> None:
+    """From the offset on, byte by byte, also in what the block has grown by; nothing before it is touched."""
+    with kind("file") as memory:
+        assert isinstance(memory, File)
+        block = rig.blocks.add("ring", used_length=PAGE_SIZE, max_length=4 * MIB, memory=memory)
+        for length in (PAGE_SIZE, 3 * PAGE_SIZE, 4 * MIB, 2 * PAGE_SIZE):
+            block.resize(length)
+            theirs, ours = pattern(), pattern()
+            os.pwrite(memory.fd, theirs, memory.offset + length - SIZE)
+            assert rig.device_reads(rig.mapper.iova(block) + length - SIZE) == theirs
+            rig.device_writes(rig.mapper.iova(block) + length - SIZE, ours)
+            assert os.pread(memory.fd, SIZE, memory.offset + length - SIZE) == ours
+        assert os.pread(memory.fd, PAGE_SIZE, 0) == bytes(PAGE_SIZE)
+        block.remove()
+
+
 @pytest.mark.real_kernel("a fake reaches memory by its address and pins no physical page")
 @pytest.mark.parametrize("name", ["memfd", "file"])
 def test_a_page_of_a_file_that_was_given_back_is_out_of_the_devices_reach(rig: Rig, name: str) -> None:
@@ -127,6 +143,22 @@ def test_huge_pages_are_grown_to_the_end_of_their_pool_and_no_further(rig: Rig, 
         assert int(free.read_text(encoding="ascii")) == 2
         assert rig.reaches(block, 4 * MIB - SIZE)
         block.remove()
+
+
+@pytest.mark.real_kernel("the pool of huge pages is the machine's")
+def test_the_page_size_of_a_callers_file_is_found_out(rig: Rig, throwaway: None) -> None:
+    """One on hugetlbfs has huge pages, of which lengths are multiples then."""
+    fd = os.memfd_create("caller's", os.MFD_CLOEXEC | os.MFD_HUGETLB)
+    os.ftruncate(fd, 8 * MIB)
+    with huge_pages(4):
+        block = rig.blocks.add("ring", used_length=2 * MIB, max_length=8 * MIB, memory=File(fd))
+        assert block.page_size == 2 * MIB
+        with pytest.raises(ValueError, match="multiple of 2097152"):
+            block.resize(3 * MIB)
+        block.resize(4 * MIB)
+        assert rig.reaches(block, 4 * MIB - SIZE)
+        block.remove()
+    os.close(fd)
 
 
 @pytest.mark.real_kernel("what is charged under strict overcommit is the machine's")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+from itertools import pairwise
 
 import pytest
 
@@ -105,6 +106,18 @@ def test_a_mapping_outside_the_ranges_is_refused_with_the_ranges(rig: Rig) -> No
             rig.container.map(vaddr=block.vaddr, iova=iova, size=2 * PAGE_SIZE)
         assert caught.value.ranges == ranges
         assert str(ranges[0]) in str(caught.value)
+
+
+def test_what_lies_between_the_ranges_is_what_the_group_has_reserved(device: pyvfio.Device, kernel: Kernel) -> None:
+    """As sysfs lists it: no more, and no less, but for memory that is reserved until a driver takes the device."""
+    group = kernel.sysfs / f"kernel/iommu_groups/{device.group.number}/reserved_regions"
+    lines = [line.split() for line in group.read_text(encoding="ascii").splitlines()]
+    reserved = [(int(start, 16), int(last, 16)) for start, last, kind in lines if kind != "direct-relaxable"]
+    ranges = device.container.iova_ranges
+    for start, last in reserved:
+        assert not any(found.start <= last and start <= found.last for found in ranges), hex(start)
+    between = {(before.last + 1, after.start - 1) for before, after in pairwise(ranges)}
+    assert between <= set(reserved)
 
 
 def test_memory_that_cannot_be_pinned_is_refused_with_what_is_there(rig: Rig) -> None:
