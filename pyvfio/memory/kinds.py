@@ -181,7 +181,7 @@ class _MemfdStore:
 
     def provide(self, start: int, end: int) -> None:
         """fallocate(2): the only call that says whether there is memory, and makes the file as long as it is to be."""
-        self._kernel.fallocate(self.fd, 0, start, end - start)
+        self._kernel.allocate(self.fd, start, end - start)
 
     def give_back(self, start: int, end: int) -> None:
         """The file ends where the memory does."""
@@ -227,8 +227,8 @@ class _FileStore:
                 f"the file ends {format_size(max(status.size - kind.offset, 0))} behind offset {kind.offset:#x}, and "
                 f"max_length is {format_size(max_length)}: make it longer, or let grow be True"
             )
-        tracked = status.file_system not in (TMPFS_MAGIC, HUGETLBFS_MAGIC)
-        if tracked and kind.shared and status.writable:
+        self._in_memory = status.file_system in (TMPFS_MAGIC, HUGETLBFS_MAGIC)
+        if kind.shared and status.writable and not self._in_memory:
             self.warnings.append(
                 CannotBePinnedWarning(
                     "no device can be let write to a shared mapping of a file on a disk since Linux 6.5: it is EFAULT"
@@ -260,7 +260,9 @@ class _FileStore:
     def provide(self, start: int, end: int) -> None:
         """A file that is long enough, and has its pages where it may be changed."""
         needed = self.offset + end
-        if self._kind.grow:
+        if self._kind.grow and self._in_memory:
+            self._kernel.allocate(self.fd, self.offset + start, end - start)
+        elif self._kind.grow:
             try:
                 self._kernel.fallocate(self.fd, 0, self.offset + start, end - start)
             except OSError as error:
