@@ -144,7 +144,8 @@ class RamBlock:
     def _populated(self, length: int) -> list[Extent]:
         """As it is or will be with that length."""
         if not self._discarded:
-            return [Extent(0, length)] if length else []
+            # Extent(0, length) costs twice as much, and each resize makes one.
+            return [tuple.__new__(Extent, (0, length))] if length else []
         return without([Extent(0, length)], *self._discarded)
 
     @property

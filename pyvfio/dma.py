@@ -333,7 +333,7 @@ class DmaMapper(BufferMapper):
         followed.window.change(wanted, join=True)
 
     def _search(self, block: RamBlock) -> _Followed | None:
-        position = bisect_left(self._followed, (block.vaddr,))
+        position = bisect_left(self._followed, (block._start,))
         if position == len(self._followed) or self._followed[position].block is not block:
             return None
         return self._followed[position]
@@ -341,6 +341,7 @@ class DmaMapper(BufferMapper):
     def _find(self, block: RamBlock) -> _Followed:
         if (followed := self._search(block)) is None:
             self._check_open()
+            assert block.vaddr  # raises where the block has been removed
             raise ValueError(f"RAM block '{block.idstr}' is not followed by this mapper")
         return followed
 

@@ -125,10 +125,12 @@ def _difference(one: Sequence[Extent], other: Sequence[Extent]) -> Extent:
 
 def _growth(reached: Sequence[Extent], wanted: Sequence[Extent]) -> tuple[int, int] | None:
     """What a block of which nothing is discarded grows by."""
-    if len(wanted) != 1 or len(reached) != 1 or reached[0].start != wanted[0].start:
+    if len(wanted) != 1 or len(reached) != 1:
         return None
-    old, new = reached[0].end, wanted[0].end
-    return (old, new) if old < new else None
+    before, after = reached[0], wanted[0]
+    if before.start != after.start or before.end >= after.end:
+        return None
+    return before.end, after.end
 
 
 def _gap(piece: Extent, inside: Sequence[Extent]) -> GapError:
@@ -183,7 +185,7 @@ class Window:
         self._map_piece = map_piece
         self._attendant = attendant
         # What the last change was to reach; None while one is made, and after one of which not even the undo succeeded.
-        self._reached: list[Extent] | None = []
+        self._reached: Sequence[Extent] | None = []
         self.vaddr = vaddr
         self.iova = iova
         self.size = size
@@ -224,7 +226,8 @@ class Window:
         return any(run.start <= start and end <= run.end for run in runs(self.pieces(Extent(start, end))))
 
     def change(self, wanted: Sequence[Extent], *, join: bool = False) -> None:
-        """Let exactly `wanted`, which has no neighbours, be mapped, in as few pieces as can be with `join`.
+        """Let exactly `wanted`, which has no neighbours and is the window's from now on, be mapped, in as few pieces as
+        can be with `join`.
 
         Where the last change came to its end, only the difference is looked at, else the whole block. Raises GapError
         before any call, and what a call raises; then the pieces are as they were. RollbackError when not even that
@@ -242,7 +245,7 @@ class Window:
             self._restore(before, region, error)
             raise
         # Last, so that after an interruption before it the next change looks at the whole block.
-        self._reached = list(wanted)
+        self._reached = wanted
 
     def _plan(self, wanted: Sequence[Extent], *, join: bool) -> tuple[tuple[int, int], list[Extent], list[Step]]:
         """Where something changes, the pieces that are there, and the steps."""
@@ -250,7 +253,7 @@ class Window:
         if policy.resize == "remap" or self._reached is None:
             region = Extent(0, self.size)
         elif grown := _growth(self._reached, wanted):  # what happens most: nothing is there, and nothing goes
-            return grown, [], policy.maps(*grown)
+            return grown, [], policy.maps(grown[0], grown[1])
         else:
             region = _difference(self._reached, wanted)
         before = self.pieces(region)

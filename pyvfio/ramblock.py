@@ -27,7 +27,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self, TypeVar, TypeVarTuple
 
 from pyvfio.block import RamBlock, ResizedCallback
 from pyvfio.discards import DiscardGuard
@@ -71,6 +71,7 @@ __all__ = ["RamBlock", "RamBlockList", "RamBlockNotifier", "ResizedCallback"]
 
 logger = logging.getLogger(__name__)
 
+_Arguments = TypeVarTuple("_Arguments")
 _Result = TypeVar("_Result")
 
 _KEEP_MEMORY = (RollbackError, UnmapSizeError)  # after these nobody knows what a device still reaches
@@ -431,7 +432,7 @@ class RamBlockList:
         new = _length(used_length, "used_length", block.page_size)
         if new > block._max_length:
             raise ValueError(f"used_length {new:#x} is above max_length {block.max_length:#x} of '{block.idstr}'")
-        kept = self._change(partial(self._resize_to, block, new))
+        kept = self._change(self._resize_to, block, new)
         if kept is not None:
             # Last, since a program may have made warnings errors: by now everything is in order.
             warnings.warn(
@@ -457,7 +458,8 @@ class RamBlockList:
         except BaseException:
             block._agree()
             raise
-        logger.debug("resized %s from %#x", block, old)
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("resized %s from %#x", block, old)
         return kept
 
     def _relabel(self, block: RamBlock, old: int, new: int) -> None:
@@ -591,7 +593,7 @@ class RamBlockList:
         """Tell `notifiers`, change `used_length`, call the block's callback; or nothing of it."""
         tell_all(notifiers, [event] * len(notifiers), event)
 
-    def _change(self, action: Callable[[], _Result]) -> _Result:
+    def _change(self, action: Callable[[*_Arguments], _Result], *arguments: *_Arguments) -> _Result:
         # Not a context manager: a signal handler that raises between its entry and the block would leave it entered.
         if os.getpid() != self._pid:
             raise ForkedError("this list of RAM blocks", owner=self._pid)
@@ -600,7 +602,7 @@ class RamBlockList:
                 raise self._reentered()
             try:
                 self._changing = True
-                return action()
+                return action(*arguments)
             finally:
                 self._changing = False
 

@@ -1,7 +1,8 @@
 """What it costs to grow a RAM block that a device reaches by 2 MiB, for each way of resizing, at any length.
 
 Populating the new memory is the kernel's work and the same for all, so that it is done before the memory is mapped, by
-a notifier that is told before the mapper, and its time is taken apart. The clock is the running kernel's: in a virtual
+a notifier that is told before the mapper, and its time is taken apart. Only a file's pages are had in the resize, by
+fallocate(2), and in the bare calls, too. The clock is the running kernel's: in a virtual
 machine with `icount` it counts instructions, and what it says repeats.
 
 `bare_resize.c` makes the same system calls and nothing else.
@@ -9,20 +10,26 @@ machine with `icount` it counts instructions, and what it says repeats.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 from pyvfio.container import Container
 from pyvfio.dma import DmaMapper
 from pyvfio.kernel import MADV_POPULATE_WRITE, Kernel
+from pyvfio.memory import Anonymous, File, Memfd, MemoryKind
 from pyvfio.ramblock import RamBlock, RamBlockList
 from pyvfio.testing.vm_errors import find_tool
-from pyvfio.units import MIB
+from pyvfio.units import MIB, format_size
+
+MEMORIES = ("anonymous", "memfd", "hugetlb", "file")
+"""What a block may be of: private memory, a memfd of its own, one of huge pages, a memfd of the caller's that is made
+longer and punched."""
 
 STEP = 2 * MIB
 """A block grows by as much, in bytes."""
@@ -38,7 +45,8 @@ POLICIES: dict[str, Callable[[Container, RamBlockList], DmaMapper]] = {
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Medians, in microseconds: of growing by 2 MiB without `prefault`, which is populating those 2 MiB."""
+    """In microseconds, the least of some: of growing by 2 MiB without `prefault`, which is populating those 2 MiB. Any
+    more is the timer's interrupt, which comes every 4 ms, and so into most of the calls that fill pages with zeros."""
 
     resize: float
     prefault: float
@@ -58,15 +66,55 @@ class _Prefault:
         self.nanoseconds = time.monotonic_ns() - start
 
 
-def measure(container: Container, policy: str, *, size: int, repeat: int) -> Cost:
-    """Grow a block of `size` bytes, all of which is populated, `repeat` times, and shrink it again in between."""
+@contextmanager
+def _kind(memory: str) -> Iterator[MemoryKind]:
+    own: dict[str, MemoryKind] = {"anonymous": Anonymous(), "memfd": Memfd(), "hugetlb": Memfd(hugetlb=STEP)}
+    if memory in own:
+        yield own[memory]
+        return
+    fd = os.memfd_create("measured", os.MFD_CLOEXEC)
+    try:
+        yield File(fd, grow=True, punch=True)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def large_pages(memory: str, *, size: int, settings: Path = Path("/sys/kernel/mm")) -> Iterator[None]:
+    """Let `size` bytes of that memory be had in pages of 2 MiB on this machine, so that the kernel's work is the same
+    each time: what its files get of smaller pages lies here and there. Raises OSError where there are none."""
+    if memory == "anonymous":  # has them
+        yield
+        return
+    path, value = settings / "transparent_hugepage" / "shmem_enabled", "always"
+    if memory == "hugetlb":
+        path, value = settings / "hugepages" / "hugepages-2048kB" / "nr_hugepages", str(size // STEP)
+    former = _setting(path)
+    path.write_text(value, encoding="ascii")
+    try:
+        if _setting(path) != value:
+            raise OSError(f"this machine has no {format_size(size)} of memory in pages of {format_size(STEP)}")
+        yield
+    finally:
+        path.write_text(former, encoding="ascii")
+
+
+def _setting(path: Path) -> str:
+    """A number, or of several words the one in brackets."""
+    text = path.read_text(encoding="ascii").strip()
+    return text.partition("[")[2].partition("]")[0] or text
+
+
+def measure(container: Container, policy: str, *, memory: str, size: int, repeat: int) -> Cost:
+    """Grow a block of `size` bytes, all of which is populated, `repeat` times, and shrink it again in between.
+    `memory`: one of MEMORIES."""
     kernel = container.kernel
-    with RamBlockList(kernel=kernel) as blocks, POLICIES[policy](container, blocks):
-        block = blocks.add("measured", used_length=size, max_length=size + STEP)
+    with _kind(memory) as kind, RamBlockList(kernel=kernel) as blocks, POLICIES[policy](container, blocks):
+        block = blocks.add("measured", used_length=size, max_length=size + STEP, memory=kind)
         prefault = _Prefault(kernel)
         blocks.add_notifier(prefault)  # the newest is told first, when memory is there and before it is mapped
         _grow(block, prefault)  # the first time, what it takes is loaded
-        return _median([_grow(block, prefault) for _ in range(repeat)])
+        return _least([_grow(block, prefault) for _ in range(repeat)])
 
 
 def _grow(block: RamBlock, prefault: _Prefault) -> tuple[int, int]:
@@ -79,9 +127,9 @@ def _grow(block: RamBlock, prefault: _Prefault) -> tuple[int, int]:
     return total - populating, populating
 
 
-def _median(samples: Iterable[tuple[int, int]]) -> Cost:
+def _least(samples: Iterable[tuple[int, int]]) -> Cost:
     resizes, prefaults = zip(*samples, strict=True)
-    return Cost(median(resizes) / 1000, median(prefaults) / 1000)
+    return Cost(min(resizes) / 1000, min(prefaults) / 1000)
 
 
 # --------------------------------------------------------------------------------------------------- bare system calls
@@ -98,10 +146,10 @@ def compile_bare(directory: Path) -> Path:
 
 
 def measure_bare(
-    program: Path, group_node: Path, *, sizes: Sequence[int], repeat: int
+    program: Path, group_node: Path, *, memory: str, sizes: Sequence[int], repeat: int
 ) -> Iterator[tuple[str, int, Cost]]:
     """What the same costs in system calls alone: policy, size, cost. Nobody else may have the group open."""
-    command = [str(program), str(group_node), str(repeat), *(str(size // MIB) for size in sizes)]
+    command = [str(program), str(group_node), str(repeat), memory, *(str(size // MIB) for size in sizes)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         raise OSError(f"the bare calls failed: {done.stderr}")
@@ -115,4 +163,4 @@ def parse_bare(text: str) -> Iterator[tuple[str, int, Cost]]:
         size, policy, total, prefault = line.split()
         samples.setdefault((policy, int(size) * MIB), []).append((int(total), int(prefault)))
     for (policy, size_in_bytes), found in samples.items():
-        yield policy, size_in_bytes, _median(found)
+        yield policy, size_in_bytes, _least(found)

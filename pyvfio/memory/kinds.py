@@ -294,7 +294,7 @@ class _MemfdStore:
 
     def provide(self, start: int, end: int) -> None:
         """fallocate(2): the only call that says whether there is memory, and makes the file as long as it is to be."""
-        self._kernel.fallocate(self.fd, 0, start, end - start)
+        self._kernel.allocate(self.fd, start, end - start)
 
     def extend(self, end: int) -> None:
         """A file that is long enough."""
@@ -341,8 +341,8 @@ class _FileStore:
         self.holds_contents = kind.shared and not kind.punch
         self._check_file(status)
         self._check_lengths(status, max_length)
-        tracked = status.file_system not in (TMPFS_MAGIC, HUGETLBFS_MAGIC)
-        if tracked and kind.shared and can_be_written:
+        self._in_memory = status.file_system in (TMPFS_MAGIC, HUGETLBFS_MAGIC)
+        if kind.shared and can_be_written and not self._in_memory:
             self.warnings.append(
                 CannotBePinnedWarning(
                     "no device can be let write to a shared mapping of a file on a disk since Linux 6.5: it is EFAULT"
@@ -416,6 +416,9 @@ class _FileStore:
         """A file that is long enough, and has its pages where it may be changed."""
         if not self._kind.grow:
             self.extend(end)
+            return
+        if self._in_memory:
+            self._kernel.allocate(self.fd, self.offset + start, end - start)
             return
         try:
             self._kernel.fallocate(self.fd, 0, self.offset + start, end - start)

@@ -126,6 +126,10 @@ class SpecialKernel(FakeKernel):
         """As told by `interrupt_at`."""
         self._interrupted(lambda: FakeKernel.fallocate(self, fd, mode, offset, size))
 
+    def allocate(self, fd: int, offset: int, size: int) -> None:
+        """As told by `interrupt_at`."""
+        self._interrupted(lambda: FakeKernel.allocate(self, fd, offset, size))
+
     def madvise(self, vaddr: int, size: int, advice: int) -> None:
         """As told by `interrupt_at`."""
         self._interrupted(lambda: FakeKernel.madvise(self, vaddr, size, advice))

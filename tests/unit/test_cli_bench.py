@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pyvfio.cli import bench
+from pyvfio.cli import bench, resize_cost
 from pyvfio.cli.bench import Row, judge
 from pyvfio.cli.resize_cost import Cost
+from pyvfio.device import open_device
+from pyvfio.testing import FakeKernel
 from pyvfio.units import MIB
 
 SOURCE = Path(bench.__file__).with_name("bare_resize.c")
@@ -28,9 +30,9 @@ def rows(**changed: tuple[float, float]) -> list[Row]:
     ]
 
 
-def failing(**changed: tuple[float, float]) -> list[str]:
+def failing(memory: str = "anonymous", **changed: tuple[float, float]) -> list[str]:
     """What does not hold."""
-    return [verdict.what for verdict in judge(rows(**changed)) if not verdict.ok]
+    return [verdict.what for verdict in judge(rows(**changed), memory=memory) if not verdict.ok]
 
 
 def test_on_the_fake_it_prints_a_row_for_each_policy_and_length(capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,6 +70,84 @@ def test_what_must_hold_is_judged_by_the_rows() -> None:
     assert failing(remap=(900.0, 30_000.0)) == [
         f"{policy}: 200 times cheaper than remap at 512 MiB" for policy in ("extend", "granule")
     ]
+
+
+@pytest.mark.parametrize("memory", ["memfd", "hugetlb", "file"])
+def test_memory_of_every_kind_is_held_to_the_same_limit(memory: str) -> None:
+    """But not to be cheaper than a remap by so much: filling the pages with zeros is part of both."""
+    assert failing(memory, remap=(900.0, 30_000.0)) == []
+    assert failing(memory, extend=(231.0, 231.0)) == ["extend: pyvfio adds at most 80 µs to the system calls"]
+
+
+@pytest.mark.parametrize("memory", ["anonymous", "memfd", "file"])
+def test_it_measures_memory_of_the_kind_that_is_asked_for(memory: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """And says which, to persons and to programs."""
+    given = ["--fake", "--sizes", "2", "--repeat", "1", "--memory", memory]
+    assert bench.main([*given, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory"] == memory
+    assert bench.main(given) == 0
+    assert f"memory: {memory}" in capsys.readouterr().out
+
+
+def test_huge_pages_are_not_measured_on_the_fake(capsys: pytest.CaptureFixture[str]) -> None:
+    """It would take them from this machine's pool."""
+    with pytest.raises(SystemExit) as ended:
+        bench.main(["--fake", "--memory", "hugetlb"])
+    assert ended.value.code == 2
+    assert "hugetlb" in capsys.readouterr().err
+
+
+# The calls that bare_resize.c makes: to grow, and to shrink again.
+FILE_GROWS = ["fallocate", "mprotect", "madvise", "VFIO_IOMMU_MAP_DMA"]
+SHRINKS = ["VFIO_IOMMU_UNMAP_DMA", "mmap", "madvise", "madvise"]
+BARE = {
+    "anonymous": (FILE_GROWS[1:], SHRINKS),
+    "memfd": (FILE_GROWS, [*SHRINKS, "ftruncate"]),
+    "file": (FILE_GROWS, [*SHRINKS, "fallocate"]),
+}
+
+
+@pytest.mark.parametrize("policy", ["extend", "granule"])
+@pytest.mark.parametrize("memory", list(BARE))
+def test_a_resize_makes_the_calls_of_the_program_in_c_and_no_others(memory: str, policy: str) -> None:
+    """So that what it takes beyond them is this package's own."""
+    with FakeKernel() as kernel, open_device(kernel.bdfs[0], kernel=kernel) as device:
+        resize_cost.measure(device.container, policy, memory=memory, size=4 * MIB, repeat=1)
+        made = [call.request or call.call for call in kernel.trace]
+    grows, shrinks = BARE[memory]
+    once = "".join(f" {name}" for name in [*grows, *shrinks])
+    assert 2 * once in "".join(f" {name}" for name in made)  # the first time is not counted
+
+
+@pytest.mark.parametrize(
+    ("memory", "setting", "former", "value"),
+    [
+        ("memfd", "transparent_hugepage/shmem_enabled", "always within_size [never] deny", "always"),
+        ("file", "transparent_hugepage/shmem_enabled", "always within_size [never] deny", "always"),
+        ("hugetlb", "hugepages/hugepages-2048kB/nr_hugepages", "1\n", "5"),
+    ],
+)
+def test_the_machine_has_large_pages_while_it_is_measured(
+    tmp_path: Path, memory: str, setting: str, former: str, value: str
+) -> None:
+    """And what it had before, afterwards."""
+    path = tmp_path / setting
+    path.parent.mkdir(parents=True)
+    path.write_text(former)
+    with resize_cost.large_pages(memory, size=10 * MIB, settings=tmp_path):
+        assert path.read_text() == value
+    assert path.read_text() == ("1" if memory == "hugetlb" else "never")
+
+
+def test_a_machine_that_gives_no_large_pages_is_an_error(tmp_path: Path) -> None:
+    """The figures would say nothing."""
+    (tmp_path / "hugepages" / "hugepages-2048kB").mkdir(parents=True)
+    (tmp_path / "hugepages" / "hugepages-2048kB" / "nr_hugepages").symlink_to("/dev/null")
+    with (
+        pytest.raises(OSError, match="no 10 MiB"),
+        resize_cost.large_pages("hugetlb", size=10 * MIB, settings=tmp_path),
+    ):
+        pass
 
 
 def test_the_program_in_c_is_compiled_without_a_warning(tmp_path: Path) -> None:

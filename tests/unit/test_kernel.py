@@ -23,6 +23,7 @@ from tests.unit.processes import in_child, maps
 READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 PR_SET_NAME = 15
+F_ADD_SEALS, F_SEAL_GROW = 1033, 4  # linux/fcntl.h
 
 
 @pytest.fixture
@@ -67,6 +68,22 @@ def test_files_are_read_and_written_at_an_offset(kernel: LinuxKernel, tmp_path: 
     assert kernel.pwrite(fd, b"abcd", 2) == 4
     assert kernel.pread(fd, 16, 1) == b"\0abcd"
     kernel.close(fd)
+
+
+def test_pages_of_a_file_in_memory_are_had_all_or_none(kernel: LinuxKernel) -> None:
+    """The file is made as long as that takes; one that may not be made longer has none of them, and keeps its
+    length."""
+    fd = os.memfd_create("pyvfio-test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        kernel.allocate(fd, PAGE_SIZE, 2 * PAGE_SIZE)
+        status = os.fstat(fd)
+        assert (status.st_size, status.st_blocks * 512) == (3 * PAGE_SIZE, 2 * PAGE_SIZE)
+        fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_GROW)
+        with pytest.raises(PermissionError):
+            kernel.allocate(fd, 2 * PAGE_SIZE, 2 * PAGE_SIZE)
+        assert os.fstat(fd) == status
+    finally:
+        os.close(fd)
 
 
 # -------------------------------------------------------------------------------------------------------- ioctl

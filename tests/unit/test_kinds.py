@@ -12,13 +12,14 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import pyvfio
 from pyvfio import Anonymous, File, Memfd, RamBlock, RamBlockList
-from pyvfio.kernel import F_SEAL_FUTURE_WRITE, F_SEAL_GROW, F_SEAL_WRITE, TMPFS_MAGIC
+from pyvfio.kernel import F_SEAL_FUTURE_WRITE, F_SEAL_GROW, F_SEAL_WRITE, TMPFS_MAGIC, FileStatus
 from pyvfio.memory import MemoryKind, Reservation
 from pyvfio.testing.fake import DmaFault, FakeDevice
 from pyvfio.units import MIB, PAGE_SIZE
@@ -486,6 +487,31 @@ def test_a_reservation_of_a_file_is_address_space_of_that_file(kernel: SpecialKe
 
 
 # ------------------------------------------------------------------------------------- what is the caller's stays so
+
+
+class OnDisk(SpecialKernel):
+    """In which every file is on a disk."""
+
+    def file_status(self, fd: int) -> FileStatus:
+        """As it is, but for the file system."""
+        return replace(super().file_status(fd), file_system=0xEF53)  # EXT4_SUPER_MAGIC
+
+    def allocate(self, fd: int, offset: int, size: int) -> None:
+        """What a C library may do in place of a call that a file system has not."""
+        for page in range(offset, offset + size, PAGE_SIZE):
+            os.pwrite(fd, b"\0", page)
+
+
+def test_a_callers_file_is_never_written_to_have_pages(fd: int) -> None:
+    """Where the file system cannot say whether there are any, it is only made long enough."""
+    os.pwrite(fd, b"x" * 2 * PAGE_SIZE, 0)
+    with OnDisk(groups=[(2, [FakeDevice(BDF)])]) as kernel, RamBlockList(kernel=kernel) as blocks:
+        with pytest.warns(pyvfio.CannotBePinnedWarning):
+            block = blocks.add("ring", used_length=0, max_length=MIB, memory=File(fd, grow=True))
+        kernel.fail(call="fallocate", errno=errno.EOPNOTSUPP)
+        block.resize(4 * PAGE_SIZE)
+        assert os.fstat(fd).st_blocks * 512 == 2 * PAGE_SIZE
+        assert contents(block) == b"x" * 2 * PAGE_SIZE + bytes(2 * PAGE_SIZE)
 
 
 @pytest.mark.parametrize("call", ["mprotect", "fallocate", "notifier"])

@@ -694,6 +694,14 @@ class FakeKernel:
         end = offset + size if mode & ~FALLOC_FL_KEEP_SIZE else offset
         self._file_call("fallocate", (fd, mode, offset, size), act, fd=fd, start=offset, end=end)
 
+    def allocate(self, fd: int, offset: int, size: int) -> None:
+        """The real one; in the trace, and where it is to fail, it is a `fallocate`."""
+
+        def act() -> None:
+            self._linux.allocate(fd, offset, size)
+
+        self._file_call("fallocate", (fd, 0, offset, size), act, fd=fd, start=offset, end=offset)
+
     def file_status(self, fd: int) -> FileStatus:
         """The real one."""
         return self._observed("file_status", (fd,), lambda: self._linux.file_status(fd))
