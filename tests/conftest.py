@@ -75,6 +75,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--fake") and config.getoption("--device"):
         raise pytest.UsageError("--fake is in place of --device")
     config.addinivalue_line("markers", "real_kernel(reason): what a fake kernel does not show, and why")
+    config.addinivalue_line(
+        "markers", "one_iommu: what no IOMMU makes a difference to, so that one on a kernel will do"
+    )
     config.addinivalue_line("markers", "kvm: what needs a /dev/kvm that this user may open")
 
 

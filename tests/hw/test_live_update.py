@@ -326,6 +326,7 @@ class _Mortal(LinuxKernel):
         return answer
 
 
+@pytest.mark.one_iommu
 @pytest.mark.real_kernel("a fake is in one process, and another has none of it")
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_new_process_that_dies_in_the_middle_takes_nothing_with_it(
@@ -361,6 +362,7 @@ def _may_lock_too_little(helper: Helper, state: bytes, fds: list[int]) -> None:
         Taker(taken).check(int(helper.ask()))
 
 
+@pytest.mark.one_iommu
 @pytest.mark.real_kernel("a fake counts for one process, which has the memory already")
 def test_a_new_process_that_may_lock_too_little_says_so_and_can_try_again(
     engine_bdfs: tuple[str, ...], world: World
@@ -416,6 +418,7 @@ def after_exec() -> None:
     said.send(b"checked")
 
 
+@pytest.mark.one_iommu
 @pytest.mark.real_kernel("a fake is gone with the program that it is in")
 def test_a_process_that_executes_another_program_hands_over_to_that(engine_bdfs: tuple[str, ...], world: World) -> None:
     """By inheritance; seen from another process, which has the device work all the while."""
@@ -452,6 +455,7 @@ def test_a_process_that_executes_another_program_hands_over_to_that(engine_bdfs:
         pass
 
 
+@pytest.mark.one_iommu
 @pytest.mark.real_kernel("a fake is in one process, and another has none of it")
 def test_the_readmes_programs_do_what_it_says(bdf: str, tmp_path: Path) -> None:
     """Word for word, but for the device's address."""

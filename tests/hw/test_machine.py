@@ -20,7 +20,7 @@ from pyvfio.testing.world import World
 from pyvfio.units import GIB, MIB, TIB
 from tests.hw.rig import SIZE, Rig
 
-pytestmark = pytest.mark.usefixtures("throwaway")
+pytestmark = [pytest.mark.usefixtures("throwaway"), pytest.mark.one_iommu]
 
 
 @contextmanager

@@ -19,6 +19,8 @@ from pyvfio.units import GIB, MIB, PAGE_SIZE
 from tests.hw.rig import SIZE, Rig
 from tests.unit.processes import areas, in_child
 
+pytestmark = pytest.mark.one_iommu
+
 INHERITED = MemorySettings(dontfork=False)
 
 

@@ -21,6 +21,8 @@ from pyvfio.units import MIB, PAGE_SIZE
 from tests.hw.rig import SIZE, Rig, pattern
 from tests.hw.test_kinds import huge_pages
 
+pytestmark = pytest.mark.one_iommu
+
 MADV_HWPOISON = 100
 EHWPOISON = 133  # Python 3.11 has no name for it
 POLICIES: dict[str, Callable[..., Rig]] = {
