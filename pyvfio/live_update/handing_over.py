@@ -53,7 +53,7 @@ from pyvfio.errors import (
 from pyvfio.extents import Extent
 from pyvfio.handle import Handle, attempt, attempt_all
 from pyvfio.kernel import HUGETLBFS_MAGIC, FileStatus, Kernel, LinuxKernel
-from pyvfio.live_state import BlockState, DeviceState, State
+from pyvfio.live_update.state import BlockState, DeviceState, State
 from pyvfio.memory import File, Memfd, Received
 from pyvfio.progress import ProgressCallback
 from pyvfio.ramblock import RamBlockList
