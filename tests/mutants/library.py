@@ -38,10 +38,10 @@ _MUTANTS = (
         "            self.info = self._get_info()\n        except BaseException:\n            raise\n",
         "open",
     ),
-    Mutant("device/device.py", "            undo.callback(group.close)\n", "", "open"),
+    Mutant("device/opening.py", "            undo.callback(group.close)\n", "", "open"),
     # The undo is registered when it is too late.
     Mutant(
-        "device/device.py",
+        "device/opening.py",
         "            undo.callback(group.close)\n            container.attach(group)\n",
         "            container.attach(group)\n            undo.callback(group.close)\n",
         "open",
@@ -324,7 +324,7 @@ _MUTANTS = (
     ),
     # The interrupts' descriptors.
     Mutant(
-        "device/device.py",
+        "device/irq.py",
         '        attempt_all(f"disabling {self._name}", [stop, '
         "*(partial(self._device.kernel.close, fd) for fd in fds)])\n",
         "        stop()\n        for fd in fds:\n            self._device.kernel.close(fd)\n",
