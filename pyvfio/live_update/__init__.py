@@ -27,6 +27,7 @@ Source: VFIO_DMA_UNMAP_FLAG_VADDR and VFIO_DMA_MAP_FLAG_VADDR, `vfio_dma_do_unma
 `vfio_change_dma_owner` in drivers/vfio/vfio_iommu_type1.c; cpr-exec and cpr-transfer of QEMU.
 """
 
-from pyvfio.live_update.handing_over import HandOver, TakenOver, hand_over, take_over
+from pyvfio.live_update.handing_over import HandOver, hand_over
+from pyvfio.live_update.taking_over import TakenOver, take_over
 
 __all__ = ["HandOver", "TakenOver", "hand_over", "take_over"]
