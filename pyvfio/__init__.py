@@ -86,7 +86,7 @@ else:
     _MODULES = frozenset(
         (
             *_HOMES,
-            *("block", "discards", "handle", "ioctls", "live_state", "notifier", "pci", "pieces", "prefault"),
+            *("block", "discards", "handle", "ioctls", "notifier", "pci", "pieces", "prefault"),
             "type1_errors",
         )
     )

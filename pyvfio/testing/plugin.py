@@ -20,7 +20,7 @@ import pytest
 if TYPE_CHECKING:
     from pyvfio import Device
     from pyvfio.testing.fake import FakeKernel
-    from pyvfio.testing.fake.kernel import GroupDeclaration
+    from pyvfio.testing.fake.declaration import GroupDeclaration
     from pyvfio.testing.world import World
 
 _WORLDS = ("fake", "vm", "hardware")

@@ -32,16 +32,16 @@ _MUTANTS = (
         "open",
     ),
     Mutant(
-        "device.py",
+        "device/device.py",
         "            self.info = self._get_info()\n"
         "        except BaseException:\n            self._close_fd()\n            raise\n",
         "            self.info = self._get_info()\n        except BaseException:\n            raise\n",
         "open",
     ),
-    Mutant("device.py", "            undo.callback(group.close)\n", "", "open"),
+    Mutant("device/opening.py", "            undo.callback(group.close)\n", "", "open"),
     # The undo is registered when it is too late.
     Mutant(
-        "device.py",
+        "device/opening.py",
         "            undo.callback(group.close)\n            container.attach(group)\n",
         "            container.attach(group)\n            undo.callback(group.close)\n",
         "open",
@@ -317,14 +317,14 @@ _MUTANTS = (
     ),
     # The device may still do DMA while the mappings go.
     Mutant(
-        "device.py",
+        "device/device.py",
         "        steps += [partial(self._set_command, PCI_COMMAND_MASTER, on=False), *([self.reset]",
         "        steps += [*([self.reset]",
         "close",
     ),
     # The interrupts' descriptors.
     Mutant(
-        "device.py",
+        "device/irq.py",
         '        attempt_all(f"disabling {self._name}", [stop, '
         "*(partial(self._device.kernel.close, fd) for fd in fds)])\n",
         "        stop()\n        for fd in fds:\n            self._device.kernel.close(fd)\n",

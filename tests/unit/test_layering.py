@@ -23,7 +23,7 @@ FLOORS = {
     **dict.fromkeys(
         ("container", "device", "ramblock", "block", "notifier", "pieces", "buffers", "progress", "plan", "dirty"), 2
     ),
-    **dict.fromkeys(("renewal", "live_state"), 2),
+    **dict.fromkeys(("renewal",), 2),
     **dict.fromkeys(("dma", "dirty_log", "live_update"), 3),
 }
 # What a module may not import though it is on the same floor.

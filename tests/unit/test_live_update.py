@@ -17,7 +17,7 @@ import pytest
 import pyvfio
 from pyvfio import Anonymous, File, HandOver, HandOverError, Memfd, TakenOver, hand_over, ioctls, take_over
 from pyvfio.kernel import IoctlArgument
-from pyvfio.live_state import State
+from pyvfio.live_update.state import State
 from pyvfio.memory import MemoryKind
 from pyvfio.testing.fake import FakeDevice
 from pyvfio.testing.probe import pattern

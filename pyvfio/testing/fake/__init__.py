@@ -1,11 +1,13 @@
 """A kernel with VFIO that needs no device, no IOMMU and no privilege: `FakeKernel`, handed in as `kernel=`.
 
 It answers as Linux 6.1, 6.12 or 7.3 does, errno by errno and in the kernel's order of checks; `tests/contract` holds
-fake and real kernels to the same sentences. A file for each thing that a kernel has: `kernel` takes the calls, `group`
-has containers and groups, `device`, `irqs` and `feature` PCI devices, `type1` and `dirty` the IOMMU, `pins`
+fake and real kernels to the same sentences. A file for each thing that a kernel has: `kernel` takes the calls, those on
+memory in `memory`, `descriptors` knows who answers for which, and `record` how each call passes and which are to fail;
+`group` has containers and groups, `device`, `irqs` and `feature` PCI devices, `type1` and `dirty` the IOMMU, `pins`
 locked memory, `process` the memory of this process, `tree` sysfs and /dev, `dma` what lies between devices and memory,
 `hot_reset` buses; `unmodelled` knows what the fake only seems to do; `pci_device` is the base class for devices that do
-something, and `edu` QEMU's; `versions` has all that differs between kernels.
+something, and `edu` QEMU's; `declaration` says how all are declared, and `versions` has all that differs between
+kernels.
 
 Not modelled. What the fake does not know, it refuses as a kernel refuses what it does not know, and `FakeKernel.
 unmodelled` has what a driver asked of it:

@@ -317,6 +317,13 @@ class DeviceHandle:
         self.device.descriptors.discard(fd)
 
 
+def device_behind(handler: Handler) -> PciDevice:
+    """The device that a descriptor is of; EINVAL where it is of something else."""
+    if not isinstance(handler, DeviceHandle):
+        refuse(errno.EINVAL)
+    return handler.device
+
+
 class DescriptorTable(Buses, Protocol):
     """What a group needs of the kernel that it is in: other descriptors, and other devices."""
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from errno import errorcode as errno_names
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from pyvfio import ioctls
+from pyvfio.testing.fake.process import refuse
+from pyvfio.testing.fake.unmodelled import Unmodelled
 
+logger = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
 _FILE_CALLS = frozenset(
     ("open", "close", "ioctl", "pread", "pwrite", "registers", "eventfd", "eventfd_read", "poll", "memlock")
 )
@@ -143,3 +149,47 @@ class Failures:
                 found = failure
         self._planned = [planned for planned in self._planned if planned.nth > 0]
         return found
+
+
+class Record:
+    """How every call passes: what there was to see of it is in `trace`, and whether it is to fail, `failures` says."""
+
+    def __init__(self) -> None:
+        self.trace: list[Call] = []
+        self.failures = Failures()
+        self.unmodelled: list[Unmodelled] = []
+
+    def warn(self, part: Unmodelled | None) -> None:
+        """It was asked for; once each, with a warning in the log."""
+        if part is not None and part not in self.unmodelled:
+            self.unmodelled.append(part)
+            logger.warning("%s", part)
+
+    def observed(
+        self,
+        call: str,
+        given: tuple[int | str | bytes, ...],
+        action: Callable[[], _Answer],
+        *,
+        number: int = -1,
+        request: str = "",
+        always: bool = False,
+        undo: Callable[[_Answer], object] | None = None,
+    ) -> _Answer:
+        """Make a call, unless it is to fail. `always`: one that is made to fail takes effect in any case. `undo`: what
+        it has made is lost to a caller to whom it fails afterwards, so it goes."""
+        failure = self.failures.due(call, number, request) if self.failures else None
+        try:
+            if failure is not None and not failure.after and not always:
+                refuse(failure.errno)
+            answer = action()
+            if failure is not None:
+                if undo is not None:
+                    undo(answer)
+                refuse(failure.errno)
+        except BaseException as error:
+            number_or_0 = error.errno or 0 if isinstance(error, OSError) else 0
+            self.trace.append(Call(call, request, given, None, number_or_0, "" if number_or_0 else repr(error)))
+            raise
+        self.trace.append(Call(call, request, given, answer if isinstance(answer, int) else None, 0))
+        return answer

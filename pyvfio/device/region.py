@@ -1,0 +1,253 @@
+"""A region of a device: registers and configuration space, by accesses of one width, and what of it can be mapped.
+
+Source: drivers/vfio/pci/vfio_pci_rdwr.c; `vfio_pci_core_mmap`.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol, Self
+
+from pyvfio import caps, ioctls
+from pyvfio.errors import ClosedError, UnsupportedError, VfioError
+from pyvfio.handle import attempt_all
+from pyvfio.kernel import Kernel, Registers
+from pyvfio.memory import Exports
+from pyvfio.units import PAGE_SIZE, align_down, align_up, is_aligned
+
+_PROT_READ, _PROT_WRITE, _MAP_SHARED = 1, 2, 1
+
+
+class _Owner(Protocol):
+    """The device that a region is of."""
+
+    bdf: str
+
+    @property
+    def kernel(self) -> Kernel: ...
+
+    @property
+    def fd(self) -> int: ...
+
+    @property
+    def memory_enabled(self) -> bool: ...
+
+    @property
+    def _forked(self) -> bool: ...
+
+
+class RegionMap:
+    """A part of a region mapped into this process: what `Region.mmap` returns.
+
+    Loads and stores through `view()` have whatever width Python chooses to copy with; use `Region.read32` and the like
+    for registers. On a fake device this is memory without side effects.
+
+    Synchronization: none.
+    """
+
+    def __init__(self, region: Region, *, vaddr: int, size: int) -> None:
+        self._region = region
+        self._exports = Exports()
+        self._vaddr = vaddr
+        self.size = size
+
+    @property
+    def vaddr(self) -> int:
+        """Where it begins in this process. Raises ClosedError, and ForkedError in a child."""
+        assert self._region._device.fd >= 0  # raises where it must not be used
+        if self._vaddr == 0:
+            raise ClosedError("this mapping of a region has been closed")
+        return self._vaddr
+
+    def view(self) -> memoryview:
+        """A writable memoryview of it; while one lives, `close` raises BufferError."""
+        return self._exports.view(self.vaddr, self.size)
+
+    def close(self) -> None:
+        """Unmap it; twice is fine, and in a forked child nothing happens. Raises BufferError while a view lives."""
+        if self._vaddr == 0 or self._region._device._forked:
+            return
+        self._check_views()
+        vaddr, self._vaddr = self._vaddr, 0
+        self._region._maps.remove(self)
+        self._region._device.kernel.munmap(vaddr, self.size)
+
+    def _check_views(self) -> None:
+        if self._exports.end():
+            raise BufferError(f"a view of {self._region._name} is still alive; release it first")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Region:
+    """A region of a device: a BAR, the ROM, configuration space, or one of the driver's own.
+
+    `read32` and its kin make one access of exactly that width: a load or store where the region can be mapped, else one
+    pread or pwrite. Numbers are little-endian, as PCI is; offsets are in bytes and multiples of the width.
+
+    Raises ValueError for offsets outside and misaligned ones, before any system call; OSError from the kernel (EIO:
+    memory decoding is off).
+
+    Synchronization: none needed; each access is one instruction or one system call.
+    """
+
+    def __init__(self, device: _Owner, info: caps.RegionInfo) -> None:
+        self._device = device
+        self.info = info
+        self._windows: list[tuple[int, int, Registers]] = []  # start, end, registers
+        self._maps: list[RegionMap] = []  # each keeps the device's group open in the kernel
+
+    @property
+    def size(self) -> int:
+        """In bytes; 0 for a BAR that the device does not have."""
+        return self.info.size
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes, in accesses whose width the kernel chooses."""
+        self._check_span(offset, size)
+        data = self._device.kernel.pread(self._device.fd, size, self.info.offset + offset)
+        if len(data) != size:
+            raise VfioError(f"{self._name} gave {len(data)} of {size} bytes at {offset:#x}")
+        return data
+
+    def write(self, offset: int, data: bytes) -> None:
+        """All of `data`, in accesses whose width the kernel chooses."""
+        self._check_span(offset, len(data))
+        written = self._device.kernel.pwrite(self._device.fd, data, self.info.offset + offset)
+        if written != len(data):
+            raise VfioError(f"{self._name} took {written} of {len(data)} bytes at {offset:#x}")
+
+    def read8(self, offset: int) -> int:
+        """One byte."""
+        return self._load(offset, 1)
+
+    def read16(self, offset: int) -> int:
+        """Two bytes in one access."""
+        return self._load(offset, 2)
+
+    def read32(self, offset: int) -> int:
+        """Four bytes in one access."""
+        return self._load(offset, 4)
+
+    def read64(self, offset: int) -> int:
+        """Eight bytes in one access. Through pread, kernels before 6.10 make two of it."""
+        return self._load(offset, 8)
+
+    def write8(self, offset: int, value: int) -> None:
+        """One byte."""
+        self._store(offset, 1, value)
+
+    def write16(self, offset: int, value: int) -> None:
+        """Two bytes in one access."""
+        self._store(offset, 2, value)
+
+    def write32(self, offset: int, value: int) -> None:
+        """Four bytes in one access."""
+        self._store(offset, 4, value)
+
+    def write64(self, offset: int, value: int) -> None:
+        """Eight bytes in one access. Through pwrite, kernels before 6.10 make two of it."""
+        self._store(offset, 8, value)
+
+    def _load(self, offset: int, width: int) -> int:
+        self._check_access(offset, width)
+        if (window := self._window(offset, width)) is not None:
+            start, _end, registers = window
+            return registers.read(offset - start, width)
+        return int.from_bytes(self.read(offset, width), "little")
+
+    def _store(self, offset: int, width: int, value: int) -> None:
+        self._check_access(offset, width)
+        if not 0 <= value < 1 << 8 * width:
+            raise ValueError(f"{value:#x} does not fit {width} bytes")
+        if (window := self._window(offset, width)) is not None:
+            start, _end, registers = window
+            registers.write(offset - start, width, value)
+        else:
+            self.write(offset, value.to_bytes(width, "little"))
+
+    def _window(self, offset: int, width: int) -> tuple[int, int, Registers] | None:
+        fd = self._device.fd  # raises ClosedError or ForkedError, also where the window would still be there
+        for window in self._windows:
+            if window[0] <= offset and offset + width <= window[1]:
+                return window
+        for start, size in self.mappable:
+            if start <= offset and offset + width <= start + size:
+                self._check_decoding()
+                registers = self._device.kernel.registers(fd, self.info.offset + start, size)
+                self._windows.append((start, start + size, registers))
+                return self._windows[-1]
+        return None
+
+    @property
+    def mappable(self) -> tuple[tuple[int, int], ...]:
+        """The parts that can be mapped, each (offset, size) in whole pages: all of it, or what the kernel lists."""
+        if not self.info.flags & ioctls.VFIO_REGION_INFO_FLAG_MMAP:
+            return ()
+        areas = ((0, self.size),) if self.info.sparse is None else self.info.sparse
+        pages = ((align_up(start, PAGE_SIZE), align_down(start + size, PAGE_SIZE)) for start, size in areas)
+        return tuple((start, end - start) for start, end in pages if start < end)
+
+    def mmap(self, offset: int = 0, size: int | None = None) -> RegionMap:
+        """Map `[offset, offset + size)` into this process; both multiples of the page size; default: all of it.
+
+        Closing the device closes it, too. Raises UnsupportedError when that part cannot be mapped, VfioError when the
+        device does not answer (memory decoding is off: a touch would be SIGBUS).
+        """
+        if offset == 0 and size is None and not self.mappable:
+            raise UnsupportedError(f"{self._name}, of {self.size:#x} bytes, cannot be mapped; use read32 and its kin")
+        size = self.size - offset if size is None else size
+        self._check_span(offset, size)
+        if not is_aligned(offset | size, PAGE_SIZE) or size == 0:
+            raise ValueError(f"offset and size must be multiples of {PAGE_SIZE} bytes, not {offset:#x} and {size:#x}")
+        if not any(start <= offset and offset + size <= start + length for start, length in self.mappable):
+            raise UnsupportedError(f"{self._name} cannot be mapped at {offset:#x}-{offset + size - 1:#x}")
+        self._check_decoding()
+        flags = self.info.flags
+        protection = bool(flags & ioctls.VFIO_REGION_INFO_FLAG_READ) * _PROT_READ
+        protection |= bool(flags & ioctls.VFIO_REGION_INFO_FLAG_WRITE) * _PROT_WRITE
+        vaddr = self._device.kernel.mmap(
+            0, size, protection, _MAP_SHARED, fd=self._device.fd, offset=self.info.offset + offset
+        )
+        mapped = RegionMap(self, vaddr=vaddr, size=size)
+        self._maps.append(mapped)
+        return mapped
+
+    @property
+    def _name(self) -> str:
+        names = [index.name for index in ioctls.VfioPciRegionIndex]
+        index = self.info.index
+        name = names[index].removeprefix("VFIO_PCI_").removesuffix("_REGION_INDEX") if index < len(names) else "region"
+        return f"{name} (region {index}) of {self._device.bdf}"
+
+    def __repr__(self) -> str:
+        return f"<Region {self._name} size={self.size:#x} {self.info.flags!s}>"
+
+    def _check_decoding(self) -> None:
+        if self.info.index <= ioctls.VFIO_PCI_BAR5_REGION_INDEX and not self._device.memory_enabled:
+            raise VfioError(
+                f"{self._device.bdf} does not decode memory accesses, so {self._name} cannot be reached",
+                hint="device.memory_enabled = True; if it stays off, the device may be in a low-power state",
+            )
+
+    def _check_span(self, offset: int, size: int) -> None:
+        if self.size == 0:
+            raise ValueError(f"{self.info.index} is a region that {self._device.bdf} does not have: it has 0 bytes")
+        if offset < 0 or size < 0 or offset + size > self.size:
+            raise ValueError(f"{self._name} has {self.size:#x} bytes: no {size:#x} at {offset:#x}")
+
+    def _check_access(self, offset: int, width: int) -> None:
+        self._check_span(offset, width)
+        if offset % width:
+            raise ValueError(f"an access of {width} bytes at {offset:#x} is misaligned")
+
+    def _close(self) -> None:
+        windows, self._windows = self._windows, []
+        closes = [registers.close for _start, _end, registers in windows]
+        attempt_all(f"unmapping {self._name}", [*closes, *(mapped.close for mapped in tuple(self._maps))])

@@ -1,0 +1,55 @@
+"""What stands in the way of handing over what a mapper has mapped."""
+
+from __future__ import annotations
+
+from pyvfio.block import RamBlock
+from pyvfio.container import Container
+from pyvfio.dma import DmaMapper
+from pyvfio.memory import File, Memfd
+from pyvfio.ramblock import RamBlockList
+from pyvfio.type1_errors import describe_mappings
+
+
+def find_obstacles(mapper: DmaMapper, blocks: RamBlockList | None, container: Container) -> list[str]:
+    """In words, one by one; none: it can be handed over. The mapper's and the container's locks are held."""
+    found = [
+        f"{mapping!r} is a buffer of this process's own: close it (and reset_temporary(), if it is temporary)"
+        for mapping in mapper._own_mappings()
+    ]
+    for block in blocks or ():
+        found += _obstacles_of(block)
+    for notifier in blocks._notifiers if blocks is not None else ():
+        if notifier is not mapper:
+            found.append(f"{notifier!r} follows the blocks, too: remove_notifier() it first, or close it")
+    found += [
+        f"a change of RAM block '{followed.block.idstr}' failed, and so did its undo: resize it once more"
+        for followed in mapper._followed
+        if not followed.window.settled
+    ]
+    return found or _strangers(mapper, container)
+
+
+def _strangers(mapper: DmaMapper, container: Container) -> list[str]:
+    """Mappings that are none of the blocks': of this process, or of another that has the container."""
+    windows = [followed.window for followed in mapper._followed]
+    ours = sum(len(window.pieces()) for window in windows)
+    mappings = list(container._table)
+    if ours < len(mappings):
+        others = [m for m in mappings if not any(w.iova <= m.iova < w.iova + w.size for w in windows)]
+        return [f"IOVA {describe_mappings(others)} is mapped, by whom this mapper does not know: unmap it first"]
+    there = container._entry_limit - container.get_info().dma_avail
+    if there != len(mappings):
+        return [f"the container has {there} mappings, of which {len(mappings)} are known here: unmap the others"]
+    return []
+
+
+def _obstacles_of(block: RamBlock) -> list[str]:
+    memory = block._memory
+    name = f"RAM block '{block.idstr}'"
+    if not (isinstance(memory.kind, Memfd) or (isinstance(memory.kind, File) and memory.kind.shared)):
+        return [f"the memory of {name} is this process's alone ({memory.kind}): add it with memory=Memfd()"]
+    if block.whole:
+        return [f"{name} is allocated in full for a listener that cannot follow a resize: add it without one"]
+    if memory.retained or memory.held > block.used_length:
+        return [f"{name} has memory that an earlier change could not give back: resize it once more"]
+    return []

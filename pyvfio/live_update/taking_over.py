@@ -1,0 +1,294 @@
+"""The new process: blocks, a container and devices made of what another process has told and sent."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Self, TypeVar
+
+from pyvfio import ioctls
+from pyvfio.block import RamBlock, ResizedCallback
+from pyvfio.container import Container, Group
+from pyvfio.device import Device
+from pyvfio.dma import DmaMapper
+from pyvfio.errors import HandOverError, IoctlError, RollbackError, VfioError, as_exception
+from pyvfio.extents import Extent
+from pyvfio.handle import Handle, attempt, attempt_all
+from pyvfio.kernel import HUGETLBFS_MAGIC, FileStatus, Kernel, LinuxKernel
+from pyvfio.live_update.state import BlockState, State
+from pyvfio.live_update.vaddr import give_up_vaddr, set_vaddr
+from pyvfio.memory import File, Memfd, Received
+from pyvfio.progress import ProgressCallback
+from pyvfio.ramblock import RamBlockList
+from pyvfio.space import Mapping as DmaRange
+from pyvfio.units import format_size
+
+logger = logging.getLogger(__name__)
+
+_AnyHandle = TypeVar("_AnyHandle", bound=Handle)
+
+
+class TakenOver:
+    """What another process has handed over, as this one has it now: made by `take_over`.
+
+    A context manager, whose end closes all of it: `close`.
+    """
+
+    def __init__(
+        self, container: Container, devices: Mapping[str, Device], blocks: RamBlockList, mapper: DmaMapper
+    ) -> None:
+        self.container = container
+        """With its groups."""
+        self.devices = devices
+        """By their PCI addresses."""
+        self.blocks = blocks
+        """The RAM blocks, at new addresses in this process, and at the IOVAs that they had."""
+        self.mapper = mapper
+        """Follows them as the other process's did."""
+
+    def __repr__(self) -> str:
+        return f"<TakenOver {', '.join(self.devices)}: {len(self.blocks)} blocks>"
+
+    def close(self) -> None:
+        """Close the devices, which ends their DMA, the mapper, the blocks and the container; twice is fine. Raises what
+        the steps raise, after all of them were tried."""
+        closes = [device.close for device in self.devices.values()]
+        closes += [self.mapper.close, self.blocks.close, self.container.close]
+        attempt_all("closing what was taken over", closes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def take_over(
+    state: bytes,
+    fds: Sequence[int],
+    *,
+    kernel: Kernel | None = None,
+    place: Callable[[RamBlock], int | None] | None = None,
+    progress: ProgressCallback | None = None,
+    resized: Mapping[str, ResizedCallback] | None = None,
+) -> TakenOver:
+    """Take over what another process hands over: its `state` and `fds`, in that order. The devices' DMA goes on.
+
+    Each block is mapped into this process at a new address, with its settings, and every mapping told that; it is at
+    the IOVA that it had, and the mapper has the policy that it had. `place` and `progress` are as of `DmaMapper` and
+    `RamBlockList.add`, `resized` has callbacks of blocks by their id strings. Nothing is opened, mapped for a device,
+    unmapped or reset. The descriptors are the new objects' own from then on, and close-on-exec.
+
+    Tell the other process when this returns, and resize nothing before. Raises ValueError for a state that is none, or
+    of another version, and HandOverError for descriptors that are not what it says, all of that before any mapping is
+    touched; HandOverError where the other process has cancelled; PinLimitError where this process may not lock as much;
+    OSError. Then no mapping has an address here, the descriptors are open and the caller's, so that it can be tried
+    again, and the other process can cancel. Until either, kernels count what had come so far as locked by this process.
+    RollbackError: some may have one; the other process can cancel nevertheless.
+
+    Cost: an ioctl for each mapping; whatever is in memory stays where it is.
+    """
+    wanted = State.load(bytes(state))
+    kernel = kernel or LinuxKernel()
+    _check_descriptors(kernel, wanted, fds)
+    taking = _Taking(kernel, wanted, fds)
+    try:
+        return taking.take(place=place, progress=progress, resized=resized or {})
+    except BaseException as error:
+        taking.give_back(error)
+        raise
+
+
+def _check_descriptors(kernel: Kernel, state: State, fds: Sequence[int]) -> None:
+    names = state.names
+    if len(fds) != len(names) or len(set(fds)) != len(fds):
+        raise HandOverError(
+            f"{len(fds)} descriptors have come ({len(set(fds))} different ones), and the state is of {len(names)}: "
+            + ", ".join(names),
+            hint="Pass all of HandOver.fds, in their order; socket.recv_fds has to be told how many may come",
+        )
+    statuses = [_status(kernel, fd, name) for fd, name in zip(fds, names, strict=True)]
+    for fd, name, status, identity in zip(fds, names, statuses, state.identities, strict=True):
+        if status.identity != identity:
+            raise HandOverError(
+                f"descriptor {fd} should be {name}, and is another file", hint="Pass HandOver.fds in their order"
+            )
+    for block, name, status in zip(
+        state.blocks, names[len(names) - len(state.blocks) :], statuses[len(names) - len(state.blocks) :], strict=True
+    ):
+        _check_memory(block, name, status)
+
+
+def _status(kernel: Kernel, fd: int, name: str) -> FileStatus:
+    try:
+        return kernel.file_status(fd)
+    except OSError as error:
+        raise HandOverError(
+            f"descriptor {fd} should be {name}: {error.strerror}",
+            hint="Send the descriptors themselves (socket.send_fds), or HandOver.make_inheritable() before execve; "
+            "their numbers mean nothing in another process",
+        ) from error
+
+
+def _check_memory(block: BlockState, name: str, status: FileStatus) -> None:
+    offset = block.memory.offset if isinstance(block.memory, File) else 0
+    if status.size < offset + block.used_length:
+        raise HandOverError(
+            f"{name} has {format_size(status.size)}, and {format_size(offset + block.used_length)} are in use",
+            hint="The other process has changed it; hand over once more",
+        )
+    hugetlb = block.memory.hugetlb if isinstance(block.memory, Memfd) else None
+    if hugetlb is not None and (status.file_system, status.block_size) != (HUGETLBFS_MAGIC, hugetlb):
+        raise HandOverError(f"{name} is not made of huge pages of {format_size(hugetlb)}")
+
+
+class _Taking:
+    """All that `take_over` makes, so that it can be given back."""
+
+    def __init__(self, kernel: Kernel, state: State, fds: Sequence[int]) -> None:
+        self._kernel = kernel
+        self._state = state
+        self._fds = tuple(fds)
+        self._handles: list[Handle] = []
+        self._container: Container | None = None
+        self._blocks: list[RamBlock] = []
+        self._told: list[DmaRange] = []  # mappings that may have an address of this process
+        self._lost = False  # whether they may have one of another by now, who is taking everything back
+
+    def take(
+        self,
+        *,
+        place: Callable[[RamBlock], int | None] | None,
+        progress: ProgressCallback | None,
+        resized: Mapping[str, ResizedCallback],
+    ) -> TakenOver:
+        """Everything, or `give_back`."""
+        state = self._state
+        if unknown := set(resized) - {block.idstr for block in state.blocks}:
+            raise ValueError(f"there is no RAM block '{min(unknown)}' among those that are handed over")
+        container, devices = self._adopt()
+        blocks = RamBlockList(kernel=self._kernel)
+        for described, fd in zip(state.blocks, self._fds[len(self._fds) - len(state.blocks) :], strict=True):
+            self._receive(blocks, described, fd, progress, resized.get(described.idstr))
+        for described, block in zip(state.blocks, self._blocks, strict=True):
+            for piece in described.pieces:
+                self._tell(container, block, described.iova, piece)
+        policy = state.policy
+        mapper = DmaMapper(
+            container,
+            resize=policy.resize,
+            granule=policy.granule,
+            allow_gap=policy.allow_gap,
+            place=place,
+            prefault=state.prefault,
+            progress=progress,
+        )
+        mapper._resume(blocks, {described.idstr: described.iova for described in state.blocks})
+        for fd in self._fds:
+            os.set_inheritable(fd, False)  # noqa: FBT003
+        for block in self._blocks:
+            block._memory.own()
+        logger.debug("took over %r", container)
+        return TakenOver(container, devices, blocks, mapper)
+
+    def _blank(self, kind: type[_AnyHandle]) -> _AnyHandle:
+        """Known before it has a descriptor, which it would close if a signal handler made it be forgotten."""
+        handle = kind.__new__(kind)
+        handle._fd = handle._aside = -1
+        self._handles.append(handle)
+        return handle
+
+    def _adopt(self) -> tuple[Container, dict[str, Device]]:
+        state, fds = self._state, iter(self._fds)
+        container = self._container = self._blank(Container)
+        container._begin(self._kernel, next(fds))
+        groups = {}
+        for number in state.groups:
+            group = groups[number] = self._blank(Group)
+            group._begin(self._kernel, next(fds), number)
+            if not group.get_status() & ioctls.VFIO_GROUP_FLAGS_CONTAINER_SET:
+                raise HandOverError(f"IOMMU group {number} is in no container: the other process has taken it out")
+        mapped = sum(len(block.pieces) for block in state.blocks)
+        container._resume(state.iommu_type, groups.values(), mapped=mapped)
+        devices = {}
+        for described in state.devices:
+            device = devices[described.bdf] = self._blank(Device)
+            device._begin(groups[described.group], described.bdf, next(fds))
+            device._resume()
+        return container, devices
+
+    def _receive(
+        self,
+        blocks: RamBlockList,
+        described: BlockState,
+        fd: int,
+        progress: ProgressCallback | None,
+        resized: ResizedCallback | None,
+    ) -> None:
+        assert isinstance(described.memory, Memfd | File)  # what a state holds
+        block = RamBlock(
+            blocks,
+            idstr=described.idstr,
+            max_length=described.max_length,
+            settings=described.settings,
+            resized=resized,
+            memory=Received(fd, described.memory),
+            readonly=described.readonly,
+        )
+        self._blocks.append(block)
+        blocks._set_prealloc(block, described.prealloc, progress)
+        blocks._receive(block, used_length=described.used_length, discarded=described.discarded, stale=described.stale)
+
+    def _tell(self, container: Container, block: RamBlock, iova: int, piece: Extent) -> None:
+        container._table.add(iova=iova + piece.start, size=piece.size, vaddr=block.vaddr + piece.start)
+        mapping = container._table.at(iova + piece.start)
+        assert mapping is not None
+        self._told.append(mapping)
+        try:
+            set_vaddr(container, mapping)
+        except IoctlError as error:
+            if error.errno in (errno.EINVAL, errno.ENOENT):
+                self._lost = True
+            raise self._explain(error, mapping) from error
+
+    @staticmethod
+    def _explain(error: IoctlError, mapping: DmaRange) -> VfioError:
+        if error.errno not in (errno.EINVAL, errno.ENOENT):
+            return error
+        hint = (
+            "The other process has cancelled, or somebody has taken over before; hand over once more"
+            if error.errno == errno.EINVAL
+            else "The other process has unmapped it, or is gone with all descriptors"
+        )
+        what = "has an address" if error.errno == errno.EINVAL else "is not mapped"
+        return HandOverError(
+            f"IOVA {mapping.range} {what}, so that it cannot be taken over ({error.request})", hint=hint
+        )
+
+    def give_back(self, cause: BaseException) -> None:
+        """No mapping has an address here, this process's memory of them goes, and the descriptors are the caller's."""
+        failures: list[Exception] = []
+        if (container := self._container) is not None:
+            for mapping in () if self._lost else self._told:
+                attempt(partial(give_up_vaddr, container, mapping), failures)
+        for block in self._blocks:
+            block._list = None
+            block._memory.disown()
+            if failures or self._lost:
+                block._memory.keep()  # they may be addresses of it
+            else:
+                attempt(block._memory.release, failures)
+        for handle in self._handles:
+            handle._abandon()
+        if failures:
+            raise RollbackError(
+                "what was handed over could not be taken over, and some of it is said to be here",
+                [as_exception(cause), *failures],
+                hint="The device reaches what it did. Let the other process cancel",
+            ) from cause

@@ -1,0 +1,48 @@
+"""How the IOMMU groups of a fake kernel and the devices in them are declared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyvfio.testing.fake.device import FakeDevice
+from pyvfio.testing.fake.edu import FakeEdu
+from pyvfio.testing.fake.pci_device import FakePciDevice
+
+GroupDeclaration = tuple[int, Sequence[FakeDevice | FakePciDevice]]
+"""Its number, and its devices."""
+
+
+def default_groups() -> list[GroupDeclaration]:
+    """Two, with an edu each."""
+    return [(2, [FakeEdu("0000:00:02.0")]), (3, [FakeEdu("0000:00:03.0")])]
+
+
+def _check_declaration(declaration: object) -> None:
+    if not isinstance(declaration, tuple) or len(declaration) != 2:
+        raise ValueError(f"a group is declared as (number, [devices]), not {declaration!r}")
+    number, devices = declaration
+    if not isinstance(number, int) or number < 0:
+        raise ValueError(f"an IOMMU group has a number from 0 on, not {number!r}")
+    for device in devices:
+        what = f"IOMMU group {number}: {type(device).__name__}"
+        if not isinstance(device, FakeDevice | FakePciDevice):
+            raise ValueError(f"{what} is neither a FakeDevice nor a FakePciDevice")  # noqa: TRY004 (as other mistakes)
+        if not hasattr(device, "bdf"):
+            raise ValueError(f"{what} did not call super().__init__(bdf)")
+
+
+def check_groups(groups: Sequence[GroupDeclaration]) -> None:
+    """ValueError for what cannot be."""
+    for declaration in groups:
+        _check_declaration(declaration)
+    numbers = [number for number, _devices in groups]
+    if twice := {number for number in numbers if numbers.count(number) > 1}:
+        raise ValueError(f"IOMMU group {min(twice)} is declared twice")
+    home: dict[str, int] = {}
+    for number, devices in groups:
+        if not devices:
+            raise ValueError(f"IOMMU group {number} has no device")
+        for device in devices:
+            if device.bdf in home:
+                raise ValueError(f"{device.bdf} is declared twice: in IOMMU groups {home[device.bdf]} and {number}")
+            home[device.bdf] = number
