@@ -91,6 +91,10 @@ class Tally(Counter[str]):
         """Of all steps: that they were made, or what refused them."""
         return {end.partition(": ")[2] for end in self}
 
+    def both_ways(self) -> bool:
+        """Whether the device has reached something, and has been stopped."""
+        return self["dma: arrived"] > 0 and self["dma: stopped"] > 0
+
     def __str__(self) -> str:
         ends = ", ".join(f"{count} {end}" for end, count in sorted(self.items()))
         return f"{self.steps} steps in {self.lives} lives: {ends}"
@@ -492,6 +496,8 @@ class RandomLife(RuleBasedStateMachine):
             self._hurt(model, None, parts)
             self._remap(model, self.way.after(between or [], model.populated))
 
+    replace_pages_2 = replace_pages_3 = replace_pages
+
     @precondition(lambda self: any(model.length for model in self.model.values()))
     @rule(number=which, at=page)
     def write(self, *, number: int, at: int) -> None:
@@ -726,7 +732,10 @@ class RandomLife(RuleBasedStateMachine):
     def dma(self, *, number: int, at: int, shift: int, writes: bool) -> None:
         """The device moves bytes of a block where it reaches it, across pieces too, and none elsewhere."""
         _idstr, model, block = self._pick(number)
-        at = min(model.length, model.maximum - 1) if not at else at % model.maximum
+        if number % 2 and model.reached:
+            at = sorted(model.reached)[at % len(model.reached)]
+        else:
+            at = min(model.length, model.maximum - 1) if not at else at % model.maximum
         offset = at * PAGE_SIZE + shift
         asked = {offset // PAGE_SIZE, (offset + SIZE - 1) // PAGE_SIZE}
         if asked & model.reached and not asked <= model.reached:
@@ -897,13 +906,14 @@ def live(
     until: Iterable[type[Exception]] = (),
 ) -> Tally:
     """Let lives of `a_time` steps, each in one of `worlds`, pass until there were `steps`, and, within three times as
-    many, `until` each of these refusals has been met; how they went.
+    many, `until` each of these refusals has been met and the device has both reached something and been stopped; how
+    they went.
 
     The device is asked `transfers` times in each. `seed` says what happens: with the same one, the same. `shrink`: look
     for the shortest life that fails.
     """
     tally, names = Tally(), {refusal.__name__ for refusal in until}
-    while tally.steps < steps or (tally.steps < 3 * steps and not names <= tally.ends()):
+    while tally.steps < steps or (tally.steps < 3 * steps and not (names <= tally.ends() and tally.both_ways())):
         life = type("Life", (RandomLife,), {"worlds": worlds, "tally": tally, "transfers": transfers})
         run_state_machine_as_test(
             hypothesis.seed(seed)(life),
