@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from pyvfio.extents import Extent
     from pyvfio.iova import IovaAllocator
     from pyvfio.kernel import Kernel, LinuxKernel, Memlock
-    from pyvfio.memory import Anonymous, File, Memfd, MemorySettings
+    from pyvfio.memory import Anonymous, File, Memfd, MemorySettings, lock_all_memory, unlock_all_memory
     from pyvfio.plan import BlockShape, Plan, PlannedBlock
     from pyvfio.progress import Progress
     from pyvfio.ramblock import RamBlock, RamBlockList, RamBlockNotifier
@@ -165,5 +165,7 @@ __all__ = [
     "UnsupportedError",
     "Vaddr",
     "VfioError",
+    "lock_all_memory",
     "open_device",
+    "unlock_all_memory",
 ]

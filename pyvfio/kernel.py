@@ -18,7 +18,7 @@ import os
 import resource
 import select
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -50,7 +50,11 @@ FALLOC_FL_PUNCH_HOLE = 2
 HUGETLBFS_MAGIC = 0x958458F6  # linux/magic.h
 TMPFS_MAGIC = 0x01021994
 MADV_DODUMP = 17
-MADV_POPULATE_WRITE = 23  # Python's mmap has no name for it
+MADV_POPULATE_WRITE = 23  # Python's mmap has no name for it, nor for the next
+MADV_DONTNEED_LOCKED = 24  # since Linux 5.18
+MCL_CURRENT = 1  # asm-generic/mman.h
+MCL_FUTURE = 2
+MCL_ONFAULT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +62,14 @@ class Memlock:
     """How much memory this process may lock, and has locked; bytes. VFIO charges each mapping to it.
 
     `limit` is RLIMIT_MEMLOCK (None: unlimited), `used` is VmLck, `privileged` says that CAP_IPC_LOCK lifts the limit.
-    Source: `vfio_lock_acct` and `vfio_pin_pages_remote` in drivers/vfio/vfio_iommu_type1.c.
+    `address_space` is VmSize, which is what mlockall(2) holds against the limit.
+    Source: `vfio_lock_acct` and `vfio_pin_pages_remote` in drivers/vfio/vfio_iommu_type1.c; `mlockall` in mm/mlock.c.
     """
 
     limit: int | None
     used: int
     privileged: bool
+    address_space: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +168,24 @@ class Kernel(Protocol):
         """munmap(2)."""
         ...
 
+    def mlockall(self, flags: int) -> None:
+        """mlockall(2); `flags` are MCL_*."""
+        ...
+
+    def munlockall(self) -> None:
+        """munlockall(2)."""
+        ...
+
+    def munlock(self, vaddr: int, size: int) -> None:
+        """munlock(2)."""
+        ...
+
+    def mlocked(self) -> int:
+        """How many bytes of this process mlock(2) or mlockall(2) has locked, as /proc/self/smaps has them; of VmLck the
+        rest is memory that devices reach, and its like. Milliseconds, and more where much memory is there: for errors
+        only."""
+        ...
+
     def memfd_create(self, name: str, flags: int) -> int:
         """memfd_create(2); MFD_CLOEXEC is always added."""
         ...
@@ -197,6 +221,7 @@ def _load_libc() -> ctypes.CDLL:
     libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.munlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
     libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
@@ -339,6 +364,28 @@ class LinuxKernel:
         """munmap(2)."""
         _checked(_libc.munmap(vaddr, size))
 
+    def mlockall(self, flags: int) -> None:
+        """mlockall(2)."""
+        _checked(_libc.mlockall(flags))
+
+    def munlockall(self) -> None:
+        """munlockall(2)."""
+        _checked(_libc.munlockall())
+
+    def munlock(self, vaddr: int, size: int) -> None:
+        """munlock(2)."""
+        _checked(_libc.munlock(vaddr, size))
+
+    def mlocked(self) -> int:
+        """The areas of /proc/self/smaps with the flag "lo"."""
+        locked, size = 0, 0
+        for line in Path("/proc/self/smaps").read_bytes().split(b"\n"):
+            if line.startswith(b"Size:"):
+                size = int(line.split()[1]) * 1024
+            elif line.startswith(b"VmFlags:") and b"lo" in line.split():
+                locked += size
+        return locked
+
     def memfd_create(self, name: str, flags: int) -> int:
         """memfd_create(2) with MFD_CLOEXEC."""
         return os.memfd_create(name, flags | os.MFD_CLOEXEC)
@@ -374,4 +421,5 @@ class LinuxKernel:
             limit=None if soft == resource.RLIM_INFINITY else soft // PAGE_SIZE * PAGE_SIZE,
             used=int(status.get("VmLck", "0 kB").split()[0]) * 1024,
             privileged=bool(int(status["CapEff"], 16) >> _CAP_IPC_LOCK & 1),
+            address_space=int(status.get("VmSize", "0 kB").split()[0]) * 1024,
         )

@@ -24,6 +24,7 @@ from pyvfio.kernel import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
     HUGETLBFS_MAGIC,
+    MADV_DONTNEED_LOCKED,
     MAP_NORESERVE,
     MAP_PRIVATE,
     MAP_SHARED,
@@ -146,8 +147,13 @@ class _AnonymousStore:
         """They went with the mapping."""
 
     def drop(self, vaddr: int, start: int, end: int) -> None:
-        """MADV_DONTNEED."""
-        self._kernel.madvise(vaddr + start, end - start, mmap.MADV_DONTNEED)
+        """MADV_DONTNEED; memory that is locked answers EINVAL to it, and from 5.18 on has a call of its own."""
+        try:
+            self._kernel.madvise(vaddr + start, end - start, mmap.MADV_DONTNEED)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._kernel.madvise(vaddr + start, end - start, MADV_DONTNEED_LOCKED)
 
     def close(self) -> None:
         """Nothing was opened."""

@@ -107,7 +107,7 @@ def test_settings_stay_on_all_of_a_block_whatever_becomes_of_it(rig: Rig, name: 
 
 @pytest.mark.parametrize("name", ["anonymous", "memfd", "private file"])
 def test_settings_are_on_memory_before_it_is_populated(rig: Rig, name: str) -> None:
-    """Pages that come before the settings would keep it apart from its neighbours, and KSM or a dump might have them."""
+    """Pages that come before the settings would keep it apart from its neighbours, and a dump might have them."""
     with kind(name) as memory:
         check_life(rig, memory, ALL, prealloc=1, shared=name == "memfd")
 
@@ -136,7 +136,7 @@ def test_private_memory_is_one_area_in_use_and_one_for_the_rest(
         settings=settings,
         prealloc=prealloc,
     )
-    dice = random.Random(4)
+    dice = random.Random(4)  # noqa: S311 (any lengths will do)
     for _ in range(30):
         block.resize(dice.randrange(1, LONGEST // PAGE_SIZE) * PAGE_SIZE)
         found = areas(block.vaddr, block.max_length)

@@ -653,6 +653,22 @@ class FakeKernel:
                     asked = bool(number) and (call, number) != ("madvise", errno.ENOMEM)
                     self._pins.gone(call, vaddr=given[0], size=given[1], takes=takes, only_lost=asked)
 
+    def mlockall(self, flags: int) -> None:
+        """The real one."""
+        self._observed("mlockall", (flags,), lambda: self._linux.mlockall(flags))
+
+    def munlockall(self) -> None:
+        """The real one."""
+        self._observed("munlockall", (), self._linux.munlockall)
+
+    def munlock(self, vaddr: int, size: int) -> None:
+        """The real one."""
+        self._observed("munlock", (vaddr, size), lambda: self._linux.munlock(vaddr, size))
+
+    def mlocked(self) -> int:
+        """0: what the process locks is not counted here, by `memlock` either."""
+        return self._observed("mlocked", (), lambda: 0)
+
     def memfd_create(self, name: str, flags: int) -> int:
         """The real one."""
         if self._in_child:
