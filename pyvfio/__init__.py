@@ -79,7 +79,19 @@ else:
         "units",
     )
     _MODULES = frozenset(
-        (*_HOMES, "block", "discards", "handle", "ioctls", "notifier", "pci", "pieces", "prefault", "type1_errors")
+        (
+            *_HOMES,
+            "block",
+            "cgroup",
+            "discards",
+            "handle",
+            "ioctls",
+            "notifier",
+            "pci",
+            "pieces",
+            "prefault",
+            "type1_errors",
+        )
     )
 
     def __getattr__(name):

@@ -155,6 +155,7 @@ class RamBlockList:
         huge pages) or a file of the caller's (`File(fd)`). `readonly`: devices may only read it.
         `prealloc`: how many threads see to it that there are pages behind whatever comes into use, also when the block
         grows, before anybody is told of it (0: pages come when they are touched); `progress` is told how far they are.
+        What the limit of a control group (memory.max) has no room for is refused beforehand.
 
         Both lengths are multiples of the memory's page size; `used_length` may be 0. Raises ValueError for lengths that
         can never be right and for an id string that is taken, OSError or IoctlError when there is no address space or
@@ -208,10 +209,9 @@ class RamBlockList:
             readonly=readonly,
         )
         if prealloc:
-            work = LongWork(
+            block._prealloc = LongWork(
                 self.kernel, block, threads=prealloc, callback=progress, touch=not block._memory.readable_only
             )
-            block._prealloc = work.prepare
         blocks = tuple(sorted((*self._blocks, block), key=lambda other: other._start))
         change = Bookkeeping(Added(block), partial(self._set_blocks, blocks), partial(self._set_blocks, self._blocks))
         try:
@@ -412,9 +412,12 @@ class RamBlockList:
 
     @staticmethod
     def _activate(block: RamBlock, old: int, new: int) -> None:
+        if block._prealloc is None:
+            block._memory.activate(new)
+            return
+        block._prealloc.check([(old, new)])
         block._memory.activate(new)
-        if block._prealloc is not None:
-            block._prealloc([(old, new)])
+        block._prealloc.populate([(old, new)])
 
     def _shrink(self, block: RamBlock, old: int, new: int) -> OSError | None:
         block._check_views(new)
@@ -485,10 +488,12 @@ class RamBlockList:
             return
         discarded = tuple(without(block._discarded, *parts))
         self._drop_stale(block, wanted)  # what a signal handler kept a discard from
+        if block._prealloc is not None:
+            block._prealloc.check(parts)
         for part in parts:
             block._memory.provide(*part)
         if block._prealloc is not None:
-            block._prealloc(parts)
+            block._prealloc.populate(parts)
         self._tell(
             self._notifiers,
             Populated(block, parts),

@@ -17,7 +17,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 from pyvfio.errors import CannotBePinnedWarning, IoctlError, PersistenceWarning
 from pyvfio.kernel import (
@@ -82,6 +82,9 @@ class File:
 MemoryKind: TypeAlias = Anonymous | Memfd | File
 
 
+Charged: TypeAlias = Literal["touched", "provided", "never"]
+
+
 class Store(Protocol):
     """Where the pages of one reservation are. Bytes are counted from its beginning."""
 
@@ -96,6 +99,9 @@ class Store(Protocol):
     """Whether its pages are nobody else's, so that an attempt that failed may take back those that it had provided."""
     can_drop: bool
     """Whether pages can be given back while the memory stays accessible."""
+    charged: Charged
+    """When its pages are charged to this process's control group, to stay there. Those of a shared file may have been
+    before, or are written back, and those of a pool are not memory to it."""
     warnings: list[Warning]
     """What whoever chose this kind should know."""
 
@@ -130,6 +136,7 @@ def make_store(kernel: Kernel, kind: MemoryKind, *, idstr: str, max_length: int)
 class _AnonymousStore:
     fd, offset, page_size, protection = -1, 0, PAGE_SIZE, _READ_WRITE
     holds_contents, can_drop, is_own = False, True, True
+    charged: Charged = "touched"
 
     def __init__(self, kernel: Kernel, kind: Anonymous) -> None:
         self._kernel = kernel
@@ -166,6 +173,7 @@ class _MemfdStore:
         self._kernel = kernel
         self.warnings: list[Warning] = []
         self.page_size = PAGE_SIZE
+        self.charged: Charged = "provided"
         # A huge page that is mapped would be reserved in the pool, for all of max_length.
         self.flags = MAP_SHARED | MAP_NORESERVE
         flags = 0
@@ -173,6 +181,7 @@ class _MemfdStore:
             if not is_power_of_two(kind.hugetlb) or kind.hugetlb <= PAGE_SIZE:
                 raise ValueError(f"huge pages have a power of two of bytes above {PAGE_SIZE}, not {kind.hugetlb!r}")
             self.page_size = kind.hugetlb
+            self.charged = "never"
             flags = _MFD_HUGETLB | (kind.hugetlb.bit_length() - 1) << _MFD_HUGE_SHIFT
         try:
             self.fd = kernel.memfd_create(idstr.encode()[:200].decode(errors="ignore"), flags)
@@ -219,6 +228,8 @@ class _FileStore:
         self.page_size = status.block_size if status.file_system == HUGETLBFS_MAGIC else PAGE_SIZE
         self.protection = _READ_WRITE if status.writable or not kind.shared else PROT_READ
         self.can_drop = kind.punch
+        copied = not kind.shared and self.page_size == PAGE_SIZE
+        self.charged: Charged = "touched" if copied else "never"
         self.holds_contents = kind.shared and not kind.punch
         if kind.offset < 0 or not is_aligned(kind.offset, self.page_size):
             raise ValueError(f"offset must be a multiple of {self.page_size:#x} and not negative, not {kind.offset:#x}")

@@ -21,7 +21,7 @@ import logging
 from pyvfio.errors import ClosedError, IoctlError
 from pyvfio.kernel import MAP_FIXED, PROT_NONE, Kernel
 from pyvfio.memory import locking
-from pyvfio.memory.kinds import Anonymous, MemoryKind, make_store
+from pyvfio.memory.kinds import Anonymous, Charged, MemoryKind, make_store
 from pyvfio.memory.maps import areas
 from pyvfio.memory.settings import MemorySettings, apply_settings
 from pyvfio.units import MIB, PAGE_SIZE, U64_MAX, Vaddr, align_up, format_size, is_aligned
@@ -120,6 +120,11 @@ class Reservation:
     def can_drop(self) -> bool:
         """Whether parts can be given back while they stay accessible."""
         return self._store.can_drop
+
+    @property
+    def charged(self) -> Charged:
+        """When its pages are charged to this process's control group, to stay there until they are swapped out."""
+        return self._store.charged
 
     @property
     def warnings(self) -> tuple[Warning, ...]:

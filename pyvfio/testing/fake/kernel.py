@@ -669,6 +669,10 @@ class FakeKernel:
         """0: what the process locks is not counted here, by `memlock` either."""
         return self._observed("mlocked", (), lambda: 0)
 
+    def resident(self, vaddr: int, size: int) -> int:
+        """The real one."""
+        return self._observed("resident", (vaddr, size), lambda: self._linux.resident(vaddr, size))
+
     def memfd_create(self, name: str, flags: int) -> int:
         """The real one."""
         if self._in_child:

@@ -17,7 +17,7 @@ _FILE_CALLS = frozenset(
 _MEMORY_CALLS = frozenset(
     ("mmap", "mprotect", "madvise", "munmap", "memfd_create", "ftruncate", "fallocate", "file_status")
 )
-_LOCK_CALLS = frozenset(("mlockall", "munlockall", "munlock", "mlocked"))
+_LOCK_CALLS = frozenset(("mlockall", "munlockall", "munlock", "mlocked", "resident"))
 CALLS = _FILE_CALLS | _MEMORY_CALLS | _LOCK_CALLS
 KEPT = 256  # bytes of an ioctl's buffer that are remembered
 
