@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from pyvfio.iova import IovaAllocator
     from pyvfio.kernel import Kernel, LinuxKernel, Memlock
     from pyvfio.live_update import HandOver, TakenOver, hand_over, take_over
-    from pyvfio.memory import Anonymous, File, Memfd, MemorySettings
+    from pyvfio.memory import Anonymous, File, Memfd, MemorySettings, lock_all_memory, unlock_all_memory
     from pyvfio.plan import BlockShape, Plan, PlannedBlock
     from pyvfio.progress import Progress
     from pyvfio.ramblock import RamBlock, RamBlockList, RamBlockNotifier
@@ -86,7 +86,7 @@ else:
     _MODULES = frozenset(
         (
             *_HOMES,
-            *("block", "discards", "handle", "ioctls", "notifier", "pci", "pieces", "prefault"),
+            *("block", "cgroup", "discards", "handle", "ioctls", "notifier", "pci", "pieces", "prefault"),
             "type1_errors",
         )
     )
@@ -180,6 +180,8 @@ __all__ = [
     "Vaddr",
     "VfioError",
     "hand_over",
+    "lock_all_memory",
     "open_device",
     "take_over",
+    "unlock_all_memory",
 ]

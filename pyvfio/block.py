@@ -42,6 +42,18 @@ class _Owner(Protocol):
     def remove(self, block: RamBlock) -> None: ...
 
 
+class Preallocation(Protocol):
+    """Sees to it that there are pages behind parts, (start, end) in bytes."""
+
+    def check(self, parts: Sequence[tuple[int, int]]) -> None:
+        """Raises IoctlError where there certainly is no memory for them."""
+        ...
+
+    def populate(self, parts: Sequence[tuple[int, int]]) -> None:
+        """Have them. Raises IoctlError."""
+        ...
+
+
 class FileRange(NamedTuple):
     """Memory that is a file's: `size` bytes at `vaddr` are those from `offset` on of the file behind `fd`."""
 
@@ -101,7 +113,7 @@ class RamBlock:
         self._used_length = 0
         self._discarded: tuple[Extent, ...] = ()  # ascending, disjoint, within [0, used_length)
         self._stale: tuple[Extent, ...] = ()  # of that, what is still to be dropped
-        self._prealloc: Callable[[Sequence[tuple[int, int]]], None] | None = None  # has pages behind parts
+        self._prealloc: Preallocation | None = None
         self.prealloc = 0
         """How many threads have pages behind whatever comes into use (0: pages come when they are touched)."""
         self._exports = Exports()

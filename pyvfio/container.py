@@ -294,6 +294,7 @@ class Container(Handle):
                 overlapping=self._table.overlapping(iova=iova, size=size),
                 made_here=len(self._table),
                 entry_limit=self._entry_limit,
+                mapped=self._table.mapped,
                 ranges=self.iova_ranges,
                 page_size=self.page_size,
                 attached=self._info is not None,

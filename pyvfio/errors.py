@@ -70,10 +70,12 @@ class IoctlError(VfioError, OSError):
 
 
 class PinLimitError(IoctlError):
-    """ENOMEM: the pages may not be locked. `limit`, `used`, `asked` in bytes (`limit` None: not the limit's doing)."""
+    """ENOMEM, or EAGAIN from mmap(2) where mlockall(2) holds what is to come: so much may not be locked. In bytes:
+    `limit` (None: not the limit's doing), `used` of it, of that `mlocked` by mlock and mlockall, `asked`."""
 
     limit: int | None = None
     used: int = 0
+    mlocked: int = 0
     asked: int = 0
 
 

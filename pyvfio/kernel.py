@@ -18,7 +18,7 @@ import os
 import resource
 import select
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -33,6 +33,7 @@ _INT_MAX = (1 << 31) - 1  # fcntl.ioctl refuses larger ints up to Python 3.11 at
 _FCNTL_BUFFER_MAX = 1024  # up to here fcntl.ioctl works on a copy and releases the GIL
 _CAP_IPC_LOCK = 14  # linux/capability.h
 _F_GET_SEALS = 1034  # linux/fcntl.h
+_MINCORE_MOST = 4 << 30  # bytes that are asked for at once: 1 MiB of answer
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 MAP_SHARED = 0x1
@@ -54,9 +55,12 @@ F_SEAL_GROW = 4  # linux/fcntl.h
 F_SEAL_WRITE = 8
 F_SEAL_FUTURE_WRITE = 16
 MADV_DODUMP = 17
-MADV_POPULATE_READ = 22
-MADV_POPULATE_WRITE = 23  # Python's mmap has no name for these
-MADV_DONTNEED_LOCKED = 24
+MADV_POPULATE_READ = 22  # Python's mmap has no names for these
+MADV_POPULATE_WRITE = 23
+MADV_DONTNEED_LOCKED = 24  # since Linux 5.18
+MCL_CURRENT = 1  # asm-generic/mman.h
+MCL_FUTURE = 2
+MCL_ONFAULT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +68,14 @@ class Memlock:
     """How much memory this process may lock, and has locked; bytes. VFIO charges each mapping to it.
 
     `limit` is RLIMIT_MEMLOCK (None: unlimited), `used` is VmLck, `privileged` says that CAP_IPC_LOCK lifts the limit.
-    Source: `vfio_lock_acct` and `vfio_pin_pages_remote` in drivers/vfio/vfio_iommu_type1.c.
+    `address_space` is VmSize, which is what mlockall(2) holds against the limit.
+    Source: `vfio_lock_acct` and `vfio_pin_pages_remote` in drivers/vfio/vfio_iommu_type1.c; `mlockall` in mm/mlock.c.
     """
 
     limit: int | None
     used: int
     privileged: bool
+    address_space: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +179,28 @@ class Kernel(Protocol):
         """munmap(2)."""
         ...
 
+    def mlockall(self, flags: int) -> None:
+        """mlockall(2); `flags` are MCL_*."""
+        ...
+
+    def munlockall(self) -> None:
+        """munlockall(2)."""
+        ...
+
+    def munlock(self, vaddr: int, size: int) -> None:
+        """munlock(2)."""
+        ...
+
+    def mlocked(self) -> int:
+        """How many bytes of this process mlock(2) or mlockall(2) has locked, as /proc/self/smaps has them; of VmLck the
+        rest is memory that devices reach, and its like. Milliseconds, and more where much memory is there: for errors
+        only."""
+        ...
+
+    def resident(self, vaddr: int, size: int) -> int:
+        """How many bytes of `[vaddr, vaddr + size)`, whole pages, are in memory: mincore(2). 1 ms for 1 GiB."""
+        ...
+
     def memfd_create(self, name: str, flags: int) -> int:
         """memfd_create(2); MFD_CLOEXEC is always added."""
         ...
@@ -213,6 +241,8 @@ def _load_libc() -> ctypes.CDLL:
     libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.munlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
     libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
     libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
@@ -358,6 +388,38 @@ class LinuxKernel:
         """munmap(2)."""
         _checked(_libc.munmap(vaddr, size))
 
+    def mlockall(self, flags: int) -> None:
+        """mlockall(2)."""
+        _checked(_libc.mlockall(flags))
+
+    def munlockall(self) -> None:
+        """munlockall(2)."""
+        _checked(_libc.munlockall())
+
+    def munlock(self, vaddr: int, size: int) -> None:
+        """munlock(2)."""
+        _checked(_libc.munlock(vaddr, size))
+
+    def mlocked(self) -> int:
+        """The areas of /proc/self/smaps with the flag "lo"."""
+        locked, size = 0, 0
+        for line in Path("/proc/self/smaps").read_bytes().split(b"\n"):
+            if line.startswith(b"Size:"):
+                size = int(line.split()[1]) * 1024
+            elif line.startswith(b"VmFlags:") and b"lo" in line.split():
+                locked += size
+        return locked
+
+    def resident(self, vaddr: int, size: int) -> int:
+        """mincore(2), which says 1 or 0 for each page."""
+        found = 0
+        for start in range(vaddr, vaddr + size, _MINCORE_MOST):
+            part = min(vaddr + size - start, _MINCORE_MOST)
+            pages = ctypes.create_string_buffer(part // PAGE_SIZE)
+            _checked(_libc.mincore(start, part, pages))
+            found += pages.raw.count(b"\1")
+        return found * PAGE_SIZE
+
     def memfd_create(self, name: str, flags: int) -> int:
         """memfd_create(2) with MFD_CLOEXEC."""
         return os.memfd_create(name, flags | os.MFD_CLOEXEC)
@@ -406,4 +468,5 @@ class LinuxKernel:
             limit=None if soft == resource.RLIM_INFINITY else soft // PAGE_SIZE * PAGE_SIZE,
             used=int(status.get("VmLck", "0 kB").split()[0]) * 1024,
             privileged=bool(int(status["CapEff"], 16) >> _CAP_IPC_LOCK & 1),
+            address_space=int(status.get("VmSize", "0 kB").split()[0]) * 1024,
         )

@@ -26,9 +26,9 @@ from pyvfio.errors import EntryLimitError, IoctlError, PinLimitError, VfioError
 from pyvfio.extents import Extent, total
 from pyvfio.iova import IovaAllocator
 from pyvfio.kernel import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE, Kernel, Memlock
+from pyvfio.memory import locking
 from pyvfio.pieces import Policy
 from pyvfio.space import AddressSpace
-from pyvfio.type1_errors import describe_memlock
 from pyvfio.units import MIB, U64_MAX, Iova, IovaRange, align_up, format_ranges, format_size
 
 _SAMPLE = 2 * MIB
@@ -204,8 +204,8 @@ def rehearse(
             _collect(grown, later.take(block.idstr, needed=max(most, block.entries), max_length=block.max_length))
     memlock = space.kernel.memlock()
     used, most_locked = sum(block.populated for block in planned), sum(block.max_length for block in planned)
-    _collect(shortages, _pin_shortage(memlock, used))
-    _collect(grown, _pin_shortage(memlock, most_locked))
+    _collect(shortages, _pin_shortage(space.kernel, memlock, used))
+    _collect(grown, _pin_shortage(space.kernel, memlock, most_locked))
     return Plan(
         blocks=tuple(planned),
         entries_left=left,
@@ -282,13 +282,13 @@ def _planned(shape: BlockShape | RamBlock, iova: Iova | None, policy: Policy) ->
     )
 
 
-def _pin_shortage(lock: Memlock, size: int) -> PinLimitError | None:
-    if lock.limit is None or lock.privileged or lock.used + size <= lock.limit:
+def _pin_shortage(kernel: Kernel, lock: Memlock, size: int) -> PinLimitError | None:
+    if locking.suffices(lock, size):
         return None
-    message, hint = describe_memlock(lock, size)
-    error = PinLimitError(errno.ENOMEM, message, request="VFIO_IOMMU_MAP_DMA", arguments={"size": size}, hint=hint)
-    error.limit, error.used, error.asked = lock.limit, lock.used, size
-    return error
+    refused = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    return locking.limit_error(
+        refused, lock, size, kernel=kernel, request="VFIO_IOMMU_MAP_DMA", arguments={"size": size}
+    )
 
 
 def _seconds_per_mib(kernel: Kernel) -> float:

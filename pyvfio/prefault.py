@@ -21,6 +21,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Protocol, TypeAlias
 
+from pyvfio.cgroup import memory_room
 from pyvfio.errors import IoctlError
 from pyvfio.kernel import MADV_POPULATE_WRITE, Kernel
 from pyvfio.units import MIB, PAGE_SIZE, Vaddr, align_down, check_whole_number, format_size
@@ -77,6 +78,26 @@ def populate(
             done += size
             if report is not None:
                 report(done, total)
+
+
+def check_room(kernel: Kernel, parts: Sequence[tuple[int, int]], *, vaddr: Vaddr) -> None:
+    """Raises IoctlError (ENOMEM) where a control group's limit certainly has no room for the pages that `parts` lack:
+    the kernel would kill a process of it. Some 100 µs, and 1 ms for 1 GiB where it is close."""
+    asked = sum(end - start for start, end in parts)
+    room = memory_room(kernel)
+    if room is None or asked <= room.size:
+        return
+    missing = asked - sum(kernel.resident(vaddr + start, end - start) for start, end in parts)
+    if missing > room.size:
+        raise IoctlError(
+            errno.ENOMEM,
+            f"{format_size(missing)} of memory are to be populated, {format_size(missing - room.size)} more than "
+            f"there is room for in this process's control group: {room}",
+            request="madvise",
+            arguments={"vaddr": vaddr + parts[0][0], "size": asked, "advice": MADV_POPULATE_WRITE},
+            hint="Raise that limit (MemoryMax= in a systemd unit, --memory for a container), or free memory of the "
+            "group; the kernel answers what goes beyond it by killing a process, now or when the memory is touched",
+        )
 
 
 def _slices(start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -44,7 +44,18 @@ class LongWork:
         self._touch = touch
 
     def prepare(self, parts: Sequence[tuple[int, int]]) -> None:
-        """`parts` are about to be mapped."""
+        """`parts` are about to be mapped: see that there are pages behind them. Raises IoctlError."""
+        if self._block._memory.charged == "touched":
+            self.check(parts)
+        self.populate(parts)
+
+    def check(self, parts: Sequence[tuple[int, int]]) -> None:
+        """`parts` are about to be provided: raises IoctlError where that certainly cannot be; nothing is touched."""
+        if self._threads and parts and self._block._memory.charged != "never":
+            prefault.check_room(self._kernel, parts, vaddr=self._block.vaddr)
+
+    def populate(self, parts: Sequence[tuple[int, int]]) -> None:
+        """Have pages behind `parts`. Raises IoctlError."""
         if self._threads:
             prefault.populate(
                 self._kernel,

@@ -181,6 +181,7 @@ class RamBlockList:
         huge pages) or a file of the caller's (`File(fd)`). `readonly`: devices may only read it.
         `prealloc`: how many threads see to it that there are pages behind whatever comes into use, also when the block
         grows, before anybody is told of it (0: pages come when they are touched); `progress` is told how far they are.
+        What the limit of a control group (memory.max) has no room for is refused beforehand.
 
         Where a listener cannot follow a resize, or the process has no mapping left for a part (vm.max_map_count), all
         of `max_length` is allocated (`RamBlock.whole`), and a warning logged.
@@ -261,13 +262,15 @@ class RamBlockList:
         length = block.max_length if block.whole else used_length
         if not length:
             return
+        if block._prealloc is not None:
+            block._prealloc.check([(0, length)])
         try:
             block._memory.activate(length)
         except IoctlError as error:
             if error.errno != errno.ENOMEM or not self._has_whole(block, length, error):
                 raise
         if block._prealloc is not None:
-            block._prealloc([(0, length)])
+            block._prealloc.populate([(0, length)])
 
     @staticmethod
     def _has_whole(block: RamBlock, length: int, why: IoctlError) -> bool:
@@ -286,7 +289,7 @@ class RamBlockList:
         block.prealloc = threads
         if threads:
             touch = not block._memory.readable_only
-            block._prealloc = LongWork(self.kernel, block, threads=threads, callback=progress, touch=touch).prepare
+            block._prealloc = LongWork(self.kernel, block, threads=threads, callback=progress, touch=touch)
 
     def _must_be_whole(self, block: RamBlock) -> bool:
         for notifier in self._notifiers:
@@ -465,9 +468,11 @@ class RamBlockList:
     def _relabel(self, block: RamBlock, old: int, new: int) -> None:
         """A block that is memory altogether has another length; what comes back reads zeros."""
         if new > old:
+            if block._prealloc is not None:
+                block._prealloc.check([(old, new)])
             block._memory.provide(old, new)  # it may have been allocated in full for want of mappings, and have none
             if block._prealloc is not None:
-                block._prealloc([(old, new)])
+                block._prealloc.populate([(old, new)])
             block._memory.clear(old, new)
             self._commit(Resized(block, old, new), self._notifiers)
         else:
@@ -488,9 +493,12 @@ class RamBlockList:
 
     @staticmethod
     def _activate(block: RamBlock, old: int, new: int) -> None:
+        if block._prealloc is None:
+            block._memory.activate(new)
+            return
+        block._prealloc.check([(old, new)])
         block._memory.activate(new)
-        if block._prealloc is not None:
-            block._prealloc([(old, new)])
+        block._prealloc.populate([(old, new)])
 
     def _shrink(self, block: RamBlock, old: int, new: int) -> OSError | None:
         block._check_views(new)
@@ -561,10 +569,12 @@ class RamBlockList:
             return
         discarded = tuple(without(block._discarded, *parts))
         self._drop_stale(block, wanted)  # what a signal handler kept a discard from
+        if block._prealloc is not None:
+            block._prealloc.check(parts)
         for part in parts:
             block._memory.provide(*part)
         if block._prealloc is not None:
-            block._prealloc(parts)
+            block._prealloc.populate(parts)
         self._tell(
             self._notifiers,
             Populated(block, parts),

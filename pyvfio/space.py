@@ -123,6 +123,11 @@ class MappingTable:
     def __iter__(self) -> Iterator[Mapping]:
         return (self._at(position) for position in range(len(self)))
 
+    @property
+    def mapped(self) -> int:
+        """Bytes of all mappings together. O(n)."""
+        return sum(self._rows[1::3])
+
     def _at(self, position: int) -> Mapping:
         iova, size, vaddr = self._rows[3 * position : 3 * position + 3]
         return Mapping(Iova(iova), size, Vaddr(vaddr))

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from pyvfio.errors import EntryLimitError, IoctlError, IovaOverlapError, IovaRangeError, PinLimitError, describe_ranges
-from pyvfio.kernel import Kernel, Memlock
-from pyvfio.memory import describe
+from pyvfio.kernel import Kernel
+from pyvfio.memory import describe, locking
 from pyvfio.space import Mapping
 from pyvfio.units import IovaRange, format_ranges, format_size
 
@@ -24,24 +24,13 @@ def describe_mappings(mappings: Sequence[Mapping]) -> str:
     return format_ranges(mapping.range for mapping in mappings[:8]) + (", …" if len(mappings) > 8 else "")
 
 
-def describe_memlock(lock: Memlock, size: int) -> tuple[str, str]:
-    """That `size` bytes more cannot be locked, and what to do about it."""
-    limit = lock.limit or 0
-    return (
-        f"RLIMIT_MEMLOCK lets this process lock {format_size(limit)}; {format_size(lock.used)} are locked and "
-        f"{format_size(size)} were asked for, so {format_size(lock.used + size - limit)} are missing",
-        f"ulimit -l {-(-(lock.used + size) // 1024)} (KiB) or more in the shell, memlock in "
-        "/etc/security/limits.conf, LimitMEMLOCK=infinity in a systemd unit, --ulimit memlock=-1 for a container; "
-        "or CAP_IPC_LOCK",
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MapRefusal:
     """A VFIO_IOMMU_MAP_DMA that ended in `error`: its arguments, and what the container knew then.
 
     `overlapping`: the mappings that lie where it should have gone; `made_here`, `entry_limit`: how many mappings there
-    are and may be; `ranges`, `page_size`: of the IOMMU; `attached`: whether there is one.
+    are and may be; `mapped`: how many bytes they have; `ranges`, `page_size`: of the IOMMU; `attached`: whether there
+    is one.
     """
 
     error: OSError
@@ -53,12 +42,14 @@ class MapRefusal:
     overlapping: Sequence[Mapping]
     made_here: int
     entry_limit: int
+    mapped: int
     ranges: tuple[IovaRange, ...]
     page_size: int
     attached: bool
 
     def explain(self) -> IoctlError:
-        """The error to raise, `from` the kernel's. Some 50 µs where the limit of locked memory is asked for."""
+        """The error to raise, `from` the kernel's. Some 50 µs where the limit of locked memory is asked for,
+        and milliseconds where others than this container hold of it."""
         known = {
             errno.ENOMEM: self._memory,
             errno.ENOSPC: self._entries,
@@ -70,20 +61,29 @@ class MapRefusal:
         return self._say(IoctlError, f"{self.error.strerror}") if known is None else known()
 
     def _say(self, kind: type[_Error], message: str, hint: str = "") -> _Error:
-        arguments = {"vaddr": self.vaddr, "iova": self.iova, "size": self.size, "flags": self.flags}
-        return kind.of(self.error, message, request="VFIO_IOMMU_MAP_DMA", arguments=arguments, hint=hint)
+        return kind.of(self.error, message, request="VFIO_IOMMU_MAP_DMA", arguments=self._given, hint=hint)
+
+    @property
+    def _given(self) -> dict[str, int | str]:
+        return {"vaddr": self.vaddr, "iova": self.iova, "size": self.size, "flags": self.flags}
 
     def _memory(self) -> PinLimitError:
         lock = self.kernel.memlock()
-        if lock.limit is None or lock.privileged or lock.used + self.size <= lock.limit:
+        if locking.suffices(lock, self.size):
             return self._say(
                 PinLimitError,
                 f"the kernel has no memory to map {format_size(self.size)}",
                 "RLIMIT_MEMLOCK is not what stands in the way; free memory, or look at the cgroup's limit",
             )
-        explained = self._say(PinLimitError, *describe_memlock(lock, self.size))
-        explained.limit, explained.used, explained.asked = lock.limit, lock.used, self.size
-        return explained
+        return locking.limit_error(
+            self.error,
+            lock,
+            self.size,
+            kernel=self.kernel,
+            request="VFIO_IOMMU_MAP_DMA",
+            arguments=self._given,
+            mapped=self.mapped,
+        )
 
     def _entries(self) -> EntryLimitError:
         explained = self._say(

@@ -18,7 +18,7 @@ import stat
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 from pyvfio.errors import CannotBePinnedWarning, IoctlError, PersistenceWarning
 from pyvfio.kernel import (
@@ -153,6 +153,9 @@ class Received:
 MemoryKind: TypeAlias = Anonymous | Memfd | File | Received
 
 
+Charged: TypeAlias = Literal["touched", "provided", "never"]
+
+
 class Store(Protocol):
     """Where the pages of one reservation are. Bytes are counted from its beginning."""
 
@@ -169,6 +172,9 @@ class Store(Protocol):
     """Whether pages can be given back while the memory stays accessible."""
     owned: bool
     """Whether `close` closes `fd`."""
+    charged: Charged
+    """When its pages are charged to this process's control group, to stay there. Those of a shared file may have been
+    before, or are written back, and those of a pool are not memory to it."""
     warnings: list[Warning]
     """What whoever chose this kind should know."""
 
@@ -213,7 +219,8 @@ def make_store(kernel: Kernel, kind: MemoryKind, *, idstr: str, max_length: int)
 
 
 def _forget(kernel: Kernel, vaddr: int, size: int) -> None:
-    """Let nothing stand in this process's page tables, the marks of failed pages included."""
+    """Let nothing stand in this process's page tables, the marks of failed pages included. Locked memory answers EINVAL
+    to MADV_DONTNEED, and from 5.18 on has a call of its own."""
     try:
         kernel.madvise(vaddr, size, mmap.MADV_DONTNEED)
     except OSError as error:
@@ -225,6 +232,7 @@ def _forget(kernel: Kernel, vaddr: int, size: int) -> None:
 class _AnonymousStore:
     fd, offset, page_size, protection = -1, 0, PAGE_SIZE, _READ_WRITE
     holds_contents, can_drop, is_own, owned = False, True, True, False
+    charged: Charged = "touched"
 
     def __init__(self, kernel: Kernel, kind: Anonymous) -> None:
         self._kernel = kernel
@@ -246,7 +254,7 @@ class _AnonymousStore:
 
     def drop(self, vaddr: int, start: int, end: int) -> None:
         """MADV_DONTNEED."""
-        self._kernel.madvise(vaddr + start, end - start, mmap.MADV_DONTNEED)
+        _forget(self._kernel, vaddr + start, end - start)
 
     def replace(self, vaddr: int, start: int, end: int) -> None:
         """They come when they are touched."""
@@ -264,11 +272,13 @@ class _MemfdStore:
         self.warnings: list[Warning] = []
         self.page_size = PAGE_SIZE
         self.owned = fd is None
+        self.charged: Charged = "provided"
         # A huge page that is mapped would be reserved in the pool, for all of max_length.
         self.flags = MAP_SHARED | MAP_NORESERVE
         flags = 0
         if kind.hugetlb is not None:
             self.page_size = kind.hugetlb
+            self.charged = "never"
             flags = _MFD_HUGETLB | (kind.hugetlb.bit_length() - 1) << _MFD_HUGE_SHIFT
         if fd is not None:
             self.fd = fd
@@ -338,6 +348,8 @@ class _FileStore:
         can_be_written = status.writable and not status.seals & _NO_WRITING
         self.protection = _READ_WRITE if can_be_written or not kind.shared else PROT_READ
         self.can_drop = kind.punch
+        copied = not kind.shared and self.page_size == PAGE_SIZE
+        self.charged: Charged = "touched" if copied else "never"
         self.holds_contents = kind.shared and not kind.punch
         self._check_file(status)
         self._check_lengths(status, max_length)

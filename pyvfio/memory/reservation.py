@@ -20,7 +20,8 @@ import logging
 
 from pyvfio.errors import ClosedError, IoctlError
 from pyvfio.kernel import MAP_FIXED, PROT_NONE, Kernel
-from pyvfio.memory.kinds import Anonymous, MemoryKind, Received, make_store
+from pyvfio.memory import locking
+from pyvfio.memory.kinds import Anonymous, Charged, MemoryKind, Received, make_store
 from pyvfio.memory.maps import areas
 from pyvfio.memory.settings import MemorySettings, apply_settings
 from pyvfio.units import MIB, PAGE_SIZE, U64_MAX, Vaddr, align_up, format_size, is_aligned
@@ -138,6 +139,11 @@ class Reservation:
         return self._store.can_drop
 
     @property
+    def charged(self) -> Charged:
+        """When its pages are charged to this process's control group, to stay there until they are swapped out."""
+        return self._store.charged
+
+    @property
     def warnings(self) -> tuple[Warning, ...]:
         """What whoever chose this kind of memory should know."""
         return tuple(self._store.warnings)
@@ -166,13 +172,7 @@ class Reservation:
         try:
             whole = self._kernel.mmap(0, size + alignment - PAGE_SIZE, PROT_NONE, flags)
         except OSError as error:
-            raise IoctlError.of(
-                error,
-                f"{format_size(self.max_length)} of address space could not be reserved",
-                request="mmap",
-                arguments={"size": size},
-                hint="Choose a smaller max_length, or raise RLIMIT_AS (ulimit -v); a process has 128 TiB at most",
-            ) from error
+            raise self._no_space(error, size + alignment - PAGE_SIZE, {"size": size}) from error
         end = whole + size + alignment - PAGE_SIZE
         vaddr = Vaddr(align_up(whole, alignment))
         head, body, tail = (whole, vaddr), (vaddr, vaddr + size), (vaddr + size, end)
@@ -189,6 +189,18 @@ class Reservation:
                     self._kernel.munmap(start, stop - start)
             raise
         return vaddr
+
+    def _no_space(self, error: OSError, asked: int, arguments: dict[str, int | str]) -> IoctlError:
+        what = f"{format_size(self.max_length)} of address space could not be reserved"
+        if error.errno == errno.EAGAIN:
+            lock = self._kernel.memlock()
+            if not locking.suffices(lock, asked):
+                why = f"{what}: mlockall holds what is to come, and locks address space, too. "
+                return locking.limit_error(
+                    error, lock, asked, kernel=self._kernel, request="mmap", arguments=arguments, why=why
+                )
+        hint = "Choose a smaller max_length, or raise RLIMIT_AS (ulimit -v); a process has 128 TiB at most"
+        return IoctlError.of(error, what, request="mmap", arguments=arguments, hint=hint)
 
     def _trim(self, ours: list[tuple[int, int]], piece: tuple[int, int]) -> None:
         start, end = piece
@@ -232,6 +244,17 @@ class Reservation:
         return reached >= end
 
     def _map_inaccessible(self, vaddr: int, start: int, end: int) -> None:
+        try:
+            self._map_fixed(vaddr, start, end)
+        except OSError as error:
+            if error.errno != errno.EAGAIN:
+                raise
+            # All that is to come is locked, and the new mapping is held against RLIMIT_MEMLOCK while the old one still
+            # counts (`do_mmap`). It is locked again with the new one.
+            self._kernel.munlock(vaddr + start, end - start)
+            self._map_fixed(vaddr, start, end)
+
+    def _map_fixed(self, vaddr: int, start: int, end: int) -> None:
         store = self._store
         self._kernel.mmap(
             vaddr + start, end - start, PROT_NONE, store.flags | MAP_FIXED, fd=store.fd, offset=store.offset + start

@@ -19,7 +19,9 @@ ROOF = "pyvfio"
 
 FLOORS = {
     **dict.fromkeys(("ioctls", "kernel", "errors", "units", "extents"), 0),
-    **dict.fromkeys(("space", "memory", "iova", "caps", "pci", "handle", "type1_errors", "discards", "prefault"), 1),
+    **dict.fromkeys(
+        ("space", "memory", "iova", "caps", "pci", "handle", "type1_errors", "discards", "prefault", "cgroup"), 1
+    ),
     **dict.fromkeys(
         ("container", "device", "ramblock", "block", "notifier", "pieces", "buffers", "progress", "plan", "dirty"), 2
     ),

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pyvfio.errors import ClosedError, IoctlError
-from pyvfio.kernel import Kernel, LinuxKernel
+from pyvfio.kernel import MADV_DONTNEED_LOCKED, Kernel, LinuxKernel
 from pyvfio.memory import ALIGNMENT, Exports, MemorySettings, Reservation, apply_settings, describe
 from pyvfio.testing import FakeKernel
 from pyvfio.units import MIB, PAGE_SIZE, TIB, U64_MAX, Vaddr
@@ -488,14 +488,30 @@ def test_a_stale_tail_reads_zero_when_it_is_seen_again_part_by_part(kernel: Fake
 
 
 def test_a_stale_tail_that_cannot_be_dropped_is_written_with_zeros(kernel: FakeKernel) -> None:
-    """Locked memory answers EINVAL to MADV_DONTNEED."""
+    """Locked memory answers EINVAL to MADV_DONTNEED, and before Linux 5.18 to MADV_DONTNEED_LOCKED."""
     memory = with_stale_tail(kernel)
-    kernel.fail(call="madvise", errno=errno.EINVAL, nth=len(ALL.advices) + 1)
+    for nth in (1, 2):
+        kernel.fail(call="madvise", errno=errno.EINVAL, nth=len(ALL.advices) + nth)
     kernel.clear_trace()
     memory.activate(8 * MIB)
-    assert kernel.trace[-1].errno == errno.EINVAL
-    assert kernel.trace[-1].given[2] == mmap.MADV_DONTNEED
+    assert [(call.errno, call.given[2]) for call in kernel.trace[-2:]] == [
+        (errno.EINVAL, mmap.MADV_DONTNEED),
+        (errno.EINVAL, MADV_DONTNEED_LOCKED),
+    ]
     assert not any(contents(memory, 2 * MIB, 8 * MIB))
+    memory.release()
+
+
+def test_memory_that_cannot_be_dropped_for_another_reason_is_not_taken_for_locked(kernel: FakeKernel) -> None:
+    """It is written, and the reason told."""
+    memory = reserve(kernel, active=4 * MIB)
+    fill(memory, 0, 4 * MIB)
+    kernel.fail(call="madvise", errno=errno.ENOMEM)
+    kernel.clear_trace()
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        memory.drop(MIB, 2 * MIB)
+    assert len(kernel.trace) == 1
+    assert contents(memory, MIB, 2 * MIB) == bytes(MIB)
     memory.release()
 
 

@@ -103,6 +103,26 @@ class MemoryCalls:
                     asked = bool(number) and (call, number) != ("madvise", errno.ENOMEM)
                     self._pins.gone(call, vaddr=given[0], size=given[1], takes=takes, only_lost=asked)
 
+    def mlockall(self, flags: int) -> None:
+        """The real one."""
+        self._record.observed("mlockall", (flags,), lambda: self._linux.mlockall(flags))
+
+    def munlockall(self) -> None:
+        """The real one."""
+        self._record.observed("munlockall", (), self._linux.munlockall)
+
+    def munlock(self, vaddr: int, size: int) -> None:
+        """The real one."""
+        self._record.observed("munlock", (vaddr, size), lambda: self._linux.munlock(vaddr, size))
+
+    def mlocked(self) -> int:
+        """0: what the process locks is not counted here, by `memlock` either."""
+        return self._record.observed("mlocked", (), lambda: 0)
+
+    def resident(self, vaddr: int, size: int) -> int:
+        """The real one."""
+        return self._record.observed("resident", (vaddr, size), lambda: self._linux.resident(vaddr, size))
+
     def memfd_create(self, name: str, flags: int) -> int:
         """The real one."""
         if self._descriptors.in_child:

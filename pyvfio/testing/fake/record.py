@@ -23,7 +23,8 @@ _FILE_CALLS = frozenset(
 _MEMORY_CALLS = frozenset(
     ("mmap", "mprotect", "madvise", "munmap", "memfd_create", "ftruncate", "fallocate", "file_status")
 )
-CALLS = _FILE_CALLS | _MEMORY_CALLS
+_LOCK_CALLS = frozenset(("mlockall", "munlockall", "munlock", "mlocked", "resident"))
+CALLS = _FILE_CALLS | _MEMORY_CALLS | _LOCK_CALLS
 KEPT = 256  # bytes of an ioctl's buffer that are remembered
 
 

@@ -1,0 +1,125 @@
+"""Memory that this process locks: mlockall(2), what it means for RAM blocks, and who holds what of RLIMIT_MEMLOCK.
+
+mlock(2) and VFIO charge the same counter, VmLck, and know nothing of each other: a page that is locked and mapped for a
+device counts twice. Under MCL_FUTURE
+
+* address space counts when it is reserved: all of a block's `max_length`, though nothing of it is memory yet;
+* what a block of private memory grows by is populated at once, by mprotect(2); with `on_fault`, and memory of a memfd
+  or a shared file, when it is touched;
+* huge pages of a pool count nothing, for they are never swapped.
+
+Source: `mlockall`, `apply_mlockall_flags` in mm/mlock.c, `mlock_future_ok` in mm/mmap.c (before 6.4
+`mlock_future_check`), `mprotect_fixup` in mm/mprotect.c; seen on 6.1, 6.12 and 7.3.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+
+from pyvfio.errors import IoctlError, PinLimitError
+from pyvfio.kernel import MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT, Kernel, LinuxKernel, Memlock
+from pyvfio.units import format_size
+
+
+def lock_all_memory(*, on_fault: bool = False, kernel: Kernel | None = None) -> None:
+    """Lock all memory of this process, and all that is to come, so that none of it is swapped out: mlockall(2).
+
+    Whatever there is is populated first, unless `on_fault`: pages are then locked as they are touched. It holds for the
+    process, not for its children, until `unlock_all_memory`. Blocks work as before; see this module for what they cost.
+
+    Raises PinLimitError, with the numbers, where RLIMIT_MEMLOCK is below the whole address space of this process
+    (reserved parts of blocks included), which is what the kernel holds against it; nothing is locked then. Source:
+    `os_mlock` of QEMU.
+    """
+    kernel = kernel or LinuxKernel()
+    flags = MCL_CURRENT | MCL_FUTURE | (MCL_ONFAULT if on_fault else 0)
+    try:
+        kernel.mlockall(flags)
+    except OSError as error:
+        raise _refusal(kernel, error, flags) from error
+
+
+def unlock_all_memory(*, kernel: Kernel | None = None) -> None:
+    """Take all locks back, those of single mlock(2) calls too: munlockall(2). What is mapped for devices stays pinned
+    and charged. Raises IoctlError."""
+    try:
+        (kernel or LinuxKernel()).munlockall()
+    except OSError as error:
+        raise IoctlError.of(error, f"{error.strerror}", request="munlockall", arguments={}) from error
+
+
+def _refusal(kernel: Kernel, error: OSError, flags: int) -> IoctlError:
+    lock = kernel.memlock()
+    if lock.limit is None or lock.privileged or error.errno not in (errno.ENOMEM, errno.EPERM):
+        hint = "RLIMIT_MEMLOCK is not what stands in the way"
+        return IoctlError.of(error, f"{error.strerror}", request="mlockall", arguments={"flags": flags}, hint=hint)
+    message = (
+        f"RLIMIT_MEMLOCK lets this process lock {format_size(lock.limit)}, and its address space, what RAM blocks have "
+        f"reserved included, is {format_size(lock.address_space)}"
+    )
+    if lock.address_space > lock.limit:
+        message += f", so {format_size(lock.address_space - lock.limit)} are missing"
+    mlocked = kernel.mlocked() if lock.used else 0
+    if (mapped := lock.used - mlocked) > 0:
+        message += f"; {format_size(mapped)} that are mapped for devices count besides"
+    hint = _raise_limit(lock.address_space + max(mapped, 0))
+    refusal = PinLimitError.of(error, message, request="mlockall", arguments={"flags": flags}, hint=hint)
+    refusal.limit, refusal.used, refusal.mlocked, refusal.asked = lock.limit, lock.used, mlocked, lock.address_space
+    return refusal
+
+
+def _raise_limit(needed: int) -> str:
+    return (
+        f"ulimit -l {-(-needed // 1024)} (KiB) or more in the shell, memlock in "
+        "/etc/security/limits.conf, LimitMEMLOCK=infinity in a systemd unit, --ulimit memlock=-1 for a container; "
+        "or CAP_IPC_LOCK"
+    )
+
+
+def suffices(lock: Memlock, size: int) -> bool:
+    """Whether the limit leaves room for `size` bytes more."""
+    return lock.limit is None or lock.privileged or lock.used + size <= lock.limit
+
+
+def limit_error(
+    error: OSError,
+    lock: Memlock,
+    size: int,
+    *,
+    kernel: Kernel,
+    request: str,
+    arguments: Mapping[str, int | str],
+    mapped: int | None = None,
+    why: str = "",
+) -> PinLimitError:
+    """That `size` bytes more cannot be locked, who holds what, and what to do about it. `mapped`: how many bytes the
+    container in question has mapped. `why` begins the message."""
+    mlocked = kernel.mlocked() if lock.used > (mapped or 0) else 0
+    limit = lock.limit or 0
+    missing = lock.used + size - limit
+    hint = _raise_limit(lock.used + size)
+    if mlocked:
+        enough = "is" if mlocked >= missing else "is not"
+        hint = (
+            f"munlockall (pyvfio.unlock_all_memory) gives {format_size(mlocked)} back, which {enough} enough: memory "
+            f"that is locked and mapped for a device as well counts twice. Else {hint}"
+        )
+    message = (
+        f"{why}RLIMIT_MEMLOCK lets this process lock {format_size(limit)}; {format_size(lock.used)} are "
+        f"locked{_holders(lock.used, mlocked, mapped)} and {format_size(size)} were asked for, so "
+        f"{format_size(missing)} are missing"
+    )
+    refusal = PinLimitError.of(error, message, request=request, arguments=arguments, hint=hint)
+    refusal.limit, refusal.used, refusal.mlocked, refusal.asked = lock.limit, lock.used, mlocked, size
+    return refusal
+
+
+def _holders(used: int, mlocked: int, mapped: int | None) -> str:
+    """In brackets: by whom."""
+    pinned = max(used - mlocked, 0)
+    here = min(mapped or 0, pinned)
+    others = "mappings for devices" if mapped is None else "mappings elsewhere"
+    shares = [(mlocked, "mlock or mlockall"), (here, "mappings of this container"), (pinned - here, others)]
+    said = [f"{format_size(size)} by {whom}" for size, whom in shares if size]
+    return f" ({', '.join(said)})" if said else ""

@@ -1,0 +1,232 @@
+"""Who holds what of RLIMIT_MEMLOCK, in words, and what becomes of blocks where all memory is locked."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+import pytest
+
+import pyvfio
+from pyvfio import PinLimitError
+from pyvfio.kernel import MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT, LinuxKernel, Memlock
+from pyvfio.memory import Memfd, Reservation, locking
+from pyvfio.testing.fake import FakeDevice
+from pyvfio.units import GIB, MIB, PAGE_SIZE
+from tests.unit.fakes import BDF, PRIVATE, READ_WRITE, Rig, SpecialKernel
+from tests.unit.processes import in_child
+
+
+class LockingKernel(SpecialKernel):
+    """Says what the process has locked, and locks nothing. `lock`, `by_mlock`: what `memlock` and `mlocked` answer."""
+
+    def __init__(self) -> None:
+        super().__init__(groups=[(2, [FakeDevice(BDF)])])
+        self.lock: Memlock | None = None
+        self.by_mlock = 0
+
+    def memlock(self) -> Memlock:
+        """As told; else the fake's own."""
+        return super().memlock() if self.lock is None else self.lock
+
+    def mlocked(self) -> int:
+        """As told."""
+        return self.by_mlock
+
+    def mlockall(self, flags: int) -> None:
+        """Nothing; what fails does."""
+        self._record.observed("mlockall", (flags,), lambda: None)
+
+
+@pytest.fixture
+def kernel() -> LockingKernel:
+    """With a device."""
+    return LockingKernel()
+
+
+def refusal(kernel: LockingKernel, size: int, mapped: int | None) -> PinLimitError:
+    """Of `size` bytes."""
+    assert kernel.lock is not None
+    error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    return locking.limit_error(error, kernel.lock, size, kernel=kernel, request="map", arguments={}, mapped=mapped)
+
+
+@pytest.mark.parametrize(
+    ("by_mlock", "mapped", "holders"),
+    [
+        (0, 6 * MIB, "6 MiB are locked (6 MiB by mappings of this container) and"),
+        (4 * MIB, 2 * MIB, "6 MiB are locked (4 MiB by mlock or mlockall, 2 MiB by mappings of this container) and"),
+        (
+            3 * MIB,
+            2 * MIB,
+            "(3 MiB by mlock or mlockall, 2 MiB by mappings of this container, 1 MiB by mappings elsewhere)",
+        ),
+        (6 * MIB, 0, "6 MiB are locked (6 MiB by mlock or mlockall) and"),
+        (4 * MIB, None, "(4 MiB by mlock or mlockall, 2 MiB by mappings for devices)"),
+        # The three were read one after the other.
+        (8 * MIB, 2 * MIB, "6 MiB are locked (8 MiB by mlock or mlockall) and"),
+    ],
+)
+def test_a_refusal_says_who_holds_what(kernel: LockingKernel, by_mlock: int, mapped: int | None, holders: str) -> None:
+    """And what is missing."""
+    kernel.lock, kernel.by_mlock = Memlock(8 * MIB, 6 * MIB, privileged=False), by_mlock
+    error = refusal(kernel, 5 * MIB, mapped)
+    assert holders in error.message
+    assert "5 MiB were asked for, so 3 MiB are missing" in error.message
+    assert (error.limit, error.used, error.mlocked, error.asked) == (8 * MIB, 6 * MIB, by_mlock, 5 * MIB)
+
+
+def test_where_nothing_is_locked_nobody_holds_anything(kernel: LockingKernel) -> None:
+    """No brackets, and no word of munlockall."""
+    kernel.lock = Memlock(8 * MIB, 0, privileged=False)
+    error = refusal(kernel, 16 * MIB, 0)
+    assert "0 bytes are locked and 16 MiB were asked for, so 8 MiB are missing" in error.message
+    assert error.hint.startswith("ulimit -l 16384 (KiB)")
+
+
+@pytest.mark.parametrize(("by_mlock", "enough"), [(3 * MIB, "is enough"), (2 * MIB, "is not enough")])
+def test_the_hint_says_whether_munlockall_is_enough(kernel: LockingKernel, by_mlock: int, enough: str) -> None:
+    """Of what is missing, 3 MiB."""
+    kernel.lock, kernel.by_mlock = Memlock(8 * MIB, 6 * MIB, privileged=False), by_mlock
+    hint = refusal(kernel, 5 * MIB, 0).hint
+    assert f"gives {by_mlock // MIB} MiB back, which {enough}" in hint
+    assert "ulimit -l 11264 (KiB)" in hint
+
+
+def test_a_mapping_that_is_refused_is_counted_with_its_container(kernel: LockingKernel) -> None:
+    """What it has mapped, what mlockall holds."""
+    with kernel, Rig(kernel) as rig:
+        block = rig.add(used=2 * MIB, maximum=64 * MIB)
+        kernel.lock, kernel.by_mlock = Memlock(8 * MIB, 7 * MIB, privileged=False), 5 * MIB
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.ENOMEM)
+        holders = r"7 MiB are locked \(5 MiB by mlock or mlockall, 2 MiB by mappings elsewhere\)"
+        with pytest.raises(PinLimitError, match=holders):
+            block.resize(16 * MIB)  # the remap has unmapped what was there
+        extend = pyvfio.DmaMapper(rig.container, resize="extend")
+        vaddr = rig.memory(4 * MIB)
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.ENOMEM)
+        with pytest.raises(PinLimitError, match="2 MiB by mappings of this container"):
+            extend.map_dma(vaddr=vaddr, size=4 * MIB)
+
+
+def test_a_plan_says_what_mlockall_holds(kernel: LockingKernel) -> None:
+    """Before anything is touched."""
+    with kernel, Rig(kernel) as rig:
+        kernel.lock, kernel.by_mlock = Memlock(8 * MIB, 6 * MIB, privileged=False), 5 * MIB
+        plan = rig.mapper.plan([pyvfio.BlockShape("ring", 4 * MIB, 4 * MIB)])
+        assert "5 MiB by mlock or mlockall" in str(plan.shortages[0])
+
+
+def test_all_memory_is_locked_now_and_in_future(kernel: LockingKernel) -> None:
+    """At once, or as it is touched."""
+    pyvfio.lock_all_memory(kernel=kernel)
+    pyvfio.lock_all_memory(on_fault=True, kernel=kernel)
+    assert [call.given for call in kernel.trace] == [
+        (MCL_CURRENT | MCL_FUTURE,),
+        (MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT,),
+    ]
+
+
+def test_a_refused_mlockall_says_how_much_it_would_need(kernel: LockingKernel) -> None:
+    """The kernel compares the address space; what devices have comes on top when it is locked."""
+    kernel.lock = Memlock(64 * MIB, 2 * MIB, privileged=False, address_space=100 * MIB)
+    kernel.fail(call="mlockall", errno=errno.ENOMEM)
+    with pytest.raises(PinLimitError) as caught:
+        pyvfio.lock_all_memory(kernel=kernel)
+    assert "lets this process lock 64 MiB" in caught.value.message
+    assert "is 100 MiB, so 36 MiB are missing; 2 MiB that are mapped for devices count besides" in caught.value.message
+    assert caught.value.hint.startswith(f"ulimit -l {102 * 1024} (KiB)")
+    assert (caught.value.limit, caught.value.asked, caught.value.errno) == (64 * MIB, 100 * MIB, errno.ENOMEM)
+
+
+@pytest.mark.parametrize(
+    ("number", "lock"),
+    [
+        (errno.EINVAL, Memlock(MIB, 0, privileged=False)),
+        (errno.ENOMEM, Memlock(MIB, 0, privileged=True)),
+        (errno.ENOMEM, Memlock(None, 0, privileged=False)),
+    ],
+)
+def test_where_the_limit_is_not_to_blame_it_is_not_blamed(kernel: LockingKernel, number: int, lock: Memlock) -> None:
+    """The kernel's errno, and that."""
+    kernel.lock = lock
+    kernel.fail(call="mlockall", errno=number)
+    with pytest.raises(pyvfio.IoctlError, match="RLIMIT_MEMLOCK is not what stands in the way") as caught:
+        pyvfio.lock_all_memory(kernel=kernel)
+    assert (type(caught.value), caught.value.errno) == (pyvfio.IoctlError, number)
+
+
+def test_unlocking_that_fails_is_an_ioctl_error(kernel: LockingKernel) -> None:
+    """With its errno."""
+    kernel.fail(call="munlockall", errno=errno.EINTR)
+    with pytest.raises(pyvfio.IoctlError, match="munlockall"):
+        pyvfio.unlock_all_memory(kernel=kernel)
+    pyvfio.unlock_all_memory(kernel=kernel)
+
+
+def test_address_space_that_may_not_be_locked_is_refused_with_the_numbers(kernel: LockingKernel) -> None:
+    """EAGAIN from mmap, under mlockall; the kernel is asked for 2 MiB more, to align it."""
+    kernel.lock, kernel.by_mlock = Memlock(64 * MIB, 32 * MIB, privileged=False), 32 * MIB
+    kernel.fail(call="mmap", errno=errno.EAGAIN)
+    with pytest.raises(PinLimitError, match="1 GiB of address space could not be reserved: mlockall") as caught:
+        Reservation(kernel, max_length=GIB)
+    assert "994 MiB are missing" in caught.value.message
+    assert (caught.value.errno, caught.value.limit, caught.value.asked) == (errno.EAGAIN, 64 * MIB, GIB + 2 * MIB)
+    assert kernel.areas == []
+
+
+def test_address_space_that_is_refused_for_another_reason_is_no_matter_of_locks(kernel: LockingKernel) -> None:
+    """Also EAGAIN where the limit leaves room."""
+    kernel.lock = Memlock(64 * MIB, 0, privileged=False)
+    for number, size in ((errno.EAGAIN, MIB), (errno.ENOMEM, GIB)):
+        kernel.fail(call="mmap", errno=number)
+        with pytest.raises(pyvfio.IoctlError, match="Choose a smaller max_length") as caught:
+            Reservation(kernel, max_length=size)
+        assert type(caught.value) is pyvfio.IoctlError
+
+
+def test_what_is_given_back_is_unlocked_first_where_the_limit_wants_it(kernel: LockingKernel) -> None:
+    """One call more, and only where the kernel has refused."""
+    memory = Reservation(kernel, max_length=16 * MIB)
+    memory.activate(8 * MIB)
+    kernel.clear_trace()
+    kernel.fail(call="mmap", errno=errno.EAGAIN)
+    memory.deactivate(2 * MIB)
+    assert [call.call for call in kernel.trace[:3]] == ["mmap", "munlock", "mmap"]
+    assert kernel.trace[1].given == (memory.vaddr + 2 * MIB, 6 * MIB)
+    assert memory.retained == 0
+    memory.release()
+
+
+def test_a_memfd_is_mapped_where_its_reservation_holds_all_of_the_limit(kernel: LockingKernel) -> None:
+    """The reservation is unlocked, and the file takes its place."""
+    kernel.fail(call="mmap", errno=errno.EAGAIN, nth=2)
+    memory = Reservation(kernel, max_length=16 * MIB, kind=Memfd())
+    assert [call.call for call in kernel.trace].count("munlock") == 1
+    memory.activate(8 * MIB)
+    memory._check()
+    memory.release()
+
+
+def test_what_mlock_holds_is_told_apart_from_the_rest() -> None:
+    """Areas that are locked, whole, in a child that may lock them."""
+    kernel = LinuxKernel()
+    libc = ctypes.CDLL(None)
+    libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+    def child() -> None:
+        before = kernel.mlocked()
+        vaddr = kernel.mmap(0, 4 * PAGE_SIZE, READ_WRITE, PRIVATE)
+        assert kernel.mlocked() == before
+        assert libc.mlock(vaddr + PAGE_SIZE, 2 * PAGE_SIZE) == 0
+        assert kernel.mlocked() == before + 2 * PAGE_SIZE
+        kernel.munlock(vaddr + PAGE_SIZE, PAGE_SIZE)
+        assert kernel.mlocked() == before + PAGE_SIZE
+        kernel.munlockall()
+        assert kernel.mlocked() == 0
+        with pytest.raises(OSError, match="Invalid argument"):
+            kernel.mlockall(0)
+        assert kernel.memlock().address_space > 4 * PAGE_SIZE
+
+    assert in_child(child) == 0
