@@ -1,4 +1,4 @@
-"""README.md and the pages it links to: what a reader copies runs, and what he follows is there."""
+"""README.md and the pages it links to: what is copied from them runs, and what is followed is there."""
 
 from __future__ import annotations
 
