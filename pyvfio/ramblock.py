@@ -32,6 +32,7 @@ from typing import Self, TypeVar, TypeVarTuple
 from pyvfio.block import RamBlock, ResizedCallback
 from pyvfio.discards import DiscardGuard
 from pyvfio.errors import (
+    CannotBePinnedWarning,
     ClosedError,
     DiscardError,
     ForkedError,
@@ -247,7 +248,8 @@ class RamBlockList:
         try:
             _length(used_length, "used_length", block.page_size)
             for warning in block._memory.warnings:
-                warnings.warn(warning, stacklevel=4)  # first: a program may have made warnings errors
+                if not (readonly and isinstance(warning, CannotBePinnedWarning)):
+                    warnings.warn(warning, stacklevel=4)  # first: a program may have made warnings errors
             self._allocate(block, used_length)
             block._used_length = used_length
             tell_all(self._notifiers, [Added(block)] * len(self._notifiers), change)

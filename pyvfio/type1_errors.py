@@ -127,6 +127,6 @@ class MapRefusal:
         return self._say(
             IoctlError,
             "the memory cannot be pinned for this access",
-            f"{describe(self.vaddr, self.size)}. It must be mapped and accessible, and writable where the device may "
-            "write",
+            f"{describe(self.vaddr, self.size)}. It must be mapped and accessible, and where the device may write, "
+            "writable and no shared mapping (s) of a file on a disk (since Linux 6.5)",
         )

@@ -130,7 +130,8 @@ _WHERE = {"vm": "in a virtual machine: Linux", "device": "on this machine: Linux
 def _show(job: MainJob | SideBySide, *, world: str, as_json: bool) -> int:
     results: list[StepResult] = []
     if not as_json:
-        print(f"world    {_WHERE[world]} {job.facts.kernel}, {job.facts.iommu} IOMMU", flush=True)
+        iommu = "no" if job.facts.iommu == "none" else job.facts.iommu
+        print(f"world    {_WHERE[world]} {job.facts.kernel}, {iommu} IOMMU", flush=True)
     try:
         for result in job.steps():
             results.append(result)

@@ -357,7 +357,8 @@ class _FileStore:
         if kind.shared and can_be_written and not self._in_memory:
             self.warnings.append(
                 CannotBePinnedWarning(
-                    "no device can be let write to a shared mapping of a file on a disk since Linux 6.5: it is EFAULT"
+                    "no device can be let write to a shared mapping of a file on a disk since Linux 6.5: it is EFAULT. "
+                    "Add the block with readonly=True, or use Memfd() or a file on tmpfs or hugetlbfs"
                 )
             )
         self.flags = self._flags()

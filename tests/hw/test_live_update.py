@@ -457,11 +457,10 @@ def test_a_process_that_executes_another_program_hands_over_to_that(engine_bdfs:
 
 @pytest.mark.one_iommu
 @pytest.mark.real_kernel("a fake is in one process, and another has none of it")
-def test_the_readmes_programs_do_what_it_says(bdf: str, tmp_path: Path) -> None:
+def test_the_programs_of_the_page_do_what_it_says(bdf: str, tmp_path: Path) -> None:
     """Word for word, but for the device's address."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text.partition("## Replace the process while the device works\n")[2].partition("\n## ")[0]
-    programs = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    text = (ROOT / "docs/live-update.md").read_text(encoding="utf-8")
+    programs = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     for name, program in zip(("old.py", "new.py"), programs, strict=True):
         (tmp_path / name).write_text(program.replace("0000:00:02.0", bdf), encoding="utf-8")
     done = subprocess.run(

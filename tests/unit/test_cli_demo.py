@@ -62,6 +62,13 @@ def test_without_qemu_the_demo_runs_on_the_fake_and_says_so(tmp_path: Path) -> N
     assert "qemu-system-x86" in asked.stderr
 
 
+def test_the_fake_goes_by_the_names_that_the_virtual_machine_has_for_kernels() -> None:
+    """The same `--kernel 7` with QEMU and without."""
+    done = demo("--fake", "--kernel", "7", "--iommu", "amd")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("world    the fake kernel, as Linux 7.3, amd IOMMU\n")
+
+
 def test_a_version_that_the_fake_cannot_be_is_wrong_usage() -> None:
     """With those that it can be."""
     done = demo("--fake", "--kernel", "5.10")

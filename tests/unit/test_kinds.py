@@ -406,12 +406,13 @@ def test_a_file_on_a_disk_warns_that_no_device_can_be_let_write_to_it(blocks: Ra
     directory = next(place for place in places if os.access(place, os.W_OK) and file_system(place) != TMPFS_MAGIC)
     with tempfile.TemporaryFile(dir=directory) as file:
         file.truncate(MIB)
-        with pytest.warns(pyvfio.CannotBePinnedWarning, match=r"since Linux 6\.5") as caught:
+        with pytest.warns(pyvfio.CannotBePinnedWarning, match=r"since Linux 6\.5.*readonly=True") as caught:
             blocks.add("ring", used_length=0, max_length=MIB, memory=File(file.fileno()))
         assert caught[0].filename == __file__
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             blocks.add("private", used_length=0, max_length=MIB, memory=File(file.fileno(), shared=False))
+            blocks.add("read", used_length=0, max_length=MIB, memory=File(file.fileno()), readonly=True)
         blocks.close()
 
 

@@ -567,6 +567,16 @@ def test_a_disk_that_is_in_use_keeps_its_device(tmp_path: Path, mountinfo: str, 
     refused(tree, VfioError, reason)
 
 
+def test_a_file_system_that_the_host_shares_keeps_its_device_unless_forced(tmp_path: Path) -> None:
+    """Taken away while it is mounted, it would hang whoever asks, and the machine whose root it is."""
+    tree = SysfsTree(tmp_path)
+    device = tree.add_device(BDF, driver="virtio-pci", group=7)
+    (device / "virtio0").mkdir()
+    (device / "virtio0/mount_tag").write_text("root\0")
+    refused(tree, VfioError, "the host shares file system 'root' through it")
+    assert bind(tree, force=True).driver == "vfio-pci"
+
+
 def test_a_disk_under_a_volume_keeps_its_device(tmp_path: Path) -> None:
     tree = SysfsTree(tmp_path)
     disk = tree.add_disk(tree.add_device(BDF, driver="ahci", group=7) / "ata1/block", "sda", "8:0")
