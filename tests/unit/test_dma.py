@@ -6,10 +6,13 @@ import ctypes
 import errno
 import gc
 import mmap
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
+from types import FrameType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -20,6 +23,9 @@ from pyvfio.testing.fake import FakeKernel
 from pyvfio.units import GIB, MIB, PAGE_SIZE
 from tests.unit.fakes import BDF, OTHER_BDF, Interrupt, Rig, SpecialKernel, nothing_left, requests, small_iommu
 from tests.unit.processes import in_child
+
+if TYPE_CHECKING:
+    from _typeshed import TraceFunction
 
 
 @pytest.fixture
@@ -326,6 +332,37 @@ def test_addresses_are_found_both_ways_when_all_of_the_range_is_mapped(rig: Rig)
             mapper.translate_vaddr(block.vaddr + offset, size)
         with pytest.raises(LookupError):
             mapper.translate_iova(iova + offset, size)
+
+
+def test_a_look_up_takes_hardly_more_steps_among_many_mappings_than_among_few(rig: Rig) -> None:
+    """Of blocks, of buffers and of what the kernel has: found by bisection, as the lines that are run say."""
+    buffers = rig.memory(2 * 256 * PAGE_SIZE)
+    taken = []
+    for number in range(256):
+        rig.add(str(number), used=PAGE_SIZE, maximum=PAGE_SIZE)
+        rig.mapper.map_dma(vaddr=buffers + 2 * number * PAGE_SIZE, size=PAGE_SIZE)
+        if number in (3, 255):
+            wanted = (rig.blocks["2"].vaddr, buffers + 2 * 2 * PAGE_SIZE)
+            taken.append([lines_run(partial(rig.mapper.translate_vaddr, vaddr)) for vaddr in wanted])
+            taken[-1] += [lines_run(partial(rig.container.mapping_at, rig.mapper.translate_vaddr(v))) for v in wanted]
+    assert all(many <= few + 100 for few, many in zip(*taken, strict=True)), taken
+
+
+def lines_run(action: Callable[[], object]) -> int:
+    """How many lines of Python an action takes, calls and returns included."""
+    count, before = 0, sys.gettrace()
+
+    def trace(_frame: FrameType, _event: str, _argument: object) -> TraceFunction:
+        nonlocal count
+        count += 1
+        return trace
+
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(before)
+    return count
 
 
 @pytest.mark.parametrize("size", [0, -1])
