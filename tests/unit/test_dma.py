@@ -741,6 +741,19 @@ def test_temporary_mappings_are_recycled_once_when_there_is_no_room(
     rig.free(memory, 2 * PAGE_SIZE)
 
 
+def test_temporary_mappings_are_recycled_when_no_iova_is_left(rig: Rig) -> None:
+    """Before anything is mapped: what is there was given up, and its IOVA is had again."""
+    given_up, page = _pages(2)
+    mapping = rig.mapper.map_temporary(given_up)
+    mapping.close()
+    taken = [rig.container.reserve_iova_at(free.start, free.size) for free in rig.container.allocator.free]
+    assert rig.mapper.map_temporary(page).iova == mapping.iova
+    with pytest.raises(pyvfio.IovaRangeError, match="no 4 KiB of IOVA are left"):
+        rig.mapper.map_temporary(_pages(1)[0])
+    for iova in taken:
+        rig.container.release_iova(iova)
+
+
 def test_without_temporary_mappings_to_recycle_the_first_refusal_is_final(rig: Rig) -> None:
     """Those that are open are not touched."""
     held = rig.mapper.map_temporary(_pages(1)[0])
