@@ -1,8 +1,9 @@
 """Mistakes put in, one at a time: somebody has to notice each. `scripts/mutants` runs this.
 
 A mutant is a file, a piece of it that is there once, and what stands there instead. Those of the fake kernel the
-contract has to notice; those of the library (`--library`) tests/unit/test_failures.py, where each call is made to fail.
-They run on a copy of the checkout, without devices; a mutant under which all pass is a sentence that is missing.
+contract has to notice; those of the library (`--library`) tests/unit/test_failures.py, where each call is made to fail,
+and those in hand-overs, the dirty log and the like the tests of these. They run on a copy of the checkout, without
+devices; a mutant under which all pass is a sentence that is missing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 
-from tests.mutants import fake, library
+from tests.mutants import fake, library, listeners
 from tests.mutants.mutant import ROOT, Mutant, Suite
 
 _TIMEOUT = 300  # a lock that is kept
@@ -68,10 +69,17 @@ def copies(count: int) -> Iterator[SimpleQueue[Path]]:
 def run(suite: Suite, mutants: Sequence[Mutant], *, jobs: int) -> list[Mutant]:
     """Print who notices each mutant; those that nobody does. Exits where somebody notices when there is nothing."""
     with copies(jobs) as queue, ThreadPoolExecutor(jobs) as pool:
-        pristine = queue.get()
-        if mutants and (witness := _fails(pristine, suite.rounds(mutants[0])[-1])) is not None:
-            sys.exit(f"mutants: without any mistake, {witness} fails: nothing can be said of mutants")
-        queue.put(pristine)
+
+        def find_fault(arguments: Sequence[str]) -> str | None:
+            pristine = queue.get()
+            try:
+                return _fails(pristine, arguments)
+            finally:
+                queue.put(pristine)
+
+        for witness in pool.map(find_fault, {tuple(suite.rounds(mutant)[-1]) for mutant in mutants}):
+            if witness is not None:
+                sys.exit(f"mutants: without any mistake, {witness} fails: nothing can be said of mutants")
 
         def judge(mutant: Mutant) -> tuple[Mutant, str | None]:
             checkout = queue.get()
@@ -95,12 +103,15 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="WORD", help="those that have this in their line")
     parser.add_argument("--library", action="store_true", help="mistakes in the library, in place of the fake's")
     options = parser.parse_args()
-    suite = library.SUITE if options.library else fake.SUITE
+    suites = (library.SUITE, listeners.SUITE) if options.library else (fake.SUITE,)
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # the copies go in any case
-    chosen = [mutant for mutant in suite.mutants if options.only in mutant.what]
-    missed = run(suite, chosen, jobs=max(options.jobs, 1))
-    print(f"{len(chosen) - len(missed)} of {len(chosen)} mutants are caught")
-    return 1 if missed or not chosen else 0
+    count, missed = 0, 0
+    for suite in suites:
+        chosen = [mutant for mutant in suite.mutants if options.only in mutant.what]
+        count += len(chosen)
+        missed += len(run(suite, chosen, jobs=max(options.jobs, 1))) if chosen else 0
+    print(f"{count - missed} of {count} mutants are caught")
+    return 1 if missed or not count else 0
 
 
 if __name__ == "__main__":

@@ -539,6 +539,17 @@ def test_v1_unmaps_nothing_of_a_mapping_that_begins_before_and_that_is_an_error(
         assert len(kernel.mappings()) == len(container.mappings) == 1
 
 
+def test_v1_unmaps_more_than_it_was_asked_to_and_that_is_an_error(kernel: SpecialKernel, memory: int) -> None:
+    """All of a mapping of which the beginning was meant: a success for the kernel."""
+    with nothing_left(kernel), Container(kernel=kernel, iommu_type=V1) as container:
+        container.attach(Group(2, kernel=kernel))
+        container.map(vaddr=memory, iova=MIB, size=2 * PAGE_SIZE)
+        with pytest.raises(pyvfio.UnmapSizeError) as caught:
+            container.unmap(iova=MIB, size=PAGE_SIZE)
+        assert (caught.value.asked, caught.value.unmapped) == (PAGE_SIZE, 2 * PAGE_SIZE)
+        assert kernel.mappings() == ()
+
+
 @pytest.mark.parametrize("iommu_type", [V1, V2])
 def test_unmapping_nothing_is_an_error(kernel: SpecialKernel, memory: int, iommu_type: ioctls.VfioExtension) -> None:
     """For the kernel it is a success, of 0 bytes."""
@@ -556,8 +567,10 @@ def test_unmapping_nothing_is_an_error(kernel: SpecialKernel, memory: int, iommu
 # -------------------------------------------------------------------------------------------------------- the end
 
 
-def test_the_tear_down_goes_from_the_top_down(kernel: SpecialKernel) -> None:
-    """Interrupts, bus master, reset, device; mappings; group out of the container, group, container."""
+@pytest.mark.parametrize("closed", ["device", "group", "container"])
+def test_the_tear_down_goes_from_the_top_down(kernel: SpecialKernel, closed: str) -> None:
+    """Interrupts, bus master, reset, device; mappings; group out of the container, group, container. Whichever of them
+    is told to close."""
     with FakeKernel(groups=[(2, [FakeDevice(BDF, resettable=True)])]) as other, nothing_left(other):
         device = pyvfio.open_device(BDF, kernel=other)
         names = {device.container.fd: "container", device.group.fd: "group", device.fd: "device"}
@@ -566,8 +579,9 @@ def test_the_tear_down_goes_from_the_top_down(kernel: SpecialKernel) -> None:
         with pyvfio.RamBlockList(kernel=other) as blocks:
             mapper = pyvfio.DmaMapper(device.container, blocks)
             blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB)
+            closes = {"device": device.close, "group": device.group.close, "container": device.container.close}
             other.clear_trace()
-            device.close()
+            closes[closed]()
             steps = [call.request or f"{call.call} {names.get(int(call.given[0]), 'eventfd')}" for call in other.trace]
             assert steps == [
                 "VFIO_DEVICE_SET_IRQS",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import struct
 from collections.abc import Iterator
 
 import pytest
 
 import pyvfio
 from pyvfio import DirtyTracking, ioctls
+from pyvfio.kernel import IoctlArgument
 from pyvfio.testing.fake import FakeDevice
 from pyvfio.units import PAGE_SIZE
 from tests.unit.fakes import BDF, Rig, SpecialKernel, requests
@@ -96,6 +98,31 @@ def test_an_old_type1_does_not_track(kernel: SpecialKernel) -> None:
     refused = pytest.raises((pyvfio.IoctlError, pyvfio.UnsupportedError))
     with Rig(kernel, iommu_type=ioctls.VFIO_TYPE1_IOMMU) as rig, refused:
         DirtyTracking(rig.container)
+
+
+class ForgetfulKernel(SpecialKernel):
+    """Whose IOMMU says nothing of dirty pages, as before 5.8."""
+
+    def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
+        """As the fake's, but that the capability is one that nobody knows."""
+        result = super().ioctl(fd, request, argument)
+        if self.trace[-1].request == "VFIO_IOMMU_GET_INFO" and isinstance(argument, bytearray):
+            (offset,) = struct.unpack_from("=I", argument, 16)
+            while offset:
+                identity, _version, following = struct.unpack_from("=HHI", argument, offset)
+                if identity == ioctls.VFIO_IOMMU_TYPE1_INFO_CAP_MIGRATION:
+                    struct.pack_into("=H", argument, offset, 0x7FFF)
+                offset = following
+        return result
+
+
+def test_an_iommu_that_does_not_track_is_told_apart_before_any_call() -> None:
+    """By its capabilities, with the kernel that has it."""
+    with ForgetfulKernel() as kernel, Rig(kernel) as rig:
+        kernel.clear_trace()
+        with pytest.raises(pyvfio.UnsupportedError, match=r"does not track.*from Linux 5\.8 on"):
+            DirtyTracking(rig.container)
+        assert not kernel.trace
 
 
 def test_a_failing_answer_is_an_error_with_its_errno(rig: Rig, kernel: SpecialKernel) -> None:

@@ -131,7 +131,7 @@ def test_an_empty_block_has_nothing_to_copy(rig: Rig, log: DirtyLog) -> None:
 
 
 def test_discarded_parts_are_not_dirty_and_populated_ones_are(rig: Rig, log: DirtyLog) -> None:
-    """Whatever they were before, or were marked meanwhile."""
+    """Whatever they were before, or were marked meanwhile; also where nobody has taken anything meanwhile."""
     block = rig.add(used=6 * PAGE_SIZE)
     block.discard(PAGE_SIZE, 2 * PAGE_SIZE)
     assert dirty(log, block) == [0, 3, 4, 5]
@@ -142,6 +142,10 @@ def test_discarded_parts_are_not_dirty_and_populated_ones_are(rig: Rig, log: Dir
     log.snapshot(block, clear=True)
     block.populate(0, 6 * PAGE_SIZE)
     assert dirty(log, block) == [1, 2, 4]
+    log.snapshot(block, clear=True)
+    block.discard(3 * PAGE_SIZE, PAGE_SIZE)
+    block.populate(3 * PAGE_SIZE, PAGE_SIZE)
+    assert dirty(log, block) == [3]
 
 
 def test_parts_whose_pages_were_replaced_are_dirty(rig: Rig, log: DirtyLog) -> None:

@@ -6,10 +6,13 @@ import ctypes
 import errno
 import gc
 import mmap
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
+from types import FrameType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -20,6 +23,9 @@ from pyvfio.testing.fake import FakeKernel
 from pyvfio.units import GIB, MIB, PAGE_SIZE
 from tests.unit.fakes import BDF, OTHER_BDF, Interrupt, Rig, SpecialKernel, nothing_left, requests, small_iommu
 from tests.unit.processes import in_child
+
+if TYPE_CHECKING:
+    from _typeshed import TraceFunction
 
 
 @pytest.fixture
@@ -326,6 +332,37 @@ def test_addresses_are_found_both_ways_when_all_of_the_range_is_mapped(rig: Rig)
             mapper.translate_vaddr(block.vaddr + offset, size)
         with pytest.raises(LookupError):
             mapper.translate_iova(iova + offset, size)
+
+
+def test_a_look_up_takes_hardly_more_steps_among_many_mappings_than_among_few(rig: Rig) -> None:
+    """Of blocks, of buffers and of what the kernel has: found by bisection, as the lines that are run say."""
+    buffers = rig.memory(2 * 256 * PAGE_SIZE)
+    taken = []
+    for number in range(256):
+        rig.add(str(number), used=PAGE_SIZE, maximum=PAGE_SIZE)
+        rig.mapper.map_dma(vaddr=buffers + 2 * number * PAGE_SIZE, size=PAGE_SIZE)
+        if number in (3, 255):
+            wanted = (rig.blocks["2"].vaddr, buffers + 2 * 2 * PAGE_SIZE)
+            taken.append([lines_run(partial(rig.mapper.translate_vaddr, vaddr)) for vaddr in wanted])
+            taken[-1] += [lines_run(partial(rig.container.mapping_at, rig.mapper.translate_vaddr(v))) for v in wanted]
+    assert all(many <= few + 100 for few, many in zip(*taken, strict=True)), taken
+
+
+def lines_run(action: Callable[[], object]) -> int:
+    """How many lines of Python an action takes, calls and returns included."""
+    count, before = 0, sys.gettrace()
+
+    def trace(_frame: FrameType, _event: str, _argument: object) -> TraceFunction:
+        nonlocal count
+        count += 1
+        return trace
+
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(before)
+    return count
 
 
 @pytest.mark.parametrize("size", [0, -1])
@@ -702,6 +739,19 @@ def test_temporary_mappings_are_recycled_once_when_there_is_no_room(
         rig.check()
     rig.mapper.close()
     rig.free(memory, 2 * PAGE_SIZE)
+
+
+def test_temporary_mappings_are_recycled_when_no_iova_is_left(rig: Rig) -> None:
+    """Before anything is mapped: what is there was given up, and its IOVA is had again."""
+    given_up, page = _pages(2)
+    mapping = rig.mapper.map_temporary(given_up)
+    mapping.close()
+    taken = [rig.container.reserve_iova_at(free.start, free.size) for free in rig.container.allocator.free]
+    assert rig.mapper.map_temporary(page).iova == mapping.iova
+    with pytest.raises(pyvfio.IovaRangeError, match="no 4 KiB of IOVA are left"):
+        rig.mapper.map_temporary(_pages(1)[0])
+    for iova in taken:
+        rig.container.release_iova(iova)
 
 
 def test_without_temporary_mappings_to_recycle_the_first_refusal_is_final(rig: Rig) -> None:

@@ -19,10 +19,20 @@ import pytest
 
 import pyvfio
 from pyvfio import Anonymous, File, Memfd, RamBlock, RamBlockList
-from pyvfio.kernel import F_SEAL_FUTURE_WRITE, F_SEAL_GROW, F_SEAL_WRITE, TMPFS_MAGIC, FileStatus
+from pyvfio.kernel import (
+    F_SEAL_FUTURE_WRITE,
+    F_SEAL_GROW,
+    F_SEAL_WRITE,
+    HUGETLBFS_MAGIC,
+    MAP_SHARED,
+    MAP_SHARED_VALIDATE,
+    MAP_SYNC,
+    TMPFS_MAGIC,
+    FileStatus,
+)
 from pyvfio.memory import MemoryKind, Reservation
 from pyvfio.testing.fake import DmaFault, FakeDevice
-from pyvfio.units import MIB, PAGE_SIZE
+from pyvfio.units import MIB, PAGE_SIZE, Vaddr
 from tests.unit.fakes import BDF, Rig, SpecialKernel
 
 DATA = bytes(range(1, 256))
@@ -433,6 +443,74 @@ def test_memory_that_is_not_persistent_is_said_not_to_be(blocks: RamBlockList, f
     assert caught[0].filename == __file__
     write(block)
     assert os.pread(fd, len(DATA), 0) == DATA
+
+
+class PersistentKernel(SpecialKernel):
+    """Of whom files are persistent memory: it maps them with MAP_SYNC."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.synchronous: list[bool] = []
+
+    def mmap(self, vaddr: int, size: int, protection: int, flags: int, *, fd: int = -1, offset: int = 0) -> Vaddr:
+        """As if it were; whether it was asked to is written down."""
+        if fd >= 0:
+            self.synchronous.append(flags & MAP_SYNC != 0 and flags & MAP_SHARED_VALIDATE == MAP_SHARED_VALIDATE)
+        if flags & MAP_SYNC:
+            flags = flags & ~(MAP_SYNC | MAP_SHARED_VALIDATE) | MAP_SHARED
+        return super().mmap(vaddr, size, protection, flags, fd=fd, offset=offset)
+
+
+def test_persistent_memory_is_mapped_synchronously(fd: int) -> None:
+    """Each time, also what a shrink maps anew; and no warning says otherwise."""
+    os.ftruncate(fd, MIB)
+    with PersistentKernel() as kernel, RamBlockList(kernel=kernel) as blocks, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        block = blocks.add("ring", used_length=2 * PAGE_SIZE, max_length=MIB, memory=File(fd, pmem=True))
+        block.resize(PAGE_SIZE)
+        assert kernel.synchronous == [True] * 3  # a probe, the reservation, the shrink
+        block.resize(2 * PAGE_SIZE)
+        write(block)
+
+
+class HugeKernel(SpecialKernel):
+    """For whom each file is one of huge pages."""
+
+    def file_status(self, fd: int) -> FileStatus:
+        """As if it were."""
+        return replace(super().file_status(fd), file_system=HUGETLBFS_MAGIC, block_size=2 * MIB)
+
+
+def test_lengths_are_multiples_of_the_pages_of_a_callers_file(fd: int) -> None:
+    """Whatever its file system has them at: a length that is none is refused before anything is made."""
+    os.ftruncate(fd, 8 * MIB)
+    with HugeKernel() as kernel, RamBlockList(kernel=kernel) as blocks:
+        for used, maximum in ((MIB, 4 * MIB), (2 * MIB, 5 * MIB)):
+            with pytest.raises(ValueError, match="multiple of"):
+                blocks.add("ring", used_length=used, max_length=maximum, memory=File(fd))
+        block = blocks.add("ring", used_length=2 * MIB, max_length=8 * MIB, memory=File(fd))
+        assert block.page_size == 2 * MIB
+        kernel.clear_trace()
+        with pytest.raises(ValueError, match="multiple of 2097152"):
+            block.resize(3 * MIB)
+        assert not kernel.trace
+        block.resize(4 * MIB)
+
+
+def test_memory_that_may_be_unreserved_is_marked_so_and_other_memory_is_not(blocks: RamBlockList) -> None:
+    """VM_NORESERVE in /proc/self/smaps, on all that is in use: it is not charged."""
+    for idstr, kind in (("reserved", Anonymous()), ("unreserved", Anonymous(noreserve=True))):
+        block = blocks.add(idstr, used_length=PAGE_SIZE, max_length=MIB, memory=kind)
+        for length in (8, 2, 16):
+            block.resize(length * PAGE_SIZE)
+            assert ("nr" in flags_at(block.vaddr)) == (idstr == "unreserved")
+
+
+def flags_at(vaddr: int) -> list[str]:
+    """VmFlags of the area that begins there."""
+    lines = iter(Path("/proc/self/smaps").read_text(errors="replace").splitlines())
+    next(line for line in lines if line.startswith(f"{vaddr:x}-"))
+    return next(line for line in lines if line.startswith("VmFlags:")).split()[1:]
 
 
 # ----------------------------------------------------------------------------------------------------------- read-only

@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from tests.mutants import fake, library
+from tests.mutants import fake, library, listeners
 from tests.mutants.mutant import ROOT, Mutant, Suite
 
 OPERATIONS = (
@@ -17,7 +17,7 @@ OPERATIONS = (
 
 @pytest.mark.parametrize(
     ("suite", "mutant"),
-    [(suite, mutant) for suite in (fake.SUITE, library.SUITE) for mutant in suite.mutants],
+    [(suite, mutant) for suite in (fake.SUITE, library.SUITE, listeners.SUITE) for mutant in suite.mutants],
     ids=lambda given: given.what[:60] if isinstance(given, Mutant) else "",
 )
 def test_each_mutant_changes_one_place_and_is_still_python(suite: Suite, mutant: Mutant) -> None:
@@ -30,11 +30,19 @@ def test_there_are_enough_of_them() -> None:
     """Of each kind."""
     assert len(fake.SUITE.mutants) >= 25
     assert len(library.SUITE.mutants) >= 20
+    assert len(listeners.SUITE.mutants) >= 15
 
 
 def test_each_operation_has_a_mistake_of_its_own() -> None:
     """And there is no operation beside those."""
     assert {mutant.operation for mutant in library.SUITE.mutants} == set(OPERATIONS)
+
+
+def test_each_part_that_listens_or_hands_over_has_a_mistake_of_its_own() -> None:
+    """And tests that there are have to notice it."""
+    parts = {mutant.operation: listeners.SUITE.rounds(mutant) for mutant in listeners.SUITE.mutants}
+    assert set(parts) == {"whole block", "dirty log", "pages replaced", "hand-over"}
+    assert all((ROOT / arguments[0]).is_file() for rounds in parts.values() for arguments in rounds)
 
 
 @pytest.mark.parametrize("text", ["", "a a"])

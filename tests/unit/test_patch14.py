@@ -58,15 +58,32 @@ def another_thread_goes_on_after_a_resize_of_an_unknown_block(kernel: FakeKernel
             stranger = others.add("stranger", used_length=PAGE_SIZE, max_length=MIB)
             with suppress(ValueError):
                 rig.mapper.ram_block_resized(stranger, PAGE_SIZE, 2 * PAGE_SIZE)
-            found: list[Iova] = []
-            thread = threading.Thread(target=lambda: found.append(rig.mapper.iova(known)), daemon=True)
-            thread.start()
-            thread.join(0.5)
-            went_on = bool(found)
-            if not went_on:
-                rig.mapper._lock.release()
-                thread.join()
-            assert went_on, "the lock is still held"
+            another_thread_goes_on(rig, known)
+
+
+def another_thread_goes_on_after_a_resize_that_was_refused(kernel: FakeKernel, mapper: type[DmaMapper]) -> None:
+    """By the kernel, whether the old mapping could be made again or not: the mapper's lock is free afterwards."""
+    with Rig(kernel, mapper=mapper) as rig:
+        block = rig.add(used=2 * PAGE_SIZE)
+        for refusals in (1, 2):
+            for nth in range(1, refusals + 1):
+                kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.EFAULT, nth=nth)
+            with pytest.raises((pyvfio.IoctlError, pyvfio.RollbackError)):
+                block.resize(4 * PAGE_SIZE)
+            another_thread_goes_on(rig, block)
+
+
+def another_thread_goes_on(rig: Rig, block: pyvfio.RamBlock) -> None:
+    """It gets an answer from the mapper."""
+    found: list[Iova] = []
+    thread = threading.Thread(target=lambda: found.append(rig.mapper.iova(block)), daemon=True)
+    thread.start()
+    thread.join(0.5)
+    went_on = bool(found)
+    while thread.is_alive():  # as often as it was taken
+        rig.mapper._lock.release()
+        thread.join(0.1)
+    assert went_on, "the lock is still held"
 
 
 def a_map_that_fails_is_heard_of_and_undone(kernel: FakeKernel, mapper: type[DmaMapper]) -> None:
@@ -123,10 +140,11 @@ def memory_in_the_tail_of_a_block_gets_no_iova_of_its_own(kernel: FakeKernel, ma
 
 
 def the_iova_of_a_block_never_moves(kernel: FakeKernel, mapper: type[DmaMapper]) -> None:
-    """And no resize uses any up."""
+    """Though there is room below it by now; and no resize uses any up."""
     with Rig(kernel, mapper=mapper) as rig:
-        block = rig.add(used=PAGE_SIZE)
+        below, block = rig.add("below", used=PAGE_SIZE), rig.add(used=PAGE_SIZE)
         rig.add("neighbour", used=PAGE_SIZE)
+        below.remove()
         iova, free = rig.mapper.iova(block), rig.container.allocator.free
         for length in (2 * PAGE_SIZE, 0, MIB, PAGE_SIZE):
             block.resize(length)
@@ -166,6 +184,16 @@ class LockKept(DmaMapper):
         """As there."""
         self._lock.acquire()
         self._find(block)
+        super().ram_block_resized(block, old_length, new_length)
+        self._lock.release()
+
+
+class LockKeptByARefusal(DmaMapper):
+    """The same where the kernel refuses: nothing comes between the two but what can fail."""
+
+    def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
+        """As there."""
+        self._lock.acquire()
         super().ram_block_resized(block, old_length, new_length)
         self._lock.release()
 
@@ -219,6 +247,16 @@ class TailUnknown(DmaMapper):
         """As there."""
 
 
+class ReservedAnew(DmaMapper):
+    """The same, and what was reserved is given back: the block lands where there is room now."""
+
+    def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
+        """As there."""
+        self.ram_block_removed(block, old_length, block.max_length)
+        self._former.clear()
+        self.ram_block_added(block, new_length, block.max_length)
+
+
 class RemovedAndAdded(DmaMapper):
     """The first version: a resize was `ram_block_removed` and `ram_block_added`, and low_water_mark only rises."""
 
@@ -242,12 +280,14 @@ DEFECTS = [
     Defect(SwappedInUnmap, a_resize_unmaps_the_old_length_and_maps_the_new_one_at_its_iova),
     Defect(SwappedInMap, a_resize_unmaps_the_old_length_and_maps_the_new_one_at_its_iova),
     Defect(LockKept, another_thread_goes_on_after_a_resize_of_an_unknown_block),
+    Defect(LockKeptByARefusal, another_thread_goes_on_after_a_resize_that_was_refused),
     Defect(ResultIgnored, a_map_that_fails_is_heard_of_and_undone),
     Defect(NothingIsMapped, a_length_of_nothing_is_a_length_like_others),
     Defect(GrowthFromNothingIsLost, a_length_of_nothing_is_a_length_like_others),
     Defect(LengthUnchecked, a_length_above_the_reserved_one_is_refused_before_any_call),
     Defect(TailUnknown, memory_in_the_tail_of_a_block_gets_no_iova_of_its_own),
     Defect(RemovedAndAdded, the_iova_of_a_block_never_moves),
+    Defect(ReservedAnew, the_iova_of_a_block_never_moves),
 ]
 SENTENCES = list(dict.fromkeys(defect.sentence for defect in DEFECTS))
 

@@ -267,6 +267,15 @@ def test_preallocated_memory_has_pages_before_anybody_is_told(kernel: Populating
         block.resize(2 * MIB)
 
 
+def test_several_threads_preallocate_at_once() -> None:
+    """Two calls that wait for each other both come to their end."""
+    with PopulatingKernel(together=True) as kernel, pyvfio.RamBlockList(kernel=kernel) as blocks:
+        block = blocks.add("ring", used_length=2 * SLICE, max_length=4 * SLICE, prealloc=2)
+        assert len(kernel.threads) == 2
+        block.resize(4 * SLICE)
+        assert sorted(kernel.populated) == [(block.vaddr + number * SLICE, SLICE) for number in range(4)]
+
+
 @pytest.mark.parametrize("memory", [pyvfio.Anonymous(), pyvfio.Memfd()], ids=["anonymous", "memfd"])
 def test_nothing_is_kept_of_pages_that_were_not_all_to_be_had(
     kernel: PopulatingKernel, memory: pyvfio.Anonymous | pyvfio.Memfd
@@ -298,6 +307,20 @@ def test_a_kernel_that_cannot_populate_has_each_page_touched(kernel: PopulatingK
         with block.view() as view:
             assert bytes(view[: 2 * PAGE_SIZE]) == b"x" * 2 * PAGE_SIZE
             assert not any(view[2 * PAGE_SIZE :])
+
+
+def test_a_page_that_is_touched_goes_on_holding_what_its_file_holds(kernel: PopulatingKernel) -> None:
+    """It is written, with what is in it: it was another's before the block came."""
+    fd = os.memfd_create("caller's", os.MFD_CLOEXEC)
+    os.pwrite(fd, b"x" * 4 * PAGE_SIZE, 0)
+    with pyvfio.RamBlockList(kernel=kernel) as blocks:
+        kernel.fail(call="madvise", nth=3, errno=errno.EINVAL)  # after the settings of the block
+        memory = pyvfio.File(fd)
+        block = blocks.add("ring", used_length=2 * PAGE_SIZE, max_length=4 * PAGE_SIZE, memory=memory, prealloc=1)
+        assert not kernel.planned_failures
+        with block.view() as view:
+            assert bytes(view) == b"x" * 2 * PAGE_SIZE
+    os.close(fd)
 
 
 def test_a_negative_number_of_threads_preallocates_nothing(kernel: PopulatingKernel) -> None:

@@ -76,14 +76,17 @@ def seen(rig: Rig, block: pyvfio.RamBlock) -> list[int]:
 
 
 class Listener:
-    """Follows everything, writes down what it hears of pages, and refuses what it is told to."""
+    """Follows everything, writes down what it hears of pages, also in a list of several, and refuses what it is told
+    to."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "", together: list[tuple[str, str]] | None = None) -> None:
+        self._name, self._together = name, [] if together is None else together
         self.told: list[tuple[str, tuple[Extent, ...]]] = []
         self.refuse: list[str] = []
 
     def _hear(self, what: str, parts: Sequence[Extent]) -> None:
         self.told.append((what, tuple(parts)))
+        self._together.append((self._name, what))
         if what in self.refuse:
             self.refuse.remove(what)
             raise PermissionError(errno.EPERM, what)
@@ -250,13 +253,18 @@ def test_who_may_hold_pages_and_is_not_told_keeps_them_from_being_replaced(rig: 
 
 
 def test_listeners_are_told_before_and_after_in_the_opposite_order(rig: Rig) -> None:
-    """Of populated parts alone; those who come first let go last."""
-    rig.blocks.add_notifier(listener := Listener())
+    """Of populated parts alone; the oldest lets go first, as of what is shrunk, and takes last."""
+    told: list[tuple[str, str]] = []
+    older, newer = Listener("older", told), Listener("newer", told)
+    rig.blocks.add_notifier(older)
+    rig.blocks.add_notifier(newer)
     block = filled(rig)
     block.remap(5 * PAGE_SIZE, PAGE_SIZE)
     part = (Extent(5 * PAGE_SIZE, 6 * PAGE_SIZE),)
-    assert listener.told == [("remapping", part), ("remapped", part)]
-    rig.blocks.remove_notifier(listener)
+    assert older.told == newer.told == [("remapping", part), ("remapped", part)]
+    assert told == [("older", "remapping"), ("newer", "remapping"), ("newer", "remapped"), ("older", "remapped")]
+    rig.blocks.remove_notifier(newer)
+    rig.blocks.remove_notifier(older)
 
 
 @pytest.mark.parametrize(("offset", "size"), [(1, PAGE_SIZE), (0, 1), (-PAGE_SIZE, PAGE_SIZE), (0, LENGTH + PAGE_SIZE)])
