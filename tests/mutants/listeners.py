@@ -76,54 +76,61 @@ _MUTANTS = (
     # ------------------------------------------------------------------------------------------------------- hand-over
     # It is not known whether addresses were given up when a signal handler ends the call.
     Mutant(
-        "live_update.py",
-        "            self._given_up = True\n            self._give_up(container)\n",
-        "            self._give_up(container)\n            self._given_up = True\n",
+        "live_update/handing_over.py",
+        "            self._given_up = True\n            give_up_all(container)\n",
+        "            give_up_all(container)\n            self._given_up = True\n",
         "hand-over",
     ),
     # What the kernel gave up is not compared with what is known.
-    Mutant("live_update.py", "        if given_up != expected:\n", "        if False:\n", "hand-over"),
+    Mutant("live_update/vaddr.py", "    if given_up != expected:\n", "    if False:\n", "hand-over"),
     # An address that the other process has given stays.
     Mutant(
-        "live_update.py",
-        "        _give_up_vaddr(self._container, mapping)\n        _set_vaddr(self._container, mapping)\n",
-        "        _set_vaddr(self._container, mapping)\n",
+        "live_update/handing_over.py",
+        "        give_up_vaddr(self._container, mapping)\n        set_vaddr(self._container, mapping)\n",
+        "        set_vaddr(self._container, mapping)\n",
         "hand-over",
     ),
     # After a cancel that the kernel has refused the container can be used, and closed, though mappings wait.
     Mutant(
-        "live_update.py",
+        "live_update/handing_over.py",
         "            for handle in handles:\n                handle._set_aside()\n            raise\n",
         "            raise\n",
         "hand-over",
     ),
     # What could not be handed over stays half handed over.
     Mutant(
-        "live_update.py",
+        "live_update/handing_over.py",
         "            update.cancel()\n        except Exception",
         "            pass\n        except Exception",
         "hand-over",
     ),
     # The same, where it could not be taken over; and the caller's descriptors are closed.
-    Mutant("live_update.py", "        taking.give_back(error)\n        raise\n", "        raise\n", "hand-over"),
-    Mutant("live_update.py", "            block._memory.disown()\n", "            block._memory.own()\n", "hand-over"),
+    Mutant(
+        "live_update/taking_over.py", "        taking.give_back(error)\n        raise\n", "        raise\n", "hand-over"
+    ),
+    Mutant(
+        "live_update/taking_over.py",
+        "            block._memory.disown()\n",
+        "            block._memory.own()\n",
+        "hand-over",
+    ),
     # An address that was just told is not known to have been.
     Mutant(
-        "live_update.py",
-        "        self._told.append(mapping)\n        try:\n            _set_vaddr(container, mapping)\n",
-        "        try:\n            _set_vaddr(container, mapping)\n            self._told.append(mapping)\n",
+        "live_update/taking_over.py",
+        "        self._told.append(mapping)\n        try:\n            set_vaddr(container, mapping)\n",
+        "        try:\n            set_vaddr(container, mapping)\n            self._told.append(mapping)\n",
         "hand-over",
     ),
     # Memory under a live view goes.
     Mutant(
-        "live_update.py",
+        "live_update/handing_over.py",
         "                block._check_views(0)\n            for device",
         "                pass\n            for device",
         "hand-over",
     ),
     # The memory of blocks stays mapped in a process that has them no more.
     Mutant(
-        "live_update.py",
+        "live_update/handing_over.py",
         "steps += [self._blocks._forget, partial(self._blocks._resume, self)]",
         "steps += [partial(self._blocks._resume, self)]",
         "hand-over",
