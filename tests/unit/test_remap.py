@@ -17,6 +17,7 @@ from pyvfio.memory import MemoryKind
 from pyvfio.testing.fake import DmaFault, FakeDevice
 from pyvfio.units import MIB, PAGE_SIZE
 from tests.unit.fakes import BDF, MapperFactory, Rig, SpecialKernel, nothing_left, requests
+from tests.unit.processes import areas
 
 PAGES: MapperFactory = partial(pyvfio.DmaMapper, resize="extend", granule=PAGE_SIZE)
 GRANULE: MapperFactory = partial(pyvfio.DmaMapper, resize="extend", granule=4 * PAGE_SIZE)
@@ -293,3 +294,71 @@ def test_a_removed_block_is_not_remapped(rig: Rig) -> None:
     block.remove()
     with pytest.raises(pyvfio.ClosedError):
         block.remap(0, PAGE_SIZE)
+
+
+@pytest.mark.parametrize("memory", [Anonymous(), Memfd()], ids=["anonymous", "memfd"])
+def test_what_is_discarded_stays_given_back_when_its_pages_are_replaced(
+    kernel: SpecialKernel, memory: MemoryKind
+) -> None:
+    """A balloon's memory is not taken again from the machine; what is in use has its pages at once, of a memfd."""
+    with Rig(kernel) as rig:
+        block = filled(rig, memory)
+        block.discard(4 * PAGE_SIZE, 4 * PAGE_SIZE)
+        block.remap(0, LENGTH)
+        there = sum(area.rss for area in areas(block.vaddr, LENGTH))
+        if block.file is not None:
+            there = os.fstat(block.file.fd).st_blocks * 512
+        assert there == LENGTH - 4 * PAGE_SIZE
+
+
+def test_pages_that_are_replaced_are_allocated_where_all_others_are(kernel: SpecialKernel) -> None:
+    """A device that only reads would have the page of zeros, and keep it, whatever the process writes."""
+    with pyvfio.RamBlockList(kernel=kernel) as blocks:
+        block = blocks.add("rom", used_length=LENGTH, max_length=MIB, readonly=True, prealloc=1)
+        block.remap(4 * PAGE_SIZE, 4 * PAGE_SIZE)
+        assert sum(area.rss for area in areas(block.vaddr, LENGTH)) == LENGTH
+
+
+def _populates_in_vain(rig: Rig, block: pyvfio.RamBlock) -> None:
+    """The second page cannot be mapped, and the first not unmapped again."""
+    rig.kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", nth=2, errno=errno.ENOMEM)
+    rig.kernel.fail(call="ioctl", request="VFIO_IOMMU_UNMAP_DMA", nth=1, errno=errno.EIO)
+    with pytest.raises(pyvfio.RollbackError):
+        block.populate(0, 2 * PAGE_SIZE)
+    rig.kernel.clear_failures()
+
+
+def test_what_is_discarded_and_in_reach_since_an_undo_failed_keeps_its_pages(kernel: SpecialKernel) -> None:
+    """Nobody is told of discarded parts, so that nobody would let go. Populated in the end, they can be replaced."""
+    with Rig(kernel, mapper=PAGES) as rig:
+        block = filled(rig)
+        block.discard(0, 4 * PAGE_SIZE)
+        _populates_in_vain(rig, block)
+        assert len(rig.reached()) == 13
+        kernel.clear_trace()
+        with pytest.raises(pyvfio.DiscardError, match=r"8 KiB of RAM block 'ring' are discarded.*Populate them"):
+            block.remap(0, 4 * PAGE_SIZE)
+        assert not kernel.trace
+        block.remap(2 * PAGE_SIZE, 4 * PAGE_SIZE)
+        block.populate(0, 2 * PAGE_SIZE)
+        block.discard(PAGE_SIZE, PAGE_SIZE)
+        block.remap(0, 4 * PAGE_SIZE)
+        assert not kernel.violations
+        rig.check()
+
+
+def test_a_block_whose_grow_could_not_be_undone_is_remapped_where_it_is_in_use(kernel: SpecialKernel) -> None:
+    """Memory is held for what a device may reach behind the end; it has let go of all that is replaced."""
+    with Rig(kernel, mapper=PAGES) as rig:
+        block = filled(rig)
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", nth=2, errno=errno.ENOMEM)
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_UNMAP_DMA", nth=1, errno=errno.EIO)
+        with pytest.raises(pyvfio.RollbackError):
+            block.resize(LENGTH + 4 * PAGE_SIZE)
+        kernel.clear_failures()
+        block.remap(5 * PAGE_SIZE, PAGE_SIZE)
+        assert seen(rig, block) == [1, 2, 3, 4, 5, 0, *range(7, 17)]
+        assert not kernel.violations
+        rig.check()
+        block.resize(LENGTH + 4 * PAGE_SIZE)
+        rig.check()
