@@ -301,8 +301,13 @@ class DmaMapper(BufferMapper):
             followed = self._find(block)
             if self._policy.resize == "remap" and parts:
                 self._change(followed, [])  # it would be a piece before and one behind them, and one again
-            else:
+                return
+            try:
                 self._change(followed, without(block.populated, *self._policy.round_out(parts)))
+            except EntryLimitError:
+                if self._policy.granule or not self._policy.allow_gap:
+                    raise
+                self._change(followed, [])  # the container takes no piece before them and one behind them
 
     def ram_block_remapped(self, block: RamBlock, parts: Sequence[Extent]) -> None:
         """Map what there is now. As `ram_block_resized`."""

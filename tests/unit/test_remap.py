@@ -14,9 +14,9 @@ import pyvfio
 from pyvfio import Anonymous, File, Memfd
 from pyvfio.extents import Extent
 from pyvfio.memory import MemoryKind
-from pyvfio.testing.fake import DmaFault, FakeDevice
+from pyvfio.testing.fake import DmaFault, FakeDevice, FakeKernel
 from pyvfio.units import MIB, PAGE_SIZE
-from tests.unit.fakes import BDF, MapperFactory, Rig, SpecialKernel, nothing_left, requests
+from tests.unit.fakes import BDF, MapperFactory, Rig, SpecialKernel, nothing_left, requests, small_iommu
 from tests.unit.processes import areas
 
 PAGES: MapperFactory = partial(pyvfio.DmaMapper, resize="extend", granule=PAGE_SIZE)
@@ -362,3 +362,19 @@ def test_a_block_whose_grow_could_not_be_undone_is_remapped_where_it_is_in_use(k
         rig.check()
         block.resize(LENGTH + 4 * PAGE_SIZE)
         rig.check()
+
+
+def test_pages_are_replaced_in_a_container_that_takes_no_more_mappings() -> None:
+    """The block's one piece goes and comes as a whole, as a resize would have it, unless no gap is allowed."""
+    with FakeKernel(iommu=small_iommu(1)) as kernel, nothing_left(kernel):
+        with Rig(kernel, mapper=EXTEND) as rig:
+            block = filled(rig)
+            block.remap(5 * PAGE_SIZE, PAGE_SIZE)
+            assert seen(rig, block) == [1, 2, 3, 4, 5, 0, *range(7, 17)]
+            assert len(rig.reached()) == 1
+            assert not kernel.violations
+            rig.check()
+        with Rig(kernel, mapper=partial(pyvfio.DmaMapper, resize="extend", allow_gap=False)) as rig:
+            block = filled(rig)
+            with pytest.raises(pyvfio.GapError):
+                block.remap(5 * PAGE_SIZE, PAGE_SIZE)
