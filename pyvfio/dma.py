@@ -421,7 +421,7 @@ class DmaMapper(BufferMapper):
                 if window.settled:
                     assert reached == list(block.populated), (block, reached)
                 else:  # a change failed, and so did its undo: what is in reach besides is memory that is kept
-                    kept = Extent(0, block._memory.held)
+                    kept = Extent(0, block.max_length if block.whole else block._memory.held)
                     assert not without(reached, *block.populated, kept), (block, reached)
                 assert self._policy.granule is None or all(p.size == self._policy.granule for p in window.pieces())
             addresses = [followed.vaddr for followed in self._followed]

@@ -50,11 +50,7 @@ def check_idle(kernel: Kernel, device: PciDevice, *, force: bool, proc: Path) ->
         _check_group_closed(kernel, device, device.iommu_group, proc)
     if device.driver is None or device.is_vfio or device.is_bridge or force:
         return
-    reasons = [
-        *_interfaces_up(kernel, device.bdf),
-        *_disks_in_use(kernel, device.bdf, proc),
-        *_shared_file_systems(kernel, device.bdf),
-    ]
+    reasons = [*_interfaces_up(kernel, device.bdf), *_disks_in_use(kernel, device.bdf, proc)]
     if reasons:
         raise VfioError(
             f"{device.bdf} is in use through {device.driver}: {', '.join(reasons)}",
@@ -99,14 +95,6 @@ def _disks_in_use(kernel: Kernel, bdf: str, proc: Path) -> Iterator[str]:
             yield f"{path.name} is swapped to"
         elif holders := list_names(path / "holders"):
             yield f"{path.name} is part of {', '.join(sorted(holders))}"
-
-
-def _shared_file_systems(kernel: Kernel, bdf: str) -> Iterator[str]:
-    """Those of a virtual machine's host (9p). While one is mounted, `p9_virtio_remove` waits and cannot be killed; and
-    whether it is cannot be seen: the root may be one, below an overlay, in no mount table of this process."""
-    for path in sorted(device_path(kernel, bdf).glob("virtio*/mount_tag")):
-        tag = (read_text(path) or "").rstrip("\0")
-        yield f"the host shares file system '{tag}' through it, which may be mounted"
 
 
 def _mounted(proc: Path) -> dict[str, str]:

@@ -370,7 +370,7 @@ def test_in_a_child_neither_end_does_anything(kernel: SpecialKernel, rig: Rig) -
     with hand_over(rig.mapper) as update:
 
         def child() -> None:
-            for end_it in (update.cancel, update.finish, update.make_inheritable):
+            for end_it in (update.cancel, update.finish, update.make_inheritable, lambda: hand_over(rig.mapper)):
                 with pytest.raises(pyvfio.ForkedError):
                     end_it()
             with update:
