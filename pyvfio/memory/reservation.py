@@ -415,8 +415,14 @@ class Reservation:
             raise self._not_replaced(error, start, end) from error
 
     def _not_replaced(self, error: OSError, start: int, end: int) -> IoctlError:
-        hint = "Free memory, or huge pages where it is made of them, and remap it once more"
-        if not self._store.can_drop:
+        hint = _HINTS.get(
+            error.errno or 0, "Free memory, or huge pages where it is made of them, and remap it once more"
+        )
+        if self._kept:
+            hint = (
+                "Use another block: a change failed, and so did its undo, and nobody knows what is reached of this one"
+            )
+        elif not self._store.can_drop:
             hint = "The pages are a file's that is not to be punched; let that be with memory=File(fd, punch=True)"
         return IoctlError.of(
             error,

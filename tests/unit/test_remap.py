@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -13,6 +14,7 @@ import pytest
 import pyvfio
 from pyvfio import Anonymous, File, Memfd
 from pyvfio.extents import Extent
+from pyvfio.kernel import F_SEAL_FUTURE_WRITE
 from pyvfio.memory import MemoryKind
 from pyvfio.testing.fake import DmaFault, FakeDevice, FakeKernel
 from pyvfio.units import MIB, PAGE_SIZE
@@ -378,3 +380,17 @@ def test_pages_are_replaced_in_a_container_that_takes_no_more_mappings() -> None
             block = filled(rig)
             with pytest.raises(pyvfio.GapError):
                 block.remap(5 * PAGE_SIZE, PAGE_SIZE)
+
+
+def test_pages_of_a_file_that_was_sealed_meanwhile_stay_and_the_error_says_why(kernel: SpecialKernel) -> None:
+    """More memory would not help."""
+    fd = os.memfd_create("caller's", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, MIB)
+    with Rig(kernel) as rig:
+        block = filled(rig, File(fd, punch=True))
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
+        with pytest.raises(pyvfio.IoctlError, match=r"EPERM.*may have been sealed meanwhile"):
+            block.remap(0, PAGE_SIZE)
+        assert seen(rig, block) == list(range(1, 17))
+        rig.check()
+    os.close(fd)
