@@ -316,7 +316,7 @@ class _Mortal(LinuxKernel):
         self._after, self._count = after, 0
 
     def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
-        self._count += request == ioctls.VFIO_IOMMU_MAP_DMA and isinstance(argument, ioctls.vfio_iommu_type1_dma_map)
+        self._count += request == ioctls.VFIO_IOMMU_MAP_DMA
         if self._count == 2 and not self._after:
             os.kill(os.getpid(), signal.SIGKILL)
         answer = super().ioctl(fd, request, argument)
