@@ -13,8 +13,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
-from pyvfio.errors import ClosedError, ForkedError
-from pyvfio.extents import Extent, clip, runs, without
+from pyvfio.errors import ClosedError, DiscardError, ForkedError
+from pyvfio.extents import Extent, clip, runs, total, without
 from pyvfio.kernel import Kernel
 from pyvfio.memory import Exports, MemoryKind, MemorySettings, Reservation
 from pyvfio.units import Vaddr, format_size
@@ -75,6 +75,7 @@ class RamBlock:
     __slots__ = (
         "__weakref__",
         "_discarded",
+        "_doubtful",
         "_exports",
         "_list",
         "_max_length",
@@ -113,6 +114,7 @@ class RamBlock:
         self._used_length = 0
         self._discarded: tuple[Extent, ...] = ()  # ascending, disjoint, within [0, used_length)
         self._stale: tuple[Extent, ...] = ()  # of that, what is still to be dropped
+        self._doubtful: tuple[Extent, ...] = ()  # where it is discarded, a device may reach it: an undo has failed
         self._prealloc: Preallocation | None = None
         self.prealloc = 0
         """How many threads have pages behind whatever comes into use (0: pages come when they are touched)."""
@@ -214,13 +216,15 @@ class RamBlock:
 
         Address, IOVA and settings stay, contents are lost: it reads zeros, or what a caller's file holds, also for a
         private mapping. A shared file of the caller's is given fresh pages only with `punch=True`; without, the kernel
-        may read a page from the disk again that had not been changed. The part is out of the devices' reach meanwhile,
-        and so are, where the kernel unmaps whole mappings only, the bytes that are mapped in one piece with it.
+        may read a page from the disk again that had not been changed. What is discarded of it stays given back. The
+        part is out of the devices' reach meanwhile, and so are, where the kernel unmaps whole mappings only, the bytes
+        that are mapped in one piece with it.
 
         Raises ValueError (misaligned, outside of `used_length`) and UnsupportedError (a notifier could not follow)
-        before any system call; GapError where a mapper may let nothing else out of reach; IoctlError when there are no
-        fresh pages, and whatever a notifier raises; devices then reach what they did. RollbackError: they reach less
-        than the block has, until it is remapped or resized once more.
+        before any system call, and DiscardError where a part is discarded that a failed `populate` may have left to a
+        device; GapError where a mapper may let nothing else out of reach; IoctlError when there are no fresh pages, and
+        whatever a notifier raises; devices then reach what they did. RollbackError: they reach less than the block has,
+        until it is remapped or resized once more.
 
         Synchronization: takes the list's lock. Cost: up to three system calls, and what the notifiers do. Source:
         `qemu_ram_remap` (system/physmem.c of QEMU); MADV_HWPOISON in madvise(2) lets it be tried.
@@ -258,6 +262,16 @@ class RamBlock:
 
     def _set_discarded(self, discarded: tuple[Extent, ...], stale: tuple[Extent, ...]) -> None:
         self._discarded, self._stale = discarded, stale
+
+    def _check_out_of_reach(self, parts: Sequence[Extent]) -> None:
+        """DiscardError where a device may reach some of `parts`, which are discarded."""
+        doubtful = [found for part in parts for found in clip(self._doubtful, *part)]
+        if doubtful:
+            raise DiscardError(
+                f"{format_size(total(doubtful))} of RAM block '{self.idstr}' are discarded, and a device may reach "
+                "them all the same",
+                hint="Populate them, which failed before, and so did its undo",
+            )
 
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:

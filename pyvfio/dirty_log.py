@@ -78,6 +78,10 @@ class DirtyLog:
     between any two of these lines is in what is copied, or in what the next `collect` finds, or in both. Copied before
     they are cleared, they would lose it. The last time, stop the device first.
 
+    A discard, populate or remap may take more away than its part for a moment, what is mapped in one piece with it, and
+    what the kernel knew of that with it: `collect` before, unless the kernel calls everything dirty that is mapped, as
+    it does for PCI devices.
+
     Raises what `RamBlockList.add_notifier` raises, DiscardError where somebody claims discards nobody is told of.
 
     Synchronization: any thread may call anything; methods wait for a change of the list that is under way. Cost: a

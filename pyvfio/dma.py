@@ -301,8 +301,13 @@ class DmaMapper(BufferMapper):
             followed = self._find(block)
             if self._policy.resize == "remap" and parts:
                 self._change(followed, [])  # it would be a piece before and one behind them, and one again
-            else:
+                return
+            try:
                 self._change(followed, without(block.populated, *self._policy.round_out(parts)))
+            except EntryLimitError:
+                if self._policy.granule or not self._policy.allow_gap:
+                    raise
+                self._change(followed, [])  # the container takes no piece before them and one behind them
 
     def ram_block_remapped(self, block: RamBlock, parts: Sequence[Extent]) -> None:
         """Map what there is now. As `ram_block_resized`."""
@@ -416,7 +421,7 @@ class DmaMapper(BufferMapper):
                 if window.settled:
                     assert reached == list(block.populated), (block, reached)
                 else:  # a change failed, and so did its undo: what is in reach besides is memory that is kept
-                    kept = Extent(0, block._memory.held)
+                    kept = Extent(0, block.max_length if block.whole else block._memory.held)
                     assert not without(reached, *block.populated, kept), (block, reached)
                 assert self._policy.granule is None or all(p.size == self._policy.granule for p in window.pieces())
             addresses = [followed.vaddr for followed in self._followed]

@@ -544,6 +544,7 @@ class RamBlockList:
                 commit=partial(block._set_discarded, discarded, stale),
                 rollback=partial(block._set_discarded, block._discarded, block._stale),
             )
+        block._doubtful = tuple(without(block._doubtful, *parts))
         logger.debug("discarding %s of %s", wanted, block)
         return self._drop_stale(block, wanted)
 
@@ -577,12 +578,19 @@ class RamBlockList:
             block._memory.provide(*part)
         if block._prealloc is not None:
             block._prealloc.populate(parts)
-        self._tell(
-            self._notifiers,
+        before, block._doubtful = block._doubtful, (*block._doubtful, *parts)
+        change = Bookkeeping(
             Populated(block, parts),
-            commit=partial(block._set_discarded, discarded, block._stale),
-            rollback=partial(block._set_discarded, block._discarded, block._stale),
+            partial(block._set_discarded, discarded, block._stale),
+            partial(block._set_discarded, block._discarded, block._stale),
         )
+        try:
+            tell_all(self._notifiers, [Populated(block, parts)] * len(self._notifiers), change)
+        except BaseException as error:
+            if change.settled and not isinstance(error, _KEEP_MEMORY):
+                block._doubtful = before
+            raise
+        block._doubtful = tuple(without(before, *parts))
         logger.debug("populated %s of %s", wanted, block)
 
     def _remap(self, block: RamBlock, offset: int, size: int) -> None:

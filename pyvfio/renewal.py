@@ -28,10 +28,19 @@ def renew(block: RamBlock, part: Extent, notifiers: Sequence[RamBlockNotifier]) 
                 f"{notifier!r} is not told when pages are replaced, and may hold those of RAM block '{block.idstr}'",
                 hint="Give it ram_block_remapping and ram_block_remapped, which may do nothing where it pins no pages",
             )
+    gone = clip(block.discarded, *part)
+    block._check_out_of_reach(gone)
     event = Remapping(block, parts)
 
     def replace() -> None:
-        block._memory.replace(*part)
+        for one in parts:
+            block._memory.replace(*one, provide=True)
+        for one in gone:  # which nobody is told of, and which stays given back
+            block._memory.replace(*one, provide=False)
+        if parts and block._prealloc is not None:
+            block._prealloc.populate(
+                parts
+            )  # as of all that is in use, and so that a device that only reads has those pages
         for notifier in told:
             event.revoke(notifier)
 

@@ -30,7 +30,8 @@ def hand_over(mapper: DmaMapper) -> HandOver:
     """Give up the addresses of all that `mapper` has mapped, so that another process, or this one after execve(2), can
     take over its blocks, its container and all devices in that. Their DMA goes on.
 
-    While they are being handed over already, the HandOver that there is.
+    While they are being handed over already, the HandOver that there is; HandOverError where another thread has only
+    begun with it.
 
     Before anything is touched it raises UnsupportedError where the kernel has no VFIO_UPDATE_VADDR, and HandOverError,
     with the names of what stands in the way: memory that is private to this process (`Anonymous`, `File(shared=False)`;
@@ -50,7 +51,7 @@ def hand_over(mapper: DmaMapper) -> HandOver:
     try:
         with container._lock:
             if isinstance(container._handing, HandOver):
-                return container._handing
+                return container._handing._begun()
             container._handing = update
         update._begin()
     except BaseException as error:
@@ -63,6 +64,8 @@ def hand_over(mapper: DmaMapper) -> HandOver:
                 hint="The device reaches what it did. hand_over(mapper) returns what can be cancelled once more",
             ) from error
         raise
+    finally:
+        update._beginning = False
     return update
 
 
@@ -86,6 +89,7 @@ class HandOver:
         self._blocks = mapper._blocks
         self._groups: tuple[Group, ...] = ()
         self._devices: tuple[Device, ...] = ()
+        self._beginning = True  # nobody but whoever makes it may have it
         self._given_up = False  # perhaps: set before the call
         self._inheritable: list[int] = []
         self._ended = ""
@@ -99,6 +103,13 @@ class HandOver:
         return f"<HandOver {self._ended or 'under way'}: {len(self.fds)} descriptors>"
 
     # ------------------------------------------------------------------------------------------------ begin
+
+    def _begun(self) -> HandOver:
+        self._check_owner()
+        # Not waited for: it may wait for the change that a hook is part of which has called this.
+        if self._beginning:
+            raise HandOverError("another thread has begun to hand it over", hint="Call hand_over() once more")
+        return self
 
     def _begin(self) -> None:
         if self._blocks is not None:

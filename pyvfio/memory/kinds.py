@@ -195,7 +195,8 @@ class Store(Protocol):
         ...
 
     def replace(self, vaddr: int, start: int, end: int) -> None:
-        """Other pages behind what is accessible and stays so, whatever has become of the present ones. OSError."""
+        """The pages of what is accessible and stays so go, whatever has become of them; other ones come when it is
+        touched, or with `provide`. OSError."""
         ...
 
     def close(self) -> None:
@@ -325,7 +326,6 @@ class _MemfdStore:
         page that has failed stays in its page tables else (6.1 to 7.3)."""
         self._kernel.fallocate(self.fd, _PUNCH, start, end - start)
         _forget(self._kernel, vaddr + start, end - start)
-        self.provide(start, end)
 
     def close(self) -> None:
         """The memfd; twice is fine. Its memory stays for as long as it is mapped."""
@@ -465,9 +465,7 @@ class _FileStore:
         if self._kind.punch:
             self._kernel.fallocate(self.fd, _PUNCH, self.offset + start, end - start)
         _forget(self._kernel, vaddr + start, end - start)
-        if self._kind.punch:
-            self.provide(start, end)
-        elif self._kind.shared:
+        if self._kind.shared and not self._kind.punch:
             self._check_readable(vaddr + start, end - start)
 
     def _check_readable(self, vaddr: int, size: int) -> None:

@@ -418,25 +418,34 @@ class Reservation:
         if not self._store.holds_contents:
             ctypes.memset(self.vaddr + start, 0, end - start)
 
-    def replace(self, start: int, end: int) -> None:
+    def replace(self, start: int, end: int, *, provide: bool) -> None:
         """Have other pages behind `[start, end)`, which is active and which no device reaches: fresh ones that read
-        zeros, or what a file holds. Settings stay. Raises IoctlError; what stands there then may be either.
+        zeros, or what a file holds. Settings stay. `provide`: at once, where that can be asked for; else when they are
+        touched. Raises IoctlError; what stands there then may be either.
 
         Cost: up to three system calls.
         """
         self._check_open()
         if not 0 <= start < end <= self._length:
             raise ValueError(f"cannot replace [{start:#x}, {end:#x}): {self._length:#x} bytes are active")
-        if start < self._held:
+        if self._kept:
             raise self._not_replaced(OSError(errno.EBUSY, "a device may still reach the present ones"), start, end)
         try:
             self._store.replace(self.vaddr, start, end)
+            if provide and self._store.can_drop:
+                self._store.provide(start, end)
         except OSError as error:
             raise self._not_replaced(error, start, end) from error
 
     def _not_replaced(self, error: OSError, start: int, end: int) -> IoctlError:
-        hint = "Free memory, or huge pages where it is made of them, and remap it once more"
-        if not self._store.can_drop:
+        hint = _HINTS.get(
+            error.errno or 0, "Free memory, or huge pages where it is made of them, and remap it once more"
+        )
+        if self._kept:
+            hint = (
+                "Use another block: a change failed, and so did its undo, and nobody knows what is reached of this one"
+            )
+        elif not self._store.can_drop:
             hint = "The pages are a file's that is not to be punched; let that be with memory=File(fd, punch=True)"
         return IoctlError.of(
             error,

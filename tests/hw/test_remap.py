@@ -188,3 +188,14 @@ def flags_of(vaddr: int, size: int) -> list[tuple[int, int, str]]:
             elif first == "VmFlags:" and start < vaddr + size and vaddr < end:
                 found.append((start, end, line.strip()))
     return found
+
+
+@pytest.mark.parametrize("prealloc", [0, 1])
+def test_a_device_that_only_reads_reads_what_is_written_to_pages_that_were_replaced(rig: Rig, prealloc: int) -> None:
+    """Pages that nobody had touched would be mapped for reading as the page of zeros, and stay that for the device."""
+    block = rig.blocks.add("rom", used_length=LENGTH, max_length=16 * MIB, readonly=True, prealloc=prealloc)
+    block.remap(2 * MIB, 2 * MIB)
+    for offset in (0, OFFSET, 4 * MIB):
+        there = put(block, offset)
+        assert rig.device_reads(rig.mapper.iova(block) + offset) == there
+    block.remove()

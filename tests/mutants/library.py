@@ -208,10 +208,10 @@ _MUTANTS = (
     # ------------------------------------------------------------------------------------------------------ populate
     Mutant(
         "ramblock.py",
-        "            commit=partial(block._set_discarded, discarded, block._stale),\n"
-        "            rollback=partial(block._set_discarded, block._discarded, block._stale),\n",
-        "            commit=partial(block._set_discarded, discarded, block._stale),\n"
-        "            rollback=partial(block._set_discarded, discarded, block._stale),\n",
+        "            partial(block._set_discarded, discarded, block._stale),\n"
+        "            partial(block._set_discarded, block._discarded, block._stale),\n",
+        "            partial(block._set_discarded, discarded, block._stale),\n"
+        "            partial(block._set_discarded, discarded, block._stale),\n",
         "populate",
     ),
     # What a signal handler kept a discard from is seen again.

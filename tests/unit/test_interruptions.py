@@ -35,7 +35,9 @@ HOUSE = {
         "notifier.py",
         "ramblock.py",
         "block.py",
+        "renewal.py",
         "memory/reservation.py",
+        "memory/kinds.py",
         "container.py",
         "buffers.py",
     )

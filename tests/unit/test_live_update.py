@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Literal
@@ -368,7 +370,7 @@ def test_in_a_child_neither_end_does_anything(kernel: SpecialKernel, rig: Rig) -
     with hand_over(rig.mapper) as update:
 
         def child() -> None:
-            for end_it in (update.cancel, update.finish, update.make_inheritable):
+            for end_it in (update.cancel, update.finish, update.make_inheritable, lambda: hand_over(rig.mapper)):
                 with pytest.raises(pyvfio.ForkedError):
                     end_it()
             with update:
@@ -686,3 +688,28 @@ def test_every_kernel_and_both_types_of_iommu_hand_over(version: str, iommu_type
             with take_over(update.state, duplicates(kernel, update), kernel=kernel) as taken:
                 update.finish()
                 both_ways(rig, taken.blocks, places)
+
+
+def test_blocks_of_a_list_that_the_mapper_was_taken_out_of_are_not_handed_over(rig: Rig) -> None:
+    """They would be in no state, and finish() would let go of their memory."""
+    rig.blocks.remove_notifier(rig.mapper)
+    with pytest.raises(HandOverError, match=r"2 things .*'ring' is not followed by this mapper any more"):
+        hand_over(rig.mapper)
+    rig.blocks["ring"].resize(MIB)
+
+
+def test_a_hand_over_that_another_thread_has_only_begun_is_nobody_elses_to_cancel(rig: Rig) -> None:
+    """It would go on behind the cancel, and nobody could end it any more."""
+    made: list[HandOver] = []
+    with rig.blocks._lock:  # as a change that is under way
+        first = threading.Thread(target=lambda: made.append(hand_over(rig.mapper)))
+        first.start()
+        while rig.container._handing is None:
+            time.sleep(0.001)
+        with pytest.raises(HandOverError, match="another thread has begun to hand it over"):
+            hand_over(rig.mapper)
+    first.join()
+    assert hand_over(rig.mapper) is made[0]
+    made[0].cancel()
+    rig.blocks["ring"].resize(MIB)
+    rig.check()

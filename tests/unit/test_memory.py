@@ -773,7 +773,7 @@ def test_pages_that_are_replaced_read_zeros_and_their_neighbours_what_they_did(*
     libc = ctypes.CDLL(None)
     if locked:
         assert libc.mlock(ctypes.c_void_p(memory.vaddr), ctypes.c_size_t(MIB)) == 0
-    memory.replace(2 * PAGE_SIZE, 3 * PAGE_SIZE)
+    memory.replace(2 * PAGE_SIZE, 3 * PAGE_SIZE, provide=True)
     if locked:
         assert libc.munlock(ctypes.c_void_p(memory.vaddr), ctypes.c_size_t(MIB)) == 0
     content = ctypes.string_at(memory.vaddr, MIB)
@@ -784,17 +784,17 @@ def test_pages_that_are_replaced_read_zeros_and_their_neighbours_what_they_did(*
     memory.release()
 
 
-def test_pages_that_a_device_may_still_reach_are_not_replaced(kernel: FakeKernel) -> None:
-    """EBUSY, until a shrink has said that it reaches them no more."""
+def test_pages_that_a_device_may_reach_for_ever_are_not_replaced(kernel: FakeKernel) -> None:
+    """EBUSY. A retained grow is no reason: whoever replaces pages has had everybody let go of them."""
     memory = reserve(kernel, active=4 * MIB)
     memory.retain(2 * MIB)
-    with pytest.raises(IoctlError, match="EBUSY, other pages for 4 KiB could not be had: a device may still reach"):
-        memory.replace(0, PAGE_SIZE)
-    memory.deactivate(MIB)
-    memory.activate(2 * MIB)
-    with pytest.raises(IoctlError, match="EBUSY"):
-        memory.replace(0, PAGE_SIZE)
-    memory.replace(MIB, MIB + PAGE_SIZE)
+    memory.replace(0, PAGE_SIZE, provide=True)
     with pytest.raises(ValueError, match="are active"):
-        memory.replace(MIB, 3 * MIB)
+        memory.replace(MIB, 3 * MIB, provide=True)
+    memory.keep()
+    with pytest.raises(
+        IoctlError, match=r"EBUSY, other pages for 4 KiB .* a device may still reach.*Use another block"
+    ):
+        memory.replace(0, PAGE_SIZE, provide=True)
+    memory._kept = False  # which nothing else takes back
     memory.release()

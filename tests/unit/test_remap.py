@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -13,10 +14,12 @@ import pytest
 import pyvfio
 from pyvfio import Anonymous, File, Memfd
 from pyvfio.extents import Extent
+from pyvfio.kernel import F_SEAL_FUTURE_WRITE
 from pyvfio.memory import MemoryKind
-from pyvfio.testing.fake import DmaFault, FakeDevice
+from pyvfio.testing.fake import DmaFault, FakeDevice, FakeKernel
 from pyvfio.units import MIB, PAGE_SIZE
-from tests.unit.fakes import BDF, MapperFactory, Rig, SpecialKernel, nothing_left, requests
+from tests.unit.fakes import BDF, MapperFactory, Rig, SpecialKernel, nothing_left, requests, small_iommu
+from tests.unit.processes import areas
 
 PAGES: MapperFactory = partial(pyvfio.DmaMapper, resize="extend", granule=PAGE_SIZE)
 GRANULE: MapperFactory = partial(pyvfio.DmaMapper, resize="extend", granule=4 * PAGE_SIZE)
@@ -301,3 +304,101 @@ def test_a_removed_block_is_not_remapped(rig: Rig) -> None:
     block.remove()
     with pytest.raises(pyvfio.ClosedError):
         block.remap(0, PAGE_SIZE)
+
+
+@pytest.mark.parametrize("memory", [Anonymous(), Memfd()], ids=["anonymous", "memfd"])
+def test_what_is_discarded_stays_given_back_when_its_pages_are_replaced(
+    kernel: SpecialKernel, memory: MemoryKind
+) -> None:
+    """A balloon's memory is not taken again from the machine; what is in use has its pages at once, of a memfd."""
+    with Rig(kernel) as rig:
+        block = filled(rig, memory)
+        block.discard(4 * PAGE_SIZE, 4 * PAGE_SIZE)
+        block.remap(0, LENGTH)
+        there = sum(area.rss for area in areas(block.vaddr, LENGTH))
+        if block.file is not None:
+            there = os.fstat(block.file.fd).st_blocks * 512
+        assert there == LENGTH - 4 * PAGE_SIZE
+
+
+def test_pages_that_are_replaced_are_allocated_where_all_others_are(kernel: SpecialKernel) -> None:
+    """A device that only reads would have the page of zeros, and keep it, whatever the process writes."""
+    with pyvfio.RamBlockList(kernel=kernel) as blocks:
+        block = blocks.add("rom", used_length=LENGTH, max_length=MIB, readonly=True, prealloc=1)
+        block.remap(4 * PAGE_SIZE, 4 * PAGE_SIZE)
+        assert sum(area.rss for area in areas(block.vaddr, LENGTH)) == LENGTH
+
+
+def _populates_in_vain(rig: Rig, block: pyvfio.RamBlock) -> None:
+    """The second page cannot be mapped, and the first not unmapped again."""
+    rig.kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", nth=2, errno=errno.ENOMEM)
+    rig.kernel.fail(call="ioctl", request="VFIO_IOMMU_UNMAP_DMA", nth=1, errno=errno.EIO)
+    with pytest.raises(pyvfio.RollbackError):
+        block.populate(0, 2 * PAGE_SIZE)
+    rig.kernel.clear_failures()
+
+
+def test_what_is_discarded_and_in_reach_since_an_undo_failed_keeps_its_pages(kernel: SpecialKernel) -> None:
+    """Nobody is told of discarded parts, so that nobody would let go. Populated in the end, they can be replaced."""
+    with Rig(kernel, mapper=PAGES) as rig:
+        block = filled(rig)
+        block.discard(0, 4 * PAGE_SIZE)
+        _populates_in_vain(rig, block)
+        assert len(rig.reached()) == 13
+        kernel.clear_trace()
+        with pytest.raises(pyvfio.DiscardError, match=r"8 KiB of RAM block 'ring' are discarded.*Populate them"):
+            block.remap(0, 4 * PAGE_SIZE)
+        assert not kernel.trace
+        block.remap(2 * PAGE_SIZE, 4 * PAGE_SIZE)
+        block.populate(0, 2 * PAGE_SIZE)
+        block.discard(PAGE_SIZE, PAGE_SIZE)
+        block.remap(0, 4 * PAGE_SIZE)
+        assert not kernel.violations
+        rig.check()
+
+
+def test_a_block_whose_grow_could_not_be_undone_is_remapped_where_it_is_in_use(kernel: SpecialKernel) -> None:
+    """Memory is held for what a device may reach behind the end; it has let go of all that is replaced."""
+    with Rig(kernel, mapper=PAGES) as rig:
+        block = filled(rig)
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", nth=2, errno=errno.ENOMEM)
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_UNMAP_DMA", nth=1, errno=errno.EIO)
+        with pytest.raises(pyvfio.RollbackError):
+            block.resize(LENGTH + 4 * PAGE_SIZE)
+        kernel.clear_failures()
+        block.remap(5 * PAGE_SIZE, PAGE_SIZE)
+        assert seen(rig, block) == [1, 2, 3, 4, 5, 0, *range(7, 17)]
+        assert not kernel.violations
+        rig.check()
+        block.resize(LENGTH + 4 * PAGE_SIZE)
+        rig.check()
+
+
+def test_pages_are_replaced_in_a_container_that_takes_no_more_mappings() -> None:
+    """The block's one piece goes and comes as a whole, as a resize would have it, unless no gap is allowed."""
+    with FakeKernel(iommu=small_iommu(1)) as kernel, nothing_left(kernel):
+        with Rig(kernel, mapper=EXTEND) as rig:
+            block = filled(rig)
+            block.remap(5 * PAGE_SIZE, PAGE_SIZE)
+            assert seen(rig, block) == [1, 2, 3, 4, 5, 0, *range(7, 17)]
+            assert len(rig.reached()) == 1
+            assert not kernel.violations
+            rig.check()
+        with Rig(kernel, mapper=partial(pyvfio.DmaMapper, resize="extend", allow_gap=False)) as rig:
+            block = filled(rig)
+            with pytest.raises(pyvfio.GapError):
+                block.remap(5 * PAGE_SIZE, PAGE_SIZE)
+
+
+def test_pages_of_a_file_that_was_sealed_meanwhile_stay_and_the_error_says_why(kernel: SpecialKernel) -> None:
+    """More memory would not help."""
+    fd = os.memfd_create("caller's", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, MIB)
+    with Rig(kernel) as rig:
+        block = filled(rig, File(fd, punch=True))
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
+        with pytest.raises(pyvfio.IoctlError, match=r"EPERM.*may have been sealed meanwhile"):
+            block.remap(0, PAGE_SIZE)
+        assert seen(rig, block) == list(range(1, 17))
+        rig.check()
+    os.close(fd)

@@ -10,6 +10,7 @@ import logging
 import os
 import resource
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,23 @@ def test_pages_of_such_a_memfd_come_when_it_grows(kernel: SpecialKernel) -> None
             block.resize(3 * PAGE_SIZE)
         block.resize(4 * PAGE_SIZE)
         assert os.fstat(block.file.fd).st_blocks * 512 == 4 * PAGE_SIZE
+
+
+def test_such_a_block_may_be_reached_behind_its_end_where_an_undo_has_failed(kernel: SpecialKernel) -> None:
+    """Nothing is ever given back there, so that nothing has to be held; the next change puts it right."""
+    with Rig(kernel, mapper=partial(pyvfio.DmaMapper, resize="extend", granule=PAGE_SIZE)) as rig:
+        nothing_but_the_whole(kernel)
+        block = rig.add(used=PAGE_SIZE)
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", nth=3, errno=errno.ENOMEM)
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_UNMAP_DMA", nth=1, errno=errno.EIO)
+        with pytest.raises(pyvfio.RollbackError):
+            block.resize(4 * PAGE_SIZE)
+        kernel.clear_failures()
+        assert sum(size for *_where, size in rig.reached()) == 3 * PAGE_SIZE
+        rig.mapper._check()
+        block.remap(0, PAGE_SIZE)
+        assert rig.reached() == rig.expected()
+        rig.check()
 
 
 def test_pages_of_such_a_block_are_there_before_they_are_used_where_that_was_asked(kernel: SpecialKernel) -> None:
