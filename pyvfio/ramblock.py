@@ -29,12 +29,12 @@ from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar, TypeVarTuple
 
+from pyvfio import parts
 from pyvfio.block import RamBlock, ResizedCallback
 from pyvfio.discards import DiscardGuard
 from pyvfio.errors import (
     CannotBePinnedWarning,
     ClosedError,
-    DiscardError,
     ForkedError,
     HandOverError,
     IoctlError,
@@ -46,16 +46,14 @@ from pyvfio.errors import (
     VfioError,
     raise_collected,
 )
-from pyvfio.extents import Extent, clip, runs, without
+from pyvfio.extents import Extent
 from pyvfio.kernel import Kernel, LinuxKernel
 from pyvfio.memory import Anonymous, MemoryKind, MemorySettings
 from pyvfio.notifier import (
     HOOKS,
     Added,
     Bookkeeping,
-    Discarded,
     Event,
-    Populated,
     RamBlockNotifier,
     Removed,
     Resized,
@@ -65,7 +63,6 @@ from pyvfio.notifier import (
 )
 from pyvfio.prefault import check_threads
 from pyvfio.progress import LongWork, ProgressCallback
-from pyvfio.renewal import renew
 from pyvfio.units import check_bool, format_size
 
 __all__ = ["RamBlock", "RamBlockList", "RamBlockNotifier", "ResizedCallback"]
@@ -107,13 +104,6 @@ def _part(block: RamBlock, offset: int, size: int) -> Extent:
             f"{block.used_length:#x}"
         )
     return Extent(start, start + length)
-
-
-def _cannot_follow(notifier: RamBlockNotifier, why: str) -> DiscardError:
-    return DiscardError(
-        f"{notifier!r} reaches whole blocks and is not told of discarded parts, {why}",
-        hint="Give it ram_block_discarded and ram_block_populated, or populate everything",
-    )
 
 
 def _say_whole(block: RamBlock, why: str) -> None:
@@ -382,7 +372,7 @@ class RamBlockList:
                 hint="Add it before the blocks, which are allocated in full then, or give it ram_block_resized",
             )
         if reaches_whole_blocks(notifier) and (holed := [block for block in self._blocks if block._discarded]):
-            raise _cannot_follow(notifier, f"and parts of RAM block '{holed[0].idstr}' are discarded")
+            raise parts.cannot_follow(notifier, f"and parts of RAM block '{holed[0].idstr}' are discarded")
         notifiers = [notifier, *self._notifiers]
         try:
             self._replay(notifier, [Added(block) for block in self._blocks], "adding a notifier", notifiers)
@@ -512,7 +502,7 @@ class RamBlockList:
         return None
 
     def _discard(self, block: RamBlock, offset: int, size: int) -> None:
-        kept = self._change(partial(self._discard_parts, block, offset, size))
+        kept = self._change(self._discard_part, block, offset, size)
         for error in kept:
             warnings.warn(
                 f"memory of RAM block '{block.idstr}' was discarded, but not given back: {error}. It reads zeros, and "
@@ -521,87 +511,27 @@ class RamBlockList:
                 stacklevel=3,
             )
 
-    def _discard_parts(self, block: RamBlock, offset: int, size: int) -> list[OSError]:
+    def _discard_part(self, block: RamBlock, offset: int, size: int) -> list[OSError]:
         wanted = _part(block, offset, size)
         self._check_there(block)
-        parts = clip(block._populated(block._used_length), *wanted)
-        if not parts:
-            return []
-        if not block._memory.can_drop:
-            raise DiscardError(
-                f"RAM block '{block.idstr}' is a file of the caller's that is not to be punched",
-                hint="Give it memory=File(fd, punch=True), if holes may be made in the file",
-            )
-        for notifier in self._notifiers:
-            if reaches_whole_blocks(notifier):
-                raise _cannot_follow(notifier, f"so that nothing of RAM block '{block.idstr}' may be")
-        discarded = tuple(runs(sorted((*block._discarded, *parts))))
-        stale = tuple(sorted((*block._stale, *parts)))
-        with self.discards.require_coordinated():
-            self._tell(
-                self._notifiers[::-1],
-                Discarded(block, parts),
-                commit=partial(block._set_discarded, discarded, stale),
-                rollback=partial(block._set_discarded, block._discarded, block._stale),
-            )
-        block._doubtful = tuple(without(block._doubtful, *parts))
-        logger.debug("discarding %s of %s", wanted, block)
-        return self._drop_stale(block, wanted)
-
-    @staticmethod
-    def _drop_stale(block: RamBlock, wanted: Extent) -> list[OSError]:
-        """Nobody reaches it any more, and it is known to be gone: what fails now costs memory, and nothing else."""
-        failures = []
-        for part in clip(block._stale, *wanted):
-            left = tuple(without(block._stale, part))
-            try:
-                block._memory.drop(*part)
-            except OSError as error:
-                failures.append(error)
-            block._stale = left
-        return failures
+        return parts.discard(block, wanted, self._notifiers, self.discards)
 
     def _populate(self, block: RamBlock, offset: int, size: int) -> None:
-        self._change(partial(self._populate_parts, block, offset, size))
+        self._change(self._populate_part, block, offset, size)
 
-    def _populate_parts(self, block: RamBlock, offset: int, size: int) -> None:
+    def _populate_part(self, block: RamBlock, offset: int, size: int) -> None:
         wanted = _part(block, offset, size)
         self._check_there(block)
-        parts = clip(block._discarded, *wanted)
-        if not parts:
-            return
-        discarded = tuple(without(block._discarded, *parts))
-        self._drop_stale(block, wanted)  # what a signal handler kept a discard from
-        if block._prealloc is not None:
-            block._prealloc.check(parts)
-        for part in parts:
-            block._memory.provide(*part)
-        if block._prealloc is not None:
-            block._prealloc.populate(parts)
-        before, block._doubtful = block._doubtful, (*block._doubtful, *parts)
-        change = Bookkeeping(
-            Populated(block, parts),
-            partial(block._set_discarded, discarded, block._stale),
-            partial(block._set_discarded, block._discarded, block._stale),
-        )
-        try:
-            tell_all(self._notifiers, [Populated(block, parts)] * len(self._notifiers), change)
-        except BaseException as error:
-            if change.settled and not isinstance(error, _KEEP_MEMORY):
-                block._doubtful = before
-            raise
-        block._doubtful = tuple(without(before, *parts))
-        logger.debug("populated %s of %s", wanted, block)
+        parts.populate(block, wanted, self._notifiers)
 
     def _remap(self, block: RamBlock, offset: int, size: int) -> None:
-        self._change(partial(self._remap_parts, block, offset, size))
+        self._change(self._remap_part, block, offset, size)
 
-    def _remap_parts(self, block: RamBlock, offset: int, size: int) -> None:
+    def _remap_part(self, block: RamBlock, offset: int, size: int) -> None:
         wanted = _part(block, offset, size)
         self._check_there(block)
         if wanted.size:
-            renew(block, wanted, self._notifiers)
-            logger.debug("remapped %s of %s", wanted, block)
+            parts.remap(block, wanted, self._notifiers)
 
     @staticmethod
     def _check_there(block: RamBlock) -> None:

@@ -177,25 +177,24 @@ _MUTANTS = (
     # ------------------------------------------------------------------------------------------------------- discard
     # Pages are dropped before the device has lost them; what is discarded is noted before all have agreed.
     Mutant(
-        "ramblock.py",
-        "        with self.discards.require_coordinated():\n            self._tell(",
-        "        with self.discards.require_coordinated():\n"
-        "            block._memory.drop(*parts[0])\n            self._tell(",
+        "parts.py",
+        "    with guard.require_coordinated():\n",
+        "    with guard.require_coordinated():\n        block._memory.drop(*parts[0])\n",
         "discard",
     ),
     Mutant(
-        "ramblock.py",
-        "                rollback=partial(block._set_discarded, block._discarded, block._stale),\n",
-        "                rollback=partial(block._set_discarded, discarded, stale),\n",
+        "parts.py",
+        "discarded, stale),\n        rollback=partial(block._set_discarded, block._discarded, block._stale),\n",
+        "discarded, stale),\n        rollback=partial(block._set_discarded, discarded, stale),\n",
         "discard",
     ),
     # What could not be dropped is forgotten before it was tried.
     Mutant(
-        "ramblock.py",
-        "            try:\n                block._memory.drop(*part)\n            except OSError as error:\n"
-        "                failures.append(error)\n            block._stale = left\n",
-        "            block._stale = left\n            try:\n                block._memory.drop(*part)\n"
-        "            except OSError as error:\n                failures.append(error)\n",
+        "parts.py",
+        "        try:\n            block._memory.drop(*part)\n        except OSError as error:\n"
+        "            failures.append(error)\n        block._stale = left\n",
+        "        block._stale = left\n        try:\n            block._memory.drop(*part)\n"
+        "        except OSError as error:\n            failures.append(error)\n",
         "discard",
     ),
     # It is neither dropped nor written.
@@ -207,17 +206,15 @@ _MUTANTS = (
     ),
     # ------------------------------------------------------------------------------------------------------ populate
     Mutant(
-        "ramblock.py",
-        "            partial(block._set_discarded, discarded, block._stale),\n"
-        "            partial(block._set_discarded, block._discarded, block._stale),\n",
-        "            partial(block._set_discarded, discarded, block._stale),\n"
-        "            partial(block._set_discarded, discarded, block._stale),\n",
+        "parts.py",
+        "discarded, block._stale),\n        rollback=partial(block._set_discarded, block._discarded, block._stale),\n",
+        "discarded, block._stale),\n        rollback=partial(block._set_discarded, discarded, block._stale),\n",
         "populate",
     ),
     # What a signal handler kept a discard from is seen again.
     Mutant(
-        "ramblock.py",
-        "        self._drop_stale(block, wanted)  # what a signal handler kept a discard from\n",
+        "parts.py",
+        "    _drop_stale(block, wanted)  # what a signal handler kept a discard from\n",
         "",
         "populate",
     ),
@@ -230,7 +227,7 @@ _MUTANTS = (
         "replace pages",
     ),
     # Who has let go takes nothing again.
-    Mutant("renewal.py", "            event.revoke(notifier)\n", "            pass\n", "replace pages"),
+    Mutant("parts.py", "            event.revoke(notifier)\n", "            pass\n", "replace pages"),
     # -------------------------------------------------------------------------------------------------------- remove
     # Memory goes before the device has lost it.
     Mutant(

@@ -70,7 +70,7 @@ _MUTANTS = (
     ),
     # -------------------------------------------------------------------------------------------------- pages replaced
     # The newest lets go first.
-    Mutant("renewal.py", "        tell_all(told[::-1], [event]", "        tell_all(told, [event]", "pages replaced"),
+    Mutant("parts.py", "        tell_all(told[::-1], [event]", "        tell_all(told, [event]", "pages replaced"),
     # A granule is cut.
     Mutant("dma.py", "*self._policy.round_out(parts)", "*parts", "pages replaced"),
     # ------------------------------------------------------------------------------------------------------- hand-over

@@ -35,7 +35,7 @@ HOUSE = {
         "notifier.py",
         "ramblock.py",
         "block.py",
-        "renewal.py",
+        "parts.py",
         "memory/reservation.py",
         "memory/kinds.py",
         "container.py",

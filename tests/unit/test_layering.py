@@ -23,9 +23,21 @@ FLOORS = {
         ("space", "memory", "iova", "caps", "pci", "handle", "type1_errors", "discards", "prefault", "cgroup"), 1
     ),
     **dict.fromkeys(
-        ("container", "device", "ramblock", "block", "notifier", "pieces", "buffers", "progress", "plan", "dirty"), 2
+        (
+            "container",
+            "device",
+            "ramblock",
+            "block",
+            "notifier",
+            "pieces",
+            "buffers",
+            "progress",
+            "plan",
+            "dirty",
+            "parts",
+        ),
+        2,
     ),
-    **dict.fromkeys(("renewal",), 2),
     **dict.fromkeys(("dma", "dirty_log", "live_update"), 3),
 }
 # What a module may not import though it is on the same floor.
