@@ -254,6 +254,10 @@ class RollbackError(VfioError, ExceptionGroup[Exception]):
         return f"{text}. {self.hint}" if self.hint else text
 
 
+REACH_UNKNOWN = (RollbackError, UnmapSizeError)
+"""After these nobody knows what a device still reaches, so that memory is kept."""
+
+
 class CannotBePinnedWarning(RuntimeWarning):
     """A block was made of memory that kernels do not let a device write to."""
 

@@ -21,7 +21,7 @@ from functools import partial
 
 from pyvfio.block import RamBlock
 from pyvfio.discards import DiscardGuard
-from pyvfio.errors import DiscardError, RollbackError, UnmapSizeError, UnsupportedError
+from pyvfio.errors import REACH_UNKNOWN, DiscardError, RollbackError, UnsupportedError
 from pyvfio.extents import Extent, clip, runs, without
 from pyvfio.notifier import (
     Bookkeeping,
@@ -111,7 +111,7 @@ def populate(block: RamBlock, wanted: Extent, notifiers: Sequence[RamBlockNotifi
     try:
         tell_all(notifiers, [event] * len(notifiers), change)
     except BaseException as error:
-        if change.settled and not isinstance(error, RollbackError | UnmapSizeError):
+        if change.settled and not isinstance(error, REACH_UNKNOWN):
             block._doubtful = before
         raise
     block._doubtful = tuple(without(before, *parts))

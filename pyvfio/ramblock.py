@@ -33,6 +33,7 @@ from pyvfio import parts
 from pyvfio.block import RamBlock, ResizedCallback
 from pyvfio.discards import DiscardGuard
 from pyvfio.errors import (
+    REACH_UNKNOWN,
     CannotBePinnedWarning,
     ClosedError,
     ForkedError,
@@ -40,8 +41,6 @@ from pyvfio.errors import (
     IoctlError,
     MemoryNotReturnedWarning,
     ReentrancyError,
-    RollbackError,
-    UnmapSizeError,
     UnsupportedError,
     VfioError,
     raise_collected,
@@ -71,8 +70,6 @@ logger = logging.getLogger(__name__)
 
 _Arguments = TypeVarTuple("_Arguments")
 _Result = TypeVar("_Result")
-
-_KEEP_MEMORY = (RollbackError, UnmapSizeError)  # after these nobody knows what a device still reaches
 
 
 def _length(value: int, what: str, page_size: int) -> int:
@@ -293,7 +290,7 @@ class RamBlockList:
     @staticmethod
     def _abandon(block: RamBlock, error: BaseException, *, settled: bool) -> None:
         block._list, block._used_length = None, 0
-        if isinstance(error, _KEEP_MEMORY) or not settled:
+        if isinstance(error, REACH_UNKNOWN) or not settled:
             block._memory.keep()
             logger.warning("the memory of %s is kept, since a device may still reach it: %s", block, error)
             block._memory.abandon()
@@ -376,7 +373,7 @@ class RamBlockList:
         notifiers = [notifier, *self._notifiers]
         try:
             self._replay(notifier, [Added(block) for block in self._blocks], "adding a notifier", notifiers)
-        except _KEEP_MEMORY:
+        except REACH_UNKNOWN:
             for block in self._blocks:
                 block._memory.keep()
             raise
@@ -476,7 +473,7 @@ class RamBlockList:
         try:
             self._activate(block, old, new)
             self._commit(event, self._notifiers)
-        except _KEEP_MEMORY:
+        except REACH_UNKNOWN:
             raise  # and retain: a device may still reach it
         except BaseException:
             if event.settled:  # else a second signal has ended the undo: retain, too

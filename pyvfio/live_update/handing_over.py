@@ -137,7 +137,8 @@ class HandOver:
             )
         if obstacles := find_obstacles(self._mapper, self._blocks, self._container):
             raise HandOverError(
-                f"{len(obstacles)} things cannot be handed over: " + "; ".join(obstacles[:8]),
+                f"{len(obstacles)} {'things' if obstacles[1:] else 'thing'} cannot be handed over: "
+                + "; ".join(obstacles[:8]),
                 hint="Nothing has been touched",
             )
 

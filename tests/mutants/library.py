@@ -63,7 +63,7 @@ _MUTANTS = (
     # Memory is given back though a device may still reach it.
     Mutant(
         "ramblock.py",
-        "if isinstance(error, _KEEP_MEMORY) or not settled:\n            block._memory.keep()",
+        "if isinstance(error, REACH_UNKNOWN) or not settled:\n            block._memory.keep()",
         "if False:\n            pass",
         "add",
     ),

@@ -713,3 +713,36 @@ def test_a_hand_over_that_another_thread_has_only_begun_is_nobody_elses_to_cance
     made[0].cancel()
     rig.blocks["ring"].resize(MIB)
     rig.check()
+
+
+class _Refusing(_Listener):
+    """Told last, as the oldest."""
+
+    def ram_block_discarded(self, block: pyvfio.RamBlock, parts: object) -> None:
+        """Nothing."""
+
+    def ram_block_populated(self, block: pyvfio.RamBlock, parts: object) -> None:
+        """No."""
+        raise PermissionError
+
+
+def test_discarded_parts_that_a_device_may_reach_are_not_handed_over(kernel: SpecialKernel) -> None:
+    """The other process would take them for given back. Populated once more, all of it can go."""
+    other = _Refusing()
+
+    def late(space: pyvfio.Container, blocks: pyvfio.RamBlockList) -> pyvfio.DmaMapper:
+        blocks.add_notifier(other)
+        return pyvfio.DmaMapper(space, blocks, resize="extend")
+
+    with Rig(kernel, memory=Memfd(), mapper=late) as rig:
+        block = rig.add("holes", used=8 * PAGE_SIZE)
+        block.discard(2 * PAGE_SIZE, PAGE_SIZE)
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_UNMAP_DMA", errno=errno.EIO)
+        with pytest.raises(pyvfio.RollbackError):
+            block.populate(2 * PAGE_SIZE, PAGE_SIZE)
+        rig.blocks.remove_notifier(other)
+        with pytest.raises(HandOverError, match=r"'holes' has discarded parts that a device may reach: populate them"):
+            hand_over(rig.mapper)
+        block.populate(2 * PAGE_SIZE, PAGE_SIZE)
+        hand_over(rig.mapper).cancel()
+        rig.check()
