@@ -11,18 +11,10 @@ import pytest
 import pyvfio
 from pyvfio import DirtyTracking, ioctls
 from pyvfio.kernel import IoctlArgument
-from pyvfio.testing.fake import FakeDevice
 from pyvfio.units import PAGE_SIZE
-from tests.unit.fakes import BDF, Rig, SpecialKernel, requests
+from tests.unit.fakes import Rig, SpecialKernel, requests
 
 BASE = 0x10_0000
-
-
-@pytest.fixture
-def kernel() -> Iterator[SpecialKernel]:
-    """With one device."""
-    with SpecialKernel(groups=[(2, [FakeDevice(BDF)])]) as made:
-        yield made
 
 
 @pytest.fixture

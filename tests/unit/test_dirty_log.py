@@ -24,20 +24,6 @@ HOUSE_AND_LOG = {*HOUSE, str(ROOT / "dirty.py"), str(ROOT / "dirty_log.py")}
 
 
 @pytest.fixture
-def kernel() -> Iterator[SpecialKernel]:
-    """With one device."""
-    with SpecialKernel(groups=[(2, [FakeDevice(BDF)])]) as made:
-        yield made
-
-
-@pytest.fixture
-def rig(kernel: SpecialKernel) -> Iterator[Rig]:
-    """A device, and blocks that its mapper follows."""
-    with Rig(kernel) as made:
-        yield made
-
-
-@pytest.fixture
 def log(rig: Rig) -> Iterator[DirtyLog]:
     """Of the rig's blocks."""
     with DirtyLog(rig.blocks) as made:

@@ -40,13 +40,6 @@ F_ADD_SEALS = 1033  # linux/fcntl.h
 
 
 @pytest.fixture
-def kernel() -> Iterator[SpecialKernel]:
-    """With one device."""
-    with SpecialKernel(groups=[(2, [FakeDevice(BDF)])]) as made:
-        yield made
-
-
-@pytest.fixture
 def blocks(kernel: SpecialKernel) -> Iterator[RamBlockList]:
     """A list of blocks on it."""
     with RamBlockList(kernel=kernel) as made:

@@ -12,7 +12,6 @@ import pyvfio
 from pyvfio import DirtyTracking, Memfd, RamBlock
 from pyvfio.memory import MemoryKind
 from pyvfio.testing import DmaFault
-from pyvfio.testing.fake import FakeDevice
 from pyvfio.units import MIB, PAGE_SIZE
 from tests.unit.fakes import BDF, Rig, SpecialKernel
 from tests.unit.listener_models import (
@@ -27,13 +26,6 @@ from tests.unit.listener_models import (
 )
 
 IOVA = 0x4_0000_0000
-
-
-@pytest.fixture
-def kernel() -> Iterator[SpecialKernel]:
-    """With one device."""
-    with SpecialKernel(groups=[(2, [FakeDevice(BDF)])]) as made:
-        yield made
 
 
 @pytest.fixture

@@ -723,7 +723,7 @@ class _Refusing(_Listener):
 
     def ram_block_populated(self, block: pyvfio.RamBlock, parts: object) -> None:
         """No."""
-        raise PermissionError
+        raise PermissionError(block.idstr, parts)
 
 
 def test_discarded_parts_that_a_device_may_reach_are_not_handed_over(kernel: SpecialKernel) -> None:

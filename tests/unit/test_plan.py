@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import math
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -17,13 +16,6 @@ from tests.unit.fakes import BDF, Rig, SpecialKernel, requests, small_iommu
 
 GRANULES = partial(pyvfio.DmaMapper, resize="extend", granule=2 * MIB)
 EXTENDS = partial(pyvfio.DmaMapper, resize="extend")
-
-
-@pytest.fixture
-def kernel() -> Iterator[SpecialKernel]:
-    """With one device."""
-    with SpecialKernel(groups=[(2, [FakeDevice(BDF)])]) as made:
-        yield made
 
 
 SHAPES = [BlockShape("a", 4 * MIB, 64 * MIB), BlockShape("b", 0, GIB), BlockShape("c", PAGE_SIZE, 3 * PAGE_SIZE)]

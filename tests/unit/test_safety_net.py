@@ -9,7 +9,6 @@ import errno
 import logging
 import os
 import resource
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,6 @@ import pytest
 import pyvfio
 from pyvfio import Anonymous, Memfd, RamBlock, RamBlockList
 from pyvfio.memory import MemoryKind
-from pyvfio.testing.fake import FakeDevice
 from pyvfio.units import MIB, PAGE_SIZE
 from tests.unit.fakes import BDF, Rig, SpecialKernel
 from tests.unit.processes import in_child, limit_memory, mappings_left, open_fds
@@ -41,20 +39,6 @@ class Registration:
         """All of it."""
         assert used_length <= block.max_length == max_length
         self.container.unmap(iova=IOVA, size=max_length)
-
-
-@pytest.fixture
-def kernel() -> Iterator[SpecialKernel]:
-    """With one device."""
-    with SpecialKernel(groups=[(2, [FakeDevice(BDF)])]) as made:
-        yield made
-
-
-@pytest.fixture
-def rig(kernel: SpecialKernel) -> Iterator[Rig]:
-    """A device, and blocks that its mapper follows."""
-    with Rig(kernel) as made:
-        yield made
 
 
 def proc_areas() -> int:
