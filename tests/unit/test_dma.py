@@ -866,7 +866,7 @@ def test_in_a_forked_child_nothing_is_unmapped_and_closing_does_nothing(rig: Rig
 
 def test_a_mapping_costs_at_most_300_bytes(rig: Rig) -> None:
     """Handle, allocator, table and every number in them, as tracemalloc counts them over thousands of mappings."""
-    count = 3_000
+    count = 2_000
     memory = rig.memory(count * PAGE_SIZE)
     for number in range(count, count - 100, -1):  # what is allocated once
         rig.mapper.map_dma(vaddr=memory + (number - 1) * PAGE_SIZE, size=PAGE_SIZE)
