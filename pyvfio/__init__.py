@@ -14,174 +14,127 @@ names is in `pyvfio.ioctls`.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
-    from pyvfio.buffers import DmaMapping
-    from pyvfio.caps import DeviceInfo, IommuInfo, IrqInfo, RegionInfo
-    from pyvfio.container import Container, Group
-    from pyvfio.device import Device, Irq, Region, RegionMap, open_device
-    from pyvfio.dirty import DirtyPages, DirtyTracking
-    from pyvfio.dirty_log import DirtyBlock, DirtyLog
-    from pyvfio.dma import DmaMapper
-    from pyvfio.errors import (
-        AccessDeniedError,
-        CannotBePinnedWarning,
-        CapabilityError,
-        ClosedError,
-        DeviceNotFoundError,
-        DiscardError,
-        EntryLimitError,
-        ForkedError,
-        GapError,
-        GroupBusyError,
-        GroupMember,
-        GroupNotViableError,
-        HandOverError,
-        Holder,
-        IoctlError,
-        IovaOverlapError,
-        IovaRangeError,
-        MemoryNotReturnedWarning,
-        NotBoundError,
-        PersistenceWarning,
-        PinLimitError,
-        ReentrancyError,
-        RollbackError,
-        UnavailableError,
-        UnmapSizeError,
-        UnsupportedError,
-        VfioError,
-    )
-    from pyvfio.extents import Extent
-    from pyvfio.iova import IovaAllocator
-    from pyvfio.kernel import Kernel, LinuxKernel, Memlock
-    from pyvfio.live_update import HandOver, TakenOver, hand_over, take_over
-    from pyvfio.memory import Anonymous, File, Memfd, MemorySettings, lock_all_memory, unlock_all_memory
-    from pyvfio.plan import BlockShape, Plan, PlannedBlock
-    from pyvfio.progress import Progress
-    from pyvfio.ramblock import RamBlock, RamBlockList, RamBlockNotifier
-    from pyvfio.space import AddressSpace, Mapping
-    from pyvfio.units import GIB, KIB, MIB, PAGE_SIZE, TIB, Iova, IovaRange, Vaddr
+    from pyvfio import ioctls as ioctls
+    from pyvfio import pci as pci
+    from pyvfio import testing as testing
+    from pyvfio.blocks.progress import Progress as Progress
+    from pyvfio.container import Container as Container
+    from pyvfio.container import Group as Group
+    from pyvfio.device import Device as Device
+    from pyvfio.device import Irq as Irq
+    from pyvfio.device import Region as Region
+    from pyvfio.device import RegionMap as RegionMap
+    from pyvfio.device import open_device as open_device
+    from pyvfio.dirty.log import DirtyBlock as DirtyBlock
+    from pyvfio.dirty.log import DirtyLog as DirtyLog
+    from pyvfio.dirty.tracking import DirtyPages as DirtyPages
+    from pyvfio.dirty.tracking import DirtyTracking as DirtyTracking
+    from pyvfio.dma import DmaMapper as DmaMapper
+    from pyvfio.errors import AccessDeniedError as AccessDeniedError
+    from pyvfio.errors import CannotBePinnedWarning as CannotBePinnedWarning
+    from pyvfio.errors import CapabilityError as CapabilityError
+    from pyvfio.errors import ClosedError as ClosedError
+    from pyvfio.errors import DeviceNotFoundError as DeviceNotFoundError
+    from pyvfio.errors import DiscardError as DiscardError
+    from pyvfio.errors import EntryLimitError as EntryLimitError
+    from pyvfio.errors import ForkedError as ForkedError
+    from pyvfio.errors import GapError as GapError
+    from pyvfio.errors import GroupBusyError as GroupBusyError
+    from pyvfio.errors import GroupMember as GroupMember
+    from pyvfio.errors import GroupNotViableError as GroupNotViableError
+    from pyvfio.errors import HandOverError as HandOverError
+    from pyvfio.errors import Holder as Holder
+    from pyvfio.errors import IoctlError as IoctlError
+    from pyvfio.errors import IovaOverlapError as IovaOverlapError
+    from pyvfio.errors import IovaRangeError as IovaRangeError
+    from pyvfio.errors import MemoryNotReturnedWarning as MemoryNotReturnedWarning
+    from pyvfio.errors import NotBoundError as NotBoundError
+    from pyvfio.errors import PersistenceWarning as PersistenceWarning
+    from pyvfio.errors import PinLimitError as PinLimitError
+    from pyvfio.errors import ReentrancyError as ReentrancyError
+    from pyvfio.errors import RollbackError as RollbackError
+    from pyvfio.errors import UnavailableError as UnavailableError
+    from pyvfio.errors import UnmapSizeError as UnmapSizeError
+    from pyvfio.errors import UnsupportedError as UnsupportedError
+    from pyvfio.errors import VfioError as VfioError
+    from pyvfio.extents import Extent as Extent
+    from pyvfio.info import DeviceInfo as DeviceInfo
+    from pyvfio.info import IommuInfo as IommuInfo
+    from pyvfio.info import IrqInfo as IrqInfo
+    from pyvfio.info import RegionInfo as RegionInfo
+    from pyvfio.iommu.iova import IovaAllocator as IovaAllocator
+    from pyvfio.iommu.space import AddressSpace as AddressSpace
+    from pyvfio.iommu.space import Mapping as Mapping
+    from pyvfio.kernel import Kernel as Kernel
+    from pyvfio.kernel import LinuxKernel as LinuxKernel
+    from pyvfio.kernel import Memlock as Memlock
+    from pyvfio.live_update import HandOver as HandOver
+    from pyvfio.live_update import TakenOver as TakenOver
+    from pyvfio.live_update import hand_over as hand_over
+    from pyvfio.live_update import take_over as take_over
+    from pyvfio.mapper.buffers import DmaMapping as DmaMapping
+    from pyvfio.mapper.plan import BlockShape as BlockShape
+    from pyvfio.mapper.plan import Plan as Plan
+    from pyvfio.mapper.plan import PlannedBlock as PlannedBlock
+    from pyvfio.memory import Anonymous as Anonymous
+    from pyvfio.memory import File as File
+    from pyvfio.memory import Memfd as Memfd
+    from pyvfio.memory import MemorySettings as MemorySettings
+    from pyvfio.memory import lock_all_memory as lock_all_memory
+    from pyvfio.memory import unlock_all_memory as unlock_all_memory
+    from pyvfio.ramblock import RamBlock as RamBlock
+    from pyvfio.ramblock import RamBlockList as RamBlockList
+    from pyvfio.ramblock import RamBlockNotifier as RamBlockNotifier
+    from pyvfio.units import GIB as GIB
+    from pyvfio.units import KIB as KIB
+    from pyvfio.units import MIB as MIB
+    from pyvfio.units import PAGE_SIZE as PAGE_SIZE
+    from pyvfio.units import TIB as TIB
+    from pyvfio.units import Iova as Iova
+    from pyvfio.units import IovaRange as IovaRange
+    from pyvfio.units import Vaddr as Vaddr
 else:
-    # pytest imports this package whenever it starts, for the plugin is in it: whoever uses no name pays for none.
-    _HOMES = (
-        "buffers",
-        "caps",
-        "container",
-        "device",
-        "dirty",
-        "dirty_log",
-        "dma",
-        "errors",
-        "extents",
-        "iova",
-        "kernel",
-        "live_update",
-        "memory",
-        "plan",
-        "progress",
-        "ramblock",
-        "space",
-        "units",
-    )
-    _MODULES = frozenset(
-        (
-            *_HOMES,
-            *("block", "cgroup", "discards", "handle", "ioctls", "notifier", "pci", "pieces", "prefault"),
-            "type1_errors",
-        )
-    )
+    # pytest imports this package whenever it starts, since the plugin is in it. So no module is imported before one
+    # of its names is used.
+    _NAMES = {
+        "blocks.progress": "Progress",
+        "container": "Container Group",
+        "device": "Device Irq Region RegionMap open_device",
+        "dirty.log": "DirtyBlock DirtyLog",
+        "dirty.tracking": "DirtyPages DirtyTracking",
+        "dma": "DmaMapper",
+        "errors": """
+            AccessDeniedError CannotBePinnedWarning CapabilityError ClosedError DeviceNotFoundError DiscardError
+            EntryLimitError ForkedError GapError GroupBusyError GroupMember GroupNotViableError HandOverError Holder
+            IoctlError IovaOverlapError IovaRangeError MemoryNotReturnedWarning NotBoundError PersistenceWarning
+            PinLimitError ReentrancyError RollbackError UnavailableError UnmapSizeError UnsupportedError VfioError
+        """,
+        "extents": "Extent",
+        "info": "DeviceInfo IommuInfo IrqInfo RegionInfo",
+        "iommu.iova": "IovaAllocator",
+        "iommu.space": "AddressSpace Mapping",
+        "kernel": "Kernel LinuxKernel Memlock",
+        "live_update": "HandOver TakenOver hand_over take_over",
+        "mapper.buffers": "DmaMapping",
+        "mapper.plan": "BlockShape Plan PlannedBlock",
+        "memory": "Anonymous File Memfd MemorySettings lock_all_memory unlock_all_memory",
+        "ramblock": "RamBlock RamBlockList RamBlockNotifier",
+        "units": "GIB KIB MIB PAGE_SIZE TIB Iova IovaRange Vaddr",
+    }
+    _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
+    _MODULES = ("ioctls", "pci", "testing")
+    __all__ = sorted(_HOMES)  # noqa: PLE0605 (type checkers do not read this branch)
 
     def __getattr__(name):
         if name in _MODULES:
             return import_module(f"pyvfio.{name}")
-        if name not in __all__:
+        if name not in _HOMES:
             raise AttributeError(f"module 'pyvfio' has no attribute {name!r}")
-        for home in _HOMES:
-            found = vars(import_module(f"pyvfio.{home}"))
-            globals().update({each: found[each] for each in __all__ if each in found})
-        return globals()[name]
+        found = globals()[name] = getattr(import_module(f"pyvfio.{_HOMES[name]}"), name)
+        return found
 
     def __dir__():
         return sorted({*globals(), *_MODULES, *__all__})
-
-
-__version__ = "0.1.0"
-
-__all__ = [
-    "GIB",
-    "KIB",
-    "MIB",
-    "PAGE_SIZE",
-    "TIB",
-    "AccessDeniedError",
-    "AddressSpace",
-    "Anonymous",
-    "BlockShape",
-    "CannotBePinnedWarning",
-    "CapabilityError",
-    "ClosedError",
-    "Container",
-    "Device",
-    "DeviceInfo",
-    "DeviceNotFoundError",
-    "DirtyBlock",
-    "DirtyLog",
-    "DirtyPages",
-    "DirtyTracking",
-    "DiscardError",
-    "DmaMapper",
-    "DmaMapping",
-    "EntryLimitError",
-    "Extent",
-    "File",
-    "ForkedError",
-    "GapError",
-    "Group",
-    "GroupBusyError",
-    "GroupMember",
-    "GroupNotViableError",
-    "HandOver",
-    "HandOverError",
-    "Holder",
-    "IoctlError",
-    "IommuInfo",
-    "Iova",
-    "IovaAllocator",
-    "IovaOverlapError",
-    "IovaRange",
-    "IovaRangeError",
-    "Irq",
-    "IrqInfo",
-    "Kernel",
-    "LinuxKernel",
-    "Mapping",
-    "Memfd",
-    "Memlock",
-    "MemoryNotReturnedWarning",
-    "MemorySettings",
-    "NotBoundError",
-    "PersistenceWarning",
-    "PinLimitError",
-    "Plan",
-    "PlannedBlock",
-    "Progress",
-    "RamBlock",
-    "RamBlockList",
-    "RamBlockNotifier",
-    "ReentrancyError",
-    "Region",
-    "RegionInfo",
-    "RegionMap",
-    "RollbackError",
-    "TakenOver",
-    "UnavailableError",
-    "UnmapSizeError",
-    "UnsupportedError",
-    "Vaddr",
-    "VfioError",
-    "hand_over",
-    "lock_all_memory",
-    "open_device",
-    "take_over",
-    "unlock_all_memory",
-]

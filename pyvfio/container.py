@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 
-from pyvfio import caps, ioctls, pci
+from pyvfio import ioctls, pci
 from pyvfio.errors import (
     AccessDeniedError,
     CapabilityError,
@@ -32,10 +32,12 @@ from pyvfio.errors import (
     raise_collected,
 )
 from pyvfio.handle import Handle, attempt, attempt_all
-from pyvfio.iova import IovaAllocator
+from pyvfio.info import DEFAULT_DMA_AVAIL, IommuInfo, parse_iommu_info
+from pyvfio.iommu.iova import IovaAllocator
+from pyvfio.iommu.space import Mapping
+from pyvfio.iommu.table import MappingTable
+from pyvfio.iommu.type1_errors import MapRefusal, describe_mappings
 from pyvfio.kernel import Kernel, LinuxKernel
-from pyvfio.space import Mapping, MappingTable
-from pyvfio.type1_errors import MapRefusal, describe_mappings
 from pyvfio.units import GIB, U64_MAX, Iova, IovaRange, format_ranges
 
 logger = logging.getLogger(__name__)
@@ -192,8 +194,8 @@ class Container(Handle):
         self._lock = threading.RLock()
         self._groups: dict[int, Group] = {}
         self._table = MappingTable()
-        self._info: caps.IommuInfo | None = None
-        self._entry_limit = caps.DEFAULT_DMA_AVAIL
+        self._info: IommuInfo | None = None
+        self._entry_limit = DEFAULT_DMA_AVAIL
         self.allocator = IovaAllocator()
         self._handing: object | None = None  # who hands it to another process
 
@@ -259,7 +261,7 @@ class Container(Handle):
         }
         self._ioctl("VFIO_SET_IOMMU", int(iommu_type), hints=hints, iommu=iommu_type.name)
 
-    def get_info(self) -> caps.IommuInfo:
+    def get_info(self) -> IommuInfo:
         """VFIO_IOMMU_GET_INFO, asked again with a larger buffer until all capabilities fit.
 
         Raises CapabilityError for a malformed answer.
@@ -271,7 +273,7 @@ class Container(Handle):
             self._ioctl("VFIO_IOMMU_GET_INFO", buffer, argsz=size)
             (needed,) = struct.unpack_from("=I", buffer)
             if needed <= size:
-                return caps.parse_iommu_info(buffer)
+                return parse_iommu_info(buffer)
             size = needed
         raise CapabilityError(f"VFIO_IOMMU_GET_INFO wants a buffer of {size} bytes")
 
@@ -369,7 +371,7 @@ class Container(Handle):
             group.container = self
         logger.debug("attached group %d: IOVA %s", group.number, format_ranges(self.iova_ranges))
 
-    def _adopt(self, info: caps.IommuInfo) -> None:
+    def _adopt(self, info: IommuInfo) -> None:
         page_size = info.iova_pgsizes & -info.iova_pgsizes
         ranges = (_UNKNOWN_RANGE,) if info.iova_ranges is None else info.iova_ranges
         self.allocator.set_ranges((_unmappable_again(r, page_size) for r in ranges), page_size=page_size)
@@ -405,7 +407,7 @@ class Container(Handle):
         return self.allocator.page_size
 
     @property
-    def info(self) -> caps.IommuInfo:
+    def info(self) -> IommuInfo:
         """What the kernel said of the IOMMU when the last group was attached. Raises VfioError before the first."""
         if self._info is None:
             raise VfioError("the container has no group yet", hint="Attach a group first; it brings the IOMMU")
@@ -432,7 +434,7 @@ class Container(Handle):
         """How many more mappings the kernel takes. One ioctl. Raises VfioError while there is no group."""
         with self._lock:
             self._check_ready()
-            # Kernels before 5.10 do not say (caps.DEFAULT_DMA_AVAIL stands in) and stop at the same number.
+            # Kernels before 5.10 do not say (DEFAULT_DMA_AVAIL stands in) and stop at the same number.
             return min(self.get_info().dma_avail, self._entry_limit - len(self._table))
 
     @property
@@ -517,7 +519,7 @@ class Container(Handle):
     def unmap(self, *, iova: int, size: int, bitmap: ioctls.vfio_bitmap | None = None) -> None:
         """Take whole mappings away; when it returns, exactly `size` bytes at `iova` are out of the devices' reach.
 
-        `bitmap`: as `unmap_dma`; `pyvfio.dirty` makes one.
+        `bitmap`: as `unmap_dma`; `pyvfio.dirty.tracking` makes one.
 
         Raises UnmapSizeError when the kernel says another number, IoctlError when it refuses.
         """

@@ -6,12 +6,12 @@ it goes, both go. At every instant, also after any failure:
 
     what the device can reach  ⊆  [0, used_length), and what is just being changed
 
-How, `pyvfio.pieces` decides. "remap" unmaps a block and maps it anew, which is not atomic: DMA into it that is under
-way meanwhile is stopped. It is what `qemu_vfio_dma_map_resize` does (patch 14 of the series "Ram blocks with resizable
-anonymous allocations under POSIX", QEMU 2020), less the defects of the posted code: swapped arguments, a lock that is
-kept, a failing map that is taken for a mapping, a length of 0 that is lost, a new length that is not checked, an
-address in the unmapped tail that is not recognised. "extend" maps and unmaps the difference, and what survives stays in
-reach.
+`pyvfio.mapper.policy` decides how. "remap" unmaps and remaps the block. DMA to the block fails until the remap
+completes. This is what `qemu_vfio_dma_map_resize` does (patch 14 of the series "Ram blocks with resizable anonymous
+allocations under POSIX", QEMU 2020), less the defects of the posted code: swapped arguments, a lock that is kept, a
+failing map that counts as a mapping, a length of 0 that is lost, a new length that is not checked, an address in the
+unmapped tail that is not recognised. "extend" maps and unmaps the difference, so everything that stays is in reach
+throughout.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from types import TracebackType
 from typing import Literal, NamedTuple, Self
 from weakref import WeakKeyDictionary
 
-from pyvfio.buffers import LARGE_PAGE, READ, BufferMapper, Reserve
-from pyvfio.discards import DiscardClaim
+from pyvfio.blocks.discards import DiscardClaim
+from pyvfio.blocks.progress import LongWork, ProgressCallback
 from pyvfio.errors import EntryLimitError, IoctlError
 from pyvfio.extents import Extent, runs, without
 from pyvfio.handle import attempt_all
-from pyvfio.pieces import Policy, Window
-from pyvfio.plan import BlockShape, Budget, Plan, Rehearsal, rehearse
-from pyvfio.prefault import check_threads
-from pyvfio.progress import LongWork, ProgressCallback
+from pyvfio.iommu.space import AddressSpace
+from pyvfio.mapper.buffers import LARGE_PAGE, READ, BufferMapper, Reserve
+from pyvfio.mapper.plan import BlockShape, Budget, Plan, Rehearsal, rehearse
+from pyvfio.mapper.policy import Policy
+from pyvfio.mapper.window import Window
+from pyvfio.memory.prefault import check_threads
 from pyvfio.ramblock import RamBlock, RamBlockList
-from pyvfio.space import AddressSpace
 from pyvfio.units import Iova, Vaddr
 
 logger = logging.getLogger(__name__)

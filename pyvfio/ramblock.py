@@ -29,9 +29,12 @@ from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar, TypeVarTuple
 
-from pyvfio import parts
-from pyvfio.block import RamBlock, ResizedCallback
-from pyvfio.discards import DiscardGuard
+from pyvfio.blocks import parts
+from pyvfio.blocks.block import RamBlock, ResizedCallback
+from pyvfio.blocks.change import Added, Bookkeeping, Event, Removed, Resized, tell_all
+from pyvfio.blocks.discards import DiscardGuard
+from pyvfio.blocks.notifier import HOOKS, RamBlockNotifier, reaches_for_good, reaches_whole_blocks
+from pyvfio.blocks.progress import LongWork, ProgressCallback
 from pyvfio.errors import (
     REACH_UNKNOWN,
     CannotBePinnedWarning,
@@ -48,20 +51,7 @@ from pyvfio.errors import (
 from pyvfio.extents import Extent
 from pyvfio.kernel import Kernel, LinuxKernel
 from pyvfio.memory import Anonymous, MemoryKind, MemorySettings
-from pyvfio.notifier import (
-    HOOKS,
-    Added,
-    Bookkeeping,
-    Event,
-    RamBlockNotifier,
-    Removed,
-    Resized,
-    reaches_for_good,
-    reaches_whole_blocks,
-    tell_all,
-)
-from pyvfio.prefault import check_threads
-from pyvfio.progress import LongWork, ProgressCallback
+from pyvfio.memory.prefault import check_threads
 from pyvfio.units import check_bool, format_size
 
 __all__ = ["RamBlock", "RamBlockList", "RamBlockNotifier", "ResizedCallback"]

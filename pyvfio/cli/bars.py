@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from pyvfio.progress import Progress, ProgressCallback
+from pyvfio.blocks.progress import Progress, ProgressCallback
 
 try:
     from tqdm import tqdm

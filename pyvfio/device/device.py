@@ -12,12 +12,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
-from pyvfio import caps, ioctls, pci
+from pyvfio import ioctls, pci
 from pyvfio.container import Container, Group
 from pyvfio.device.irq import Irq
 from pyvfio.device.region import Region
 from pyvfio.errors import ClosedError, UnsupportedError, VfioError
 from pyvfio.handle import Handle, attempt_all
+from pyvfio.info import DeviceInfo, parse_device_info, parse_irq_info, parse_region_info
 
 PCI_COMMAND = 0x04  # linux/pci_regs.h
 PCI_COMMAND_MEMORY = 0x2
@@ -76,10 +77,8 @@ class Device(Handle):
             raise ClosedError(f"device {self.bdf} has been closed")
         return self.group.container
 
-    def _get_info(self) -> caps.DeviceInfo:
-        return caps.parse_device_info(
-            self._ask("VFIO_DEVICE_GET_INFO", bytearray(ctypes.sizeof(ioctls.vfio_device_info)))
-        )
+    def _get_info(self) -> DeviceInfo:
+        return parse_device_info(self._ask("VFIO_DEVICE_GET_INFO", bytearray(ctypes.sizeof(ioctls.vfio_device_info))))
 
     def _ask(self, request: str, buffer: bytearray, *, index: int = 0) -> bytearray:
         """Ask until the capabilities fit; argsz is the first word of every structure."""
@@ -103,7 +102,7 @@ class Device(Handle):
                 raise ValueError(f"{self.bdf} has regions 0 to {self.info.num_regions - 1}, not {index}")
             question = ioctls.vfio_region_info(index=index)
             answer = self._ask("VFIO_DEVICE_GET_REGION_INFO", bytearray(question), index=index)
-            self._regions[index] = Region(self, caps.parse_region_info(answer))
+            self._regions[index] = Region(self, parse_region_info(answer))
         return self._regions[index]
 
     @property
@@ -119,7 +118,7 @@ class Device(Handle):
                 raise ValueError(f"{self.bdf} has kinds of interrupt 0 to {self.info.num_irqs - 1}, not {index}")
             question = ioctls.vfio_irq_info(index=index)
             answer = self._ask("VFIO_DEVICE_GET_IRQ_INFO", bytearray(question), index=index)
-            self._irqs[index] = Irq(self, caps.parse_irq_info(answer))
+            self._irqs[index] = Irq(self, parse_irq_info(answer))
         return self._irqs[index]
 
     def describe_irqs(self) -> str:

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
-from pyvfio import caps, ioctls
+from pyvfio import ioctls
 from pyvfio.errors import UnsupportedError, VfioError
 from pyvfio.handle import attempt_all
+from pyvfio.info import IrqInfo
 from pyvfio.kernel import IoctlArgument, Kernel
 
 
@@ -53,7 +54,7 @@ class Irq:
     disabling does not wake who waits. Cost: an ioctl each; `wait` polls and reads. Source: `vfio_pci_set_irqs_ioctl`.
     """
 
-    def __init__(self, device: _Owner, info: caps.IrqInfo) -> None:
+    def __init__(self, device: _Owner, info: IrqInfo) -> None:
         self._device = device
         self.info = info
         self.fds: tuple[int, ...] = ()

@@ -8,9 +8,10 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Protocol, Self
 
-from pyvfio import caps, ioctls
+from pyvfio import ioctls
 from pyvfio.errors import ClosedError, UnsupportedError, VfioError
 from pyvfio.handle import attempt_all
+from pyvfio.info import RegionInfo
 from pyvfio.kernel import Kernel, Registers
 from pyvfio.memory import Exports
 from pyvfio.units import PAGE_SIZE, align_down, align_up, is_aligned
@@ -97,7 +98,7 @@ class Region:
     Synchronization: none needed; each access is one instruction or one system call.
     """
 
-    def __init__(self, device: _Owner, info: caps.RegionInfo) -> None:
+    def __init__(self, device: _Owner, info: RegionInfo) -> None:
         self._device = device
         self.info = info
         self._windows: list[tuple[int, int, Registers]] = []  # start, end, registers

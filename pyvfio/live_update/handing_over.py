@@ -11,17 +11,17 @@ from types import TracebackType
 from typing import Self
 
 from pyvfio import ioctls
-from pyvfio.block import RamBlock
+from pyvfio.blocks.block import RamBlock
 from pyvfio.container import Container, Group
 from pyvfio.device import Device
 from pyvfio.dma import DmaMapper
 from pyvfio.errors import ClosedError, ForkedError, HandOverError, RollbackError, UnsupportedError, as_exception
 from pyvfio.extents import Extent
 from pyvfio.handle import Handle, attempt_all
+from pyvfio.iommu.space import Mapping
 from pyvfio.live_update.obstacles import find_obstacles
 from pyvfio.live_update.state import BlockState, DeviceState, State
 from pyvfio.live_update.vaddr import give_up_all, give_up_vaddr, set_vaddr
-from pyvfio.space import Mapping
 
 logger = logging.getLogger(__name__)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pyvfio.block import RamBlock
+from pyvfio.blocks.block import RamBlock
 from pyvfio.container import Container
 from pyvfio.dma import DmaMapper
+from pyvfio.iommu.type1_errors import describe_mappings
 from pyvfio.memory import File, Memfd
 from pyvfio.ramblock import RamBlockList
-from pyvfio.type1_errors import describe_mappings
 
 
 def find_obstacles(mapper: DmaMapper, blocks: RamBlockList | None, container: Container) -> list[str]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields
 
 from pyvfio import ioctls
 from pyvfio.extents import Extent, clip, runs, without
+from pyvfio.mapper.policy import Policy
 from pyvfio.memory import File, Memfd, MemoryKind, MemorySettings
-from pyvfio.pieces import Policy
 from pyvfio.units import PAGE_SIZE, U64_MAX, is_aligned
 
 FORMAT, VERSION = "pyvfio live update", 1

@@ -11,20 +11,20 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from pyvfio import ioctls
-from pyvfio.block import RamBlock, ResizedCallback
+from pyvfio.blocks.block import RamBlock, ResizedCallback
+from pyvfio.blocks.progress import ProgressCallback
 from pyvfio.container import Container, Group
 from pyvfio.device import Device
 from pyvfio.dma import DmaMapper
 from pyvfio.errors import HandOverError, IoctlError, RollbackError, VfioError, as_exception
 from pyvfio.extents import Extent
 from pyvfio.handle import Handle, attempt, attempt_all
+from pyvfio.iommu.space import Mapping as DmaRange
 from pyvfio.kernel import HUGETLBFS_MAGIC, FileStatus, Kernel, LinuxKernel
 from pyvfio.live_update.state import BlockState, State
 from pyvfio.live_update.vaddr import give_up_vaddr, set_vaddr
 from pyvfio.memory import File, Memfd, Received
-from pyvfio.progress import ProgressCallback
 from pyvfio.ramblock import RamBlockList
-from pyvfio.space import Mapping as DmaRange
 from pyvfio.units import format_size
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import errno
 from pyvfio import ioctls
 from pyvfio.container import Container
 from pyvfio.errors import HandOverError, IoctlError
-from pyvfio.space import Mapping
+from pyvfio.iommu.space import Mapping
 from pyvfio.units import format_size
 
 _UNMAP_VADDR = int(ioctls.VFIO_DMA_UNMAP_FLAG_VADDR)

@@ -29,7 +29,7 @@ from hypothesis.stateful import (
 
 import pyvfio
 from pyvfio import ioctls
-from pyvfio.space import Mapping
+from pyvfio.iommu.space import Mapping
 from pyvfio.testing.edu import Edu
 from pyvfio.testing.fake import FakeKernel
 from pyvfio.testing.probe import DmaProbe, pattern

@@ -134,7 +134,7 @@ _MUTANTS = (
     ),
     # What was mapped before a resize that failed is not mapped again.
     Mutant(
-        "pieces.py",
+        "mapper/window.py",
         "        except BaseException as error:\n            self._restore(before, region, error)\n            raise\n",
         "        except BaseException:\n            raise\n",
         "grow",
@@ -177,20 +177,20 @@ _MUTANTS = (
     # ------------------------------------------------------------------------------------------------------- discard
     # Pages are dropped before the device has lost them; what is discarded is noted before all have agreed.
     Mutant(
-        "parts.py",
+        "blocks/parts.py",
         "    with guard.require_coordinated():\n",
         "    with guard.require_coordinated():\n        block._memory.drop(*parts[0])\n",
         "discard",
     ),
     Mutant(
-        "parts.py",
+        "blocks/parts.py",
         "discarded, stale),\n        rollback=partial(block._set_discarded, block._discarded, block._stale),\n",
         "discarded, stale),\n        rollback=partial(block._set_discarded, discarded, stale),\n",
         "discard",
     ),
     # What could not be dropped is forgotten before it was tried.
     Mutant(
-        "parts.py",
+        "blocks/parts.py",
         "        try:\n            block._memory.drop(*part)\n        except OSError as error:\n"
         "            failures.append(error)\n        block._stale = left\n",
         "        block._stale = left\n        try:\n            block._memory.drop(*part)\n"
@@ -206,14 +206,14 @@ _MUTANTS = (
     ),
     # ------------------------------------------------------------------------------------------------------ populate
     Mutant(
-        "parts.py",
+        "blocks/parts.py",
         "discarded, block._stale),\n        rollback=partial(block._set_discarded, block._discarded, block._stale),\n",
         "discarded, block._stale),\n        rollback=partial(block._set_discarded, discarded, block._stale),\n",
         "populate",
     ),
     # What a signal handler kept a discard from is seen again.
     Mutant(
-        "parts.py",
+        "blocks/parts.py",
         "    _drop_stale(block, wanted)  # what a signal handler kept a discard from\n",
         "",
         "populate",
@@ -221,13 +221,13 @@ _MUTANTS = (
     # ------------------------------------------------------------------------------------------------- replace pages
     # Pages are replaced while a device reaches them.
     Mutant(
-        "notifier.py",
+        "blocks/change.py",
         "            notifier.ram_block_remapping(self._block, self._parts)\n",
         "            pass\n",
         "replace pages",
     ),
     # Who has let go takes nothing again.
-    Mutant("parts.py", "            event.revoke(notifier)\n", "            pass\n", "replace pages"),
+    Mutant("blocks/parts.py", "            event.revoke(notifier)\n", "            pass\n", "replace pages"),
     # -------------------------------------------------------------------------------------------------------- remove
     # Memory goes before the device has lost it.
     Mutant(
@@ -259,7 +259,7 @@ _MUTANTS = (
     # ------------------------------------------------------------------------------------------------- temporary map
     # IOVA goes before the mapping, and what was not unmapped is forgotten.
     Mutant(
-        "buffers.py",
+        "mapper/buffers.py",
         "        if any(self._size_at(vaddr=mapping.vaddr, iova=mapping.iova) for mapping in run):\n"
         "            self._space.unmap(iova=run[-1].iova, size=sum(mapping.size for mapping in run))\n"
         "        for mapping in run:\n            del self._temporary[mapping.iova]\n"
@@ -272,7 +272,7 @@ _MUTANTS = (
     ),
     # A map that failed leaves its IOVA reserved.
     Mutant(
-        "buffers.py",
+        "mapper/buffers.py",
         "                except BaseException as error:\n"
         "                    self._undo(mapping, error, partial(self._unmap_run, [mapping]))\n"
         "                    raise\n",
@@ -281,7 +281,7 @@ _MUTANTS = (
     ),
     # It is entered when it is too late: nobody knows of what a signal handler leaves mapped.
     Mutant(
-        "buffers.py",
+        "mapper/buffers.py",
         "                self._temporary[place] = mapping\n                try:\n"
         "                    self._map(vaddr=vaddr, iova=place, size=view.nbytes, read=read, write=write)\n",
         "                try:\n"
@@ -291,7 +291,7 @@ _MUTANTS = (
     ),
     # The buffer is let go of while a device may still reach it.
     Mutant(
-        "buffers.py",
+        "mapper/buffers.py",
         "        if all(mapping._buffer is not view for mapping in self._own_mappings()):\n",
         "        if True:\n",
         "temporary map",

@@ -40,7 +40,7 @@ _MUTANTS = (
     # ------------------------------------------------------------------------------------------------------- dirty log
     # What the kernel forgets as it tells is not dirty when the telling fails.
     Mutant(
-        "dirty_log.py",
+        "dirty/log.py",
         "        self._soil(block, [_pages(block, mapping.iova - iova, mapping.iova - iova + mapping.size)])\n"
         "        found = tracking.read(iova=mapping.iova, size=mapping.size)\n",
         "        found = tracking.read(iova=mapping.iova, size=mapping.size)\n"
@@ -49,28 +49,30 @@ _MUTANTS = (
     ),
     # Nobody got to know what was dirty, and it is clean.
     Mutant(
-        "dirty_log.py",
+        "dirty/log.py",
         "                self._soil(block, dirty)\n            raise\n",
         "                pass\n            raise\n",
         "dirty log",
     ),
     # What was cleared in the middle of a replacement stays so.
     Mutant(
-        "dirty_log.py",
+        "dirty/log.py",
         '        """And stay so, whatever was cleared meanwhile."""\n        self._soil(block, parts)\n',
         '        """And stay so, whatever was cleared meanwhile."""\n',
         "dirty log",
     ),
     # Only what a block has grown by has to be copied.
     Mutant(
-        "dirty_log.py",
+        "dirty/log.py",
         "        del old_length, new_length\n        self._clean.pop(block, None)\n",
         "        if old_length < new_length:\n            self._soil(block, [Extent(old_length, new_length)])\n",
         "dirty log",
     ),
     # -------------------------------------------------------------------------------------------------- pages replaced
     # The newest lets go first.
-    Mutant("parts.py", "        tell_all(told[::-1], [event]", "        tell_all(told, [event]", "pages replaced"),
+    Mutant(
+        "blocks/parts.py", "        tell_all(told[::-1], [event]", "        tell_all(told, [event]", "pages replaced"
+    ),
     # A granule is cut.
     Mutant("dma.py", "*self._policy.round_out(parts)", "*parts", "pages replaced"),
     # ------------------------------------------------------------------------------------------------------- hand-over

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pyvfio.caps import (
+from pyvfio.errors import CapabilityError
+from pyvfio.info import (
     MigrationCapability,
     RawCapability,
     parse_device_info,
@@ -19,7 +20,6 @@ from pyvfio.caps import (
     parse_region_info,
     walk,
 )
-from pyvfio.errors import CapabilityError
 from pyvfio.units import Iova, IovaRange
 
 U32 = st.integers(0, 2**32 - 1)

@@ -16,7 +16,7 @@ from hypothesis.stateful import (
 )
 
 from pyvfio.errors import IovaOverlapError, IovaRangeError
-from pyvfio.iova import IOVA_MIN, IovaAllocator
+from pyvfio.iommu.iova import IOVA_MIN, IovaAllocator
 from pyvfio.units import PAGE_SIZE, U64_MAX, Iova, IovaRange
 
 PAGES_IN_ALL = U64_MAX // PAGE_SIZE + 1

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from pyvfio import ioctls
-from pyvfio.caps import (
+from pyvfio.errors import CapabilityError
+from pyvfio.info import (
     DeviceInfo,
     IommuInfo,
     IrqInfo,
@@ -21,7 +22,6 @@ from pyvfio.caps import (
     parse_region_info,
     walk,
 )
-from pyvfio.errors import CapabilityError
 from pyvfio.units import Iova, IovaRange
 
 # argsz, flags, iova_pgsizes, cap_offset, padding; then MIGRATION at 24, DMA_AVAIL, IOVA_RANGE with two ranges: what

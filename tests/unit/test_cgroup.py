@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import pyvfio
-from pyvfio.cgroup import memory_room
 from pyvfio.kernel import LinuxKernel
 from pyvfio.memory import MemoryKind
+from pyvfio.memory.cgroup import memory_room
 from pyvfio.testing.fake import FakeDevice
 from pyvfio.units import MIB, PAGE_SIZE
 from tests.unit.fakes import BDF, PRIVATE, READ_WRITE, Rig, SpecialKernel

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from pyvfio.cli import bench, resize_cost
-from pyvfio.cli.bench import Row, judge
-from pyvfio.cli.resize_cost import Cost
 from pyvfio.device import open_device
 from pyvfio.testing import FakeKernel
 from pyvfio.units import MIB
+from tools import bench, resize_cost
+from tools.bench import Row, judge
+from tools.resize_cost import Cost
 
 SOURCE = Path(bench.__file__).with_name("bare_resize.c")
 COSTS = {"remap": (900.0, 60_000.0), "extend": (200.0, 205.0), "granule": (201.0, 203.0)}
@@ -163,7 +163,7 @@ def test_the_program_in_c_is_compiled_without_a_warning(tmp_path: Path) -> None:
 
 def test_a_terminal_that_has_not_all_letters_shows_others() -> None:
     """A µ is none of ASCII; the command goes on."""
-    command = [sys.executable, "-m", "pyvfio.cli.bench", "--fake", "--sizes", "2", "--repeat", "1"]
+    command = [sys.executable, "-m", "tools.bench", "--fake", "--sizes", "2", "--repeat", "1"]
     done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert b"remap" in done.stdout

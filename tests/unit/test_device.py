@@ -13,8 +13,8 @@ import pytest
 
 import pyvfio
 from pyvfio import ioctls
-from pyvfio.caps import RegionInfo
 from pyvfio.device import PCI_COMMAND, DependentDevice, Region
+from pyvfio.info import RegionInfo
 from pyvfio.kernel import IoctlArgument
 from pyvfio.testing.fake import VERSIONS, Bar, FakeDevice, FakeKernel
 from pyvfio.units import MIB, PAGE_SIZE

@@ -9,11 +9,11 @@ from collections import Counter
 
 import pytest
 
-from pyvfio.testing import differential, sequences
-from pyvfio.testing.differential import Episode, FakeStage, Op, Outcome, changes, first_difference, play, shortest
 from pyvfio.testing.fake import VERSIONS
 from pyvfio.testing.fake.iommu import iommu_model
 from pyvfio.units import PAGE_SIZE, U64_MAX
+from tools import comparison, sequences
+from tools.comparison import Episode, FakeStage, Op, Outcome, changes, first_difference, play, shortest
 
 RANGES = iommu_model("intel", VERSIONS["6.12"]).ranges
 GOOD = Outcome(0, 0, (), (), 0)
@@ -170,7 +170,7 @@ def test_two_stages_that_differ_are_reduced_to_the_calls_that_show_it() -> None:
     wraps = MAP._replace(fields=(32, 3, "a+0", U64_MAX - PAGE_SIZE + 1, 2 * PAGE_SIZE))
     noise = [Op("fill", fields=(0,)), MAP, UNMAP, Op("open", "c1")]
     episode = Episode(8, (*noise, *START, *noise, wraps, *noise))
-    found = differential.reduce(episode, FakeStage("6.12", "intel"), FakeStage("7.3", "intel"))
+    found = comparison.reduce(episode, FakeStage("6.12", "intel"), FakeStage("7.3", "intel"))
     assert found is not None
     least, one, other = found
     assert [op.call for op in least.ops] == ["open", "open", "ioctl", "ioctl", "ioctl"]
@@ -180,19 +180,19 @@ def test_two_stages_that_differ_are_reduced_to_the_calls_that_show_it() -> None:
 
 def test_stages_that_do_not_differ_are_reduced_to_nothing() -> None:
     stages = (FakeStage("6.12", "intel"), FakeStage("6.12", "intel"))
-    assert differential.reduce(Episode(8, (*START, MAP)), *stages) is None
+    assert comparison.reduce(Episode(8, (*START, MAP)), *stages) is None
 
 
 def test_episodes_and_outcomes_survive_being_written_down() -> None:
     for episode in sequences.episodes(seed=1, ops=300, ranges=RANGES):
-        assert differential.decode_episode(differential.encode(episode)) == episode
+        assert comparison.decode_episode(comparison.encode(episode)) == episode
     outcome = Outcome(3, 22, ((1, "ab"), (9, "00")), ((4, "ff"),), 7)
-    assert differential.decode_outcome(differential.encode(outcome)) == outcome
+    assert comparison.decode_outcome(comparison.encode(outcome)) == outcome
 
 
 def test_the_program_has_the_calls_in_it_and_is_python() -> None:
     episode = Episode(8, (*START, MAP))
-    text = differential.program(episode, version="6.1", iommu="intel", real=GOOD, fake=GOOD._replace(errno=22))
+    text = comparison.program(episode, version="6.1", iommu="intel", real=GOOD, fake=GOOD._replace(errno=22))
     ast.parse(text)
     assert "VFIO_IOMMU_MAP_DMA" in text
     assert "fake: EINVAL" in text

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 import pyvfio
-from pyvfio.discards import DiscardClaim, DiscardGuard
+from pyvfio.blocks.discards import DiscardClaim, DiscardGuard
 from pyvfio.extents import Extent
 from pyvfio.testing.fake import FakeDevice
 from pyvfio.units import PAGE_SIZE

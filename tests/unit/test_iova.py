@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from pyvfio.errors import IovaOverlapError, IovaRangeError
-from pyvfio.iova import IOVA_MIN, IovaAllocator
+from pyvfio.iommu.iova import IOVA_MIN, IovaAllocator
 from pyvfio.units import GIB, KIB, MIB, PAGE_SIZE, U64_MAX, Iova, IovaRange
 
 PAGE = 4096

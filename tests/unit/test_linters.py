@@ -47,8 +47,8 @@ def test_ruff_finds_nothing() -> None:
 
 
 def test_everything_is_formatted_as_ruff_formats_it() -> None:
-    """`ruff format pyvfio tests examples` would change nothing."""
-    run(*module("ruff"), "format", "--check", "pyvfio", "tests", "examples", *PYTHON)
+    """`ruff format pyvfio tests tools examples` would change nothing."""
+    run(*module("ruff"), "format", "--check", "pyvfio", "tests", "tools", "examples", *PYTHON)
 
 
 def test_mypy_finds_nothing() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import pyvfio
 from pyvfio.extents import Extent, clip, runs, without
-from pyvfio.pieces import Policy, steps
+from pyvfio.mapper.policy import Policy, steps
 from pyvfio.testing.fake import Call, FakeDevice, FakeKernel
 from pyvfio.units import MIB, PAGE_SIZE
 from tests.unit.fakes import BDF, MapperFactory, Rig, SpecialKernel, nothing_left, small_iommu

@@ -13,7 +13,7 @@ import pytest
 import pyvfio
 from pyvfio import Progress
 from pyvfio.kernel import MADV_POPULATE_WRITE
-from pyvfio.prefault import SLICE
+from pyvfio.memory.prefault import SLICE
 from pyvfio.testing.fake import FakeDevice
 from pyvfio.units import MIB, PAGE_SIZE
 from tests.unit.fakes import BDF, Interrupt, Rig, SpecialKernel

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 
-from pyvfio.space import Mapping, MappingTable
+from pyvfio.iommu.space import Mapping
+from pyvfio.iommu.table import MappingTable
 from pyvfio.units import PAGE_SIZE, U64_MAX, Iova, IovaRange, Vaddr
 
 

@@ -23,13 +23,13 @@ from types import TracebackType
 from typing import Self
 from weakref import WeakKeyDictionary
 
-from pyvfio.dirty import DirtyTracking
-from pyvfio.discards import DiscardClaim
+from pyvfio.blocks.discards import DiscardClaim
+from pyvfio.dirty.tracking import DirtyTracking
 from pyvfio.dma import DmaMapper
 from pyvfio.errors import ClosedError, ForkedError
 from pyvfio.extents import Extent, clip, runs, total, without
+from pyvfio.iommu.space import Mapping
 from pyvfio.ramblock import RamBlock, RamBlockList
-from pyvfio.space import Mapping
 from pyvfio.units import Iova, align_down, align_up, format_size
 
 

@@ -1,4 +1,4 @@
-"""Random episodes for `pyvfio.testing.differential`: the same for the same seed, on every machine, whatever kernels
+"""Random episodes for `tools.comparison`: the same for the same seed, on every machine, whatever kernels
 answer; weighted towards the edges where kernels have surprises.
 
 The author of an episode believes that what it asks for happens. Its belief only steers it towards calls that meet
@@ -10,8 +10,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from pyvfio.testing.differential import ARENA_PAGES, BITMAP_SIZE, ROOM, Episode, Op
 from pyvfio.units import PAGE_SIZE, IovaRange
+from tools.comparison import ARENA_PAGES, BITMAP_SIZE, ROOM, Episode, Op
 
 LENGTH = 100
 """How many calls an episode has."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
-from pyvfio import prefault
-from pyvfio.block import RamBlock
+from pyvfio.blocks.block import RamBlock
 from pyvfio.kernel import Kernel
+from pyvfio.memory import prefault
 
 
 class Progress(NamedTuple):
@@ -26,7 +26,7 @@ soon. What it raises, KeyboardInterrupt for instance, ends the change, and the b
 
 class LongWork:
     """The attendant of one block's changes: populates memory by `threads` threads before it is mapped (0: not at all),
-    and tells `callback` how far things have come. `touch`: as `pyvfio.prefault.populate`."""
+    and tells `callback` how far things have come. `touch`: as `pyvfio.memory.prefault.populate`."""
 
     def __init__(
         self,

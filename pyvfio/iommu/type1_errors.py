@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from pyvfio.errors import EntryLimitError, IoctlError, IovaOverlapError, IovaRangeError, PinLimitError, describe_ranges
+from pyvfio.iommu.space import Mapping
 from pyvfio.kernel import Kernel
 from pyvfio.memory import describe, locking
-from pyvfio.space import Mapping
 from pyvfio.units import IovaRange, format_ranges, format_size
 
 _Error = TypeVar("_Error", bound=IoctlError)

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pyvfio import pci
-from pyvfio.cli import bars, resize_cost
+from pyvfio.cli import bars
 from pyvfio.cli.common import FAILED, OK, Json, complain, print_json, print_table, run
 from pyvfio.cli.main_job import iommu_name
-from pyvfio.cli.resize_cost import MEMORIES, POLICIES, STEP, Cost
 from pyvfio.device import open_device
 from pyvfio.errors import DeviceNotFoundError
 from pyvfio.kernel import LinuxKernel
@@ -25,6 +24,8 @@ from pyvfio.testing.edu import EDU_ID
 from pyvfio.testing.fake import VERSIONS, FakeKernel
 from pyvfio.testing.world import FakeWorld, LinuxWorld, World
 from pyvfio.units import MIB, format_size
+from tools import resize_cost
+from tools.resize_cost import MEMORIES, POLICIES, STEP, Cost
 
 NAME = "bench"
 WRONG_USAGE = 2  # as argparse has it
@@ -191,12 +192,12 @@ def _run_in_vm(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         program = resize_cost.compile_bare(Path(directory))
         try:
             result = vm.run(
-                [sys.executable, "-m", "pyvfio.cli.bench", *arguments, "--guest", str(program), *shown],
+                [sys.executable, "-m", "tools.bench", *arguments, "--guest", str(program), *shown],
                 kernel=kernel,
                 iommu=iommu,
                 icount=True,
                 timeout=_TIMEOUT,
-                env={"PYTHONPATH": str(Path(__file__).parents[2])},
+                env={"PYTHONPATH": str(Path(__file__).parents[1])},
                 stdout=sys.stdout.buffer,
                 stderr=sys.stderr.buffer,
             )

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from pyvfio.errors import ClosedError, IoctlError, RollbackError, VfioError, as_exception
-from pyvfio.space import AddressSpace
+from pyvfio.iommu.space import AddressSpace
 from pyvfio.units import MIB, U64_MAX, Iova, Vaddr
 
 if TYPE_CHECKING:  # collections.abc has it from 3.12 on

@@ -8,7 +8,7 @@ A sequence names descriptors and addresses by symbols, so that one sequence mean
 * `n0 n1` the PCI addresses of the devices, one in each group.
 
 An ioctl's structure is packed into a desk, so that its last accessible byte is the last of a page: how far a kernel
-reads and writes shows. `scripts/differential` makes sequences (`pyvfio.testing.sequences`), plays them on a real kernel
+reads and writes shows. `scripts/differential` makes sequences (`tools.sequences`), plays them on a real kernel
 and on the fake, and hands back the shortest one that differs.
 
 Synchronization: a stage and its player belong to one thread.
@@ -503,8 +503,8 @@ On the fake alone: python3 THIS_FILE --fake. On both, in a machine that nobody e
 scripts/vm --kernel {version} --iommu {iommu} -- python3 THIS_FILE
 """
 
-from pyvfio.cli.differential import replay
-from pyvfio.testing.differential import Episode, Op
+from tools.comparison import replay
+from tools.comparison import Episode, Op
 
 EPISODE = Episode(
     entry_limit={episode.entry_limit},

@@ -19,10 +19,10 @@ from types import TracebackType
 from typing import Self, TypeAlias
 
 from pyvfio import ioctls
-from pyvfio.caps import MigrationCapability
 from pyvfio.container import Container
 from pyvfio.errors import ClosedError, UnsupportedError
-from pyvfio.space import Mapping
+from pyvfio.info import MigrationCapability
+from pyvfio.iommu.space import Mapping
 from pyvfio.units import Iova, IovaRange, align_up, format_ranges, format_size
 
 _Ask: TypeAlias = Callable[[Mapping, ioctls.vfio_bitmap], None]

@@ -21,9 +21,9 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Protocol, TypeAlias
 
-from pyvfio.cgroup import memory_room
 from pyvfio.errors import IoctlError
 from pyvfio.kernel import MADV_POPULATE_WRITE, Kernel
+from pyvfio.memory.cgroup import memory_room
 from pyvfio.units import MIB, PAGE_SIZE, Vaddr, align_down, check_whole_number, format_size
 
 logger = logging.getLogger(__name__)

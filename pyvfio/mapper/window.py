@@ -1,119 +1,21 @@
-"""The pieces of one RAM block that are mapped, and the fewest calls that turn them into what is wanted.
+"""The pieces of one RAM block that are mapped, and the calls that change them.
 
-A *piece* is one kernel mapping of a block. The kernel unmaps whole mappings only (VFIO_TYPE1v2_IOMMU refuses to cut
-one, EINVAL), so that how a block was mapped decides what a later resize can keep:
-
-* remap, in one piece: any resize unmaps it all and maps it anew. All of it is out of reach meanwhile.
-* extend: a grow maps the difference, as a piece. A shrink unmaps whole pieces; the one that straddles the new end is
-  unmapped, and its head mapped. All that stays is in reach throughout, but for that head.
-* extend with a granule: a grow maps the difference, a piece for each granule, and a shrink unmaps granules. All that
-  stays is in reach throughout.
-
-`steps` is the whole of that choice, and pure. A `Window` carries it out, or nothing of it: what fails in the middle is
-taken back piece by piece.
-
-Source: `vfio_dma_do_map`, `vfio_dma_do_unmap` in drivers/vfio/vfio_iommu_type1.c; granules are what QEMU's
-RamDiscardManager listener maps, so that each can go alone (hw/vfio/common.c).
+`pyvfio.mapper.policy` chooses the calls. A `Window` makes all of them, or none: a change that fails in the middle is
+undone piece by piece.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol
 
-from pyvfio.errors import GapError, RollbackError, as_exception
+from pyvfio.errors import RollbackError, as_exception
 from pyvfio.extents import Extent, clip, runs, total, without
-from pyvfio.space import AddressSpace, Mapping
-from pyvfio.units import Iova, Vaddr, align_down, align_up, format_size, is_power_of_two
-
-Step: TypeAlias = tuple[Literal["map", "unmap"], tuple[int, int]]
-"""One call: a piece that is mapped, or a run of whole pieces that is unmapped; an Extent, or as plain a pair."""
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """How a block is mapped; see this module. `granule` in bytes, with "extend" only. `allow_gap`: whether bytes that
-    survive a resize may be out of the device's reach for a moment. ValueError for what does not go together."""
-
-    resize: Literal["remap", "extend"] = "remap"
-    granule: int | None = None
-    allow_gap: bool = True
-
-    def __post_init__(self) -> None:
-        if self.resize not in ("remap", "extend"):
-            raise ValueError(f"resize must be 'remap' or 'extend', not {self.resize!r}")
-        if self.resize == "remap" and self.granule is not None:
-            raise ValueError("a granule goes with resize='extend': a remap maps a block in one piece")
-        if self.resize == "remap" and not self.allow_gap:
-            raise ValueError("resize='remap' unmaps a block each time; allow_gap=False goes with resize='extend'")
-        if self.granule is not None and not is_power_of_two(self.granule):
-            raise ValueError(f"a granule must be a power of two, not {self.granule!r}")
-
-    def check_length(self, length: int, what: str) -> None:
-        """ValueError when granules do not make up `length`."""
-        if self.granule is not None and length & (self.granule - 1):
-            raise ValueError(f"{what} must be a multiple of the granule {self.granule:#x}, not {length:#x}")
-
-    def round_out(self, parts: Sequence[Extent]) -> list[Extent]:
-        """The whole granules that `parts`, which ascend, have a byte of. GapError: more than that, and not allowed."""
-        granule = self.granule
-        if granule is None:
-            return list(parts)
-        rounded: list[Extent] = []
-        for start, end in parts:
-            first = max(align_down(start, granule), rounded[-1].end if rounded else 0)
-            if first < end:
-                rounded.append(Extent(first, align_up(end, granule)))
-        rounded = runs(rounded)
-        if not self.allow_gap and rounded != runs(parts):
-            raise GapError(
-                f"{format_size(total(rounded) - total(parts))} that stay would be out of the device's reach for a "
-                f"moment: they are in one granule of {granule:#x} bytes with pages that are to be replaced",
-                hint="Remap whole granules, whose contents are lost then, or let allow_gap be True",
-            )
-        return rounded
-
-    def maps(self, start: int, end: int) -> list[Step]:
-        """The calls that map [start, end), a piece each."""
-        if self.granule is None or end - start == self.granule:
-            return [("map", (start, end))]
-        return [("map", (piece, piece + self.granule)) for piece in range(start, end, self.granule)]
-
-    def entries(self, length: int) -> int:
-        """How many mappings a block may need that is at most `length` long and never discarded in part: one, where
-        pieces can be joined."""
-        return -(-length // self.granule) if self.granule else min(length, 1)
-
-
-def steps(mapped: Sequence[Extent], wanted: Sequence[Extent], policy: Policy) -> list[Step]:
-    """The calls that make `mapped`, the pieces there are, cover exactly `wanted`; both ascend and are disjoint.
-
-    Raises GapError when bytes of both would be unmapped and `policy` allows no gap.
-    """
-    if policy.resize == "remap":
-        kept = list(mapped) == list(wanted)
-        return [] if kept else [*(("unmap", run) for run in runs(mapped)), *(("map", extent) for extent in wanted)]
-    calls: list[Step] = []
-    new, gone = list(wanted), []
-    for piece in mapped:
-        inside = clip(wanted, *piece)
-        new = without(new, piece)
-        if inside == [piece]:
-            continue
-        if not inside:
-            gone.append(piece)
-            continue
-        if not policy.allow_gap:
-            raise _gap(piece, inside)
-        # Each head again at once, so that it is out of reach for no longer than its own map takes.
-        calls += [("unmap", piece), *(("map", extent) for extent in inside)]
-    calls += [("unmap", run) for run in runs(gone)]
-    for extent in new:
-        calls += policy.maps(*extent)
-    return calls
+from pyvfio.iommu.space import AddressSpace, Mapping
+from pyvfio.mapper.policy import Policy, Step, steps
+from pyvfio.units import Iova, Vaddr, format_size
 
 
 def _difference(one: Sequence[Extent], other: Sequence[Extent]) -> Extent:
@@ -131,14 +33,6 @@ def _growth(reached: Sequence[Extent], wanted: Sequence[Extent]) -> tuple[int, i
     if before.start != after.start or before.end >= after.end:
         return None
     return before.end, after.end
-
-
-def _gap(piece: Extent, inside: Sequence[Extent]) -> GapError:
-    return GapError(
-        f"{format_size(total(inside))} that stay would be out of the device's reach for a moment: they are mapped in "
-        f"one piece, bytes {piece.start:#x}-{piece.end - 1:#x} of the block, with what is to go",
-        hint="Shrink to where a piece begins, map with granule=, or let allow_gap be True and quiesce the device",
-    )
 
 
 class _Map(Protocol):

@@ -19,20 +19,12 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 
-from pyvfio.block import RamBlock
-from pyvfio.discards import DiscardGuard
+from pyvfio.blocks.block import RamBlock
+from pyvfio.blocks.change import Bookkeeping, Discarded, Populated, Remapping, tell_all
+from pyvfio.blocks.discards import DiscardGuard
+from pyvfio.blocks.notifier import RamBlockNotifier, holds_pages, reaches_whole_blocks
 from pyvfio.errors import REACH_UNKNOWN, DiscardError, RollbackError, UnsupportedError
 from pyvfio.extents import Extent, clip, runs, without
-from pyvfio.notifier import (
-    Bookkeeping,
-    Discarded,
-    Populated,
-    RamBlockNotifier,
-    Remapping,
-    holds_pages,
-    reaches_whole_blocks,
-    tell_all,
-)
 
 logger = logging.getLogger(__name__)
 

@@ -21,14 +21,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pyvfio.block import RamBlock
+from pyvfio.blocks.block import RamBlock
 from pyvfio.errors import EntryLimitError, IoctlError, PinLimitError, VfioError
 from pyvfio.extents import Extent, total
-from pyvfio.iova import IovaAllocator
+from pyvfio.iommu.iova import IovaAllocator
+from pyvfio.iommu.space import AddressSpace
 from pyvfio.kernel import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE, Kernel, Memlock
+from pyvfio.mapper.policy import Policy
 from pyvfio.memory import locking
-from pyvfio.pieces import Policy
-from pyvfio.space import AddressSpace
 from pyvfio.units import MIB, U64_MAX, Iova, IovaRange, align_up, format_ranges, format_size
 
 _SAMPLE = 2 * MIB

@@ -1,7 +1,4 @@
-"""What a DmaMapper sees of an IOMMU: an address space that memory can be mapped into.
-
-`Container` (VFIO type1) is the first implementation. Nothing above this module may know which one it talks to.
-"""
+"""The mappings that an address space has put into the kernel, sorted by IOVA."""
 
 from __future__ import annotations
 
@@ -9,98 +6,9 @@ import itertools
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
 
-from pyvfio.kernel import Kernel
-from pyvfio.units import Iova, IovaRange, Vaddr
-
-
-class Mapping(NamedTuple):
-    """One kernel mapping: `size` bytes at `vaddr` of this process, reached by the device at `iova`."""
-
-    iova: Iova
-    size: int
-    vaddr: Vaddr
-
-    @property
-    def range(self) -> IovaRange:
-        """The IOVAs that it covers."""
-        return IovaRange.of(iova=self.iova, size=self.size)
-
-
-class AddressSpace(Protocol):
-    """An I/O address space. All sizes and addresses are multiples of `page_size`; every argument is keyword-only.
-
-    Synchronization: implementations serialize calls; any thread may call anything.
-    """
-
-    @property
-    def kernel(self) -> Kernel:
-        """Who makes the system calls."""
-        ...
-
-    @property
-    def closed(self) -> bool:
-        """Whether it has been closed; what it had mapped is unmapped then, or `unmap` says otherwise."""
-        ...
-
-    @property
-    def page_size(self) -> int:
-        """The smallest page of the IOMMU, in bytes."""
-        ...
-
-    @property
-    def iova_pgsizes(self) -> int:
-        """Bitmap of the page sizes that the IOMMU knows."""
-        ...
-
-    @property
-    def iova_ranges(self) -> tuple[IovaRange, ...]:
-        """Where mappings may lie, ascending; a mapping lies wholly within one."""
-        ...
-
-    @property
-    def reserved_iova(self) -> tuple[IovaRange, ...]:
-        """Of `iova_ranges`, what has been reserved, ascending."""
-        ...
-
-    @property
-    def entries_left(self) -> int:
-        """How many more mappings it takes."""
-        ...
-
-    def reserve_iova(self, size: int, *, alignment: int, offset: int, top_down: bool = False) -> Iova:
-        """As `IovaAllocator.reserve`."""
-        ...
-
-    def reserve_iova_at(self, iova: int, size: int) -> Iova:
-        """As `IovaAllocator.reserve_at`."""
-        ...
-
-    def release_iova(self, iova: int) -> None:
-        """As `IovaAllocator.release`; nothing happens when the space is closed."""
-        ...
-
-    def map(self, *, vaddr: int, iova: int, size: int, read: bool = True, write: bool = True) -> None:
-        """Let the device read (`read`) and write (`write`) `[vaddr, vaddr + size)` at `iova`.
-
-        All or nothing. Raises IoctlError, or the subclass of it that says what to do.
-        """
-        ...
-
-    def unmap(self, *, iova: int, size: int) -> None:
-        """Take one or several whole mappings away. When it returns, exactly those `size` bytes are out of the device's
-        reach; on a closed space, and on one whose last device has left, it does nothing when none of them is left.
-        Raises UnmapSizeError or IoctlError."""
-        ...
-
-    def mapping_at(self, iova: int) -> Mapping | None:
-        """The mapping that covers `iova`. O(log n)."""
-        ...
-
-    def mappings_in(self, *, iova: int, size: int) -> list[Mapping]:
-        """The mappings that share an address with `[iova, iova + size)`, ascending. O(log n) and their number."""
-        ...
+from pyvfio.iommu.space import Mapping
+from pyvfio.units import Iova, Vaddr
 
 
 class MappingTable:

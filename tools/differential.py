@@ -16,11 +16,12 @@ from pyvfio import pci
 from pyvfio.cli.bars import bar
 from pyvfio.cli.common import FAILED, OK, run
 from pyvfio.kernel import LinuxKernel
-from pyvfio.testing import differential, kernels, sequences, vm
-from pyvfio.testing.differential import Episode, FakeStage, LinuxStage, Outcome
+from pyvfio.testing import kernels, vm
 from pyvfio.testing.fake import VERSIONS
 from pyvfio.testing.fake.iommu import iommu_model
 from pyvfio.units import PAGE_SIZE, U64_MAX
+from tools import comparison, sequences
+from tools.comparison import Episode, FakeStage, LinuxStage, Outcome
 
 NAME = "differential"
 _EDU = (0x1234, 0x11E8)
@@ -75,13 +76,13 @@ def _linux_stage() -> Iterator[LinuxStage]:
 def _lines(path: Path) -> Iterator[Episode]:
     with path.open(encoding="ascii") as file:
         for line in file:
-            yield differential.decode_episode(line)
+            yield comparison.decode_episode(line)
 
 
 def _record(path: Path) -> int:
     with _linux_stage() as stage:
         for episode in _lines(path):
-            outcomes = [differential.encode(outcome) for outcome in differential.play(stage, episode)]
+            outcomes = [comparison.encode(outcome) for outcome in comparison.play(stage, episode)]
             print("\n".join(outcomes), flush=True)
     return OK
 
@@ -89,11 +90,11 @@ def _record(path: Path) -> int:
 def _reduce(path: Path, *, version: str, iommu: str) -> int:
     with _linux_stage() as stage:
         for episode in _lines(path):
-            found = differential.reduce(episode, stage, FakeStage(version, iommu))
+            found = comparison.reduce(episode, stage, FakeStage(version, iommu))
             if found is None:
                 print(flush=True)
             else:
-                print(*(differential.encode(part) for part in found), sep="\t", flush=True)
+                print(*(comparison.encode(part) for part in found), sep="\t", flush=True)
     return OK
 
 
@@ -111,8 +112,8 @@ class _Machine:
     def run(self, task: str, episodes: Sequence[Episode], *, calls: int) -> str:
         """What `task` printed about the episodes."""
         path = self._directory / task
-        path.write_text("".join(differential.encode(episode) + "\n" for episode in episodes), encoding="ascii")
-        command = [sys.executable, "-m", "pyvfio.cli.differential", "--guest", task, "--episodes", str(path)]
+        path.write_text("".join(comparison.encode(episode) + "\n" for episode in episodes), encoding="ascii")
+        command = [sys.executable, "-m", "tools.differential", "--guest", task, "--episodes", str(path)]
         command += ["--kernel", self._kernel, "--iommu", self._iommu]
         stdout = io.BytesIO()
         result = vm.run(
@@ -120,7 +121,7 @@ class _Machine:
             kernel=self._kernel,
             iommu=self._iommu,
             timeout=120 + 60 * calls / _MINUTE_OF_OPS,
-            env={"PYTHONPATH": str(Path(__file__).parents[2])},
+            env={"PYTHONPATH": str(Path(__file__).parents[1])},
             stdout=stdout,
             stderr=sys.stderr.buffer,
         )
@@ -136,7 +137,7 @@ def _differing(
     with bar(len(episodes), what="comparing", unit="episode") as advance:
         for episode in episodes:
             real = list(islice(recorded, len(episode.ops)))
-            found = differential.first_difference(real, differential.play(stage, episode))
+            found = comparison.first_difference(real, comparison.play(stage, episode))
             advance(1)
             if found is not None:
                 number, one, other = found
@@ -151,8 +152,8 @@ def _report(machine: _Machine, found: Sequence[Episode], options: argparse.Names
     for episode, line in zip(found, machine.run("reduce", found, calls=plays).splitlines(), strict=False):
         if line:
             parts = line.split("\t")
-            least, real, fake = differential.decode_episode(parts[0]), *map(differential.decode_outcome, parts[1:])
-            print(differential.program(least, version=options.kernel, iommu=options.iommu, real=real, fake=fake))
+            least, real, fake = comparison.decode_episode(parts[0]), *map(comparison.decode_outcome, parts[1:])
+            print(comparison.program(least, version=options.kernel, iommu=options.iommu, real=real, fake=fake))
         else:
             print(f"# differs on this machine, but not inside the virtual one, with the fake {version}:")
             print("".join(f"# {op}\n" for op in episode.ops))
@@ -169,7 +170,7 @@ def _compare(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="pyvfio-differential-") as directory:
         machine = _Machine(Path(directory), options.kernel, options.iommu)
         text = machine.run("record", episodes, calls=options.ops)
-        recorded = map(differential.decode_outcome, text.splitlines())
+        recorded = map(comparison.decode_outcome, text.splitlines())
         looks: dict[str, Episode] = {}
         count = 0
         for episode, look in _differing(episodes, recorded, FakeStage(version, options.iommu)):
@@ -188,11 +189,11 @@ def _compare(options: argparse.Namespace) -> int:
 
 def replay(episode: Episode, *, version: str, iommu: str) -> None:
     """Play an episode on the fake and, unless `--fake` is given, on the running kernel; print each call's outcome."""
-    theirs = list(differential.play(FakeStage(_FAKES[version], iommu), episode))
+    theirs = list(comparison.play(FakeStage(_FAKES[version], iommu), episode))
     ours: list[Outcome] = []
     if "--fake" not in sys.argv[1:]:
         with _linux_stage() as stage:
-            ours = list(differential.play(stage, episode))
+            ours = list(comparison.play(stage, episode))
     for number, (op, fake) in enumerate(zip(episode.ops, theirs, strict=True)):
         print(f"{op.call} {op.slot} {op.request} {' '.join(map(str, op.fields))}")
         if ours:

@@ -1,0 +1,1 @@
+"""Programs of those who work on pyvfio; no part of the package that is installed."""
