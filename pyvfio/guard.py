@@ -1,0 +1,406 @@
+"""Threads, finalizers, signals and forks: the one place with the rules, which every call that has state goes through.
+
+Python can run code of the program's in the middle of almost any line of this package: a signal handler in the main
+thread, a finalizer in any thread. A child can be forked while any lock is held. Four rules keep an address space, its
+table and the blocks right all the same:
+
+1. *Forks* are decided before a lock is taken. In a child of the process that made the object a call raises ForkedError,
+   and a close does nothing: the kernel's object is shared, so the child would act on its parent.
+2. *Finalizers.* A collection can finalize an object in a thread that holds any lock and is in the middle of any change.
+   A close that arrives while its thread is inside a guarded call is put off until that call ends. So no structure
+   changes under a search, and no lock is taken in an order that nobody planned. Hooks of notifiers are the program's
+   own code, called between two steps: `called_out` lets a hook close a mapping at once.
+3. *Signals.* A handler that raises must not come between a change that the kernel made and its record here. Python runs
+   handlers in the main thread only. There the handlers that are Python functions are noted for the time of a guarded
+   call. They run at `checkpoint`, between the pieces of a long change, and when the call ends. An exception that a
+   checkpoint raises is a refusal like any other, and the ordinary undo follows. A call that makes an object names its
+   undo, for the object that nobody receives because a handler raises at the end.
+4. *Locks.* Each object has one, and they are taken downwards: list of blocks, mapper, container, group, device. A
+   guarded call waits for no code of the program's but hooks and progress callbacks. A wait for an interrupt takes none.
+
+How signals are put off: for the outermost guarded call of the main thread each handler that is a Python function is
+replaced by `_Signals.route`, which notes the signal while `inside` is set and calls the handler otherwise. The
+replacement only leads here, and the one assignment to `inside` decides. So half of it never holds, and a replacement
+that an exception left behind is undone by the next signal or call. A signal mask would not do: the kernel then delivers
+a signal to another thread, and Python still runs its handler in the main thread. Real-time signals are left alone.
+
+Cost on one machine, in the main thread: see docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial, wraps
+from importlib import import_module
+from logging import getLogger
+from threading import RLock, get_ident, main_thread
+from types import FrameType, TracebackType
+from typing import Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
+
+from pyvfio.errors import ForkedError
+
+_logger = getLogger(__name__)
+
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
+_Handler: TypeAlias = Callable[[int, FrameType | None], object]
+
+_PATIENCE = 0.05  # seconds between two checkpoints of the main thread while it waits for a lock
+
+
+class Guard:
+    """The lock of one object, the process that made it, and `what` an error calls it.
+
+    Synchronization: any thread. Cost: one system call (getpid) for each outermost call.
+    """
+
+    __slots__ = ("lock", "pid", "what")
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.pid = os.getpid()
+        self.lock = RLock()
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a child of the process that made the object."""
+        return os.getpid() != self.pid
+
+    def check(self) -> None:
+        """Raise ForkedError in a child of the process that made the object."""
+        if os.getpid() != self.pid:
+            raise ForkedError(self.what, owner=self.pid)
+
+
+class Guarded(Protocol):
+    """An object with a guard."""
+
+    @property
+    def guard(self) -> Guard:
+        """Its guard."""
+        ...
+
+
+_Self = TypeVar("_Self", bound=Guarded)
+
+
+class _Thread(threading.local):
+    """Where a thread is. `inside`: in a guarded call. `busy`: and not in a hook that the call has called."""
+
+    inside = False
+    busy = False
+
+    def __init__(self) -> None:
+        self.put_off: deque[Callable[[], object]] = deque()
+
+
+_thread = _Thread()
+
+
+# A handler in Python is of no use for a fault of the thread's own: Python would return to the faulty instruction.
+_FAULTS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+_ALL = tuple(sorted(int(n) for n in signal.valid_signals() if n not in _FAULTS and n < signal.SIGRTMIN))
+
+
+class _Signals:
+    """The handlers of the main thread: which ones `route` stands for, and which signals are to be handled.
+
+    `signal` wraps these two functions to make enums of numbers, at ten times their cost.
+    """
+
+    def __init__(self) -> None:
+        functions = import_module("_signal")
+        self._get: Callable[[int], object] = functions.getsignal
+        self._set: Callable[[int, _Handler], _Handler] = functions.signal
+        self._route: _Handler = self.route
+        self._seen: tuple[object, ...] = ()
+        self._functions: tuple[tuple[int, _Handler], ...] = ()  # those of `_seen` that are functions
+        self._replaced: dict[int, _Handler] = {}
+        self.noted: dict[int, _Handler] = {}  # in their order, each once, as the kernel keeps them
+        self.main: int | None = main_thread().ident
+
+    def replace(self) -> None:
+        """Let `route` stand in the place of each handler that is a function."""
+        seen = tuple(map(self._get, _ALL))
+        if seen != self._seen:
+            found = zip(_ALL, seen, strict=True)
+            self._functions = tuple((number, h) for number, h in found if callable(h) and h is not self._route)
+            self._seen = seen
+        for number, handler in self._functions:
+            self._replaced[number] = handler
+            self._set(number, self._route)
+
+    def put_back(self) -> None:
+        """Give each signal its handler back, unless the program has set another one, and run the handlers due."""
+        try:
+            while self._replaced:
+                number = next(iter(self._replaced))
+                handler = self._replaced[number]
+                if (other := self._set(number, handler)) is not self._route and other is not handler:
+                    self._set(number, other)
+                del self._replaced[number]
+        finally:
+            if self.noted:
+                self.deliver()
+
+    def deliver(self) -> None:
+        """Run the handlers of the signals that came meanwhile, also those behind one that raises."""
+        while self.noted:
+            number, handler = next(iter(self.noted.items()))
+            del self.noted[number]
+            try:
+                handler(number, sys._getframe(1))
+            finally:
+                self.deliver()
+
+    def route(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal, or handle it at once where no guarded call is under way."""
+        del frame
+        self.noted[number] = self._replaced[number]
+        if not _thread.inside:
+            self.put_back()
+
+    def after_fork(self) -> None:
+        """In a child: this is the main thread, and what the parent had noted is the parent's."""
+        self.main = get_ident()
+        self.noted.clear()
+        self.put_back()
+
+
+_signals = _Signals()
+
+
+# --------------------------------------------------------------------------------------------------------- decorators
+
+
+def guarded(call: Callable[Concatenate[_Self, _Given], _Result]) -> Callable[Concatenate[_Self, _Given], _Result]:
+    """Decorate a method that changes state: all four rules. Raises ForkedError in a child."""
+
+    @wraps(call)
+    def wrapper(self: _Self, /, *args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        guard = self.guard
+        if _thread.busy:
+            with guard.lock:
+                return call(self, *args, **kwargs)
+        guard.check()
+        return _run(guard.lock, partial(call, self, *args, **kwargs), None)
+
+    return wrapper
+
+
+def making(
+    undo: Callable[[_Result], object],
+) -> Callable[[Callable[Concatenate[_Self, _Given], _Result]], Callable[Concatenate[_Self, _Given], _Result]]:
+    """Decorate a method that returns a new object, as `guarded`. `undo(object)` is called where a signal handler raises
+    when the object is made and not yet returned."""
+
+    def decorate(
+        call: Callable[Concatenate[_Self, _Given], _Result],
+    ) -> Callable[Concatenate[_Self, _Given], _Result]:
+        @wraps(call)
+        def wrapper(self: _Self, /, *args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+            guard = self.guard
+            if _thread.busy:
+                with guard.lock:
+                    return call(self, *args, **kwargs)
+            guard.check()
+            return _run(guard.lock, partial(call, self, *args, **kwargs), undo)
+
+        return wrapper
+
+    return decorate
+
+
+def reading(call: Callable[Concatenate[_Self, _Given], _Result]) -> Callable[Concatenate[_Self, _Given], _Result]:
+    """Decorate a method that only looks: forks, finalizers and the lock. A signal handler may raise in the middle."""
+
+    @wraps(call)
+    def wrapper(self: _Self, /, *args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        guard, thread = self.guard, _thread
+        if thread.busy:
+            with guard.lock:
+                return call(self, *args, **kwargs)
+        guard.check()
+        was = thread.inside
+        try:
+            try:
+                thread.inside = thread.busy = True
+                with guard.lock:
+                    return call(self, *args, **kwargs)
+            finally:
+                thread.busy, thread.inside = False, was
+        finally:  # once more: a tracer lets a handler raise between any two lines
+            thread.busy, thread.inside = False, was
+            if thread.put_off and not was:
+                _run(None, _nothing, None)
+
+    return wrapper
+
+
+def closing(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
+    """Decorate a close: nothing in a child, put off inside of a guarded call, else as `guarded`."""
+
+    @wraps(call)
+    def wrapper(self: _Self, /) -> None:
+        if not self.guard.forked:
+            run_outside(partial(_close, self, call))
+
+    return wrapper
+
+
+def closing_in_hooks(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
+    """Decorate a close as `closing`, but a hook may call it and have it done at once: only for an object whose lock is
+    below that of the list of blocks, which the caller of the hook holds."""
+
+    @wraps(call)
+    def wrapper(self: _Self, /) -> None:
+        if self.guard.forked:
+            return
+        if _thread.inside and not _thread.busy:
+            _run(self.guard.lock, partial(call, self), None)
+        else:
+            run_outside(partial(_close, self, call))
+
+    return wrapper
+
+
+def uninterrupted(
+    undo: Callable[[_Result], object] | None = None,
+) -> Callable[[Callable[_Given, _Result]], Callable[_Given, _Result]]:
+    """Decorate a function or a constructor that has no guard yet: finalizers and signals. `undo` as for `making`."""
+
+    def decorate(call: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+        @wraps(call)
+        def wrapper(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+            if _thread.busy:
+                return call(*args, **kwargs)
+            return _run(None, partial(call, *args, **kwargs), undo)
+
+        return wrapper
+
+    return decorate
+
+
+# ------------------------------------------------------------------------------------------------- inside of a call
+
+
+class _CalledOut:
+    """See `called_out`. One for all: it has no state of its own."""
+
+    def __enter__(self) -> None:
+        _thread.busy = False
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _thread.busy = True
+
+
+called_out = _CalledOut()
+"""Enter it around a call of a notifier's hook, inside of a guarded call, with no lock held but that of the list."""
+
+
+def checkpoint() -> None:
+    """Run the handlers of signals that came meanwhile; raises what they raise.
+
+    For a guarded call between two pieces of its work, where an exception is undone like any other. Cost: a look-up.
+    """
+    if _signals.noted and get_ident() == _signals.main:
+        _signals.deliver()
+
+
+def run_outside(step: Callable[[], object]) -> None:
+    """Call `step` at once, or, where this thread is inside of a guarded call, when that ends.
+
+    For finalizers. What a step raises that was put off is logged: nobody is there to receive it.
+    """
+    if _thread.inside:
+        _thread.put_off.append(step)
+    else:
+        step()
+
+
+def close_now(thing: Guarded) -> None:
+    """Close `thing` from inside of the guarded call that owns it, at once, under its lock. Raises what the close
+    raises."""
+    with thing.guard.lock:
+        type(thing).close.__wrapped__(thing)  # type: ignore[attr-defined]
+
+
+# --------------------------------------------------------------------------------------------------------------- below
+
+
+def _close(thing: _Self, call: Callable[[_Self], None]) -> None:
+    """Close `thing`, outside of every call or at the end of one, where no lock is held."""
+    if _thread.inside:
+        with thing.guard.lock:
+            call(thing)
+    else:
+        _run(thing.guard.lock, partial(call, thing), None)
+
+
+def _nothing() -> None:
+    """Do what was put off, and nothing else."""
+
+
+def _run(lock: RLock | None, call: Callable[[], _Result], undo: Callable[[_Result], object] | None) -> _Result:
+    """Make an outermost call, or one from a hook, which finds the signals put off already."""
+    thread = _thread
+    if thread.inside:
+        try:
+            thread.busy = True
+            return call() if lock is None else _locked(lock, call)
+        finally:
+            thread.busy = False
+    signals = _signals if get_ident() == _signals.main else None
+    if signals is not None:
+        signals.replace()
+    try:
+        thread.inside = thread.busy = True  # from here on signals are noted
+        result = call() if lock is None else _locked(lock, call)
+    finally:
+        if thread.put_off:
+            _catch_up(thread)
+        thread.inside = thread.busy = False  # from here on a handler runs at once
+        if signals is not None and undo is None:
+            signals.put_back()
+    if signals is not None and undo is not None:
+        try:
+            signals.put_back()
+            return result  # noqa: TRY300 (no line may lie between)
+        except BaseException:
+            undo(result)
+            raise
+    return result
+
+
+def _locked(lock: RLock, call: Callable[[], _Result]) -> _Result:
+    if not lock.acquire(False):  # noqa: FBT003 (a keyword costs as much as the lock)
+        while not lock.acquire(timeout=_PATIENCE):
+            checkpoint()
+    try:
+        return call()
+    finally:
+        lock.release()
+
+
+def _catch_up(thread: _Thread) -> None:
+    while thread.put_off:
+        try:
+            thread.put_off.popleft()()
+        except Exception:
+            _logger.exception("a close that a finalizer had asked for in the middle of another call failed")
+
+
+def _after_fork() -> None:
+    _thread.inside = _thread.busy = False
+    _thread.put_off.clear()
+    _signals.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

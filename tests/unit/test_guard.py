@@ -1,0 +1,248 @@
+"""The rules for threads, finalizers, signals and forks, each on an object that has nothing but a guard."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import FrameType
+
+import pytest
+
+from pyvfio import guard
+from pyvfio.errors import ForkedError
+from pyvfio.guard import Guard, called_out, checkpoint, close_now, closing, closing_in_hooks, guarded, making, reading
+
+
+class InterruptionError(Exception):
+    """Raised by a handler."""
+
+
+class Thing:
+    """Notes what happens to it."""
+
+    def __init__(self) -> None:
+        self.guard = Guard("this thing")
+        self.events: list[str] = []
+
+    @guarded
+    def change(self, step: Callable[[], object] = lambda: None) -> None:
+        self.events.append("begin")
+        step()
+        self.events.append("end")
+
+    @reading
+    def look(self, step: Callable[[], object] = lambda: None) -> None:
+        step()
+        self.events.append("looked")
+
+    @making(lambda made: made.events.append("undone"))
+    def make(self, step: Callable[[], object] = lambda: None) -> Thing:
+        step()
+        self.made = Thing()
+        return self.made
+
+    @closing
+    def close(self) -> None:
+        self.events.append("closed")
+
+    @closing_in_hooks
+    def drop(self) -> None:
+        self.events.append("dropped")
+
+
+def each(*steps: Callable[[], object]) -> Callable[[], None]:
+    """One step after the other."""
+
+    def all_of_them() -> None:
+        for step in steps:
+            step()
+
+    return all_of_them
+
+
+def press(number: int = signal.SIGUSR1) -> None:
+    """Have a signal arrive in this thread, now."""
+    signal.raise_signal(number)
+
+
+@pytest.fixture
+def raising() -> Iterator[None]:
+    """SIGUSR1 raises InterruptionError."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        raise InterruptionError
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    yield
+    assert signal.getsignal(signal.SIGUSR1) is handler
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.usefixtures("raising")
+class TestSignals:
+    """Handlers that raise."""
+
+    def test_a_handler_runs_when_the_change_has_ended(self) -> None:
+        thing = Thing()
+        with pytest.raises(InterruptionError):
+            thing.change(press)
+        assert thing.events == ["begin", "end"]
+
+    def test_a_checkpoint_lets_it_refuse(self) -> None:
+        thing = Thing()
+        with pytest.raises(InterruptionError):
+            thing.change(each(press, checkpoint))
+        assert thing.events == ["begin"]
+
+    def test_a_checkpoint_in_another_thread_runs_no_handler(self) -> None:
+        thing, entered, left = Thing(), threading.Event(), threading.Event()
+
+        def work() -> None:
+            thing.change(each(entered.set, left.wait, checkpoint))
+
+        worker = threading.Thread(target=work)
+        worker.start()
+        entered.wait()
+        guard._signals.noted[signal.SIGUSR1] = lambda _number, _frame: thing.events.append("handled")
+        left.set()
+        worker.join()
+        guard._signals.noted.clear()
+        assert thing.events == ["begin", "end"]
+
+    def test_an_object_that_nobody_receives_is_undone(self) -> None:
+        thing = Thing()
+        with pytest.raises(InterruptionError):
+            thing.make(press)
+        assert thing.made.events == ["undone"]
+
+    def test_a_signal_that_comes_twice_is_handled_once(self) -> None:
+        seen: list[int] = []
+        signal.signal(signal.SIGUSR2, lambda number, _frame: seen.append(number))
+        Thing().change(each(partial(press, signal.SIGUSR2), partial(press, signal.SIGUSR2)))
+        signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+        assert seen == [signal.SIGUSR2]
+
+    def test_each_handler_runs_though_one_raises(self) -> None:
+        seen: list[int] = []
+        signal.signal(signal.SIGUSR2, lambda number, _frame: seen.append(number))
+        with pytest.raises(InterruptionError):
+            Thing().change(each(press, partial(press, signal.SIGUSR2)))
+        signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+        assert seen == [signal.SIGUSR2]
+
+    def test_a_handler_that_the_program_sets_meanwhile_stays(self) -> None:
+        def other(number: int, frame: FrameType | None) -> None:
+            pass
+
+        before = signal.getsignal(signal.SIGUSR1)
+        Thing().change(lambda: signal.signal(signal.SIGUSR1, other))
+        assert signal.getsignal(signal.SIGUSR1) is other
+        signal.signal(signal.SIGUSR1, before)
+
+    def test_who_waits_for_a_lock_can_be_interrupted(self) -> None:
+        thing, entered, left = Thing(), threading.Event(), threading.Event()
+        worker = threading.Thread(target=lambda: thing.change(each(entered.set, left.wait)))
+        worker.start()
+        entered.wait()
+        threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()
+        with pytest.raises(InterruptionError):
+            thing.change()
+        left.set()
+        worker.join()
+        assert thing.events == ["begin", "end"]
+
+    def test_the_error_of_the_call_is_the_context_of_what_a_handler_raises(self) -> None:
+        def fail() -> None:
+            press()
+            raise ValueError
+
+        with pytest.raises(InterruptionError) as caught:
+            Thing().change(fail)
+        assert isinstance(caught.value.__context__, ValueError)
+
+
+class TestFinalizers:
+    """Closes in the middle of something else."""
+
+    def test_a_close_inside_of_a_change_is_put_off_to_its_end(self) -> None:
+        thing, other = Thing(), Thing()
+        thing.change(each(other.close, lambda: thing.events.extend(other.events)))
+        assert thing.events == ["begin", "end"]
+        assert other.events == ["closed"]
+
+    def test_a_close_inside_of_a_look_is_put_off_to_its_end(self) -> None:
+        thing = Thing()
+        thing.look(thing.close)
+        assert thing.events == ["looked", "closed"]
+
+    def test_a_finalizer_that_closes_is_put_off(self) -> None:
+        thing, other = Thing(), Thing()
+
+        def forget() -> None:
+            weakref.finalize(Thing(), other.close)
+            thing.events.extend(other.events)
+
+        thing.change(forget)
+        assert (thing.events, other.events) == (["begin", "end"], ["closed"])
+
+    def test_a_hook_can_close_at_once_what_is_below(self) -> None:
+        thing = Thing()
+
+        def hook() -> None:
+            with called_out:
+                thing.drop()
+                thing.close()
+
+        thing.change(hook)
+        assert thing.events == ["begin", "dropped", "end", "closed"]
+
+    def test_an_owner_closes_its_own_at_once(self) -> None:
+        thing = Thing()
+        thing.change(lambda: close_now(thing))
+        assert thing.events == ["begin", "closed", "end"]
+
+    def test_a_close_that_was_put_off_and_fails_is_logged(self, caplog: pytest.LogCaptureFixture) -> None:
+        class Broken(Thing):
+            @closing
+            def close(self) -> None:
+                raise OSError("no")
+
+        Thing().change(Broken().close)
+        assert "no" in caplog.text
+
+
+def in_a_child(step: Callable[[], object]) -> int:
+    """The exit status of a child that makes a step: 0 for ForkedError, 1 where it returns, 2 for another error."""
+    if (pid := os.fork()) == 0:
+        try:
+            step()
+        except ForkedError:
+            os._exit(0)
+        except BaseException:
+            os._exit(2)
+        os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+class TestForks:
+    """A child, while another thread holds the lock."""
+
+    @pytest.mark.parametrize(("call", "status"), [("change", 0), ("look", 0), ("make", 0), ("close", 1), ("drop", 1)])
+    def test_a_child_waits_for_no_lock(self, call: str, status: int) -> None:
+        thing, entered, left = Thing(), threading.Event(), threading.Event()
+        worker = threading.Thread(target=lambda: thing.change(each(entered.set, left.wait)))
+        worker.start()
+        entered.wait()
+        found = in_a_child(each(partial(signal.alarm, 5), getattr(thing, call)))
+        left.set()
+        worker.join()
+        assert found == status
+
+    def test_a_child_that_a_hook_forks_can_change_nothing(self) -> None:
+        thing, found = Thing(), list[int]()
+        thing.change(lambda: found.append(in_a_child(thing.change)))
+        assert found == [0]
