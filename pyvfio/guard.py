@@ -40,7 +40,7 @@ from importlib import import_module
 from logging import getLogger
 from threading import RLock, get_ident, main_thread
 from types import FrameType, TracebackType
-from typing import Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, Self, TypeAlias, TypeVar
 
 from pyvfio.errors import ForkedError
 
@@ -87,6 +87,33 @@ class Guarded(Protocol):
 
 
 _Self = TypeVar("_Self", bound=Guarded)
+
+
+class ContextManager:
+    """A base of each class with `close()`: leaving a `with` block closes the object.
+
+    An exception of the block's own is never replaced: an error of the close is added to it as a note. Where the block
+    raises nothing, `with` raises the error of the close.
+    """
+
+    __slots__ = ()
+
+    def close(self) -> None:
+        """Close the object."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except Exception as failure:
+            if error is None:
+                raise
+            error.add_note(f"{self!r} could not be closed: {failure}")
 
 
 class _Thread(threading.local):

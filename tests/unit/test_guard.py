@@ -14,7 +14,18 @@ import pytest
 
 from pyvfio import guard
 from pyvfio.errors import ForkedError
-from pyvfio.guard import Guard, called_out, checkpoint, close_now, closing, closing_in_hooks, guarded, making, reading
+from pyvfio.guard import (
+    ContextManager,
+    Guard,
+    called_out,
+    checkpoint,
+    close_now,
+    closing,
+    closing_in_hooks,
+    guarded,
+    making,
+    reading,
+)
 
 
 class InterruptionError(Exception):
@@ -213,6 +224,42 @@ class TestFinalizers:
 
         Thing().change(Broken().close)
         assert "no" in caplog.text
+
+
+class TestWith:
+    """Leaving a `with` block."""
+
+    class Door(ContextManager):
+        """Its close fails with an error."""
+
+        def __init__(self, failure: BaseException | None = None) -> None:
+            self.failure = failure
+            self.closed = False
+
+        def close(self) -> None:
+            self.closed = True
+            if self.failure is not None:
+                raise self.failure
+
+    def test_leaving_closes(self) -> None:
+        with self.Door() as door:
+            assert not door.closed
+        assert door.closed
+
+    def test_an_error_of_the_close_is_raised(self) -> None:
+        with pytest.raises(OSError, match="stuck"), self.Door(OSError("stuck")):
+            pass
+
+    @pytest.mark.parametrize("own", [RuntimeError("mine"), KeyboardInterrupt("mine")])
+    def test_an_error_of_the_close_is_a_note_on_the_error_of_the_block(self, own: BaseException) -> None:
+        with pytest.raises(type(own), match="mine") as caught, self.Door(OSError("stuck")):
+            raise own
+        assert caught.value is own
+        assert "stuck" in own.__notes__[0]
+
+    def test_an_interruption_of_the_close_is_no_note(self) -> None:
+        with pytest.raises(KeyboardInterrupt), self.Door(KeyboardInterrupt()):
+            raise RuntimeError
 
 
 def in_a_child(step: Callable[[], object]) -> int:
