@@ -117,10 +117,12 @@ class ContextManager:
 
 
 class _Thread(threading.local):
-    """Where a thread is. `inside`: in a guarded call. `busy`: and not in a hook that the call has called."""
+    """Where a thread is. `inside`: in a guarded call. `busy`: and not in a hook that the call has called. `undoing`: in
+    so many undos."""
 
     inside = False
     busy = False
+    undoing = 0
 
     def __init__(self) -> None:
         self.put_off: deque[Callable[[], object]] = deque()
@@ -332,12 +334,28 @@ called_out = _CalledOut()
 """Enter it around a call of a notifier's hook, inside of a guarded call, with no lock held but that of the list."""
 
 
+class _Undoing:
+    """See `undoing`. One for all: it has no state of its own."""
+
+    def __enter__(self) -> None:
+        _thread.undoing += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _thread.undoing -= 1
+
+
+undoing = _Undoing()
+"""Enter it around an undo that runs code with checkpoints, such as a notifier's hook: no handler runs meanwhile."""
+
+
 def checkpoint() -> None:
-    """Run the handlers of signals that came meanwhile; raises what they raise.
+    """Run the handlers of signals that came meanwhile; raises what they raise. In an undo nothing happens.
 
     For a guarded call between two pieces of its work, where an exception is undone like any other. Cost: a look-up.
     """
-    if _signals.noted and get_ident() == _signals.main:
+    if _signals.noted and get_ident() == _signals.main and not _thread.undoing:
         _signals.deliver()
 
 

@@ -25,6 +25,7 @@ from pyvfio.guard import (
     guarded,
     making,
     reading,
+    undoing,
 )
 
 
@@ -108,6 +109,18 @@ class TestSignals:
         with pytest.raises(InterruptionError):
             thing.change(each(press, checkpoint))
         assert thing.events == ["begin"]
+
+    def test_a_checkpoint_in_an_undo_runs_no_handler(self) -> None:
+        def undo() -> None:
+            with undoing, called_out:
+                press()
+                thing.change(checkpoint)
+            thing.events.append("undone")
+
+        thing = Thing()
+        with pytest.raises(InterruptionError):
+            thing.change(each(undo, checkpoint))
+        assert thing.events == ["begin", "begin", "end", "undone"]
 
     def test_a_checkpoint_in_another_thread_runs_no_handler(self) -> None:
         thing, entered, left = Thing(), threading.Event(), threading.Event()
