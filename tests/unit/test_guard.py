@@ -25,6 +25,7 @@ from pyvfio.guard import (
     guarded,
     making,
     reading,
+    undoing,
 )
 
 
@@ -109,6 +110,18 @@ class TestSignals:
             thing.change(each(press, checkpoint))
         assert thing.events == ["begin"]
 
+    def test_a_checkpoint_in_an_undo_runs_no_handler(self) -> None:
+        def undo() -> None:
+            with undoing, called_out:
+                press()
+                thing.change(checkpoint)
+            thing.events.append("undone")
+
+        thing = Thing()
+        with pytest.raises(InterruptionError):
+            thing.change(each(undo, checkpoint))
+        assert thing.events == ["begin", "begin", "end", "undone"]
+
     def test_a_checkpoint_in_another_thread_runs_no_handler(self) -> None:
         thing, entered, left = Thing(), threading.Event(), threading.Event()
 
@@ -129,6 +142,14 @@ class TestSignals:
         with pytest.raises(InterruptionError):
             thing.make(press)
         assert thing.made.events == ["undone"]
+
+    def test_a_call_that_makes_nothing_has_its_handlers_run(self) -> None:
+        def fail() -> None:
+            press()
+            raise ValueError
+
+        with pytest.raises(InterruptionError):
+            Thing().make(fail)
 
     def test_a_signal_that_comes_twice_is_handled_once(self) -> None:
         seen: list[int] = []
@@ -215,6 +236,31 @@ class TestFinalizers:
         thing = Thing()
         thing.change(lambda: close_now(thing))
         assert thing.events == ["begin", "closed", "end"]
+
+    @pytest.mark.usefixtures("raising")
+    def test_a_close_that_was_put_off_is_not_interrupted(self) -> None:
+        class Slow(Thing):
+            @closing
+            def close(self) -> None:
+                checkpoint()
+                self.events.append("closed")
+
+        thing, slow = Thing(), Slow()
+        with pytest.raises(InterruptionError):
+            thing.change(each(slow.close, press))
+        assert slow.events == ["closed"]
+
+    def test_after_a_close_that_ends_the_program_calls_are_made_as_before(self) -> None:
+        class Last(Thing):
+            @closing
+            def close(self) -> None:
+                raise SystemExit
+
+        with pytest.raises(SystemExit):
+            Thing().change(Last().close)
+        thing = Thing()
+        thing.close()
+        assert thing.events == ["closed"]
 
     def test_a_close_that_was_put_off_and_fails_is_logged(self, caplog: pytest.LogCaptureFixture) -> None:
         class Broken(Thing):
