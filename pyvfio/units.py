@@ -104,6 +104,9 @@ class IovaRange:
     def __str__(self) -> str:
         return f"{self.start:#x}-{self.last:#x}"
 
+    def __repr__(self) -> str:
+        return f"IovaRange(start={self.start:#x}, last={self.last:#x})"
+
 
 def format_ranges(ranges: Iterable[IovaRange]) -> str:
     """Ranges as the kernel's own messages write them: `0x0-0xfedfffff, 0xfef00000-0x7fffffffff`."""

@@ -126,7 +126,7 @@ class DirtyTracking:
         self._container.unmap(iova=mapping.iova, size=mapping.size, bitmap=bitmap)
 
     def _ask(self, argument: ioctls.vfio_iommu_type1_dirty_bitmap) -> None:
-        self._container._ioctl("VFIO_IOMMU_DIRTY_PAGES", argument, flags=argument.flags)
+        self._container.ioctl("VFIO_IOMMU_DIRTY_PAGES", argument, flags=argument.flags)
 
     def close(self) -> None:
         """End it; twice is fine, and so is a container that has been closed."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Self, TypeVar
 
 import pyvfio
@@ -43,6 +44,10 @@ class Interrupt(BaseException):
     """What a signal handler raises; like KeyboardInterrupt no Exception."""
 
 
+def _raise(number: int, frame: FrameType | None) -> None:
+    raise Interrupt
+
+
 class SpecialKernel(FakeKernel):
     """A fake kernel whose answers can be changed, and in which a signal handler can raise.
 
@@ -70,16 +75,17 @@ class SpecialKernel(FakeKernel):
         self._short = nth
 
     def interrupt_at(self, nth: int, *, after: bool) -> None:
-        """Raise at that call; 0: at none."""
+        """A signal comes at that call, whose handler raises; 0: at none."""
         self._due, self._after = nth, after
+        signal.signal(signal.SIGUSR1, _raise)
 
     def _interrupted(self, action: Callable[[], _Answer]) -> _Answer:
         self._due -= 1
         if self._due == 0 and not self._after:
-            raise Interrupt
+            signal.raise_signal(signal.SIGUSR1)
         answer = action()
         if self._due == 0:
-            raise Interrupt
+            signal.raise_signal(signal.SIGUSR1)
         return answer
 
     def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:

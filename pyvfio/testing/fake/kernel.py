@@ -461,9 +461,13 @@ class FakeKernel(MemoryCalls):
         """Of a real one; may block."""
         return self._record.observed("eventfd_read", (fd,), lambda: self._linux.eventfd_read(fd))
 
-    def poll(self, fd: int, timeout: float | None) -> bool:
+    def eventfd_write(self, fd: int, value: int) -> None:
+        """Of a real one."""
+        self._record.observed("eventfd_write", (fd, value), lambda: self._linux.eventfd_write(fd, value))
+
+    def poll(self, fd: int, timeout: float | None, *others: int) -> bool:
         """The real one; may block."""
-        return self._record.observed("poll", (fd,), lambda: self._linux.poll(fd, timeout))
+        return self._record.observed("poll", (fd, *others), lambda: self._linux.poll(fd, timeout, *others))
 
     def memlock(self) -> Memlock:
         """The fake's own: `memlock_limit` in whole pages, the sum of live mappings, `privileged`."""
