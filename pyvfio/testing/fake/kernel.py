@@ -86,6 +86,14 @@ class FakeKernel(MemoryCalls):
                 device._plug(DeviceSlot(self._dma, group, live, self._lock))
         return group
 
+    def __repr__(self) -> str:
+        devices = sum(len(group.devices) for group in self._groups.values())
+        mapped = [mapping.size for mapping in self.mappings()]
+        return (
+            f"<{type(self).__name__} {self._version.name} iommu={self._model.name} {devices} devices, "
+            f"{len(self.descriptors)} descriptors, {len(mapped)} mappings of {sum(mapped):#x} bytes>"
+        )
+
     def __enter__(self) -> Self:
         return self
 
