@@ -39,11 +39,12 @@ MOST_THREADS = 1024
 """More than this many threads can only be a mistake."""
 
 
-def check_threads(value: object, what: str) -> None:
-    """TypeError and ValueError, with `what` in it, for what is no number of threads."""
-    check_whole_number(value, what)
-    if not isinstance(value, int) or not 0 <= value <= MOST_THREADS:
+def check_threads(value: object, what: str) -> int:
+    """Return `value` as a number of threads. Raises TypeError and ValueError, with `what` in it."""
+    threads = check_whole_number(value, what)
+    if not 0 <= threads <= MOST_THREADS:
         raise ValueError(f"{what} is a number of threads, not {value}, and at most {MOST_THREADS}")
+    return threads
 
 
 class Report(Protocol):

@@ -499,7 +499,7 @@ def _check_refusal(scene: Scene, before: object, error: BaseException | None, pl
         return  # it may have come when all was done
     assert scene.blocks() == before, (plans, "the blocks are not as they were")
     if not any(plan.name in MEMORY for plan in plans):
-        assert all(block._memory.retained == 0 for block in scene.rig.blocks), (plans, "memory is kept")
+        assert all(block.state.memory.retained == 0 for block in scene.rig.blocks), (plans, "memory is kept")
 
 
 def _fail(kernel: SpecialKernel, policy: str, name: str, *plans: Case) -> list[Call]:

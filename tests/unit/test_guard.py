@@ -33,6 +33,10 @@ class InterruptionError(Exception):
     """Raised by a handler."""
 
 
+def _undo(thing: Thing) -> None:
+    thing.events.append("undone")
+
+
 class Thing:
     """Notes what happens to it."""
 
@@ -51,7 +55,7 @@ class Thing:
         step()
         self.events.append("looked")
 
-    @making(lambda made: made.events.append("undone"))
+    @making(_undo)
     def make(self, step: Callable[[], object] = lambda: None) -> Thing:
         step()
         self.made = Thing()
