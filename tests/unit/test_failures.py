@@ -28,7 +28,7 @@ STUBBORN = (errno.ENOMEM, errno.EIO)
 SHORT = 0  # in place of an errno: the call succeeds, and the kernel says that it has unmapped nothing
 DEVICE = FakeDevice(BDF, resettable=True)
 # Failing after they have made a descriptor they would leak it, whoever calls them; no kernel does.
-GIVES_A_DESCRIPTOR = ("open", "VFIO_GROUP_GET_DEVICE_FD", "eventfd", "memfd_create")
+GIVES_A_DESCRIPTOR = ("open", "VFIO_GROUP_GET_DEVICE_FD", "eventfd", "memfd_create", "dup")
 # These fail and have done nothing (vfio_dma_do_map, as tests/contract shows; test_memory): only a signal comes after.
 MEMORY = ("mmap", "mprotect", "madvise", "munmap", "fallocate", "ftruncate")
 ALL_OR_NOTHING = ("VFIO_IOMMU_MAP_DMA", "mprotect")

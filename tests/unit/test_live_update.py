@@ -67,7 +67,7 @@ def old(kernel: SpecialKernel, resize: Literal["remap", "extend"] = "extend") ->
 
 def duplicates(kernel: SpecialKernel, update: HandOver) -> list[int]:
     """As they come over a socket."""
-    return [kernel.duplicate(fd) for fd in update.fds]
+    return [kernel.dup(fd) for fd in update.fds]
 
 
 def close(kernel: SpecialKernel, fds: list[int]) -> None:
