@@ -33,7 +33,7 @@ class InterruptionError(Exception):
     """Raised by a handler."""
 
 
-def _undone(thing: Thing) -> None:
+def _undo(thing: Thing) -> None:
     thing.events.append("undone")
 
 
@@ -55,7 +55,7 @@ class Thing:
         step()
         self.events.append("looked")
 
-    @making(_undone)
+    @making(_undo)
     def make(self, step: Callable[[], object] = lambda: None) -> Thing:
         step()
         self.made = Thing()
