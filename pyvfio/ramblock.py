@@ -21,7 +21,6 @@ import errno
 import logging
 import operator
 import os
-import threading
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +48,7 @@ from pyvfio.errors import (
     raise_collected,
 )
 from pyvfio.extents import Extent
+from pyvfio.guard import Guard
 from pyvfio.kernel import Kernel, LinuxKernel
 from pyvfio.memory import Anonymous, MemoryKind, MemorySettings
 from pyvfio.memory.prefault import check_threads
@@ -112,7 +112,10 @@ class RamBlockList:
         # Sorted by vaddr. Replaced as a whole, never changed in place: it is read without the lock.
         self._blocks: tuple[RamBlock, ...] = ()
         self._notifiers: list[RamBlockNotifier] = []  # newest first, as QLIST_INSERT_HEAD leaves them
-        self._lock = threading.RLock()
+        self.guard = Guard("this list of RAM blocks")
+        self._lock = self.guard.lock
+        self.closing = False
+        """Whether `close` is removing all blocks."""
         self._changing = False
         self._handing: object | None = None  # who hands the blocks to another process; then `_changing` is set, too
         self._pid = os.getpid()
@@ -579,11 +582,15 @@ class RamBlockList:
         with self._lock:
             if self._changing:
                 raise self._reentered()
-            for block in self._blocks:
-                try:
-                    self.remove(block)
-                except Exception as error:
-                    failures.append(error)
+            self.closing = True
+            try:
+                for block in self._blocks:
+                    try:
+                        self.remove(block)
+                    except Exception as error:
+                        failures.append(error)
+            finally:
+                self.closing = False
         raise_collected(f"{len(failures)} RAM blocks could not be removed", failures)
 
     def __enter__(self) -> Self:

@@ -7,9 +7,10 @@ inclusive, wherever it may end at 2^64-1 (an exclusive end would not fit the ker
 from __future__ import annotations
 
 import mmap
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NewType
+from typing import NewType, SupportsIndex
 
 Iova = NewType("Iova", int)
 """An address as the device uses it (I/O virtual address)."""
@@ -50,6 +51,14 @@ def check_whole_number(value: object, what: str) -> None:
     """TypeError, with `what` in it, for what is no int, and for a bool, which is one by accident."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{what} must be a whole number, not {value!r}")
+
+
+def whole_number(value: SupportsIndex, what: str) -> int:
+    """Return `value`, which may be a number of numpy's, as an int. TypeError, with `what` in it, for anything else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{what} must be a whole number, not {value!r}") from None
 
 
 def check_bool(value: object, what: str) -> None:
@@ -103,6 +112,9 @@ class IovaRange:
 
     def __str__(self) -> str:
         return f"{self.start:#x}-{self.last:#x}"
+
+    def __repr__(self) -> str:
+        return f"IovaRange(start={self.start:#x}, last={self.last:#x})"
 
 
 def format_ranges(ranges: Iterable[IovaRange]) -> str:
