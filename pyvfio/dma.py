@@ -27,7 +27,7 @@ from pyvfio.blocks.discards import DiscardClaim
 from pyvfio.blocks.progress import LongWork, ProgressCallback
 from pyvfio.errors import REACH_UNKNOWN, EntryLimitError, IoctlError
 from pyvfio.extents import Extent, runs, without
-from pyvfio.guard import ContextManager, Guard, closing_under, constructing, guarded, reading
+from pyvfio.guard import ContextManager, Guard, close_now, closing_under, constructing, guarded, reading
 from pyvfio.handle import attempt_all
 from pyvfio.iommu.space import AddressSpace
 from pyvfio.kernel import LinuxKernel
@@ -37,7 +37,7 @@ from pyvfio.mapper.policy import Policy
 from pyvfio.mapper.window import READ, WRITE, Holder, Window
 from pyvfio.memory.prefault import check_threads
 from pyvfio.ramblock import RamBlock, RamBlockList
-from pyvfio.units import Iova, Vaddr, whole_number
+from pyvfio.units import Iova, Vaddr, check_whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -121,12 +121,11 @@ class DmaMapper(BufferMapper, ContextManager):
         super().__init__(space)
         if not isinstance(blocks, RamBlockList | None):
             raise TypeError(f"blocks must be a RamBlockList, not {type(blocks).__name__}")
-        check_threads(prefault, "prefault")
         if not all(callback is None or callable(callback) for callback in (progress, place)):
             raise TypeError("progress and place are called, so that they must be callable")
         self.policy = Policy(resize, granule, allow_gap)
         """How blocks are mapped."""
-        self.prefault = prefault
+        self.prefault = check_threads(prefault, "prefault")
         """How many threads populate memory before it is mapped."""
         self.blocks: RamBlockList | None = None
         """The list that it follows."""
@@ -149,7 +148,7 @@ class DmaMapper(BufferMapper, ContextManager):
         try:
             blocks.add_notifier(self)
         except BaseException:
-            self._claim.close()
+            close_now(self._claim)
             raise
         self.blocks = blocks
 
@@ -170,7 +169,7 @@ class DmaMapper(BufferMapper, ContextManager):
         it up."""
         self.check_open()
         self.policy.check_length(used_length, "used_length")
-        wanted = block._populated(used_length)
+        wanted = block.state.populated_at(used_length)
         self._check_parts(block, wanted)  # it may have holes already
         self._check_budget(block, max_length)
         iova = self._find_place(block, self._reserve, self._space.reserve_iova_at)
@@ -212,7 +211,7 @@ class DmaMapper(BufferMapper, ContextManager):
             window = self._window(block, self._space.reserve_iova_at(places[block.idstr], block.max_length))
             window.resume(block.populated)
             insort(self._followed, _Followed(block.vaddr, block, window))
-        blocks._set_notifiers([self])
+        blocks.follow(self)
         self.blocks = blocks
 
     @guarded
@@ -221,7 +220,7 @@ class DmaMapper(BufferMapper, ContextManager):
         self._closed = True
         self._followed, self.blocks = [], None
         if self._claim is not None:
-            self._claim.close()
+            close_now(self._claim)
 
     @reading
     def windows(self) -> list[tuple[RamBlock, Window]]:
@@ -287,7 +286,7 @@ class DmaMapper(BufferMapper, ContextManager):
     def _attendant(self, block: RamBlock) -> LongWork | None:
         # A device that only reads would have the page of zeros where nothing was written yet, and keep it: kernels pin
         # what is there (`vaddr_get_pfns` without FOLL_WRITE).
-        must = block.readonly and not block._memory.readable_only and block._prealloc is None
+        must = block.readonly and not block.state.memory.readable_only and not block.prealloc
         if not (must or self.prefault or self._progress is not None):
             return None
         threads = max(self.prefault, must)
@@ -296,7 +295,7 @@ class DmaMapper(BufferMapper, ContextManager):
     def _find_place(self, block: RamBlock, reserve: Reserve, reserve_at: Callable[[int, int], Iova]) -> Iova:
         wanted = self._place(block)
         if wanted is not None:
-            return reserve_at(whole_number(wanted, "an IOVA that place() returns"), block.max_length)
+            return reserve_at(check_whole_number(wanted, "an IOVA that place() returns"), block.max_length)
         former = self._former.get(block)
         if former is not None:  # a block that comes back, after an undo for instance, finds its IOVA again
             try:
@@ -339,7 +338,7 @@ class DmaMapper(BufferMapper, ContextManager):
         if not 0 <= new_length <= followed.window.size:
             raise ValueError(f"{new_length:#x} is not within max_length {block.max_length:#x} of '{block.idstr}'")
         self.policy.check_length(new_length, "used_length")
-        wanted = block._populated(new_length)
+        wanted = block.state.populated_at(new_length)
         if new_length < old_length:
             followed.window.check_held(wanted)
         self._change(followed, wanted)
@@ -401,7 +400,7 @@ class DmaMapper(BufferMapper, ContextManager):
         followed.window.change(wanted, join=True)
 
     def _search(self, block: RamBlock) -> _Followed | None:
-        position = bisect_left(self._followed, (block._start,))
+        position = bisect_left(self._followed, (block.state.start,))
         if position == len(self._followed) or self._followed[position].block is not block:
             return None
         return self._followed[position]
@@ -461,13 +460,13 @@ class DmaMapper(BufferMapper, ContextManager):
         if self.blocks is not None:
             self._leaving = True
             try:
-                if self.blocks._knows(self):  # else it was taken out
+                if self.blocks.knows(self):  # else it was taken out
                     self.blocks.remove_notifier(self)
             finally:
                 self._leaving = False
             self.blocks = None
         if self._claim is not None:
-            self._claim.close()
+            close_now(self._claim)
 
     @guarded
     def _finish(self) -> None:
@@ -483,7 +482,7 @@ class DmaMapper(BufferMapper, ContextManager):
                 assert reached == list(block.populated), (block, reached)
                 window.check_held(reached)
             else:  # a change failed, and so did its undo: what is in reach besides is memory that is kept
-                kept = Extent(0, block.max_length if block.whole else block._memory.held)
+                kept = Extent(0, block.max_length if block.whole else block.state.memory.held)
                 assert not without(reached, *block.populated, kept), (block, reached)
             assert self.policy.granule is None or all(p.size == self.policy.granule for p in window.pieces())
         addresses = [followed.vaddr for followed in self._followed]

@@ -451,12 +451,17 @@ def _run(lock: RLock | None, call: Callable[[], _Result], undo: Callable[[_Resul
     try:
         thread.inside = thread.busy = True  # from here on signals are noted
         result = call() if lock is None else _locked(lock, call)
+    except BaseException:
+        undo = None  # there is no object
+        raise
     finally:
-        if thread.put_off:
-            _catch_up(thread)
-        thread.inside = thread.busy = False  # from here on a handler runs at once
-        if signals is not None and undo is None:
-            signals.put_back()
+        try:
+            if thread.put_off:
+                _catch_up(thread)
+        finally:
+            thread.inside = thread.busy = False  # from here on a handler runs at once
+            if signals is not None and undo is None:
+                signals.put_back()
     if signals is not None and undo is not None:
         try:
             signals.put_back()
@@ -480,7 +485,8 @@ def _locked(lock: RLock, call: Callable[[], _Result]) -> _Result:
 def _catch_up(thread: _Thread) -> None:
     while thread.put_off:
         try:
-            thread.put_off.popleft()()
+            with undoing:  # a close that is interrupted would never be finished
+                thread.put_off.popleft()()
         except Exception:
             _logger.exception("a close that a finalizer had asked for in the middle of another call failed")
 

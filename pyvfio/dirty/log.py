@@ -25,10 +25,10 @@ from pyvfio.dirty.tracking import DirtyTracking
 from pyvfio.dma import DmaMapper
 from pyvfio.errors import ClosedError
 from pyvfio.extents import Extent, clip, runs, total, without
-from pyvfio.guard import ContextManager, Guard, closing, constructing, guarded, making
+from pyvfio.guard import ContextManager, Guard, close_now, closing, constructing, guarded, making
 from pyvfio.iommu.space import Mapping
 from pyvfio.ramblock import RamBlock, RamBlockList
-from pyvfio.units import Iova, align_down, align_up, format_size, whole_number
+from pyvfio.units import Iova, align_down, align_up, check_whole_number, format_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class DirtyLog(ContextManager):
         try:
             blocks.add_notifier(self)
         except BaseException:
-            self._claim.close()
+            close_now(self._claim)
             raise
 
     def __repr__(self) -> str:
@@ -172,7 +172,7 @@ class DirtyLog(ContextManager):
 
         Raises ValueError (outside of `used_length`, not a block of this list), ClosedError.
         """
-        start, length = whole_number(offset, "offset"), whole_number(size, "size")
+        start, length = check_whole_number(offset, "offset"), check_whole_number(size, "size")
         self._check_followed(block)
         if not 0 <= start <= start + length <= block.used_length:
             raise ValueError(
@@ -232,7 +232,7 @@ class DirtyLog(ContextManager):
             raise TypeError(f"block must be a RamBlock, not {block!r}")
         if self._blocks is None:
             raise ClosedError("this log has been closed")
-        if not self._blocks._knows(self):
+        if not self._blocks.knows(self):
             raise ClosedError("this log has been taken out of the list that it followed, and is told nothing more")
         if self._blocks.block_at(block.vaddr) is not block:
             raise ValueError(f"RAM block '{block.idstr}' is not in the list that this log follows")
@@ -242,9 +242,9 @@ class DirtyLog(ContextManager):
         """Leave the list. Twice is fine, and in a forked child nothing happens."""
         if self._blocks is None:
             return
-        if self._blocks._knows(self):  # else it was taken out
+        if self._blocks.knows(self):  # else it was taken out
             self._blocks.remove_notifier(self)
-        self._claim.close()
+        close_now(self._claim)
         self._blocks = None
 
     def _check(self) -> None:

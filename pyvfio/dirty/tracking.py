@@ -23,7 +23,7 @@ from pyvfio.errors import ClosedError, UnsupportedError
 from pyvfio.guard import ContextManager, Guard, closing, constructing, guarded
 from pyvfio.info import MigrationCapability
 from pyvfio.iommu.space import Mapping
-from pyvfio.units import Iova, IovaRange, align_up, format_ranges, format_size, whole_number
+from pyvfio.units import Iova, IovaRange, align_up, check_whole_number, format_ranges, format_size
 
 _Ask: TypeAlias = Callable[[Mapping, ioctls.vfio_bitmap], None]
 
@@ -106,7 +106,7 @@ class DirtyTracking(ContextManager):
     def _whole_mappings(self, iova: SupportsIndex, size: SupportsIndex) -> list[Mapping]:
         if not self._open:
             raise ClosedError("this tracking has been closed")
-        start, length = whole_number(iova, "iova"), whole_number(size, "size")
+        start, length = check_whole_number(iova, "iova"), check_whole_number(size, "size")
         found = self.container.mappings_in(iova=start, size=length) if length > 0 else []
         wanted = IovaRange.of(iova=start, size=max(length, 1))
         if cut := [mapping for mapping in found if not wanted.contains(mapping.range)]:

@@ -23,7 +23,7 @@ from pyvfio.guard import ContextManager, Guard, closing_in_hooks, guarded, makin
 from pyvfio.handle import attempt_all
 from pyvfio.iommu.space import AddressSpace
 from pyvfio.mapper.window import READ, WRITE, Window
-from pyvfio.units import MIB, U64_MAX, Iova, Vaddr, whole_number
+from pyvfio.units import MIB, U64_MAX, Iova, Vaddr, check_whole_number
 
 if TYPE_CHECKING:  # collections.abc has it from 3.12 on
     from typing_extensions import Buffer
@@ -161,7 +161,7 @@ class BufferMapper:
         second IOVA when it grows; is mapped already, but for less access), IovaRangeError, IovaOverlapError,
         PinLimitError, EntryLimitError, IoctlError; VfioError where the space has lost its mappings.
         """
-        vaddr, size = whole_number(vaddr, "vaddr"), whole_number(size, "size")
+        vaddr, size = check_whole_number(vaddr, "vaddr"), check_whole_number(size, "size")
         return self._map_fixed(vaddr, size, iova, _access(read=read, write=write), None)
 
     @making(DmaMapping.close)
@@ -188,7 +188,7 @@ class BufferMapper:
     def _map_fixed(
         self, vaddr: int, size: int, iova: SupportsIndex | None, access: int, view: memoryview | None
     ) -> DmaMapping:
-        wanted = None if iova is None else whole_number(iova, "iova")
+        wanted = None if iova is None else check_whole_number(iova, "iova")
         self._check_extent(vaddr, size)
         self.check_open()
         known = self._known(vaddr, size, wanted, access)
@@ -330,7 +330,7 @@ class BufferMapper:
         Raises LookupError when it is not: the tail of a block behind `used_length` is never found. ValueError: `size`
         is below 1. Temporary mappings are not looked at. O(log n).
         """
-        start, length = whole_number(vaddr, "vaddr"), _size(size)
+        start, length = check_whole_number(vaddr, "vaddr"), _size(size)
         self.check_open()
         found = self._find(start, length)
         if found is None:
@@ -342,7 +342,7 @@ class BufferMapper:
         """Return the address in this process of `[iova, iova + size)`, all of it neighbours here, too.
 
         LookupError when a device would be stopped; ValueError: `size` is below 1. O(log n) and the number of pieces."""
-        start, length = whole_number(iova, "iova"), _size(size)
+        start, length = check_whole_number(iova, "iova"), _size(size)
         self.check_open()
         reached, apart = start, set()
         for mapping in self._space.mappings_in(iova=start, size=length):
@@ -441,7 +441,7 @@ def _less_access(iova: int) -> ValueError:
 
 
 def _size(size: SupportsIndex) -> int:
-    number = whole_number(size, "size")
+    number = check_whole_number(size, "size")
     if number < 1:
         raise ValueError(f"a size must be at least 1 byte, not {number}")
     return number

@@ -28,7 +28,7 @@ from pyvfio.iommu.space import AddressSpace
 from pyvfio.kernel import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE, Kernel, Memlock
 from pyvfio.mapper.policy import Policy
 from pyvfio.memory import locking
-from pyvfio.units import MIB, U64_MAX, Iova, IovaRange, align_up, format_ranges, format_size, whole_number
+from pyvfio.units import MIB, U64_MAX, Iova, IovaRange, align_up, check_whole_number, format_ranges, format_size
 
 _SAMPLE = 2 * MIB
 _MOST_ADDRESS_SPACE = 1 << 47  # TASK_SIZE on x86-64
@@ -253,9 +253,9 @@ def _shape(shape: BlockShape | RamBlock) -> BlockShape | RamBlock:
     idstr, used, maximum, iova = shape
     return BlockShape(
         idstr,
-        whole_number(used, "used_length"),
-        whole_number(maximum, "max_length"),
-        None if iova is None else whole_number(iova, "iova"),
+        check_whole_number(used, "used_length"),
+        check_whole_number(maximum, "max_length"),
+        None if iova is None else check_whole_number(iova, "iova"),
     )
 
 

@@ -21,7 +21,7 @@ from typing import Literal, TypeAlias
 
 from pyvfio.errors import GapError
 from pyvfio.extents import Extent, clip, runs, total, without
-from pyvfio.units import align_down, align_up, check_bool, format_size, is_power_of_two, whole_number
+from pyvfio.units import align_down, align_up, check_bool, check_whole_number, format_size, is_power_of_two
 
 Step: TypeAlias = tuple[Literal["map", "unmap"], tuple[int, int]]
 """One call: a piece that is mapped, or a run of whole pieces that is unmapped; an Extent, or as plain a pair."""
@@ -42,7 +42,7 @@ class Policy:
     def __post_init__(self) -> None:
         check_bool(self.allow_gap, "allow_gap")
         if self.granule is not None:
-            object.__setattr__(self, "granule", whole_number(self.granule, "granule"))
+            object.__setattr__(self, "granule", check_whole_number(self.granule, "granule"))
         if not isinstance(self.resize, str):
             raise TypeError(f"resize must be 'remap' or 'extend', not {self.resize!r}")
         if self.resize not in ("remap", "extend"):

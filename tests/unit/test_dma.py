@@ -637,7 +637,7 @@ def test_what_a_failed_undo_left_in_reach_is_not_given_back_when_the_next_grow_i
             rig.blocks.add_notifier(_Refuser())
             with pytest.raises(ZeroDivisionError):
                 block.resize(2 * PAGE_SIZE)
-            rig.blocks.remove_notifier(rig.blocks._notifiers[0])
+            rig.blocks.remove_notifier(rig.blocks.notifiers[0])
         kernel.check()
         block.resize(3 * PAGE_SIZE)
         rig.check()

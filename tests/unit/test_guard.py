@@ -33,6 +33,10 @@ class InterruptionError(Exception):
     """Raised by a handler."""
 
 
+def _undo(thing: Thing) -> None:
+    thing.events.append("undone")
+
+
 class Thing:
     """Notes what happens to it."""
 
@@ -51,7 +55,7 @@ class Thing:
         step()
         self.events.append("looked")
 
-    @making(lambda made: made.events.append("undone"))
+    @making(_undo)
     def make(self, step: Callable[[], object] = lambda: None) -> Thing:
         step()
         self.made = Thing()
@@ -143,6 +147,14 @@ class TestSignals:
             thing.make(press)
         assert thing.made.events == ["undone"]
 
+    def test_a_call_that_makes_nothing_has_its_handlers_run(self) -> None:
+        def fail() -> None:
+            press()
+            raise ValueError
+
+        with pytest.raises(InterruptionError):
+            Thing().make(fail)
+
     def test_a_signal_that_comes_twice_is_handled_once(self) -> None:
         seen: list[int] = []
         signal.signal(signal.SIGUSR2, lambda number, _frame: seen.append(number))
@@ -228,6 +240,31 @@ class TestFinalizers:
         thing = Thing()
         thing.change(lambda: close_now(thing))
         assert thing.events == ["begin", "closed", "end"]
+
+    @pytest.mark.usefixtures("raising")
+    def test_a_close_that_was_put_off_is_not_interrupted(self) -> None:
+        class Slow(Thing):
+            @closing
+            def close(self) -> None:
+                checkpoint()
+                self.events.append("closed")
+
+        thing, slow = Thing(), Slow()
+        with pytest.raises(InterruptionError):
+            thing.change(each(slow.close, press))
+        assert slow.events == ["closed"]
+
+    def test_after_a_close_that_ends_the_program_calls_are_made_as_before(self) -> None:
+        class Last(Thing):
+            @closing
+            def close(self) -> None:
+                raise SystemExit
+
+        with pytest.raises(SystemExit):
+            Thing().change(Last().close)
+        thing = Thing()
+        thing.close()
+        assert thing.events == ["closed"]
 
     def test_a_close_that_was_put_off_and_fails_is_logged(self, caplog: pytest.LogCaptureFixture) -> None:
         class Broken(Thing):
