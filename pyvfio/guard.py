@@ -301,6 +301,24 @@ def closing(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
     return wrapper
 
 
+def closing_under(
+    uppermost: Callable[[_Self], Guard],
+) -> Callable[[Callable[[_Self], None]], Callable[[_Self], None]]:
+    """Decorate a close as `closing`, but under the lock of another object: the one that is above this object's own, and
+    that the close has to take as well."""
+
+    def decorate(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
+        @wraps(call)
+        def wrapper(self: _Self, /) -> None:
+            if not self.guard.forked:
+                run_outside(partial(_close, self, call, uppermost))
+
+        wrapper.uppermost = uppermost  # type: ignore[attr-defined]
+        return wrapper
+
+    return decorate
+
+
 def closing_in_hooks(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
     """Decorate a close as `closing`, but a hook may call it and have it done at once: only for an object whose lock is
     below that of the list of blocks, which the caller of the hook holds."""
@@ -392,20 +410,26 @@ def run_outside(step: Callable[[], object]) -> None:
 def close_now(thing: Guarded) -> None:
     """Close `thing` from inside of the guarded call that owns it, at once, under its lock. Raises what the close
     raises."""
-    with thing.guard.lock:
-        type(thing).close.__wrapped__(thing)  # type: ignore[attr-defined]
+    close = type(thing).close  # type: ignore[attr-defined]
+    with getattr(close, "uppermost", _own)(thing).lock:
+        close.__wrapped__(thing)
 
 
 # --------------------------------------------------------------------------------------------------------------- below
 
 
-def _close(thing: _Self, call: Callable[[_Self], None]) -> None:
+def _own(thing: Guarded) -> Guard:
+    return thing.guard
+
+
+def _close(thing: _Self, call: Callable[[_Self], None], uppermost: Callable[[_Self], Guard] = _own) -> None:
     """Close `thing`, outside of every call or at the end of one, where no lock is held."""
+    lock = uppermost(thing).lock
     if _thread.inside:
-        with thing.guard.lock:
+        with lock:
             call(thing)
     else:
-        _run(thing.guard.lock, partial(call, thing), None)
+        _run(lock, partial(call, thing), None)
 
 
 def _nothing() -> None:
