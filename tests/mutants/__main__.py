@@ -1,9 +1,10 @@
-"""Mistakes put in, one at a time: somebody has to notice each. `scripts/mutants` runs this.
+"""Mistakes put in, one at a time: a test has to notice each. `scripts/mutants` runs this.
 
-A mutant is a file, a piece of it that is there once, and what stands there instead. Those of the fake kernel the
-contract has to notice; those of the library (`--library`) tests/unit/test_failures.py, where each call is made to fail,
-and those in hand-overs, the dirty log and the like the tests of these. They run on a copy of the checkout, without
-devices; a mutant under which all pass is a sentence that is missing.
+A mutant is the name of a function, class or constant, a text that occurs in it once, and the text in its place. The
+contract has to notice the mutants of the fake kernel. tests/unit/test_failures.py, where each call is made to fail, has
+to notice those of the library (`--library`), and the tests of hand-overs, of the dirty log and the like those of these
+parts. The tests run on a copy of the checkout, without devices. A mutant under which all pass is a sentence that is
+missing.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ _TIMEOUT = 300  # a lock that is kept
 
 def is_caught(checkout: Path, suite: Suite, mutant: Mutant) -> str | None:
     """The first test that fails under a mutant, in a copy of the checkout; None when all pass."""
-    path = checkout / suite.folder / mutant.file
+    path, mutated = mutant.apply(checkout / suite.folder)
     original = path.read_text(encoding="utf-8")
-    path.write_text(mutant.apply(original), encoding="utf-8")
+    path.write_text(mutated, encoding="utf-8")
     try:
         witnesses = (_fails(checkout, arguments) for arguments in suite.rounds(mutant))
         return next((witness for witness in witnesses if witness is not None), None)

@@ -22,25 +22,25 @@ _MUTANTS = (
     # ----------------------------------------------------------------------------------------------------- whole block
     # The guard page is a mapping of its own then, of which the process has none left.
     Mutant(
-        "memory/reservation.py",
+        "Reservation.activate_whole",
         "self.max_length + (PAGE_SIZE if anonymous else 0), self._store.protection",
         "self.max_length, self._store.protection",
         "whole block",
     ),
     # There are no pages behind what is used: a touch is SIGBUS where the machine has none.
-    Mutant("memory/reservation.py", "            self._store.provide(0, provided)\n", "", "whole block"),
+    Mutant("Reservation.activate_whole", "            self._store.provide(0, provided)\n", "", "whole block"),
     Mutant(
-        "ramblock.py",
-        "            block._memory.provide(old, new)  # it may have",
-        "            # it may have",
+        "BlockState.grow",
+        "                self.memory.provide(old, length)  # a block that",
+        "                # a block that",
         "whole block",
     ),
     # What comes back is not zeroed.
-    Mutant("ramblock.py", "            block._memory.clear(old, new)\n", "", "whole block"),
+    Mutant("BlockState.grow", "                self.memory.clear(old, length)\n", "", "whole block"),
     # ------------------------------------------------------------------------------------------------------- dirty log
     # What the kernel forgets as it tells is not dirty when the telling fails.
     Mutant(
-        "dirty/log.py",
+        "DirtyLog._collect",
         "        self._soil(block, [_pages(block, mapping.iova - iova, mapping.iova - iova + mapping.size)])\n"
         "        found = tracking.read(iova=mapping.iova, size=mapping.size)\n",
         "        found = tracking.read(iova=mapping.iova, size=mapping.size)\n"
@@ -49,92 +49,88 @@ _MUTANTS = (
     ),
     # Nobody got to know what was dirty, and it is clean.
     Mutant(
-        "dirty/log.py",
+        "DirtyLog.snapshot",
         "                self._soil(block, dirty)\n            raise\n",
         "                pass\n            raise\n",
         "dirty log",
     ),
     # What was cleared in the middle of a replacement stays so.
     Mutant(
-        "dirty/log.py",
+        "DirtyLog.ram_block_remapped",
         '        """And stay so, whatever was cleared meanwhile."""\n        self._soil(block, parts)\n',
         '        """And stay so, whatever was cleared meanwhile."""\n',
         "dirty log",
     ),
     # Only what a block has grown by has to be copied.
     Mutant(
-        "dirty/log.py",
+        "DirtyLog.ram_block_resized",
         "        del old_length, new_length\n        self._clean.pop(block, None)\n",
         "        if old_length < new_length:\n            self._soil(block, [Extent(old_length, new_length)])\n",
         "dirty log",
     ),
     # -------------------------------------------------------------------------------------------------- pages replaced
     # The newest lets go first.
-    Mutant(
-        "blocks/parts.py", "        tell_all(told[::-1], [event]", "        tell_all(told, [event]", "pages replaced"
-    ),
+    Mutant("remap", "tell_all(event, told[::-1], replace)", "tell_all(event, told, replace)", "pages replaced"),
     # A granule is cut.
-    Mutant("dma.py", "*self._policy.round_out(parts)", "*parts", "pages replaced"),
+    Mutant("DmaMapper.ram_block_remapping", "*self._policy.round_out(parts)", "*parts", "pages replaced"),
     # ------------------------------------------------------------------------------------------------------- hand-over
     # It is not known whether addresses were given up when a signal handler ends the call.
     Mutant(
-        "live_update/handing_over.py",
+        "HandOver._begin",
         "            self._given_up = True\n            give_up_all(container)\n",
         "            give_up_all(container)\n            self._given_up = True\n",
         "hand-over",
     ),
     # What the kernel gave up is not compared with what is known.
-    Mutant("live_update/vaddr.py", "    if given_up != expected:\n", "    if False:\n", "hand-over"),
+    Mutant("give_up_all", "    if given_up != expected:\n", "    if False:\n", "hand-over"),
     # An address that the other process has given stays.
     Mutant(
-        "live_update/handing_over.py",
+        "HandOver._restore_one",
         "        give_up_vaddr(self._container, mapping)\n        set_vaddr(self._container, mapping)\n",
         "        set_vaddr(self._container, mapping)\n",
         "hand-over",
     ),
     # After a cancel that the kernel has refused the container can be used, and closed, though mappings wait.
     Mutant(
-        "live_update/handing_over.py",
+        "HandOver._restore",
         "            for handle in handles:\n                handle._set_aside()\n            raise\n",
         "            raise\n",
         "hand-over",
     ),
     # What could not be handed over stays half handed over.
     Mutant(
-        "live_update/handing_over.py",
+        "hand_over",
         "            update.cancel()\n        except Exception",
         "            pass\n        except Exception",
         "hand-over",
     ),
     # The same, where it could not be taken over; and the caller's descriptors are closed.
+    Mutant("take_over", "        taking.give_back(error)\n        raise\n", "        raise\n", "hand-over"),
     Mutant(
-        "live_update/taking_over.py", "        taking.give_back(error)\n        raise\n", "        raise\n", "hand-over"
-    ),
-    Mutant(
-        "live_update/taking_over.py",
-        "            block._memory.disown()\n",
-        "            block._memory.own()\n",
+        "_Taking.give_back",
+        "            block.state.memory.disown()\n",
+        "            block.state.memory.own()\n",
         "hand-over",
     ),
     # An address that was just told is not known to have been.
     Mutant(
-        "live_update/taking_over.py",
+        "_Taking._tell",
         "        self._told.append(mapping)\n        try:\n            set_vaddr(container, mapping)\n",
         "        try:\n            set_vaddr(container, mapping)\n            self._told.append(mapping)\n",
         "hand-over",
     ),
     # Memory under a live view goes.
     Mutant(
-        "live_update/handing_over.py",
-        "                block._check_views(0)\n            for device",
+        "HandOver.finish",
+        "                block.state.check_views(0)\n            for device",
         "                pass\n            for device",
         "hand-over",
     ),
     # The memory of blocks stays mapped in a process that has them no more.
     Mutant(
-        "live_update/handing_over.py",
-        "steps += [self._blocks._forget, partial(self._blocks._resume, self)]",
-        "steps += [partial(self._blocks._resume, self)]",
+        "HandOver._forget",
+        "steps += [self._blocks.forget, partial(self._blocks.resume, self)]",
+        "steps += [partial(self._blocks.resume, self)]",
         "hand-over",
     ),
 )

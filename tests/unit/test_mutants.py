@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from pathlib import Path
 
 import pytest
 
@@ -22,8 +23,8 @@ OPERATIONS = (
 )
 def test_each_mutant_changes_one_place_and_is_still_python(suite: Suite, mutant: Mutant) -> None:
     """And is another program than the one it was made of."""
-    source = (ROOT / suite.folder / mutant.file).read_text(encoding="utf-8")
-    assert ast.dump(ast.parse(mutant.apply(source))) != ast.dump(ast.parse(source))
+    path, mutated = mutant.apply(ROOT / suite.folder)
+    assert ast.dump(ast.parse(mutated)) != ast.dump(ast.parse(path.read_text(encoding="utf-8")))
 
 
 def test_there_are_enough_of_them() -> None:
@@ -45,8 +46,20 @@ def test_each_part_that_listens_or_hands_over_has_a_mistake_of_its_own() -> None
     assert all((ROOT / arguments[0]).is_file() for rounds in parts.values() for arguments in rounds)
 
 
-@pytest.mark.parametrize("text", ["", "a a"])
-def test_a_list_that_is_out_of_date_says_so(text: str) -> None:
+def test_a_mutant_finds_its_function_in_whichever_file_it_stands(tmp_path: Path) -> None:
+    """The same text in another function stays."""
+    (tmp_path / "rooms").mkdir()
+    (tmp_path / "rooms" / "list.py").write_text(
+        "class List:\n    def add(self):\n        go()\n\n    @held\n    def close(self):\n        go()\n"
+    )
+    path, mutated = Mutant("List.close", "        go()\n", "        stop()\n").apply(tmp_path)
+    assert path == tmp_path / "rooms" / "list.py"
+    assert mutated.splitlines()[2::4] == ["        go()", "        stop()"]
+
+
+@pytest.mark.parametrize("text", ["b = 1", "a = 'a'", "def b(a): return 1", "def f():\n    a = 1"])
+def test_a_list_that_is_out_of_date_says_so(text: str, tmp_path: Path) -> None:
     """In place of a mistake that nobody made."""
+    (tmp_path / "module.py").write_text(text)
     with pytest.raises(ValueError, match="out of date"):
-        Mutant("type1.py", "a", "b").apply(text)
+        Mutant("a", "a", "b").apply(tmp_path)
