@@ -22,6 +22,7 @@ from pyvfio.guard import (
     close_now,
     closing,
     closing_in_hooks,
+    closing_under,
     guarded,
     making,
     reading,
@@ -199,6 +200,37 @@ class TestSignals:
         with pytest.raises(InterruptionError) as caught:
             Thing().change(fail)
         assert isinstance(caught.value.__context__, ValueError)
+
+
+class Part:
+    """Takes the lock of its whole before its own."""
+
+    def __init__(self, whole: Thing) -> None:
+        self.guard = Guard("this part")
+        self.whole = whole
+
+    @closing_under(lambda part: part.whole.guard)
+    def close(self) -> None:
+        self.whole.events.append("part closed")
+
+
+class TestLocks:
+    """Which one a close takes."""
+
+    @pytest.mark.parametrize("now", [True, False], ids=["from inside", "from outside"])
+    def test_a_part_is_closed_under_the_lock_of_its_whole(self, *, now: bool) -> None:
+        whole, entered, left = Thing(), threading.Event(), threading.Event()
+        part = Part(whole)
+        worker = threading.Thread(target=lambda: whole.change(each(entered.set, left.wait)))
+        worker.start()
+        entered.wait()
+        closer = threading.Thread(target=(lambda: close_now(part)) if now else part.close)
+        closer.start()
+        closer.join(0.1)
+        left.set()
+        worker.join()
+        closer.join()
+        assert whole.events == ["begin", "end", "part closed"]
 
 
 class TestFinalizers:
