@@ -202,6 +202,10 @@ class TestSignals:
         assert isinstance(caught.value.__context__, ValueError)
 
 
+def _whole(part: Part) -> Guard:
+    return part.whole.guard
+
+
 class Part:
     """Takes the lock of its whole before its own."""
 
@@ -209,7 +213,7 @@ class Part:
         self.guard = Guard("this part")
         self.whole = whole
 
-    @closing_under(lambda part: part.whole.guard)
+    @closing_under(_whole)
     def close(self) -> None:
         self.whole.events.append("part closed")
 
