@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -301,6 +302,28 @@ class TestFinalizers:
         thing = Thing()
         thing.close()
         assert thing.events == ["closed"]
+
+    def test_a_finalizer_that_comes_while_handlers_are_replaced_leaves_each_where_it_was(self) -> None:
+        """At each point of the change, whatever the finalizer calls."""
+        thing, other = Thing(), Thing()
+        before = signal.signal(signal.SIGUSR1, lambda number, _frame: thing.events.append(str(number)))
+        handler, at, points = signal.getsignal(signal.SIGUSR1), 0, 1
+
+        def finalize(_frame: FrameType, _event: str, _argument: object) -> None:
+            nonlocal points
+            points += 1
+            if points == at:
+                other.close()
+
+        while at <= points:
+            at, points = at + 1, 0
+            sys.setprofile(finalize)
+            thing.change()
+            sys.setprofile(None)
+            assert signal.getsignal(signal.SIGUSR1) is handler
+            assert not guard._signals._replaced
+        assert len(other.events) > 10
+        signal.signal(signal.SIGUSR1, before)
 
     def test_a_close_that_was_put_off_and_fails_is_logged(self, caplog: pytest.LogCaptureFixture) -> None:
         class Broken(Thing):
