@@ -170,12 +170,10 @@ class _Signals:
     def put_back(self) -> None:
         """Give each signal its handler back, unless the program has set another one, and run the handlers due."""
         try:
-            while self._replaced:
-                number = next(iter(self._replaced))
-                handler = self._replaced[number]
+            for number, handler in list(self._replaced.items()):
                 if (other := self._set(number, handler)) is not self._route and other is not handler:
                     self._set(number, other)
-                del self._replaced[number]
+                self._replaced.pop(number, None)  # a finalizer may have made a call of its own meanwhile
         finally:
             if self.noted:
                 self.deliver()
@@ -456,10 +454,10 @@ def _run(lock: RLock | None, call: Callable[[], _Result], undo: Callable[..., ob
         finally:
             thread.busy = False
     signals = _signals if get_ident() == _signals.main else None
-    if signals is not None:
-        signals.replace()
     try:
-        thread.inside = thread.busy = True  # from here on signals are noted
+        thread.inside = thread.busy = True  # from here on finalizers are put off: a call of theirs would put back
+        if signals is not None:
+            signals.replace()  # and signals are noted
         result = call() if lock is None else _locked(lock, call)
     except BaseException:
         undo = None  # there is no object

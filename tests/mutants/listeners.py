@@ -30,13 +30,13 @@ _MUTANTS = (
     # There are no pages behind what is used: a touch is SIGBUS where the machine has none.
     Mutant("Reservation.activate_whole", "            self._store.provide(0, provided)\n", "", "whole block"),
     Mutant(
-        "RamBlockList._relabel",
-        "            block._memory.provide(old, new)  # it may have",
-        "            # it may have",
+        "BlockState.grow",
+        "                self.memory.provide(old, length)  # a block that",
+        "                # a block that",
         "whole block",
     ),
     # What comes back is not zeroed.
-    Mutant("RamBlockList._relabel", "            block._memory.clear(old, new)\n", "", "whole block"),
+    Mutant("BlockState.grow", "                self.memory.clear(old, length)\n", "", "whole block"),
     # ------------------------------------------------------------------------------------------------------- dirty log
     # What the kernel forgets as it tells is not dirty when the telling fails.
     Mutant(
@@ -70,7 +70,7 @@ _MUTANTS = (
     ),
     # -------------------------------------------------------------------------------------------------- pages replaced
     # The newest lets go first.
-    Mutant("remap", "        tell_all(told[::-1], [event]", "        tell_all(told, [event]", "pages replaced"),
+    Mutant("remap", "tell_all(event, told[::-1], replace)", "tell_all(event, told, replace)", "pages replaced"),
     # A granule is cut.
     Mutant("DmaMapper.ram_block_remapping", "*self._policy.round_out(parts)", "*parts", "pages replaced"),
     # ------------------------------------------------------------------------------------------------------- hand-over
