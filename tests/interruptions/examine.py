@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from tests.interruptions.operations import Operation
 from tests.interruptions.points import Walk
 from tests.interruptions.scene import Scene, SeenKernel, State
+from tests.interruptions.victims import hold
 from tests.unit.fakes import Interrupt
 
+Victim: TypeAlias = Callable[[Scene], Callable[[], object]]
 FIRST, SECOND = signal.SIGUSR1, signal.SIGUSR2
 
 
@@ -143,3 +145,60 @@ def _line(error: BaseException) -> int:
     while trace is not None and trace.tb_next is not None and trace.tb_next.tb_frame.f_code.co_filename == __file__:
         trace = trace.tb_next
     return 0 if trace is None else trace.tb_lineno
+
+
+# ------------------------------------------------------------------------------------------------ collections
+
+
+class Outcome(NamedTuple):
+    """What a call raised, by name, and what there is then."""
+
+    error: str
+    state: State
+
+
+def _outcome(scene: Scene, call: Callable[[], object]) -> Outcome:
+    error = ""
+    try:
+        scene.made = call()
+    except Exception as raised:
+        error = type(raised).__name__
+    return Outcome(error, scene.state())
+
+
+def rehearse_collections(operation: Operation, kernel: SeenKernel, victim: Victim) -> tuple[int, list[Outcome]]:
+    """How many points there are, and what may come out: that of a close before the operation, and of one behind it."""
+    outcomes = []
+    for first in (True, False):
+        scene = Scene(kernel)
+        operation.prepare(scene)
+        close = victim(scene)
+        scene.note_iovas()
+        if first:
+            close()
+        walk = Walk()
+        outcome = _outcome(scene, partial(walk.run, partial(operation.call, scene)))
+        if not first:
+            close()
+            outcome = Outcome(outcome.error, scene.state())
+        outcomes.append(outcome)
+        scene.close()
+    return walk.count, outcomes
+
+
+def examine_collection(
+    operation: Operation, kernel: SeenKernel, victim: Victim, at: int, legal: Sequence[Outcome]
+) -> str:
+    """What is wrong after an operation in which a victim has gone, in words."""
+    scene = Scene(kernel)
+    operation.prepare(scene)
+    walk = Walk({at: hold(victim(scene))})
+    scene.note_iovas()
+    try:
+        found = _outcome(scene, partial(walk.run, partial(operation.call, scene)))
+        same = [outcome.state for outcome in legal if outcome.error == found.error]
+        wrong = difference(found.state, *same) if same else f"{found.error or 'nothing'} was raised"
+        scene.close()
+    except Exception as error:
+        wrong = f"{type(error).__name__}: {error}, line {_line(error)}"
+    return wrong and f"{operation.name}, point {at}, at {' and '.join(walk.where)}: {wrong}"

@@ -285,6 +285,7 @@ def _dirty() -> Iterator[Operation]:
 
 def _portable(scene: Scene) -> None:
     scene.fill(resize="extend", memory=pyvfio.Memfd())
+    scene.portable = True
 
 
 def _handing(scene: Scene) -> None:

@@ -109,7 +109,8 @@ class Update:
 class Scene:
     """What an operation begins with. A test adds to it; `close` closes all of it.
 
-    `made` is the result of the operation, where it makes an object.
+    `made` is the result of the operation, where it makes an object. `portable`: the container goes to another process,
+    so that no device of anybody else's can be in it.
     """
 
     def __init__(self, kernel: SeenKernel) -> None:
@@ -126,6 +127,7 @@ class Scene:
         self.iovas: dict[str, int] = {}
         self.fds: tuple[int, ...] = ()
         self.made: object = None
+        self.portable = False
 
     # ------------------------------------------------------------------------------------------------ what there is
 
