@@ -66,6 +66,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="interrupt every operation at each of its points, in place of a sample of them (some minutes)",
     )
     group.addoption(
+        "--thread-steps",
+        type=int,
+        default=100_000,
+        metavar="N",
+        help="how many steps eight threads take together (default: 100000)",
+    )
+    group.addoption(
         "--hw-required", action="store_true", help="a test that lacks what it needs fails, where it would be skipped"
     )
     group.addoption(

@@ -26,6 +26,31 @@ STATELESS = {
     "pure, and documented to be the caller's to lock": "IovaAllocator",
     "numbers": "Iova Vaddr",
 }
+PLAIN: Mapping[str, object] = {
+    "alignment": PAGE_SIZE,
+    "bdf": BDF,
+    "bitmap": None,
+    "blocks": [],
+    "data": bytes(4),
+    "discarded": (),
+    "extension": ioctls.VFIO_TYPE1v2_IOMMU,
+    "idstr": "new",
+    "index": 0,
+    "iommu_type": ioctls.VFIO_TYPE1v2_IOMMU,
+    "iova": 0,
+    "max_length": MOST,
+    "new_length": PAGE_SIZE,
+    "number": 2,
+    "offset": 0,
+    "old_length": 2 * PAGE_SIZE,
+    "parts": [Extent(0, PAGE_SIZE)],
+    "places": {},
+    "size": PAGE_SIZE,
+    "stale": (),
+    "used_length": PAGE_SIZE,
+    "value": 0,
+}
+"""Arguments by the name of the parameter. A name that is new has to be added here."""
 _SETTERS = {"bus_master", "memory_enabled"}
 
 
@@ -98,41 +123,18 @@ class World:
         self.buffer.close()
 
     def arguments(self) -> dict[str, object]:
-        """By the name of the parameter. A new name has to be added here."""
-        part = Extent(0, PAGE_SIZE)
-        vaddr = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        """By the name of the parameter."""
         return {
-            "alignment": PAGE_SIZE,
-            "bdf": BDF,
-            "bitmap": None,
+            **PLAIN,
             "block": self.ring,
-            "blocks": [],
             "buffer": self.buffer,
             "by": self.update,
             "container": self.container,
-            "data": bytes(4),
-            "discarded": (),
-            "extension": ioctls.VFIO_TYPE1v2_IOMMU,
             "group": self.device.group,
-            "idstr": "new",
-            "index": 0,
-            "iommu_type": ioctls.VFIO_TYPE1v2_IOMMU,
-            "iova": 0,
             "mapper": self.mapper,
-            "max_length": MOST,
-            "new_length": PAGE_SIZE,
             "notifier": self.listener,
-            "number": 2,
-            "offset": 0,
-            "old_length": 2 * PAGE_SIZE,
-            "parts": [part],
-            "places": {},
-            "size": PAGE_SIZE,
-            "stale": (),
             "tracking": self.tracking,
-            "used_length": PAGE_SIZE,
-            "vaddr": vaddr,
-            "value": 0,
+            "vaddr": ctypes.addressof(ctypes.c_char.from_buffer(self.memory)),
         }
 
     def calls(self) -> list[Call]:
