@@ -464,6 +464,11 @@ class Reservation:
         self._held = self._touched
         self._length = self._accessible = length
 
+    def let_go(self) -> None:
+        """Say that no device reaches more of it than it was told of, whatever an earlier failure had left."""
+        if not self._kept:
+            self._held = 0
+
     def keep(self) -> None:
         """Never give anything back from now on, not by `release` either: a device may reach any of it for ever."""
         self._kept = True
@@ -512,9 +517,6 @@ class Reservation:
             self._kernel.munmap(vaddr, self.max_length + PAGE_SIZE)
         except OSError:
             self.vaddr = vaddr
-            raise
-        except BaseException:  # a signal handler: whether it went nobody knows, so that nobody may unmap it again
-            self._store.close()
             raise
         self._length = self._accessible = self._touched = self._held = 0
         self._store.close()
