@@ -138,8 +138,10 @@ class RamBlockList(ContextManager):
             f"{block.idstr!r} {block.state.start:#x}+{block.used_length:#x}" for block in self._blocks[:8]
         )
         more = ", …" if self._blocks[8:] else ""
-        state = "closed" if self._closed else f"{len(self._blocks)} blocks"
-        return f"<RamBlockList {state}{': ' if blocks else ''}{blocks}{more}, {len(self._notifiers)} notifiers>"
+        count = f"{len(self._blocks)} block{'' if len(self._blocks) == 1 else 's'}"
+        notifiers = f"{len(self._notifiers)} notifier{'' if len(self._notifiers) == 1 else 's'}"
+        state = "closed" if self._closed else count
+        return f"<RamBlockList {state}{': ' if blocks else ''}{blocks}{more}, {notifiers}>"
 
     @property
     def notifiers(self) -> tuple[RamBlockNotifier, ...]:
@@ -148,7 +150,7 @@ class RamBlockList(ContextManager):
 
     def block_at(self, vaddr: int) -> RamBlock | None:
         """The block whose reserved address space holds `vaddr` (`qemu_ram_block_from_host`). O(log n)."""
-        blocks = self._blocks
+        blocks, vaddr = self._blocks, operator.index(vaddr)
         position = bisect_right(blocks, vaddr, key=lambda block: block.state.start) - 1
         if position < 0 or vaddr >= blocks[position].state.start + blocks[position].max_length:
             return None

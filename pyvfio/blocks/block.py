@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 from pyvfio.blocks.state import BlockState, ResizedCallback
 from pyvfio.errors import ClosedError, MemoryNotReturnedWarning
-from pyvfio.extents import Extent
+from pyvfio.extents import Extent, total
 from pyvfio.guard import Guard, reading
 from pyvfio.kernel import Kernel
 from pyvfio.memory import MemoryKind, MemorySettings
@@ -231,7 +231,7 @@ class RamBlock:
 
     def __repr__(self) -> str:
         where = "removed" if self.state.removed else f"vaddr={self.state.start:#x}"
-        holes = f" discarded={len(self.discarded)} parts" if self.discarded else ""
+        holes = f" discarded={total(self.discarded):#x}" if self.discarded else ""
         return f"<RamBlock {self.idstr!r} {where} used={self.used_length:#x} max={self.max_length:#x}{holes}>"
 
     def _owner(self) -> _Owner:

@@ -237,6 +237,13 @@ def _forget(kernel: Kernel, vaddr: int, size: int) -> None:
         kernel.madvise(vaddr, size, MADV_DONTNEED_LOCKED)
 
 
+def _overcommit() -> str:
+    try:
+        return Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip()
+    except OSError:  # the process sees no /proc
+        return ""
+
+
 class _AnonymousStore:
     fd, offset, page_size, protection = -1, 0, PAGE_SIZE, _READ_WRITE
     holds_contents, can_drop, is_own, owned = False, True, True, False
@@ -247,7 +254,7 @@ class _AnonymousStore:
         self.warnings: list[Warning] = []
         self.flags = MAP_PRIVATE | mmap.MAP_ANONYMOUS
         if kind.noreserve:
-            if Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip() == "2":
+            if _overcommit() == "2":
                 raise ValueError("noreserve does nothing where vm.overcommit_memory is 2: the memory is charged anyway")
             self.flags |= MAP_NORESERVE
 
@@ -439,7 +446,8 @@ class _FileStore:
                 )
             )
             return MAP_SHARED
-        self._kernel.munmap(probe, size)
+        with suppress(OSError):  # a page of address space is lost
+            self._kernel.munmap(probe, size)
         return MAP_SHARED_VALIDATE | MAP_SYNC
 
     def provide(self, start: int, end: int) -> None:

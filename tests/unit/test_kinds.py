@@ -10,8 +10,9 @@ import socket
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,6 +163,46 @@ def test_a_block_that_cannot_be_made_leaves_nothing_behind(
         blocks.close()
         if call != "munmap":  # what could not be given back is lost
             assert areas() == maps
+
+
+CHANGES: dict[str, Callable[[RamBlock], object]] = {
+    "grow": lambda block: block.resize(16 * PAGE_SIZE),
+    "shrink": lambda block: block.resize(PAGE_SIZE),
+    "discard": lambda block: block.discard(0, PAGE_SIZE),
+    "populate": lambda block: block.populate(2 * PAGE_SIZE, PAGE_SIZE),
+    "remap": lambda block: block.remap(0, PAGE_SIZE),
+    "remove": lambda block: block.remove(),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pyvfio.MemoryNotReturnedWarning")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_call_that_fails_is_never_a_bare_error(
+    kernel: SpecialKernel, blocks: RamBlockList, name: str, change: str
+) -> None:
+    """IoctlError has the call and its arguments, whichever call of the block's life it was."""
+
+    def live() -> None:
+        block = blocks.add("ring", used_length=4 * PAGE_SIZE, max_length=MIB, memory=kind, prealloc=1)
+        with suppress(pyvfio.DiscardError):  # of a file that is not to be punched
+            block.discard(2 * PAGE_SIZE, PAGE_SIZE)
+            CHANGES[change](block)
+
+    with kinds(name) as kind:
+        kernel.clear_trace()
+        live()
+        for call, count in Counter(call.call for call in kernel.trace).items():
+            for nth in range(1, count + 1):
+                for block in tuple(blocks):
+                    block.remove()
+                kernel.fail(call=call, errno=errno.EIO, nth=nth)
+                try:
+                    live()
+                except OSError as error:
+                    assert isinstance(error, pyvfio.IoctlError), (call, nth)  # noqa: PT017 (all others are fine)
+                kernel.clear_failures()
+        blocks.close()
 
 
 def areas() -> int:

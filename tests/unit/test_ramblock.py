@@ -272,6 +272,79 @@ def test_a_removed_block_cannot_be_used(blocks: RamBlockList) -> None:
     assert "removed" in repr(block)
 
 
+def test_a_list_knows_its_blocks_and_their_names(blocks: RamBlockList) -> None:
+    """Those of other lists it does not, nor names that are no text."""
+    block, other = ram(blocks), RamBlockList()
+    stranger = ram(other, idstr="stranger")
+    assert block in blocks
+    assert "ram" in blocks
+    for absent in (stranger, "stranger", b"ram", None, 0):
+        assert absent not in blocks
+    block.remove()
+    assert block not in blocks
+    assert "ram" not in blocks
+    other.close()
+
+
+def test_a_closed_list_takes_neither_a_block_nor_a_notifier(kernel: FakeKernel) -> None:
+    """ClosedError before any call; a notifier that it has can leave."""
+    blocks, notifier = RamBlockList(kernel=kernel), Notifier()
+    blocks.add_notifier(notifier)
+    blocks.close()
+    kernel.clear_trace()
+    for use in (lambda: ram(blocks), lambda: blocks.add_notifier(Notifier())):
+        with pytest.raises(ClosedError, match="has been closed"):
+            use()
+    blocks.remove_notifier(notifier)
+    assert kernel.trace == []
+    assert "closed" in repr(blocks)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda blocks: blocks.remove("ram"),
+        lambda blocks: blocks.remove(None),
+        lambda blocks: blocks.resize("ram", 0),
+        lambda blocks: blocks.discard(5, 0, 0),
+        lambda blocks: blocks["ram"].resize("1"),
+        lambda blocks: blocks["ram"].resize(1.0),
+        lambda blocks: blocks["ram"].populate(None, 0),
+        lambda blocks: blocks.block_at("ram"),
+        lambda blocks: blocks.add_notifier(5),
+        lambda blocks: blocks.add("new", used_length=None, max_length=PAGE_SIZE),
+        lambda blocks: blocks.add("new", used_length=0, max_length=PAGE_SIZE, prealloc=1.0),
+        lambda blocks: blocks.add("new", used_length=0, max_length=PAGE_SIZE, memory=5),
+    ],
+)
+def test_an_argument_of_the_wrong_class_is_a_type_error(
+    kernel: FakeKernel, blocks: RamBlockList, use: Callable[[RamBlockList], object]
+) -> None:
+    """Before any system call."""
+    ram(blocks)
+    kernel.clear_trace()
+    with pytest.raises(TypeError):
+        use(blocks)
+    assert kernel.trace == []
+    assert [block.used_length for block in blocks] == [4 * MIB]
+    blocks.close()
+
+
+def test_a_list_and_its_blocks_show_themselves(blocks: RamBlockList) -> None:
+    """In hex, and with the number of notifiers, of holes and of claims."""
+    block = ram(blocks)
+    assert repr(block) == f"<RamBlock 'ram' vaddr={block.vaddr:#x} used=0x400000 max=0x800000>"
+    assert repr(blocks) == f"<RamBlockList 1 block: 'ram' {block.vaddr:#x}+0x400000, 0 notifiers>"
+    block.discard(0, PAGE_SIZE)
+    assert "discarded=0x1000" in repr(block)
+    with blocks.discards.require_coordinated() as claim:
+        assert repr(blocks.discards) == "<DiscardGuard 1 require_coordinated>"
+        assert repr(claim) == "<DiscardClaim 'require_coordinated'>"
+    assert repr(claim) == "<DiscardClaim 'require_coordinated' closed>"
+    blocks.close()
+    assert (repr(blocks), repr(blocks.discards)) == ("<RamBlockList closed, 0 notifiers>", "<DiscardGuard no claims>")
+
+
 def test_a_block_belongs_to_one_list(blocks: RamBlockList) -> None:
     """Another one refuses it."""
     block = ram(blocks)
@@ -711,6 +784,30 @@ def test_an_undo_that_fails_is_told_with_its_cause_and_the_rest_is_undone(
     assert isinstance(raised.value.__cause__, cause)
     assert block.used_length == 4 * MIB
     assert notifiers["b"].known["ram"] == 6 * MIB
+
+
+@pytest.mark.parametrize("length", [0, 2 * MIB, 6 * MIB, MAX])
+def test_what_a_failed_undo_has_kept_is_let_go_by_the_next_resize_that_succeeds(
+    blocks: RamBlockList, length: int
+) -> None:
+    """All listeners have told then that they reach what is in use, and no more: parts can be given back again."""
+    block = ram(blocks)
+    notifier = Notifier()
+    blocks.add_notifier(notifier)
+    notifier.refuse["resized"] = [RollbackError("broken", [RefusalError()])]
+    with pytest.raises(RollbackError):
+        block.resize(6 * MIB)
+    assert block.state.memory.held == 6 * MIB
+    block.resize(length)
+    assert block.state.memory.held == 0
+    blocks.remove_notifier(notifier)
+    block.resize(2 * MIB)
+    filled(block)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        block.discard(0, MIB)
+    assert contents(block)[:MIB] == bytes(MIB)
+    block.remove()
 
 
 @pytest.mark.parametrize(
