@@ -134,7 +134,7 @@ def examine(operation: Operation, kernel: SeenKernel, dry: Dry, case: Case) -> t
     examination = Examination(operation, kernel, dry, case)
     try:
         wrong = examination.run()
-    except Exception as error:
+    except (Exception, Interrupt) as error:
         wrong = examination._say(f"{type(error).__name__}: {error}, line {_line(error)}")
     examination.interrupted = None  # or its traceback would keep the scene until the next collection
     return wrong, examination.walk.count - case.first

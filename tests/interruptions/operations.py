@@ -8,7 +8,6 @@ from typing import Literal, NamedTuple, TypeVar
 
 import pyvfio
 from pyvfio import ioctls
-from pyvfio.testing.fake import FakeKernel
 from pyvfio.units import PAGE_SIZE
 from tests.interruptions.scene import GROUP, MOST, Listener, Scene, Update
 from tests.unit.fakes import BDF
@@ -295,8 +294,7 @@ def _handing(scene: Scene) -> None:
 
 def _sent(scene: Scene) -> None:
     _handing(scene)
-    kernel: FakeKernel = scene.kernel
-    scene.fds = tuple(kernel.duplicate(fd) for fd in _update(scene).fds)
+    scene.fds = tuple(map(scene.kernel.dup, _update(scene).fds))
 
 
 def _take(scene: Scene) -> object:

@@ -63,7 +63,8 @@ class Call(NamedTuple):
 
 def stateful() -> list[type]:
     """The classes that the package exports, but exceptions and those of STATELESS."""
-    exported = {name: getattr(pyvfio, name) for name in pyvfio.__all__}
+    names: list[str] = vars(pyvfio)["__all__"]
+    exported = {name: getattr(pyvfio, name) for name in names}
     left_out = {name for names in STATELESS.values() for name in names.split()}
     classes = [kind for name, kind in exported.items() if inspect.isclass(kind) and name not in left_out]
     return [kind for kind in classes if not issubclass(kind, BaseException)]
@@ -72,7 +73,7 @@ def stateful() -> list[type]:
 class World:
     """One object of each class that has state. `close` closes all of them."""
 
-    def __init__(self, kernel: SeenKernel, *, progress: Callable[[pyvfio.Progress], object] | None = None) -> None:
+    def __init__(self, kernel: SeenKernel, *, progress: Callable[[pyvfio.Progress], None] | None = None) -> None:
         self.kernel = kernel
         self.listener = Listener()
         self.device = device = pyvfio.open_device(BDF, kernel=kernel)
@@ -101,7 +102,7 @@ class World:
         self.old_mapper = pyvfio.DmaMapper(self.other.container, self.old_blocks)
         self.old_blocks.add("sent", used_length=PAGE_SIZE, max_length=MOST, memory=pyvfio.Memfd())
         self.update = pyvfio.hand_over(self.old_mapper)
-        fds = [kernel.duplicate(fd) for fd in self.update.fds]
+        fds = [kernel.dup(fd) for fd in self.update.fds]
         self.taken = pyvfio.take_over(self.update.state, fds, kernel=kernel)
 
     def objects(self) -> list[object]:

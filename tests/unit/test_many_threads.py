@@ -85,9 +85,10 @@ class World:
 
     def check(self) -> None:
         """All that has to hold at any time."""
-        for structure in (self.blocks, self.blocks.discards, *(side.mapper for side in self.sides)):
-            structure._check()
+        self.blocks._check()
+        self.blocks.discards._check()
         for side in self.sides:
+            side.mapper._check()
             side.container._check()
         self.kernel.check()
         assert not self.kernel.violations
@@ -282,8 +283,8 @@ def _watch(world: World, over: threading.Event) -> None:
         if (done := sum(world.made.values())) != last:
             last, since = done, time.monotonic()
         elif time.monotonic() - since > PATIENCE:
-            print(f"no call has returned for {PATIENCE} s: a deadlock, after {done}", file=sys.__stderr__, flush=True)
-            faulthandler.dump_traceback(file=sys.__stderr__)
+            print(f"no call has returned for {PATIENCE} s: a deadlock, after {done}", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(file=2)
             os._exit(3)
 
 
