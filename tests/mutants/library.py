@@ -67,8 +67,7 @@ _MUTANTS = (
         "                raise\n",
         "add",
     ),
-    Mutant("Reservation._reserve", "            self._abort(start, end)
-", "", "add"),
+    Mutant("Reservation._reserve", "            self._abort(start, end)\n", "", "add"),
     # A mapping that the kernel refused is in the table.
     Mutant(
         "Container.map",
