@@ -126,7 +126,9 @@ def _opening() -> Iterator[Operation]:
     yield Operation("close a device", _busy, partial(_close, "device"))
     yield Operation("map a region", _region, lambda s: _device(s).region(0).mmap(), makes=True)
     yield Operation("close a mapped region", _region_map, partial(_close, "map"))
-    yield Operation("enable an interrupt", Scene.open, lambda s: _device(s).irq(MSI).enable(1))
+    yield Operation(
+        "enable an interrupt", Scene.open, lambda s: _device(s).irq(MSI).enable(1), refusals=(pyvfio.VfioError,)
+    )
     yield Operation("disable an interrupt", _interrupts, lambda s: _device(s).irq(MSI).disable())
     yield Operation("reset", _busy, lambda s: _device(s).reset())
 
@@ -187,7 +189,10 @@ def _changes() -> Iterator[Operation]:
         "add a notifier", _unheard, lambda s: _got(s.blocks).add_notifier(_got(s.listener)), refusals=(ValueError,)
     )
     yield Operation(
-        "remove a notifier", _listened, lambda s: _got(s.blocks).remove_notifier(_got(s.listener)), refusals=(ValueError,)
+        "remove a notifier",
+        _listened,
+        lambda s: _got(s.blocks).remove_notifier(_got(s.listener)),
+        refusals=(ValueError,),
     )
 
 
@@ -208,7 +213,9 @@ def _mapped(scene: Scene) -> None:
 def _temporary(scene: Scene) -> None:
     """Two that have been given up, which are not neighbours, and one that has not."""
     _mapper(scene)
-    first, second, third = (_got(scene.mapper).map_temporary(scene.buffer(name)) for name in ("first", "second", "third"))
+    first, second, third = (
+        _got(scene.mapper).map_temporary(scene.buffer(name)) for name in ("first", "second", "third")
+    )
     first.close()
     third.close()
     scene.things["temporary"] = second
