@@ -10,84 +10,43 @@ missing.
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from queue import SimpleQueue
 
 from tests.mutants import fake, library, listeners
-from tests.mutants.mutant import ROOT, Mutant, Suite
-
-_TIMEOUT = 300  # a lock that is kept
+from tests.mutants.checkout import borrowed, copies, first_failure, rewritten
+from tests.mutants.mutant import Mutant, Suite
 
 
 def is_caught(checkout: Path, suite: Suite, mutant: Mutant) -> str | None:
-    """The first test that fails under a mutant, in a copy of the checkout; None when all pass."""
+    """Return the first test that fails under a mutant, in a copy of the checkout, or None when all pass."""
     path, mutated = mutant.apply(checkout / suite.folder)
-    original = path.read_text(encoding="utf-8")
-    path.write_text(mutated, encoding="utf-8")
-    try:
-        witnesses = (_fails(checkout, arguments) for arguments in suite.rounds(mutant))
+    with rewritten(path, mutated):
+        witnesses = (first_failure(checkout, arguments) for arguments in suite.rounds(mutant))
         return next((witness for witness in witnesses if witness is not None), None)
-    finally:
-        path.write_text(original, encoding="utf-8")
-
-
-def _fails(checkout: Path, arguments: Sequence[str]) -> str | None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=no", *arguments]
-    try:
-        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False, timeout=_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        return f"not over in {_TIMEOUT} seconds"
-    if done.returncode == 0:
-        return None
-    failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return failures[0].split(" ", 1)[1].split(" - ")[0] if failures else f"pytest ended with {done.returncode}"
-
-
-@contextmanager
-def copies(count: int) -> Iterator[SimpleQueue[Path]]:
-    """So many copies of what the tests need."""
-    queue: SimpleQueue[Path] = SimpleQueue()
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 (a directory of one's own in it)
-    with tempfile.TemporaryDirectory(prefix="pyvfio-mutants-", dir=memory) as directory:
-        for number in range(count):
-            copy = Path(directory) / str(number)
-            for name in ("pyvfio", "tests", "examples"):
-                shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-            shutil.copy(ROOT / "pyproject.toml", copy)
-            queue.put(copy)
-        yield queue
 
 
 def run(suite: Suite, mutants: Sequence[Mutant], *, jobs: int) -> list[Mutant]:
-    """Print who notices each mutant; those that nobody does. Exits where somebody notices when there is nothing."""
+    """Print the test that notices each mutant, and return the mutants that none notices.
+
+    Exits where a test fails without any mistake.
+    """
     with copies(jobs) as queue, ThreadPoolExecutor(jobs) as pool:
 
         def find_fault(arguments: Sequence[str]) -> str | None:
-            pristine = queue.get()
-            try:
-                return _fails(pristine, arguments)
-            finally:
-                queue.put(pristine)
+            with borrowed(queue) as pristine:
+                return first_failure(pristine, arguments)
 
         for witness in pool.map(find_fault, {tuple(suite.rounds(mutant)[-1]) for mutant in mutants}):
             if witness is not None:
                 sys.exit(f"mutants: without any mistake, {witness} fails: nothing can be said of mutants")
 
         def judge(mutant: Mutant) -> tuple[Mutant, str | None]:
-            checkout = queue.get()
-            try:
+            with borrowed(queue) as checkout:
                 return mutant, is_caught(checkout, suite, mutant)
-            finally:
-                queue.put(checkout)
 
         survivors = []
         for mutant, witness in pool.map(judge, mutants):

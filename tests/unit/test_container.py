@@ -6,6 +6,9 @@ import errno
 import itertools
 import mmap
 import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -800,6 +803,34 @@ def test_memory_is_kept_while_another_process_keeps_the_group_in(kernel: Special
     kernel.check()
     kernel.close(stranger)
     assert kernel.mappings() == ()
+
+
+def test_without_assertions_each_refusal_stays() -> None:
+    """`python -O` changes nothing."""
+    program = """
+        import pyvfio
+        from pyvfio.testing import FakeKernel
+        with FakeKernel() as kernel, pyvfio.open_device("0000:00:02.0", kernel=kernel) as device:
+            container, irq, config = device.container, device.irq(1), device.config
+            irq.enable(1)
+            uses = [(ValueError, lambda: irq.trigger(7)), (ValueError, lambda: config.read16(1))]
+            uses += [(ValueError, lambda: irq.wait(7)), (ValueError, lambda: container.map(vaddr=1, iova=0, size=4096))]
+            closed = [lambda: container.reserve_iova(4096, alignment=4096, offset=0), lambda: container.entries_left]
+            closed += [lambda: container.detach(device.group), device.reset, lambda: config.read16(0), irq.wait]
+            def refused(expected, use):
+                try:
+                    use()
+                except expected:
+                    print("refused")
+            for expected, use in uses:
+                refused(expected, use)
+            device.close()
+            for use in closed:
+                refused(pyvfio.ClosedError, use)
+        """
+    command = [sys.executable, "-O", "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["refused"] * 10, done.stderr
 
 
 def test_a_closed_container_says_so(kernel: SpecialKernel) -> None:
