@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 import pyvfio
@@ -52,6 +54,29 @@ def test_a_vector_can_be_signalled_as_if_by_the_device(rig: Rig) -> None:
     irq.trigger()
     irq.trigger()
     assert irq.wait(timeout=10) == 2
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["disabled", "closed"])
+def test_a_waiting_thread_hears_that_the_interrupt_has_ended(rig: Rig, *, closed: bool) -> None:
+    """However long it would have waited."""
+    irq = rig.device.irq(ioctls.VFIO_PCI_MSI_IRQ_INDEX)
+    irq.enable(1)
+    heard: list[pyvfio.VfioError] = []
+
+    def wait() -> None:
+        try:
+            while True:
+                irq.wait()
+        except pyvfio.VfioError as error:
+            heard.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    rig.engine.raise_interrupt()
+    rig.engine.acknowledge_interrupt()
+    (rig.device.close if closed else irq.disable)()
+    thread.join()
+    assert isinstance(heard[0], pyvfio.ClosedError) == closed or "is not enabled" in str(heard[0])
 
 
 def test_two_kinds_of_interrupt_at_once_are_refused_and_nothing_leaks(rig: Rig) -> None:

@@ -102,8 +102,6 @@ _MUTANTS = (
         "                self._take_back()  # a device",
         "grow",
     ),
-    # Memory that a failed undo has kept stays so after the next resize.
-    Mutant("BlockState._relabel", "        self.memory.let_go()\n", "", "grow"),
     # What comes back is not zeroed.
     Mutant(
         "Reservation.activate",

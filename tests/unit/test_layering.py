@@ -204,3 +204,17 @@ def test_importing_needs_neither_root_nor_vfio_nor_libudev() -> None:
         cwd="/",
     )
     assert done.returncode == 0, done.stderr
+
+
+def assertions(tree: ast.AST, inside: str = "") -> Iterator[str]:
+    """The functions of a module that have an assertion, each by its name."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Assert):
+            yield inside
+        yield from assertions(node, node.name if isinstance(node, ast.FunctionDef) else inside)
+
+
+def test_only_a_check_of_the_state_asserts() -> None:
+    """`python -O` takes assertions away: nothing that a program depends on may be one."""
+    found = {name for path in modules().values() for name in assertions(ast.parse(path.read_text(encoding="utf-8")))}
+    assert found == {"_check", "_check_state"}
