@@ -126,16 +126,16 @@ class DmaMapper(BufferMapper):
         with self._lock:
             self._check_open()
             if (known := self._search(block)) is not None:  # a signal handler has ended its removal, which did nothing
-                self._change(known, block._populated(used_length))
+                self._change(known, block.state.populated_at(used_length))
                 return
             self._policy.check_length(used_length, "used_length")
-            self._check_parts(block, block._populated(used_length))  # it may have holes already
+            self._check_parts(block, block.state.populated_at(used_length))  # it may have holes already
             self._check_budget(block, max_length)
             iova = self._find_place(block, self._reserve, self._space.reserve_iova_at)
             window = self._window(block, iova)
             followed = _Followed(block.vaddr, block, window)
             try:
-                self._change(followed, block._populated(used_length))
+                self._change(followed, block.state.populated_at(used_length))
                 logger.debug("added %r at iova=%#x", block, iova)
                 insort(self._followed, followed)
             except BaseException as error:
@@ -166,7 +166,7 @@ class DmaMapper(BufferMapper):
                 window = self._window(block, self._space.reserve_iova_at(places[block.idstr], block.max_length))
                 window.resume(block.populated)
                 insort(self._followed, _Followed(block.vaddr, block, window))
-            blocks._set_notifiers([self])
+            blocks.follow(self)
             self._blocks = blocks
 
     def _forget(self) -> None:
@@ -236,7 +236,7 @@ class DmaMapper(BufferMapper):
     def _attendant(self, block: RamBlock) -> LongWork | None:
         # A device that only reads would have the page of zeros where nothing was written yet, and keep it: kernels pin
         # what is there (`vaddr_get_pfns` without FOLL_WRITE).
-        must = block.readonly and not block._memory.readable_only and block._prealloc is None
+        must = block.readonly and not block.state.memory.readable_only and not block.prealloc
         if not (must or self._prefault or self._progress is not None):
             return None
         threads = max(self._prefault, must)
@@ -280,7 +280,7 @@ class DmaMapper(BufferMapper):
             if not 0 <= new_length <= followed.window.size:
                 raise ValueError(f"{new_length:#x} is not within max_length {block.max_length:#x} of '{block.idstr}'")
             self._policy.check_length(new_length, "used_length")
-            self._change(followed, block._populated(new_length))
+            self._change(followed, block.state.populated_at(new_length))
 
     def ram_block_discarded(self, block: RamBlock, parts: Sequence[Extent]) -> None:
         """Unmap parts of the block; as `ram_block_resized`. ValueError: granules do not make them up."""
@@ -339,7 +339,7 @@ class DmaMapper(BufferMapper):
         followed.window.change(wanted, join=True)
 
     def _search(self, block: RamBlock) -> _Followed | None:
-        position = bisect_left(self._followed, (block._start,))
+        position = bisect_left(self._followed, (block.state.start,))
         if position == len(self._followed) or self._followed[position].block is not block:
             return None
         return self._followed[position]
@@ -400,7 +400,7 @@ class DmaMapper(BufferMapper):
 
     def _leave(self) -> None:
         if self._blocks is not None:
-            if self._blocks._knows(self):  # else it was taken out, or a signal handler has ended an earlier attempt
+            if self._blocks.knows(self):  # else it was taken out, or a signal handler has ended an earlier attempt
                 self._blocks.remove_notifier(self)
             self._blocks = None
         if self._claim is not None:
@@ -422,7 +422,7 @@ class DmaMapper(BufferMapper):
                 if window.settled:
                     assert reached == list(block.populated), (block, reached)
                 else:  # a change failed, and so did its undo: what is in reach besides is memory that is kept
-                    kept = Extent(0, block.max_length if block.whole else block._memory.held)
+                    kept = Extent(0, block.max_length if block.whole else block.state.memory.held)
                     assert not without(reached, *block.populated, kept), (block, reached)
                 assert self._policy.granule is None or all(p.size == self._policy.granule for p in window.pieces())
             addresses = [followed.vaddr for followed in self._followed]

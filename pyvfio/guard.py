@@ -40,7 +40,7 @@ from importlib import import_module
 from logging import getLogger
 from threading import RLock, get_ident, main_thread
 from types import FrameType, TracebackType
-from typing import Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, Self, TypeAlias, TypeVar
 
 from pyvfio.errors import ForkedError
 
@@ -89,11 +89,40 @@ class Guarded(Protocol):
 _Self = TypeVar("_Self", bound=Guarded)
 
 
+class ContextManager:
+    """A base of each class with `close()`: leaving a `with` block closes the object.
+
+    An exception of the block's own is never replaced: an error of the close is added to it as a note. Where the block
+    raises nothing, `with` raises the error of the close.
+    """
+
+    __slots__ = ()
+
+    def close(self) -> None:
+        """Close the object."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except Exception as failure:
+            if error is None:
+                raise
+            error.add_note(f"{self!r} could not be closed: {failure}")
+
+
 class _Thread(threading.local):
-    """Where a thread is. `inside`: in a guarded call. `busy`: and not in a hook that the call has called."""
+    """Where a thread is. `inside`: in a guarded call. `busy`: and not in a hook that the call has called. `undoing`: in
+    so many undos."""
 
     inside = False
     busy = False
+    undoing = 0
 
     def __init__(self) -> None:
         self.put_off: deque[Callable[[], object]] = deque()
@@ -305,12 +334,28 @@ called_out = _CalledOut()
 """Enter it around a call of a notifier's hook, inside of a guarded call, with no lock held but that of the list."""
 
 
+class _Undoing:
+    """See `undoing`. One for all: it has no state of its own."""
+
+    def __enter__(self) -> None:
+        _thread.undoing += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _thread.undoing -= 1
+
+
+undoing = _Undoing()
+"""Enter it around an undo that runs code with checkpoints, such as a notifier's hook: no handler runs meanwhile."""
+
+
 def checkpoint() -> None:
-    """Run the handlers of signals that came meanwhile; raises what they raise.
+    """Run the handlers of signals that came meanwhile; raises what they raise. In an undo nothing happens.
 
     For a guarded call between two pieces of its work, where an exception is undone like any other. Cost: a look-up.
     """
-    if _signals.noted and get_ident() == _signals.main:
+    if _signals.noted and get_ident() == _signals.main and not _thread.undoing:
         _signals.deliver()
 
 
@@ -363,12 +408,17 @@ def _run(lock: RLock | None, call: Callable[[], _Result], undo: Callable[[_Resul
     try:
         thread.inside = thread.busy = True  # from here on signals are noted
         result = call() if lock is None else _locked(lock, call)
+    except BaseException:
+        undo = None  # there is no object
+        raise
     finally:
-        if thread.put_off:
-            _catch_up(thread)
-        thread.inside = thread.busy = False  # from here on a handler runs at once
-        if signals is not None and undo is None:
-            signals.put_back()
+        try:
+            if thread.put_off:
+                _catch_up(thread)
+        finally:
+            thread.inside = thread.busy = False  # from here on a handler runs at once
+            if signals is not None and undo is None:
+                signals.put_back()
     if signals is not None and undo is not None:
         try:
             signals.put_back()
@@ -392,7 +442,8 @@ def _locked(lock: RLock, call: Callable[[], _Result]) -> _Result:
 def _catch_up(thread: _Thread) -> None:
     while thread.put_off:
         try:
-            thread.put_off.popleft()()
+            with undoing:  # a close that is interrupted would never be finished
+                thread.put_off.popleft()()
         except Exception:
             _logger.exception("a close that a finalizer had asked for in the middle of another call failed")
 

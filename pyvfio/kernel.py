@@ -205,6 +205,10 @@ class Kernel(Protocol):
         """memfd_create(2); MFD_CLOEXEC is always added."""
         ...
 
+    def dup(self, fd: int) -> int:
+        """Another descriptor of the same open file, close-on-exec: F_DUPFD_CLOEXEC of fcntl(2)."""
+        ...
+
     def ftruncate(self, fd: int, size: int) -> None:
         """ftruncate(2)."""
         ...
@@ -423,6 +427,10 @@ class LinuxKernel:
     def memfd_create(self, name: str, flags: int) -> int:
         """memfd_create(2) with MFD_CLOEXEC."""
         return os.memfd_create(name, flags | os.MFD_CLOEXEC)
+
+    def dup(self, fd: int) -> int:
+        """fcntl(2)."""
+        return os.dup(fd)
 
     def ftruncate(self, fd: int, size: int) -> None:
         """ftruncate(2)."""

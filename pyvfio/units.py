@@ -9,7 +9,8 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NewType
+from operator import index
+from typing import NewType, SupportsIndex
 
 Iova = NewType("Iova", int)
 """An address as the device uses it (I/O virtual address)."""
@@ -46,10 +47,12 @@ def is_aligned(number: int, alignment: int) -> bool:
     return number & (alignment - 1) == 0
 
 
-def check_whole_number(value: object, what: str) -> None:
-    """TypeError, with `what` in it, for what is no int, and for a bool, which is one by accident."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def check_whole_number(value: object, what: str) -> int:
+    """Return `value` as an int: numpy's integers are numbers, too. Raises TypeError, with `what` in it, for anything
+    else, and for a bool, which is an int by accident."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{what} must be a whole number, not {value!r}")
+    return index(value)
 
 
 def check_bool(value: object, what: str) -> None:

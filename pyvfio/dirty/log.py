@@ -146,7 +146,7 @@ class DirtyLog:
         Raises ValueError (outside of `used_length`, not a block of this list), ClosedError.
         """
         start, length = operator.index(offset), operator.index(size)
-        with self._list()._lock:
+        with self._list().guard.lock:
             self._check_followed(block)
             if not 0 <= start <= start + length <= block.used_length:
                 raise ValueError(
@@ -164,7 +164,7 @@ class DirtyLog:
         Raises ValueError where `mapper` does not follow the block or maps into another container than `tracking`'s, and
         what `DirtyTracking.read` raises; the mapping that it failed at is dirty then. Cost: an ioctl for each mapping.
         """
-        with self._list()._lock:
+        with self._list().guard.lock:
             self._check_followed(block)
             container = tracking._container
             if mapper.space is not container:
@@ -192,7 +192,7 @@ class DirtyLog:
         dirty: tuple[Extent, ...] = ()
         blocks = self._list()
         try:
-            with blocks._lock:
+            with blocks.guard.lock:
                 self._check_followed(block)
                 dirty = tuple(runs(without(block.populated, *self._clean.get(block, ()))))
                 found = DirtyBlock(block.idstr, block.used_length, block.page_size, dirty)
@@ -200,7 +200,7 @@ class DirtyLog:
                     self._clean[block] = list(block.populated)
                 return found
         except BaseException:
-            with blocks._lock:  # a signal handler may have raised when it was cleared, and nobody gets to know what was
+            with blocks.guard.lock:
                 self._soil(block, dirty)
             raise
 
@@ -209,7 +209,7 @@ class DirtyLog:
             raise ClosedError("this log has been closed")
         if os.getpid() != self._pid:
             raise ForkedError("this log", owner=self._pid)
-        if not self._blocks._knows(self):
+        if not self._blocks.knows(self):
             raise ClosedError("this log has been taken out of the list that it followed, and is told nothing more")
         return self._blocks
 
@@ -221,7 +221,7 @@ class DirtyLog:
         """Leave the list; twice is fine, and in a forked child it does nothing."""
         if self._blocks is None or os.getpid() != self._pid:
             return
-        if self._blocks._knows(self):  # else it was taken out, or a signal handler has ended an earlier attempt
+        if self._blocks.knows(self):  # else it was taken out, or a signal handler has ended an earlier attempt
             self._blocks.remove_notifier(self)
         self._claim.close()
         self._blocks = None

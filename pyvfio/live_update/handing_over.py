@@ -113,7 +113,7 @@ class HandOver:
 
     def _begin(self) -> None:
         if self._blocks is not None:
-            self._blocks._suspend(self)
+            self._blocks.suspend(self)
         container = self._container
         with self._mapper._lock, container._lock:
             self._groups = tuple(container._groups.values())
@@ -191,7 +191,7 @@ class HandOver:
             if self._container._handing is self:  # else nothing has happened, or a signal handler has ended a cancel
                 self._restore()
         if self._blocks is not None:
-            self._blocks._resume(self)
+            self._blocks.resume(self)
         self._close_on_exec()
         self._end("cancelled")
 
@@ -233,9 +233,9 @@ class HandOver:
             self._check_usable()
         with ExitStack() as stack:
             if self._blocks is not None:
-                stack.enter_context(self._blocks._lock)  # so that nobody takes a view meanwhile
+                stack.enter_context(self._blocks.guard.lock)  # so that nobody takes a view meanwhile
             for block in self._blocks or ():
-                block._check_views(0)
+                block.state.check_views(0)
             for device in self._devices:
                 device._check_views()
             self._end("finished")  # from here on there is no way back
@@ -244,7 +244,7 @@ class HandOver:
     def _forget(self) -> None:
         steps: list[Callable[[], object]] = [self._close_on_exec, self._mapper._forget]
         if self._blocks is not None:
-            steps += [self._blocks._forget, partial(self._blocks._resume, self)]
+            steps += [self._blocks.forget, partial(self._blocks.resume, self)]
         steps += [device._forget for device in self._devices]
         steps += [partial(_close, handle) for handle in (*self._groups, self._container)]
         attempt_all("forgetting what was handed over", steps)
@@ -287,11 +287,10 @@ def _describe(block: RamBlock, iova: int, pieces: Sequence[Extent]) -> BlockStat
         used_length=block.used_length,
         max_length=block.max_length,
         iova=iova,
-        memory=block._memory.kind,
+        memory=block.state.memory.kind,
         readonly=block.readonly,
         prealloc=block.prealloc,
         settings=block.settings,
         discarded=block.discarded,
-        stale=block._stale,
         pieces=tuple(pieces),
     )

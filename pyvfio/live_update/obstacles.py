@@ -20,7 +20,7 @@ def find_obstacles(mapper: DmaMapper, blocks: RamBlockList | None, container: Co
         found += _obstacles_of(block)
         if mapper._search(block) is None:  # it was taken out of the list
             found.append(f"RAM block '{block.idstr}' is not followed by this mapper any more: make another")
-    for notifier in blocks._notifiers if blocks is not None else ():
+    for notifier in blocks.notifiers if blocks is not None else ():
         if notifier is not mapper:
             found.append(f"{notifier!r} follows the blocks, too: remove_notifier() it first, or close it")
     found += [
@@ -46,13 +46,13 @@ def _strangers(mapper: DmaMapper, container: Container) -> list[str]:
 
 
 def _obstacles_of(block: RamBlock) -> list[str]:
-    memory = block._memory
+    memory = block.state.memory
     name = f"RAM block '{block.idstr}'"
     if not (isinstance(memory.kind, Memfd) or (isinstance(memory.kind, File) and memory.kind.shared)):
         return [f"the memory of {name} is this process's alone ({memory.kind}): add it with memory=Memfd()"]
     if block.whole:
         return [f"{name} is allocated in full, and cannot be resized elsewhere: add it again when nothing calls for it"]
-    if block._doubtful:
+    if block.state.doubtful:
         return [f"{name} has discarded parts that a device may reach: populate them once more"]
     if memory.retained or memory.held > block.used_length:
         return [f"{name} has memory that an earlier change could not give back: resize it once more"]

@@ -31,7 +31,7 @@ class DeviceState:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockState:
     """A RAM block that devices reach at `iova`: what it is made of, and which mappings it has, the `pieces`; all
-    extents in bytes of the block, ascending. `stale`: of what is discarded, what has not been given back."""
+    extents in bytes of the block, ascending."""
 
     idstr: str
     used_length: int
@@ -42,7 +42,6 @@ class BlockState:
     prealloc: int
     settings: MemorySettings
     discarded: tuple[Extent, ...]
-    stale: tuple[Extent, ...]
     pieces: tuple[Extent, ...]
 
     def __post_init__(self) -> None:
@@ -54,7 +53,6 @@ class BlockState:
             and 0 <= self.iova <= U64_MAX - self.max_length + 1
             and is_aligned(self.used_length | self.max_length | self.iova, PAGE_SIZE)
             and list(self.discarded) == runs(clip(self.discarded, 0, self.used_length))
-            and not without(self.stale, *self.discarded)
             and runs(self.pieces) == populated
             and all(one.end <= other.start for one, other in zip(self.pieces, self.pieces[1:], strict=False))
         ):
@@ -164,7 +162,6 @@ def _dump_block(block: BlockState) -> dict[str, object]:
         "prealloc": block.prealloc,
         "settings": {field.name: getattr(block.settings, field.name) for field in fields(MemorySettings)},
         "discarded": block.discarded,
-        "stale": block.stale,
         "pieces": block.pieces,
     }
 
@@ -181,7 +178,6 @@ def _load_block(row: _Fields) -> BlockState:
         prealloc=row.number("prealloc"),
         settings=MemorySettings(**{field.name: settings.flag(field.name) for field in fields(MemorySettings)}),
         discarded=row.extents("discarded"),
-        stale=row.extents("stale"),
         pieces=row.extents("pieces"),
     )
 

@@ -11,8 +11,9 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from pyvfio import ioctls
-from pyvfio.blocks.block import RamBlock, ResizedCallback
-from pyvfio.blocks.progress import ProgressCallback
+from pyvfio.blocks.block import RamBlock
+from pyvfio.blocks.progress import ProgressCallback, preallocate
+from pyvfio.blocks.state import ResizedCallback
 from pyvfio.container import Container, Group
 from pyvfio.device import Device
 from pyvfio.dma import DmaMapper
@@ -193,7 +194,7 @@ class _Taking:
         for fd in self._fds:
             os.set_inheritable(fd, False)  # noqa: FBT003
         for block in self._blocks:
-            block._memory.own()
+            block.state.memory.own()
         logger.debug("took over %r", container)
         return TakenOver(container, devices, blocks, mapper)
 
@@ -242,8 +243,8 @@ class _Taking:
             readonly=described.readonly,
         )
         self._blocks.append(block)
-        blocks._set_prealloc(block, described.prealloc, progress)
-        blocks._receive(block, used_length=described.used_length, discarded=described.discarded, stale=described.stale)
+        preallocate(block, self._kernel, threads=described.prealloc, progress=progress)
+        blocks.receive(block, used_length=described.used_length, discarded=described.discarded)
 
     def _tell(self, container: Container, block: RamBlock, iova: int, piece: Extent) -> None:
         container._table.add(iova=iova + piece.start, size=piece.size, vaddr=block.vaddr + piece.start)
@@ -278,12 +279,12 @@ class _Taking:
             for mapping in () if self._lost else self._told:
                 attempt(partial(give_up_vaddr, container, mapping), failures)
         for block in self._blocks:
-            block._list = None
-            block._memory.disown()
+            block.state.leave()
+            block.state.memory.disown()
             if failures or self._lost:
-                block._memory.keep()  # they may be addresses of it
+                block.state.memory.keep()  # they may be addresses of it
             else:
-                attempt(block._memory.release, failures)
+                attempt(block.state.memory.release, failures)
         for handle in self._handles:
             handle._abandon()
         if failures:

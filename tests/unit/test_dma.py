@@ -646,7 +646,7 @@ def test_what_a_failed_undo_left_in_reach_is_not_given_back_when_the_next_grow_i
             rig.blocks.add_notifier(_Refuser())
             with pytest.raises(ZeroDivisionError):
                 block.resize(2 * PAGE_SIZE)
-            rig.blocks.remove_notifier(rig.blocks._notifiers[0])
+            rig.blocks.remove_notifier(rig.blocks.notifiers[0])
         kernel.check()
         block.resize(3 * PAGE_SIZE)
         rig.check()
@@ -796,20 +796,16 @@ def test_an_interrupt_after_a_long_map_leaves_nothing_mapped(kernel: SpecialKern
     rig.free(memory)
 
 
-@pytest.mark.parametrize(("refusals", "left"), [(1, 0), (9, 1)])
-def test_an_interrupted_map_that_cannot_be_undone_keeps_the_memory(
-    kernel: SpecialKernel, rig: Rig, refusals: int, left: int
-) -> None:
-    """RollbackError, for the device may reach it still; it is undone once more, and its IOVA stays taken otherwise."""
+def test_an_interrupted_map_that_cannot_be_undone_keeps_the_memory(kernel: SpecialKernel, rig: Rig) -> None:
+    """RollbackError, for the device may reach it still; its IOVA stays taken."""
     calls = calls_before_the_map(rig)
-    for nth in range(1, refusals + 1):
-        kernel.fail(call="ioctl", request="VFIO_IOMMU_UNMAP_DMA", nth=nth, errno=errno.EIO)
+    kernel.fail(call="ioctl", request="VFIO_IOMMU_UNMAP_DMA", errno=errno.EIO)
     kernel.interrupt_at(calls + 1, after=True)
     with pytest.raises(pyvfio.RollbackError):
         rig.add(used=PAGE_SIZE)
     kernel.clear_failures()
-    assert len(rig.reached()) == left
-    assert len(rig.container.allocator.reservations) == left
+    assert len(rig.reached()) == 1
+    assert len(rig.container.allocator.reservations) == 1
     kernel.check()
 
 

@@ -28,7 +28,7 @@ STUBBORN = (errno.ENOMEM, errno.EIO)
 SHORT = 0  # in place of an errno: the call succeeds, and the kernel says that it has unmapped nothing
 DEVICE = FakeDevice(BDF, resettable=True)
 # Failing after they have made a descriptor they would leak it, whoever calls them; no kernel does.
-GIVES_A_DESCRIPTOR = ("open", "VFIO_GROUP_GET_DEVICE_FD", "eventfd", "memfd_create")
+GIVES_A_DESCRIPTOR = ("open", "VFIO_GROUP_GET_DEVICE_FD", "eventfd", "memfd_create", "dup")
 # These fail and have done nothing (vfio_dma_do_map, as tests/contract shows; test_memory): only a signal comes after.
 MEMORY = ("mmap", "mprotect", "madvise", "munmap", "fallocate", "ftruncate")
 ALL_OR_NOTHING = ("VFIO_IOMMU_MAP_DMA", "mprotect")
@@ -499,7 +499,7 @@ def _check_refusal(scene: Scene, before: object, error: BaseException | None, pl
         return  # it may have come when all was done
     assert scene.blocks() == before, (plans, "the blocks are not as they were")
     if not any(plan.name in MEMORY for plan in plans):
-        assert all(block._memory.retained == 0 for block in scene.rig.blocks), (plans, "memory is kept")
+        assert all(block.state.memory.retained == 0 for block in scene.rig.blocks), (plans, "memory is kept")
 
 
 def _fail(kernel: SpecialKernel, policy: str, name: str, *plans: Case) -> list[Call]:

@@ -805,12 +805,12 @@ def test_what_hangs_on_a_descriptor_stays_until_the_last_duplicate_is_closed(ker
     with pyvfio.Container(kernel=kernel) as container, pyvfio.open_device(bdf, container=container) as device:
         irq, number = device.irq(ioctls.VFIO_PCI_MSI_IRQ_INDEX), device.group.number
         irq.enable(1)
-        for fd in [kernel.duplicate(fd) for fd in (container.fd, device.group.fd, device.fd)]:
+        for fd in [kernel.dup(fd) for fd in (container.fd, device.group.fd, device.fd)]:
             kernel.close(fd)
             kernel.check()
         kernel.interrupt(bdf)
         assert irq.wait(timeout=0) == 1
-        copies = [kernel.duplicate(fd) for fd in (device.group.fd, device.fd)]
+        copies = [kernel.dup(fd) for fd in (device.group.fd, device.fd)]
         for handle in (device.group, device):
             handle._close_fd()
             kernel.check()

@@ -14,11 +14,27 @@ import pytest
 
 from pyvfio import guard
 from pyvfio.errors import ForkedError
-from pyvfio.guard import Guard, called_out, checkpoint, close_now, closing, closing_in_hooks, guarded, making, reading
+from pyvfio.guard import (
+    ContextManager,
+    Guard,
+    called_out,
+    checkpoint,
+    close_now,
+    closing,
+    closing_in_hooks,
+    guarded,
+    making,
+    reading,
+    undoing,
+)
 
 
 class InterruptionError(Exception):
     """Raised by a handler."""
+
+
+def _undo(thing: Thing) -> None:
+    thing.events.append("undone")
 
 
 class Thing:
@@ -39,7 +55,7 @@ class Thing:
         step()
         self.events.append("looked")
 
-    @making(lambda made: made.events.append("undone"))
+    @making(_undo)
     def make(self, step: Callable[[], object] = lambda: None) -> Thing:
         step()
         self.made = Thing()
@@ -98,6 +114,18 @@ class TestSignals:
             thing.change(each(press, checkpoint))
         assert thing.events == ["begin"]
 
+    def test_a_checkpoint_in_an_undo_runs_no_handler(self) -> None:
+        def undo() -> None:
+            with undoing, called_out:
+                press()
+                thing.change(checkpoint)
+            thing.events.append("undone")
+
+        thing = Thing()
+        with pytest.raises(InterruptionError):
+            thing.change(each(undo, checkpoint))
+        assert thing.events == ["begin", "begin", "end", "undone"]
+
     def test_a_checkpoint_in_another_thread_runs_no_handler(self) -> None:
         thing, entered, left = Thing(), threading.Event(), threading.Event()
 
@@ -118,6 +146,14 @@ class TestSignals:
         with pytest.raises(InterruptionError):
             thing.make(press)
         assert thing.made.events == ["undone"]
+
+    def test_a_call_that_makes_nothing_has_its_handlers_run(self) -> None:
+        def fail() -> None:
+            press()
+            raise ValueError
+
+        with pytest.raises(InterruptionError):
+            Thing().make(fail)
 
     def test_a_signal_that_comes_twice_is_handled_once(self) -> None:
         seen: list[int] = []
@@ -205,6 +241,31 @@ class TestFinalizers:
         thing.change(lambda: close_now(thing))
         assert thing.events == ["begin", "closed", "end"]
 
+    @pytest.mark.usefixtures("raising")
+    def test_a_close_that_was_put_off_is_not_interrupted(self) -> None:
+        class Slow(Thing):
+            @closing
+            def close(self) -> None:
+                checkpoint()
+                self.events.append("closed")
+
+        thing, slow = Thing(), Slow()
+        with pytest.raises(InterruptionError):
+            thing.change(each(slow.close, press))
+        assert slow.events == ["closed"]
+
+    def test_after_a_close_that_ends_the_program_calls_are_made_as_before(self) -> None:
+        class Last(Thing):
+            @closing
+            def close(self) -> None:
+                raise SystemExit
+
+        with pytest.raises(SystemExit):
+            Thing().change(Last().close)
+        thing = Thing()
+        thing.close()
+        assert thing.events == ["closed"]
+
     def test_a_close_that_was_put_off_and_fails_is_logged(self, caplog: pytest.LogCaptureFixture) -> None:
         class Broken(Thing):
             @closing
@@ -213,6 +274,42 @@ class TestFinalizers:
 
         Thing().change(Broken().close)
         assert "no" in caplog.text
+
+
+class TestWith:
+    """Leaving a `with` block."""
+
+    class Door(ContextManager):
+        """Its close fails with an error."""
+
+        def __init__(self, failure: BaseException | None = None) -> None:
+            self.failure = failure
+            self.closed = False
+
+        def close(self) -> None:
+            self.closed = True
+            if self.failure is not None:
+                raise self.failure
+
+    def test_leaving_closes(self) -> None:
+        with self.Door() as door:
+            assert not door.closed
+        assert door.closed
+
+    def test_an_error_of_the_close_is_raised(self) -> None:
+        with pytest.raises(OSError, match="stuck"), self.Door(OSError("stuck")):
+            pass
+
+    @pytest.mark.parametrize("own", [RuntimeError("mine"), KeyboardInterrupt("mine")])
+    def test_an_error_of_the_close_is_a_note_on_the_error_of_the_block(self, own: BaseException) -> None:
+        with pytest.raises(type(own), match="mine") as caught, self.Door(OSError("stuck")):
+            raise own
+        assert caught.value is own
+        assert "stuck" in own.__notes__[0]
+
+    def test_an_interruption_of_the_close_is_no_note(self) -> None:
+        with pytest.raises(KeyboardInterrupt), self.Door(KeyboardInterrupt()):
+            raise RuntimeError
 
 
 def in_a_child(step: Callable[[], object]) -> int:

@@ -7,6 +7,7 @@ but never in the middle of a call into C.
 from __future__ import annotations
 
 import linecache
+import signal
 import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -20,7 +21,7 @@ import pytest
 import pyvfio
 from pyvfio.testing.fake import FakeDevice, FakeKernel
 from pyvfio.units import MIB, PAGE_SIZE
-from tests.unit.fakes import BDF, Interrupt, MapperFactory, Rig
+from tests.unit.fakes import BDF, Interrupt, MapperFactory, Rig, interrupt
 
 if TYPE_CHECKING:
     from _typeshed import TraceFunction
@@ -49,7 +50,7 @@ CALM = ("self._changing = False",)
 
 
 class Interrupter:
-    """Counts the lines of the house that run, and raises at one of them."""
+    """Counts the lines of the house that run; at one of them a signal arrives whose handler raises."""
 
     def __init__(self, at: int = 0, *, house: Collection[str] = HOUSE) -> None:
         self.lines = 0
@@ -70,11 +71,12 @@ class Interrupter:
                 and linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip() not in CALM
             ):
                 self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-                raise Interrupt
+                signal.raise_signal(signal.SIGUSR1)
         return self._local
 
     def run(self, action: Callable[[], object]) -> None:
         """The action, for as long as it lasts."""
+        signal.signal(signal.SIGUSR1, interrupt)
         sys.settrace(self._global)
         try:
             action()
@@ -122,7 +124,7 @@ def test_memory_that_a_device_reaches_stays_wherever_a_signal_handler_raises(nam
             for block in rig.blocks:
                 block.resize(8 * PAGE_SIZE)
                 block.resize(2 * PAGE_SIZE)
-            if rig.blocks._knows(rig.mapper):
+            if rig.blocks.knows(rig.mapper):
                 total = sum(part.size for block in rig.blocks for part in block.populated)
                 assert sum(size for _iova, _vaddr, size in rig.reached()) == total, interrupter.where
                 rig.mapper._check()

@@ -67,7 +67,7 @@ def old(kernel: SpecialKernel, resize: Literal["remap", "extend"] = "extend") ->
 
 def duplicates(kernel: SpecialKernel, update: HandOver) -> list[int]:
     """As they come over a socket."""
-    return [kernel.duplicate(fd) for fd in update.fds]
+    return [kernel.dup(fd) for fd in update.fds]
 
 
 def close(kernel: SpecialKernel, fds: list[int]) -> None:
@@ -168,7 +168,7 @@ def forget(taken: TakenOver, kernel: SpecialKernel, fds: list[int]) -> None:
     for handle in (taken.container, *taken.container._groups.values(), *taken.devices.values()):
         handle._abandon()
     for block in taken.blocks:
-        block._memory.disown()
+        block.state.memory.disown()
     close(kernel, fds)
     with suppress(AssertionError):
         for vaddr, size in areas:
@@ -323,6 +323,7 @@ def test_what_is_finished_is_closed_and_closing_it_reaches_nothing(kernel: Speci
         update.cancel()
         with pytest.raises(pyvfio.ClosedError, match="finished"):
             update.make_inheritable()
+        rig.blocks.add("another", used_length=0, max_length=PAGE_SIZE).remove()
         kernel.clear_trace()
         rig.close()
         assert kernel.trace == []
@@ -333,7 +334,6 @@ def test_what_is_finished_is_closed_and_closing_it_reaches_nothing(kernel: Speci
                 use()
         with pytest.raises(pyvfio.ClosedError):
             hand_over(rig.mapper)
-        rig.blocks.add("another", used_length=0, max_length=PAGE_SIZE).remove()
         both_ways(rig, taken.blocks, {block.idstr: taken.mapper.iova(block) for block in taken.blocks})
 
 
@@ -597,7 +597,7 @@ def test_descriptors_that_are_not_what_they_should_be_are_refused(kernel: Specia
                 take_over(update.state, wrong, kernel=kernel)
             assert "ioctl" not in [call.call for call in kernel.trace]
         state = json.loads(update.state)
-        state["blocks"][0].update(used_length=MIB, pieces=[[0, MIB]], discarded=[], stale=[])
+        state["blocks"][0].update(used_length=MIB, pieces=[[0, MIB]], discarded=[])
         with pytest.raises(HandOverError, match=r"has (16|32) KiB, and 1 MiB are in use"):
             take_over(json.dumps(state).encode(), fds, kernel=kernel)
         close(kernel, fds)
@@ -701,7 +701,7 @@ def test_blocks_of_a_list_that_the_mapper_was_taken_out_of_are_not_handed_over(r
 def test_a_hand_over_that_another_thread_has_only_begun_is_nobody_elses_to_cancel(rig: Rig) -> None:
     """It would go on behind the cancel, and nobody could end it any more."""
     made: list[HandOver] = []
-    with rig.blocks._lock:  # as a change that is under way
+    with rig.blocks.guard.lock:  # as a change that is under way
         first = threading.Thread(target=lambda: made.append(hand_over(rig.mapper)))
         first.start()
         while rig.container._handing is None:

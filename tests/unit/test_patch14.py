@@ -237,7 +237,7 @@ class LengthUnchecked(DmaMapper):
     def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
         """As there."""
         del old_length
-        self._change(self._find(block), block._populated(new_length))
+        self._change(self._find(block), block.state.populated_at(new_length))
 
 
 class TailUnknown(DmaMapper):

@@ -210,18 +210,6 @@ class FakeKernel(MemoryCalls):
         """What `fail` was asked for and has not happened yet, in words."""
         return tuple(map(str, self._record.failures))
 
-    def duplicate(self, fd: int) -> int:
-        """Another descriptor of the same open file, close-on-exec: what dup(2) gives, and a process that is sent one
-        over a socket. What hangs on the file goes with the last of them."""
-        self._descriptors.check_usable()
-        with self._lock:
-            handler = self._descriptors.find(fd)
-            copy = os.dup(fd)
-            self._descriptors.given_out(copy)
-            if handler is not None:
-                self._descriptors.adopt(copy, handler)
-            return copy
-
     def clear_trace(self) -> None:
         """Forget the calls so far."""
         self.trace.clear()
