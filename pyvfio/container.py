@@ -402,6 +402,11 @@ class Container(Handle):
     # ------------------------------------------------------------------------------------------------ address space
 
     @property
+    def lost(self) -> bool:
+        """Whether everything that was mapped has gone with `close`."""
+        return self.closed
+
+    @property
     def page_size(self) -> int:
         """The smallest page of the IOMMU, in bytes."""
         return self.allocator.page_size

@@ -61,10 +61,11 @@ class Guard:
 
     __slots__ = ("lock", "pid", "what")
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, *, lock: RLock | None = None) -> None:
+        """`lock`: of the object that this one is a part of, where one lock is for both."""
         self.what = what
         self.pid = os.getpid()
-        self.lock = RLock()
+        self.lock = RLock() if lock is None else lock
 
     @property
     def forked(self) -> bool:
@@ -87,6 +88,7 @@ class Guarded(Protocol):
 
 
 _Self = TypeVar("_Self", bound=Guarded)
+_Made = TypeVar("_Made")
 
 
 class ContextManager:
@@ -245,6 +247,23 @@ def making(
     return decorate
 
 
+def constructing(
+    undo: Callable[[_Made], object],
+) -> Callable[[Callable[Concatenate[_Made, _Given], None]], Callable[Concatenate[_Made, _Given], None]]:
+    """Decorate `__init__`: finalizers and signals. `undo(self)` as for `making`."""
+
+    def decorate(call: Callable[Concatenate[_Made, _Given], None]) -> Callable[Concatenate[_Made, _Given], None]:
+        @wraps(call)
+        def wrapper(self: _Made, /, *args: _Given.args, **kwargs: _Given.kwargs) -> None:
+            if _thread.busy:
+                return call(self, *args, **kwargs)
+            return _run(None, partial(call, self, *args, **kwargs), lambda _: undo(self))
+
+        return wrapper
+
+    return decorate
+
+
 def reading(call: Callable[Concatenate[_Self, _Given], _Result]) -> Callable[Concatenate[_Self, _Given], _Result]:
     """Decorate a method that only looks: forks, finalizers and the lock. A signal handler may raise in the middle."""
 
@@ -282,6 +301,24 @@ def closing(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
     return wrapper
 
 
+def closing_under(
+    uppermost: Callable[[_Self], Guard],
+) -> Callable[[Callable[[_Self], None]], Callable[[_Self], None]]:
+    """Decorate a close as `closing`, but under the lock of another object: the one that is above this object's own, and
+    that the close has to take as well."""
+
+    def decorate(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
+        @wraps(call)
+        def wrapper(self: _Self, /) -> None:
+            if not self.guard.forked:
+                run_outside(partial(_close, self, call, uppermost))
+
+        wrapper.uppermost = uppermost  # type: ignore[attr-defined]
+        return wrapper
+
+    return decorate
+
+
 def closing_in_hooks(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
     """Decorate a close as `closing`, but a hook may call it and have it done at once: only for an object whose lock is
     below that of the list of blocks, which the caller of the hook holds."""
@@ -301,7 +338,7 @@ def closing_in_hooks(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
 def uninterrupted(
     undo: Callable[[_Result], object] | None = None,
 ) -> Callable[[Callable[_Given, _Result]], Callable[_Given, _Result]]:
-    """Decorate a function or a constructor that has no guard yet: finalizers and signals. `undo` as for `making`."""
+    """Decorate a function that has no guard yet: finalizers and signals. `undo` as for `making`."""
 
     def decorate(call: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
         @wraps(call)
@@ -373,20 +410,26 @@ def run_outside(step: Callable[[], object]) -> None:
 def close_now(thing: Guarded) -> None:
     """Close `thing` from inside of the guarded call that owns it, at once, under its lock. Raises what the close
     raises."""
-    with thing.guard.lock:
-        type(thing).close.__wrapped__(thing)  # type: ignore[attr-defined]
+    close = type(thing).close  # type: ignore[attr-defined]
+    with getattr(close, "uppermost", _own)(thing).lock:
+        close.__wrapped__(thing)
 
 
 # --------------------------------------------------------------------------------------------------------------- below
 
 
-def _close(thing: _Self, call: Callable[[_Self], None]) -> None:
+def _own(thing: Guarded) -> Guard:
+    return thing.guard
+
+
+def _close(thing: _Self, call: Callable[[_Self], None], uppermost: Callable[[_Self], Guard] = _own) -> None:
     """Close `thing`, outside of every call or at the end of one, where no lock is held."""
+    lock = uppermost(thing).lock
     if _thread.inside:
-        with thing.guard.lock:
+        with lock:
             call(thing)
     else:
-        _run(thing.guard.lock, partial(call, thing), None)
+        _run(lock, partial(call, thing), None)
 
 
 def _nothing() -> None:

@@ -41,6 +41,11 @@ class AddressSpace(Protocol):
         ...
 
     @property
+    def lost(self) -> bool:
+        """Whether everything that was mapped has gone with the last group, or with `close`. It stays so."""
+        ...
+
+    @property
     def page_size(self) -> int:
         """The smallest page of the IOMMU, in bytes."""
         ...

@@ -86,7 +86,7 @@ class HandOver:
     def __init__(self, mapper: DmaMapper, container: Container) -> None:
         self._mapper = mapper
         self._container = container
-        self._blocks = mapper._blocks
+        self._blocks = mapper.blocks
         self._groups: tuple[Group, ...] = ()
         self._devices: tuple[Device, ...] = ()
         self._beginning = True  # nobody but whoever makes it may have it
@@ -115,7 +115,7 @@ class HandOver:
         if self._blocks is not None:
             self._blocks.suspend(self)
         container = self._container
-        with self._mapper._lock, container._lock:
+        with self._mapper.guard.lock, container._lock:
             self._groups = tuple(container._groups.values())
             self._devices = tuple(
                 device for group in self._groups for device in group.devices if isinstance(device, Device)
@@ -129,7 +129,7 @@ class HandOver:
         logger.debug("handing over %d mappings of %r", len(container._table), container)
 
     def _check(self) -> None:
-        self._mapper._check_open()
+        self._mapper.check_open()
         if not self._container.check_extension(ioctls.VFIO_UPDATE_VADDR):
             raise UnsupportedError(
                 "the kernel cannot hand over what is mapped: it has no VFIO_UPDATE_VADDR",
@@ -143,8 +143,8 @@ class HandOver:
             )
 
     def _describe(self) -> None:
-        policy, kernel = self._mapper._policy, self._container.kernel
-        blocks = {followed.block: followed.window for followed in self._mapper._followed}
+        policy, kernel = self._mapper.policy, self._container.kernel
+        blocks = dict(self._mapper.windows())
         files = [block.file for block in blocks]
         handles: list[Handle] = [self._container, *self._groups, *self._devices]
         self.fds = (*(handle.fd for handle in handles), *(file.fd for file in files if file is not None))
@@ -153,7 +153,7 @@ class HandOver:
             groups=tuple(group.number for group in self._groups),
             devices=tuple(DeviceState(device.bdf, device.group.number) for device in self._devices),
             policy=policy,
-            prefault=self._mapper._prefault,
+            prefault=self._mapper.prefault,
             blocks=tuple(_describe(block, window.iova, window.pieces()) for block, window in blocks.items()),
             identities=tuple(kernel.file_status(fd).identity for fd in self.fds),
         ).dump()
@@ -187,7 +187,7 @@ class HandOver:
         self._check_owner()
         if self._ended:
             return
-        with self._mapper._lock, self._container._lock:
+        with self._mapper.guard.lock, self._container._lock:
             if self._container._handing is self:  # else nothing has happened, or a signal handler has ended a cancel
                 self._restore()
         if self._blocks is not None:
@@ -242,7 +242,7 @@ class HandOver:
             self._forget()
 
     def _forget(self) -> None:
-        steps: list[Callable[[], object]] = [self._close_on_exec, self._mapper._forget]
+        steps: list[Callable[[], object]] = [self._close_on_exec, self._mapper.forget]
         if self._blocks is not None:
             steps += [self._blocks.forget, partial(self._blocks.resume, self)]
         steps += [device._forget for device in self._devices]

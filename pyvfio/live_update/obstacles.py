@@ -14,26 +14,26 @@ def find_obstacles(mapper: DmaMapper, blocks: RamBlockList | None, container: Co
     """In words, one by one; none: it can be handed over. The mapper's and the container's locks are held."""
     found = [
         f"{mapping!r} is a buffer of this process's own: close it (and reset_temporary(), if it is temporary)"
-        for mapping in mapper._own_mappings()
+        for mapping in mapper.buffers()
     ]
     for block in blocks or ():
         found += _obstacles_of(block)
-        if mapper._search(block) is None:  # it was taken out of the list
+        if block not in dict(mapper.windows()):  # it was taken out of the list
             found.append(f"RAM block '{block.idstr}' is not followed by this mapper any more: make another")
     for notifier in blocks.notifiers if blocks is not None else ():
         if notifier is not mapper:
             found.append(f"{notifier!r} follows the blocks, too: remove_notifier() it first, or close it")
     found += [
-        f"a change of RAM block '{followed.block.idstr}' failed, and so did its undo: resize it once more"
-        for followed in mapper._followed
-        if not followed.window.settled
+        f"a change of RAM block '{block.idstr}' failed, and so did its undo: resize it once more"
+        for block, window in mapper.windows()
+        if not window.settled
     ]
     return found or _strangers(mapper, container)
 
 
 def _strangers(mapper: DmaMapper, container: Container) -> list[str]:
     """Mappings that are none of the blocks': of this process, or of another that has the container."""
-    windows = [followed.window for followed in mapper._followed]
+    windows = [window for _block, window in mapper.windows()]
     ours = sum(len(window.pieces()) for window in windows)
     mappings = list(container._table)
     if ours < len(mappings):

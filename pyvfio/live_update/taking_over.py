@@ -190,7 +190,7 @@ class _Taking:
             prefault=state.prefault,
             progress=progress,
         )
-        mapper._resume(blocks, {described.idstr: described.iova for described in state.blocks})
+        mapper.take_in(blocks, {described.idstr: described.iova for described in state.blocks})
         for fd in self._fds:
             os.set_inheritable(fd, False)  # noqa: FBT003
         for block in self._blocks:

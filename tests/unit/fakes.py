@@ -180,7 +180,7 @@ class Rig:
 
     def expected(self) -> list[tuple[int, int, int]]:
         """What it is to reach of the blocks: all that is in use, where the mapper says that it is."""
-        followed = self.blocks if self.mapper._blocks is not None else ()
+        followed = self.blocks if self.mapper.blocks is not None else ()
         return sorted(
             (self.mapper.iova(block) + part.start, block.vaddr + part.start, part.size)
             for block in followed

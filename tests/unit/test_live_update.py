@@ -164,7 +164,7 @@ def test_what_is_cancelled_is_as_it_was(kernel: SpecialKernel, rig: Rig) -> None
 def forget(taken: TakenOver, kernel: SpecialKernel, fds: list[int]) -> None:
     """It dies: its memory and descriptors go, and nothing else happens."""
     areas = [(block.vaddr, block.max_length + PAGE_SIZE) for block in taken.blocks]
-    taken.mapper._forget()
+    taken.mapper.forget()
     for handle in (taken.container, *taken.container._groups.values(), *taken.devices.values()):
         handle._abandon()
     for block in taken.blocks:
@@ -495,7 +495,7 @@ def test_a_block_comes_with_all_that_it_was_made_of(kernel: SpecialKernel) -> No
         with take_over(update.state, duplicates(kernel, update), kernel=kernel, resized=resized) as taken:
             update.finish()
             os.close(fd)
-            policy = taken.mapper._policy
+            policy = taken.mapper.policy
             assert (policy.resize, policy.granule, policy.allow_gap) == ("extend", 2 * PAGE_SIZE, False)
             of_file, other = taken.blocks["file"], taken.blocks["other"]
             assert of_file.readonly
