@@ -74,8 +74,8 @@ class Guard:
 
     def check(self) -> None:
         """Raise ForkedError in a child of the process that made the object."""
-        if os.getpid() != self.pid:
-            raise ForkedError(self.what, owner=self.pid)
+        if (here := os.getpid()) != self.pid:
+            raise ForkedError(self.what, owner=self.pid, child=here)
 
 
 class Guarded(Protocol):
@@ -248,7 +248,7 @@ def making(
 
 
 def constructing(
-    undo: Callable[[_Made], object],
+    undo: Callable[..., object],
 ) -> Callable[[Callable[Concatenate[_Made, _Given], None]], Callable[Concatenate[_Made, _Given], None]]:
     """Decorate `__init__`: finalizers and signals. `undo(self)` as for `making`."""
 
@@ -336,7 +336,7 @@ def closing_in_hooks(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
 
 
 def uninterrupted(
-    undo: Callable[[_Result], object] | None = None,
+    undo: Callable[..., object] | None = None,
 ) -> Callable[[Callable[_Given, _Result]], Callable[_Given, _Result]]:
     """Decorate a function that has no guard yet: finalizers and signals. `undo` as for `making`."""
 
@@ -436,7 +436,7 @@ def _nothing() -> None:
     """Do what was put off, and nothing else."""
 
 
-def _run(lock: RLock | None, call: Callable[[], _Result], undo: Callable[[_Result], object] | None) -> _Result:
+def _run(lock: RLock | None, call: Callable[[], _Result], undo: Callable[..., object] | None) -> _Result:
     """Make an outermost call, or one from a hook, which finds the signals put off already."""
     thread = _thread
     if thread.inside:

@@ -142,7 +142,7 @@ class DirtyTracking(ContextManager):
         self.container.unmap(iova=mapping.iova, size=mapping.size, bitmap=bitmap)
 
     def _ask(self, argument: ioctls.vfio_iommu_type1_dirty_bitmap) -> None:
-        self.container._ioctl("VFIO_IOMMU_DIRTY_PAGES", argument, flags=argument.flags)
+        self.container.ioctl("VFIO_IOMMU_DIRTY_PAGES", argument, flags=argument.flags)
 
     @closing
     def close(self) -> None:

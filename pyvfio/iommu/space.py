@@ -23,6 +23,9 @@ class Mapping(NamedTuple):
         """The IOVAs that it covers."""
         return IovaRange.of(iova=self.iova, size=self.size)
 
+    def __repr__(self) -> str:
+        return f"Mapping(iova={self.iova:#x}, size={self.size:#x}, vaddr={self.vaddr:#x})"
+
 
 class AddressSpace(Protocol):
     """An I/O address space. All sizes and addresses are multiples of `page_size`; every argument is keyword-only.

@@ -20,7 +20,7 @@ from pyvfio.extents import Extent
 from pyvfio.handle import Handle, attempt_all
 from pyvfio.iommu.space import Mapping
 from pyvfio.live_update.obstacles import find_obstacles
-from pyvfio.live_update.state import BlockState, DeviceState, State
+from pyvfio.live_update.state import HandedBlock, HandedDevice, State
 from pyvfio.live_update.vaddr import give_up_all, give_up_vaddr, set_vaddr
 
 logger = logging.getLogger(__name__)
@@ -49,10 +49,10 @@ def hand_over(mapper: DmaMapper) -> HandOver:
         raise TypeError(f"only what is mapped into a Container can be handed over, not {type(container).__name__}")
     update = HandOver(mapper, container)
     try:
-        with container._lock:
-            if isinstance(container._handing, HandOver):
-                return container._handing._begun()
-            container._handing = update
+        with container.guard.lock:
+            if isinstance(container.handing, HandOver):
+                return container.handing._begun()
+            container.handing = update
         update._begin()
     except BaseException as error:
         try:
@@ -115,8 +115,8 @@ class HandOver:
         if self._blocks is not None:
             self._blocks.suspend(self)
         container = self._container
-        with self._mapper.guard.lock, container._lock:
-            self._groups = tuple(container._groups.values())
+        with self._mapper.guard.lock, container.guard.lock:
+            self._groups = tuple(container.groups.values())
             self._devices = tuple(
                 device for group in self._groups for device in group.devices if isinstance(device, Device)
             )
@@ -125,8 +125,8 @@ class HandOver:
             self._given_up = True
             give_up_all(container)
             for handle in (container, *self._groups):
-                handle._set_aside()
-        logger.debug("handing over %d mappings of %r", len(container._table), container)
+                handle.set_aside()
+        logger.debug("handing over %d mappings of %r", len(container.table), container)
 
     def _check(self) -> None:
         self._mapper.check_open()
@@ -151,7 +151,7 @@ class HandOver:
         self.state = State(
             iommu_type=self._container.iommu_type,
             groups=tuple(group.number for group in self._groups),
-            devices=tuple(DeviceState(device.bdf, device.group.number) for device in self._devices),
+            devices=tuple(HandedDevice(device.bdf, device.group.number) for device in self._devices),
             policy=policy,
             prefault=self._mapper.prefault,
             blocks=tuple(_describe(block, window.iova, window.pieces()) for block, window in blocks.items()),
@@ -187,8 +187,8 @@ class HandOver:
         self._check_owner()
         if self._ended:
             return
-        with self._mapper.guard.lock, self._container._lock:
-            if self._container._handing is self:  # else nothing has happened, or a signal handler has ended a cancel
+        with self._mapper.guard.lock, self._container.guard.lock:
+            if self._container.handing is self:  # else nothing has happened, or a signal handler has ended a cancel
                 self._restore()
         if self._blocks is not None:
             self._blocks.resume(self)
@@ -197,22 +197,22 @@ class HandOver:
 
     def _end(self, how: str) -> None:
         self._ended = how
-        if self._container._handing is self:
-            self._container._handing = None
+        if self._container.handing is self:
+            self._container.handing = None
 
     def _restore(self) -> None:
         handles = (self._container, *self._groups)
         for handle in handles:
-            handle._take_back()
+            handle.take_back()
         if not self._given_up:
             return
         try:
             # Without an address first: the other process may have given it one of its own.
-            steps = [partial(self._restore_one, mapping) for mapping in self._container._table]
+            steps = [partial(self._restore_one, mapping) for mapping in self._container.table]
             attempt_all("cancelling a hand-over", steps)
         except BaseException:
             for handle in handles:
-                handle._set_aside()
+                handle.set_aside()
             raise
         self._given_up = False
 
@@ -237,7 +237,7 @@ class HandOver:
             for block in self._blocks or ():
                 block.state.check_views(0)
             for device in self._devices:
-                device._check_views()
+                device.check_views()
             self._end("finished")  # from here on there is no way back
             self._forget()
 
@@ -245,11 +245,11 @@ class HandOver:
         steps: list[Callable[[], object]] = [self._close_on_exec, self._mapper.forget]
         if self._blocks is not None:
             steps += [self._blocks.forget, partial(self._blocks.resume, self)]
-        steps += [device._forget for device in self._devices]
-        steps += [partial(_close, handle) for handle in (*self._groups, self._container)]
+        steps += [device.forget for device in self._devices]
+        steps += [handle.close_fd for handle in (*self._groups, self._container)]
         attempt_all("forgetting what was handed over", steps)
-        self._container._table.clear()
-        self._container._groups.clear()
+        self._container.table.clear()
+        self._container.groups.clear()
 
     def _close_on_exec(self) -> None:
         while self._inheritable:
@@ -275,14 +275,8 @@ class HandOver:
             self.cancel()
 
 
-def _close(handle: Handle) -> None:
-    handle._take_back()
-    if not handle.closed:
-        handle._close_fd()
-
-
-def _describe(block: RamBlock, iova: int, pieces: Sequence[Extent]) -> BlockState:
-    return BlockState(
+def _describe(block: RamBlock, iova: int, pieces: Sequence[Extent]) -> HandedBlock:
+    return HandedBlock(
         idstr=block.idstr,
         used_length=block.used_length,
         max_length=block.max_length,

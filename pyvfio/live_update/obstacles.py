@@ -35,11 +35,11 @@ def _strangers(mapper: DmaMapper, container: Container) -> list[str]:
     """Mappings that are none of the blocks': of this process, or of another that has the container."""
     windows = [window for _block, window in mapper.windows()]
     ours = sum(len(window.pieces()) for window in windows)
-    mappings = list(container._table)
+    mappings = list(container.table)
     if ours < len(mappings):
         others = [m for m in mappings if not any(w.iova <= m.iova < w.iova + w.size for w in windows)]
         return [f"IOVA {describe_mappings(others)} is mapped, by whom this mapper does not know: unmap it first"]
-    there = container._entry_limit - container.get_info().dma_avail
+    there = container.entry_limit - container.get_info().dma_avail
     if there != len(mappings):
         return [f"the container has {there} mappings, of which {len(mappings)} are known here: unmap the others"]
     return []

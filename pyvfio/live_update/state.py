@@ -21,7 +21,7 @@ _ELSEWHERE = 0  # a descriptor's number is each process's own
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceState:
+class HandedDevice:
     """A device, and the number of its group."""
 
     bdf: str
@@ -29,7 +29,7 @@ class DeviceState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BlockState:
+class HandedBlock:
     """A RAM block that devices reach at `iova`: what it is made of, and which mappings it has, the `pieces`; all
     extents in bytes of the block, ascending."""
 
@@ -65,10 +65,10 @@ class State:
 
     iommu_type: ioctls.VfioExtension
     groups: tuple[int, ...]
-    devices: tuple[DeviceState, ...]
+    devices: tuple[HandedDevice, ...]
     policy: Policy
     prefault: int
-    blocks: tuple[BlockState, ...]
+    blocks: tuple[HandedBlock, ...]
     identities: tuple[tuple[int, int], ...]
 
     @property
@@ -127,7 +127,7 @@ class State:
         state = cls(
             iommu_type=ioctls.VfioExtension(number),
             groups=tuple(top.numbers("groups")),
-            devices=tuple(DeviceState(row.text("bdf"), row.number("group")) for row in top.rows("devices")),
+            devices=tuple(HandedDevice(row.text("bdf"), row.number("group")) for row in top.rows("devices")),
             policy=Policy(
                 "extend" if resize == "extend" else "remap", policy.number_or_none("granule"), policy.flag("allow_gap")
             ),
@@ -144,7 +144,7 @@ class State:
         return state
 
 
-def _dump_block(block: BlockState) -> dict[str, object]:
+def _dump_block(block: HandedBlock) -> dict[str, object]:
     memory: dict[str, object] = {"kind": "memfd"}
     if isinstance(block.memory, Memfd):
         memory["hugetlb"] = block.memory.hugetlb
@@ -166,9 +166,9 @@ def _dump_block(block: BlockState) -> dict[str, object]:
     }
 
 
-def _load_block(row: _Fields) -> BlockState:
+def _load_block(row: _Fields) -> HandedBlock:
     settings = row.inside("settings")
-    return BlockState(
+    return HandedBlock(
         idstr=row.text("idstr"),
         used_length=row.number("used_length"),
         max_length=row.number("max_length"),

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 from pyvfio import ioctls
 from pyvfio.blocks.block import RamBlock
@@ -22,15 +22,13 @@ from pyvfio.extents import Extent
 from pyvfio.handle import Handle, attempt, attempt_all
 from pyvfio.iommu.space import Mapping as DmaRange
 from pyvfio.kernel import HUGETLBFS_MAGIC, FileStatus, Kernel, LinuxKernel
-from pyvfio.live_update.state import BlockState, State
+from pyvfio.live_update.state import HandedBlock, State
 from pyvfio.live_update.vaddr import give_up_vaddr, set_vaddr
 from pyvfio.memory import File, Memfd, Received
 from pyvfio.ramblock import RamBlockList
-from pyvfio.units import format_size
+from pyvfio.units import Iova, Vaddr, format_size
 
 logger = logging.getLogger(__name__)
-
-_AnyHandle = TypeVar("_AnyHandle", bound=Handle)
 
 
 class TakenOver:
@@ -137,7 +135,7 @@ def _status(kernel: Kernel, fd: int, name: str) -> FileStatus:
         ) from error
 
 
-def _check_memory(block: BlockState, name: str, status: FileStatus) -> None:
+def _check_memory(block: HandedBlock, name: str, status: FileStatus) -> None:
     offset = block.memory.offset if isinstance(block.memory, File) else 0
     if status.size < offset + block.used_length:
         raise HandOverError(
@@ -173,7 +171,10 @@ class _Taking:
         state = self._state
         if unknown := set(resized) - {block.idstr for block in state.blocks}:
             raise ValueError(f"there is no RAM block '{min(unknown)}' among those that are handed over")
-        container, devices = self._adopt()
+        try:
+            container, devices = self._adopt()
+        except ValueError as error:
+            raise HandOverError(f"these descriptors are not what the state says: {error}") from error
         blocks = RamBlockList(kernel=self._kernel)
         for described, fd in zip(state.blocks, self._fds[len(self._fds) - len(state.blocks) :], strict=True):
             self._receive(blocks, described, fd, progress, resized.get(described.idstr))
@@ -198,41 +199,38 @@ class _Taking:
         logger.debug("took over %r", container)
         return TakenOver(container, devices, blocks, mapper)
 
-    def _blank(self, kind: type[_AnyHandle]) -> _AnyHandle:
-        """Known before it has a descriptor, which it would close if a signal handler made it be forgotten."""
-        handle = kind.__new__(kind)
-        handle._fd = handle._aside = -1
-        self._handles.append(handle)
-        return handle
-
     def _adopt(self) -> tuple[Container, dict[str, Device]]:
         state, fds = self._state, iter(self._fds)
-        container = self._container = self._blank(Container)
-        container._begin(self._kernel, next(fds))
-        groups = {}
-        for number in state.groups:
-            group = groups[number] = self._blank(Group)
-            group._begin(self._kernel, next(fds), number)
+        container_fd = next(fds)
+        groups = {number: Group.from_fd(next(fds), number=number, kernel=self._kernel) for number in state.groups}
+        self._handles += groups.values()
+        for number, group in groups.items():
             if not group.get_status() & ioctls.VFIO_GROUP_FLAGS_CONTAINER_SET:
                 raise HandOverError(f"IOMMU group {number} is in no container: the other process has taken it out")
-        mapped = sum(len(block.pieces) for block in state.blocks)
-        container._resume(state.iommu_type, groups.values(), mapped=mapped)
+        container = self._container = Container.from_fd(
+            container_fd,
+            iommu_type=state.iommu_type,
+            groups=groups.values(),
+            mapped=sum(len(block.pieces) for block in state.blocks),
+            kernel=self._kernel,
+        )
+        self._handles.append(container)
         devices = {}
         for described in state.devices:
-            device = devices[described.bdf] = self._blank(Device)
-            device._begin(groups[described.group], described.bdf, next(fds))
-            device._resume()
+            device = devices[described.bdf] = Device.from_fd(groups[described.group], described.bdf, next(fds))
+            self._handles.append(device)
         return container, devices
 
     def _receive(
         self,
         blocks: RamBlockList,
-        described: BlockState,
+        described: HandedBlock,
         fd: int,
         progress: ProgressCallback | None,
         resized: ResizedCallback | None,
     ) -> None:
-        assert isinstance(described.memory, Memfd | File)  # what a state holds
+        if not isinstance(described.memory, Memfd | File):
+            raise TypeError(f"a state holds memory of a file, not {described.memory}")
         block = RamBlock(
             blocks,
             idstr=described.idstr,
@@ -247,9 +245,7 @@ class _Taking:
         blocks.receive(block, used_length=described.used_length, discarded=described.discarded)
 
     def _tell(self, container: Container, block: RamBlock, iova: int, piece: Extent) -> None:
-        container._table.add(iova=iova + piece.start, size=piece.size, vaddr=block.vaddr + piece.start)
-        mapping = container._table.at(iova + piece.start)
-        assert mapping is not None
+        mapping = DmaRange(Iova(iova + piece.start), piece.size, Vaddr(block.vaddr + piece.start))
         self._told.append(mapping)
         try:
             set_vaddr(container, mapping)
@@ -286,7 +282,7 @@ class _Taking:
             else:
                 attempt(block.state.memory.release, failures)
         for handle in self._handles:
-            handle._abandon()
+            handle.release_fd()
         if failures:
             raise RollbackError(
                 "what was handed over could not be taken over, and some of it is said to be here",

@@ -61,18 +61,10 @@ _MUTANTS = (
     ),
     # ----------------------------------------------------------------------------------------------------------- add
     # Memory is given back though a device may still reach it.
-    Mutant(
-        "RamBlockList._abandon",
-        "if isinstance(error, REACH_UNKNOWN) or not settled:\n            block._memory.keep()",
-        "if False:\n            pass",
-        "add",
-    ),
+    Mutant("RamBlockList._begin", "                block.state.keep()\n", "                pass\n", "add"),
     # Address space, and IOVA, of a block that did not come.
     Mutant(
-        "RamBlockList._add",
-        "            self._abandon(block, error, settled=change.settled)\n            raise\n",
-        "            raise\n",
-        "add",
+        "RamBlockList._begin", "            block.state.release()\n            raise\n", "            raise\n", "add"
     ),
     Mutant(
         "DmaMapper.ram_block_added",
@@ -80,13 +72,7 @@ _MUTANTS = (
         "                raise\n",
         "add",
     ),
-    Mutant(
-        "Reservation._reserve",
-        "            for start, stop in ours:\n                if start < stop:\n"
-        "                    self._kernel.munmap(start, stop - start)\n            raise\n",
-        "            raise\n",
-        "add",
-    ),
+    Mutant("Reservation._reserve", "            self._abort(start, end)\n", "", "add"),
     # A mapping that a signal handler kept from being entered.
     Mutant(
         "Container.map",
@@ -111,25 +97,23 @@ _MUTANTS = (
     # ---------------------------------------------------------------------------------------------------------- grow
     # The device is told before the memory is there.
     Mutant(
-        "RamBlockList._grow",
-        "            self._activate(block, old, new)\n            self._commit(event, self._notifiers)\n",
-        "            self._commit(event, self._notifiers)\n            self._activate(block, old, new)\n",
+        "BlockState.grow",
+        "                self.memory.activate(length)\n                self._populate(old, length)\n"
+        "            self._relabel(length, tell)\n",
+        "                self._relabel(length, tell)\n                self.memory.activate(length)\n",
         "grow",
     ),
-    # What a failed grow had activated stays.
-    Mutant(
-        "RamBlockList._grow",
-        "                block._give_back()\n            raise\n",
-        "                pass\n            raise\n",
-        "grow",
-    ),
+    # Memory that a failed grow has activated stays.
+    Mutant("BlockState.grow", "            self._take_back()\n            raise\n", "            raise\n", "grow"),
     # It goes though a device may still reach it.
     Mutant(
-        "RamBlockList._grow",
-        "            raise  # and retain: a device may still reach it\n",
-        "            block._give_back()\n            raise\n",
+        "BlockState.grow",
+        "                self.memory.retain(old)  # a device",
+        "                self._take_back()  # a device",
         "grow",
     ),
+    # Memory that a failed undo has kept stays so after the next resize.
+    Mutant("BlockState._relabel", "        self.memory.let_go()\n", "", "grow"),
     # What comes back is not zeroed.
     Mutant(
         "Reservation.activate",
@@ -147,11 +131,9 @@ _MUTANTS = (
     # -------------------------------------------------------------------------------------------------------- shrink
     # Memory goes before the device has lost it.
     Mutant(
-        "RamBlockList._shrink",
-        "        self._commit(Resized(block, old, new), self._notifiers[::-1])\n        try:\n"
-        "            block._memory.deactivate(new)\n",
-        "        try:\n            block._memory.deactivate(new)\n"
-        "            self._commit(Resized(block, old, new), self._notifiers[::-1])\n",
+        "BlockState.shrink",
+        "        self._relabel(length, tell)\n",
+        "        self.memory.deactivate(length)\n        self._relabel(length, tell)\n        return None\n",
         "shrink",
     ),
     # How much the kernel says it unmapped is not looked at.
@@ -172,36 +154,18 @@ _MUTANTS = (
         "shrink",
     ),
     # A failure to give memory back is taken for a failure of the shrink.
-    Mutant(
-        "RamBlockList._shrink",
-        "            block._memory.deactivate(new)\n        except OSError as error:\n            return error\n",
-        "            block._memory.deactivate(new)\n        except OSError:\n            block._used_length = old\n"
-        "            raise\n",
-        "shrink",
-    ),
+    Mutant("BlockState.shrink", "            return error\n", "            raise error\n", "shrink"),
     # ------------------------------------------------------------------------------------------------------- discard
     # Pages are dropped before the device has lost them; what is discarded is noted before all have agreed.
     Mutant(
-        "discard",
-        "    with guard.require_coordinated():\n",
-        "    with guard.require_coordinated():\n        block._memory.drop(*parts[0])\n",
-        "discard",
-    ),
-    Mutant(
-        "discard",
-        "discarded, stale),\n        rollback=partial(block._set_discarded, block._discarded, block._stale),\n",
-        "discarded, stale),\n        rollback=partial(block._set_discarded, discarded, stale),\n",
+        "BlockState.discard",
+        "        tell(commit)\n",
+        "        self.memory.drop(*parts[0])\n        tell(commit)\n",
         "discard",
     ),
-    # What could not be dropped is forgotten before it was tried.
-    Mutant(
-        "_drop_stale",
-        "        try:\n            block._memory.drop(*part)\n        except OSError as error:\n"
-        "            failures.append(error)\n        block._stale = left\n",
-        "        block._stale = left\n        try:\n            block._memory.drop(*part)\n"
-        "        except OSError as error:\n            failures.append(error)\n",
-        "discard",
-    ),
+    Mutant("BlockState.discard", "        tell(commit)\n", "        commit()\n        tell(lambda: None)\n", "discard"),
+    # The claim of a discard that is refused stays.
+    Mutant("discard", "        close_now(claim)\n", "        pass\n", "discard"),
     # It is neither dropped nor written.
     Mutant(
         "Reservation._zero",
@@ -211,16 +175,9 @@ _MUTANTS = (
     ),
     # ------------------------------------------------------------------------------------------------------ populate
     Mutant(
-        "populate",
-        "discarded, block._stale),\n        rollback=partial(block._set_discarded, block._discarded, block._stale),\n",
-        "discarded, block._stale),\n        rollback=partial(block._set_discarded, discarded, block._stale),\n",
-        "populate",
-    ),
-    # What a signal handler kept a discard from is seen again.
-    Mutant(
-        "populate",
-        "    _drop_stale(block, wanted)  # what a signal handler kept a discard from\n",
-        "",
+        "BlockState.populate",
+        "            tell(commit)\n",
+        "            commit()\n            tell(lambda: None)\n",
         "populate",
     ),
     # ------------------------------------------------------------------------------------------------- replace pages
@@ -236,10 +193,9 @@ _MUTANTS = (
     # -------------------------------------------------------------------------------------------------------- remove
     # Memory goes before the device has lost it.
     Mutant(
-        "RamBlockList._remove",
-        "        blocks = tuple(other for other in self._blocks if other is not block)\n",
-        "        block._memory.release()\n"
-        "        blocks = tuple(other for other in self._blocks if other is not block)\n",
+        "RamBlockList.remove",
+        "            tell_all(Removed(block), self._notifiers, commit)\n            block.state.release()\n",
+        "            block.state.release()\n            tell_all(Removed(block), self._notifiers, commit)\n",
         "remove",
     ),
     # IOVA goes before the mapping.
@@ -257,8 +213,8 @@ _MUTANTS = (
     # A notifier that refuses to go is told nothing any more.
     Mutant(
         "RamBlockList._replay",
-        "partial(self._set_notifiers, notifiers), partial(self._set_notifiers, before))",
-        "partial(self._set_notifiers, notifiers), partial(self._set_notifiers, notifiers))",
+        "        tell_each(notifier",
+        "        self._set_notifiers(notifiers)\n        tell_each(notifier",
         "remove",
     ),
     # ------------------------------------------------------------------------------------------------- temporary map

@@ -205,7 +205,6 @@ def _busy_device(kernel: FakeKernel) -> Rig:
 # What is closed first; the container follows.
 CLOSES: dict[str, Callable[[Rig], object]] = {
     "device": lambda rig: rig.device.close(),
-    "group": lambda rig: rig.group.close(),
     "container": lambda rig: rig.container.close(),
 }
 # What is not asked or written where this has failed.

@@ -812,7 +812,7 @@ def test_what_hangs_on_a_descriptor_stays_until_the_last_duplicate_is_closed(ker
         assert irq.wait(timeout=0) == 1
         copies = [kernel.dup(fd) for fd in (device.group.fd, device.fd)]
         for handle in (device.group, device):
-            handle._close_fd()
+            handle.close_fd()
             kernel.check()
         for fd in copies:
             with pytest.raises(pyvfio.GroupBusyError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -165,8 +166,8 @@ def forget(taken: TakenOver, kernel: SpecialKernel, fds: list[int]) -> None:
     """It dies: its memory and descriptors go, and nothing else happens."""
     areas = [(block.vaddr, block.max_length + PAGE_SIZE) for block in taken.blocks]
     taken.mapper.forget()
-    for handle in (taken.container, *taken.container._groups.values(), *taken.devices.values()):
-        handle._abandon()
+    for handle in (taken.container, *taken.container.groups.values(), *taken.devices.values()):
+        handle.release_fd()
     for block in taken.blocks:
         block.state.memory.disown()
     close(kernel, fds)
@@ -233,7 +234,7 @@ def test_whichever_call_of_a_hand_over_fails_everything_is_as_it_was(kernel: Spe
             hand_over(rig.mapper).cancel()
         except (OSError, pyvfio.VfioError, Interrupt):
             end(kernel)
-            if rig.container._handing is not None:  # it was `cancel` that failed
+            if rig.container.handing is not None:  # it was `cancel` that failed
                 hand_over(rig.mapper).cancel()
         end(kernel)
         has_addresses(rig)
@@ -437,7 +438,8 @@ def test_buffers_listeners_and_mappings_of_others_are_refused_by_name(kernel: Sp
     rig.container.map(vaddr=memory, iova=0, size=PAGE_SIZE)
     refused(rig, "IOVA 0x0-0xfff is mapped")
     rig.container.unmap(iova=0, size=PAGE_SIZE)
-    rig.container.map_dma(vaddr=memory, iova=0, size=PAGE_SIZE)
+    fd, stranger = rig.container.fd, struct.pack("=2I3Q", 32, 3, memory, 0, PAGE_SIZE)
+    kernel.ioctl(fd, ioctls.VFIO_IOMMU_MAP_DMA, bytearray(stranger))
     refused(rig, "of which .* known here")
     rig.container.unmap_dma(iova=0, size=PAGE_SIZE)
     hand_over(rig.mapper).cancel()
@@ -704,7 +706,7 @@ def test_a_hand_over_that_another_thread_has_only_begun_is_nobody_elses_to_cance
     with rig.blocks.guard.lock:  # as a change that is under way
         first = threading.Thread(target=lambda: made.append(hand_over(rig.mapper)))
         first.start()
-        while rig.container._handing is None:
+        while rig.container.handing is None:
             time.sleep(0.001)
         with pytest.raises(HandOverError, match="another thread has begun to hand it over"):
             hand_over(rig.mapper)
