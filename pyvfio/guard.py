@@ -34,7 +34,8 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from importlib import import_module
 from logging import getLogger
@@ -169,12 +170,10 @@ class _Signals:
     def put_back(self) -> None:
         """Give each signal its handler back, unless the program has set another one, and run the handlers due."""
         try:
-            while self._replaced:
-                number = next(iter(self._replaced))
-                handler = self._replaced[number]
+            for number, handler in list(self._replaced.items()):
                 if (other := self._set(number, handler)) is not self._route and other is not handler:
                     self._set(number, other)
-                del self._replaced[number]
+                self._replaced.pop(number, None)  # a finalizer may have made a call of its own meanwhile
         finally:
             if self.noted:
                 self.deliver()
@@ -407,6 +406,15 @@ def run_outside(step: Callable[[], object]) -> None:
         step()
 
 
+@contextmanager
+def holding(*things: Guarded) -> Iterator[None]:
+    """Hold the locks of several objects, in the order of rule 4; inside of a guarded call."""
+    with ExitStack() as stack:
+        for thing in things:
+            stack.enter_context(thing.guard.lock)
+        yield
+
+
 def close_now(thing: Guarded) -> None:
     """Close `thing` from inside of the guarded call that owns it, at once, under its lock. Raises what the close
     raises."""
@@ -446,10 +454,10 @@ def _run(lock: RLock | None, call: Callable[[], _Result], undo: Callable[..., ob
         finally:
             thread.busy = False
     signals = _signals if get_ident() == _signals.main else None
-    if signals is not None:
-        signals.replace()
     try:
-        thread.inside = thread.busy = True  # from here on signals are noted
+        thread.inside = thread.busy = True  # from here on finalizers are put off: a call of theirs would put back
+        if signals is not None:
+            signals.replace()  # and signals are noted
         result = call() if lock is None else _locked(lock, call)
     except BaseException:
         undo = None  # there is no object

@@ -7,8 +7,6 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import TracebackType
-from typing import Self
 
 from pyvfio import ioctls
 from pyvfio.blocks.block import RamBlock
@@ -19,6 +17,7 @@ from pyvfio.device import Device
 from pyvfio.dma import DmaMapper
 from pyvfio.errors import HandOverError, IoctlError, RollbackError, VfioError, as_exception
 from pyvfio.extents import Extent
+from pyvfio.guard import ContextManager, Guard, Guarded, checkpoint, close_now, closing, uninterrupted
 from pyvfio.handle import Handle, attempt, attempt_all
 from pyvfio.iommu.space import Mapping as DmaRange
 from pyvfio.kernel import HUGETLBFS_MAGIC, FileStatus, Kernel, LinuxKernel
@@ -31,15 +30,22 @@ from pyvfio.units import Iova, Vaddr, format_size
 logger = logging.getLogger(__name__)
 
 
-class TakenOver:
-    """What another process has handed over, as this one has it now: made by `take_over`.
+class TakenOver(ContextManager):
+    """The objects of another process, as this one has them now: made by `take_over`.
 
-    A context manager, whose end closes all of it: `close`.
+    A context manager, whose end closes all of it: `close`. Synchronization: any thread.
     """
 
     def __init__(
-        self, container: Container, devices: Mapping[str, Device], blocks: RamBlockList, mapper: DmaMapper
+        self,
+        container: Container,
+        devices: Mapping[str, Device],
+        blocks: RamBlockList,
+        mapper: DmaMapper,
+        *,
+        taking: _Taking,
     ) -> None:
+        self.guard = Guard("what was taken over")
         self.container = container
         """With its groups."""
         self.devices = devices
@@ -48,26 +54,26 @@ class TakenOver:
         """The RAM blocks, at new addresses in this process, and at the IOVAs that they had."""
         self.mapper = mapper
         """Follows them as the other process's did."""
+        self.taking = taking
+        """The steps that made it. For the library."""
 
     def __repr__(self) -> str:
         return f"<TakenOver {', '.join(self.devices)}: {len(self.blocks)} blocks>"
 
+    @closing
     def close(self) -> None:
-        """Close the devices, which ends their DMA, the mapper, the blocks and the container; twice is fine. Raises what
-        the steps raise, after all of them were tried."""
-        closes = [device.close for device in self.devices.values()]
-        closes += [self.mapper.close, self.blocks.close, self.container.close]
-        attempt_all("closing what was taken over", closes)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        """Close the devices, which ends their DMA, the mapper, the blocks and the container; twice is fine. Raises the
+        errors of the steps, after all of them were tried."""
+        parts: list[Guarded] = [*self.devices.values(), self.mapper, self.blocks, self.container]
+        attempt_all("closing what was taken over", [partial(close_now, part) for part in parts])
 
 
+def _undo(taken: TakenOver) -> None:
+    taken.mapper.forget()
+    taken.taking.give_back(VfioError("interrupted"))
+
+
+@uninterrupted(_undo)
 def take_over(
     state: bytes,
     fds: Sequence[int],
@@ -84,12 +90,13 @@ def take_over(
     `RamBlockList.add`, `resized` has callbacks of blocks by their id strings. Nothing is opened, mapped for a device,
     unmapped or reset. The descriptors are the new objects' own from then on, and close-on-exec.
 
-    Tell the other process when this returns, and resize nothing before. Raises ValueError for a state that is none, or
-    of another version, and HandOverError for descriptors that are not what it says, all of that before any mapping is
-    touched; HandOverError where the other process has cancelled; PinLimitError where this process may not lock as much;
-    OSError. Then no mapping has an address here, the descriptors are open and the caller's, so that it can be tried
-    again, and the other process can cancel. Until either, kernels count what had come so far as locked by this process.
-    RollbackError: some may have one; the other process can cancel nevertheless.
+    Tell the other process when this returns, and resize nothing before. Raises before any mapping is touched: TypeError
+    and ValueError for a state that is none, or of another version; HandOverError for descriptors that are not what the
+    state says. Raises HandOverError where the other process has cancelled, PinLimitError where this process may not
+    lock as much, OSError. Then no mapping has an address here, and the descriptors are open and the caller's, so that
+    the call can be repeated, and the other process can cancel. Until either, kernels count the mappings that have come
+    so far as locked by this process. Raises RollbackError where some mapping may have an address here; the other
+    process can cancel nevertheless.
 
     Cost: an ioctl for each mapping; whatever is in memory stays where it is.
     """
@@ -180,6 +187,7 @@ class _Taking:
             self._receive(blocks, described, fd, progress, resized.get(described.idstr))
         for described, block in zip(state.blocks, self._blocks, strict=True):
             for piece in described.pieces:
+                checkpoint()
                 self._tell(container, block, described.iova, piece)
         policy = state.policy
         mapper = DmaMapper(
@@ -197,14 +205,15 @@ class _Taking:
         for block in self._blocks:
             block.state.memory.own()
         logger.debug("took over %r", container)
-        return TakenOver(container, devices, blocks, mapper)
+        return TakenOver(container, devices, blocks, mapper, taking=self)
 
     def _adopt(self) -> tuple[Container, dict[str, Device]]:
         state, fds = self._state, iter(self._fds)
         container_fd = next(fds)
-        groups = {number: Group.from_fd(next(fds), number=number, kernel=self._kernel) for number in state.groups}
-        self._handles += groups.values()
-        for number, group in groups.items():
+        groups = {}
+        for number in state.groups:
+            group = groups[number] = Group.from_fd(next(fds), number=number, kernel=self._kernel)
+            self._handles.append(group)
             if not group.get_status() & ioctls.VFIO_GROUP_FLAGS_CONTAINER_SET:
                 raise HandOverError(f"IOMMU group {number} is in no container: the other process has taken it out")
         container = self._container = Container.from_fd(

@@ -26,37 +26,32 @@ _MUTANTS = (
     # A descriptor stays open: the container's, the device's, the group's.
     Mutant(
         "Container.__init__",
-        "            self._iommu_type = self._choose(iommu_type)\n"
-        "        except BaseException:\n            self._close_fd()\n            raise\n",
-        "            self._iommu_type = self._choose(iommu_type)\n        except BaseException:\n            raise\n",
+        "            self._iommu_type = self._choose(wanted)\n"
+        "        except BaseException:\n            self.close_fd()\n            raise\n",
+        "            self._iommu_type = self._choose(wanted)\n        except BaseException:\n            raise\n",
         "open",
     ),
     Mutant(
         "Device.__init__",
         "            self.info = self._get_info()\n"
-        "        except BaseException:\n            self._close_fd()\n            raise\n",
+        "        except BaseException:\n            self.close_fd()\n            raise\n",
         "            self.info = self._get_info()\n        except BaseException:\n            raise\n",
         "open",
     ),
-    Mutant("open_device", "            undo.callback(group.close)\n", "", "open"),
-    # The undo is registered when it is too late.
-    Mutant(
-        "open_device",
-        "            undo.callback(group.close)\n            container.attach(group)\n",
-        "            container.attach(group)\n            undo.callback(group.close)\n",
-        "open",
-    ),
+    Mutant("_open_in", "        close_now(group)\n        raise\n", "        raise\n", "open"),
+    Mutant("open_device", "            close_now(container)\n            raise\n", "            raise\n", "open"),
+    Mutant("Container.open_group", "            group.close_fd()\n            raise\n", "            raise\n", "open"),
     # A group that could not be attached stays inside, or nobody hears that it would not leave.
     Mutant(
         "Container.attach",
-        "                attempt(group.unset_container, failures)\n                if failures",
-        "                if failures",
+        "            attempt(group.unset_container, failures)\n            if failures",
+        "            if failures",
         "open",
     ),
     Mutant(
         "Container.attach",
-        "                attempt(group.unset_container, failures)\n                if failures",
-        "                group.unset_container()\n                if failures",
+        "            attempt(group.unset_container, failures)\n            if failures",
+        "            group.unset_container()\n            if failures",
         "open",
     ),
     # ----------------------------------------------------------------------------------------------------------- add
@@ -72,19 +67,15 @@ _MUTANTS = (
         "                raise\n",
         "add",
     ),
-    Mutant("Reservation._reserve", "            self._abort(start, end)\n", "", "add"),
-    # A mapping that a signal handler kept from being entered.
+    Mutant("Reservation._reserve", "            self._abort(start, end)
+", "", "add"),
+    # A mapping that the kernel refused is in the table.
     Mutant(
         "Container.map",
-        "            except BaseException:\n"
-        "                self._withdraw(vaddr=vaddr, iova=iova, size=size)\n                raise\n",
-        "            except BaseException:\n                raise\n",
-        "add",
-    ),
-    Mutant(
-        "Container._withdraw",
-        "            self._table.add(iova=iova, size=size, vaddr=vaddr)  # so that nobody",
-        "            # so that nobody",
+        "        self._map_dma(vaddr, iova, size, bool(read) * _READ | bool(write) * _WRITE)\n"
+        "        self.table.add(iova=iova, size=size, vaddr=vaddr)\n",
+        "        self.table.add(iova=iova, size=size, vaddr=vaddr)\n"
+        "        self._map_dma(vaddr, iova, size, bool(read) * _READ | bool(write) * _WRITE)\n",
         "add",
     ),
     # A mapper that does not come leaves its claim.
@@ -137,22 +128,15 @@ _MUTANTS = (
         "shrink",
     ),
     # How much the kernel says it unmapped is not looked at.
-    Mutant("Container._unmap_exactly", "        if unmapped != size:\n", "        if unmapped > size:\n", "shrink"),
-    # A mapping that the kernel refused to unmap is forgotten; one that it unmapped is not.
-    Mutant(
-        "Container._unmap_exactly",
-        "        unmapped = self.unmap_dma(iova=iova, size=size, bitmap=bitmap)\n",
-        "        self._table.discard(iova=iova, size=size)\n"
-        "        unmapped = self.unmap_dma(iova=iova, size=size, bitmap=bitmap)\n",
-        "shrink",
-    ),
+    Mutant("Container.unmap", "        if unmapped == size:\n", "        if unmapped <= size:\n", "shrink"),
+    # A mapping that the kernel refused to unmap is forgotten, or one of which it unmapped nothing.
     Mutant(
         "Container.unmap",
-        "                    if self.unmap_dma(iova=iova, size=size) in (0, size) and whole:\n"
-        "                        self._table.discard(iova=iova, size=size)\n",
-        "                    self.unmap_dma(iova=iova, size=size)\n",
+        "        unmapped = self._unmap_dma(iova, size, 0, bitmap)\n",
+        "        self.table.discard(iova=iova, size=size)\n        unmapped = self._unmap_dma(iova, size, 0, bitmap)\n",
         "shrink",
     ),
+    Mutant("Container._is_gone", "error.errno == errno.ENOENT", "error.errno == errno.EINVAL", "shrink"),
     # A failure to give memory back is taken for a failure of the shrink.
     Mutant("BlockState.shrink", "            return error\n", "            raise error\n", "shrink"),
     # ------------------------------------------------------------------------------------------------------- discard
@@ -267,40 +251,33 @@ _MUTANTS = (
     ),
     # A descriptor is closed twice where closing reports an error.
     Mutant(
-        "Handle._close_fd",
-        "        fd, self._fd = self._fd, -1  # first: a descriptor is gone even when close(2) reports an error\n"
-        "        self._kernel.close(fd)\n",
-        "        self._kernel.close(self._fd)\n        self._fd = -1\n",
+        "Handle.close_fd",
+        "        fd = self.release_fd()\n        if fd >= 0:\n            self._kernel.close(fd)\n",
+        "        self._kernel.close(max(self._fd, self._aside))\n        self.release_fd()\n",
         "close",
     ),
     # The device may still do DMA while the mappings go.
     Mutant(
         "Device.close",
-        "        steps += [partial(self._set_command, PCI_COMMAND_MASTER, on=False), *([self.reset]",
-        "        steps += [*([self.reset]",
+        "            steps += [self._stop_dma, *([self.reset]",
+        "            steps += [*([self.reset]",
         "close",
     ),
     # The interrupts' descriptors.
     Mutant(
-        "Irq.disable",
-        '        attempt_all(f"disabling {self._name}", [stop, '
-        "*(partial(self._device.kernel.close, fd) for fd in fds)])\n",
-        "        stop()\n        for fd in fds:\n            self._device.kernel.close(fd)\n",
+        "_Eventfds.close",
+        '        attempt_all("closing eventfds", [partial(self._kernel.close, fd) for fd in fds if fd >= 0])\n',
+        "        for fd in fds:\n            self._kernel.close(fd)\n",
         "close",
     ),
     # Mappings that are left go with the last group, unseen; and are taken for mapped when they are gone.
     Mutant(
-        "Container._let_go",
-        "                attempt(self._unmap_everything, failures)  # the kernel would",
-        "                pass  # the kernel would",
-        "close",
-    ),
-    Mutant(
-        "Container._let_go",
-        "                self._table.clear()  # whatever could not be unmapped went now\n",
+        "Container.close",
+        "                attempt(self._unmap_everything, failures)\n",
         "                pass\n",
         "close",
     ),
+    Mutant("Container.note_left", "            self.table.clear()\n", "            pass\n", "close"),
 )
 
 

@@ -76,7 +76,7 @@ _MUTANTS = (
     # ------------------------------------------------------------------------------------------------------- hand-over
     # It is not known whether addresses were given up when a signal handler ends the call.
     Mutant(
-        "HandOver._begin",
+        "HandOver.begin",
         "            self._given_up = True\n            give_up_all(container)\n",
         "            give_up_all(container)\n            self._given_up = True\n",
         "hand-over",
@@ -93,7 +93,7 @@ _MUTANTS = (
     # After a cancel that the kernel has refused the container can be used, and closed, though mappings wait.
     Mutant(
         "HandOver._restore",
-        "            for handle in handles:\n                handle._set_aside()\n            raise\n",
+        "            for handle in handles:\n                handle.set_aside()\n            raise\n",
         "            raise\n",
         "hand-over",
     ),

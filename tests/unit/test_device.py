@@ -25,6 +25,7 @@ from tests.unit.fakes import BDF, OTHER_BDF, PRIVATE, READ_WRITE, SpecialKernel,
 from tests.unit.processes import in_child, open_fds
 
 MSI, MSIX, INTX = ioctls.VFIO_PCI_MSI_IRQ_INDEX, ioctls.VFIO_PCI_MSIX_IRQ_INDEX, ioctls.VFIO_PCI_INTX_IRQ_INDEX
+V1 = ioctls.VFIO_TYPE1_IOMMU
 SIBLING = "0000:00:02.1"
 
 
@@ -283,6 +284,130 @@ def test_a_wrong_class_is_a_type_error(kernel: SpecialKernel, device: pyvfio.Dev
         with pytest.raises(TypeError):
             call()
     assert not kernel.trace
+
+
+# ------------------------------------------------------------------------- descriptors that somebody else has opened
+
+
+def _launcher(kernel: SpecialKernel) -> dict[str, int]:
+    """What a launcher with more rights has opened for another program: a descriptor of each kind, by its kind."""
+    device = pyvfio.open_device(BDF, kernel=kernel)
+    fds = {
+        "a VFIO container": device.container.release_fd(),
+        "an IOMMU group": device.group.release_fd(),
+        "a VFIO device": device.release_fd(),
+    }
+    device.opened_with = None
+    fds["an eventfd"] = kernel.eventfd(0, 0)
+    fds["a file"] = os.open("/dev/null", os.O_RDWR)
+    fds["closed"] = os.dup(fds["a file"])
+    os.close(fds["closed"])
+    return fds
+
+
+def test_a_launchers_descriptors_are_used_as_ones_own(kernel: SpecialKernel) -> None:
+    """Registers, memory, interrupts; and they are closed with the objects."""
+    fds = _launcher(kernel)
+    group = pyvfio.Group.from_fd(fds["an IOMMU group"], number=2, kernel=kernel)
+    container = pyvfio.Container.from_fd(fds["a VFIO container"], groups=[group], kernel=kernel)
+    device = pyvfio.Device.from_fd(group, BDF, fds["a VFIO device"])
+    assert (container.fd, group.fd, device.fd) == tuple(fds.values())[:3]
+    assert device.container is container
+    assert container.groups == {2: group}
+    assert container.iommu_type == ioctls.VFIO_TYPE1v2_IOMMU
+    assert device.config.read16(0) == 0x1234
+    with pyvfio.RamBlockList(kernel=kernel) as blocks, pyvfio.DmaMapper(container, blocks):
+        blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB)
+        assert len(kernel.mappings(BDF)) == 1
+    device.irq(MSI).enable()
+    other = pyvfio.open_device(OTHER_BDF, container=container)
+    container.close()
+    assert device.closed
+    assert group.closed
+    assert other.closed
+    assert kernel.descriptors == ()
+    for kind in ("an eventfd", "a file"):
+        os.close(fds[kind])
+
+
+def test_a_container_without_a_group_may_come_too(kernel: SpecialKernel) -> None:
+    """The IOMMU is then set with the first group."""
+    fd = kernel.open(str(kernel.dev / "vfio/vfio"), os.O_RDWR)
+    group = kernel.open(str(kernel.dev / "vfio/2"), os.O_RDWR)
+    with pyvfio.Container.from_fd(fd, iommu_type=V1, kernel=kernel) as container:
+        container.attach(pyvfio.Group.from_fd(group, number=2, kernel=kernel))
+        assert container.iommu_type == V1
+        assert pyvfio.open_device(BDF, container=container).config.read16(0) == 0x1234
+
+
+def test_a_descriptor_of_another_kind_is_refused_and_stays_the_callers(kernel: SpecialKernel) -> None:
+    """Of each kind for each: ValueError says what it is not."""
+    fds = _launcher(kernel)
+    group = pyvfio.Group.from_fd(fds["an IOMMU group"], number=2, kernel=kernel)
+    container = pyvfio.Container.from_fd(fds["a VFIO container"], groups=[group], kernel=kernel)
+    makers: dict[str, Callable[[int], object]] = {
+        "a VFIO container": lambda fd: pyvfio.Container.from_fd(fd, kernel=kernel),
+        "an IOMMU group": lambda fd: pyvfio.Group.from_fd(fd, number=2, kernel=kernel),
+        "a VFIO device": lambda fd: pyvfio.Device.from_fd(group, BDF, fd),
+    }
+    before, refused = open_fds(), 0
+    for wanted, make in makers.items():
+        for kind, fd in fds.items():
+            if kind != wanted:
+                with pytest.raises(ValueError, match=f"descriptor {fd} is not {wanted}"):
+                    make(fd)
+                refused += 1
+        with pytest.raises(ValueError, match="-1 is no file descriptor"):
+            make(-1)
+    assert refused == 15
+    gc.collect()
+    assert open_fds() == before
+    assert group.devices == []
+    with pytest.raises(ValueError, match="in another Container"):
+        pyvfio.Container.from_fd(fds["a VFIO container"], groups=[group], kernel=kernel)
+    container.close()
+    for kind in ("a VFIO device", "an eventfd", "a file"):
+        kernel.close(fds[kind])
+
+
+def test_a_group_that_is_in_no_container_is_refused(kernel: SpecialKernel) -> None:
+    """For a container that is said to have it, and for a device of it."""
+    with nothing_left(kernel), pyvfio.Container(kernel=kernel) as made, pyvfio.Group(2, kernel=kernel) as group:
+        with pytest.raises(ValueError, match=r"group 2 is in no container: attach"):
+            pyvfio.Container.from_fd(made.fd, groups=[group], kernel=kernel)
+        with pytest.raises(ValueError, match=r"group 2 is in no Container: attach"):
+            pyvfio.Device.from_fd(group, BDF, made.fd)
+        assert made.get_api_version() == 0
+
+
+@pytest.mark.parametrize("nth", range(1, 7))
+def test_a_descriptor_stays_the_callers_where_a_call_fails(kernel: SpecialKernel, nth: int) -> None:
+    """Whichever of the calls: nothing is closed, and it can be tried again."""
+    fds = _launcher(kernel)
+    before = open_fds()
+
+    def take() -> tuple[pyvfio.Container, pyvfio.Device]:
+        group = pyvfio.Group.from_fd(fds["an IOMMU group"], number=2, kernel=kernel)
+        try:
+            container = pyvfio.Container.from_fd(fds["a VFIO container"], groups=[group], kernel=kernel)
+            try:
+                return container, pyvfio.Device.from_fd(group, BDF, fds["a VFIO device"])
+            except BaseException:
+                container.release_fd()
+                raise
+        except BaseException:
+            group.release_fd()
+            raise
+
+    kernel.fail(call="ioctl", errno=errno.EIO, nth=nth)
+    with pytest.raises(pyvfio.IoctlError):
+        take()
+    gc.collect()
+    assert open_fds() == before
+    container, _device = take()
+    container.close()
+    for kind in ("an eventfd", "a file"):
+        os.close(fds[kind])
 
 
 def test_the_iommu_type_is_the_callers_to_choose(kernel: SpecialKernel) -> None:

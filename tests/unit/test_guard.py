@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from pyvfio.guard import (
     close_now,
     closing,
     closing_in_hooks,
+    closing_under,
     guarded,
     making,
     reading,
@@ -201,6 +203,41 @@ class TestSignals:
         assert isinstance(caught.value.__context__, ValueError)
 
 
+def _whole(part: Part) -> Guard:
+    return part.whole.guard
+
+
+class Part:
+    """Takes the lock of its whole before its own."""
+
+    def __init__(self, whole: Thing) -> None:
+        self.guard = Guard("this part")
+        self.whole = whole
+
+    @closing_under(_whole)
+    def close(self) -> None:
+        self.whole.events.append("part closed")
+
+
+class TestLocks:
+    """Which one a close takes."""
+
+    @pytest.mark.parametrize("now", [True, False], ids=["from inside", "from outside"])
+    def test_a_part_is_closed_under_the_lock_of_its_whole(self, *, now: bool) -> None:
+        whole, entered, left = Thing(), threading.Event(), threading.Event()
+        part = Part(whole)
+        worker = threading.Thread(target=lambda: whole.change(each(entered.set, left.wait)))
+        worker.start()
+        entered.wait()
+        closer = threading.Thread(target=(lambda: close_now(part)) if now else part.close)
+        closer.start()
+        closer.join(0.1)
+        left.set()
+        worker.join()
+        closer.join()
+        assert whole.events == ["begin", "end", "part closed"]
+
+
 class TestFinalizers:
     """Closes in the middle of something else."""
 
@@ -265,6 +302,28 @@ class TestFinalizers:
         thing = Thing()
         thing.close()
         assert thing.events == ["closed"]
+
+    def test_a_finalizer_that_comes_while_handlers_are_replaced_leaves_each_where_it_was(self) -> None:
+        """At each point of the change, whatever the finalizer calls."""
+        thing, other = Thing(), Thing()
+        before = signal.signal(signal.SIGUSR1, lambda number, _frame: thing.events.append(str(number)))
+        handler, at, points = signal.getsignal(signal.SIGUSR1), 0, 1
+
+        def finalize(_frame: FrameType, _event: str, _argument: object) -> None:
+            nonlocal points
+            points += 1
+            if points == at:
+                other.close()
+
+        while at <= points:
+            at, points = at + 1, 0
+            sys.setprofile(finalize)
+            thing.change()
+            sys.setprofile(None)
+            assert signal.getsignal(signal.SIGUSR1) is handler
+            assert not guard._signals._replaced
+        assert len(other.events) > 10
+        signal.signal(signal.SIGUSR1, before)
 
     def test_a_close_that_was_put_off_and_fails_is_logged(self, caplog: pytest.LogCaptureFixture) -> None:
         class Broken(Thing):

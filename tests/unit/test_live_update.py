@@ -216,6 +216,27 @@ def test_whichever_call_of_a_take_over_fails_the_device_reaches_the_same_and_it_
     both_ways(rig, rig.blocks, places)
 
 
+def test_a_handler_that_raises_at_the_end_of_either_call_leaves_everything_as_it_was(
+    kernel: SpecialKernel, rig: Rig
+) -> None:
+    """Nobody receives the object: the hand-over is cancelled, and what was taken over is given back."""
+    before, places = rig.reached(), iovas(rig)
+    kernel.interrupt_at(1, after=True)
+    with pytest.raises(Interrupt):
+        hand_over(rig.mapper)
+    has_addresses(rig)
+    with hand_over(rig.mapper) as update:
+        fds = duplicates(kernel, update)
+        kernel.interrupt_at(1, after=True)
+        with pytest.raises(Interrupt):
+            take_over(update.state, fds, kernel=kernel)
+        assert set(fds) <= set(open_fds())
+        forget(take_over(update.state, fds, kernel=kernel), kernel, fds)
+    assert rig.reached() == before
+    rig.check()
+    both_ways(rig, rig.blocks, places)
+
+
 # ---------------------------------------------------------------------------------------------- the old process
 
 

@@ -90,7 +90,7 @@ class FakeKernel(MemoryCalls):
         devices = sum(len(group.devices) for group in self._groups.values())
         mapped = [mapping.size for mapping in self.mappings()]
         return (
-            f"<{type(self).__name__} {self._version.name} iommu={self._model.name} {devices} devices, "
+            f"<{type(self).__name__} {self._version.name}: {devices} devices, "
             f"{len(self.descriptors)} descriptors, {len(mapped)} mappings of {sum(mapped):#x} bytes>"
         )
 
