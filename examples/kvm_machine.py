@@ -119,7 +119,7 @@ class Vcpu(Handle):
         super().__init__(vm.kernel, request(vm, "KVM_CREATE_VCPU", 0, id=0), "the virtual CPU")
         self._vm, self._slot = vm, slot
         with ExitStack() as undo:
-            undo.callback(super()._close_fd)
+            undo.callback(super().close_fd)
             self._run = kvm_run.from_address(self._map(undo, vm.vcpu_mmap_size, SHARED, self.fd))
             self._code = self._map(undo, pyvfio.PAGE_SIZE, PRIVATE, -1)
             ctypes.memmove(self._code, PROGRAM, len(PROGRAM))
@@ -137,7 +137,7 @@ class Vcpu(Handle):
         if not self._vm.closed:
             self._vm.set_region(slot=self._slot, gpa=CODE, vaddr=self._code, size=0)
 
-    def _close_fd(self) -> None:
+    def close_fd(self) -> None:
         self._tear_down.close()
 
     def _enter_protected_mode(self) -> None:

@@ -11,10 +11,10 @@ import logging
 import os
 import stat
 import struct
-import threading
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from functools import partial
+from operator import index
+from typing import TypeVar
 
 from pyvfio import ioctls, pci
 from pyvfio.errors import (
@@ -31,7 +31,8 @@ from pyvfio.errors import (
     VfioError,
     raise_collected,
 )
-from pyvfio.handle import Handle, attempt, attempt_all
+from pyvfio.guard import Guard, close_now, closing, constructing, guarded, making, reading, uninterrupted
+from pyvfio.handle import Handle, attempt, checked_fd, give_up_fd
 from pyvfio.info import DEFAULT_DMA_AVAIL, IommuInfo, parse_iommu_info
 from pyvfio.iommu.iova import IovaAllocator
 from pyvfio.iommu.space import Mapping
@@ -46,8 +47,12 @@ IommuType = ioctls.VfioExtension
 
 _READ = int(ioctls.VFIO_DMA_MAP_FLAG_READ)
 _WRITE = int(ioctls.VFIO_DMA_MAP_FLAG_WRITE)
+_MAP_VADDR = int(ioctls.VFIO_DMA_MAP_FLAG_VADDR)
 _ALL = int(ioctls.VFIO_DMA_UNMAP_FLAG_ALL)
+_UNMAP_VADDR = int(ioctls.VFIO_DMA_UNMAP_FLAG_VADDR)
 _pack_dma_map = struct.Struct("=2I3Q").pack  # vfio_iommu_type1_dma_map, at half of what filling that in costs
+_NOT_THE_KIND = (errno.EBADF, errno.ENOTTY, errno.EINVAL)
+_Answer = TypeVar("_Answer")
 _INFO_MAX = 1 << 20  # an answer longer than this is no answer
 _UNKNOWN_RANGE = IovaRange(Iova(0), Iova(512 * GIB - 1))
 """Assumed where the kernel reports no ranges (before 5.4): 39 bits, the least that an IOMMU of the field has."""
@@ -78,20 +83,46 @@ class Group(Handle):
     AccessDeniedError. Source: `vfio_group_fops_open`.
     """
 
+    @constructing(Handle.close_fd)
     def __init__(self, number: int, *, kernel: Kernel | None = None) -> None:
+        number = _checked_number(number)
         kernel = kernel or LinuxKernel()
         path = str(pci.group_node(kernel, number))
         try:
             fd = kernel.open(path, os.O_RDWR)
         except OSError as error:
             raise self._explain(kernel, number, path, error) from error
-        self._begin(kernel, fd, number)
+        self._own(kernel, fd, number)
 
-    def _begin(self, kernel: Kernel, fd: int, number: int) -> None:
-        super().__init__(kernel, fd, f"IOMMU group {number}")
+    def _own(self, kernel: Kernel, fd: int, number: int) -> None:
         self.number = number
         self.container: Container | None = None
         self.devices: list[Handle] = []
+        self.leaves = False
+        """Whether the group leaves its container and is closed with its last device, because `open_device` opened it.
+        It stays while it is the container's last group and memory is mapped."""
+        super().__init__(kernel, fd, f"IOMMU group {number}")
+
+    @classmethod
+    @uninterrupted(give_up_fd)
+    def from_fd(cls, fd: int, *, number: int, kernel: Kernel | None = None) -> Group:
+        """Make a group of a descriptor that is open already: a launcher's with more rights, or a former program's.
+
+        `number`: as its node has it, /dev/vfio/<number>. The descriptor is the object's own from then on, and is closed
+        with it; where this raises, it is the caller's as before. `Container.attach` comes next, or
+        `Container.from_fd(..., groups=[group])` where the group is in that container already.
+
+        Raises ValueError where the descriptor is closed or no IOMMU group's. Cost: one ioctl.
+        Source: VFIO_GROUP_GET_STATUS.
+        """
+        group = cls.__new__(cls)
+        group._own(kernel or LinuxKernel(), checked_fd(fd), _checked_number(number))
+        check_kind(group, group.get_status, "an IOMMU group")
+        return group
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "in no container" if self.container is None else "in a container"
+        return f"<Group {self.number} {state}, {len(self.devices)} devices open>"
 
     @staticmethod
     def _explain(kernel: Kernel, number: int, path: str, error: OSError) -> VfioError:
@@ -108,7 +139,7 @@ class Group(Handle):
     def get_status(self) -> ioctls.VfioGroupFlags:
         """VFIO_GROUP_GET_STATUS: whether the group is viable and in a container."""
         status = ioctls.vfio_group_status(argsz=ctypes.sizeof(ioctls.vfio_group_status))
-        self._ioctl("VFIO_GROUP_GET_STATUS", status)
+        self.ioctl("VFIO_GROUP_GET_STATUS", status)
         return ioctls.VfioGroupFlags(status.flags)
 
     def check_viable(self) -> None:
@@ -117,7 +148,7 @@ class Group(Handle):
             raise GroupNotViableError(self.number, pci.group_members(self.kernel, self.number))
 
     def set_container(self, container: Container) -> None:
-        """VFIO_GROUP_SET_CONTAINER; `Container.attach` does all that belongs to it."""
+        """VFIO_GROUP_SET_CONTAINER, as it is. Use `Container.attach`, which also sets the IOMMU."""
         hints = {
             errno.EPERM: "A device of the group is not isolated: it belongs to a kernel driver, or the platform has no "
             "interrupt remapping and vfio_iommu_type1 was loaded without allow_unsafe_interrupts=1",
@@ -126,36 +157,80 @@ class Group(Handle):
             errno.EBUSY: "The group's IOMMU domain is in other hands, or memory is being handed to another process",
         }
         argument = (ctypes.c_char * 4).from_buffer_copy(struct.pack("=i", container.fd))
-        self._ioctl("VFIO_GROUP_SET_CONTAINER", argument, hints=hints, fd=container.fd)
+        self.ioctl("VFIO_GROUP_SET_CONTAINER", argument, hints=hints, fd=container.fd)
 
+    @guarded
     def unset_container(self) -> None:
-        """VFIO_GROUP_UNSET_CONTAINER; EBUSY while a device of the group is open."""
+        """VFIO_GROUP_UNSET_CONTAINER, as it is. Use `Container.detach`, which refuses while memory would be unmapped.
+
+        With a container's last group the kernel unmaps everything: the container is `lost` then. Raises IoctlError
+        (EBUSY while a device of the group is open).
+        """
         hints = {errno.EBUSY: "Close the group's devices first"}
-        self._ioctl("VFIO_GROUP_UNSET_CONTAINER", hints=hints)
+        self.ioctl("VFIO_GROUP_UNSET_CONTAINER", hints=hints)
+        if self.container is not None:
+            self.container.note_left(self)
 
     def get_device_fd(self, bdf: str) -> int:
         """VFIO_GROUP_GET_DEVICE_FD: a new descriptor of the device, close-on-exec; the caller closes it."""
         hints = {errno.ENODEV: f"It is not in group {self.number}, or not bound to vfio-pci: scripts/bind {bdf}"}
         name = ctypes.create_string_buffer(bdf.encode("ascii"))
-        return self._ioctl("VFIO_GROUP_GET_DEVICE_FD", name, hints=hints, name=bdf)
+        return self.ioctl("VFIO_GROUP_GET_DEVICE_FD", name, hints=hints, name=bdf)
 
+    @closing
     def close(self) -> None:
-        """Close its devices, take it out of its container, close it; twice is fine, in a forked child nothing happens.
+        """Close the group's devices, take it out of its container, close it; twice is fine, and in a forked child
+        nothing happens.
 
-        Raises what the steps raise, after all of them were tried.
+        Raises VfioError, and does nothing, while the group is the container's last one and memory is mapped: the kernel
+        would unmap it. Otherwise raises the errors of the steps, after all of them were tried. A device that cannot be
+        closed (BufferError: a view of a region lives) keeps the group open; close it again then.
         """
-        if self._forked or self.closed:
+        if self.closed:
             return
-        self._check_here()
+        self.check_here()
+        if self.container is not None:
+            self.container.check_stays(self)
         failures: list[Exception] = []
-        for device in tuple(self.devices):
-            attempt(device.close, failures)
-        if not self.closed:  # else with a device whose container it was: `open_device`
-            if self.container is not None:
-                self.container._let_go(self, failures)
-                self.container = None
-            attempt(self._close_fd, failures)
+        _close_devices([self], failures)
+        if not self.closed and not self.devices:
+            _end(self, failures)
         raise_collected(f"closing IOMMU group {self.number}", failures)
+
+
+def _close_devices(groups: Iterable[Group], failures: list[Exception]) -> None:
+    for group in groups:
+        for device in tuple(group.devices):
+            attempt(partial(close_now, device), failures)
+
+
+def _end(group: Group, failures: list[Exception]) -> None:
+    """Take a group without devices out of its container, and close it."""
+    if (container := group.container) is not None:
+        try:
+            group.unset_container()
+        except VfioError:  # EBUSY: another process has a device open, and the group leaves when that one closes
+            container.groups.pop(group.number, None)
+            group.container = None
+    attempt(group.close_fd, failures)
+
+
+def _checked_number(number: int) -> int:
+    if (number := index(number)) < 0:
+        raise ValueError(f"an IOMMU group has a number of 0 or more, not {number}")
+    return number
+
+
+def check_kind(handle: Handle, question: Callable[[], _Answer], kind: str) -> _Answer:
+    """The answer to an ioctl that only the descriptors of one kind answer. ValueError, and the descriptor is given up,
+    for one of another kind; for the library."""
+    try:
+        return question()
+    except BaseException as error:
+        fd = handle.release_fd()
+        if isinstance(error, IoctlError) and error.errno in _NOT_THE_KIND:
+            raise ValueError(f"descriptor {fd} is not {kind} ({error.request}: {error.strerror})") from error
+        raise
 
 
 def _unmappable_again(offered: IovaRange, page_size: int) -> IovaRange:
@@ -177,39 +252,80 @@ class Container(Handle):
     Cost: a map or unmap is one ioctl and 24 bytes.
     """
 
+    @constructing(Handle.close_fd)
     def __init__(self, *, kernel: Kernel | None = None, iommu_type: ioctls.VfioExtension | None = None) -> None:
-        kernel = kernel or LinuxKernel()
-        if iommu_type not in (None, ioctls.VFIO_TYPE1_IOMMU, ioctls.VFIO_TYPE1v2_IOMMU):
-            raise ValueError(f"iommu_type must be VFIO_TYPE1_IOMMU or VFIO_TYPE1v2_IOMMU, not {iommu_type!r}")
-        self._begin(kernel, self._open(kernel))
+        kernel, wanted = kernel or LinuxKernel(), _checked_type(iommu_type)
+        self._own(kernel, self._open(kernel))
         try:
             self._check_version()
-            self._iommu_type = self._choose(iommu_type)
+            self._iommu_type = self._choose(wanted)
         except BaseException:
-            self._close_fd()
+            self.close_fd()
             raise
 
-    def _begin(self, kernel: Kernel, fd: int) -> None:
-        super().__init__(kernel, fd, "the VFIO container")
-        self._lock = threading.RLock()
-        self._groups: dict[int, Group] = {}
-        self._table = MappingTable()
+    def _own(self, kernel: Kernel, fd: int) -> None:
+        self.groups: dict[int, Group] = {}
+        """The groups that are attached, by their numbers. Read only."""
+        self.table = MappingTable()
+        """The mappings that this object has put into the kernel. For the library; `mappings` has a copy."""
+        self.handing: object | None = None
+        """The HandOver that is under way, if one is."""
+        self._lost = False  # whether the last group left while memory was mapped
+        self.entry_limit = DEFAULT_DMA_AVAIL
+        """How many mappings the kernel takes in all, as it said with the first group."""
         self._info: IommuInfo | None = None
-        self._entry_limit = DEFAULT_DMA_AVAIL
+        self._iommu_type = ioctls.VFIO_TYPE1v2_IOMMU
         self.allocator = IovaAllocator()
-        self._handing: object | None = None  # who hands it to another process
+        super().__init__(kernel, fd, "the VFIO container")
 
-    def _resume(self, iommu_type: ioctls.VfioExtension, groups: Iterable[Group], *, mapped: int) -> None:
-        """As another process has left it, with that IOMMU set, those groups in it, and so many mappings, which the
-        caller enters."""
-        self._check_version()
-        self._iommu_type = iommu_type
+    @classmethod
+    @uninterrupted(give_up_fd)
+    def from_fd(
+        cls,
+        fd: int,
+        *,
+        iommu_type: ioctls.VfioExtension | None = None,
+        groups: Iterable[Group] = (),
+        mapped: int = 0,
+        kernel: Kernel | None = None,
+    ) -> Container:
+        """Make a container of a descriptor that is open already: a launcher's with more rights, or a former program's.
+
+        `groups`: those that are in it, where an IOMMU has been set, and `iommu_type` is the one that was set (type 1v2
+        if not given). `mapped`: how many mappings it has; none of them is in `mappings`. The descriptor is the object's
+        own from then on, and is closed with it; where this raises, it is the caller's as before.
+
+        Raises ValueError where the descriptor is closed or no VFIO container's, or where a group is in no container;
+        UnsupportedError; IoctlError (EINVAL: no IOMMU is set). Cost: three ioctls and one for each group.
+        Source: VFIO_GET_API_VERSION, VFIO_GROUP_GET_STATUS, VFIO_IOMMU_GET_INFO.
+        """
+        wanted, groups, mapped = _checked_type(iommu_type), _checked_groups(groups), index(mapped)
+        container = cls.__new__(cls)
+        container._own(kernel or LinuxKernel(), checked_fd(fd))
+        check_kind(container, container._check_version, "a VFIO container")
+        try:
+            container._iommu_type = container._choose(wanted)
+            if groups:
+                container._resume(groups, mapped)
+        except BaseException:
+            container.release_fd()
+            raise
+        return container
+
+    def _resume(self, groups: list[Group], mapped: int) -> None:
+        for group in groups:
+            if not group.get_status() & ioctls.VFIO_GROUP_FLAGS_CONTAINER_SET:
+                raise ValueError(f"IOMMU group {group.number} is in no container: attach() it")
         info = self.get_info()
         self._adopt(info)
-        self._entry_limit = info.dma_avail + mapped
+        self.entry_limit = info.dma_avail + mapped
         for group in groups:
-            self._groups[group.number] = group
-            group.container = self
+            self._enter(group)
+
+    def _enter(self, group: Group) -> None:
+        self.groups[group.number] = group
+        group.container = self
+        group.guard = Guard(group.guard.what, lock=self.guard.lock)  # so that no two locks have to be taken upwards
 
     @staticmethod
     def _open(kernel: Kernel) -> int:
@@ -244,11 +360,11 @@ class Container(Handle):
 
     def get_api_version(self) -> int:
         """VFIO_GET_API_VERSION."""
-        return self._ioctl("VFIO_GET_API_VERSION")
+        return self.ioctl("VFIO_GET_API_VERSION")
 
     def check_extension(self, extension: ioctls.VfioExtension) -> int:
         """VFIO_CHECK_EXTENSION: 0 where the kernel, or the IOMMU that is set, has it not."""
-        return self._ioctl("VFIO_CHECK_EXTENSION", int(extension), extension=int(extension))
+        return self.ioctl("VFIO_CHECK_EXTENSION", int(extension), extension=int(extension))
 
     def set_iommu(self, iommu_type: ioctls.VfioExtension) -> None:
         """VFIO_SET_IOMMU; `attach` does it with the first group."""
@@ -259,7 +375,7 @@ class Container(Handle):
             errno.ENODEV: "modprobe vfio_iommu_type1",
             errno.EINVAL: "The container has no group, or an IOMMU already, or the group's IOMMU offers no IOVAs",
         }
-        self._ioctl("VFIO_SET_IOMMU", int(iommu_type), hints=hints, iommu=iommu_type.name)
+        self.ioctl("VFIO_SET_IOMMU", int(iommu_type), hints=hints, iommu=iommu_type.name)
 
     def get_info(self) -> IommuInfo:
         """VFIO_IOMMU_GET_INFO, asked again with a larger buffer until all capabilities fit.
@@ -270,19 +386,30 @@ class Container(Handle):
         while size <= _INFO_MAX:
             buffer = bytearray(size)
             struct.pack_into("=I", buffer, 0, size)  # never more than the buffer holds
-            self._ioctl("VFIO_IOMMU_GET_INFO", buffer, argsz=size)
+            self.ioctl("VFIO_IOMMU_GET_INFO", buffer, argsz=size)
             (needed,) = struct.unpack_from("=I", buffer)
             if needed <= size:
                 return parse_iommu_info(buffer)
             size = needed
         raise CapabilityError(f"VFIO_IOMMU_GET_INFO wants a buffer of {size} bytes")
 
+    @guarded
     def map_dma(self, *, vaddr: int, iova: int, size: int, flags: int = _READ | _WRITE) -> None:
-        """VFIO_IOMMU_MAP_DMA, as it is: nothing is checked or recorded here. `map` is what you want.
+        """VFIO_IOMMU_MAP_DMA, as it is; `mappings` shows what it did. Use `map`, which checks its arguments.
 
-        Raises PinLimitError, EntryLimitError, IovaOverlapError, IovaRangeError or IoctlError.
+        Raises TypeError, PinLimitError, EntryLimitError, IovaOverlapError, IovaRangeError or IoctlError.
         """
-        argument = bytearray(_pack_dma_map(32, flags, vaddr, iova, size))
+        vaddr, iova, size, flags = index(vaddr), index(iova), index(size), index(flags)
+        self._map_dma(vaddr, iova, size, flags)
+        if flags & _MAP_VADDR:
+            self.table.discard(iova=iova, size=size)
+        self.table.add(iova=iova, size=size, vaddr=vaddr)
+
+    def _map_dma(self, vaddr: int, iova: int, size: int, flags: int) -> None:
+        try:
+            argument = bytearray(_pack_dma_map(32, flags, vaddr, iova, size))
+        except struct.error as error:
+            raise ValueError(f"vaddr, iova and size are of 64 bits, flags of 32: {error}") from error
         try:
             self._kernel.ioctl(self.fd, ioctls.VFIO_IOMMU_MAP_DMA, argument)
         except OSError as error:
@@ -293,20 +420,33 @@ class Container(Handle):
                 size=size,
                 flags=flags,
                 kernel=self._kernel,
-                overlapping=self._table.overlapping(iova=iova, size=size),
-                made_here=len(self._table),
-                entry_limit=self._entry_limit,
-                mapped=self._table.mapped,
+                overlapping=self.table.overlapping(iova=iova, size=size),
+                made_here=len(self.table),
+                entry_limit=self.entry_limit,
+                mapped=self.table.mapped,
                 ranges=self.iova_ranges,
                 page_size=self.page_size,
                 attached=self._info is not None,
             ).explain() from error
 
+    @guarded
     def unmap_dma(self, *, iova: int, size: int, flags: int = 0, bitmap: ioctls.vfio_bitmap | None = None) -> int:
-        """VFIO_IOMMU_UNMAP_DMA, as it is: how many bytes the kernel unmapped. `unmap` is what you want.
+        """VFIO_IOMMU_UNMAP_DMA, as it is: how many bytes the kernel unmapped, which `mappings` shows. Use `unmap`,
+        which checks that it was all of them.
 
-        `bitmap`: where it says what may have been written until then (VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP).
+        `bitmap`: for the pages that may have been written until then (VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP).
+        Raises TypeError, ValueError, IoctlError.
         """
+        iova, size, flags = index(iova), index(size), index(flags)
+        if not (0 <= iova <= U64_MAX and 0 <= size <= U64_MAX and 0 <= flags < 1 << 32):
+            raise ValueError(f"iova and size are of 64 bits, flags of 32: {iova:#x}, {size:#x}, {flags:#x}")
+        found = list(self.table) if flags & _ALL else self.table.overlapping(iova=iova, size=size)
+        unmapped = self._unmap_dma(iova, size, flags, bitmap)
+        if not flags & _UNMAP_VADDR:
+            self._note_unmapped(found, unmapped)
+        return unmapped
+
+    def _unmap_dma(self, iova: int, size: int, flags: int, bitmap: ioctls.vfio_bitmap | None) -> int:
         argument = ioctls.vfio_iommu_type1_dma_unmap(24, flags, iova, size)
         if bitmap is not None:
             flags |= ioctls.VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP
@@ -314,16 +454,34 @@ class Container(Handle):
         try:
             self._kernel.ioctl(self.fd, ioctls.VFIO_IOMMU_UNMAP_DMA, argument)
         except OSError as error:
-            found = describe_mappings(self._table.overlapping(iova=iova, size=max(size, 1)))
+            found = describe_mappings(self.table.overlapping(iova=iova, size=max(size, 1)))
             hint = f"The range must cover mappings whole; here are: {found}"
             raise IoctlError.of(
                 error,
-                f"{self._what}: {error.strerror}",
+                f"{self.guard.what}: {error.strerror}",
                 request="VFIO_IOMMU_UNMAP_DMA",
                 arguments={"iova": iova, "size": size, "flags": flags},
                 hint=hint if error.errno == errno.EINVAL else "",
             ) from error
         return argument.size
+
+    def _note_unmapped(self, found: list[Mapping], unmapped: int) -> None:
+        """Forget the mappings of a range that the kernel has no more: all, if it unmapped just as many bytes."""
+        if found and unmapped == sum(mapping.size for mapping in found):
+            self.table.discard(iova=found[0].iova, size=found[-1].range.last - found[0].iova + 1)
+            return
+        for mapping in filter(self._is_gone, found):
+            self.table.discard(iova=mapping.iova, size=mapping.size)
+
+    def _is_gone(self, mapping: Mapping) -> bool:
+        """Ask the kernel, which refuses a new address for a mapping that it has not with ENOENT, and for one whose
+        address is valid with EINVAL (`vfio_dma_do_map`)."""
+        argument = bytearray(_pack_dma_map(32, _MAP_VADDR, mapping.vaddr, mapping.iova, mapping.size))
+        try:
+            self._kernel.ioctl(self.fd, ioctls.VFIO_IOMMU_MAP_DMA, argument)
+        except OSError as error:
+            return error.errno == errno.ENOENT
+        return False
 
     # ------------------------------------------------------------------------------------------------ groups
 
@@ -333,13 +491,14 @@ class Container(Handle):
         return self._iommu_type
 
     def __repr__(self) -> str:
-        state = "closed" if self.closed else f"groups {sorted(self._groups)}, {len(self._table)} mappings"
+        state = "closed" if self.closed else f"groups {sorted(self.groups)}, {len(self.table)} mappings"
         return f"<Container {self._iommu_type.name} {state}>"
 
     def group(self, number: int) -> Group | None:
         """The group with that number, if it is attached."""
-        return self._groups.get(number)
+        return self.groups.get(index(number))
 
+    @guarded
     def attach(self, group: Group) -> None:
         """Put a viable group into the container; the first one sets the IOMMU. Ranges are read anew.
 
@@ -347,29 +506,40 @@ class Container(Handle):
         not be used any more; the group is then outside as before (RollbackError: it would not leave). From now on the
         container closes the group.
         """
-        with self._lock:
-            group.check_viable()
-            group.set_container(self)
-            first = not self._groups
-            try:
-                if first:
-                    self.set_iommu(self._iommu_type)
-                self._adopt(self.get_info())
-            except BaseException as error:
-                failures: list[Exception] = []
-                attempt(group.unset_container, failures)
-                if failures and isinstance(error, Exception):
-                    raise RollbackError(
-                        f"IOMMU group {group.number} cannot be used, and could not be taken out of the container",
-                        [error, *failures],
-                        hint="Close the group: that takes it out",
-                    ) from error
-                raise
-            if first and self._info is not None:
-                self._entry_limit = self._info.dma_avail
-            self._groups[group.number] = group
-            group.container = self
+        if not isinstance(group, Group):
+            raise TypeError(f"group must be a Group, not {type(group).__name__}")
+        group.check_viable()
+        group.set_container(self)
+        try:
+            if not self.groups:
+                self.set_iommu(self._iommu_type)
+            info = self.get_info()
+            self._adopt(info)
+        except BaseException as error:
+            failures: list[Exception] = []
+            attempt(group.unset_container, failures)
+            if failures and isinstance(error, Exception):
+                raise RollbackError(
+                    f"IOMMU group {group.number} cannot be used, and could not be taken out of the container",
+                    [error, *failures],
+                    hint="Close the group: that takes it out",
+                ) from error
+            raise
+        if not self.groups:
+            self.entry_limit = info.dma_avail
+        self._enter(group)
         logger.debug("attached group %d: IOVA %s", group.number, format_ranges(self.iova_ranges))
+
+    @making(Group.close)
+    def open_group(self, number: int) -> Group:
+        """Open an IOMMU group and attach it. Raises as `Group` and `attach`, and then the group is closed."""
+        group = Group(number, kernel=self._kernel)
+        try:
+            self.attach(group)
+        except BaseException:
+            group.close_fd()
+            raise
+        return group
 
     def _adopt(self, info: IommuInfo) -> None:
         page_size = info.iova_pgsizes & -info.iova_pgsizes
@@ -377,29 +547,50 @@ class Container(Handle):
         self.allocator.set_ranges((_unmappable_again(r, page_size) for r in ranges), page_size=page_size)
         self._info = info
 
+    @guarded
     def detach(self, group: Group) -> None:
         """Take a group out of the container. Its devices must be closed (EBUSY).
 
-        Raises VfioError when it is the last one and memory is mapped: the kernel would unmap it unseen.
+        Raises VfioError when the group is the last one and memory is mapped, which the kernel would unmap.
         """
-        with self._lock:
-            assert self.fd >= 0  # raises where it must not be used
-            if self._groups.get(group.number) is not group:
-                raise ValueError(f"group {group.number} is not in this container")
-            if len(self._groups) == 1 and len(self._table):
-                raise VfioError(
-                    f"group {group.number} is the container's last, and {len(self._table)} mappings are left",
-                    hint="Unmap them first: with the last group the kernel takes them all away",
-                )
-            group.unset_container()
-            group.container = None
-            del self._groups[group.number]
-            if self._groups:
-                self._adopt(self.get_info())
-            else:
-                self._info = None
+        self.check_usable()
+        if not isinstance(group, Group):
+            raise TypeError(f"group must be a Group, not {type(group).__name__}")
+        if self.groups.get(group.number) is not group:
+            raise ValueError(f"group {group.number} is not in this container")
+        self.check_stays(group)
+        group.unset_container()
+        if self.groups:
+            self._adopt(self.get_info())
+
+    def must_stay(self, group: Group) -> bool:
+        """Whether the group is the last one, and memory is mapped, which the kernel would unmap with it."""
+        return bool(len(self.table)) and list(self.groups.values()) == [group]
+
+    def check_stays(self, group: Group) -> None:
+        """Raise VfioError where `must_stay`."""
+        if self.must_stay(group):
+            raise VfioError(
+                f"IOMMU group {group.number} is the container's last one, and {len(self.table)} mappings are left",
+                hint="Unmap them first (close the mappers, or unmap_all()): with the last group the kernel unmaps all",
+            )
+
+    def note_left(self, group: Group) -> None:
+        """Forget a group that the kernel has taken out, and everything mapped with the last one. For the library."""
+        self.groups.pop(group.number, None)
+        group.container = None
+        group.guard = Guard(group.guard.what)
+        if not self.groups:
+            self._info = None
+            self._lost = self._lost or bool(len(self.table))
+            self.table.clear()
 
     # ------------------------------------------------------------------------------------------------ address space
+
+    @property
+    def lost(self) -> bool:
+        """Whether everything that was mapped has gone with the last group, or with `close`. It stays so."""
+        return self._lost or (self.closed and not len(self.table))
 
     @property
     def page_size(self) -> int:
@@ -424,130 +615,138 @@ class Container(Handle):
         return self.allocator.ranges
 
     @property
+    @reading
     def reserved_iova(self) -> tuple[IovaRange, ...]:
         """Of `iova_ranges`, what has been reserved, ascending."""
-        with self._lock:
-            return self.allocator.reservations
+        return self.allocator.reservations
 
     @property
+    @reading
     def entries_left(self) -> int:
         """How many more mappings the kernel takes. One ioctl. Raises VfioError while there is no group."""
-        with self._lock:
-            self._check_ready()
-            # Kernels before 5.10 do not say (DEFAULT_DMA_AVAIL stands in) and stop at the same number.
-            return min(self.get_info().dma_avail, self._entry_limit - len(self._table))
+        self._check_ready()
+        # Kernels before 5.10 do not say (DEFAULT_DMA_AVAIL stands in) and stop at the same number.
+        return min(self.get_info().dma_avail, self.entry_limit - len(self.table))
 
     @property
+    @reading
     def mappings(self) -> tuple[Mapping, ...]:
         """What has been mapped through this object, ascending. O(n)."""
-        with self._lock:
-            return tuple(self._table)
+        return tuple(self.table)
 
+    @reading
     def mapping_at(self, iova: int) -> Mapping | None:
         """The mapping that covers `iova`. O(log n)."""
-        with self._lock:
-            return self._table.at(iova)
+        return self.table.at(iova)
 
+    @reading
     def mappings_in(self, *, iova: int, size: int) -> list[Mapping]:
         """The mappings that share an address with `[iova, iova + size)`, ascending. O(log n) and their number."""
-        with self._lock:
-            return self._table.overlapping(iova=iova, size=size)
+        return self.table.overlapping(iova=iova, size=size)
 
+    @guarded
     def reserve_iova(self, size: int, *, alignment: int, offset: int, top_down: bool = False) -> Iova:
         """Reserve IOVA; as `IovaAllocator.reserve`. Raises VfioError while there is no group."""
-        with self._lock:
-            self._check_ready()
-            return self.allocator.reserve(size, alignment=alignment, offset=offset, top_down=top_down)
+        self._check_ready()
+        return self.allocator.reserve(size, alignment=alignment, offset=offset, top_down=top_down)
 
+    @guarded
     def reserve_iova_at(self, iova: int, size: int) -> Iova:
         """Reserve the caller's own IOVA; as `IovaAllocator.reserve_at`. Raises VfioError while there is no group."""
-        with self._lock:
-            self._check_ready()
-            return self.allocator.reserve_at(iova, size)
+        self._check_ready()
+        return self.allocator.reserve_at(iova, size)
 
+    @guarded
     def release_iova(self, iova: int) -> None:
         """Give a reservation back; as `IovaAllocator.release`."""
-        with self._lock:
-            self.allocator.release(iova)
+        self.allocator.release(iova)
 
     def _check_ready(self) -> None:
-        assert self.fd >= 0  # raises ClosedError or ForkedError
-        assert self.info is not None  # raises where there is no group
+        self.check_usable()
+        _ = self.info  # raises where there is no group
 
+    @guarded
     def map(self, *, vaddr: int, iova: int, size: int, read: bool = True, write: bool = True) -> None:
         """Let the devices of the container's groups read and write `[vaddr, vaddr + size)` at `iova`.
 
-        Raises ValueError before any system call for what can never be right; otherwise as `map_dma`. All or nothing.
+        Raises TypeError and ValueError before any system call for arguments that can never be right; otherwise as
+        `map_dma`. All or nothing.
         Cost: the kernel pins every page: some 30 ns each where they are there, and zeroing where they are not.
         """
-        if size <= 0 or iova < 0 or (vaddr | iova | size) & (self.allocator.page_size - 1) or iova + size - 1 > U64_MAX:
-            raise self._misaligned(iova, size)
-        if vaddr < 0 or vaddr + size - 1 > U64_MAX:  # ctypes would cut it to 64 bits
-            raise ValueError(f"no process has {size:#x} bytes at vaddr {vaddr:#x}")
+        vaddr, iova, size = index(vaddr), index(iova), index(size)
+        self._check_range(iova, size)
+        if vaddr < 0 or vaddr & (self.allocator.page_size - 1) or vaddr + size - 1 > U64_MAX:
+            raise ValueError(
+                f"no process has {size:#x} bytes at vaddr {vaddr:#x} in pages of {self.allocator.page_size:#x}"
+            )
         if not (read or write):
             raise ValueError("the device must be let read or write")
-        with self._lock:
-            try:
-                self.map_dma(vaddr=vaddr, iova=iova, size=size, flags=read * _READ | write * _WRITE)
-                self._table.add(iova=iova, size=size, vaddr=vaddr)
-            except (OSError, VfioError):
-                raise
-            except BaseException:
-                self._withdraw(vaddr=vaddr, iova=iova, size=size)
-                raise
+        self._map_dma(vaddr, iova, size, bool(read) * _READ | bool(write) * _WRITE)
+        self.table.add(iova=iova, size=size, vaddr=vaddr)
         if logger.isEnabledFor(logging.DEBUG):  # each grow passes here
             logger.debug("mapped iova=%#x vaddr=%#x size=%#x", iova, vaddr, size)
 
-    def _withdraw(self, *, vaddr: int, iova: int, size: int) -> None:
-        """A signal handler has raised: after a long map likely between the kernel's answer and its entry here.
-
-        What is entered is left to the caller, who finds it with `mapping_at`. What is not must not stay either, for
-        nobody would know of it.
-        """
-        if self._table.overlapping(iova=iova, size=size):
-            return
-        try:
-            self.unmap_dma(iova=iova, size=size)
-        except (OSError, VfioError) as error:
-            self._table.add(iova=iova, size=size, vaddr=vaddr)  # so that nobody takes its IOVA or its memory for free
-            raise RollbackError(
-                f"mapping IOVA {IovaRange.of(iova=iova, size=size)} was interrupted, and it could not be unmapped",
-                [error],
-                hint="The device may reach it; its memory is kept",
-            ) from error
-
+    @guarded
     def unmap(self, *, iova: int, size: int, bitmap: ioctls.vfio_bitmap | None = None) -> None:
-        """Take whole mappings away; when it returns, exactly `size` bytes at `iova` are out of the devices' reach.
+        """Unmap whole mappings; when it returns, exactly `size` bytes at `iova` are out of the devices' reach.
 
         `bitmap`: as `unmap_dma`; `pyvfio.dirty.tracking` makes one.
 
-        Raises UnmapSizeError when the kernel says another number, IoctlError when it refuses.
+        Raises UnmapSizeError before any call where the mappings there are others, or reach beyond the range, and
+        UnmapSizeError after the call when the kernel says another number; then `mappings` has what the kernel has.
+        Raises IoctlError when the kernel refuses, ValueError for a range that can never be right.
         """
-        if size <= 0 or iova < 0 or (iova | size) & (self.allocator.page_size - 1) or iova + size - 1 > U64_MAX:
-            raise self._misaligned(iova, size)
-        with self._lock:
-            if self.closed and not self._table.overlapping(iova=iova, size=size):
-                return  # close() has unmapped it
-            try:
-                self._unmap_exactly(iova=iova, size=size, bitmap=bitmap)
-            except (OSError, VfioError):
-                raise
-            except BaseException:
-                # A signal handler has raised, perhaps when the kernel had done it: asked again, it then says 0.
-                wanted = IovaRange.of(iova=iova, size=size)
-                whole = all(wanted.contains(found.range) for found in self._table.overlapping(iova=iova, size=size))
-                with suppress(OSError, VfioError):
-                    if self.unmap_dma(iova=iova, size=size) in (0, size) and whole:
-                        self._table.discard(iova=iova, size=size)
-                raise
-        logger.debug("unmapped iova=%#x size=%#x", iova, size)
+        iova, size = index(iova), index(size)
+        self._check_range(iova, size)
+        found = self.table.overlapping(iova=iova, size=size)
+        if not found and self.lost:
+            return
+        whole = sum(mapping.size for mapping in found) == size and found[0].iova == iova
+        if not whole and not self.closed:
+            known = describe_mappings(found)
+            raise UnmapSizeError(iova=iova, asked=size, unmapped=0, known=known, refused=True)
+        unmapped = self._unmap_dma(iova, size, 0, bitmap)
+        if unmapped == size:
+            self.table.discard(iova=iova, size=size)
+        else:
+            self._note_unmapped(found, unmapped)
+            raise UnmapSizeError(iova=iova, asked=size, unmapped=unmapped, known=describe_mappings(found))
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("unmapped iova=%#x size=%#x", iova, size)
 
-    def _unmap_exactly(self, *, iova: int, size: int, bitmap: ioctls.vfio_bitmap | None) -> None:
-        unmapped = self.unmap_dma(iova=iova, size=size, bitmap=bitmap)
-        if unmapped != size:
-            known = describe_mappings(self._table.overlapping(iova=iova, size=size))
-            raise UnmapSizeError(iova=iova, asked=size, unmapped=unmapped, known=known)
-        self._table.discard(iova=iova, size=size)
+    @guarded
+    def unmap_all(self) -> int:
+        """Unmap everything that is mapped in the container, also by other processes; how many bytes that was.
+
+        IOVA stays reserved. Raises UnmapSizeError when the kernel unmapped less than was mapped through this object,
+        IoctlError when it refuses. Cost: one ioctl, where the kernel has VFIO_UNMAP_ALL (5.12), else one a mapping.
+        Source: VFIO_DMA_UNMAP_FLAG_ALL.
+        """
+        self.check_usable()
+        if self._info is None:
+            return 0
+        asked, known = self.table.mapped, describe_mappings(list(self.table))
+        unmapped = self._unmap_everything()
+        if unmapped < asked:
+            raise UnmapSizeError(iova=0, asked=asked, unmapped=unmapped, known=known)
+        return unmapped
+
+    def _unmap_everything(self) -> int:
+        if self.check_extension(ioctls.VFIO_UNMAP_ALL):
+            return self.unmap_dma(iova=0, size=0, flags=_ALL)
+        unmapped, failures = 0, list[Exception]()
+        for mapping in tuple(self.table):
+            try:
+                unmapped += self.unmap_dma(iova=mapping.iova, size=mapping.size)
+            except VfioError as error:
+                failures.append(error)
+        raise_collected("unmapping everything", failures)
+        return unmapped
+
+    def _check_range(self, iova: int, size: int) -> None:
+        page_size = self.allocator.page_size
+        if size <= 0 or iova < 0 or (iova | size) & (page_size - 1) or iova + size - 1 > U64_MAX:
+            raise self._misaligned(iova, size)
 
     def _misaligned(self, iova: int, size: int) -> ValueError:
         return ValueError(
@@ -557,50 +756,48 @@ class Container(Handle):
 
     # ------------------------------------------------------------------------------------------------ the end
 
+    @closing
     def close(self) -> None:
         """Close the devices, unmap everything, take the groups out and close them, close the container.
 
-        Twice is fine; in a forked child nothing happens. Raises what the steps raise, after all of them were tried.
+        Twice is fine; in a forked child nothing happens. Raises the errors of the steps, after all of them were tried.
+        A device that cannot be closed (BufferError: a view of a region lives) keeps its group and the container open,
+        with everything mapped; close it again then.
         """
-        if self._forked or self.closed:
+        if self.closed:
             return
-        self._check_here()
+        self.check_here()
         failures: list[Exception] = []
-        with self._lock:
-            for group in tuple(self._groups.values()):
-                for device in tuple(group.devices):
-                    attempt(device.close, failures)
-            if not self.closed:  # else with the device that it was opened for: `open_device`
+        groups = tuple(self.groups.values())
+        _close_devices(groups, failures)
+        # Else it was closed with the device that it was opened for: `open_device`.
+        if not self.closed and not any(group.devices for group in groups):
+            if len(self.table):
                 attempt(self._unmap_everything, failures)
-                for group in tuple(self._groups.values()):
-                    attempt(group.close, failures)
-                attempt(self._close_fd, failures)
+            for group in tuple(self.groups.values()):
+                _end(group, failures)
+            attempt(self.close_fd, failures)
         raise_collected("closing the VFIO container", failures)
 
-    def _let_go(self, group: Group, failures: list[Exception]) -> None:
-        """`group` is being closed: take it out."""
-        with self._lock:
-            last = self._groups.pop(group.number, None) is not None and not self._groups
-            if last:
-                attempt(self._unmap_everything, failures)  # the kernel would, with its last group, but unseen
-                self._info = None
-            # Another process that still has a device open keeps the group in (EBUSY); it leaves when that one closes.
-            stays: list[Exception] = []
-            attempt(group.unset_container, stays)
-            if last and not stays:
-                self._table.clear()  # whatever could not be unmapped went now
-
-    def _unmap_everything(self) -> None:
-        if not len(self._table):
-            return
-        if self.check_extension(ioctls.VFIO_UNMAP_ALL):
-            self.unmap_dma(iova=0, size=0, flags=_ALL)
-            self._table.clear()
-            return
-        steps = [partial(self.unmap, iova=mapping.iova, size=mapping.size) for mapping in self._table]
-        attempt_all("unmapping everything", steps)
-
+    @reading
     def _check(self) -> None:
-        with self._lock:
-            self._table._check()
-            self.allocator._check()
+        self.table._check()
+        self.allocator._check()
+
+
+def _checked_type(iommu_type: ioctls.VfioExtension | None) -> ioctls.VfioExtension | None:
+    if iommu_type is None:
+        return None
+    if index(iommu_type) not in (ioctls.VFIO_TYPE1_IOMMU, ioctls.VFIO_TYPE1v2_IOMMU):
+        raise ValueError(f"iommu_type must be VFIO_TYPE1_IOMMU or VFIO_TYPE1v2_IOMMU, not {iommu_type!r}")
+    return ioctls.VfioExtension(index(iommu_type))
+
+
+def _checked_groups(groups: Iterable[Group]) -> list[Group]:
+    given = list(groups)
+    for group in given:
+        if not isinstance(group, Group):
+            raise TypeError(f"groups must be Groups, not {type(group).__name__}")
+        if group.container is not None:
+            raise ValueError(f"IOMMU group {group.number} is in another Container")
+    return given

@@ -17,27 +17,27 @@ throughout.
 from __future__ import annotations
 
 import logging
-import os
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from types import TracebackType
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 from pyvfio.blocks.discards import DiscardClaim
 from pyvfio.blocks.progress import LongWork, ProgressCallback
-from pyvfio.errors import EntryLimitError, IoctlError
+from pyvfio.errors import REACH_UNKNOWN, EntryLimitError, IoctlError
 from pyvfio.extents import Extent, runs, without
+from pyvfio.guard import ContextManager, Guard, close_now, closing_under, constructing, guarded, reading
 from pyvfio.handle import attempt_all
 from pyvfio.iommu.space import AddressSpace
-from pyvfio.mapper.buffers import LARGE_PAGE, READ, BufferMapper, Reserve
+from pyvfio.kernel import LinuxKernel
+from pyvfio.mapper.buffers import LARGE_PAGE, BufferMapper, OwnMemory, Reserve
 from pyvfio.mapper.plan import BlockShape, Budget, Plan, Rehearsal, rehearse
 from pyvfio.mapper.policy import Policy
-from pyvfio.mapper.window import Window
+from pyvfio.mapper.window import READ, WRITE, Holder, Window
 from pyvfio.memory.prefault import check_threads
 from pyvfio.ramblock import RamBlock, RamBlockList
-from pyvfio.units import Iova, Vaddr
+from pyvfio.units import Iova, Vaddr, check_whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,27 @@ class _Followed(NamedTuple):
     window: Window
 
 
-class DmaMapper(BufferMapper):
+class _Former(NamedTuple):
+    """The IOVA of a block that has been removed, and the open mappings of parts of it, for an undo of the removal."""
+
+    iova: Iova
+    holders: set[Holder]
+
+
+def _same_kernel(blocks: RamBlockList, space: AddressSpace) -> bool:
+    return blocks.kernel is space.kernel or type(blocks.kernel) is type(space.kernel) is LinuxKernel
+
+
+def _end(mapper: DmaMapper) -> None:
+    mapper.close()
+
+
+def _uppermost(mapper: DmaMapper) -> Guard:
+    """The guard whose lock a close takes first: the list's lock is above the mapper's."""
+    return mapper.guard if mapper.blocks is None else mapper.blocks.guard
+
+
+class DmaMapper(BufferMapper, ContextManager):
     """Maps RAM blocks, and buffers of the caller's own, into an `AddressSpace`.
 
     `blocks`: follow that list from now on, blocks that it has included. `place`: asked for the IOVA of each block that
@@ -73,14 +93,19 @@ class DmaMapper(BufferMapper):
     ends between pieces, with the block as it was, when it raises or a signal handler does. It is given a `Progress`,
     by the thread that makes the change and under the lock of the list, so that it must return soon.
 
+    A block keeps the parts of it that `map_dma`, `map_buffer` and `map_temporary` have given out: it cannot shrink
+    below them, discard them or be removed (BufferError) until those mappings are closed. Closing the list or the mapper
+    ends them all.
+
     Raises what mapping the existing blocks raises; then it follows nothing. ValueError: options that do not go
-    together.
+    together, or a list that is on another kernel than `space`.
 
     Synchronization: every method may be called from any thread. A block's hooks are called under the list's lock.
     Cost: a resize that remaps unmaps the old length and maps the new one, whatever the difference; one that extends
     costs what the difference does.
     """
 
+    @constructing(_end)
     def __init__(
         self,
         space: AddressSpace,
@@ -96,108 +121,134 @@ class DmaMapper(BufferMapper):
         super().__init__(space)
         if not isinstance(blocks, RamBlockList | None):
             raise TypeError(f"blocks must be a RamBlockList, not {type(blocks).__name__}")
-        check_threads(prefault, "prefault")
         if not all(callback is None or callable(callback) for callback in (progress, place)):
             raise TypeError("progress and place are called, so that they must be callable")
-        self._policy = Policy(resize, granule, allow_gap)
-        self._prefault, self._progress = prefault, progress
+        self.policy = Policy(resize, granule, allow_gap)
+        """How blocks are mapped."""
+        self.prefault = check_threads(prefault, "prefault")
+        """How many threads populate memory before it is mapped."""
+        self.blocks: RamBlockList | None = None
+        """The list that it follows."""
+        self._progress = progress
         self._place = place or (lambda _block: None)
         self._followed: list[_Followed] = []  # sorted by vaddr, windows being as long as their blocks
-        self._former: WeakKeyDictionary[RamBlock, Iova] = WeakKeyDictionary()
-        self._blocks = blocks
+        self._former: WeakKeyDictionary[RamBlock, _Former] = WeakKeyDictionary()
         self._claim: DiscardClaim | None = None
+        self._leaving = False
         if blocks is not None:
-            self._claim = blocks.discards.disable_uncoordinated()
-            try:
-                blocks.add_notifier(self)
-            except BaseException:
-                self._claim.close()
-                raise
+            self._follow(blocks)
+
+    def _follow(self, blocks: RamBlockList) -> None:
+        if not _same_kernel(blocks, self._space):
+            raise ValueError(
+                f"the list of blocks is on {blocks.kernel!r} and the address space on {self._space.kernel!r}; give "
+                "both the same kernel="
+            )
+        self._claim = blocks.discards.disable_uncoordinated()
+        try:
+            blocks.add_notifier(self)
+        except BaseException:
+            close_now(self._claim)
+            raise
+        self.blocks = blocks
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{len(self._followed)} blocks, {len(self._mappings)} mappings"
-        return f"<DmaMapper {state}>"
+        if self._closed:
+            return "<DmaMapper closed>"
+        granule = "" if self.policy.granule is None else f" granule={self.policy.granule:#x}"
+        return (
+            f"<DmaMapper {self.policy.resize}{granule}: {len(self._followed)} blocks, {len(self._fixed)} buffers, "
+            f"{len(self._temporary)} temporary>"
+        )
 
     # ------------------------------------------------------------------------------------------------ RAM blocks
 
+    @guarded
     def ram_block_added(self, block: RamBlock, used_length: int, max_length: int) -> None:
-        """Reserve `max_length` of IOVA and map what is populated, or nothing of it. ValueError: granules do not make it
-        up."""
-        with self._lock:
-            self._check_open()
-            if (known := self._search(block)) is not None:  # a signal handler has ended its removal, which did nothing
-                self._change(known, block._populated(used_length))
-                return
-            self._policy.check_length(used_length, "used_length")
-            self._check_parts(block, block._populated(used_length))  # it may have holes already
-            self._check_budget(block, max_length)
-            iova = self._find_place(block, self._reserve, self._space.reserve_iova_at)
-            window = self._window(block, iova)
-            followed = _Followed(block.vaddr, block, window)
-            try:
-                self._change(followed, block._populated(used_length))
-                logger.debug("added %r at iova=%#x", block, iova)
-                insort(self._followed, followed)
-            except BaseException as error:
-                window.withdraw(error)  # a signal handler may have raised when all was mapped
-                self._space.release_iova(iova)
-                raise
+        """Reserve `max_length` of IOVA and map the populated parts, or nothing of it. ValueError: granules do not make
+        it up."""
+        self.check_open()
+        self.policy.check_length(used_length, "used_length")
+        wanted = block.state.populated_at(used_length)
+        self._check_parts(block, wanted)  # it may have holes already
+        self._check_budget(block, max_length)
+        iova = self._find_place(block, self._reserve, self._space.reserve_iova_at)
+        followed = _Followed(block.vaddr, block, self._window(block, iova))
+        try:
+            self._change(followed, wanted)
+        except REACH_UNKNOWN:
+            raise  # and keep the IOVA: the device may reach something there
+        except BaseException:
+            self._space.release_iova(iova)
+            raise
+        insort(self._followed, followed)
+        if block in self._former:
+            followed.window.holders = self._former.pop(block).holders
+        logger.debug("added %r at iova=%#x", block, iova)
 
     def _window(self, block: RamBlock, iova: Iova) -> Window:
+        access = READ if block.readonly else READ | WRITE
         return Window(
             self._space,
-            self._policy,
+            self.policy,
             idstr=block.idstr,
             vaddr=block.vaddr,
             iova=iova,
             size=block.max_length,
-            map_piece=partial(self._map, write=False) if block.readonly else self._map,
+            map_piece=partial(self._map, access=access),
+            access=access,
             attendant=self._attendant(block),
         )
 
-    def _resume(self, blocks: RamBlockList, places: Mapping[str, int]) -> None:
+    @guarded
+    def take_in(self, blocks: RamBlockList, places: Mapping[str, int]) -> None:
         """Follow `blocks`, a list that nobody else knows, each of which the space has mapped already at its IOVA.
 
-        No call is made, and nobody is told anything, so that nothing has to be taken back when this fails.
+        For live update. No call is made and no notifier is told, so a failure leaves nothing to undo.
         """
-        with self._lock:
-            self._claim = blocks.discards.disable_uncoordinated()
-            for block in blocks:
-                window = self._window(block, self._space.reserve_iova_at(places[block.idstr], block.max_length))
-                window.resume(block.populated)
-                insort(self._followed, _Followed(block.vaddr, block, window))
-            blocks._set_notifiers([self])
-            self._blocks = blocks
+        self._claim = blocks.discards.disable_uncoordinated()
+        for block in blocks:
+            window = self._window(block, self._space.reserve_iova_at(places[block.idstr], block.max_length))
+            window.resume(block.populated)
+            insort(self._followed, _Followed(block.vaddr, block, window))
+        blocks.follow(self)
+        self.blocks = blocks
 
-    def _forget(self) -> None:
-        """The blocks are another process's, and so is what is mapped."""
-        with self._lock:
-            self._closed = True
-            self._followed, self._blocks = [], None
-            if self._claim is not None:
-                self._claim.close()
+    @guarded
+    def forget(self) -> None:
+        """Forget blocks and mappings, which are another process's. For live update: no call is made."""
+        self._closed = True
+        self._followed, self.blocks = [], None
+        if self._claim is not None:
+            close_now(self._claim)
+
+    @reading
+    def windows(self) -> list[tuple[RamBlock, Window]]:
+        """Return each block that is followed, and its pieces, ascending by address."""
+        return [(followed.block, followed.window) for followed in self._followed]
 
     def _check_budget(self, block: RamBlock, max_length: int) -> None:
-        """With a granule, each block can have all the mappings it may ever need."""
-        granule = self._policy.granule
+        """EntryLimitError where, with a granule, a block could need more mappings than are left."""
+        granule = self.policy.granule
         if granule is None:
             return
         if granule % self._space.page_size:
             raise ValueError(
                 f"a granule must be at least the IOMMU's page, {self._space.page_size:#x}, not {granule:#x}"
             )
-        needed = self._policy.entries(max_length)
-        error = Budget(self._policy, self._entries_left()).take(block.idstr, needed=needed, max_length=max_length)
+        needed = self.policy.entries(max_length)
+        error = Budget(self.policy, self._entries_left()).take(block.idstr, needed=needed, max_length=max_length)
         if error is not None:
             raise error
 
     def _entries_left(self) -> int:
         """How many mappings are left when all blocks have those they may need."""
         promised = 0
-        if self._policy.granule is not None:
-            promised = sum(self._policy.entries(f.window.size) - len(f.window.pieces()) for f in self._followed)
+        if self.policy.granule is not None:
+            promised = sum(self.policy.entries(f.window.size) - len(f.window.pieces()) for f in self._followed)
         return self._space.entries_left - promised
 
+    @guarded
     def plan(self, blocks: Iterable[BlockShape | RamBlock]) -> Plan:
         """What `blocks` would need if they were added in that order, against what there is; nothing is touched.
 
@@ -206,18 +257,17 @@ class DmaMapper(BufferMapper):
         taken: call `reset_temporary` first. Raises ValueError for lengths that can never be right, and for a block that
         is there already. Cost: some system calls, and populating 2 MiB.
         """
-        with self._lock:
-            self._check_open()
-            blocks = list(blocks)
-            self._check_new(blocks)
-            return rehearse(
-                self._space,
-                blocks,
-                policy=self._policy,
-                left=self._entries_left(),
-                threads=self._prefault,
-                reserve=self._rehearse_iova,
-            )
+        self.check_open()
+        blocks = list(blocks)
+        self._check_new(blocks)
+        return rehearse(
+            self._space,
+            blocks,
+            policy=self.policy,
+            left=self._entries_left(),
+            threads=self.prefault,
+            reserve=self._rehearse_iova,
+        )
 
     def _check_new(self, shapes: Sequence[BlockShape | RamBlock]) -> None:
         known = {followed.block.idstr: followed.block for followed in self._followed}
@@ -236,97 +286,108 @@ class DmaMapper(BufferMapper):
     def _attendant(self, block: RamBlock) -> LongWork | None:
         # A device that only reads would have the page of zeros where nothing was written yet, and keep it: kernels pin
         # what is there (`vaddr_get_pfns` without FOLL_WRITE).
-        must = block.readonly and not block._memory.readable_only and block._prealloc is None
-        if not (must or self._prefault or self._progress is not None):
+        must = block.readonly and not block.state.memory.readable_only and not block.prealloc
+        if not (must or self.prefault or self._progress is not None):
             return None
-        threads = max(self._prefault, must)
+        threads = max(self.prefault, must)
         return LongWork(self._space.kernel, block, threads=threads, callback=self._progress)
 
     def _find_place(self, block: RamBlock, reserve: Reserve, reserve_at: Callable[[int, int], Iova]) -> Iova:
         wanted = self._place(block)
         if wanted is not None:
-            return reserve_at(wanted, block.max_length)
+            return reserve_at(check_whole_number(wanted, "an IOVA that place() returns"), block.max_length)
         former = self._former.get(block)
         if former is not None:  # a block that comes back, after an undo for instance, finds its IOVA again
             try:
-                return reserve_at(former, block.max_length)
+                return reserve_at(former.iova, block.max_length)
             except IoctlError:
-                logger.debug("iova=%#x of %r has been given to another", former, block)
+                if former.holders:
+                    raise
+                logger.debug("iova=%#x of %r has been given to another", former.iova, block)
         return reserve(block.max_length, alignment=max(LARGE_PAGE, block.page_size), offset=block.vaddr)
 
+    @guarded
     def ram_block_removed(self, block: RamBlock, used_length: int, max_length: int) -> None:
-        """Unmap the block and give its IOVA back. Raises UnmapSizeError or IoctlError: it is then still reached."""
-        del used_length, max_length
-        with self._lock:
-            followed = self._search(block)
-            if followed is None:  # a signal handler has ended an earlier call behind the next lines; nothing is reached
-                return
-            followed.window.change([])
-            logger.debug("removed %r from iova=%#x", block, followed.window.iova)
-            self._former[block] = followed.window.iova
-            self._followed.remove(followed)
-            self._space.release_iova(followed.window.iova)
+        """Unmap the block and release its IOVA.
 
+        Raises BufferError while a mapping of a part of it is open, unless the list or the mapper is being closed.
+        UnmapSizeError or IoctlError: the block is then still reached.
+        """
+        del used_length, max_length
+        followed = self._search(block)
+        if followed is None:
+            return
+        window = followed.window
+        if not (self._leaving or (self.blocks is not None and self.blocks.closing)):
+            window.check_held([])
+        window.change([])
+        self._former[block] = _Former(window.iova, window.holders)
+        self._followed.remove(followed)
+        self._space.release_iova(window.iova)
+        logger.debug("removed %r from iova=%#x", block, window.iova)
+
+    @guarded
     def ram_block_resized(self, block: RamBlock, old_length: int, new_length: int) -> None:
         """Map `new_length` in place of `old_length`, at the same IOVA.
 
-        When the kernel refuses, what was mapped is mapped again where it was unmapped, and the refusal raised. When
-        that fails too, RollbackError: the device reaches less than the block has, until it is resized once more or
-        removed.
+        Raises BufferError while a mapping of a part behind `new_length` is open. When the kernel refuses, the refusal
+        is raised, and all is mapped as before. When that fails too, RollbackError: the device reaches less than the
+        block has, until it is resized once more or removed.
         """
-        del old_length  # the window knows what it reaches
-        with self._lock:
-            followed = self._find(block)
-            if not 0 <= new_length <= followed.window.size:
-                raise ValueError(f"{new_length:#x} is not within max_length {block.max_length:#x} of '{block.idstr}'")
-            self._policy.check_length(new_length, "used_length")
-            self._change(followed, block._populated(new_length))
+        followed = self._window_of(block)
+        if not 0 <= new_length <= followed.window.size:
+            raise ValueError(f"{new_length:#x} is not within max_length {block.max_length:#x} of '{block.idstr}'")
+        self.policy.check_length(new_length, "used_length")
+        wanted = block.state.populated_at(new_length)
+        if new_length < old_length:
+            followed.window.check_held(wanted)
+        self._change(followed, wanted)
 
+    @guarded
     def ram_block_discarded(self, block: RamBlock, parts: Sequence[Extent]) -> None:
         """Unmap parts of the block; as `ram_block_resized`. ValueError: granules do not make them up."""
-        with self._lock:
-            self._check_parts(block, parts)
-            self._change(self._find(block), without(block.populated, *parts))
+        self._check_parts(block, parts)
+        followed, wanted = self._window_of(block), without(block.populated, *parts)
+        followed.window.check_held(wanted)
+        self._change(followed, wanted)
 
+    @guarded
     def ram_block_populated(self, block: RamBlock, parts: Sequence[Extent]) -> None:
         """Map parts of the block again; as `ram_block_discarded`."""
-        with self._lock:
-            self._check_parts(block, parts)
-            wanted = runs(sorted([*without(block.populated, *parts), *parts]))
-            self._change(self._find(block), wanted)
+        self._check_parts(block, parts)
+        self._change(self._window_of(block), runs(sorted([*without(block.populated, *parts), *parts])))
 
+    @guarded
     def ram_block_remapping(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        """Let go of the pages of `parts`, and of what is mapped in one piece with them. GapError: that was not
-        allowed, and a granule is not in `parts` as a whole."""
-        with self._lock:
-            followed = self._find(block)
-            if self._policy.resize == "remap" and parts:
-                self._change(followed, [])  # it would be a piece before and one behind them, and one again
-                return
-            try:
-                self._change(followed, without(block.populated, *self._policy.round_out(parts)))
-            except EntryLimitError:
-                if self._policy.granule or not self._policy.allow_gap:
-                    raise
-                self._change(followed, [])  # the container takes no piece before them and one behind them
+        """Unmap the pages of `parts`, and all that is mapped in one piece with them. GapError: that was not allowed,
+        and a granule is not in `parts` as a whole."""
+        followed = self._window_of(block)
+        if self.policy.resize == "remap" and parts:
+            self._change(followed, [])  # it would be a piece before and one behind them, and one again
+            return
+        try:
+            self._change(followed, without(block.populated, *self.policy.round_out(parts)))
+        except EntryLimitError:
+            if self.policy.granule or not self.policy.allow_gap:
+                raise
+            self._change(followed, [])  # the container takes no piece before them and one behind them
 
+    @guarded
     def ram_block_remapped(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        """Map what there is now. As `ram_block_resized`."""
+        """Map the pages that there are now. As `ram_block_resized`."""
         del parts  # the window knows what it reaches
-        with self._lock:
-            self._change(self._find(block), block.populated)
+        self._change(self._window_of(block), block.populated)
 
     def _check_parts(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        self._check_open()
         for part in parts:
-            self._policy.check_length(part.start, f"where a part of RAM block '{block.idstr}' begins")
-            self._policy.check_length(part.size, f"a part of RAM block '{block.idstr}'")
+            self.policy.check_length(part.start, f"where a part of RAM block '{block.idstr}' begins")
+            self.policy.check_length(part.size, f"a part of RAM block '{block.idstr}'")
 
     def _change(self, followed: _Followed, wanted: Sequence[Extent]) -> None:
         try:
             followed.window.change(wanted)
         except EntryLimitError:
-            if self._policy.resize == "remap" or self._policy.granule or not self._policy.allow_gap:
+            if self.policy.resize == "remap" or self.policy.granule or not self.policy.allow_gap:
                 raise
             logger.debug("joining pieces: the container takes no more mappings")
             self._join(followed, wanted)
@@ -339,16 +400,15 @@ class DmaMapper(BufferMapper):
         followed.window.change(wanted, join=True)
 
     def _search(self, block: RamBlock) -> _Followed | None:
-        position = bisect_left(self._followed, (block._start,))
+        position = bisect_left(self._followed, (block.state.start,))
         if position == len(self._followed) or self._followed[position].block is not block:
             return None
         return self._followed[position]
 
-    def _find(self, block: RamBlock) -> _Followed:
+    def _window_of(self, block: RamBlock) -> _Followed:
+        self.check_open()
         if (followed := self._search(block)) is None:
-            self._check_open()
-            assert block.vaddr  # raises where the block has been removed
-            raise ValueError(f"RAM block '{block.idstr}' is not followed by this mapper")
+            raise ValueError(f"RAM block '{block.idstr}' is not followed by this mapper; it lies at {block.vaddr:#x}")
         return followed
 
     def _below(self, vaddr: int) -> _Followed | None:
@@ -358,25 +418,23 @@ class DmaMapper(BufferMapper):
 
     # ------------------------------------------------------------------------------------------------ look-ups
 
+    @reading
     def iova(self, block: RamBlock) -> Iova:
-        """Where `block` begins for the device; it stays there until the block is removed. Raises ValueError when the
-        block is not followed, ClosedError."""
-        with self._lock:
-            return self._find(block).window.iova
+        """Return where `block` begins for the device; it stays there until the block is removed.
 
-    def _find_vaddr(self, vaddr: int, size: int) -> Iova | None:
+        Raises ValueError when the block is not followed, ClosedError, and VfioError where nothing is mapped any more.
+        """
+        if not isinstance(block, RamBlock):
+            raise TypeError(f"iova() is asked of a RamBlock, not of {block!r}")
+        return self._window_of(block).window.iova
+
+    def _find(self, vaddr: int, size: int) -> OwnMemory | Window | None:
         followed = self._below(vaddr)
         if followed is not None and followed.window.reaches(vaddr, size):
-            return Iova(followed.window.iova + vaddr - followed.vaddr)
-        return super()._find_vaddr(vaddr, size)
+            return followed.window
+        return super()._find(vaddr, size)
 
-    def _allowed(self, vaddr: int, size: int) -> int:
-        followed = self._below(vaddr)
-        if followed is not None and followed.window.reaches(vaddr, size) and followed.block.readonly:
-            return READ
-        return super()._allowed(vaddr, size)
-
-    def _check_apart(self, vaddr: int, size: int) -> None:
+    def _check_no_block(self, vaddr: int, size: int) -> None:
         followed = self._below(vaddr + size - 1)
         if followed is not None and followed.window.end > vaddr:
             block = followed.block
@@ -384,47 +442,49 @@ class DmaMapper(BufferMapper):
                 f"vaddr {vaddr:#x}-{vaddr + size - 1:#x} reaches into RAM block '{block.idstr}', which has IOVA of its "
                 f"own for all of {block.vaddr:#x}-{block.vaddr + block.max_length - 1:#x}; grow the block instead"
             )
-        super()._check_apart(vaddr, size)
 
+    # ------------------------------------------------------------------------------------------------ the end
+
+    @closing_under(_uppermost)
     def close(self) -> None:
-        """Leave the list of blocks and unmap everything; twice is fine, and in a forked child nothing happens.
+        """Leave the list of blocks and unmap everything. Twice is fine, and in a forked child nothing happens.
 
-        Raises what the steps raise, after all of them were tried; what could not be unmapped stays known, and `close`
-        may be called again.
+        Mappings that are open end with it. Raises what the steps raise, after all of them were tried; memory that could
+        not be unmapped stays known, and `close` may be called again.
         """
-        if self._closed or os.getpid() != self._pid:
-            return
-        closes = [mapping.close for mapping in self._own_mappings()]
-        attempt_all("closing the DmaMapper", [self._leave, *closes, self.reset_temporary])
-        self._closed = True
+        if not self._closed:
+            attempt_all("closing the DmaMapper", [self._leave, self._finish])
 
     def _leave(self) -> None:
-        if self._blocks is not None:
-            if self._blocks._knows(self):  # else it was taken out, or a signal handler has ended an earlier attempt
-                self._blocks.remove_notifier(self)
-            self._blocks = None
+        """Under the list's lock, which is above the mapper's."""
+        if self.blocks is not None:
+            self._leaving = True
+            try:
+                if self.blocks.knows(self):  # else it was taken out
+                    self.blocks.remove_notifier(self)
+            finally:
+                self._leaving = False
+            self.blocks = None
         if self._claim is not None:
-            self._claim.close()
+            close_now(self._claim)
 
-    def __enter__(self) -> Self:
-        return self
+    @guarded
+    def _finish(self) -> None:
+        self._unmap_all()
+        self._closed = self.blocks is None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
+    @reading
     def _check(self) -> None:
         """The invariant: for each block, the space has mapped exactly what the block holds."""
-        with self._lock:
-            for _vaddr, block, window in self._followed:
-                reached = runs(window.pieces())
-                if window.settled:
-                    assert reached == list(block.populated), (block, reached)
-                else:  # a change failed, and so did its undo: what is in reach besides is memory that is kept
-                    kept = Extent(0, block.max_length if block.whole else block._memory.held)
-                    assert not without(reached, *block.populated, kept), (block, reached)
-                assert self._policy.granule is None or all(p.size == self._policy.granule for p in window.pieces())
-            addresses = [followed.vaddr for followed in self._followed]
-            assert addresses == sorted(addresses)
-            super()._check()
+        for _vaddr, block, window in self._followed:
+            reached = runs(window.pieces())
+            if window.settled:
+                assert reached == list(block.populated), (block, reached)
+                window.check_held(reached)
+            else:  # a change failed, and so did its undo: what is in reach besides is memory that is kept
+                kept = Extent(0, block.max_length if block.whole else block.state.memory.held)
+                assert not without(reached, *block.populated, kept), (block, reached)
+            assert self.policy.granule is None or all(p.size == self.policy.granule for p in window.pieces())
+        addresses = [followed.vaddr for followed in self._followed]
+        assert addresses == sorted(addresses)
+        super()._check()

@@ -101,16 +101,22 @@ class IovaRangeError(IoctlError):
 
 
 class UnmapSizeError(VfioError):
-    """The kernel unmapped another number of bytes than it was asked to: `asked`, `unmapped`. What the device reaches
-    is not known any more, so the memory behind the range must not be given back."""
+    """The kernel unmapped another number of bytes than it was asked to, or would have: `asked`, `unmapped` (0 where the
+    call was not made). The memory behind the range must not be given back."""
 
-    def __init__(self, *, iova: int, asked: int, unmapped: int, known: str = "none") -> None:
-        """`known`: what was mapped there through the same object, in words."""
-        super().__init__(
-            f"VFIO_IOMMU_UNMAP_DMA was asked for {asked:#x} bytes at IOVA {iova:#x} and unmapped {unmapped:#x}",
-            hint=f"What is known to be mapped there: {known}. Unmap exactly that; where it is exactly that, something "
-            "else maps or unmaps through the same container",
-        )
+    def __init__(self, *, iova: int, asked: int, unmapped: int, known: str = "none", refused: bool = False) -> None:
+        """`known`: the mappings there that were made through the same object, in words. `refused`: they show that the
+        call can only fail, so it was not made."""
+        if refused:
+            super().__init__(
+                f"IOVA {iova:#x}-{iova + asked - 1:#x} cannot be unmapped: mapped there are {known}",
+                hint="Nothing has been unmapped. Unmap whole mappings, without a gap between them",
+            )
+        else:
+            super().__init__(
+                f"VFIO_IOMMU_UNMAP_DMA was asked for {asked:#x} bytes at IOVA {iova:#x} and unmapped {unmapped:#x}",
+                hint=f"Known to be mapped there: {known}. Something else maps or unmaps through the same container",
+            )
         self.iova = iova
         self.asked = asked
         self.unmapped = unmapped
@@ -174,19 +180,20 @@ class GroupNotViableError(VfioError):
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A process that has a file open."""
+    """A process that has a file open, and whether it is this one."""
 
     pid: int
     command: str
+    is_this_process: bool = False
 
 
 class GroupBusyError(VfioError):
     """The group is open already. `holders` are the processes that have it open, as far as this user may see."""
 
     def __init__(self, group: int, holders: Sequence[Holder]) -> None:
-        mine = os.getpid()
         names = ", ".join(
-            f"{holder.command} (pid {holder.pid}{', this process' if holder.pid == mine else ''})" for holder in holders
+            f"{holder.command} (pid {holder.pid}{', this process' if holder.is_this_process else ''})"
+            for holder in holders
         )
         super().__init__(
             f"IOMMU group {group} is already open" + (f" in {names}" if names else ""),
@@ -208,9 +215,9 @@ class ForkedError(VfioError):
     """A handle was used in a child of the process that opened it. The child shares the kernel's object, so that
     whatever it did would happen to the parent."""
 
-    def __init__(self, what: str, *, owner: int) -> None:
+    def __init__(self, what: str, *, owner: int, child: int | None = None) -> None:
         super().__init__(
-            f"{what} belongs to process {owner}, and this is its child {os.getpid()}",
+            f"{what} belongs to process {owner}, and this is its child{'' if child is None else f' {child}'}",
             hint="Open the device anew in the child, after the parent has closed it",
         )
 

@@ -34,13 +34,14 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from importlib import import_module
 from logging import getLogger
 from threading import RLock, get_ident, main_thread
 from types import FrameType, TracebackType
-from typing import Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, Self, TypeAlias, TypeVar
 
 from pyvfio.errors import ForkedError
 
@@ -61,10 +62,11 @@ class Guard:
 
     __slots__ = ("lock", "pid", "what")
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, *, lock: RLock | None = None) -> None:
+        """`lock`: of the object that this one is a part of, where one lock is for both."""
         self.what = what
         self.pid = os.getpid()
-        self.lock = RLock()
+        self.lock = RLock() if lock is None else lock
 
     @property
     def forked(self) -> bool:
@@ -73,8 +75,8 @@ class Guard:
 
     def check(self) -> None:
         """Raise ForkedError in a child of the process that made the object."""
-        if os.getpid() != self.pid:
-            raise ForkedError(self.what, owner=self.pid)
+        if (here := os.getpid()) != self.pid:
+            raise ForkedError(self.what, owner=self.pid, child=here)
 
 
 class Guarded(Protocol):
@@ -87,13 +89,43 @@ class Guarded(Protocol):
 
 
 _Self = TypeVar("_Self", bound=Guarded)
+_Made = TypeVar("_Made")
+
+
+class ContextManager:
+    """A base of each class with `close()`: leaving a `with` block closes the object.
+
+    An exception of the block's own is never replaced: an error of the close is added to it as a note. Where the block
+    raises nothing, `with` raises the error of the close.
+    """
+
+    __slots__ = ()
+
+    def close(self) -> None:
+        """Close the object."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except Exception as failure:
+            if error is None:
+                raise
+            error.add_note(f"{self!r} could not be closed: {failure}")
 
 
 class _Thread(threading.local):
-    """Where a thread is. `inside`: in a guarded call. `busy`: and not in a hook that the call has called."""
+    """Where a thread is. `inside`: in a guarded call. `busy`: and not in a hook that the call has called. `undoing`: in
+    so many undos."""
 
     inside = False
     busy = False
+    undoing = 0
 
     def __init__(self) -> None:
         self.put_off: deque[Callable[[], object]] = deque()
@@ -138,12 +170,10 @@ class _Signals:
     def put_back(self) -> None:
         """Give each signal its handler back, unless the program has set another one, and run the handlers due."""
         try:
-            while self._replaced:
-                number = next(iter(self._replaced))
-                handler = self._replaced[number]
+            for number, handler in list(self._replaced.items()):
                 if (other := self._set(number, handler)) is not self._route and other is not handler:
                     self._set(number, other)
-                del self._replaced[number]
+                self._replaced.pop(number, None)  # a finalizer may have made a call of its own meanwhile
         finally:
             if self.noted:
                 self.deliver()
@@ -216,6 +246,23 @@ def making(
     return decorate
 
 
+def constructing(
+    undo: Callable[..., object],
+) -> Callable[[Callable[Concatenate[_Made, _Given], None]], Callable[Concatenate[_Made, _Given], None]]:
+    """Decorate `__init__`: finalizers and signals. `undo(self)` as for `making`."""
+
+    def decorate(call: Callable[Concatenate[_Made, _Given], None]) -> Callable[Concatenate[_Made, _Given], None]:
+        @wraps(call)
+        def wrapper(self: _Made, /, *args: _Given.args, **kwargs: _Given.kwargs) -> None:
+            if _thread.busy:
+                return call(self, *args, **kwargs)
+            return _run(None, partial(call, self, *args, **kwargs), lambda _: undo(self))
+
+        return wrapper
+
+    return decorate
+
+
 def reading(call: Callable[Concatenate[_Self, _Given], _Result]) -> Callable[Concatenate[_Self, _Given], _Result]:
     """Decorate a method that only looks: forks, finalizers and the lock. A signal handler may raise in the middle."""
 
@@ -253,6 +300,24 @@ def closing(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
     return wrapper
 
 
+def closing_under(
+    uppermost: Callable[[_Self], Guard],
+) -> Callable[[Callable[[_Self], None]], Callable[[_Self], None]]:
+    """Decorate a close as `closing`, but under the lock of another object: the one that is above this object's own, and
+    that the close has to take as well."""
+
+    def decorate(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
+        @wraps(call)
+        def wrapper(self: _Self, /) -> None:
+            if not self.guard.forked:
+                run_outside(partial(_close, self, call, uppermost))
+
+        wrapper.uppermost = uppermost  # type: ignore[attr-defined]
+        return wrapper
+
+    return decorate
+
+
 def closing_in_hooks(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
     """Decorate a close as `closing`, but a hook may call it and have it done at once: only for an object whose lock is
     below that of the list of blocks, which the caller of the hook holds."""
@@ -270,9 +335,9 @@ def closing_in_hooks(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
 
 
 def uninterrupted(
-    undo: Callable[[_Result], object] | None = None,
+    undo: Callable[..., object] | None = None,
 ) -> Callable[[Callable[_Given, _Result]], Callable[_Given, _Result]]:
-    """Decorate a function or a constructor that has no guard yet: finalizers and signals. `undo` as for `making`."""
+    """Decorate a function that has no guard yet: finalizers and signals. `undo` as for `making`."""
 
     def decorate(call: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
         @wraps(call)
@@ -305,12 +370,28 @@ called_out = _CalledOut()
 """Enter it around a call of a notifier's hook, inside of a guarded call, with no lock held but that of the list."""
 
 
+class _Undoing:
+    """See `undoing`. One for all: it has no state of its own."""
+
+    def __enter__(self) -> None:
+        _thread.undoing += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _thread.undoing -= 1
+
+
+undoing = _Undoing()
+"""Enter it around an undo that runs code with checkpoints, such as a notifier's hook: no handler runs meanwhile."""
+
+
 def checkpoint() -> None:
-    """Run the handlers of signals that came meanwhile; raises what they raise.
+    """Run the handlers of signals that came meanwhile; raises what they raise. In an undo nothing happens.
 
     For a guarded call between two pieces of its work, where an exception is undone like any other. Cost: a look-up.
     """
-    if _signals.noted and get_ident() == _signals.main:
+    if _signals.noted and get_ident() == _signals.main and not _thread.undoing:
         _signals.deliver()
 
 
@@ -325,30 +406,45 @@ def run_outside(step: Callable[[], object]) -> None:
         step()
 
 
+@contextmanager
+def holding(*things: Guarded) -> Iterator[None]:
+    """Hold the locks of several objects, in the order of rule 4; inside of a guarded call."""
+    with ExitStack() as stack:
+        for thing in things:
+            stack.enter_context(thing.guard.lock)
+        yield
+
+
 def close_now(thing: Guarded) -> None:
     """Close `thing` from inside of the guarded call that owns it, at once, under its lock. Raises what the close
     raises."""
-    with thing.guard.lock:
-        type(thing).close.__wrapped__(thing)  # type: ignore[attr-defined]
+    close = type(thing).close  # type: ignore[attr-defined]
+    with getattr(close, "uppermost", _own)(thing).lock:
+        close.__wrapped__(thing)
 
 
 # --------------------------------------------------------------------------------------------------------------- below
 
 
-def _close(thing: _Self, call: Callable[[_Self], None]) -> None:
+def _own(thing: Guarded) -> Guard:
+    return thing.guard
+
+
+def _close(thing: _Self, call: Callable[[_Self], None], uppermost: Callable[[_Self], Guard] = _own) -> None:
     """Close `thing`, outside of every call or at the end of one, where no lock is held."""
+    lock = uppermost(thing).lock
     if _thread.inside:
-        with thing.guard.lock:
+        with lock:
             call(thing)
     else:
-        _run(thing.guard.lock, partial(call, thing), None)
+        _run(lock, partial(call, thing), None)
 
 
 def _nothing() -> None:
     """Do what was put off, and nothing else."""
 
 
-def _run(lock: RLock | None, call: Callable[[], _Result], undo: Callable[[_Result], object] | None) -> _Result:
+def _run(lock: RLock | None, call: Callable[[], _Result], undo: Callable[..., object] | None) -> _Result:
     """Make an outermost call, or one from a hook, which finds the signals put off already."""
     thread = _thread
     if thread.inside:
@@ -358,17 +454,22 @@ def _run(lock: RLock | None, call: Callable[[], _Result], undo: Callable[[_Resul
         finally:
             thread.busy = False
     signals = _signals if get_ident() == _signals.main else None
-    if signals is not None:
-        signals.replace()
     try:
-        thread.inside = thread.busy = True  # from here on signals are noted
+        thread.inside = thread.busy = True  # from here on finalizers are put off: a call of theirs would put back
+        if signals is not None:
+            signals.replace()  # and signals are noted
         result = call() if lock is None else _locked(lock, call)
+    except BaseException:
+        undo = None  # there is no object
+        raise
     finally:
-        if thread.put_off:
-            _catch_up(thread)
-        thread.inside = thread.busy = False  # from here on a handler runs at once
-        if signals is not None and undo is None:
-            signals.put_back()
+        try:
+            if thread.put_off:
+                _catch_up(thread)
+        finally:
+            thread.inside = thread.busy = False  # from here on a handler runs at once
+            if signals is not None and undo is None:
+                signals.put_back()
     if signals is not None and undo is not None:
         try:
             signals.put_back()
@@ -392,7 +493,8 @@ def _locked(lock: RLock, call: Callable[[], _Result]) -> _Result:
 def _catch_up(thread: _Thread) -> None:
     while thread.put_off:
         try:
-            thread.put_off.popleft()()
+            with undoing:  # a close that is interrupted would never be finished
+                thread.put_off.popleft()()
         except Exception:
             _logger.exception("a close that a finalizer had asked for in the middle of another call failed")
 

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from types import TracebackType
-from typing import Self
+from operator import index
 
 from pyvfio import ioctls
-from pyvfio.errors import ClosedError, ForkedError, HandOverError, IoctlError, raise_collected
+from pyvfio.errors import ClosedError, HandOverError, IoctlError, raise_collected
+from pyvfio.guard import ContextManager, Guard, closing, run_outside, uninterrupted
 from pyvfio.kernel import IoctlArgument, Kernel
 
 
-class Handle:
+class Handle(ContextManager):
     """Base of everything that owns a descriptor: `Container`, `Group`, `Device`.
 
     A context manager; `close()` may be called twice. In a forked child, `fd` raises ForkedError and `close()` does
-    nothing: the descriptor is shared, and what the child did with it would happen to its parent. An object that is
-    forgotten warns ResourceWarning and closes its descriptor, as files do.
+    nothing: the descriptor is shared, and the child would act on its parent. An object that is forgotten warns
+    ResourceWarning and closes its descriptor, as files do.
 
-    Synchronization: none of its own.
+    Synchronization: `guard` has the lock; see `pyvfio.guard`.
     """
 
-    def __init__(self, kernel: Kernel, fd: int, what: str) -> None:
+    def __init__(self, kernel: Kernel, fd: int, what: str, *, guard: Guard | None = None) -> None:
         self._kernel = kernel
-        self._fd = fd
         self._aside = -1  # the descriptor, while it is being handed to another process
-        self._what = what
-        self._pid = os.getpid()
+        self.guard = guard or Guard(what)
+        self._fd = fd
 
     @property
     def kernel(self) -> Kernel:
@@ -39,11 +37,10 @@ class Handle:
     def fd(self) -> int:
         """The descriptor. Raises ClosedError, ForkedError in a child of the process that opened it, and HandOverError
         where it is being handed to another process."""
-        if os.getpid() != self._pid:
-            raise ForkedError(self._what, owner=self._pid)
+        self.guard.check()
         if self._fd < 0:
-            self._check_here()
-            raise ClosedError(f"{self._what} has been closed")
+            self.check_here()
+            raise ClosedError(f"{self.guard.what} has been closed")
         return self._fd
 
     @property
@@ -51,7 +48,19 @@ class Handle:
         """Whether `close()` has been called."""
         return self._fd < 0 and self._aside < 0
 
-    def _ioctl(
+    def check_usable(self) -> None:
+        """Raise as `fd` does where the descriptor must not be used."""
+        _ = self.fd
+
+    def check_here(self) -> None:
+        """Raise HandOverError while the descriptor is being handed to another process."""
+        if self._aside >= 0:
+            raise HandOverError(
+                f"{self.guard.what} is being handed to another process",
+                hint="cancel() or finish() of the HandOver says who has it from now on",
+            )
+
+    def ioctl(
         self,
         request: str,
         argument: IoctlArgument = 0,
@@ -60,69 +69,67 @@ class Handle:
         hints: Mapping[int, str] | None = None,
         **given: int | str,
     ) -> int:
-        """Make the request that linux/vfio.h calls `request`; `given` and the hint for the errno go into IoctlError."""
+        """Make the ioctl that linux/vfio.h calls `request`, as it is. Raises IoctlError, which has `given` and, of
+        `hints`, the one for the errno."""
         number: int = vars(ioctls)[request]
         try:
             return self._kernel.ioctl(self.fd, number, argument)
         except OSError as error:
             raise IoctlError.of(
                 error,
-                f"{self._what}: {error.strerror}",
+                f"{self.guard.what}: {error.strerror}",
                 request=request,
                 arguments=given,
                 hint=(hints or {}).get(error.errno or 0, ""),
             ) from error
 
+    @closing
     def close(self) -> None:
         """Close the descriptor; twice is fine, and in a forked child nothing happens."""
-        if not self._forked and self._fd >= 0:
-            self._close_fd()
+        self.close_fd()
 
-    def _set_aside(self) -> None:
-        """Nobody may use it, until `_take_back`: it is being handed to another process. Twice is fine."""
+    @uninterrupted()
+    def close_fd(self) -> None:
+        """Close the descriptor and nothing else, also one that is set aside. For the library."""
+        fd = self.release_fd()
+        if fd >= 0:
+            self._kernel.close(fd)
+
+    def release_fd(self) -> int:
+        """Give up the descriptor, which stays open and is the caller's; the object is closed. For the library."""
+        fd = max(self._fd, self._aside)
+        self._fd = self._aside = -1  # before close(2): a descriptor is gone even when that reports an error
+        return fd
+
+    def set_aside(self) -> None:
+        """Let nobody use the descriptor until `take_back`: it is being handed to another process. Twice is fine."""
         if self._aside < 0:
-            self._aside = self._fd
-        self._fd = -1
+            self._fd, self._aside = -1, self._fd
 
-    def _take_back(self) -> None:
-        """Undo `_set_aside`, also one that a signal handler has ended."""
+    def take_back(self) -> None:
+        """Undo `set_aside`."""
         if self._aside >= 0:
-            self._fd = self._aside
-        self._aside = -1
-
-    def _check_here(self) -> None:
-        if self._aside >= 0:
-            raise HandOverError(
-                f"{self._what} is being handed to another process",
-                hint="cancel() or finish() of the HandOver says who has it from now on",
-            )
-
-    def _abandon(self) -> None:
-        """Forget the descriptor, which stays open."""
-        self._fd = self._aside = -1
-
-    @property
-    def _forked(self) -> bool:
-        return os.getpid() != self._pid
-
-    def _close_fd(self) -> None:
-        fd, self._fd = self._fd, -1  # first: a descriptor is gone even when close(2) reports an error
-        self._kernel.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+            self._fd, self._aside = self._aside, -1
 
     def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0 and not self._forked:
-            try:
-                warnings.warn(f"{self._what} was never closed", ResourceWarning, stacklevel=2, source=self)
-            finally:  # a program may have made warnings errors
-                self._close_fd()
+        if getattr(self, "_fd", -1) < 0 or self.guard.forked:
+            return
+        try:
+            warnings.warn(f"{self.guard.what} was never closed", ResourceWarning, stacklevel=2, source=self)
+        finally:  # a program may have made warnings errors
+            run_outside(self.close_fd)
+
+
+def give_up_fd(handle: Handle) -> int:
+    """As `Handle.release_fd`, of its class."""
+    return handle.release_fd()
+
+
+def checked_fd(fd: int) -> int:
+    """A descriptor's number that the caller has given. Raises TypeError, and ValueError for one that is none."""
+    if (number := index(fd)) < 0:
+        raise ValueError(f"{number} is no file descriptor")
+    return number
 
 
 def attempt(step: Callable[[], object], failures: list[Exception]) -> None:

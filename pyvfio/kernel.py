@@ -159,8 +159,13 @@ class Kernel(Protocol):
         """Read an eventfd's counter; EAGAIN when it is zero and the descriptor does not block."""
         ...
 
-    def poll(self, fd: int, timeout: float | None) -> bool:
-        """Wait until `fd` can be read, `timeout` seconds at most (None: for ever); whether it can."""
+    def eventfd_write(self, fd: int, value: int) -> None:
+        """Add to an eventfd's counter."""
+        ...
+
+    def poll(self, fd: int, timeout: float | None, *others: int) -> bool:
+        """Wait until `fd` or one of `others` can be read, `timeout` seconds at most (None: for ever); whether that is
+        so."""
         ...
 
     def mmap(self, vaddr: int, size: int, protection: int, flags: int, *, fd: int = -1, offset: int = 0) -> Vaddr:
@@ -203,6 +208,10 @@ class Kernel(Protocol):
 
     def memfd_create(self, name: str, flags: int) -> int:
         """memfd_create(2); MFD_CLOEXEC is always added."""
+        ...
+
+    def dup(self, fd: int) -> int:
+        """Another descriptor of the same open file, close-on-exec: F_DUPFD_CLOEXEC of fcntl(2)."""
         ...
 
     def ftruncate(self, fd: int, size: int) -> None:
@@ -360,10 +369,15 @@ class LinuxKernel:
         value: int = struct.unpack("=Q", os.read(fd, 8))[0]
         return value
 
-    def poll(self, fd: int, timeout: float | None) -> bool:
+    def eventfd_write(self, fd: int, value: int) -> None:
+        """write(2) of eight bytes."""
+        os.eventfd_write(fd, value)
+
+    def poll(self, fd: int, timeout: float | None, *others: int) -> bool:
         """poll(2)."""
         poller = select.poll()
-        poller.register(fd, select.POLLIN)
+        for each in (fd, *others):
+            poller.register(each, select.POLLIN)
         # poll(2) takes milliseconds in an int; 24 days are as good as what is longer.
         return bool(poller.poll(None if timeout is None else min(timeout * 1000, _INT_MAX)))
 
@@ -423,6 +437,10 @@ class LinuxKernel:
     def memfd_create(self, name: str, flags: int) -> int:
         """memfd_create(2) with MFD_CLOEXEC."""
         return os.memfd_create(name, flags | os.MFD_CLOEXEC)
+
+    def dup(self, fd: int) -> int:
+        """fcntl(2)."""
+        return os.dup(fd)
 
     def ftruncate(self, fd: int, size: int) -> None:
         """ftruncate(2)."""

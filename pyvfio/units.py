@@ -9,7 +9,8 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NewType
+from operator import index
+from typing import NewType, SupportsIndex
 
 Iova = NewType("Iova", int)
 """An address as the device uses it (I/O virtual address)."""
@@ -46,10 +47,14 @@ def is_aligned(number: int, alignment: int) -> bool:
     return number & (alignment - 1) == 0
 
 
-def check_whole_number(value: object, what: str) -> None:
-    """TypeError, with `what` in it, for what is no int, and for a bool, which is one by accident."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def check_whole_number(value: object, what: str) -> int:
+    """Return `value` as an int: numpy's integers are numbers, too. Raises TypeError, with `what` in it, for anything
+    else, and for a bool, which is an int by accident."""
+    if type(value) is int:  # the check of the protocol costs a microsecond
+        return value
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{what} must be a whole number, not {value!r}")
+    return index(value)
 
 
 def check_bool(value: object, what: str) -> None:
@@ -103,6 +108,9 @@ class IovaRange:
 
     def __str__(self) -> str:
         return f"{self.start:#x}-{self.last:#x}"
+
+    def __repr__(self) -> str:
+        return f"IovaRange(start={self.start:#x}, last={self.last:#x})"
 
 
 def format_ranges(ranges: Iterable[IovaRange]) -> str:

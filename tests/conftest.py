@@ -29,7 +29,7 @@ hypothesis.settings.load_profile("pyvfio")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--device`, `--fake`, `--bind`, `--throwaway`, `--hw-required`, `--report-documented` and `--random-steps`."""
+    """The options of this project's tests, and of no others'."""
     group = parser.getgroup("pyvfio")
     group.addoption(
         "--device",
@@ -59,6 +59,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=1500,
         metavar="N",
         help="how many steps the random lives in tests/property take (default: 1500)",
+    )
+    group.addoption(
+        "--all-points",
+        action="store_true",
+        help="interrupt every operation at each of its points, in place of a sample of them (some minutes)",
+    )
+    group.addoption(
+        "--thread-steps",
+        type=int,
+        default=100_000,
+        metavar="N",
+        help="how many steps eight threads take together (default: 100000)",
     )
     group.addoption(
         "--hw-required", action="store_true", help="a test that lacks what it needs fails, where it would be skipped"

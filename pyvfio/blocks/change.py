@@ -14,7 +14,8 @@ from typing import Protocol, TypeAlias
 from pyvfio.blocks.block import RamBlock
 from pyvfio.blocks.notifier import RamBlockNotifier, follows_pages, follows_parts
 from pyvfio.errors import RollbackError, as_exception
-from pyvfio.extents import Extent, clip, total
+from pyvfio.extents import Extent, total
+from pyvfio.guard import called_out, checkpoint, undoing
 from pyvfio.units import format_size
 
 # Hooks are looked up by name: isinstance() of a protocol costs a hundred times as much, and each resize would pay it.
@@ -69,23 +70,6 @@ class Resized:
 
     def __init__(self, block: RamBlock, old: int, new: int) -> None:
         self._block, self._old, self._new = block, old, new
-        self.settled = True
-        self._parts = block._discarded, block._stale
-
-    def commit(self) -> None:
-        """All have been told: the block has that length, and its callback is called."""
-        block, new = self._block, self._new
-        if new < self._old:
-            block._check_views(new)  # a hook may have taken one
-            block._set_discarded(*(tuple(clip(parts, 0, new)) for parts in self._parts))
-        block._used_length = new
-        if block._resized is not None:
-            block._resized(block.idstr, new)
-
-    def rollback(self) -> None:
-        """It has the former one."""
-        self._block._used_length = self._old
-        self._block._set_discarded(*self._parts)
 
     def __str__(self) -> str:
         return f"resizing RAM block '{self._block.idstr}' from {format_size(self._old)} to {format_size(self._new)}"
@@ -149,66 +133,49 @@ class Remapping(Discarded):
             notifier.ram_block_remapped(self._block, self._parts)
 
 
-class Change(Protocol):
-    """What all of it is for: made when everybody has been told. Its string says what was tried, for the error."""
+def tell_all(event: Event, notifiers: Sequence[RamBlockNotifier], commit: Callable[[], None]) -> None:
+    """Tell all `notifiers` of `event` and then call `commit`, which changes nothing where it raises.
 
-    settled: bool
-    """False while somebody may have been told, and not yet the opposite: nothing may be given back then."""
-
-    def commit(self) -> None:
-        """Make it; may refuse by raising."""
-        ...
-
-    def rollback(self) -> None:
-        """Take back what `commit` may have done."""
-        ...
-
-
-class Bookkeeping:
-    """A change that is a matter of setting something, and of setting what was there before."""
-
-    def __init__(self, what: object, commit: Callable[[], None], rollback: Callable[[], None]) -> None:
-        self._what = what
-        self.settled = True
-        self.commit, self.rollback = commit, rollback
-
-    def __str__(self) -> str:
-        return str(self._what)
-
-
-def tell_all(notifiers: Sequence[RamBlockNotifier], events: Sequence[Event], change: Change) -> None:
-    """Tell each its event and then make the change, or nothing of it: when one raises, those before it are told the
-    opposite, the last told first.
-
-    Nothing that belongs to the change stands outside of this, for a signal handler may raise between any two lines. It
-    may also have ended a hook that had done its part, so that this one, too, is told the opposite.
+    When one of these raises, the notifiers that were told are told the reverse, the last one first.
     """
+    _tell([(notifier, event) for notifier in notifiers], event, commit)
+
+
+def tell_each(notifier: RamBlockNotifier, events: Sequence[Event], change: object, commit: Callable[[], None]) -> None:
+    """Tell one notifier of all `events`, as `tell_all`; `change` says what they are parts of."""
+    _tell([(notifier, event) for event in events], change, commit)
+
+
+_Steps: TypeAlias = Sequence[tuple[RamBlockNotifier, Event]]
+
+
+def _tell(steps: _Steps, change: object, commit: Callable[[], None]) -> None:
     told = 0
-    change.settled = False
     try:
-        for notifier in notifiers:
-            events[told].tell(notifier)
+        for notifier, event in steps:
+            checkpoint()
+            with called_out:
+                event.tell(notifier)
             told += 1
-        change.commit()
+        checkpoint()
+        commit()
     except BaseException as error:
-        change.rollback()
-        count = told if isinstance(error, Exception) else told + 1
-        undo_all(list(zip(notifiers, events, strict=True))[:count], error, change)
-        change.settled = True
+        _undo(steps[:told], error, change)
         raise
 
 
-def undo_all(told: Sequence[tuple[RamBlockNotifier, Event]], cause: BaseException, what: object) -> None:
-    """Tell the opposite to all who were told of `what`, whatever some of them raise; RollbackError with all of that."""
+def _undo(told: _Steps, cause: BaseException, change: object) -> None:
+    """Tell all the reverse, also when some of them raise; RollbackError with all of that."""
     failures: list[Exception] = []
     for notifier, event in reversed(told):
         try:
-            event.revoke(notifier)
-        except BaseException as error:  # a KeyboardInterrupt, too, must not end the undo in the middle
+            with undoing, called_out:
+                event.revoke(notifier)
+        except BaseException as error:
             failures.append(as_exception(error))
     if failures:
         raise RollbackError(
-            f"{what} failed, and so did its undo",
+            f"{change} failed, and so did its undo",
             [as_exception(cause), *failures],
             hint="The memory in question is kept, since a device may still reach it",
         ) from cause

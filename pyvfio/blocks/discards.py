@@ -17,12 +17,10 @@ Source: `ram_block_discard_disable`, `ram_block_uncoordinated_discard_disable`, 
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
-from types import TracebackType
-from typing import Self
 
 from pyvfio.errors import DiscardError
+from pyvfio.guard import ContextManager, Guard, closing, making
 
 _EXCLUDES = {
     "disable": ("require", "require_coordinated"),
@@ -32,26 +30,27 @@ _EXCLUDES = {
 }
 
 
-class DiscardClaim:
+class DiscardClaim(ContextManager):
     """A claim that holds until `close`; twice is fine. A context manager."""
 
-    def __init__(self, guard: DiscardGuard, kind: str) -> None:
-        self._guard: DiscardGuard | None = guard
+    def __init__(self, claims: DiscardGuard, kind: str) -> None:
+        self._claims: DiscardGuard | None = claims
         self.kind = kind
+        self.guard = claims.guard
 
+    @closing
     def close(self) -> None:
-        """Give it up."""
-        guard, self._guard = self._guard, None
-        if guard is not None:
-            guard._drop(self.kind)
+        """Give the claim up."""
+        claims, self._claims = self._claims, None
+        if claims is not None:
+            claims.counts[self.kind] -= 1
 
-    def __enter__(self) -> Self:
-        return self
+    def __repr__(self) -> str:
+        return f"<DiscardClaim {self.kind!r}{'' if self._claims is not None else ' closed'}>"
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+
+def _close(claim: DiscardClaim) -> None:
+    claim.close()
 
 
 class DiscardGuard:
@@ -61,8 +60,9 @@ class DiscardGuard:
     """
 
     def __init__(self) -> None:
-        self._claims: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self.guard = Guard("these claims on discards")
+        self.counts: Counter[str] = Counter()
+        """How many claims of each kind stand; the library's own."""
 
     def disable(self) -> DiscardClaim:
         """No discards at all, for a listener that reaches whole blocks."""
@@ -77,26 +77,26 @@ class DiscardGuard:
         return self._claim("require")
 
     def require_coordinated(self) -> DiscardClaim:
-        """Discards by `RamBlock.discard`, which claims it by itself while a block has discarded parts."""
+        """Discards by `RamBlock.discard`, which claims it by itself while it discards."""
         return self._claim("require_coordinated")
 
+    @making(_close)
     def _claim(self, kind: str) -> DiscardClaim:
-        with self._lock:
-            against = [other for other in _EXCLUDES[kind] if self._claims[other]]
-            if against:
-                raise DiscardError(
-                    f"discards: '{kind}' does not go together with '{against[0]}', which {self._claims[against[0]]} "
-                    "hold",
-                    hint="Close that claim first, or what holds it",
-                )
-            self._claims[kind] += 1
+        if against := [other for other in _EXCLUDES[kind] if self.counts[other]]:
+            holders = self.counts[against[0]]
+            raise DiscardError(
+                f"discards: '{kind}' does not go together with '{against[0]}' "
+                f"(held by {holders} {'owner' if holders == 1 else 'owners'})",
+                hint="Close that claim first, or its owner",
+            )
+        self.counts[kind] += 1
         return DiscardClaim(self, kind)
 
-    def _drop(self, kind: str) -> None:
-        with self._lock:
-            self._claims[kind] -= 1
+    def __repr__(self) -> str:
+        standing = ", ".join(f"{count} {kind}" for kind, count in sorted(self.counts.items()) if count)
+        return f"<DiscardGuard {standing or 'no claims'}>"
 
     def _check(self) -> None:
-        assert all(count >= 0 for count in self._claims.values())
+        assert all(count >= 0 for count in self.counts.values())
         for kind, excluded in _EXCLUDES.items():
-            assert not self._claims[kind] or not any(self._claims[other] for other in excluded)
+            assert not self.counts[kind] or not any(self.counts[other] for other in excluded)

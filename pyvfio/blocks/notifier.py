@@ -1,9 +1,9 @@
-"""Whoever is told before anything of a RAM block changes, and how all of them are told, or none.
+"""The protocols of notifiers: objects that are told before a RAM block changes, and that may refuse by raising.
 
-A notifier refuses by raising; those who were told before it are told the reverse, the last told first.
+Each notifier has at least one hook, or pair of hooks. `pyvfio.blocks.change` calls them.
 
-Source: `RAMBlockNotifier` (include/exec/ramlist.h) and RamDiscardListener (include/exec/memory.h) of QEMU, where none
-can refuse a resize; here each can.
+Source: `RAMBlockNotifier` (include/exec/ramlist.h) and RamDiscardListener (include/exec/memory.h) of QEMU, where no
+notifier can refuse a resize. Here each can.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ class SupportsRamBlockResized(Protocol):
     def ram_block_resized(self, block: RamBlock, old_length: int, new_length: int) -> None:
         """`block` changes from `old_length` to `new_length`; memory of both lengths is there.
 
-        Raising refuses it, and whoever raises has left everything as it was, unless it raises RollbackError. What a
-        signal handler raises (KeyboardInterrupt) may come when all is done, so that the opposite is told then, which
-        has to leave alone what is so already. Whoever returns reaches nothing behind `new_length` any more, whatever an
-        earlier failure had left: that memory may now be given back.
+        Raising refuses the change. A notifier that raises has left everything as it was, unless it raises
+        RollbackError. A notifier that returns reaches nothing behind `new_length` any more, whatever an earlier failure
+        had left: that memory may now be given back.
+
+        Signal handlers run after the hook, not in it: see `pyvfio.guard`.
         """
         ...
 

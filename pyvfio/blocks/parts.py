@@ -20,11 +20,12 @@ from collections.abc import Sequence
 from functools import partial
 
 from pyvfio.blocks.block import RamBlock
-from pyvfio.blocks.change import Bookkeeping, Discarded, Populated, Remapping, tell_all
+from pyvfio.blocks.change import Discarded, Populated, Remapping, tell_all
 from pyvfio.blocks.discards import DiscardGuard
 from pyvfio.blocks.notifier import RamBlockNotifier, holds_pages, reaches_whole_blocks
-from pyvfio.errors import REACH_UNKNOWN, DiscardError, RollbackError, UnsupportedError
-from pyvfio.extents import Extent, clip, runs, without
+from pyvfio.errors import DiscardError, RollbackError, UnsupportedError
+from pyvfio.extents import Extent, clip
+from pyvfio.guard import called_out, close_now
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +39,14 @@ def cannot_follow(notifier: RamBlockNotifier, why: str) -> DiscardError:
 
 
 def discard(
-    block: RamBlock, wanted: Extent, notifiers: Sequence[RamBlockNotifier], guard: DiscardGuard
+    block: RamBlock, wanted: Extent, notifiers: Sequence[RamBlockNotifier], claims: DiscardGuard
 ) -> list[OSError]:
-    """Give `wanted` back; what kept memory from being given back. As `RamBlock.discard`."""
-    parts = clip(block._populated(block._used_length), *wanted)
+    """Give `wanted` back; the errors that kept memory from being given back. As `RamBlock.discard`."""
+    state = block.state
+    parts = clip(block.populated, *wanted)
     if not parts:
         return []
-    if not block._memory.can_drop:
+    if not state.memory.can_drop:
         raise DiscardError(
             f"RAM block '{block.idstr}' is a file of the caller's that is not to be punched",
             hint="Give it memory=File(fd, punch=True), if holes may be made in the file",
@@ -52,67 +54,25 @@ def discard(
     for notifier in notifiers:
         if reaches_whole_blocks(notifier):
             raise cannot_follow(notifier, f"so that nothing of RAM block '{block.idstr}' may be")
-    discarded = tuple(runs(sorted((*block._discarded, *parts))))
-    stale = tuple(sorted((*block._stale, *parts)))
-    event = Discarded(block, parts)
-    change = Bookkeeping(
-        event,
-        commit=partial(block._set_discarded, discarded, stale),
-        rollback=partial(block._set_discarded, block._discarded, block._stale),
-    )
-    with guard.require_coordinated():
-        tell_all(notifiers[::-1], [event] * len(notifiers), change)
-    block._doubtful = tuple(without(block._doubtful, *parts))
-    logger.debug("discarding %s of %s", wanted, block)
-    return _drop_stale(block, wanted)
-
-
-def _drop_stale(block: RamBlock, wanted: Extent) -> list[OSError]:
-    """Nobody reaches it any more, and it is known to be gone: what fails now costs memory, and nothing else."""
-    failures = []
-    for part in clip(block._stale, *wanted):
-        left = tuple(without(block._stale, part))
-        try:
-            block._memory.drop(*part)
-        except OSError as error:
-            failures.append(error)
-        block._stale = left
-    return failures
+    claim = claims.require_coordinated()
+    try:
+        kept = state.discard(parts, partial(tell_all, Discarded(block, parts), notifiers[::-1]))
+    finally:
+        close_now(claim)
+    logger.debug("discarded %s of %s", wanted, block)
+    return kept
 
 
 def populate(block: RamBlock, wanted: Extent, notifiers: Sequence[RamBlockNotifier]) -> None:
     """Let `wanted` be reached again. As `RamBlock.populate`."""
-    parts = clip(block._discarded, *wanted)
-    if not parts:
-        return
-    discarded = tuple(without(block._discarded, *parts))
-    _drop_stale(block, wanted)  # what a signal handler kept a discard from
-    if block._prealloc is not None:
-        block._prealloc.check(parts)
-    for part in parts:
-        block._memory.provide(*part)
-    if block._prealloc is not None:
-        block._prealloc.populate(parts)
-    before, block._doubtful = block._doubtful, (*block._doubtful, *parts)
-    event = Populated(block, parts)
-    change = Bookkeeping(
-        event,
-        commit=partial(block._set_discarded, discarded, block._stale),
-        rollback=partial(block._set_discarded, block._discarded, block._stale),
-    )
-    try:
-        tell_all(notifiers, [event] * len(notifiers), change)
-    except BaseException as error:
-        if change.settled and not isinstance(error, REACH_UNKNOWN):
-            block._doubtful = before
-        raise
-    block._doubtful = tuple(without(before, *parts))
-    logger.debug("populated %s of %s", wanted, block)
+    if parts := clip(block.discarded, *wanted):
+        block.state.populate(parts, partial(tell_all, Populated(block, parts), notifiers))
+        logger.debug("populated %s of %s", wanted, block)
 
 
 def remap(block: RamBlock, wanted: Extent, notifiers: Sequence[RamBlockNotifier]) -> None:
     """Replace the pages of `wanted`, and let `notifiers` have the new ones. As `RamBlock.remap`."""
-    parts = clip(block.populated, *wanted)
+    parts, gone = clip(block.populated, *wanted), clip(block.discarded, *wanted)
     told = notifiers if parts else ()
     for notifier in told:
         if holds_pages(notifier):
@@ -120,25 +80,18 @@ def remap(block: RamBlock, wanted: Extent, notifiers: Sequence[RamBlockNotifier]
                 f"{notifier!r} is not told when pages are replaced, and may hold those of RAM block '{block.idstr}'",
                 hint="Give it ram_block_remapping and ram_block_remapped, which may do nothing where it pins no pages",
             )
-    gone = clip(block.discarded, *wanted)
-    block._check_out_of_reach(gone)
+    block.state.check_out_of_reach(gone)
     event = Remapping(block, parts)
 
     def replace() -> None:
-        for part in parts:
-            block._memory.replace(*part, provide=True)
-        for part in gone:  # which nobody is told of, and which stays given back
-            block._memory.replace(*part, provide=False)
-        if parts and block._prealloc is not None:
-            # As of all that is in use, and so that a device that only reads does not have the page of zeros.
-            block._prealloc.populate(parts)
+        block.state.replace_pages(parts, gone)
         for notifier in told:
-            event.revoke(notifier)
+            with called_out:
+                event.revoke(notifier)
 
-    # To take again is also what the undo does, so that whoever was kept from it here tries it once more there.
-    change = Bookkeeping(event, commit=replace, rollback=lambda: None)
+    # To take the pages again is also the undo, so that a notifier that could not is asked once more there.
     try:
-        tell_all(told[::-1], [event] * len(told), change)
+        tell_all(event, told[::-1], replace)
     except RollbackError as error:
         raise RollbackError(
             f"{event} has failed, and devices reach less of it than it has",

@@ -39,29 +39,29 @@ class LongWork:
     ) -> None:
         self._kernel = kernel
         self._block = block
-        self._threads = threads
+        self.threads = threads
         self._callback = callback
         self._touch = touch
 
     def prepare(self, parts: Sequence[tuple[int, int]]) -> None:
         """`parts` are about to be mapped: see that there are pages behind them. Raises IoctlError."""
-        if self._block._memory.charged == "touched":
+        if self._block.state.memory.charged == "touched":
             self.check(parts)
         self.populate(parts)
 
     def check(self, parts: Sequence[tuple[int, int]]) -> None:
         """`parts` are about to be provided: raises IoctlError where that certainly cannot be; nothing is touched."""
-        if self._threads and parts and self._block._memory.charged != "never":
+        if self.threads and parts and self._block.state.memory.charged != "never":
             prefault.check_room(self._kernel, parts, vaddr=self._block.vaddr)
 
     def populate(self, parts: Sequence[tuple[int, int]]) -> None:
         """Have pages behind `parts`. Raises IoctlError."""
-        if self._threads:
+        if self.threads:
             prefault.populate(
                 self._kernel,
                 parts,
                 vaddr=self._block.vaddr,
-                threads=self._threads,
+                threads=self.threads,
                 report=self._prefaulted,
                 touch=self._touch,
             )
@@ -76,3 +76,10 @@ class LongWork:
     def _report(self, step: Literal["prefault", "map", "unmap"], done: int, total: int) -> None:
         if self._callback is not None:
             self._callback(Progress(self._block, step, done, total))
+
+
+def preallocate(block: RamBlock, kernel: Kernel, *, threads: int, progress: ProgressCallback | None) -> None:
+    """Let `threads` threads have pages behind whatever comes into use of a new block."""
+    if threads:
+        touch = not block.state.memory.readable_only
+        block.state.prealloc = LongWork(kernel, block, threads=threads, callback=progress, touch=touch)

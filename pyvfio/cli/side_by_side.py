@@ -44,11 +44,10 @@ class WatchedContainer(Container):
         super().__init__(kernel=kernel)
         self.unmapped: list[Extent] = []
 
-    def unmap_dma(self, *, iova: int, size: int, flags: int = 0, bitmap: ioctls.vfio_bitmap | None = None) -> int:
-        """As it is; and noted."""
-        unmapped = super().unmap_dma(iova=iova, size=size, flags=flags, bitmap=bitmap)
-        self.unmapped.append(Extent(iova, iova + unmapped))
-        return unmapped
+    def unmap(self, *, iova: int, size: int, bitmap: ioctls.vfio_bitmap | None = None) -> None:
+        """As Container has it; and noted."""
+        super().unmap(iova=iova, size=size, bitmap=bitmap)
+        self.unmapped.append(Extent(iova, iova + size))
 
 
 @dataclass(slots=True)

@@ -8,16 +8,17 @@ from __future__ import annotations
 import ctypes
 import errno
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from operator import index as as_number
 
 from pyvfio import ioctls, pci
-from pyvfio.container import Container, Group
+from pyvfio.container import Container, Group, check_kind
 from pyvfio.device.irq import Irq
 from pyvfio.device.region import Region
 from pyvfio.errors import ClosedError, UnsupportedError, VfioError
-from pyvfio.handle import Handle, attempt_all
+from pyvfio.guard import Guard, close_now, closing, constructing, uninterrupted
+from pyvfio.handle import Handle, attempt_all, checked_fd, give_up_fd
 from pyvfio.info import DeviceInfo, parse_device_info, parse_irq_info, parse_region_info
 
 PCI_COMMAND = 0x04  # linux/pci_regs.h
@@ -41,31 +42,58 @@ class Device(Handle):
     `group` is attached to a container whose IOMMU is set. Raises IoctlError (ENODEV: not bound to vfio-pci), VfioError.
     `open_device` does all that comes before.
 
-    Synchronization: as its regions and interrupts; opening and closing are the caller's to order.
+    Synchronization: any thread. Closing waits for the container's lock; registers and interrupts do not.
     """
 
+    @constructing(Handle.close_fd)
     def __init__(self, group: Group, bdf: str) -> None:
         bdf = pci.parse_bdf(bdf)
-        self._begin(group, bdf, group.get_device_fd(bdf))
+        if not isinstance(group, Group):
+            raise TypeError(f"group must be a Group, not {type(group).__name__}")
+        self._own(group, bdf, group.get_device_fd(bdf))
         try:
             self.info = self._get_info()
         except BaseException:
-            self._close_fd()
+            self.close_fd()
             raise
         group.devices.append(self)
 
-    def _begin(self, group: Group, bdf: str, fd: int) -> None:
-        super().__init__(group.kernel, fd, f"device {bdf}")
+    def _own(self, group: Group, bdf: str, fd: int) -> None:
         self.bdf = bdf
         self.group = group
+        self.opened_with: Container | None = None
+        """The container that `open_device` opened for this device alone, and that is closed with it."""
         self._regions: dict[int, Region] = {}
         self._irqs: dict[int, Irq] = {}
-        self._stack = ExitStack()  # what open_device opened for this device alone
+        what = f"device {bdf}"
+        super().__init__(group.kernel, fd, what, guard=Guard(what, lock=group.guard.lock))
 
-    def _resume(self) -> None:
-        """As another process has left it."""
-        self.info = self._get_info()
-        self.group.devices.append(self)
+    @classmethod
+    @uninterrupted(give_up_fd)
+    def from_fd(cls, group: Group, bdf: str, fd: int) -> Device:
+        """Make a device of a descriptor that is open already: a launcher's with more rights, or a former program's.
+
+        `group` is attached, and `bdf` is the device's address. The descriptor is the object's own from then on, and is
+        closed with it; where this raises, it is the caller's as before.
+
+        Raises ValueError where the descriptor is closed or no VFIO device's, TypeError, IoctlError.
+        Cost: one ioctl. Source: VFIO_DEVICE_GET_INFO.
+        """
+        if not isinstance(group, Group):
+            raise TypeError(f"group must be a Group, not {type(group).__name__}")
+        if group.container is None:
+            raise ValueError(f"IOMMU group {group.number} is in no Container: attach() it, or Container.from_fd()")
+        device = cls.__new__(cls)
+        device._own(group, pci.parse_bdf(bdf), checked_fd(fd))
+        device.info = check_kind(device, device._get_info, "a VFIO device")
+        group.devices.append(device)
+        return device
+
+    def release_fd(self) -> int:
+        """As `Handle.release_fd`; the group has one device less."""
+        if self in self.group.devices:
+            self.group.devices.remove(self)
+        return super().release_fd()
 
     def __repr__(self) -> str:
         return f"<Device {self.bdf} in group {self.group.number}{', closed' if self.closed else ''}>"
@@ -84,7 +112,7 @@ class Device(Handle):
         """Ask until the capabilities fit; argsz is the first word of every structure."""
         while len(buffer) <= _INFO_MAX:
             buffer[:4] = len(buffer).to_bytes(4, "little")
-            self._ioctl(request, buffer, index=index)
+            self.ioctl(request, buffer, index=index)
             needed = int.from_bytes(buffer[:4], "little")
             if needed <= len(buffer):
                 return buffer
@@ -97,12 +125,13 @@ class Device(Handle):
 
         The first call of an index costs an ioctl or two.
         """
+        index = as_number(index)
         if index not in self._regions:
             if not 0 <= index < self.info.num_regions:
                 raise ValueError(f"{self.bdf} has regions 0 to {self.info.num_regions - 1}, not {index}")
             question = ioctls.vfio_region_info(index=index)
             answer = self._ask("VFIO_DEVICE_GET_REGION_INFO", bytearray(question), index=index)
-            self._regions[index] = Region(self, parse_region_info(answer))
+            self._regions.setdefault(index, Region(self, parse_region_info(answer)))
         return self._regions[index]
 
     @property
@@ -113,12 +142,13 @@ class Device(Handle):
     def irq(self, index: int) -> Irq:
         """A kind of interrupt by its index (VFIO_PCI_MSI_IRQ_INDEX …). Raises ValueError for an index that the device
         does not have, IoctlError (EINVAL: the error interrupt of a conventional device)."""
+        index = as_number(index)
         if index not in self._irqs:
             if not 0 <= index < self.info.num_irqs:
                 raise ValueError(f"{self.bdf} has kinds of interrupt 0 to {self.info.num_irqs - 1}, not {index}")
             question = ioctls.vfio_irq_info(index=index)
             answer = self._ask("VFIO_DEVICE_GET_IRQ_INFO", bytearray(question), index=index)
-            self._irqs[index] = Irq(self, parse_irq_info(answer))
+            self._irqs.setdefault(index, Irq(self, parse_irq_info(answer)))
         return self._irqs[index]
 
     def describe_irqs(self) -> str:
@@ -135,7 +165,7 @@ class Device(Handle):
 
     @bus_master.setter
     def bus_master(self, on: bool) -> None:
-        self._set_command(PCI_COMMAND_MASTER, on=on)
+        self.config.change16(PCI_COMMAND, PCI_COMMAND_MASTER, on=on)
 
     @property
     def memory_enabled(self) -> bool:
@@ -145,13 +175,9 @@ class Device(Handle):
     @memory_enabled.setter
     def memory_enabled(self, on: bool) -> None:
         if not on:
-            for region in self._regions.values():
-                region._close()
-        self._set_command(PCI_COMMAND_MEMORY, on=on)
-
-    def _set_command(self, bit: int, *, on: bool) -> None:
-        command = self.config.read16(PCI_COMMAND)
-        self.config.write16(PCI_COMMAND, command | bit if on else command & ~bit)
+            for region in tuple(self._regions.values()):
+                region.close()
+        self.config.change16(PCI_COMMAND, PCI_COMMAND_MEMORY, on=on)
 
     @property
     def can_reset(self) -> bool:
@@ -163,12 +189,12 @@ class Device(Handle):
 
         Raises UnsupportedError when the device has none.
         """
-        assert self.fd >= 0  # raises where it must not be used
+        self.check_usable()
         if not self.can_reset:
             raise UnsupportedError(
                 f"{self.bdf} has no reset of its own", hint="Clear bus_master to stop its DMA, or reset its bus"
             )
-        self._ioctl("VFIO_DEVICE_RESET")
+        self.ioctl("VFIO_DEVICE_RESET")
 
     def get_pci_hot_reset_info(self) -> tuple[DependentDevice, ...]:
         """VFIO_DEVICE_GET_PCI_HOT_RESET_INFO: all devices that a reset of this one's slot or bus reaches, itself too.
@@ -179,7 +205,7 @@ class Device(Handle):
         while True:
             answer = ioctls.pci_hot_reset_info(count=count)
             try:
-                self._ioctl("VFIO_DEVICE_GET_PCI_HOT_RESET_INFO", answer, count=count)
+                self.ioctl("VFIO_DEVICE_GET_PCI_HOT_RESET_INFO", answer, count=count)
             except OSError as error:
                 if error.errno == errno.ENODEV:
                     raise UnsupportedError(f"neither the slot nor the bus of {self.bdf} can be reset") from error
@@ -190,35 +216,48 @@ class Device(Handle):
             found: Sequence[ioctls.vfio_pci_dependent_device] = getattr(answer, "devices", ())
             return tuple(map(_dependent, found[: answer.count]))
 
+    @closing
     def close(self) -> None:
-        """Stop interrupts and DMA, unmap regions, reset, close; then the container, where `open_device` opened it.
+        """Stop interrupts and DMA, unmap regions, reset, close; then the group and the container, where `open_device`
+        opened them for this device.
 
         Twice is fine; in a forked child nothing happens. Raises BufferError while a view of a mapped region lives, and
-        then nothing has been closed; otherwise what the steps raise, after all of them were tried.
+        then nothing has been closed; otherwise the errors of the steps, after all of them were tried.
         """
-        if self._forked or self.closed:
-            return
-        self.group._check_here()
-        self._check_views()
-        steps: list[Callable[[], object]] = [irq.disable for irq in self._irqs.values()]
-        # Nothing may be under way when the mappings go: a device without a reset is kept from the bus.
-        steps += [partial(self._set_command, PCI_COMMAND_MASTER, on=False), *([self.reset] if self.can_reset else [])]
-        steps += [region._close for region in self._regions.values()]
-        steps += [self._close_fd, partial(self.group.devices.remove, self), self._stack.close]
+        steps: list[Callable[[], object]] = []
+        if not self.closed:
+            self.group.check_here()
+            self.check_views()
+            steps += [irq.close for irq in tuple(self._irqs.values())]
+            # Nothing may be under way when the mappings go: a device without a reset is kept from the bus.
+            steps += [self._stop_dma, *([self.reset] if self.can_reset else [])]
+            steps += [region.close for region in tuple(self._regions.values())]
+            steps += [self.close_fd, self._leave]
+        if (container := self.opened_with) is not None and not container.closed:
+            steps += [partial(close_now, container)]
         attempt_all(f"closing device {self.bdf}", steps)
 
-    def _check_views(self) -> None:
-        for region in self._regions.values():
-            for mapped in region._maps:
-                mapped._check_views()
+    def _stop_dma(self) -> None:
+        self.bus_master = False
 
-    def _forget(self) -> None:
-        """Another process has it: nothing here may touch it, and what is closed is this process's share."""
+    def _leave(self) -> None:
+        group, container = self.group, self.group.container
+        if group.leaves and not group.devices and container is not None and not container.must_stay(group):
+            close_now(group)
+
+    def check_views(self) -> None:
+        """Raise BufferError while a view of a mapped region lives."""
+        for region in tuple(self._regions.values()):
+            region.check_views()
+
+    def forget(self) -> None:
+        """Close this process's share of a device that another process has, without a call that reaches it. For the
+        library."""
         if self.closed:
             return
-        steps: list[Callable[[], object]] = [irq._forget for irq in self._irqs.values()]
-        steps += [region._close for region in self._regions.values()]
-        steps += [self._close_fd, partial(self.group.devices.remove, self)]
+        steps: list[Callable[[], object]] = [irq.forget for irq in tuple(self._irqs.values())]
+        steps += [region.close for region in tuple(self._regions.values())]
+        steps += [self.close_fd]
         attempt_all(f"forgetting device {self.bdf}", steps)
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
 
 from pyvfio import ioctls, pci
-from pyvfio.container import Container, Group
+from pyvfio.container import Container
 from pyvfio.device.device import Device
 from pyvfio.errors import NotBoundError
+from pyvfio.guard import close_now, guarded, uninterrupted
 from pyvfio.kernel import Kernel, LinuxKernel
 
 logger = logging.getLogger(__name__)
 
 
+@uninterrupted(Device.close)
 def open_device(
     bdf: str,
     *,
@@ -24,11 +25,14 @@ def open_device(
     """Open a PCI device that is bound to vfio-pci: its group, a container with the IOMMU set, the device itself.
 
     `container`: put it there, beside what is in it (several groups, several devices of a group); else a new container
-    is opened, and closed with the device. `kernel` is inherited from the container, or is the running one.
+    is opened, and closed with the device. A group that this call opened leaves a shared container with the last of its
+    devices, unless it is the container's last group and memory is mapped. `kernel` is inherited from the container, or
+    is the running one.
 
-    Raises ValueError (no BDF), DeviceNotFoundError, NotBoundError, GroupNotViableError, GroupBusyError,
+    Raises TypeError and ValueError (no BDF), DeviceNotFoundError, NotBoundError, GroupNotViableError, GroupBusyError,
     AccessDeniedError, UnavailableError, UnsupportedError, IoctlError; nothing is left open then.
 
+    Synchronization: any thread; calls that share a container are made one after the other.
     Cost: some twenty system calls.
     """
     bdf = pci.parse_bdf(bdf)
@@ -37,6 +41,22 @@ def open_device(
     if container is not None and iommu_type not in (None, container.iommu_type):
         raise ValueError(f"the container has {container.iommu_type.name}, so it cannot be {iommu_type!r}")
     kernel = container.kernel if container is not None else kernel or LinuxKernel()
+    number = _group_of(kernel, bdf)
+    if container is not None:
+        device = _open_in(container, number, bdf)
+    else:
+        container = Container(kernel=kernel, iommu_type=iommu_type)
+        try:
+            device = _open_in(container, number, bdf)
+        except BaseException:
+            close_now(container)
+            raise
+        device.opened_with = container
+    logger.debug("opened %s in group %d", bdf, number)
+    return device
+
+
+def _group_of(kernel: Kernel, bdf: str) -> int:
     found = pci.read_device(kernel, bdf)
     number = pci.group_of(kernel, bdf)
     if not found.is_vfio:
@@ -45,18 +65,20 @@ def open_device(
         )
         error.driver = found.driver
         raise error
-    with ExitStack() as undo:
-        mine = container is None
-        if container is None:
-            container = undo.enter_context(Container(kernel=kernel, iommu_type=iommu_type))
-        group = container.group(number)
-        if group is None:
-            group = Group(number, kernel=kernel)
-            undo.callback(group.close)
-            container.attach(group)
+    return number
+
+
+@guarded
+def _open_in(container: Container, number: int, bdf: str) -> Device:
+    """Open a device, and its group unless that is open. One call: the group may not leave in between."""
+    opened = container.group(number)
+    if opened is not None:
+        return Device(opened, bdf)
+    group = container.open_group(number)
+    try:
         device = Device(group, bdf)
-        if mine:
-            device._stack.callback(container.close)
-        undo.pop_all()
-    logger.debug("opened %s in group %d", bdf, number)
+    except BaseException:
+        close_now(group)
+        raise
+    group.leaves = True
     return device

@@ -5,11 +5,14 @@ Source: drivers/vfio/pci/vfio_pci_rdwr.c; `vfio_pci_core_mmap`.
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Protocol, Self
+import errno
+from functools import partial
+from operator import index
+from typing import Protocol
 
 from pyvfio import ioctls
-from pyvfio.errors import ClosedError, UnsupportedError, VfioError
+from pyvfio.errors import ClosedError, IoctlError, UnsupportedError, VfioError
+from pyvfio.guard import ContextManager, Guard, close_now, closing, guarded, making, reading
 from pyvfio.handle import attempt_all
 from pyvfio.info import RegionInfo
 from pyvfio.kernel import Kernel, Registers
@@ -33,57 +36,57 @@ class _Owner(Protocol):
     @property
     def memory_enabled(self) -> bool: ...
 
-    @property
-    def _forked(self) -> bool: ...
+    def check_usable(self) -> None: ...
 
 
-class RegionMap:
-    """A part of a region mapped into this process: what `Region.mmap` returns.
+class RegionMap(ContextManager):
+    """A part of a region mapped into this process: the result of `Region.mmap`.
 
     Loads and stores through `view()` have whatever width Python chooses to copy with; use `Region.read32` and the like
     for registers. On a fake device this is memory without side effects.
 
-    Synchronization: none.
+    Synchronization: any thread; the lock is the region's.
     """
 
     def __init__(self, region: Region, *, vaddr: int, size: int) -> None:
         self._region = region
         self._exports = Exports()
         self._vaddr = vaddr
+        self.guard = region.guard
         self.size = size
 
+    def __repr__(self) -> str:
+        where = "closed" if self._vaddr == 0 else f"vaddr={self._vaddr:#x}"
+        return f"<RegionMap of {self._region!r} {where} size={self.size:#x}>"
+
     @property
+    @reading
     def vaddr(self) -> int:
-        """Where it begins in this process. Raises ClosedError, and ForkedError in a child."""
-        assert self._region._device.fd >= 0  # raises where it must not be used
+        """The address of its first byte in this process. Raises ClosedError, and ForkedError in a child."""
+        self._region.check_usable()
         if self._vaddr == 0:
             raise ClosedError("this mapping of a region has been closed")
         return self._vaddr
 
+    @reading
     def view(self) -> memoryview:
         """A writable memoryview of it; while one lives, `close` raises BufferError."""
         return self._exports.view(self.vaddr, self.size)
 
+    @closing
     def close(self) -> None:
         """Unmap it; twice is fine, and in a forked child nothing happens. Raises BufferError while a view lives."""
-        if self._vaddr == 0 or self._region._device._forked:
+        if self._vaddr == 0:
             return
-        self._check_views()
+        self.check_views()
         vaddr, self._vaddr = self._vaddr, 0
-        self._region._maps.remove(self)
-        self._region._device.kernel.munmap(vaddr, self.size)
+        self._region.maps.remove(self)
+        self._region.kernel.munmap(vaddr, self.size)
 
-    def _check_views(self) -> None:
+    def check_views(self) -> None:
+        """Raise BufferError while a view lives."""
         if self._exports.end():
-            raise BufferError(f"a view of {self._region._name} is still alive; release it first")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+            raise BufferError(f"a view of {self._region!r} is still alive; release it first")
 
 
 class Region:
@@ -92,17 +95,28 @@ class Region:
     `read32` and its kin make one access of exactly that width: a load or store where the region can be mapped, else one
     pread or pwrite. Numbers are little-endian, as PCI is; offsets are in bytes and multiples of the width.
 
-    Raises ValueError for offsets outside and misaligned ones, before any system call; OSError from the kernel (EIO:
-    memory decoding is off).
+    Raises TypeError, and ValueError for offsets outside and misaligned ones, before any system call; IoctlError when
+    the kernel refuses (EIO: memory decoding is off).
 
-    Synchronization: none needed; each access is one instruction or one system call.
+    Synchronization: any thread; each access is one instruction or one system call, and takes no lock.
     """
 
     def __init__(self, device: _Owner, info: RegionInfo) -> None:
         self._device = device
         self.info = info
         self._windows: list[tuple[int, int, Registers]] = []  # start, end, registers
-        self._maps: list[RegionMap] = []  # each keeps the device's group open in the kernel
+        self.guard = Guard(self._name)
+        self.maps: list[RegionMap] = []
+        """The mappings that are open; each keeps the device's group open in the kernel. Read only."""
+
+    @property
+    def kernel(self) -> Kernel:
+        """The device's."""
+        return self._device.kernel
+
+    def check_usable(self) -> None:
+        """Raise as `Device.fd` does."""
+        self._device.check_usable()
 
     @property
     def size(self) -> int:
@@ -111,16 +125,28 @@ class Region:
 
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes, in accesses whose width the kernel chooses."""
+        offset, size = index(offset), index(size)
         self._check_span(offset, size)
-        data = self._device.kernel.pread(self._device.fd, size, self.info.offset + offset)
+        fd, kernel = self._device.fd, self._device.kernel
+        try:
+            data = kernel.pread(fd, size, self.info.offset + offset)
+        except OSError as error:
+            raise self._explain(error, "pread", offset, size) from error
         if len(data) != size:
             raise VfioError(f"{self._name} gave {len(data)} of {size} bytes at {offset:#x}")
         return data
 
-    def write(self, offset: int, data: bytes) -> None:
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """All of `data`, in accesses whose width the kernel chooses."""
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise TypeError(f"data must be bytes, not {type(data).__name__}")
+        offset, data = index(offset), bytes(data)
         self._check_span(offset, len(data))
-        written = self._device.kernel.pwrite(self._device.fd, data, self.info.offset + offset)
+        fd, kernel = self._device.fd, self._device.kernel
+        try:
+            written = kernel.pwrite(fd, data, self.info.offset + offset)
+        except OSError as error:
+            raise self._explain(error, "pwrite", offset, len(data)) from error
         if written != len(data):
             raise VfioError(f"{self._name} took {written} of {len(data)} bytes at {offset:#x}")
 
@@ -156,7 +182,14 @@ class Region:
         """Eight bytes in one access. Through pwrite, kernels before 6.10 make two of it."""
         self._store(offset, 8, value)
 
+    @guarded
+    def change16(self, offset: int, bits: int, *, on: bool) -> None:
+        """Set or clear bits of two bytes: a read and a write, between which no other `change16` comes."""
+        value = self.read16(offset)
+        self.write16(offset, value | bits if on else value & ~bits)
+
     def _load(self, offset: int, width: int) -> int:
+        offset = index(offset)
         self._check_access(offset, width)
         if (window := self._window(offset, width)) is not None:
             start, _end, registers = window
@@ -164,6 +197,7 @@ class Region:
         return int.from_bytes(self.read(offset, width), "little")
 
     def _store(self, offset: int, width: int, value: int) -> None:
+        offset, value = index(offset), index(value)
         self._check_access(offset, width)
         if not 0 <= value < 1 << 8 * width:
             raise ValueError(f"{value:#x} does not fit {width} bytes")
@@ -174,17 +208,28 @@ class Region:
             self.write(offset, value.to_bytes(width, "little"))
 
     def _window(self, offset: int, width: int) -> tuple[int, int, Registers] | None:
-        fd = self._device.fd  # raises ClosedError or ForkedError, also where the window would still be there
+        self.check_usable()  # also where the window would still be there
         for window in self._windows:
             if window[0] <= offset and offset + width <= window[1]:
                 return window
         for start, size in self.mappable:
             if start <= offset and offset + width <= start + size:
-                self._check_decoding()
-                registers = self._device.kernel.registers(fd, self.info.offset + start, size)
-                self._windows.append((start, start + size, registers))
-                return self._windows[-1]
+                return self._open_window(start, size)
         return None
+
+    @guarded
+    def _open_window(self, start: int, size: int) -> tuple[int, int, Registers]:
+        for window in self._windows:
+            if window[0] == start:  # another thread was first
+                return window
+        self._check_decoding()
+        fd, kernel = self._device.fd, self._device.kernel
+        try:
+            registers = kernel.registers(fd, self.info.offset + start, size)
+        except OSError as error:
+            raise self._explain(error, "mmap", start, size) from error
+        self._windows.append((start, start + size, registers))
+        return self._windows[-1]
 
     @property
     def mappable(self) -> tuple[tuple[int, int], ...]:
@@ -195,6 +240,7 @@ class Region:
         pages = ((align_up(start, PAGE_SIZE), align_down(start + size, PAGE_SIZE)) for start, size in areas)
         return tuple((start, end - start) for start, end in pages if start < end)
 
+    @making(RegionMap.close)
     def mmap(self, offset: int = 0, size: int | None = None) -> RegionMap:
         """Map `[offset, offset + size)` into this process; both multiples of the page size; default: all of it.
 
@@ -203,22 +249,36 @@ class Region:
         """
         if offset == 0 and size is None and not self.mappable:
             raise UnsupportedError(f"{self._name}, of {self.size:#x} bytes, cannot be mapped; use read32 and its kin")
-        size = self.size - offset if size is None else size
+        offset = index(offset)
+        size = self.size - offset if size is None else index(size)
         self._check_span(offset, size)
         if not is_aligned(offset | size, PAGE_SIZE) or size == 0:
             raise ValueError(f"offset and size must be multiples of {PAGE_SIZE} bytes, not {offset:#x} and {size:#x}")
         if not any(start <= offset and offset + size <= start + length for start, length in self.mappable):
             raise UnsupportedError(f"{self._name} cannot be mapped at {offset:#x}-{offset + size - 1:#x}")
         self._check_decoding()
+        mapped = RegionMap(self, vaddr=self._mmap(offset, size), size=size)
+        self.maps.append(mapped)
+        return mapped
+
+    def _mmap(self, offset: int, size: int) -> int:
         flags = self.info.flags
         protection = bool(flags & ioctls.VFIO_REGION_INFO_FLAG_READ) * _PROT_READ
         protection |= bool(flags & ioctls.VFIO_REGION_INFO_FLAG_WRITE) * _PROT_WRITE
-        vaddr = self._device.kernel.mmap(
-            0, size, protection, _MAP_SHARED, fd=self._device.fd, offset=self.info.offset + offset
+        fd, kernel = self._device.fd, self._device.kernel
+        try:
+            return kernel.mmap(0, size, protection, _MAP_SHARED, fd=fd, offset=self.info.offset + offset)
+        except OSError as error:
+            raise self._explain(error, "mmap", offset, size) from error
+
+    def _explain(self, error: OSError, request: str, offset: int, size: int) -> IoctlError:
+        return IoctlError.of(
+            error,
+            f"{self._name}: {error.strerror}",
+            request=request,
+            arguments={"device": self._device.bdf, "region": self.info.index, "offset": offset, "size": size},
+            hint="Memory decoding may be off, or the device in a low-power state" if error.errno == errno.EIO else "",
         )
-        mapped = RegionMap(self, vaddr=vaddr, size=size)
-        self._maps.append(mapped)
-        return mapped
 
     @property
     def _name(self) -> str:
@@ -248,7 +308,17 @@ class Region:
         if offset % width:
             raise ValueError(f"an access of {width} bytes at {offset:#x} is misaligned")
 
-    def _close(self) -> None:
+    def check_views(self) -> None:
+        """Raise BufferError while a view of a mapping of it lives."""
+        for mapped in tuple(self.maps):
+            mapped.check_views()
+
+    @guarded
+    def close(self) -> None:
+        """Unmap it from this process, all its mappings included; for the device, and before memory decoding ends.
+
+        It can be used again. Raises BufferError while a view lives, after the rest has been unmapped.
+        """
         windows, self._windows = self._windows, []
         closes = [registers.close for _start, _end, registers in windows]
-        attempt_all(f"unmapping {self._name}", [*closes, *(mapped.close for mapped in tuple(self._maps))])
+        attempt_all(f"unmapping {self._name}", [*closes, *(partial(close_now, mapped) for mapped in tuple(self.maps))])

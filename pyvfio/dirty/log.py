@@ -1,8 +1,8 @@
 """What of RAM blocks has to be copied again: dirty tracking of a block, as a snapshot that a person can read.
 
-A `DirtyLog` is a notifier of a `RamBlockList`; blocks that have none pay nothing. What it knows is what is *clean*:
-only `snapshot(clear=True)` adds to that, and whatever else happens, an error, an undo or a signal handler that raises,
-can but take away from it. So it says too much is dirty at times, never too little.
+A `DirtyLog` is a notifier of a `RamBlockList`; blocks that have none pay nothing. It keeps the *clean* parts: only
+`snapshot(clear=True)` adds to them, and everything else, an error or an undo, takes away from them. So it says at times
+that too much is dirty, never too little.
 
 * A block that comes is dirty as a whole, and so it is after each resize, at its new length: it has to be copied again.
 * Parts that are discarded are not dirty, as there is nothing to copy. They are when they are populated again, and so
@@ -15,22 +15,20 @@ Source: `qemu_ram_resize` of QEMU, which clears the dirty bits of the old length
 from __future__ import annotations
 
 import itertools
-import operator
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
+from typing import NamedTuple, SupportsIndex
 from weakref import WeakKeyDictionary
 
 from pyvfio.blocks.discards import DiscardClaim
 from pyvfio.dirty.tracking import DirtyTracking
 from pyvfio.dma import DmaMapper
-from pyvfio.errors import ClosedError, ForkedError
+from pyvfio.errors import ClosedError
 from pyvfio.extents import Extent, clip, runs, total, without
+from pyvfio.guard import ContextManager, Guard, close_now, closing, constructing, guarded, making
 from pyvfio.iommu.space import Mapping
 from pyvfio.ramblock import RamBlock, RamBlockList
-from pyvfio.units import Iova, align_down, align_up, format_size
+from pyvfio.units import Iova, align_down, align_up, check_whole_number, format_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,23 @@ class DirtyBlock:
         )
 
 
-class DirtyLog:
+def _end(log: DirtyLog) -> None:
+    log.close()
+
+
+class _Taken(NamedTuple):
+    """A snapshot that is on its way to the caller."""
+
+    log: DirtyLog
+    block: RamBlock
+    found: DirtyBlock
+
+
+def _put_back(taken: _Taken) -> None:
+    taken.log.soil(taken.block, taken.found.dirty)
+
+
+class DirtyLog(ContextManager):
     """Which pages of the blocks of a list are dirty, until `close`; a context manager.
 
     What changes blocks through the list is seen, and nothing else. What the process writes through a view, a buffer or
@@ -88,20 +102,21 @@ class DirtyLog:
     look-up in a dict for each change, O(number of clean extents) for each call.
     """
 
+    @constructing(_end)
     def __init__(self, blocks: RamBlockList) -> None:
         if not isinstance(blocks, RamBlockList):
             raise TypeError(f"blocks must be a RamBlockList, not {type(blocks).__name__}")
+        self.guard = Guard("this log", lock=blocks.guard.lock)
         self._blocks: RamBlockList | None = blocks
-        self._pid = os.getpid()
-        # Ascending, disjoint, of whole pages; replaced as a whole. What is not here is dirty. It may reach behind
-        # used_length and into discarded parts, which no snapshot shows, and which are taken out when they come back.
-        # A block that is removed goes out of it by itself.
+        # Ascending, disjoint, of whole pages; replaced as a whole. All else is dirty. The parts may reach behind
+        # used_length and into discarded parts, which no snapshot shows, and which are removed when they come back.
+        # A block that is removed drops out by itself.
         self._clean: WeakKeyDictionary[RamBlock, list[Extent]] = WeakKeyDictionary()
         self._claim: DiscardClaim = blocks.discards.disable_uncoordinated()
         try:
             blocks.add_notifier(self)
         except BaseException:
-            self._claim.close()
+            close_now(self._claim)
             raise
 
     def __repr__(self) -> str:
@@ -109,29 +124,40 @@ class DirtyLog:
 
     # ------------------------------------------------------------------------------------------------ the list's hooks
 
+    @guarded
     def ram_block_added(self, block: RamBlock, used_length: int, max_length: int) -> None:
-        """All of it is dirty."""
+        """Note that all of it is dirty."""
         del used_length, max_length
         self._clean.pop(block, None)
 
+    @guarded
     def ram_block_resized(self, block: RamBlock, old_length: int, new_length: int) -> None:
-        """All of the new length is dirty."""
+        """Note that all of the new length is dirty."""
         del old_length, new_length
         self._clean.pop(block, None)
 
+    @guarded
     def ram_block_discarded(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        """There is nothing to copy, for as long as they are gone."""
+        """Do nothing: no snapshot shows a discarded part."""
 
+    @guarded
     def ram_block_populated(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        """They are dirty."""
+        """Note that the parts are dirty."""
         self._soil(block, parts)
 
+    @guarded
     def ram_block_remapping(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        """They are dirty: what they held is lost."""
+        """Note that the parts are dirty: their contents are lost."""
         self._soil(block, parts)
 
+    @guarded
     def ram_block_remapped(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        """And stay so, whatever was cleared meanwhile."""
+        """Note so once more: a snapshot may have cleared the parts meanwhile."""
+        self._soil(block, parts)
+
+    @guarded
+    def soil(self, block: RamBlock, parts: Sequence[Extent]) -> None:
+        """Note that `parts` of the block, whole pages, are dirty. For the undo of a snapshot."""
         self._soil(block, parts)
 
     def _soil(self, block: RamBlock, parts: Sequence[Extent]) -> None:
@@ -140,38 +166,40 @@ class DirtyLog:
 
     # ------------------------------------------------------------------------------------------------ what is written
 
-    def mark(self, block: RamBlock, offset: int, size: int) -> None:
-        """The process has written `[offset, offset + size)`, in bytes; the pages that these lie in are dirty.
+    @guarded
+    def mark(self, block: RamBlock, offset: SupportsIndex, size: SupportsIndex) -> None:
+        """Note that the process has written `[offset, offset + size)`, in bytes: their pages are dirty.
 
         Raises ValueError (outside of `used_length`, not a block of this list), ClosedError.
         """
-        start, length = operator.index(offset), operator.index(size)
-        with self._list()._lock:
-            self._check_followed(block)
-            if not 0 <= start <= start + length <= block.used_length:
-                raise ValueError(
-                    f"{length:#x} bytes at offset {start:#x} do not lie in RAM block '{block.idstr}', whose "
-                    f"used_length is {block.used_length:#x}"
-                )
-            self._soil(block, [_pages(block, start, start + length)])
+        start, length = check_whole_number(offset, "offset"), check_whole_number(size, "size")
+        self._check_followed(block)
+        if not 0 <= start <= start + length <= block.used_length:
+            raise ValueError(
+                f"{length:#x} bytes at offset {start:#x} do not lie in RAM block '{block.idstr}', whose used_length is "
+                f"{block.used_length:#x}"
+            )
+        self._soil(block, [_pages(block, start, start + length)])
 
+    @guarded
     def collect(self, block: RamBlock, tracking: DirtyTracking, mapper: DmaMapper) -> None:
-        """Take over what devices may have written through `mapper`'s mappings of the block since the last time.
+        """Note the pages that devices may have written through `mapper`'s mappings of the block since the last time.
 
-        What they write is lost with the mapping: collect before `mapper` is closed or leaves the list. A resize needs
-        nothing, as all is dirty then. What devices reach through other mappings of the same memory is not seen.
+        The kernel's record is lost with a mapping: collect before `mapper` is closed or leaves the list. A resize needs
+        nothing, as all is dirty then. Writes through other mappings of the same memory are not seen.
 
         Raises ValueError where `mapper` does not follow the block or maps into another container than `tracking`'s, and
-        what `DirtyTracking.read` raises; the mapping that it failed at is dirty then. Cost: an ioctl for each mapping.
+        the errors of `DirtyTracking.read`; the mapping that failed is then dirty. Cost: an ioctl for each mapping.
         """
-        with self._list()._lock:
-            self._check_followed(block)
-            container = tracking._container
-            if mapper.space is not container:
-                raise ValueError("the mapper maps into another container than the one that is tracked")
-            iova = mapper.iova(block)
-            for mapping in container.mappings_in(iova=iova, size=block.max_length):
-                self._collect(block, iova, tracking, mapping)
+        for given, kind in ((tracking, DirtyTracking), (mapper, DmaMapper)):
+            if not isinstance(given, kind):
+                raise TypeError(f"collect() needs a {kind.__name__}, not {given!r}")
+        self._check_followed(block)
+        if mapper.space is not tracking.container:
+            raise ValueError("the mapper maps into another container than the one that is tracked")
+        iova = mapper.iova(block)
+        for mapping in mapper.space.mappings_in(iova=iova, size=block.max_length):
+            self._collect(block, iova, tracking, mapping)
 
     def _collect(self, block: RamBlock, iova: Iova, tracking: DirtyTracking, mapping: Mapping) -> None:
         before = self._clean.get(block, [])
@@ -185,54 +213,39 @@ class DirtyLog:
     # ------------------------------------------------------------------------------------------------ what is dirty
 
     def snapshot(self, block: RamBlock, *, clear: bool = False) -> DirtyBlock:
-        """What is dirty now. `clear`: and is clean from now on, in the same moment; copy it after that, not before.
+        """Return the pages that are dirty now. `clear`: they are clean from now on; copy them after that, not before.
 
         Raises ValueError when it is not a block of this list, ClosedError.
         """
-        dirty: tuple[Extent, ...] = ()
-        blocks = self._list()
-        try:
-            with blocks._lock:
-                self._check_followed(block)
-                dirty = tuple(runs(without(block.populated, *self._clean.get(block, ()))))
-                found = DirtyBlock(block.idstr, block.used_length, block.page_size, dirty)
-                if clear:
-                    self._clean[block] = list(block.populated)
-                return found
-        except BaseException:
-            with blocks._lock:  # a signal handler may have raised when it was cleared, and nobody gets to know what was
-                self._soil(block, dirty)
-            raise
+        return self._take(block, clear=clear).found
 
-    def _list(self) -> RamBlockList:
-        if self._blocks is None:
-            raise ClosedError("this log has been closed")
-        if os.getpid() != self._pid:
-            raise ForkedError("this log", owner=self._pid)
-        if not self._blocks._knows(self):
-            raise ClosedError("this log has been taken out of the list that it followed, and is told nothing more")
-        return self._blocks
+    @making(_put_back)
+    def _take(self, block: RamBlock, *, clear: bool) -> _Taken:
+        self._check_followed(block)
+        dirty = tuple(runs(without(block.populated, *self._clean.get(block, ()))))
+        if clear:
+            self._clean[block] = list(block.populated)
+        return _Taken(self, block, DirtyBlock(block.idstr, block.used_length, block.page_size, dirty))
 
     def _check_followed(self, block: RamBlock) -> None:
-        if self._list().block_at(block.vaddr) is not block:
+        if not isinstance(block, RamBlock):
+            raise TypeError(f"block must be a RamBlock, not {block!r}")
+        if self._blocks is None:
+            raise ClosedError("this log has been closed")
+        if not self._blocks.knows(self):
+            raise ClosedError("this log has been taken out of the list that it followed, and is told nothing more")
+        if self._blocks.block_at(block.vaddr) is not block:
             raise ValueError(f"RAM block '{block.idstr}' is not in the list that this log follows")
 
+    @closing
     def close(self) -> None:
-        """Leave the list; twice is fine, and in a forked child it does nothing."""
-        if self._blocks is None or os.getpid() != self._pid:
+        """Leave the list. Twice is fine, and in a forked child nothing happens."""
+        if self._blocks is None:
             return
-        if self._blocks._knows(self):  # else it was taken out, or a signal handler has ended an earlier attempt
+        if self._blocks.knows(self):  # else it was taken out
             self._blocks.remove_notifier(self)
-        self._claim.close()
+        close_now(self._claim)
         self._blocks = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _check(self) -> None:
         for block, clean in self._clean.items():

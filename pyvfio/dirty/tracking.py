@@ -15,15 +15,15 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self, TypeAlias
+from typing import SupportsIndex, TypeAlias
 
 from pyvfio import ioctls
 from pyvfio.container import Container
 from pyvfio.errors import ClosedError, UnsupportedError
+from pyvfio.guard import ContextManager, Guard, closing, constructing, guarded
 from pyvfio.info import MigrationCapability
 from pyvfio.iommu.space import Mapping
-from pyvfio.units import Iova, IovaRange, align_up, format_ranges, format_size
+from pyvfio.units import Iova, IovaRange, align_up, check_whole_number, format_ranges, format_size
 
 _Ask: TypeAlias = Callable[[Mapping, ioctls.vfio_bitmap], None]
 
@@ -47,19 +47,32 @@ class DirtyPages:
         return f"{self.count} of {self.pages} pages of {format_size(self.page_size)} are dirty: {shown}"
 
 
-class DirtyTracking:
-    """The kernel tracks what the devices of `container` write, until `close`; a context manager.
+def _end(tracking: DirtyTracking) -> None:
+    tracking.close()
+
+
+class DirtyTracking(ContextManager):
+    """Lets the kernel track the pages that the devices of `container` write, until `close`; a context manager.
 
     Raises UnsupportedError where the IOMMU cannot, VfioError while the container has no group, IoctlError.
 
     Synchronization: any thread may call anything. One container is tracked once: closing one tracker ends it for all.
     """
 
+    @constructing(_end)
     def __init__(self, container: Container) -> None:
-        self._container = container
+        if not isinstance(container, Container):
+            raise TypeError(f"container must be a Container, such as device.container, not {type(container).__name__}")
+        self.guard = Guard("this tracking")
+        self.container = container
+        """The container that is tracked."""
         self._capability = self._can(container)
-        self._open = True
         self._ask(ioctls.vfio_iommu_type1_dirty_bitmap(8, ioctls.VFIO_IOMMU_DIRTY_PAGES_FLAG_START))
+        self._open = True
+
+    def __repr__(self) -> str:
+        state = "" if self._open else " closed"
+        return f"<DirtyTracking{state} page_size={self.page_size:#x} of {self.container!r}>"
 
     @staticmethod
     def _can(container: Container) -> MigrationCapability:
@@ -71,28 +84,31 @@ class DirtyTracking:
 
     @property
     def page_size(self) -> int:
-        """The size of the pages that are told apart, in bytes."""
+        """The size of the pages that are tracked, in bytes."""
         return self._capability.pgsize_bitmap & -self._capability.pgsize_bitmap
 
-    def read(self, *, iova: int, size: int) -> DirtyPages:
-        """What may have been written of the mappings that lie in `[iova, iova + size)`, whole ones only.
+    @guarded
+    def read(self, *, iova: SupportsIndex, size: SupportsIndex) -> DirtyPages:
+        """Return the pages that may have been written of the mappings in `[iova, iova + size)`, whole ones only.
 
         Raises ValueError where a mapping is cut, IoctlError. Cost: an ioctl and a bitmap for each mapping.
         """
         return self._snapshot(self._whole_mappings(iova, size), self._dirty)
 
-    def unmap(self, *, iova: int, size: int) -> DirtyPages:
-        """Take those mappings away, and say what may have been written until then, which nobody could ask afterwards.
+    @guarded
+    def unmap(self, *, iova: SupportsIndex, size: SupportsIndex) -> DirtyPages:
+        """Unmap those mappings, and return the pages that may have been written until then.
 
-        Raises as `read` and `Container.unmap`; what comes before the mapping that failed is unmapped then.
+        Raises as `read` and `Container.unmap`; the mappings before the one that failed are then unmapped.
         """
         return self._snapshot(self._whole_mappings(iova, size), self._unmap)
 
-    def _whole_mappings(self, iova: int, size: int) -> list[Mapping]:
+    def _whole_mappings(self, iova: SupportsIndex, size: SupportsIndex) -> list[Mapping]:
         if not self._open:
             raise ClosedError("this tracking has been closed")
-        found = self._container.mappings_in(iova=iova, size=size) if size > 0 else []
-        wanted = IovaRange.of(iova=iova, size=max(size, 1))
+        start, length = check_whole_number(iova, "iova"), check_whole_number(size, "size")
+        found = self.container.mappings_in(iova=start, size=length) if length > 0 else []
+        wanted = IovaRange.of(iova=start, size=max(length, 1))
         if cut := [mapping for mapping in found if not wanted.contains(mapping.range)]:
             raise ValueError(f"{wanted} cuts the mapping {cut[0].range}; the kernel tells of whole ones only")
         return found
@@ -123,21 +139,14 @@ class DirtyTracking:
         self._ask(argument)
 
     def _unmap(self, mapping: Mapping, bitmap: ioctls.vfio_bitmap) -> None:
-        self._container.unmap(iova=mapping.iova, size=mapping.size, bitmap=bitmap)
+        self.container.unmap(iova=mapping.iova, size=mapping.size, bitmap=bitmap)
 
     def _ask(self, argument: ioctls.vfio_iommu_type1_dirty_bitmap) -> None:
-        self._container._ioctl("VFIO_IOMMU_DIRTY_PAGES", argument, flags=argument.flags)
+        self.container.ioctl("VFIO_IOMMU_DIRTY_PAGES", argument, flags=argument.flags)
 
+    @closing
     def close(self) -> None:
-        """End it; twice is fine, and so is a container that has been closed."""
-        if self._open and not self._container.closed:
+        """End the tracking. Twice is fine, and so is a container that has been closed."""
+        if self._open and not self.container.lost:
             self._ask(ioctls.vfio_iommu_type1_dirty_bitmap(8, ioctls.VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP))
         self._open = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

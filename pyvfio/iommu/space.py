@@ -23,6 +23,9 @@ class Mapping(NamedTuple):
         """The IOVAs that it covers."""
         return IovaRange.of(iova=self.iova, size=self.size)
 
+    def __repr__(self) -> str:
+        return f"Mapping(iova={self.iova:#x}, size={self.size:#x}, vaddr={self.vaddr:#x})"
+
 
 class AddressSpace(Protocol):
     """An I/O address space. All sizes and addresses are multiples of `page_size`; every argument is keyword-only.
@@ -38,6 +41,11 @@ class AddressSpace(Protocol):
     @property
     def closed(self) -> bool:
         """Whether it has been closed; what it had mapped is unmapped then, or `unmap` says otherwise."""
+        ...
+
+    @property
+    def lost(self) -> bool:
+        """Whether everything that was mapped has gone with the last group, or with `close`. It stays so."""
         ...
 
     @property

@@ -5,39 +5,43 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
-from types import TracebackType
-from typing import Self
 
 from pyvfio import ioctls
 from pyvfio.blocks.block import RamBlock
 from pyvfio.container import Container, Group
 from pyvfio.device import Device
 from pyvfio.dma import DmaMapper
-from pyvfio.errors import ClosedError, ForkedError, HandOverError, RollbackError, UnsupportedError, as_exception
+from pyvfio.errors import ClosedError, HandOverError, RollbackError, UnsupportedError, as_exception
 from pyvfio.extents import Extent
+from pyvfio.guard import ContextManager, Guard, closing, guarded, holding, uninterrupted
 from pyvfio.handle import Handle, attempt_all
 from pyvfio.iommu.space import Mapping
 from pyvfio.live_update.obstacles import find_obstacles
-from pyvfio.live_update.state import BlockState, DeviceState, State
+from pyvfio.live_update.state import HandedBlock, HandedDevice, State
 from pyvfio.live_update.vaddr import give_up_all, give_up_vaddr, set_vaddr
 
 logger = logging.getLogger(__name__)
 
 
+def _undo(update: HandOver) -> None:
+    if update.is_new:
+        update.cancel()
+
+
+@uninterrupted(_undo)
 def hand_over(mapper: DmaMapper) -> HandOver:
-    """Give up the addresses of all that `mapper` has mapped, so that another process, or this one after execve(2), can
-    take over its blocks, its container and all devices in that. Their DMA goes on.
+    """Give up the addresses of all mappings of `mapper`, so that another process, or this one after execve(2), can take
+    over its blocks, its container and all devices in that. Their DMA goes on.
 
-    While they are being handed over already, the HandOver that there is; HandOverError where another thread has only
-    begun with it.
+    Returns the HandOver that there is, if one is under way.
 
-    Before anything is touched it raises UnsupportedError where the kernel has no VFIO_UPDATE_VADDR, and HandOverError,
-    with the names of what stands in the way: memory that is private to this process (`Anonymous`, `File(shared=False)`;
-    `Memfd` is what can be handed over), buffers and temporary mappings, other notifiers of the list, mappings that
-    somebody else has made, a change that failed. ReentrancyError from inside a hook; IoctlError: everything is as it
-    was; RollbackError: it is still being handed over, and what a second `hand_over` returns can be cancelled.
+    Raises before anything is touched: UnsupportedError where the kernel has no VFIO_UPDATE_VADDR; HandOverError, with
+    the names of the obstacles: memory that is private to this process (`Anonymous`, `File(shared=False)`; use `Memfd`),
+    buffers and temporary mappings, other notifiers of the list, mappings of others, a change that failed, another
+    thread that has only begun to hand over; ReentrancyError from inside a hook; ForkedError. Raises IoctlError, and
+    everything is as it was; RollbackError: the hand-over is under way, and a second `hand_over` returns it, so that it
+    can be cancelled.
 
     Synchronization: any thread may call it; it waits for changes of the blocks that are being made.
     Cost: one ioctl, and two small calls for each descriptor.
@@ -46,93 +50,107 @@ def hand_over(mapper: DmaMapper) -> HandOver:
         raise TypeError(f"mapper must be a DmaMapper, not {type(mapper).__name__}")
     container = mapper.space
     if not isinstance(container, Container):
-        raise TypeError(f"only what is mapped into a Container can be handed over, not {type(container).__name__}")
+        raise TypeError(f"only memory that is mapped into a Container can be handed over, not {type(container)}")
+    mapper.guard.check()
     update = HandOver(mapper, container)
+    if (other := _enter(container, update)) is not None:
+        return other.begun()
     try:
-        with container._lock:
-            if isinstance(container._handing, HandOver):
-                return container._handing._begun()
-            container._handing = update
-        update._begin()
+        update.begin()
     except BaseException as error:
         try:
             update.cancel()
         except Exception as failure:
             raise RollbackError(
-                "what was to be handed over could not be, and that could not be undone",
+                "the hand-over could not begin, and could not be undone",
                 [as_exception(error), failure],
-                hint="The device reaches what it did. hand_over(mapper) returns what can be cancelled once more",
+                hint="The device reaches what it did. hand_over(mapper) returns a HandOver that can be cancelled",
             ) from error
         raise
     finally:
-        update._beginning = False
+        update.is_beginning = False
     return update
 
 
-class HandOver:
-    """What is being handed over: made by `hand_over`. A context manager, whose end cancels unless it is finished.
+@guarded
+def _enter(container: Container, update: HandOver) -> HandOver | None:
+    """Note that `container` is handed over by `update`, or return the HandOver that does it already."""
+    if isinstance(container.handing, HandOver):
+        return container.handing
+    container.handing = update
+    return None
 
-    `state` and `fds` are what `take_over` wants: bytes of JSON, and the descriptors of the container, the groups, the
-    devices and the blocks' memory, which stay this process's own. Send them with `socket.send_fds` (253 at most in one
-    message), or let a program inherit them: `make_inheritable`.
+
+class HandOver(ContextManager):
+    """A hand-over that is under way: made by `hand_over`. A context manager, whose end cancels unless it is finished.
+
+    `state` and `fds` are the arguments of `take_over`: bytes of JSON, and the descriptors of the container, the groups,
+    the devices and the blocks' memory, which stay this process's own. Send them with `socket.send_fds` (253 at most in
+    one message), or let a program inherit them: `make_inheritable`.
 
     Eventfds of interrupts go on being signalled and are not among `fds`: send `irq.fds` yourself where the new process
     is to count on in them, or let it `enable` its own, which takes their place. Nor does a DirtyTracking go along: the
     kernel goes on tracking, and the new process opens one of its own.
 
-    Synchronization: one thread at a time.
+    Synchronization: any thread.
     """
 
     def __init__(self, mapper: DmaMapper, container: Container) -> None:
         self._mapper = mapper
         self._container = container
-        self._blocks = mapper._blocks
+        self._blocks = mapper.blocks
         self._groups: tuple[Group, ...] = ()
         self._devices: tuple[Device, ...] = ()
-        self._beginning = True  # nobody but whoever makes it may have it
         self._given_up = False  # perhaps: set before the call
         self._inheritable: list[int] = []
         self._ended = ""
-        self._pid = os.getpid()
+        self.guard = Guard("this HandOver")
+        self.is_beginning = True
+        """Whether `hand_over` has not returned yet: another thread must not cancel it."""
+        self.is_new = True
+        """Whether `hand_over` has returned it once at most."""
         self.state = b""
-        """What there is, for `take_over`."""
+        """The description for `take_over`."""
         self.fds: tuple[int, ...] = ()
-        """Its descriptors, for `take_over`; in that order."""
+        """The descriptors for `take_over`, in that order."""
 
     def __repr__(self) -> str:
         return f"<HandOver {self._ended or 'under way'}: {len(self.fds)} descriptors>"
 
     # ------------------------------------------------------------------------------------------------ begin
 
-    def _begun(self) -> HandOver:
-        self._check_owner()
-        # Not waited for: it may wait for the change that a hook is part of which has called this.
-        if self._beginning:
+    def begun(self) -> HandOver:
+        """Itself, for a second `hand_over`."""
+        # Not waited for: this may be a hook of the very change that the first one waits for.
+        if self.is_beginning:
             raise HandOverError("another thread has begun to hand it over", hint="Call hand_over() once more")
+        self.is_new = False
         return self
 
-    def _begin(self) -> None:
+    @guarded
+    def begin(self) -> None:
+        """Describe everything, and let nobody change it from now on. For `hand_over`."""
         if self._blocks is not None:
-            self._blocks._suspend(self)
+            self._blocks.suspend(self)
         container = self._container
-        with self._mapper._lock, container._lock:
-            self._groups = tuple(container._groups.values())
+        with holding(self._mapper, container):
+            self._groups = tuple(container.groups.values())
             self._devices = tuple(
                 device for group in self._groups for device in group.devices if isinstance(device, Device)
             )
-            self._check()
+            self._check_obstacles()
             self._describe()
             self._given_up = True
             give_up_all(container)
             for handle in (container, *self._groups):
-                handle._set_aside()
-        logger.debug("handing over %d mappings of %r", len(container._table), container)
+                handle.set_aside()
+        logger.debug("handing over %d mappings of %r", len(container.table), container)
 
-    def _check(self) -> None:
-        self._mapper._check_open()
+    def _check_obstacles(self) -> None:
+        self._mapper.check_open()
         if not self._container.check_extension(ioctls.VFIO_UPDATE_VADDR):
             raise UnsupportedError(
-                "the kernel cannot hand over what is mapped: it has no VFIO_UPDATE_VADDR",
+                "the kernel cannot hand over mappings: it has no VFIO_UPDATE_VADDR",
                 hint="Linux has it from 5.12 on, but not for a container without a group or with a mediated device",
             )
         if obstacles := find_obstacles(self._mapper, self._blocks, self._container):
@@ -143,23 +161,24 @@ class HandOver:
             )
 
     def _describe(self) -> None:
-        policy, kernel = self._mapper._policy, self._container.kernel
-        blocks = {followed.block: followed.window for followed in self._mapper._followed}
-        files = [block.file for block in blocks]
+        kernel = self._container.kernel
+        windows = self._mapper.windows()
+        files = [block.file for block, _window in windows]
         handles: list[Handle] = [self._container, *self._groups, *self._devices]
         self.fds = (*(handle.fd for handle in handles), *(file.fd for file in files if file is not None))
         self.state = State(
             iommu_type=self._container.iommu_type,
             groups=tuple(group.number for group in self._groups),
-            devices=tuple(DeviceState(device.bdf, device.group.number) for device in self._devices),
-            policy=policy,
-            prefault=self._mapper._prefault,
-            blocks=tuple(_describe(block, window.iova, window.pieces()) for block, window in blocks.items()),
+            devices=tuple(HandedDevice(device.bdf, device.group.number) for device in self._devices),
+            policy=self._mapper.policy,
+            prefault=self._mapper.prefault,
+            blocks=tuple(_describe(block, window.iova, window.pieces()) for block, window in windows),
             identities=tuple(kernel.file_status(fd).identity for fd in self.fds),
         ).dump()
 
     # ------------------------------------------------------------------------------------------------ the two ends
 
+    @guarded
     def make_inheritable(self) -> tuple[int, ...]:
         """Let a program that is executed have `fds`, under the same numbers; they are returned.
 
@@ -172,47 +191,54 @@ class HandOver:
                 os.set_inheritable(fd, True)  # noqa: FBT003
         return self.fds
 
+    @guarded
     def cancel(self) -> None:
-        """This process has it, as before: everything gets the address that it had, however far the other process has
-        come.
+        """Take everything back: each mapping gets the address that it had, however far the other process has come.
 
-        Call it when that one has died, or has said that it could not take over. Twice is fine, and so is a HandOver
-        that is finished: nothing happens then. Raises ForkedError; IoctlError or RollbackError where the kernel refuses
+        Call it when the other process has died, or has said that it could not take over. Twice is fine, and after
+        `finish` nothing happens. Raises ForkedError; IoctlError or RollbackError where the kernel refuses
         (PinLimitError: the memory was charged to the other process already, and may not be to this one again; ENOENT:
-        the other has taken it over and unmapped some of it): it is then still being handed over, the device reaches
+        the other has taken it over and unmapped some of it): the hand-over is then still under way, the device reaches
         what it did, and `cancel` may be called again.
 
         Cost: two ioctls for each mapping.
         """
-        self._check_owner()
+        self._cancel()
+
+    @closing
+    def close(self) -> None:
+        """As `cancel`, but in a forked child nothing happens."""
+        self._cancel()
+
+    def _cancel(self) -> None:
         if self._ended:
             return
-        with self._mapper._lock, self._container._lock:
-            if self._container._handing is self:  # else nothing has happened, or a signal handler has ended a cancel
+        with holding(self._mapper, self._container):
+            if self._container.handing is self:  # else nothing has happened
                 self._restore()
         if self._blocks is not None:
-            self._blocks._resume(self)
+            self._blocks.resume(self)
         self._close_on_exec()
         self._end("cancelled")
 
     def _end(self, how: str) -> None:
         self._ended = how
-        if self._container._handing is self:
-            self._container._handing = None
+        if self._container.handing is self:
+            self._container.handing = None
 
     def _restore(self) -> None:
         handles = (self._container, *self._groups)
         for handle in handles:
-            handle._take_back()
+            handle.take_back()
         if not self._given_up:
             return
         try:
             # Without an address first: the other process may have given it one of its own.
-            steps = [partial(self._restore_one, mapping) for mapping in self._container._table]
+            steps = [partial(self._restore_one, mapping) for mapping in self._container.mappings]
             attempt_all("cancelling a hand-over", steps)
         except BaseException:
             for handle in handles:
-                handle._set_aside()
+                handle.set_aside()
             raise
         self._given_up = False
 
@@ -220,78 +246,56 @@ class HandOver:
         give_up_vaddr(self._container, mapping)
         set_vaddr(self._container, mapping)
 
+    @guarded
     def finish(self) -> None:
-        """The other process has it: whatever this one has of it is forgotten and closed, without a call that reaches
-        the devices or what they reach. The blocks' memory is unmapped from this process. Twice is fine.
+        """Forget and close everything, which the other process has, without a call that reaches the devices or the
+        memory that they reach. The blocks' memory is unmapped from this process. Twice is fine.
 
         Call it when the other process has said that it has taken over. Raises ForkedError; ClosedError when it was
         cancelled; BufferError while a view of a block or of a mapped region lives, and then nothing has been closed;
-        otherwise what the steps raise, after all of them were tried.
+        otherwise the errors of the steps, after all of them were tried; a second call then tries them again.
         """
-        self._check_owner()
-        if self._ended != "finished":  # else it is tried once more: a signal handler may have ended it
+        if self._ended != "finished":
             self._check_usable()
-        with ExitStack() as stack:
-            if self._blocks is not None:
-                stack.enter_context(self._blocks._lock)  # so that nobody takes a view meanwhile
-            for block in self._blocks or ():
-                block._check_views(0)
+        blocks = self._blocks
+        with holding(*([blocks] if blocks is not None else [])):  # so that nobody takes a view meanwhile
+            for block in blocks or ():
+                block.state.check_views(0)
             for device in self._devices:
-                device._check_views()
+                device.check_views()
             self._end("finished")  # from here on there is no way back
             self._forget()
 
     def _forget(self) -> None:
-        steps: list[Callable[[], object]] = [self._close_on_exec, self._mapper._forget]
+        steps: list[Callable[[], object]] = [self._close_on_exec, self._mapper.forget]
         if self._blocks is not None:
-            steps += [self._blocks._forget, partial(self._blocks._resume, self)]
-        steps += [device._forget for device in self._devices]
-        steps += [partial(_close, handle) for handle in (*self._groups, self._container)]
+            steps += [self._blocks.forget, partial(self._blocks.resume, self)]
+        steps += [device.forget for device in self._devices]
+        steps += [handle.close_fd for handle in (*self._groups, self._container)]
         attempt_all("forgetting what was handed over", steps)
-        self._container._table.clear()
-        self._container._groups.clear()
+        self._container.table.clear()
+        self._container.groups.clear()
 
     def _close_on_exec(self) -> None:
         while self._inheritable:
             os.set_inheritable(self._inheritable[-1], False)  # noqa: FBT003
             self._inheritable.pop()
 
-    def _check_owner(self) -> None:
-        if os.getpid() != self._pid:
-            raise ForkedError("this HandOver", owner=self._pid)
-
     def _check_usable(self) -> None:
-        self._check_owner()
         if self._ended:
             raise ClosedError(f"this hand-over is {self._ended}")
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if os.getpid() == self._pid:
-            self.cancel()
-
-
-def _close(handle: Handle) -> None:
-    handle._take_back()
-    if not handle.closed:
-        handle._close_fd()
-
-
-def _describe(block: RamBlock, iova: int, pieces: Sequence[Extent]) -> BlockState:
-    return BlockState(
+def _describe(block: RamBlock, iova: int, pieces: Sequence[Extent]) -> HandedBlock:
+    return HandedBlock(
         idstr=block.idstr,
         used_length=block.used_length,
         max_length=block.max_length,
         iova=iova,
-        memory=block._memory.kind,
+        memory=block.state.memory.kind,
         readonly=block.readonly,
         prealloc=block.prealloc,
         settings=block.settings,
         discarded=block.discarded,
-        stale=block._stale,
         pieces=tuple(pieces),
     )

@@ -14,45 +14,45 @@ def find_obstacles(mapper: DmaMapper, blocks: RamBlockList | None, container: Co
     """In words, one by one; none: it can be handed over. The mapper's and the container's locks are held."""
     found = [
         f"{mapping!r} is a buffer of this process's own: close it (and reset_temporary(), if it is temporary)"
-        for mapping in mapper._own_mappings()
+        for mapping in mapper.buffers()
     ]
     for block in blocks or ():
         found += _obstacles_of(block)
-        if mapper._search(block) is None:  # it was taken out of the list
+        if block not in dict(mapper.windows()):  # it was taken out of the list
             found.append(f"RAM block '{block.idstr}' is not followed by this mapper any more: make another")
-    for notifier in blocks._notifiers if blocks is not None else ():
+    for notifier in blocks.notifiers if blocks is not None else ():
         if notifier is not mapper:
             found.append(f"{notifier!r} follows the blocks, too: remove_notifier() it first, or close it")
     found += [
-        f"a change of RAM block '{followed.block.idstr}' failed, and so did its undo: resize it once more"
-        for followed in mapper._followed
-        if not followed.window.settled
+        f"a change of RAM block '{block.idstr}' failed, and so did its undo: resize it once more"
+        for block, window in mapper.windows()
+        if not window.settled
     ]
     return found or _strangers(mapper, container)
 
 
 def _strangers(mapper: DmaMapper, container: Container) -> list[str]:
     """Mappings that are none of the blocks': of this process, or of another that has the container."""
-    windows = [followed.window for followed in mapper._followed]
+    windows = [window for _block, window in mapper.windows()]
     ours = sum(len(window.pieces()) for window in windows)
-    mappings = list(container._table)
+    mappings = list(container.table)
     if ours < len(mappings):
         others = [m for m in mappings if not any(w.iova <= m.iova < w.iova + w.size for w in windows)]
         return [f"IOVA {describe_mappings(others)} is mapped, by whom this mapper does not know: unmap it first"]
-    there = container._entry_limit - container.get_info().dma_avail
+    there = container.entry_limit - container.get_info().dma_avail
     if there != len(mappings):
         return [f"the container has {there} mappings, of which {len(mappings)} are known here: unmap the others"]
     return []
 
 
 def _obstacles_of(block: RamBlock) -> list[str]:
-    memory = block._memory
+    memory = block.state.memory
     name = f"RAM block '{block.idstr}'"
     if not (isinstance(memory.kind, Memfd) or (isinstance(memory.kind, File) and memory.kind.shared)):
         return [f"the memory of {name} is this process's alone ({memory.kind}): add it with memory=Memfd()"]
     if block.whole:
         return [f"{name} is allocated in full, and cannot be resized elsewhere: add it again when nothing calls for it"]
-    if block._doubtful:
+    if block.state.doubtful:
         return [f"{name} has discarded parts that a device may reach: populate them once more"]
     if memory.retained or memory.held > block.used_length:
         return [f"{name} has memory that an earlier change could not give back: resize it once more"]

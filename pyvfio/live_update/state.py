@@ -21,7 +21,7 @@ _ELSEWHERE = 0  # a descriptor's number is each process's own
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceState:
+class HandedDevice:
     """A device, and the number of its group."""
 
     bdf: str
@@ -29,9 +29,9 @@ class DeviceState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BlockState:
+class HandedBlock:
     """A RAM block that devices reach at `iova`: what it is made of, and which mappings it has, the `pieces`; all
-    extents in bytes of the block, ascending. `stale`: of what is discarded, what has not been given back."""
+    extents in bytes of the block, ascending."""
 
     idstr: str
     used_length: int
@@ -42,7 +42,6 @@ class BlockState:
     prealloc: int
     settings: MemorySettings
     discarded: tuple[Extent, ...]
-    stale: tuple[Extent, ...]
     pieces: tuple[Extent, ...]
 
     def __post_init__(self) -> None:
@@ -54,7 +53,6 @@ class BlockState:
             and 0 <= self.iova <= U64_MAX - self.max_length + 1
             and is_aligned(self.used_length | self.max_length | self.iova, PAGE_SIZE)
             and list(self.discarded) == runs(clip(self.discarded, 0, self.used_length))
-            and not without(self.stale, *self.discarded)
             and runs(self.pieces) == populated
             and all(one.end <= other.start for one, other in zip(self.pieces, self.pieces[1:], strict=False))
         ):
@@ -67,10 +65,10 @@ class State:
 
     iommu_type: ioctls.VfioExtension
     groups: tuple[int, ...]
-    devices: tuple[DeviceState, ...]
+    devices: tuple[HandedDevice, ...]
     policy: Policy
     prefault: int
-    blocks: tuple[BlockState, ...]
+    blocks: tuple[HandedBlock, ...]
     identities: tuple[tuple[int, int], ...]
 
     @property
@@ -129,7 +127,7 @@ class State:
         state = cls(
             iommu_type=ioctls.VfioExtension(number),
             groups=tuple(top.numbers("groups")),
-            devices=tuple(DeviceState(row.text("bdf"), row.number("group")) for row in top.rows("devices")),
+            devices=tuple(HandedDevice(row.text("bdf"), row.number("group")) for row in top.rows("devices")),
             policy=Policy(
                 "extend" if resize == "extend" else "remap", policy.number_or_none("granule"), policy.flag("allow_gap")
             ),
@@ -146,7 +144,7 @@ class State:
         return state
 
 
-def _dump_block(block: BlockState) -> dict[str, object]:
+def _dump_block(block: HandedBlock) -> dict[str, object]:
     memory: dict[str, object] = {"kind": "memfd"}
     if isinstance(block.memory, Memfd):
         memory["hugetlb"] = block.memory.hugetlb
@@ -164,14 +162,13 @@ def _dump_block(block: BlockState) -> dict[str, object]:
         "prealloc": block.prealloc,
         "settings": {field.name: getattr(block.settings, field.name) for field in fields(MemorySettings)},
         "discarded": block.discarded,
-        "stale": block.stale,
         "pieces": block.pieces,
     }
 
 
-def _load_block(row: _Fields) -> BlockState:
+def _load_block(row: _Fields) -> HandedBlock:
     settings = row.inside("settings")
-    return BlockState(
+    return HandedBlock(
         idstr=row.text("idstr"),
         used_length=row.number("used_length"),
         max_length=row.number("max_length"),
@@ -181,7 +178,6 @@ def _load_block(row: _Fields) -> BlockState:
         prealloc=row.number("prealloc"),
         settings=MemorySettings(**{field.name: settings.flag(field.name) for field in fields(MemorySettings)}),
         discarded=row.extents("discarded"),
-        stale=row.extents("stale"),
         pieces=row.extents("pieces"),
     )
 

@@ -7,40 +7,45 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import TracebackType
-from typing import Self, TypeVar
 
 from pyvfio import ioctls
-from pyvfio.blocks.block import RamBlock, ResizedCallback
-from pyvfio.blocks.progress import ProgressCallback
+from pyvfio.blocks.block import RamBlock
+from pyvfio.blocks.progress import ProgressCallback, preallocate
+from pyvfio.blocks.state import ResizedCallback
 from pyvfio.container import Container, Group
 from pyvfio.device import Device
 from pyvfio.dma import DmaMapper
 from pyvfio.errors import HandOverError, IoctlError, RollbackError, VfioError, as_exception
 from pyvfio.extents import Extent
+from pyvfio.guard import ContextManager, Guard, Guarded, checkpoint, close_now, closing, uninterrupted
 from pyvfio.handle import Handle, attempt, attempt_all
 from pyvfio.iommu.space import Mapping as DmaRange
 from pyvfio.kernel import HUGETLBFS_MAGIC, FileStatus, Kernel, LinuxKernel
-from pyvfio.live_update.state import BlockState, State
+from pyvfio.live_update.state import HandedBlock, State
 from pyvfio.live_update.vaddr import give_up_vaddr, set_vaddr
 from pyvfio.memory import File, Memfd, Received
 from pyvfio.ramblock import RamBlockList
-from pyvfio.units import format_size
+from pyvfio.units import Iova, Vaddr, format_size
 
 logger = logging.getLogger(__name__)
 
-_AnyHandle = TypeVar("_AnyHandle", bound=Handle)
 
+class TakenOver(ContextManager):
+    """The objects of another process, as this one has them now: made by `take_over`.
 
-class TakenOver:
-    """What another process has handed over, as this one has it now: made by `take_over`.
-
-    A context manager, whose end closes all of it: `close`.
+    A context manager, whose end closes all of it: `close`. Synchronization: any thread.
     """
 
     def __init__(
-        self, container: Container, devices: Mapping[str, Device], blocks: RamBlockList, mapper: DmaMapper
+        self,
+        container: Container,
+        devices: Mapping[str, Device],
+        blocks: RamBlockList,
+        mapper: DmaMapper,
+        *,
+        taking: _Taking,
     ) -> None:
+        self.guard = Guard("what was taken over")
         self.container = container
         """With its groups."""
         self.devices = devices
@@ -49,26 +54,26 @@ class TakenOver:
         """The RAM blocks, at new addresses in this process, and at the IOVAs that they had."""
         self.mapper = mapper
         """Follows them as the other process's did."""
+        self.taking = taking
+        """The steps that made it. For the library."""
 
     def __repr__(self) -> str:
         return f"<TakenOver {', '.join(self.devices)}: {len(self.blocks)} blocks>"
 
+    @closing
     def close(self) -> None:
-        """Close the devices, which ends their DMA, the mapper, the blocks and the container; twice is fine. Raises what
-        the steps raise, after all of them were tried."""
-        closes = [device.close for device in self.devices.values()]
-        closes += [self.mapper.close, self.blocks.close, self.container.close]
-        attempt_all("closing what was taken over", closes)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        """Close the devices, which ends their DMA, the mapper, the blocks and the container; twice is fine. Raises the
+        errors of the steps, after all of them were tried."""
+        parts: list[Guarded] = [*self.devices.values(), self.mapper, self.blocks, self.container]
+        attempt_all("closing what was taken over", [partial(close_now, part) for part in parts])
 
 
+def _undo(taken: TakenOver) -> None:
+    taken.mapper.forget()
+    taken.taking.give_back(VfioError("interrupted"))
+
+
+@uninterrupted(_undo)
 def take_over(
     state: bytes,
     fds: Sequence[int],
@@ -85,12 +90,13 @@ def take_over(
     `RamBlockList.add`, `resized` has callbacks of blocks by their id strings. Nothing is opened, mapped for a device,
     unmapped or reset. The descriptors are the new objects' own from then on, and close-on-exec.
 
-    Tell the other process when this returns, and resize nothing before. Raises ValueError for a state that is none, or
-    of another version, and HandOverError for descriptors that are not what it says, all of that before any mapping is
-    touched; HandOverError where the other process has cancelled; PinLimitError where this process may not lock as much;
-    OSError. Then no mapping has an address here, the descriptors are open and the caller's, so that it can be tried
-    again, and the other process can cancel. Until either, kernels count what had come so far as locked by this process.
-    RollbackError: some may have one; the other process can cancel nevertheless.
+    Tell the other process when this returns, and resize nothing before. Raises before any mapping is touched: TypeError
+    and ValueError for a state that is none, or of another version; HandOverError for descriptors that are not what the
+    state says. Raises HandOverError where the other process has cancelled, PinLimitError where this process may not
+    lock as much, OSError. Then no mapping has an address here, and the descriptors are open and the caller's, so that
+    the call can be repeated, and the other process can cancel. Until either, kernels count the mappings that have come
+    so far as locked by this process. Raises RollbackError where some mapping may have an address here; the other
+    process can cancel nevertheless.
 
     Cost: an ioctl for each mapping; whatever is in memory stays where it is.
     """
@@ -136,7 +142,7 @@ def _status(kernel: Kernel, fd: int, name: str) -> FileStatus:
         ) from error
 
 
-def _check_memory(block: BlockState, name: str, status: FileStatus) -> None:
+def _check_memory(block: HandedBlock, name: str, status: FileStatus) -> None:
     offset = block.memory.offset if isinstance(block.memory, File) else 0
     if status.size < offset + block.used_length:
         raise HandOverError(
@@ -172,12 +178,16 @@ class _Taking:
         state = self._state
         if unknown := set(resized) - {block.idstr for block in state.blocks}:
             raise ValueError(f"there is no RAM block '{min(unknown)}' among those that are handed over")
-        container, devices = self._adopt()
+        try:
+            container, devices = self._adopt()
+        except ValueError as error:
+            raise HandOverError(f"these descriptors are not what the state says: {error}") from error
         blocks = RamBlockList(kernel=self._kernel)
         for described, fd in zip(state.blocks, self._fds[len(self._fds) - len(state.blocks) :], strict=True):
             self._receive(blocks, described, fd, progress, resized.get(described.idstr))
         for described, block in zip(state.blocks, self._blocks, strict=True):
             for piece in described.pieces:
+                checkpoint()
                 self._tell(container, block, described.iova, piece)
         policy = state.policy
         mapper = DmaMapper(
@@ -189,49 +199,47 @@ class _Taking:
             prefault=state.prefault,
             progress=progress,
         )
-        mapper._resume(blocks, {described.idstr: described.iova for described in state.blocks})
+        mapper.take_in(blocks, {described.idstr: described.iova for described in state.blocks})
         for fd in self._fds:
             os.set_inheritable(fd, False)  # noqa: FBT003
         for block in self._blocks:
-            block._memory.own()
+            block.state.memory.own()
         logger.debug("took over %r", container)
-        return TakenOver(container, devices, blocks, mapper)
-
-    def _blank(self, kind: type[_AnyHandle]) -> _AnyHandle:
-        """Known before it has a descriptor, which it would close if a signal handler made it be forgotten."""
-        handle = kind.__new__(kind)
-        handle._fd = handle._aside = -1
-        self._handles.append(handle)
-        return handle
+        return TakenOver(container, devices, blocks, mapper, taking=self)
 
     def _adopt(self) -> tuple[Container, dict[str, Device]]:
         state, fds = self._state, iter(self._fds)
-        container = self._container = self._blank(Container)
-        container._begin(self._kernel, next(fds))
+        container_fd = next(fds)
         groups = {}
         for number in state.groups:
-            group = groups[number] = self._blank(Group)
-            group._begin(self._kernel, next(fds), number)
+            group = groups[number] = Group.from_fd(next(fds), number=number, kernel=self._kernel)
+            self._handles.append(group)
             if not group.get_status() & ioctls.VFIO_GROUP_FLAGS_CONTAINER_SET:
                 raise HandOverError(f"IOMMU group {number} is in no container: the other process has taken it out")
-        mapped = sum(len(block.pieces) for block in state.blocks)
-        container._resume(state.iommu_type, groups.values(), mapped=mapped)
+        container = self._container = Container.from_fd(
+            container_fd,
+            iommu_type=state.iommu_type,
+            groups=groups.values(),
+            mapped=sum(len(block.pieces) for block in state.blocks),
+            kernel=self._kernel,
+        )
+        self._handles.append(container)
         devices = {}
         for described in state.devices:
-            device = devices[described.bdf] = self._blank(Device)
-            device._begin(groups[described.group], described.bdf, next(fds))
-            device._resume()
+            device = devices[described.bdf] = Device.from_fd(groups[described.group], described.bdf, next(fds))
+            self._handles.append(device)
         return container, devices
 
     def _receive(
         self,
         blocks: RamBlockList,
-        described: BlockState,
+        described: HandedBlock,
         fd: int,
         progress: ProgressCallback | None,
         resized: ResizedCallback | None,
     ) -> None:
-        assert isinstance(described.memory, Memfd | File)  # what a state holds
+        if not isinstance(described.memory, Memfd | File):
+            raise TypeError(f"a state holds memory of a file, not {described.memory}")
         block = RamBlock(
             blocks,
             idstr=described.idstr,
@@ -242,13 +250,11 @@ class _Taking:
             readonly=described.readonly,
         )
         self._blocks.append(block)
-        blocks._set_prealloc(block, described.prealloc, progress)
-        blocks._receive(block, used_length=described.used_length, discarded=described.discarded, stale=described.stale)
+        preallocate(block, self._kernel, threads=described.prealloc, progress=progress)
+        blocks.receive(block, used_length=described.used_length, discarded=described.discarded)
 
     def _tell(self, container: Container, block: RamBlock, iova: int, piece: Extent) -> None:
-        container._table.add(iova=iova + piece.start, size=piece.size, vaddr=block.vaddr + piece.start)
-        mapping = container._table.at(iova + piece.start)
-        assert mapping is not None
+        mapping = DmaRange(Iova(iova + piece.start), piece.size, Vaddr(block.vaddr + piece.start))
         self._told.append(mapping)
         try:
             set_vaddr(container, mapping)
@@ -278,14 +284,14 @@ class _Taking:
             for mapping in () if self._lost else self._told:
                 attempt(partial(give_up_vaddr, container, mapping), failures)
         for block in self._blocks:
-            block._list = None
-            block._memory.disown()
+            block.state.leave()
+            block.state.memory.disown()
             if failures or self._lost:
-                block._memory.keep()  # they may be addresses of it
+                block.state.memory.keep()  # they may be addresses of it
             else:
-                attempt(block._memory.release, failures)
+                attempt(block.state.memory.release, failures)
         for handle in self._handles:
-            handle._abandon()
+            handle.release_fd()
         if failures:
             raise RollbackError(
                 "what was handed over could not be taken over, and some of it is said to be here",

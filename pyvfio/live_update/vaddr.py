@@ -31,13 +31,12 @@ def set_vaddr(container: Container, mapping: Mapping) -> None:
 
 def give_up_all(container: Container) -> None:
     """No mapping has an address any more. IoctlError; HandOverError where others are mapped than are known here."""
-    expected = sum(mapping.size for mapping in container._table)
+    expected = sum(mapping.size for mapping in container.table)
     if container.check_extension(ioctls.VFIO_UNMAP_ALL):
         given_up = container.unmap_dma(iova=0, size=0, flags=_UNMAP_VADDR | _UNMAP_ALL)
     else:
         given_up = sum(
-            container.unmap_dma(iova=mapping.iova, size=mapping.size, flags=_UNMAP_VADDR)
-            for mapping in container._table
+            container.unmap_dma(iova=mapping.iova, size=mapping.size, flags=_UNMAP_VADDR) for mapping in container.table
         )
     if given_up != expected:
         raise HandOverError(

@@ -1,10 +1,11 @@
-"""Buffers of the caller's own that a device reaches: mapped for as long as the caller wants, or for one transfer.
+"""Buffers of the caller's own: mapped for as long as the caller wants, or for one transfer.
 
-A `BufferMapper` maps them into an `AddressSpace` at an IOVA that it finds, and knows what it has mapped. What it has
-not mapped itself but may be reached all the same, RAM blocks for instance, a class derived from it knows.
+A `BufferMapper` maps them into an `AddressSpace` at an IOVA that it finds, and knows which memory it has mapped. Memory
+that is mapped already is not mapped again: the new `DmaMapping` holds the mapping that is there, which stays until the
+last holder is closed. A derived class adds other memory that is mapped, such as RAM blocks.
 
-Source: `qemu_vfio_dma_map` in QEMU's util/vfio-helpers.c, whose fixed and temporary mappings these are; there a
-temporary one has no place of its own in the table either, and goes with `qemu_vfio_dma_reset_temporary`.
+Source: `qemu_vfio_dma_map` in QEMU's util/vfio-helpers.c, which has fixed and temporary mappings, too. There a
+temporary mapping has no place of its own in the table, and goes with `qemu_vfio_dma_reset_temporary`.
 """
 
 from __future__ import annotations
@@ -12,25 +13,23 @@ from __future__ import annotations
 import ctypes
 import errno
 import logging
-import os
-import threading
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, SupportsIndex
 
-from pyvfio.errors import ClosedError, IoctlError, RollbackError, VfioError, as_exception
+from pyvfio.errors import ClosedError, IoctlError, VfioError
+from pyvfio.guard import ContextManager, Guard, closing_in_hooks, guarded, making, reading
+from pyvfio.handle import attempt_all
 from pyvfio.iommu.space import AddressSpace
-from pyvfio.units import MIB, U64_MAX, Iova, Vaddr
+from pyvfio.mapper.window import READ, WRITE, Window
+from pyvfio.units import MIB, U64_MAX, Iova, Vaddr, check_whole_number
 
 if TYPE_CHECKING:  # collections.abc has it from 3.12 on
     from typing_extensions import Buffer
 
 logger = logging.getLogger(__name__)
 
-READ = 1
-"""What a device may do, as `_access` makes it."""
 LARGE_PAGE = 2 * MIB
 """IOVA is congruent to vaddr modulo this, so that the IOMMU can use large pages where the memory does."""
 
@@ -41,57 +40,83 @@ class Reserve(Protocol):
     def __call__(self, size: int, *, alignment: int, offset: int) -> Iova: ...
 
 
-class DmaMapping:
-    """Memory of the caller's own that the device can reach: `size` bytes at `vaddr`, at `iova` for the device.
+class OwnMemory:
+    """Memory of the caller's own that the mapper has mapped, and how many open mappings hold it.
 
-    Made by `map_dma`, `map_buffer` and `map_temporary`; a context manager. A buffer stays exported, so that
-    it cannot be freed or resized, until the kernel has unmapped it.
+    `view` keeps the buffer exported; it is None where the caller keeps the memory alive. `access`: READ and WRITE.
     """
 
-    __slots__ = ("_access", "_buffer", "_mapper", "iova", "size", "vaddr")
+    __slots__ = ("access", "holders", "iova", "size", "vaddr", "view")
 
-    def __init__(
-        self,
-        mapper: BufferMapper | None,
-        *,
-        vaddr: Vaddr,
-        iova: Iova,
-        size: int,
-        access: int,
-        buffer: memoryview | None,
-    ) -> None:
-        self._mapper = mapper  # None once closed, or where the mapping belongs to somebody else
-        self._buffer = buffer
+    def __init__(self, *, vaddr: Vaddr, iova: Iova, size: int, access: int, view: memoryview | None) -> None:
         self.vaddr = vaddr
         self.iova = iova
         self.size = size
-        self._access = access  # as `_access` makes it
+        self.access = access
+        self.view = view
+        self.holders = 0
 
-    def close(self) -> None:
-        """Take the mapping away; twice is fine.
+    def hold(self, holder: object) -> None:
+        """Count one more holder."""
+        del holder
+        self.holders += 1
 
-        A temporary one is only given up: it goes with the next `reset_temporary`. Where `map_dma` found the memory
-        mapped already, that mapping stays. Raises UnmapSizeError or IoctlError, and then it is still mapped.
-        """
-        if self._mapper is not None:
-            self._mapper._close_mapping(self)
+    def let_go(self, holder: object) -> None:
+        """Count one holder less. Nothing happens where the mapper has dropped all."""
+        del holder
+        if self.holders:
+            self.holders -= 1
 
-    def _drop(self) -> None:
-        self._mapper = None
-        if self._buffer is not None:
-            self._buffer.release()
-            self._buffer = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def release(self) -> None:
+        """Let go of the buffer: the kernel has unmapped it."""
+        if self.view is not None:
+            self.view.release()
+            self.view = None
 
     def __repr__(self) -> str:
-        return f"<DmaMapping vaddr={self.vaddr:#x} iova={self.iova:#x} size={self.size:#x}>"
+        return f"<mapped memory vaddr={self.vaddr:#x} iova={self.iova:#x} size={self.size:#x} holders={self.holders}>"
+
+
+class DmaMapping(ContextManager):
+    """Memory of the caller's own that the device can reach: `size` bytes at `vaddr`, at `iova` for the device.
+
+    Made by `map_dma`, `map_buffer` and `map_temporary`; a context manager. A buffer stays exported, so that it cannot
+    be freed or resized, until the kernel has unmapped it. Where the memory was mapped already, this mapping holds the
+    one that is there: a buffer stays mapped as a whole, and a block cannot lose the part, until the last is closed.
+
+    Synchronization: any thread may close it, and so may a finalizer and a notifier's hook.
+    """
+
+    __slots__ = ("_mapper", "_memory", "_view", "guard", "iova", "size", "vaddr")
+
+    def __init__(
+        self, mapper: BufferMapper, memory: OwnMemory | Window, *, vaddr: int, size: int, view: memoryview | None
+    ) -> None:
+        self.guard = mapper.guard
+        self._mapper: BufferMapper | None = mapper  # None once closed
+        self._memory = memory
+        self._view = view  # of a part of memory that has no view of its own
+        self.vaddr = Vaddr(vaddr)
+        self.iova = Iova(memory.iova + vaddr - memory.vaddr)
+        self.size = size
+        memory.hold(self)
+
+    @closing_in_hooks
+    def close(self) -> None:
+        """Unmap the memory, unless another open mapping holds it. Twice is fine.
+
+        The kernel's mapping of a temporary one stays until `reset_temporary()`. Raises UnmapSizeError or IoctlError;
+        the memory is then still mapped, and `close` may be called again.
+        """
+        if self._mapper is not None:
+            self._mapper.let_go(self, self._memory)
+            self._mapper = None
+            if self._view is not None:
+                self._view.release()
+
+    def __repr__(self) -> str:
+        closed = " closed" if self._mapper is None else ""
+        return f"<DmaMapping vaddr={self.vaddr:#x} iova={self.iova:#x} size={self.size:#x}{closed}>"
 
 
 class BufferMapper:
@@ -103,11 +128,10 @@ class BufferMapper:
     def __init__(self, space: AddressSpace) -> None:
         if not hasattr(space, "reserve_iova"):
             raise TypeError(f"space must be an AddressSpace, such as device.container, not {type(space).__name__}")
+        self.guard = Guard("this DmaMapper")
         self._space = space
-        self._lock = threading.RLock()
-        self._pid = os.getpid()
-        self._mappings: list[DmaMapping] = []  # map_dma and map_buffer, sorted by vaddr
-        self._temporary: dict[Iova, DmaMapping] = {}
+        self._fixed: list[OwnMemory] = []  # of map_dma and map_buffer, sorted by vaddr
+        self._temporary: dict[Iova, OwnMemory] = {}  # without a holder: given up
         self._closed = False
 
     @property
@@ -115,229 +139,230 @@ class BufferMapper:
         """Where it maps."""
         return self._space
 
-    def _find_vaddr(self, vaddr: int, size: int) -> Iova | None:
-        """The IOVA of memory that is mapped whole, temporary mappings aside."""
-        mapping = self._own_mapping(vaddr, size)
-        return None if mapping is None else Iova(mapping.iova + vaddr - mapping.vaddr)
+    # ------------------------------------------------------------------------------------------------ fixed mappings
 
-    def _own_mapping(self, vaddr: int, size: int) -> DmaMapping | None:
-        position = bisect_right(self._mappings, vaddr, key=lambda m: m.vaddr) - 1
-        if position < 0 or vaddr + size > self._mappings[position].vaddr + self._mappings[position].size:
-            return None
-        return self._mappings[position]
-
+    @making(DmaMapping.close)
     def map_dma(
-        self, *, vaddr: int, size: int, iova: int | None = None, read: bool = True, write: bool = True
+        self,
+        *,
+        vaddr: SupportsIndex,
+        size: SupportsIndex,
+        iova: SupportsIndex | None = None,
+        read: bool = True,
+        write: bool = True,
     ) -> DmaMapping:
         """Let the device reach `[vaddr, vaddr + size)`, both multiples of the IOMMU's smallest page.
 
-        Memory that is wholly mapped already (part of a block, say) is not mapped again: the IOVA is the one it has, and
-        closing the result changes nothing. `iova`: the caller's own choice. The caller keeps the memory alive until the
-        mapping is closed; `map_buffer` sees to that itself.
+        Memory that is wholly mapped already (part of a block, say) is not mapped again: the result has the IOVA that is
+        there, and holds that mapping until it is closed. `iova`: the caller's own choice. The caller keeps the memory
+        alive until the last mapping of it is closed; `map_buffer` sees to that itself.
 
-        Raises ValueError (misaligned; overlaps what is mapped, or the reserved tail of a block, which would get a
+        Raises ValueError (misaligned; overlaps mapped memory, or the reserved tail of a block, which would get a
         second IOVA when it grows; is mapped already, but for less access), IovaRangeError, IovaOverlapError,
-        PinLimitError, EntryLimitError, IoctlError; RollbackError when what had been mapped could not be unmapped again.
+        PinLimitError, EntryLimitError, IoctlError; VfioError where the space has lost its mappings.
         """
-        return self._map_own(vaddr=vaddr, size=size, iova=iova, read=read, write=write, buffer=None)
+        vaddr, size = check_whole_number(vaddr, "vaddr"), check_whole_number(size, "size")
+        return self._map_fixed(vaddr, size, iova, _access(read=read, write=write), None)
 
+    @making(DmaMapping.close)
     def map_buffer(
         self,
         buffer: Buffer,
         *,
-        iova: int | None = None,
+        iova: SupportsIndex | None = None,
         read: bool = True,
         write: bool = True,
     ) -> DmaMapping:
         """Let the device reach a writable buffer (mmap.mmap, memoryview, numpy array, ctypes array) as `map_dma` does.
 
-        The buffer must begin and end at a page. It stays exported until the mapping is closed, so it can be neither
-        freed nor resized.
+        The buffer must begin and end at a page. It stays exported until the last mapping of it is closed, so it can be
+        neither freed nor resized. A view of a RAM block is released at once: the block itself keeps the part.
         """
         view, vaddr = _export(buffer)
         try:
-            return self._map_own(vaddr=vaddr, size=view.nbytes, iova=iova, read=read, write=write, buffer=view)
+            return self._map_fixed(vaddr, view.nbytes, iova, _access(read=read, write=write), view)
         except BaseException:
-            self._release_unless_held(view)
+            view.release()
             raise
 
-    def _release_unless_held(self, view: memoryview) -> None:
-        """After a map that failed; it is still held where the device may reach it: its unmap failed, too."""
-        if all(mapping._buffer is not view for mapping in self._own_mappings()):
-            view.release()
-
-    def _map_own(
-        self, *, vaddr: int, size: int, iova: int | None, read: bool, write: bool, buffer: memoryview | None
+    def _map_fixed(
+        self, vaddr: int, size: int, iova: SupportsIndex | None, access: int, view: memoryview | None
     ) -> DmaMapping:
+        wanted = None if iova is None else check_whole_number(iova, "iova")
         self._check_extent(vaddr, size)
-        with self._lock:
-            self._check_open()
-            access = _access(read=read, write=write)
-            known = self._known(vaddr, size, iova, access)
-            if known is not None:
-                if buffer is not None:
-                    buffer.release()
-                return DmaMapping(None, vaddr=Vaddr(vaddr), iova=known, size=size, access=access, buffer=None)
-            if iova is None:
-                place = self._reserve(size, alignment=self._alignment(size), offset=vaddr)
-            else:
-                place = self._space.reserve_iova_at(iova, size)
-            mapping = DmaMapping(self, vaddr=Vaddr(vaddr), iova=place, size=size, access=access, buffer=buffer)
-            # Entered first: what a signal handler leaves behind must be known, if only to be unmapped.
-            self._mappings.insert(bisect_right(self._mappings, vaddr, key=lambda m: m.vaddr), mapping)
-            try:
-                self._map(vaddr=vaddr, iova=place, size=size, read=read, write=write)
-            except BaseException as error:
-                self._undo(mapping, error, partial(self._close_mapping, mapping))
-                raise
-        return mapping
+        self.check_open()
+        known = self._known(vaddr, size, wanted, access)
+        if known is not None:
+            return self._hold(known, vaddr, size, view)
+        place = (
+            self._reserve(size, alignment=_alignment(size), offset=vaddr)
+            if wanted is None
+            else self._space.reserve_iova_at(wanted, size)
+        )
+        memory = self._map_own(vaddr, place, size, access, view)
+        self._fixed.insert(bisect_right(self._fixed, vaddr, key=_vaddr), memory)
+        return DmaMapping(self, memory, vaddr=vaddr, size=size, view=None)
 
-    @staticmethod
-    def _undo(mapping: DmaMapping, cause: BaseException, step: Callable[[], None]) -> None:
+    def _hold(self, memory: OwnMemory | Window, vaddr: int, size: int, view: memoryview | None) -> DmaMapping:
+        """Hold memory that is mapped already. Its own view, or the block, keeps it there; else `view` does."""
+        if view is not None and (isinstance(memory, Window) or memory.view is not None):
+            view.release()
+            view = None
+        return DmaMapping(self, memory, vaddr=vaddr, size=size, view=view)
+
+    def _map_own(self, vaddr: int, iova: Iova, size: int, access: int, view: memoryview | None) -> OwnMemory:
+        """Map memory at an IOVA that is reserved, or give the IOVA back."""
         try:
-            step()
-        except Exception as error:
-            if not isinstance(error, OSError | VfioError):
-                raise  # a mistake of this program's, which is not to be taken for a refusal
-            raise RollbackError(
-                f"{mapping!r} could not be made, and its undo failed, too",
-                [as_exception(cause), error],
-                hint="The device may reach that memory: keep it until this mapper is closed, which tries again",
-            ) from cause
+            self._map(vaddr=vaddr, iova=iova, size=size, access=access)
+        except BaseException:
+            self._space.release_iova(iova)
+            raise
+        return OwnMemory(vaddr=Vaddr(vaddr), iova=iova, size=size, access=access, view=view)
 
-    def _known(self, vaddr: int, size: int, iova: int | None, access: int) -> Iova | None:
-        """The IOVA of memory that is mapped whole; ValueError where it is in part, or would be later."""
-        self._forget_unmade(vaddr, size)
-        found = self._find_vaddr(vaddr, size)
-        if found is None:
+    def _known(self, vaddr: int, size: int, iova: int | None, access: int) -> OwnMemory | Window | None:
+        """Find memory that is mapped whole; ValueError where it is mapped in part, or would be later."""
+        memory = self._find(vaddr, size)
+        if memory is None:
             self._check_apart(vaddr, size)
             return None
+        found = memory.iova + vaddr - memory.vaddr
         if iova is not None and iova != found:
             raise ValueError(f"vaddr {vaddr:#x} is mapped at IOVA {found:#x}, so it is not mapped at {iova:#x} as well")
-        if access & ~self._allowed(vaddr, size):
-            raise ValueError(
-                f"the device may not do all that is wanted with what is mapped at IOVA {found:#x} already: close that "
-                "mapping first, or let the block be written"
-            )
-        return found
+        if access & ~memory.access:
+            raise _less_access(found)
+        return memory
 
-    def _allowed(self, vaddr: int, size: int) -> int:
-        """What the device may do with memory that is mapped whole, as `_access` makes it."""
-        mapping = self._own_mapping(vaddr, size)
-        return _access(read=True, write=True) if mapping is None else mapping._access
-
-    def _forget_unmade(self, vaddr: int, size: int) -> None:
-        """What was entered and never mapped: a signal handler has ended its making, and its undo."""
-        for mapping in list(self._mappings):
-            touches = mapping.vaddr < vaddr + size and vaddr < mapping.vaddr + mapping.size
-            if touches and not self._size_at(vaddr=mapping.vaddr, iova=mapping.iova):
-                self._close_mapping(mapping)
+    def _find(self, vaddr: int, size: int) -> OwnMemory | Window | None:
+        """Find memory that is mapped whole, temporary mappings aside."""
+        position = bisect_right(self._fixed, vaddr, key=_vaddr) - 1
+        if position < 0 or vaddr + size > self._fixed[position].vaddr + self._fixed[position].size:
+            return None
+        return self._fixed[position]
 
     def _check_apart(self, vaddr: int, size: int) -> None:
         """ValueError where any of it is mapped."""
-        position = bisect_right(self._mappings, vaddr + size - 1, key=lambda m: m.vaddr) - 1
-        if position >= 0 and self._mappings[position].vaddr + self._mappings[position].size > vaddr:
-            raise ValueError(f"vaddr {vaddr:#x}-{vaddr + size - 1:#x} overlaps {self._mappings[position]!r}")
+        self._check_no_block(vaddr, size)
+        position = bisect_right(self._fixed, vaddr + size - 1, key=_vaddr) - 1
+        if position >= 0 and self._fixed[position].vaddr + self._fixed[position].size > vaddr:
+            raise ValueError(f"vaddr {vaddr:#x}-{vaddr + size - 1:#x} overlaps {self._fixed[position]!r}")
 
+    def _check_no_block(self, vaddr: int, size: int) -> None:
+        """ValueError where any of it is a block's; here there are none."""
+
+    def let_go(self, mapping: DmaMapping, memory: OwnMemory | Window) -> None:
+        """Let go of memory that `mapping` holds, and unmap it where that was the last holder. For DmaMapping.close."""
+        if isinstance(memory, OwnMemory) and memory.holders == 1:
+            self._unmap(memory)
+        memory.let_go(mapping)
+
+    def _unmap(self, memory: OwnMemory) -> None:
+        position = bisect_right(self._fixed, memory.vaddr, key=_vaddr) - 1
+        if position < 0 or self._fixed[position] is not memory:
+            return  # temporary, or unmapped with the mapper
+        self._space.unmap(iova=memory.iova, size=memory.size)
+        del self._fixed[position]
+        self._space.release_iova(memory.iova)
+        memory.release()
+
+    # -------------------------------------------------------------------------------------------- temporary mappings
+
+    @making(DmaMapping.close)
     def map_temporary(self, buffer: Buffer, *, read: bool = True, write: bool = True) -> DmaMapping:
         """Map a buffer for one transfer, at an IOVA from the top down, so that it does not come between blocks.
 
-        Closing the result gives it up, but the kernel's mapping stays until `reset_temporary`, which many share, or
-        until mappings or memory to lock run out: then it is made by itself, and the map tried once more. The buffer
-        stays exported, and within the device's reach, until then. Raises as `map_buffer`.
+        The kernel's mapping, the device's reach and the export of the buffer outlive `close`. They end with
+        `reset_temporary`, or with a later map that finds mappings, memory to lock or IOVA used up: that resets, and
+        tries once more. Memory of a block, or of a fixed mapping, is mapped already: the result has the IOVA that is
+        there, holds it until `close`, and leaves nothing behind. Raises as `map_buffer`.
         """
         view, vaddr = _export(buffer)
         try:
-            self._check_extent(vaddr, view.nbytes)
-            with self._lock:
-                self._check_open()
-                place = self._reserve(view.nbytes, alignment=self._alignment(view.nbytes), offset=vaddr, top_down=True)
-                access = _access(read=read, write=write)
-                mapping = DmaMapping(self, vaddr=vaddr, iova=place, size=view.nbytes, access=access, buffer=view)
-                self._temporary[place] = mapping
-                try:
-                    self._map(vaddr=vaddr, iova=place, size=view.nbytes, read=read, write=write)
-                except BaseException as error:
-                    self._undo(mapping, error, partial(self._unmap_run, [mapping]))
-                    raise
+            return self._map_once(vaddr, view.nbytes, _access(read=read, write=write), view)
         except BaseException:
-            self._release_unless_held(view)
+            view.release()
             raise
-        return mapping
 
+    def _map_once(self, vaddr: int, size: int, access: int, view: memoryview) -> DmaMapping:
+        self._check_extent(vaddr, size)
+        self.check_open()
+        known = self._find(vaddr, size)
+        if known is None:
+            self._check_no_block(vaddr, size)
+        elif not access & ~known.access:
+            return self._hold(known, vaddr, size, view)
+        elif isinstance(known, Window):
+            raise _less_access(known.iova + vaddr - known.vaddr)
+        place = self._reserve(size, alignment=_alignment(size), offset=vaddr, top_down=True)
+        memory = self._temporary[place] = self._map_own(vaddr, place, size, access, view)
+        return DmaMapping(self, memory, vaddr=vaddr, size=size, view=None)
+
+    @guarded
     def reset_temporary(self) -> int:
-        """Unmap all temporary mappings that have been closed; how many are still open, and stay.
+        """Unmap all temporary mappings that have been closed. Return how many are still open, and stay.
 
-        Raises UnmapSizeError or IoctlError; what has not been unmapped stays known. Cost: one unmap for each run of
-        neighbours.
+        Raises UnmapSizeError or IoctlError; mappings that have not been unmapped stay known. Cost: one unmap for each
+        run of neighbours.
         """
-        with self._lock:
-            given_up = sorted(iova for iova, mapping in self._temporary.items() if mapping._mapper is None)
-            while given_up:
-                self._unmap_run(self._take_run(given_up))
-            return len(self._temporary)
+        given_up = sorted(iova for iova, memory in self._temporary.items() if not memory.holders)
+        while given_up:
+            self._unmap_run(self._take_run(given_up))
+        return len(self._temporary)
 
-    def _take_run(self, given_up: list[Iova]) -> list[DmaMapping]:
+    def _take_run(self, given_up: list[Iova]) -> list[OwnMemory]:
         run = [self._temporary[given_up.pop()]]
         while given_up and self._temporary[given_up[-1]].size + given_up[-1] == run[-1].iova:
             run.append(self._temporary[given_up.pop()])
         return run
 
-    def _unmap_run(self, run: list[DmaMapping]) -> None:
-        if any(self._size_at(vaddr=mapping.vaddr, iova=mapping.iova) for mapping in run):
-            self._space.unmap(iova=run[-1].iova, size=sum(mapping.size for mapping in run))
-        for mapping in run:
-            del self._temporary[mapping.iova]
-            self._space.release_iova(mapping.iova)
-            mapping._drop()
+    def _unmap_run(self, run: Sequence[OwnMemory]) -> None:
+        self._space.unmap(iova=run[-1].iova, size=sum(memory.size for memory in run))
+        for memory in run:
+            del self._temporary[memory.iova]
+            self._space.release_iova(memory.iova)
+            memory.release()
 
-    def _close_mapping(self, mapping: DmaMapping) -> None:
-        with self._lock:
-            if mapping._mapper is None or os.getpid() != self._pid:  # another thread was first, or this is a child
-                return
-            if self._temporary.get(mapping.iova) is mapping:
-                mapping._mapper = None
-                return
-            # What the space does not have went with its last group, or in a call that a signal handler ended.
-            if self._size_at(vaddr=mapping.vaddr, iova=mapping.iova):
-                self._space.unmap(iova=mapping.iova, size=mapping.size)
-            position = bisect_right(self._mappings, mapping.vaddr, key=lambda m: m.vaddr) - 1
-            if position >= 0 and self._mappings[position] is mapping:  # else a signal handler ended an earlier close
-                del self._mappings[position]
-                self._space.release_iova(mapping.iova)
-            mapping._drop()
+    # ------------------------------------------------------------------------------------------------ look-ups
 
-    def translate_vaddr(self, vaddr: int, size: int = 1) -> Iova:
-        """The IOVA of `[vaddr, vaddr + size)`, all of which one block or one mapping of the caller's own has mapped.
+    @reading
+    def translate_vaddr(self, vaddr: SupportsIndex, size: SupportsIndex = 1) -> Iova:
+        """Return the IOVA of `[vaddr, vaddr + size)`, all of which one block or one mapping of the caller's own maps.
 
-        Raises LookupError when it has not: the tail of a block behind `used_length` is never found. ValueError: `size`
+        Raises LookupError when it is not: the tail of a block behind `used_length` is never found. ValueError: `size`
         is below 1. Temporary mappings are not looked at. O(log n).
         """
-        _check_size(size)
-        with self._lock:
-            found = self._find_vaddr(vaddr, size)
+        start, length = check_whole_number(vaddr, "vaddr"), _size(size)
+        self.check_open()
+        found = self._find(start, length)
         if found is None:
-            raise LookupError(f"{size:#x} bytes at vaddr {vaddr:#x} are not mapped for the device in one piece")
-        return found
+            raise LookupError(f"{length:#x} bytes at vaddr {start:#x} are not mapped for the device in one piece")
+        return Iova(found.iova + start - found.vaddr)
 
-    def translate_iova(self, iova: int, size: int = 1) -> Vaddr:
-        """Where in this process the device ends up with `[iova, iova + size)`, all of it neighbours here, too.
+    @reading
+    def translate_iova(self, iova: SupportsIndex, size: SupportsIndex = 1) -> Vaddr:
+        """Return the address in this process of `[iova, iova + size)`, all of it neighbours here, too.
 
-        LookupError when it would be stopped; ValueError: `size` is below 1. O(log n) and the number of pieces."""
-        _check_size(size)
-        reached, apart = iova, set()
-        for mapping in self._space.mappings_in(iova=iova, size=size):
+        LookupError when a device would be stopped; ValueError: `size` is below 1. O(log n) and the number of pieces."""
+        start, length = check_whole_number(iova, "iova"), _size(size)
+        self.check_open()
+        reached, apart = start, set()
+        for mapping in self._space.mappings_in(iova=start, size=length):
             if mapping.iova > reached:
                 break
             reached = mapping.iova + mapping.size
             apart.add(mapping.vaddr - mapping.iova)
-        if reached < iova + size or len(apart) != 1:
-            raise LookupError(f"{size:#x} bytes at IOVA {iova:#x} are not mapped for neighbours in this process")
-        return Vaddr(iova + apart.pop())
+        if reached < start + length or len(apart) != 1:
+            raise LookupError(f"{length:#x} bytes at IOVA {start:#x} are not mapped for neighbours in this process")
+        return Vaddr(start + apart.pop())
+
+    @reading
+    def buffers(self) -> list[OwnMemory]:
+        """Return the memory that is mapped besides blocks, temporary mappings that have been closed included."""
+        return [*self._fixed, *self._temporary.values()]
 
     # ------------------------------------------------------------------------------------------------ below
 
-    def _map(self, *, vaddr: int, iova: int, size: int, read: bool = True, write: bool = True) -> None:
+    def _map(self, *, vaddr: int, iova: int, size: int, access: int = READ | WRITE) -> None:
+        read, write = bool(access & READ), bool(access & WRITE)
         try:
             self._space.map(vaddr=vaddr, iova=iova, size=size, read=read, write=write)
         except IoctlError as error:
@@ -354,19 +379,14 @@ class BufferMapper:
             return self._space.reserve_iova(size, alignment=alignment, offset=offset, top_down=top_down)
 
     def _recycle(self, error: IoctlError) -> bool:
-        """Whether it is worth another try: mappings, memory to lock or IOVA ran out, and there were temporary mappings
-        that had been given up."""
+        """Reset temporary mappings where there is too little of something. Return whether another try makes sense."""
         if error.errno not in (errno.ENOSPC, errno.ENOMEM):
             return False
-        if not any(mapping._mapper is None for mapping in self._temporary.values()):
+        if all(memory.holders for memory in self._temporary.values()):
             return False
         logger.debug("recycling temporary mappings: %s", error)
         self.reset_temporary()
         return True
-
-    @staticmethod
-    def _alignment(size: int) -> int:
-        return LARGE_PAGE if size >= LARGE_PAGE else 1
 
     def _check_extent(self, vaddr: int, size: int) -> None:
         if size <= 0 or vaddr < 0 or vaddr + size - 1 > U64_MAX or (vaddr | size) % self._space.page_size:
@@ -375,34 +395,56 @@ class BufferMapper:
                 "0; mmap.mmap(-1, size) and RAM blocks begin at a page, a bytearray or numpy array does not"
             )
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise ClosedError when the mapper is closed, and VfioError when its space has lost all mappings."""
         if self._closed:
             raise ClosedError("this DmaMapper has been closed")
+        if self._space.lost:
+            raise VfioError(
+                "this DmaMapper's address space has lost its last group, and with it all that was mapped",
+                hint="Close the mapper, and make another after a group is attached",
+            )
 
-    def _size_at(self, *, vaddr: int, iova: int) -> int:
-        mapping = self._space.mapping_at(iova)
-        return 0 if mapping is None or (mapping.iova, mapping.vaddr) != (iova, vaddr) else mapping.size
-
-    def _own_mappings(self) -> list[DmaMapping]:
-        with self._lock:
-            return [*self._mappings, *self._temporary.values()]
+    def _unmap_all(self) -> None:
+        """Unmap all that is the caller's own, whoever holds it."""
+        for memory in self._temporary.values():
+            memory.holders = 0
+        steps = [partial(self._unmap, memory) for memory in self._fixed]
+        attempt_all("unmapping buffers", [*steps, self.reset_temporary])
 
     def _check(self) -> None:
-        """The invariant: what is entered here is mapped as it is entered, or not at all."""
-        with self._lock:
-            for mapping in self._mappings:
-                assert self._size_at(vaddr=mapping.vaddr, iova=mapping.iova) in (0, mapping.size), mapping
-            addresses = [mapping.vaddr for mapping in self._mappings]
-            assert addresses == sorted(addresses)
+        """The invariant: memory that is entered here is mapped as it is entered."""
+        for memory in () if self._space.lost or self._space.closed else (*self._fixed, *self._temporary.values()):
+            assert self._space.mapping_at(memory.iova) == (memory.iova, memory.size, memory.vaddr), memory
+        addresses = [memory.vaddr for memory in self._fixed]
+        assert addresses == sorted(addresses)
+        assert all(memory.holders > 0 for memory in self._fixed)
+
+
+def _vaddr(memory: OwnMemory) -> Vaddr:
+    return memory.vaddr
 
 
 def _access(*, read: bool, write: bool) -> int:
-    return read | write << 1
+    return (READ if read else 0) | (WRITE if write else 0)
 
 
-def _check_size(size: int) -> None:
-    if size < 1:
-        raise ValueError(f"a size must be at least 1 byte, not {size}")
+def _alignment(size: int) -> int:
+    return LARGE_PAGE if size >= LARGE_PAGE else 1
+
+
+def _less_access(iova: int) -> ValueError:
+    return ValueError(
+        f"the device may not do all that is wanted with the memory that is mapped at IOVA {iova:#x} already: close "
+        "that mapping first, or let the block be written"
+    )
+
+
+def _size(size: SupportsIndex) -> int:
+    number = check_whole_number(size, "size")
+    if number < 1:
+        raise ValueError(f"a size must be at least 1 byte, not {number}")
+    return number
 
 
 def _export(buffer: Buffer) -> tuple[memoryview, Vaddr]:

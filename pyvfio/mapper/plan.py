@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import math
-import operator
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -29,7 +28,7 @@ from pyvfio.iommu.space import AddressSpace
 from pyvfio.kernel import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE, Kernel, Memlock
 from pyvfio.mapper.policy import Policy
 from pyvfio.memory import locking
-from pyvfio.units import MIB, U64_MAX, Iova, IovaRange, align_up, format_ranges, format_size
+from pyvfio.units import MIB, U64_MAX, Iova, IovaRange, align_up, check_whole_number, format_ranges, format_size
 
 _SAMPLE = 2 * MIB
 _MOST_ADDRESS_SPACE = 1 << 47  # TASK_SIZE on x86-64
@@ -188,7 +187,7 @@ def rehearse(
     Raises ValueError for lengths that can never be right. Cost: populates 2 MiB of memory of its own, to see how long
     that takes.
     """
-    wanted = list(blocks)
+    wanted = [_shape(shape) for shape in blocks]
     _check_all(wanted, policy, space.page_size)
     shortages: list[VfioError] = []
     grown: list[VfioError] = []
@@ -245,10 +244,23 @@ def _reserve(
     return None
 
 
+def _shape(shape: BlockShape | RamBlock) -> BlockShape | RamBlock:
+    """Return `shape`, with lengths that are ints."""
+    if isinstance(shape, RamBlock):
+        return shape
+    if not isinstance(shape, BlockShape):
+        raise TypeError(f"a plan is made of BlockShapes and RamBlocks, in a list, not of {type(shape).__name__}")
+    idstr, used, maximum, iova = shape
+    return BlockShape(
+        idstr,
+        check_whole_number(used, "used_length"),
+        check_whole_number(maximum, "max_length"),
+        None if iova is None else check_whole_number(iova, "iova"),
+    )
+
+
 def _check_all(shapes: Sequence[BlockShape | RamBlock], policy: Policy, page_size: int) -> None:
     for shape in shapes:
-        if not isinstance(shape, BlockShape | RamBlock):
-            raise TypeError(f"a plan is made of BlockShapes and RamBlocks, in a list, not of {type(shape).__name__}")
         _check(shape, policy, page_size)
     names = [shape.idstr for shape in shapes]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -256,7 +268,7 @@ def _check_all(shapes: Sequence[BlockShape | RamBlock], policy: Policy, page_siz
 
 
 def _check(shape: BlockShape | RamBlock, policy: Policy, page_size: int) -> None:
-    used, maximum = operator.index(shape.used_length), operator.index(shape.max_length)
+    used, maximum = shape.used_length, shape.max_length
     if not 0 <= used <= maximum or maximum == 0 or maximum > U64_MAX:
         raise ValueError(
             f"'{shape.idstr}': used_length {used:#x} must be within max_length {maximum:#x}, which must not be 0, nor "

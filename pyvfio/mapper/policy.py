@@ -21,7 +21,7 @@ from typing import Literal, TypeAlias
 
 from pyvfio.errors import GapError
 from pyvfio.extents import Extent, clip, runs, total, without
-from pyvfio.units import align_down, align_up, format_size, is_power_of_two
+from pyvfio.units import align_down, align_up, check_bool, check_whole_number, format_size, is_power_of_two
 
 Step: TypeAlias = tuple[Literal["map", "unmap"], tuple[int, int]]
 """One call: a piece that is mapped, or a run of whole pieces that is unmapped; an Extent, or as plain a pair."""
@@ -30,13 +30,21 @@ Step: TypeAlias = tuple[Literal["map", "unmap"], tuple[int, int]]
 @dataclass(frozen=True, slots=True)
 class Policy:
     """How a block is mapped; see this module. `granule` in bytes, with "extend" only. `allow_gap`: whether bytes that
-    survive a resize may be out of the device's reach for a moment. ValueError for what does not go together."""
+    survive a resize may be out of the device's reach for a moment.
+
+    Raises ValueError for options that exclude each other, TypeError for a value of the wrong class.
+    """
 
     resize: Literal["remap", "extend"] = "remap"
     granule: int | None = None
     allow_gap: bool = True
 
     def __post_init__(self) -> None:
+        check_bool(self.allow_gap, "allow_gap")
+        if self.granule is not None:
+            object.__setattr__(self, "granule", check_whole_number(self.granule, "granule"))
+        if not isinstance(self.resize, str):
+            raise TypeError(f"resize must be 'remap' or 'extend', not {self.resize!r}")
         if self.resize not in ("remap", "extend"):
             raise ValueError(f"resize must be 'remap' or 'extend', not {self.resize!r}")
         if self.resize == "remap" and self.granule is not None:
@@ -44,7 +52,7 @@ class Policy:
         if self.resize == "remap" and not self.allow_gap:
             raise ValueError("resize='remap' unmaps a block each time; allow_gap=False goes with resize='extend'")
         if self.granule is not None and not is_power_of_two(self.granule):
-            raise ValueError(f"a granule must be a power of two, not {self.granule!r}")
+            raise ValueError(f"a granule must be a power of two, not {self.granule:#x}")
 
     def check_length(self, length: int, what: str) -> None:
         """ValueError when granules do not make up `length`."""

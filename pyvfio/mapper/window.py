@@ -13,9 +13,13 @@ from typing import Literal, Protocol
 
 from pyvfio.errors import RollbackError, as_exception
 from pyvfio.extents import Extent, clip, runs, total, without
+from pyvfio.guard import checkpoint
 from pyvfio.iommu.space import AddressSpace, Mapping
 from pyvfio.mapper.policy import Policy, Step, steps
 from pyvfio.units import Iova, Vaddr, format_size
+
+READ, WRITE = 1, 2
+"""What a device may do with memory that is mapped for it."""
 
 
 def _difference(one: Sequence[Extent], other: Sequence[Extent]) -> Extent:
@@ -39,6 +43,13 @@ class _Map(Protocol):
     def __call__(self, *, vaddr: int, iova: int, size: int) -> None: ...
 
 
+class Holder(Protocol):
+    """A mapping of a part of a block, which the block must not lose while the mapping is open."""
+
+    vaddr: Vaddr
+    size: int
+
+
 class Attendant(Protocol):
     """Looks after a change that may take long. What it raises is taken for a refusal, and the change undone."""
 
@@ -52,14 +63,27 @@ class Attendant(Protocol):
 
 
 class Window:
-    """The IOVA of one block, `size` bytes from `iova` on, and what of the block is mapped there.
+    """The IOVA of one block: `size` bytes from `iova` on, and the pieces of the block that are mapped there.
 
-    What is mapped is the space's word alone: a signal handler can raise between the space's change and any note here.
-    `map_piece` makes one mapping, `space` takes mappings away, `attendant` is there when either takes long.
+    The space knows which pieces are mapped; nothing here repeats that. `map_piece` maps one, `space` unmaps, and an
+    `attendant` follows changes that take long. `access`: READ and WRITE, as far as the device may.
+
     Synchronization: none; its mapper serializes calls.
     """
 
-    __slots__ = ("_attendant", "_idstr", "_map_piece", "_policy", "_reached", "_space", "iova", "size", "vaddr")
+    __slots__ = (
+        "_attendant",
+        "_idstr",
+        "_map_piece",
+        "_policy",
+        "_reached",
+        "_space",
+        "access",
+        "holders",
+        "iova",
+        "size",
+        "vaddr",
+    )
 
     def __init__(
         self,
@@ -71,6 +95,7 @@ class Window:
         iova: Iova,
         size: int,
         map_piece: _Map,
+        access: int = READ | WRITE,
         attendant: Attendant | None = None,
     ) -> None:
         self._idstr = idstr
@@ -78,8 +103,10 @@ class Window:
         self._policy = policy
         self._map_piece = map_piece
         self._attendant = attendant
-        # What the last change was to reach; None while one is made, and after one of which not even the undo succeeded.
+        # What the last change has reached; None after one that failed, whose undo may have failed as well.
         self._reached: Sequence[Extent] | None = []
+        self.holders: set[Holder] = set()
+        self.access = access
         self.vaddr = vaddr
         self.iova = iova
         self.size = size
@@ -104,13 +131,31 @@ class Window:
         return Extent(mapping.iova - self.iova, mapping.iova + mapping.size - self.iova)
 
     def resume(self, reached: Sequence[Extent]) -> None:
-        """`reached`, without neighbours, is mapped already."""
+        """Note that `reached`, without neighbours, is mapped already."""
         self._reached = list(reached)
 
     @property
     def settled(self) -> bool:
-        """Whether the last change, or its undo, came to its end."""
+        """Whether the last change succeeded."""
         return self._reached is not None
+
+    def hold(self, holder: Holder) -> None:
+        """Keep the bytes of `holder` mapped until `let_go`, as far as `check_held` is asked before each loss."""
+        self.holders.add(holder)
+
+    def let_go(self, holder: Holder) -> None:
+        """Undo `hold`. Twice is fine."""
+        self.holders.discard(holder)
+
+    def check_held(self, kept: Sequence[Extent]) -> None:
+        """Raise BufferError where an open mapping has bytes outside `kept`, which has no neighbours."""
+        for holder in self.holders:
+            start = holder.vaddr - self.vaddr
+            if not any(run.start <= start and start + holder.size <= run.end for run in kept):
+                raise BufferError(
+                    f"{holder!r} of a part of RAM block '{self._idstr}' is open, and the block would lose bytes of it; "
+                    "close that mapping first"
+                )
 
     def reaches(self, vaddr: int, size: int) -> bool:
         """Whether all of [vaddr, vaddr + size) is mapped, in one piece or in neighbours."""
@@ -120,12 +165,12 @@ class Window:
         return any(run.start <= start and end <= run.end for run in runs(self.pieces(Extent(start, end))))
 
     def change(self, wanted: Sequence[Extent], *, join: bool = False) -> None:
-        """Let exactly `wanted`, which has no neighbours and is the window's from now on, be mapped, in as few pieces as
-        can be with `join`.
+        """Map exactly `wanted`, which has no neighbours and belongs to the window from now on; with `join` in as few
+        pieces as possible.
 
-        Where the last change came to its end, only the difference is looked at, else the whole block. Raises GapError
-        before any call, and what a call raises; then the pieces are as they were. RollbackError when not even that
-        could be reached.
+        Looks at the difference alone where the last change succeeded, else at the whole block. Raises GapError before
+        any call, and the error of a call or of a signal handler at a checkpoint; the pieces are then as before.
+        RollbackError where the undo fails, too.
         """
         region, before, plan = self._plan(wanted, join=join)
         self._reached = None
@@ -134,11 +179,11 @@ class Window:
                 self._attend(self._attendant, plan, without(clip(wanted, *region), *before))
             else:
                 for step in plan:
+                    checkpoint()
                     self._make(step)
         except BaseException as error:
             self._restore(before, region, error)
             raise
-        # Last, so that after an interruption before it the next change looks at the whole block.
         self._reached = wanted
 
     def _plan(self, wanted: Sequence[Extent], *, join: bool) -> tuple[tuple[int, int], list[Extent], list[Step]]:
@@ -162,14 +207,11 @@ class Window:
         for call, (start, end) in plan:
             totals[call] += end - start
         for step in plan:
+            checkpoint()
             self._make(step)
             call, (start, end) = step
             made[call] += end - start
             attendant.report(call, made[call], totals[call])
-
-    def withdraw(self, cause: BaseException) -> None:
-        """Let nothing be mapped, since `cause` keeps the block from coming. RollbackError."""
-        self._restore([], Extent(0, self.size), cause)
 
     def _make(self, step: Step) -> None:
         call, (start, end) = step
@@ -179,7 +221,7 @@ class Window:
             self._map_piece(vaddr=self.vaddr + start, iova=self.iova + start, size=end - start)
 
     def _restore(self, before: Sequence[Extent], region: tuple[int, int], cause: BaseException) -> None:
-        """Piece by piece what there was; every new one is taken away before an old one comes back."""
+        """Have the pieces of `before` again, one by one. All new ones are unmapped before an old one is mapped."""
         now = self.pieces(region)
         new, lost = [piece for piece in now if piece not in before], [piece for piece in before if piece not in now]
         try:
@@ -187,10 +229,10 @@ class Window:
                 self._make(("unmap", run))
             for piece in lost:
                 self._make(("map", piece))
-        except BaseException as error:  # a second KeyboardInterrupt, too: nobody may take the memory back now
+        except Exception as error:
             raise RollbackError(
                 f"a change of what is mapped of RAM block '{self._idstr}' failed, and so did its undo: "
                 f"{format_size(total(lost))} may not be mapped any more, {format_size(total(new))} may still be",
-                [as_exception(cause), as_exception(error)],
+                [as_exception(cause), error],
                 hint="Its memory is kept. Resize it to another length, or remove it",
             ) from cause

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Callable
 
 
 class Exports:
@@ -36,3 +37,10 @@ class Exports:
             return 0
         arrays = (reference() for reference in self._exports)
         return max((ctypes.addressof(array) + len(array) for array in arrays if array is not None), default=0)
+
+    def watch(self, step: Callable[[], object]) -> None:
+        """Have `step` called when each of the live views has gone, in the thread that lets go of the last reference and
+        between any two lines of it, but not at the end of the program."""
+        for reference in self._exports:
+            if (array := reference()) is not None:
+                weakref.finalize(array, step).atexit = False

@@ -15,10 +15,12 @@ import errno
 import mmap
 import os
 import stat
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, TypeVar
 
 from pyvfio.errors import CannotBePinnedWarning, IoctlError, PersistenceWarning
 from pyvfio.kernel import (
@@ -43,6 +45,8 @@ from pyvfio.kernel import (
 )
 from pyvfio.units import PAGE_SIZE, check_bool, check_whole_number, format_size, is_aligned, is_power_of_two
 
+_Answer = TypeVar("_Answer")
+
 _READ_WRITE = PROT_READ | PROT_WRITE
 _NO_WRITING = F_SEAL_WRITE | F_SEAL_FUTURE_WRITE
 _WHAT = {
@@ -53,6 +57,7 @@ _WHAT = {
     stat.S_IFBLK: "a block device",
     stat.S_IFLNK: "a symbolic link",
 }
+_NO_DESCRIPTORS = "Close descriptors, or raise RLIMIT_NOFILE (ulimit -n)"
 _MFD_HUGETLB = 4  # linux/memfd.h
 _MFD_HUGE_SHIFT = 26
 _POOLS = Path("/sys/kernel/mm/hugepages")
@@ -86,7 +91,7 @@ class Memfd:
     def __post_init__(self) -> None:
         if self.hugetlb is None:
             return
-        check_whole_number(self.hugetlb, "hugetlb")
+        object.__setattr__(self, "hugetlb", check_whole_number(self.hugetlb, "hugetlb"))
         if not is_power_of_two(self.hugetlb) or not PAGE_SIZE < self.hugetlb < 1 << 63:
             raise ValueError(f"huge pages have a power of two of bytes above {PAGE_SIZE}, not {self.hugetlb:#x}")
 
@@ -98,7 +103,9 @@ class Memfd:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A regular file of the caller's own, from `offset` on; the descriptor stays the caller's, who keeps it open.
+    """A regular file of the caller's own, from `offset` on.
+
+    The block duplicates the descriptor when it is added. The caller may close `fd` from then on.
 
     `shared`: what is written goes to the file, and what others write is seen. `grow`: the file may be made longer when
     the block grows, which it must be long enough for otherwise. `punch`: what the block gives back is punched out of
@@ -120,7 +127,7 @@ class File:
         if hasattr(self.fd, "fileno"):
             raise TypeError(f"fd must be a descriptor, as fileno() has it, not {self.fd!r}")
         for name in ("fd", "offset"):
-            check_whole_number(getattr(self, name), name)
+            object.__setattr__(self, name, check_whole_number(getattr(self, name), name))
         for name in ("shared", "grow", "punch", "pmem"):
             check_bool(getattr(self, name), name)
         if not 0 <= self.fd < 1 << 31:
@@ -213,7 +220,7 @@ def make_store(kernel: Kernel, kind: MemoryKind, *, idstr: str, max_length: int)
     if isinstance(kind, Received):
         if isinstance(kind.memory, Memfd):
             return _MemfdStore(kernel, kind.memory, idstr, fd=kind.fd)
-        return _FileStore(kernel, replace(kind.memory, fd=kind.fd), max_length)
+        return _FileStore(kernel, kind.memory, max_length, fd=kind.fd)
     if not isinstance(kind, File):
         raise TypeError(f"memory is Anonymous(), Memfd() or File(fd), not {kind!r}")
     return _FileStore(kernel, kind, max_length)
@@ -230,6 +237,13 @@ def _forget(kernel: Kernel, vaddr: int, size: int) -> None:
         kernel.madvise(vaddr, size, MADV_DONTNEED_LOCKED)
 
 
+def _overcommit() -> str:
+    try:
+        return Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip()
+    except OSError:  # the process sees no /proc
+        return ""
+
+
 class _AnonymousStore:
     fd, offset, page_size, protection = -1, 0, PAGE_SIZE, _READ_WRITE
     holds_contents, can_drop, is_own, owned = False, True, True, False
@@ -240,7 +254,7 @@ class _AnonymousStore:
         self.warnings: list[Warning] = []
         self.flags = MAP_PRIVATE | mmap.MAP_ANONYMOUS
         if kind.noreserve:
-            if Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip() == "2":
+            if _overcommit() == "2":
                 raise ValueError("noreserve does nothing where vm.overcommit_memory is 2: the memory is charged anyway")
             self.flags |= MAP_NORESERVE
 
@@ -301,7 +315,7 @@ class _MemfdStore:
             there = sorted(int(path.name.split("-")[1].removesuffix("kB")) << 10 for path in _POOLS.glob("hugepages-*"))
             known = ", ".join(map(format_size, there)) or "none"
             return f"This kernel has no huge pages of {format_size(self.page_size)}; it has: {known}"
-        return "Close descriptors, or raise RLIMIT_NOFILE (ulimit -n)" if error.errno == errno.EMFILE else ""
+        return _NO_DESCRIPTORS if error.errno == errno.EMFILE else ""
 
     def provide(self, start: int, end: int) -> None:
         """fallocate(2): the only call that says whether there is memory, and makes the file as long as it is to be."""
@@ -336,14 +350,24 @@ class _MemfdStore:
 
 
 class _FileStore:
-    is_own, owned = False, False
+    is_own = False
 
-    def __init__(self, kernel: Kernel, kind: File, max_length: int) -> None:
+    def __init__(self, kernel: Kernel, kind: File, max_length: int, *, fd: int | None = None) -> None:
         self._kernel = kernel
         self._kind = kind
-        self.fd, self.offset = kind.fd, kind.offset
+        self.offset = kind.offset
         self.warnings: list[Warning] = []
-        status = self._look()
+        self.owned = fd is None
+        # The caller may close its descriptor, and the number is then another file's.
+        self.fd = self._try("dup", partial(kernel.dup, kind.fd)) if fd is None else fd
+        try:
+            self._examine(max_length)
+        except BaseException:
+            self.close()
+            raise
+
+    def _examine(self, max_length: int) -> None:
+        kind, status = self._kind, self._try("fstat", partial(self._kernel.file_status, self.fd))
         self.page_size = status.block_size if status.file_system == HUGETLBFS_MAGIC else PAGE_SIZE
         can_be_written = status.writable and not status.seals & _NO_WRITING
         self.protection = _READ_WRITE if can_be_written or not kind.shared else PROT_READ
@@ -363,16 +387,16 @@ class _FileStore:
             )
         self.flags = self._flags()
 
-    def _look(self) -> FileStatus:
+    def _try(self, request: str, call: Callable[[], _Answer]) -> _Answer:
         try:
-            return self._kernel.file_status(self.fd)
+            return call()
         except OSError as error:
             raise IoctlError.of(
                 error,
-                f"descriptor {self.fd} could not be looked at: {error.strerror}",
-                request="fstat",
-                arguments={"fd": self.fd},
-                hint="It must be open, and stay so until the block is gone",
+                f"descriptor {self._kind.fd} could not be used: {error.strerror}",
+                request=request,
+                arguments={"fd": self._kind.fd},
+                hint=_NO_DESCRIPTORS if error.errno == errno.EMFILE else "It must be open when the block is added",
             ) from error
 
     def _check_file(self, status: FileStatus) -> None:
@@ -380,9 +404,9 @@ class _FileStore:
         kind = self._kind
         if not stat.S_ISREG(status.mode):
             what = _WHAT.get(stat.S_IFMT(status.mode), "something else, such as an eventfd")
-            raise ValueError(f"descriptor {self.fd} is no regular file, which can be memory, but {what}")
+            raise ValueError(f"descriptor {kind.fd} is no regular file, which can be memory, but {what}")
         if not status.readable:
-            raise ValueError(f"descriptor {self.fd} is open for writing only, or with O_PATH: it cannot be mapped")
+            raise ValueError(f"descriptor {kind.fd} is open for writing only, or with O_PATH: it cannot be mapped")
         if (kind.grow or kind.punch) and not status.writable:
             raise ValueError("the file is open for reading only: it can be neither made longer nor punched")
         if kind.punch and status.seals & _NO_WRITING:
@@ -422,7 +446,8 @@ class _FileStore:
                 )
             )
             return MAP_SHARED
-        self._kernel.munmap(probe, size)
+        with suppress(OSError):  # a page of address space is lost
+            self._kernel.munmap(probe, size)
         return MAP_SHARED_VALIDATE | MAP_SYNC
 
     def provide(self, start: int, end: int) -> None:
@@ -476,8 +501,8 @@ class _FileStore:
                 raise
 
     def close(self) -> None:
-        """It is the caller's, unless another process has handed it over."""
-        if self.owned and self.fd >= 0:
-            fd, self.fd = self.fd, -1
+        """The block's own descriptor; twice is fine."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0 and self.owned:
             with suppress(OSError):
                 self._kernel.close(fd)

@@ -10,18 +10,16 @@ way.
 
 from __future__ import annotations
 
-import _thread
 import ctypes
 import errno
 import logging
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from functools import partial
-from queue import Empty, SimpleQueue
 from typing import Protocol, TypeAlias
 
 from pyvfio.errors import IoctlError
+from pyvfio.guard import checkpoint
 from pyvfio.kernel import MADV_POPULATE_WRITE, Kernel
 from pyvfio.memory.cgroup import memory_room
 from pyvfio.units import MIB, PAGE_SIZE, Vaddr, align_down, check_whole_number, format_size
@@ -31,19 +29,16 @@ logger = logging.getLogger(__name__)
 SLICE = 32 * MIB
 """What one call populates: long enough to be worth a call, short enough for Ctrl-C and for a bar that moves."""
 
-
-_GLANCE = 0.05  # seconds, after which it is looked whether all workers have finished
-
-
 MOST_THREADS = 1024
 """More than this many threads can only be a mistake."""
 
 
-def check_threads(value: object, what: str) -> None:
-    """TypeError and ValueError, with `what` in it, for what is no number of threads."""
-    check_whole_number(value, what)
-    if not isinstance(value, int) or not 0 <= value <= MOST_THREADS:
+def check_threads(value: object, what: str) -> int:
+    """Return `value` as a number of threads. Raises TypeError and ValueError, with `what` in it."""
+    threads = check_whole_number(value, what)
+    if not 0 <= threads <= MOST_THREADS:
         raise ValueError(f"{what} is a number of threads, not {value}, and at most {MOST_THREADS}")
+    return threads
 
 
 class Report(Protocol):
@@ -87,7 +82,7 @@ def check_room(kernel: Kernel, parts: Sequence[tuple[int, int]], *, vaddr: Vaddr
     room = memory_room(kernel)
     if room is None or asked <= room.size:
         return
-    missing = asked - sum(kernel.resident(vaddr + start, end - start) for start, end in parts)
+    missing = asked - _resident(kernel, parts, vaddr)
     if missing > room.size:
         raise IoctlError(
             errno.ENOMEM,
@@ -98,6 +93,15 @@ def check_room(kernel: Kernel, parts: Sequence[tuple[int, int]], *, vaddr: Vaddr
             hint="Raise that limit (MemoryMax= in a systemd unit, --memory for a container), or free memory of the "
             "group; the kernel answers what goes beyond it by killing a process, now or when the memory is touched",
         )
+
+
+def _resident(kernel: Kernel, parts: Sequence[tuple[int, int]], vaddr: int) -> int:
+    """How many bytes have pages already; none where the kernel does not tell."""
+    try:
+        return sum(kernel.resident(vaddr + start, end - start) for start, end in parts)
+    except OSError as error:
+        logger.debug("%#x: the kernel does not tell which pages are there: %s", vaddr, error)
+        return 0
 
 
 def _slices(start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -136,59 +140,20 @@ _Answer: TypeAlias = tuple[int, int, bool]
 
 
 def _made(calls: Sequence[Callable[[], _Answer]], threads: int) -> Generator[_Answer, None, None]:
-    """What the calls return, in the order in which they end."""
+    """Make the calls, by several threads, and yield what they return, in the order in which they end."""
     if threads < 2 or len(calls) < 2:
-        yield from (call() for call in calls)
+        for call in calls:
+            checkpoint()
+            yield call()
         return
-    # A signal handler may raise in the main thread between any two lines. Locks that Python code takes, as those of
-    # concurrent.futures and threading, could then stay taken for ever, and the workers wait for them; what a deque and
-    # a SimpleQueue do, they do in one step. A worker that is started and not counted does no harm when it lives longer:
-    # it populates, which fails where the memory has gone.
-    waiting, answers, finished = deque(calls), SimpleQueue[_Answer | Exception](), deque[None]()
-    started = 0
-    try:
-        while started < min(threads, len(calls)):
-            _thread.start_new_thread(_work, (waiting, answers, finished))
-            started += 1
-        while len(finished) < started or not answers.empty():
-            answer = _next(answers)
-            if isinstance(answer, Exception):
-                raise answer
-            if answer is not None:
-                yield answer
-    finally:
-        waiting.clear()
-        _await(answers, finished, started)
+    from concurrent.futures import ThreadPoolExecutor, as_completed  # noqa: PLC0415 (half the cost of importing pyvfio)
 
-
-def _work(
-    waiting: deque[Callable[[], _Answer]], answers: SimpleQueue[_Answer | Exception], finished: deque[None]
-) -> None:
-    try:
-        while True:
-            answers.put(waiting.popleft()())
-    except IndexError:  # nothing waits
-        pass
-    except Exception as error:
-        answers.put(error)
-    finally:
-        finished.append(None)
-
-
-def _next(answers: SimpleQueue[_Answer | Exception]) -> _Answer | Exception | None:
-    try:
-        return answers.get(timeout=_GLANCE)
-    except Empty:
-        return None
-
-
-def _await(answers: SimpleQueue[_Answer | Exception], finished: deque[None], started: int) -> None:
-    """Until no worker runs any more, whatever a signal handler raises meanwhile; that then."""
-    interruption: BaseException | None = None
-    while len(finished) < started:
+    with ThreadPoolExecutor(min(threads, len(calls))) as workers:
+        made = [workers.submit(call) for call in calls]
         try:
-            _next(answers)
-        except BaseException as error:
-            interruption = error
-    if interruption is not None:
-        raise interruption
+            for each in as_completed(made):
+                checkpoint()
+                yield each.result()
+        finally:
+            for each in made:
+                each.cancel()

@@ -62,7 +62,6 @@ class Reservation:
     """
 
     __slots__ = (
-        "_accessible",
         "_guarded",
         "_held",
         "_kept",
@@ -94,10 +93,7 @@ class Reservation:
         self._kernel = kernel
         self._settings = MemorySettings() if settings is None else settings
         self.max_length = max_length
-        # Each of these is changed on the safe side of the system call it speaks of, so that a signal handler that
-        # raises in between leaves too much zeroing or too many mprotects to do, never too few.
         self._length = 0
-        self._accessible = 0  # known to be readable and writable up to here
         self._touched = 0  # old contents may be found up to here; above _length: not given back
         self._held = 0  # a device may still reach up to here, unless the next shrink says otherwise
         self._kept = False  # a device may reach any of it for ever
@@ -175,52 +171,61 @@ class Reservation:
             raise self._no_space(error, size + alignment - PAGE_SIZE, {"size": size}) from error
         end = whole + size + alignment - PAGE_SIZE
         vaddr = Vaddr(align_up(whole, alignment))
-        head, body, tail = (whole, vaddr), (vaddr, vaddr + size), (vaddr + size, end)
-        ours = [head, body, tail]
+        start = whole
         try:
-            for piece in (head, tail):
-                self._trim(ours, piece)
+            self._trim(whole, vaddr)
+            start = vaddr
+            self._trim(vaddr + size, end)
+            end = vaddr + size
             if self._store.fd >= 0:
-                self._map_file(ours, body)
+                self._map_file(vaddr)
             apply_settings(self._kernel, self._settings, vaddr=vaddr, size=size)
         except BaseException:
-            for start, stop in ours:
-                if start < stop:
-                    self._kernel.munmap(start, stop - start)
+            self._abort(start, end)
             raise
         return vaddr
 
-    def _no_space(self, error: OSError, asked: int, arguments: dict[str, int | str]) -> IoctlError:
+    def _abort(self, start: int, end: int) -> None:
+        """Give the address space back, unless a fixed mapping that failed has taken a part of it away: another thread
+        may have memory there."""
+        reached = start
+        for first, last, permissions in areas(start, end - start):
+            if first > reached or permissions[:3] != "---":
+                break
+            reached = last
+        if reached < end:
+            return
+        try:
+            self._kernel.munmap(start, end - start)
+        except OSError as error:
+            logger.warning("address space %#x-%#x could not be given back: %s", start, end - 1, error)
+
+    def _no_space(
+        self, error: OSError, asked: int, arguments: dict[str, int | str], *, request: str = "mmap"
+    ) -> IoctlError:
         what = f"{format_size(self.max_length)} of address space could not be reserved"
         if error.errno == errno.EAGAIN:
             lock = self._kernel.memlock()
             if not locking.suffices(lock, asked):
                 why = f"{what}: mlockall holds what is to come, and locks address space, too. "
                 return locking.limit_error(
-                    error, lock, asked, kernel=self._kernel, request="mmap", arguments=arguments, why=why
+                    error, lock, asked, kernel=self._kernel, request=request, arguments=arguments, why=why
                 )
         hint = "Choose a smaller max_length, or raise RLIMIT_AS (ulimit -v); a process has 128 TiB at most"
-        return IoctlError.of(error, what, request="mmap", arguments=arguments, hint=hint)
+        return IoctlError.of(error, what, request=request, arguments=arguments, hint=hint)
 
-    def _trim(self, ours: list[tuple[int, int]], piece: tuple[int, int]) -> None:
-        start, end = piece
+    def _trim(self, start: int, end: int) -> None:
         if start == end:
             return
-        ours.remove(piece)  # first: another thread may have memory there as soon as it is unmapped
         try:
             self._kernel.munmap(start, end - start)
-        except OSError:
-            ours.append(piece)
-            raise
+        except OSError as error:
+            raise self._no_space(error, end - start, {"vaddr": start, "size": end - start}, request="munmap") from error
 
-    def _map_file(self, ours: list[tuple[int, int]], body: tuple[int, int]) -> None:
-        vaddr = body[0]
-        ours.remove(body)  # a fixed mapping that fails may have taken it away, and another thread may have memory there
+    def _map_file(self, vaddr: int) -> None:
         try:
             self._map_inaccessible(vaddr, 0, self.max_length)
         except OSError as error:
-            if self._is_intact(*body):
-                ours.append(body)
             raise IoctlError.of(
                 error,
                 f"descriptor {self._store.fd} could not be mapped",
@@ -229,19 +234,6 @@ class Reservation:
                 hint="It must be of a file that can be mapped; one that is sealed against writing, kernels before 6.7 "
                 "map only where it is open for reading only",
             ) from error
-        except BaseException:
-            ours.append(body)
-            raise
-        ours.append(body)
-
-    @staticmethod
-    def _is_intact(start: int, end: int) -> bool:
-        reached = start
-        for first, last, permissions in areas(start, end - start):
-            if first > reached or permissions != "---p":
-                return False
-            reached = last
-        return reached >= end
 
     def _map_inaccessible(self, vaddr: int, start: int, end: int) -> None:
         try:
@@ -277,11 +269,14 @@ class Reservation:
         self._length = length
 
     def resume(self, length: int) -> None:
-        """Make `[0, length)` usable, whose pages are in the file already as another process has left them. OSError."""
-        self._touched = length
+        """Make `[0, length)` usable, whose pages are in the file already as another process has left them. Raises
+        IoctlError."""
         if length:
-            self._kernel.mprotect(self.vaddr, length, self._store.protection)
-        self._accessible = self._length = length
+            try:
+                self._kernel.mprotect(self.vaddr, length, self._store.protection)
+            except OSError as error:
+                raise self._no_memory(error, "mprotect", 0, length) from error
+        self._touched = self._length = length
 
     def own(self) -> None:
         """Close the descriptor with it."""
@@ -292,23 +287,19 @@ class Reservation:
         self._store.owned = False
 
     def _open_up(self, length: int) -> None:
-        start, touched = self._accessible, self._touched
-        if start >= length:  # a grow to there was interrupted after it had come this far
-            return
+        start = self._length
         if self._unsettled is not None:
             self._settle(length)
         try:
-            self._touched = max(touched, length)
             if self._store.fd >= 0:
                 self.provide(start, length)
             self._kernel.mprotect(self.vaddr + start, length - start, self._store.protection)
-        except IoctlError:
-            self._unprovide(touched, length)
-            raise
         except OSError as error:
-            self._unprovide(touched, length)
+            self._unprovide(length)
+            if isinstance(error, IoctlError):
+                raise
             raise self._no_memory(error, "mprotect", start, length) from error
-        self._accessible = length
+        self._touched = max(self._touched, length)
 
     def activate_whole(self, provided: int) -> None:
         """Make all of `max_length` usable where nothing is yet, with pages at least up to `provided`.
@@ -321,17 +312,15 @@ class Reservation:
         if self._length:
             raise ValueError(f"{self._length:#x} bytes are active already")
         anonymous = self._store.fd < 0
-        self._touched = self.max_length
-        self._guarded = not anonymous
         try:
             self._store.extend(self.max_length)
             self._store.provide(0, provided)
             self._kernel.mprotect(self.vaddr, self.max_length + (PAGE_SIZE if anonymous else 0), self._store.protection)
         except OSError as error:
-            self._guarded = True
-            self._unprovide(0, self.max_length)
+            self._unprovide(self.max_length)
             raise self._no_memory(error, "mprotect", 0, self.max_length) from error
-        self._length = self._accessible = self.max_length
+        self._guarded = not anonymous
+        self._length = self._touched = self.max_length
 
     def provide(self, start: int, end: int) -> None:
         """Have pages behind `[start, end)` where the kind of memory lets that be asked for. Raises IoctlError."""
@@ -340,15 +329,14 @@ class Reservation:
         except OSError as error:
             raise self._no_memory(error, "fallocate", start, end) from error
 
-    def _unprovide(self, touched: int, length: int) -> None:
-        """What a grow that failed has provided goes; what was retained before it stays."""
-        if touched < length and self._store.fd >= 0 and self._store.is_own:
+    def _unprovide(self, length: int) -> None:
+        """Give back the pages that a failed grow has provided, but for those that were retained before."""
+        if self._touched < length and self._store.fd >= 0 and self._store.is_own:
             try:
-                self._store.give_back(touched, length)
+                self._store.give_back(self._touched, length)
             except OSError as error:
                 logger.debug("%#x keeps pages of a grow that failed: %s", self.vaddr, error)
-                return  # they are zeroed before they are seen
-        self._touched = touched
+                self._touched = length  # so that they are zeroed before they are seen
 
     def _no_memory(self, error: OSError, request: str, start: int, end: int) -> IoctlError:
         number = error.errno or 0
@@ -382,7 +370,7 @@ class Reservation:
         if not 0 <= length < self._length:
             raise ValueError(f"cannot deactivate down to {length:#x} bytes: {self._length:#x} are active")
         end = self._touched
-        self._length = self._accessible = length
+        self._length = length
         if self._kept:
             return
         self._held = min(self._held, length)
@@ -462,7 +450,12 @@ class Reservation:
         if not 0 <= length <= self._length:
             raise ValueError(f"cannot retain from {length:#x} on: {self._length:#x} bytes are active")
         self._held = self._touched
-        self._length = self._accessible = length
+        self._length = length
+
+    def let_go(self) -> None:
+        """Say that no device reaches more of it than it was told of, whatever an earlier failure had left."""
+        if not self._kept:
+            self._held = 0
 
     def keep(self) -> None:
         """Never give anything back from now on, not by `release` either: a device may reach any of it for ever."""
@@ -505,18 +498,9 @@ class Reservation:
             self._store.close()  # its memory stays for as long as it is mapped
         if self.vaddr == 0 or self._kept:
             return
-        # First: once it is unmapped it may be another's, and must not be unmapped again.
-        vaddr = Vaddr(self.vaddr)
+        self._kernel.munmap(self.vaddr, self.max_length + PAGE_SIZE)
         self.vaddr = Vaddr(0)
-        try:
-            self._kernel.munmap(vaddr, self.max_length + PAGE_SIZE)
-        except OSError:
-            self.vaddr = vaddr
-            raise
-        except BaseException:  # a signal handler: whether it went nobody knows, so that nobody may unmap it again
-            self._store.close()
-            raise
-        self._length = self._accessible = self._touched = self._held = 0
+        self._length = self._touched = self._held = 0
         self._store.close()
 
     def abandon(self) -> None:
@@ -535,7 +519,7 @@ class Reservation:
         assert is_aligned(self.vaddr, ALIGNMENT)
         if not self.vaddr:
             return
-        assert 0 <= self._length <= self._accessible <= self._touched <= self.max_length
+        assert 0 <= self._length <= self._touched <= self.max_length
         assert self._guarded or self._touched == self.max_length
         reached = int(self.vaddr)
         shared = "s" if self._store.flags & 1 else "p"
@@ -544,8 +528,8 @@ class Reservation:
             first = max(start, self.vaddr)  # it merges with what lies before and is alike
             assert first == reached, hex(reached)
             reached = end
-            # Between the two stands what a shrink could not give back, or a grow was interrupted in.
-            assert permissions == usable or first >= self.vaddr + self._accessible, (hex(start), permissions)
+            # Between the two is memory that a shrink could not give back.
+            assert permissions == usable or first >= self.vaddr + self._length, (hex(start), permissions)
             inside = end <= self.vaddr + self._touched or not self._guarded
             assert permissions[:3] == "---" or inside, (hex(end), permissions)
         assert reached >= self.vaddr + self.max_length + PAGE_SIZE, hex(reached)

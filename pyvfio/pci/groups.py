@@ -77,9 +77,19 @@ def holders_of(kernel: Kernel, path: Path, *, proc: Path = PROC) -> tuple[Holder
     except OSError:
         return ()
     pids = sorted(int(name) for name in list_names(proc) if name.isdigit())
+    here = _this_process(proc)
     return tuple(
-        Holder(pid, read_text(proc / str(pid) / "comm") or "?") for pid in pids if _holds(proc, pid, path, wanted)
+        Holder(pid, read_text(proc / str(pid) / "comm") or "?", is_this_process=pid == here)
+        for pid in pids
+        if _holds(proc, pid, path, wanted)
     )
+
+
+def _this_process(proc: Path) -> int:
+    """The pid as that /proc counts, which may be of another namespace; 0 where it does not say."""
+    with suppress(OSError, ValueError):
+        return int(os.readlink(proc / "self"))
+    return 0
 
 
 def _holds(proc: Path, pid: int, path: Path, wanted: tuple[int, ...]) -> bool:

@@ -51,8 +51,11 @@ class PciDevice:
 def parse_bdf(text: str) -> str:
     """The canonical address of a PCI function: `0000:00:02.0`, lower case, with its domain (0000 where none is given).
 
-    Raises ValueError for anything else. Domains may have more than four digits, as those behind Intel VMD do.
+    Raises ValueError for any other text, TypeError for no text. Domains may have more than four digits, as those behind
+    Intel VMD do.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"a PCI address is text, such as '0000:00:02.0', not {type(text).__name__}")
     match = _BDF.fullmatch(text.strip().lower())
     if match is None:
         raise ValueError(

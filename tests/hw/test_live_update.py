@@ -25,7 +25,6 @@ import pyvfio
 from pyvfio import HandOver, Memfd, TakenOver, hand_over, ioctls, take_over
 from pyvfio.kernel import IoctlArgument, Kernel, LinuxKernel, Registers
 from pyvfio.testing.edu import Edu
-from pyvfio.testing.fake import FakeKernel
 from pyvfio.testing.probe import DmaProbe, pattern
 from pyvfio.testing.under_fire import Copies, copy_meanwhile
 from pyvfio.testing.world import LinuxWorld, World
@@ -39,7 +38,7 @@ USED = 4 * MIB
 
 def duplicate(kernel: Kernel, fd: int) -> int:
     """A descriptor of the same open file."""
-    return kernel.duplicate(fd) if isinstance(kernel, FakeKernel) else os.dup(fd)
+    return kernel.dup(fd)
 
 
 class _Bar:

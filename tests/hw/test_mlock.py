@@ -148,7 +148,7 @@ def test_a_block_is_made_and_shrinks_in_what_room_the_limit_leaves_it(
                 block = unmapped.add("ring", used_length=36 * MIB, max_length=36 * MIB, memory=memory)
                 ctypes.memset(block.vaddr, 1, 36 * MIB)
                 block.resize(MIB)
-                assert (resident(block), block._memory.retained) == (MIB, 0)
+                assert (resident(block), block.state.memory.retained) == (MIB, 0)
                 assert locked(block) == {True}
 
     inside(test)

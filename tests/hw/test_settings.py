@@ -73,7 +73,7 @@ def life(block: RamBlock) -> Iterator[str]:
         ("full", lambda: block.resize(LONGEST)),
         ("shorter", lambda: block.resize(10 * MIB)),
     ]
-    if block._memory.can_drop:
+    if block.state.memory.can_drop:
         steps[3:3] = [
             ("discarded", lambda: block.discard(2 * MIB, 6 * MIB)),
             ("populated in part", lambda: block.populate(4 * MIB, 2 * MIB)),

@@ -29,7 +29,7 @@ class Listener:
         self._journal = journal
 
     def _turn(self, block: RamBlock, length: int) -> None:
-        assert length <= block._memory.length, "a listener was told of bytes that are no memory"
+        assert length <= block.state.memory.length, "a listener was told of bytes that are no memory"
         if block.idstr in self._truth:
             model = self._truth[block.idstr]
             assert block.used_length == len(model.contents), "the block has changed before all were told"

@@ -26,53 +26,40 @@ _MUTANTS = (
     # A descriptor stays open: the container's, the device's, the group's.
     Mutant(
         "Container.__init__",
-        "            self._iommu_type = self._choose(iommu_type)\n"
-        "        except BaseException:\n            self._close_fd()\n            raise\n",
-        "            self._iommu_type = self._choose(iommu_type)\n        except BaseException:\n            raise\n",
+        "            self._iommu_type = self._choose(wanted)\n"
+        "        except BaseException:\n            self.close_fd()\n            raise\n",
+        "            self._iommu_type = self._choose(wanted)\n        except BaseException:\n            raise\n",
         "open",
     ),
     Mutant(
         "Device.__init__",
         "            self.info = self._get_info()\n"
-        "        except BaseException:\n            self._close_fd()\n            raise\n",
+        "        except BaseException:\n            self.close_fd()\n            raise\n",
         "            self.info = self._get_info()\n        except BaseException:\n            raise\n",
         "open",
     ),
-    Mutant("open_device", "            undo.callback(group.close)\n", "", "open"),
-    # The undo is registered when it is too late.
-    Mutant(
-        "open_device",
-        "            undo.callback(group.close)\n            container.attach(group)\n",
-        "            container.attach(group)\n            undo.callback(group.close)\n",
-        "open",
-    ),
+    Mutant("_open_in", "        close_now(group)\n        raise\n", "        raise\n", "open"),
+    Mutant("open_device", "            close_now(container)\n            raise\n", "            raise\n", "open"),
+    Mutant("Container.open_group", "            group.close_fd()\n            raise\n", "            raise\n", "open"),
     # A group that could not be attached stays inside, or nobody hears that it would not leave.
     Mutant(
         "Container.attach",
-        "                attempt(group.unset_container, failures)\n                if failures",
-        "                if failures",
+        "            attempt(group.unset_container, failures)\n            if failures",
+        "            if failures",
         "open",
     ),
     Mutant(
         "Container.attach",
-        "                attempt(group.unset_container, failures)\n                if failures",
-        "                group.unset_container()\n                if failures",
+        "            attempt(group.unset_container, failures)\n            if failures",
+        "            group.unset_container()\n            if failures",
         "open",
     ),
     # ----------------------------------------------------------------------------------------------------------- add
     # Memory is given back though a device may still reach it.
-    Mutant(
-        "RamBlockList._abandon",
-        "if isinstance(error, REACH_UNKNOWN) or not settled:\n            block._memory.keep()",
-        "if False:\n            pass",
-        "add",
-    ),
+    Mutant("RamBlockList._begin", "                block.state.keep()\n", "                pass\n", "add"),
     # Address space, and IOVA, of a block that did not come.
     Mutant(
-        "RamBlockList._add",
-        "            self._abandon(block, error, settled=change.settled)\n            raise\n",
-        "            raise\n",
-        "add",
+        "RamBlockList._begin", "            block.state.release()\n            raise\n", "            raise\n", "add"
     ),
     Mutant(
         "DmaMapper.ram_block_added",
@@ -80,25 +67,15 @@ _MUTANTS = (
         "                raise\n",
         "add",
     ),
-    Mutant(
-        "Reservation._reserve",
-        "            for start, stop in ours:\n                if start < stop:\n"
-        "                    self._kernel.munmap(start, stop - start)\n            raise\n",
-        "            raise\n",
-        "add",
-    ),
-    # A mapping that a signal handler kept from being entered.
+    Mutant("Reservation._reserve", "            self._abort(start, end)
+", "", "add"),
+    # A mapping that the kernel refused is in the table.
     Mutant(
         "Container.map",
-        "            except BaseException:\n"
-        "                self._withdraw(vaddr=vaddr, iova=iova, size=size)\n                raise\n",
-        "            except BaseException:\n                raise\n",
-        "add",
-    ),
-    Mutant(
-        "Container._withdraw",
-        "            self._table.add(iova=iova, size=size, vaddr=vaddr)  # so that nobody",
-        "            # so that nobody",
+        "        self._map_dma(vaddr, iova, size, bool(read) * _READ | bool(write) * _WRITE)\n"
+        "        self.table.add(iova=iova, size=size, vaddr=vaddr)\n",
+        "        self.table.add(iova=iova, size=size, vaddr=vaddr)\n"
+        "        self._map_dma(vaddr, iova, size, bool(read) * _READ | bool(write) * _WRITE)\n",
         "add",
     ),
     # A mapper that does not come leaves its claim.
@@ -111,25 +88,23 @@ _MUTANTS = (
     # ---------------------------------------------------------------------------------------------------------- grow
     # The device is told before the memory is there.
     Mutant(
-        "RamBlockList._grow",
-        "            self._activate(block, old, new)\n            self._commit(event, self._notifiers)\n",
-        "            self._commit(event, self._notifiers)\n            self._activate(block, old, new)\n",
+        "BlockState.grow",
+        "                self.memory.activate(length)\n                self._populate(old, length)\n"
+        "            self._relabel(length, tell)\n",
+        "                self._relabel(length, tell)\n                self.memory.activate(length)\n",
         "grow",
     ),
-    # What a failed grow had activated stays.
-    Mutant(
-        "RamBlockList._grow",
-        "                block._give_back()\n            raise\n",
-        "                pass\n            raise\n",
-        "grow",
-    ),
+    # Memory that a failed grow has activated stays.
+    Mutant("BlockState.grow", "            self._take_back()\n            raise\n", "            raise\n", "grow"),
     # It goes though a device may still reach it.
     Mutant(
-        "RamBlockList._grow",
-        "            raise  # and retain: a device may still reach it\n",
-        "            block._give_back()\n            raise\n",
+        "BlockState.grow",
+        "                self.memory.retain(old)  # a device",
+        "                self._take_back()  # a device",
         "grow",
     ),
+    # Memory that a failed undo has kept stays so after the next resize.
+    Mutant("BlockState._relabel", "        self.memory.let_go()\n", "", "grow"),
     # What comes back is not zeroed.
     Mutant(
         "Reservation.activate",
@@ -147,61 +122,34 @@ _MUTANTS = (
     # -------------------------------------------------------------------------------------------------------- shrink
     # Memory goes before the device has lost it.
     Mutant(
-        "RamBlockList._shrink",
-        "        self._commit(Resized(block, old, new), self._notifiers[::-1])\n        try:\n"
-        "            block._memory.deactivate(new)\n",
-        "        try:\n            block._memory.deactivate(new)\n"
-        "            self._commit(Resized(block, old, new), self._notifiers[::-1])\n",
+        "BlockState.shrink",
+        "        self._relabel(length, tell)\n",
+        "        self.memory.deactivate(length)\n        self._relabel(length, tell)\n        return None\n",
         "shrink",
     ),
     # How much the kernel says it unmapped is not looked at.
-    Mutant("Container._unmap_exactly", "        if unmapped != size:\n", "        if unmapped > size:\n", "shrink"),
-    # A mapping that the kernel refused to unmap is forgotten; one that it unmapped is not.
-    Mutant(
-        "Container._unmap_exactly",
-        "        unmapped = self.unmap_dma(iova=iova, size=size, bitmap=bitmap)\n",
-        "        self._table.discard(iova=iova, size=size)\n"
-        "        unmapped = self.unmap_dma(iova=iova, size=size, bitmap=bitmap)\n",
-        "shrink",
-    ),
+    Mutant("Container.unmap", "        if unmapped == size:\n", "        if unmapped <= size:\n", "shrink"),
+    # A mapping that the kernel refused to unmap is forgotten, or one of which it unmapped nothing.
     Mutant(
         "Container.unmap",
-        "                    if self.unmap_dma(iova=iova, size=size) in (0, size) and whole:\n"
-        "                        self._table.discard(iova=iova, size=size)\n",
-        "                    self.unmap_dma(iova=iova, size=size)\n",
+        "        unmapped = self._unmap_dma(iova, size, 0, bitmap)\n",
+        "        self.table.discard(iova=iova, size=size)\n        unmapped = self._unmap_dma(iova, size, 0, bitmap)\n",
         "shrink",
     ),
+    Mutant("Container._is_gone", "error.errno == errno.ENOENT", "error.errno == errno.EINVAL", "shrink"),
     # A failure to give memory back is taken for a failure of the shrink.
-    Mutant(
-        "RamBlockList._shrink",
-        "            block._memory.deactivate(new)\n        except OSError as error:\n            return error\n",
-        "            block._memory.deactivate(new)\n        except OSError:\n            block._used_length = old\n"
-        "            raise\n",
-        "shrink",
-    ),
+    Mutant("BlockState.shrink", "            return error\n", "            raise error\n", "shrink"),
     # ------------------------------------------------------------------------------------------------------- discard
     # Pages are dropped before the device has lost them; what is discarded is noted before all have agreed.
     Mutant(
-        "discard",
-        "    with guard.require_coordinated():\n",
-        "    with guard.require_coordinated():\n        block._memory.drop(*parts[0])\n",
-        "discard",
-    ),
-    Mutant(
-        "discard",
-        "discarded, stale),\n        rollback=partial(block._set_discarded, block._discarded, block._stale),\n",
-        "discarded, stale),\n        rollback=partial(block._set_discarded, discarded, stale),\n",
+        "BlockState.discard",
+        "        tell(commit)\n",
+        "        self.memory.drop(*parts[0])\n        tell(commit)\n",
         "discard",
     ),
-    # What could not be dropped is forgotten before it was tried.
-    Mutant(
-        "_drop_stale",
-        "        try:\n            block._memory.drop(*part)\n        except OSError as error:\n"
-        "            failures.append(error)\n        block._stale = left\n",
-        "        block._stale = left\n        try:\n            block._memory.drop(*part)\n"
-        "        except OSError as error:\n            failures.append(error)\n",
-        "discard",
-    ),
+    Mutant("BlockState.discard", "        tell(commit)\n", "        commit()\n        tell(lambda: None)\n", "discard"),
+    # The claim of a discard that is refused stays.
+    Mutant("discard", "        close_now(claim)\n", "        pass\n", "discard"),
     # It is neither dropped nor written.
     Mutant(
         "Reservation._zero",
@@ -211,16 +159,9 @@ _MUTANTS = (
     ),
     # ------------------------------------------------------------------------------------------------------ populate
     Mutant(
-        "populate",
-        "discarded, block._stale),\n        rollback=partial(block._set_discarded, block._discarded, block._stale),\n",
-        "discarded, block._stale),\n        rollback=partial(block._set_discarded, discarded, block._stale),\n",
-        "populate",
-    ),
-    # What a signal handler kept a discard from is seen again.
-    Mutant(
-        "populate",
-        "    _drop_stale(block, wanted)  # what a signal handler kept a discard from\n",
-        "",
+        "BlockState.populate",
+        "            tell(commit)\n",
+        "            commit()\n            tell(lambda: None)\n",
         "populate",
     ),
     # ------------------------------------------------------------------------------------------------- replace pages
@@ -236,10 +177,9 @@ _MUTANTS = (
     # -------------------------------------------------------------------------------------------------------- remove
     # Memory goes before the device has lost it.
     Mutant(
-        "RamBlockList._remove",
-        "        blocks = tuple(other for other in self._blocks if other is not block)\n",
-        "        block._memory.release()\n"
-        "        blocks = tuple(other for other in self._blocks if other is not block)\n",
+        "RamBlockList.remove",
+        "            tell_all(Removed(block), self._notifiers, commit)\n            block.state.release()\n",
+        "            block.state.release()\n            tell_all(Removed(block), self._notifiers, commit)\n",
         "remove",
     ),
     # IOVA goes before the mapping.
@@ -257,8 +197,8 @@ _MUTANTS = (
     # A notifier that refuses to go is told nothing any more.
     Mutant(
         "RamBlockList._replay",
-        "partial(self._set_notifiers, notifiers), partial(self._set_notifiers, before))",
-        "partial(self._set_notifiers, notifiers), partial(self._set_notifiers, notifiers))",
+        "        tell_each(notifier",
+        "        self._set_notifiers(notifiers)\n        tell_each(notifier",
         "remove",
     ),
     # ------------------------------------------------------------------------------------------------- temporary map
@@ -311,40 +251,33 @@ _MUTANTS = (
     ),
     # A descriptor is closed twice where closing reports an error.
     Mutant(
-        "Handle._close_fd",
-        "        fd, self._fd = self._fd, -1  # first: a descriptor is gone even when close(2) reports an error\n"
-        "        self._kernel.close(fd)\n",
-        "        self._kernel.close(self._fd)\n        self._fd = -1\n",
+        "Handle.close_fd",
+        "        fd = self.release_fd()\n        if fd >= 0:\n            self._kernel.close(fd)\n",
+        "        self._kernel.close(max(self._fd, self._aside))\n        self.release_fd()\n",
         "close",
     ),
     # The device may still do DMA while the mappings go.
     Mutant(
         "Device.close",
-        "        steps += [partial(self._set_command, PCI_COMMAND_MASTER, on=False), *([self.reset]",
-        "        steps += [*([self.reset]",
+        "            steps += [self._stop_dma, *([self.reset]",
+        "            steps += [*([self.reset]",
         "close",
     ),
     # The interrupts' descriptors.
     Mutant(
-        "Irq.disable",
-        '        attempt_all(f"disabling {self._name}", [stop, '
-        "*(partial(self._device.kernel.close, fd) for fd in fds)])\n",
-        "        stop()\n        for fd in fds:\n            self._device.kernel.close(fd)\n",
+        "_Eventfds.close",
+        '        attempt_all("closing eventfds", [partial(self._kernel.close, fd) for fd in fds if fd >= 0])\n',
+        "        for fd in fds:\n            self._kernel.close(fd)\n",
         "close",
     ),
     # Mappings that are left go with the last group, unseen; and are taken for mapped when they are gone.
     Mutant(
-        "Container._let_go",
-        "                attempt(self._unmap_everything, failures)  # the kernel would",
-        "                pass  # the kernel would",
-        "close",
-    ),
-    Mutant(
-        "Container._let_go",
-        "                self._table.clear()  # whatever could not be unmapped went now\n",
+        "Container.close",
+        "                attempt(self._unmap_everything, failures)\n",
         "                pass\n",
         "close",
     ),
+    Mutant("Container.note_left", "            self.table.clear()\n", "            pass\n", "close"),
 )
 
 

@@ -30,13 +30,13 @@ _MUTANTS = (
     # There are no pages behind what is used: a touch is SIGBUS where the machine has none.
     Mutant("Reservation.activate_whole", "            self._store.provide(0, provided)\n", "", "whole block"),
     Mutant(
-        "RamBlockList._relabel",
-        "            block._memory.provide(old, new)  # it may have",
-        "            # it may have",
+        "BlockState.grow",
+        "                self.memory.provide(old, length)  # a block that",
+        "                # a block that",
         "whole block",
     ),
     # What comes back is not zeroed.
-    Mutant("RamBlockList._relabel", "            block._memory.clear(old, new)\n", "", "whole block"),
+    Mutant("BlockState.grow", "                self.memory.clear(old, length)\n", "", "whole block"),
     # ------------------------------------------------------------------------------------------------------- dirty log
     # What the kernel forgets as it tells is not dirty when the telling fails.
     Mutant(
@@ -70,13 +70,13 @@ _MUTANTS = (
     ),
     # -------------------------------------------------------------------------------------------------- pages replaced
     # The newest lets go first.
-    Mutant("remap", "        tell_all(told[::-1], [event]", "        tell_all(told, [event]", "pages replaced"),
+    Mutant("remap", "tell_all(event, told[::-1], replace)", "tell_all(event, told, replace)", "pages replaced"),
     # A granule is cut.
     Mutant("DmaMapper.ram_block_remapping", "*self._policy.round_out(parts)", "*parts", "pages replaced"),
     # ------------------------------------------------------------------------------------------------------- hand-over
     # It is not known whether addresses were given up when a signal handler ends the call.
     Mutant(
-        "HandOver._begin",
+        "HandOver.begin",
         "            self._given_up = True\n            give_up_all(container)\n",
         "            give_up_all(container)\n            self._given_up = True\n",
         "hand-over",
@@ -93,7 +93,7 @@ _MUTANTS = (
     # After a cancel that the kernel has refused the container can be used, and closed, though mappings wait.
     Mutant(
         "HandOver._restore",
-        "            for handle in handles:\n                handle._set_aside()\n            raise\n",
+        "            for handle in handles:\n                handle.set_aside()\n            raise\n",
         "            raise\n",
         "hand-over",
     ),
@@ -108,8 +108,8 @@ _MUTANTS = (
     Mutant("take_over", "        taking.give_back(error)\n        raise\n", "        raise\n", "hand-over"),
     Mutant(
         "_Taking.give_back",
-        "            block._memory.disown()\n",
-        "            block._memory.own()\n",
+        "            block.state.memory.disown()\n",
+        "            block.state.memory.own()\n",
         "hand-over",
     ),
     # An address that was just told is not known to have been.
@@ -122,15 +122,15 @@ _MUTANTS = (
     # Memory under a live view goes.
     Mutant(
         "HandOver.finish",
-        "                block._check_views(0)\n            for device",
+        "                block.state.check_views(0)\n            for device",
         "                pass\n            for device",
         "hand-over",
     ),
     # The memory of blocks stays mapped in a process that has them no more.
     Mutant(
         "HandOver._forget",
-        "steps += [self._blocks._forget, partial(self._blocks._resume, self)]",
-        "steps += [partial(self._blocks._resume, self)]",
+        "steps += [self._blocks.forget, partial(self._blocks.resume, self)]",
+        "steps += [partial(self._blocks.resume, self)]",
         "hand-over",
     ),
 )

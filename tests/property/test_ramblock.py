@@ -39,14 +39,14 @@ class Follower:
     def ram_block_added(self, block: RamBlock, used_length: int, max_length: int) -> None:
         """A block has come."""
         assert block.idstr not in self.known
-        assert used_length <= block._memory.length
+        assert used_length <= block.state.memory.length
         assert max_length == block.max_length
         self._turn()
         self.known[block.idstr] = used_length
 
     def ram_block_removed(self, block: RamBlock, used_length: int, max_length: int) -> None:
         """A block goes."""
-        assert self.known[block.idstr] == used_length <= block._memory.length
+        assert self.known[block.idstr] == used_length <= block.state.memory.length
         assert max_length == block.max_length
         self._turn()
         del self.known[block.idstr]
@@ -54,7 +54,7 @@ class Follower:
     def ram_block_resized(self, block: RamBlock, old_length: int, new_length: int) -> None:
         """A block changes."""
         assert self.known[block.idstr] == old_length
-        assert max(old_length, new_length) <= block._memory.length
+        assert max(old_length, new_length) <= block.state.memory.length
         self._turn()
         self.known[block.idstr] = new_length
 

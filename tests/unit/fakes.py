@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Self, TypeVar
 
 import pyvfio
@@ -43,13 +44,18 @@ class Interrupt(BaseException):
     """What a signal handler raises; like KeyboardInterrupt no Exception."""
 
 
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Handle a signal by raising."""
+    raise Interrupt
+
+
 class SpecialKernel(FakeKernel):
-    """A fake kernel whose answers can be changed, and in which a signal handler can raise.
+    """A fake kernel whose answers can be changed, and in which a signal can arrive.
 
     `answers`: what an ioctl returns, by its name in C, without being made. `top`: the last IOVA that the IOMMU offers,
-    from now on. `interrupt_at`: raise Interrupt before or after that call from now, of those that are
-    INTERRUPTIBLE. `fall_short_at`: that unmap from now takes nothing away and says so. `areas`: the address space that
-    has been asked for and not been given back since, as extents of vaddr.
+    from now on. `interrupt_at`: before or after that call from now, of those that are INTERRUPTIBLE, a signal arrives
+    whose handler raises Interrupt. `fall_short_at`: that unmap from now takes nothing away and says so. `areas`: the
+    address space that has been asked for and not been given back since, as extents of vaddr.
     """
 
     INTERRUPTIBLE = ("ioctl", "mmap", "mprotect", "madvise", "munmap", "ftruncate", "fallocate")
@@ -70,16 +76,17 @@ class SpecialKernel(FakeKernel):
         self._short = nth
 
     def interrupt_at(self, nth: int, *, after: bool) -> None:
-        """Raise at that call; 0: at none."""
+        """Have a signal arrive at that call whose handler raises; 0: at none."""
+        signal.signal(signal.SIGUSR1, interrupt)
         self._due, self._after = nth, after
 
     def _interrupted(self, action: Callable[[], _Answer]) -> _Answer:
         self._due -= 1
         if self._due == 0 and not self._after:
-            raise Interrupt
+            signal.raise_signal(signal.SIGUSR1)
         answer = action()
-        if self._due == 0:
-            raise Interrupt
+        if self._due == 0 and self._after:
+            signal.raise_signal(signal.SIGUSR1)
         return answer
 
     def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
@@ -173,7 +180,7 @@ class Rig:
 
     def expected(self) -> list[tuple[int, int, int]]:
         """What it is to reach of the blocks: all that is in use, where the mapper says that it is."""
-        followed = self.blocks if self.mapper._blocks is not None else ()
+        followed = self.blocks if self.mapper.blocks is not None else ()
         return sorted(
             (self.mapper.iova(block) + part.start, block.vaddr + part.start, part.size)
             for block in followed

@@ -210,6 +210,15 @@ def rss(block: pyvfio.RamBlock) -> int:
 MEMORY = pytest.mark.parametrize("memory", [pyvfio.Anonymous(), pyvfio.Memfd()], ids=["anonymous", "memfd"])
 
 
+def test_pages_that_the_kernel_does_not_tell_of_count_as_missing(kernel: LimitedKernel) -> None:
+    """An error of mincore(2) is none of the block's."""
+    kernel.leave(MIB)
+    kernel.fail(call="resident", errno=errno.EAGAIN)
+    with pyvfio.RamBlockList(kernel=kernel) as blocks, pytest.raises(pyvfio.IoctlError, match="1 MiB more than"):
+        blocks.add("ring", used_length=2 * MIB, max_length=2 * MIB, prealloc=1)
+    assert not kernel.planned_failures
+
+
 @MEMORY
 def test_what_does_not_fit_is_refused_before_it_is_touched(kernel: LimitedKernel, memory: MemoryKind) -> None:
     """A block that is made, one that grows: nothing was activated, populated or told."""

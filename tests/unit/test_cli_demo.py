@@ -14,7 +14,7 @@ from pyvfio import ioctls
 from pyvfio.cli.common import Json
 from pyvfio.cli.side_by_side import LENGTH, STEP, Figures, SideBySide, WatchedContainer
 from pyvfio.device import open_device
-from pyvfio.errors import IoctlError
+from pyvfio.errors import UnmapSizeError
 from pyvfio.extents import Extent
 from pyvfio.kernel import IoctlArgument
 from pyvfio.testing.fake import FakeEdu, FakeKernel
@@ -238,7 +238,7 @@ def test_what_is_noted_as_unmapped_is_what_the_kernel_says(kernel: WorstMoment) 
     with WatchedContainer(kernel=kernel) as container, open_device(BDF, container=container, kernel=kernel):
         memory = kernel.mmap(0, 2 * PAGE_SIZE, READ_WRITE, PRIVATE)
         container.map(vaddr=memory, iova=PAGE_SIZE, size=2 * PAGE_SIZE)
-        with pytest.raises(IoctlError):
+        with pytest.raises(UnmapSizeError):
             container.unmap(iova=PAGE_SIZE, size=PAGE_SIZE)
         assert container.unmapped == []
         container.unmap(iova=PAGE_SIZE, size=2 * PAGE_SIZE)

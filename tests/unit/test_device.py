@@ -7,6 +7,9 @@ import errno
 import gc
 import os
 import struct
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -18,10 +21,11 @@ from pyvfio.info import RegionInfo
 from pyvfio.kernel import IoctlArgument
 from pyvfio.testing.fake import VERSIONS, Bar, FakeDevice, FakeKernel
 from pyvfio.units import MIB, PAGE_SIZE
-from tests.unit.fakes import BDF, OTHER_BDF, SpecialKernel, nothing_left, proc_maps_has, requests
+from tests.unit.fakes import BDF, OTHER_BDF, PRIVATE, READ_WRITE, SpecialKernel, nothing_left, proc_maps_has, requests
 from tests.unit.processes import in_child, open_fds
 
 MSI, MSIX, INTX = ioctls.VFIO_PCI_MSI_IRQ_INDEX, ioctls.VFIO_PCI_MSIX_IRQ_INDEX, ioctls.VFIO_PCI_INTX_IRQ_INDEX
+V1 = ioctls.VFIO_TYPE1_IOMMU
 SIBLING = "0000:00:02.1"
 
 
@@ -145,7 +149,7 @@ def test_a_device_that_went_meanwhile_is_refused(kernel: SpecialKernel) -> None:
 
 
 def test_several_devices_of_a_group_share_its_descriptor(kernel: SpecialKernel) -> None:
-    """The group is opened once, and stays until the container goes."""
+    """The group is opened once, and leaves a shared container with the last of them."""
     with nothing_left(kernel), pyvfio.Container(kernel=kernel) as container:
         one = pyvfio.open_device(BDF, container=container)
         two = pyvfio.open_device(SIBLING, container=container)
@@ -154,9 +158,256 @@ def test_several_devices_of_a_group_share_its_descriptor(kernel: SpecialKernel) 
         one.close()
         assert two.config.read16(0) == again.config.read16(0) == 0x1234
         two.close()
+        assert container.group(2) is again.group
         again.close()
-        assert container.group(2) is not None
+        assert container.group(2) is None
+        assert again.group.closed
+        pyvfio.Group(2, kernel=kernel).close()
         pyvfio.open_device(OTHER_BDF, container=container)
+
+
+def test_a_group_that_the_caller_opened_stays_when_its_last_device_goes(kernel: SpecialKernel) -> None:
+    """It is the caller's to close."""
+    with nothing_left(kernel), pyvfio.Container(kernel=kernel) as container:
+        group = pyvfio.Group(2, kernel=kernel)
+        container.attach(group)
+        pyvfio.open_device(BDF, container=container).close()
+        assert container.group(2) is group
+        assert not group.closed
+
+
+def test_the_last_group_stays_while_memory_is_mapped(kernel: SpecialKernel) -> None:
+    """The kernel would unmap it; another group leaves all the same, and this one with a device that is closed later."""
+    with nothing_left(kernel), pyvfio.Container(kernel=kernel) as container:
+        memory = kernel.mmap(0, PAGE_SIZE, READ_WRITE, PRIVATE)
+        one, other = (pyvfio.open_device(bdf, container=container) for bdf in (BDF, OTHER_BDF))
+        container.map(vaddr=memory, iova=MIB, size=PAGE_SIZE)
+        other.close()
+        assert list(container.groups) == [2]
+        one.close()
+        assert list(container.groups) == [2]
+        assert len(kernel.mappings()) == 1
+        container.unmap_all()
+        pyvfio.open_device(BDF, container=container).close()
+        assert container.groups == {}
+        kernel.munmap(memory, PAGE_SIZE)
+
+
+class SlowKernel(SpecialKernel):
+    """Another thread is always in the middle when a node is opened."""
+
+    def open(self, path: str, flags: int) -> int:
+        """After a while."""
+        time.sleep(0.01)
+        return super().open(path, flags)
+
+
+def test_threads_may_open_and_close_devices_of_one_group(kernel: SpecialKernel) -> None:
+    """With one container: the group is opened by one of them, and never leaves under another."""
+    del kernel
+    devices = [FakeDevice(BDF), FakeDevice(SIBLING)]
+    with SlowKernel(groups=[(2, devices)]) as slow, nothing_left(slow), pyvfio.Container(kernel=slow) as container:
+        failures: list[BaseException] = []
+
+        def use(bdf: str) -> None:
+            try:
+                for _ in range(20):
+                    with pyvfio.open_device(bdf, container=container) as device:
+                        assert device.config.read16(0) == 0x1234
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=use, args=(bdf,)) for bdf in (BDF, SIBLING)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        assert container.groups == {}
+
+
+@pytest.mark.parametrize("closed", ["container", "group", "device"])
+def test_what_could_not_be_closed_can_be_closed_later(kernel: SpecialKernel, closed: str) -> None:
+    """A view of a region lives: the device stays open until then, with its group and container."""
+    with nothing_left(kernel), pyvfio.Container(kernel=kernel) as container:
+        device = pyvfio.open_device(BDF, container=container)
+        other = pyvfio.open_device(OTHER_BDF, container=container)
+        view = device.region(2).mmap().view()
+        close = {"container": container.close, "group": device.group.close, "device": device.close}[closed]
+        for _ in range(2):
+            with pytest.raises(BufferError, match="a view of"):
+                close()
+            assert not device.closed
+            assert not device.group.closed
+            assert not container.closed
+            assert device.config.read16(0) == 0x1234
+        assert other.closed == (closed == "container")
+        view.release()
+        close()
+        assert device.closed
+        assert device.group.closed
+        assert container.closed == (closed == "container")
+
+
+@pytest.mark.parametrize("bdf", [2, None, b"0000:00:02.0"])
+def test_a_wrong_class_is_a_type_error(kernel: SpecialKernel, device: pyvfio.Device, bdf: object) -> None:
+    """Of an address, a group, a container, a number."""
+    kernel.clear_trace()
+    calls: list[Callable[[], object]] = [
+        lambda: pyvfio.open_device(bdf, kernel=kernel),  # type: ignore[arg-type]
+        lambda: pyvfio.open_device(BDF, container=bdf or 1),  # type: ignore[arg-type]
+        lambda: pyvfio.Device(bdf, BDF),  # type: ignore[arg-type]
+        lambda: pyvfio.Device.from_fd(bdf, BDF, 1),  # type: ignore[arg-type]
+        lambda: device.container.attach(bdf),  # type: ignore[arg-type]
+        lambda: device.container.detach(bdf),  # type: ignore[arg-type]
+        lambda: pyvfio.Container.from_fd(3, groups=[bdf], kernel=kernel),  # type: ignore[list-item]
+        lambda: pyvfio.Container.from_fd("3", kernel=kernel),  # type: ignore[arg-type]
+        lambda: pyvfio.Group.from_fd(3, number="2", kernel=kernel),  # type: ignore[arg-type]
+        lambda: pyvfio.Group("2", kernel=kernel),  # type: ignore[arg-type]
+        lambda: device.container.map_dma(vaddr=None, iova=0, size=PAGE_SIZE),  # type: ignore[arg-type]
+        lambda: device.container.map(vaddr=0.0, iova=0, size=PAGE_SIZE),  # type: ignore[arg-type]
+        lambda: device.container.unmap(iova=b"", size=PAGE_SIZE),  # type: ignore[arg-type]
+        lambda: device.container.unmap_dma(iova=0, size=1.5),  # type: ignore[arg-type]
+        lambda: device.region("2"),  # type: ignore[arg-type]
+        lambda: device.irq(1.0),  # type: ignore[arg-type]
+        lambda: device.config.read16("4"),  # type: ignore[arg-type]
+        lambda: device.config.write16(4, 1.0),  # type: ignore[arg-type]
+        lambda: device.config.write(4, "ab"),  # type: ignore[arg-type]
+        lambda: device.irq(MSI).wait("0"),  # type: ignore[arg-type]
+        lambda: device.irq(MSI).wait(timeout="0"),  # type: ignore[arg-type]
+        lambda: device.irq(MSI).enable("1"),  # type: ignore[arg-type]
+    ]
+    device.irq(MSI).enable()
+    assert device.config
+    kernel.clear_trace()
+    for call in calls:
+        with pytest.raises(TypeError):
+            call()
+    assert not kernel.trace
+
+
+# ------------------------------------------------------------------------- descriptors that somebody else has opened
+
+
+def _launcher(kernel: SpecialKernel) -> dict[str, int]:
+    """What a launcher with more rights has opened for another program: a descriptor of each kind, by its kind."""
+    device = pyvfio.open_device(BDF, kernel=kernel)
+    fds = {
+        "a VFIO container": device.container.release_fd(),
+        "an IOMMU group": device.group.release_fd(),
+        "a VFIO device": device.release_fd(),
+    }
+    device.opened_with = None
+    fds["an eventfd"] = kernel.eventfd(0, 0)
+    fds["a file"] = os.open("/dev/null", os.O_RDWR)
+    fds["closed"] = os.dup(fds["a file"])
+    os.close(fds["closed"])
+    return fds
+
+
+def test_a_launchers_descriptors_are_used_as_ones_own(kernel: SpecialKernel) -> None:
+    """Registers, memory, interrupts; and they are closed with the objects."""
+    fds = _launcher(kernel)
+    group = pyvfio.Group.from_fd(fds["an IOMMU group"], number=2, kernel=kernel)
+    container = pyvfio.Container.from_fd(fds["a VFIO container"], groups=[group], kernel=kernel)
+    device = pyvfio.Device.from_fd(group, BDF, fds["a VFIO device"])
+    assert (container.fd, group.fd, device.fd) == tuple(fds.values())[:3]
+    assert device.container is container
+    assert container.groups == {2: group}
+    assert container.iommu_type == ioctls.VFIO_TYPE1v2_IOMMU
+    assert device.config.read16(0) == 0x1234
+    with pyvfio.RamBlockList(kernel=kernel) as blocks, pyvfio.DmaMapper(container, blocks):
+        blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB)
+        assert len(kernel.mappings(BDF)) == 1
+    device.irq(MSI).enable()
+    other = pyvfio.open_device(OTHER_BDF, container=container)
+    container.close()
+    assert device.closed
+    assert group.closed
+    assert other.closed
+    assert kernel.descriptors == ()
+    for kind in ("an eventfd", "a file"):
+        os.close(fds[kind])
+
+
+def test_a_container_without_a_group_may_come_too(kernel: SpecialKernel) -> None:
+    """The IOMMU is then set with the first group."""
+    fd = kernel.open(str(kernel.dev / "vfio/vfio"), os.O_RDWR)
+    group = kernel.open(str(kernel.dev / "vfio/2"), os.O_RDWR)
+    with pyvfio.Container.from_fd(fd, iommu_type=V1, kernel=kernel) as container:
+        container.attach(pyvfio.Group.from_fd(group, number=2, kernel=kernel))
+        assert container.iommu_type == V1
+        assert pyvfio.open_device(BDF, container=container).config.read16(0) == 0x1234
+
+
+def test_a_descriptor_of_another_kind_is_refused_and_stays_the_callers(kernel: SpecialKernel) -> None:
+    """Of each kind for each: ValueError says what it is not."""
+    fds = _launcher(kernel)
+    group = pyvfio.Group.from_fd(fds["an IOMMU group"], number=2, kernel=kernel)
+    container = pyvfio.Container.from_fd(fds["a VFIO container"], groups=[group], kernel=kernel)
+    makers: dict[str, Callable[[int], object]] = {
+        "a VFIO container": lambda fd: pyvfio.Container.from_fd(fd, kernel=kernel),
+        "an IOMMU group": lambda fd: pyvfio.Group.from_fd(fd, number=2, kernel=kernel),
+        "a VFIO device": lambda fd: pyvfio.Device.from_fd(group, BDF, fd),
+    }
+    before, refused = open_fds(), 0
+    for wanted, make in makers.items():
+        for kind, fd in fds.items():
+            if kind != wanted:
+                with pytest.raises(ValueError, match=f"descriptor {fd} is not {wanted}"):
+                    make(fd)
+                refused += 1
+        with pytest.raises(ValueError, match="-1 is no file descriptor"):
+            make(-1)
+    assert refused == 15
+    gc.collect()
+    assert open_fds() == before
+    assert group.devices == []
+    with pytest.raises(ValueError, match="in another Container"):
+        pyvfio.Container.from_fd(fds["a VFIO container"], groups=[group], kernel=kernel)
+    container.close()
+    for kind in ("a VFIO device", "an eventfd", "a file"):
+        kernel.close(fds[kind])
+
+
+def test_a_group_that_is_in_no_container_is_refused(kernel: SpecialKernel) -> None:
+    """For a container that is said to have it, and for a device of it."""
+    with nothing_left(kernel), pyvfio.Container(kernel=kernel) as made, pyvfio.Group(2, kernel=kernel) as group:
+        with pytest.raises(ValueError, match=r"group 2 is in no container: attach"):
+            pyvfio.Container.from_fd(made.fd, groups=[group], kernel=kernel)
+        with pytest.raises(ValueError, match=r"group 2 is in no Container: attach"):
+            pyvfio.Device.from_fd(group, BDF, made.fd)
+        assert made.get_api_version() == 0
+
+
+@pytest.mark.parametrize("nth", range(1, 7))
+def test_a_descriptor_stays_the_callers_where_a_call_fails(kernel: SpecialKernel, nth: int) -> None:
+    """Whichever of the calls: nothing is closed, and it can be tried again."""
+    fds = _launcher(kernel)
+    before = open_fds()
+
+    def take() -> tuple[pyvfio.Container, pyvfio.Device]:
+        group = pyvfio.Group.from_fd(fds["an IOMMU group"], number=2, kernel=kernel)
+        try:
+            container = pyvfio.Container.from_fd(fds["a VFIO container"], groups=[group], kernel=kernel)
+            try:
+                return container, pyvfio.Device.from_fd(group, BDF, fds["a VFIO device"])
+            except BaseException:
+                container.release_fd()
+                raise
+        except BaseException:
+            group.release_fd()
+            raise
+
+    kernel.fail(call="ioctl", errno=errno.EIO, nth=nth)
+    with pytest.raises(pyvfio.IoctlError):
+        take()
+    gc.collect()
+    assert open_fds() == before
+    container, _device = take()
+    container.close()
+    for kind in ("an eventfd", "a file"):
+        os.close(fds[kind])
 
 
 def test_the_iommu_type_is_the_callers_to_choose(kernel: SpecialKernel) -> None:
@@ -354,7 +605,7 @@ def test_between_the_mappable_parts_registers_are_reached_by_pread(
     with pytest.raises(pyvfio.UnsupportedError, match="cannot be mapped"):
         region.mmap()
     region.mmap(2 * PAGE_SIZE).close()
-    region._close()
+    region.close()
 
 
 def test_a_mapped_part_shows_what_is_there_and_stays_while_it_is_looked_at(device: pyvfio.Device) -> None:
@@ -459,7 +710,7 @@ def test_a_disabled_interrupt_is_not_signalled_and_leaves_no_descriptor(
     kernel.clear_trace()
     irq.disable()
     irq.disable()
-    assert requests(kernel.trace) == ["VFIO_DEVICE_SET_IRQS", *["close"] * 8]
+    assert requests(kernel.trace) == ["VFIO_DEVICE_SET_IRQS", *["close"] * 9]
     assert irq.fds == ()
     kernel.interrupt(BDF)
     assert open_fds() == before
@@ -489,6 +740,109 @@ def test_an_interrupt_that_another_thread_has_read_counts_as_none(kernel: Specia
     kernel.fail(call="eventfd_read", errno=errno.EAGAIN)
     assert irq.wait(timeout=0) == 0
     assert irq.wait(timeout=0) == 1
+
+
+@pytest.mark.parametrize("ended", ["disabled", "closed", "forgotten"])
+@pytest.mark.parametrize("waiting", [1, 3])
+def test_a_waiting_thread_hears_that_the_interrupt_has_ended(
+    kernel: SpecialKernel, device: pyvfio.Device, ended: str, waiting: int
+) -> None:
+    """Every one of them, for ever as they would have waited; and no descriptor is left."""
+    before = open_fds()
+    irq = device.irq(MSI)
+    irq.enable(2)
+    heard: list[pyvfio.VfioError] = []
+
+    def wait(vector: int) -> None:
+        try:
+            irq.wait(vector)
+        except pyvfio.VfioError as error:
+            heard.append(error)
+
+    threads = [threading.Thread(target=wait, args=(number % 2,)) for number in range(waiting)]
+    kernel.clear_trace()
+    for thread in threads:
+        thread.start()
+    while len([name for name in threading.enumerate() if name in threads and _is_in_poll(name)]) < waiting:
+        time.sleep(0.001)
+    {"disabled": irq.disable, "closed": device.close, "forgotten": irq.forget}[ended]()
+    for thread in threads:
+        thread.join()
+    assert len(heard) == waiting
+    assert all(isinstance(error, pyvfio.ClosedError) == (ended != "disabled") for error in heard)
+    assert all(BDF in str(error) for error in heard)
+    heard.clear()
+    device.close()  # the fake has copies of the eventfds until then, as the kernel has the files
+    assert set(open_fds().items()) <= set(before.items())
+
+
+def _is_in_poll(thread: threading.Thread) -> bool:
+    frame = sys._current_frames().get(thread.ident or 0)
+    return frame is not None and frame.f_code.co_name == "poll"
+
+
+def test_while_a_thread_waits_no_other_file_gets_the_number(kernel: SpecialKernel, device: pyvfio.Device) -> None:
+    """Disabled between the look at the descriptor and the poll: the thread hears of it, and reads from nothing else."""
+    irq = device.irq(MSI)
+
+    class Late(SpecialKernel):
+        """Another thread disables the interrupt before each poll, and opens files."""
+
+        def poll(self, fd: int, timeout: float | None, *others: int) -> bool:
+            """See above."""
+            irq.disable()
+            opened = [os.eventfd(1) for _ in range(8)]
+            try:
+                assert fd not in opened
+                return FakeKernel.poll(kernel, fd, timeout, *others)
+            finally:
+                for each in opened:
+                    os.close(each)
+
+    kernel.__class__ = Late
+    irq.enable(1)
+    with pytest.raises(pyvfio.VfioError, match="was disabled"):
+        irq.wait(timeout=5)
+    kernel.__class__ = SpecialKernel
+
+
+@pytest.mark.parametrize("call", ["pread", "pwrite", "registers", "mmap", "eventfd"])
+def test_a_refusal_names_the_device_the_region_and_the_offset(
+    kernel: SpecialKernel, device: pyvfio.Device, call: str
+) -> None:
+    """No bare OSError leaves a region or an interrupt."""
+    uses: dict[str, Callable[[], object]] = {
+        "pread": lambda: device.config.read16(0x34),
+        "pwrite": lambda: device.config.write16(0x34, 0),
+        "registers": lambda: device.region(0).read32(0x34),
+        "mmap": lambda: device.region(2).mmap(2 * PAGE_SIZE, PAGE_SIZE),
+        "eventfd": lambda: device.irq(MSI).enable(2),
+    }
+    before = open_fds()
+    for nth in (1, 2) if call == "eventfd" else (1,):
+        kernel.fail(call=call, errno=errno.EIO, nth=nth)
+        with pytest.raises(pyvfio.IoctlError, match=BDF) as caught:
+            uses[call]()
+        assert caught.value.errno == errno.EIO
+        assert caught.value.arguments["device"] == BDF
+        assert call == "eventfd" or {"region", "offset", "size"} <= set(caught.value.arguments)
+    assert open_fds() == before
+
+
+def test_numbers_of_numpy_are_numbers(device: pyvfio.Device) -> None:
+    """Also small ones, whose sums would not fit them."""
+    numpy = pytest.importorskip("numpy")
+    config, region = device.config, device.region(2)
+    assert config.read8(numpy.uint8(0x34)) == config.read8(0x34)
+    region.write16(numpy.int64(8), numpy.uint16(0xFFFF))
+    assert region.read16(8) == 0xFFFF
+    assert region.read(numpy.uint8(8), numpy.uint8(2)) == b"\xff\xff"
+    with region.mmap(numpy.uint32(2 * PAGE_SIZE), numpy.uint32(PAGE_SIZE)) as mapped:
+        assert type(mapped.size) is int
+    irq = device.irq(numpy.int8(MSI))
+    assert irq is device.irq(MSI)
+    assert len(irq.enable(numpy.int64(2))) == 2
+    assert irq.wait(numpy.int64(1), timeout=numpy.float32(0)) == 0
 
 
 def test_intx_is_masked_and_unmasked(kernel: SpecialKernel, device: pyvfio.Device) -> None:

@@ -14,7 +14,7 @@ from pyvfio.blocks.discards import DiscardClaim, DiscardGuard
 from pyvfio.extents import Extent
 from pyvfio.testing.fake import FakeDevice
 from pyvfio.units import PAGE_SIZE
-from tests.unit.fakes import BDF, Interrupt, MapperFactory, Rig, SpecialKernel, nothing_left, requests
+from tests.unit.fakes import BDF, MapperFactory, Rig, SpecialKernel, nothing_left, requests
 from tests.unit.processes import areas
 
 GRANULE: MapperFactory = partial(pyvfio.DmaMapper, resize="extend", granule=2 * PAGE_SIZE)
@@ -239,23 +239,6 @@ def test_memory_that_cannot_be_dropped_is_zeroed_and_a_warning_says_so(rig: Rig)
         discard(block, 0, 1)
     assert contents(block) == b"\0\7"
     rig.check()
-
-
-def test_a_discard_that_is_interrupted_before_the_memory_went_reads_zeros_when_it_comes_back(
-    kernel: SpecialKernel,
-) -> None:
-    """A signal handler raised between the two; the device was out already."""
-    with Rig(kernel, mapper=PAGES) as rig:
-        block = rig.add(used=2 * PAGE_SIZE)
-        ctypes.memset(block.vaddr, 7, block.used_length)
-        kernel.interrupt_at(2, after=False)  # behind the unmap
-        with pytest.raises(Interrupt):
-            discard(block, 0, 1)
-        assert block.discarded == pages((0, 1))
-        rig.check()
-        populate(block, 0, 1)
-        assert contents(block) == b"\0\7"
-        rig.check()
 
 
 # ------------------------------------------------------------------------------------------------ who is told

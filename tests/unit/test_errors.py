@@ -156,6 +156,7 @@ def test_a_group_that_is_not_viable_names_only_the_members_that_block_it() -> No
 def test_a_busy_group_names_its_holders_where_they_can_be_seen() -> None:
     """Where none can be seen, it says why that may be."""
     assert "qemu (pid 12)" in str(GroupBusyError(7, [Holder(12, "qemu")]))
+    assert "me (pid 13, this process)" in str(GroupBusyError(7, [Holder(13, "me", is_this_process=True)]))
     assert "no holder was found" in str(GroupBusyError(7, []))
 
 
@@ -169,9 +170,7 @@ def test_access_that_is_denied_is_a_permission_error() -> None:
 
 def test_a_forked_handle_says_both_processes() -> None:
     """The owner and the child."""
-    text = str(ForkedError("the device", owner=1))
-    assert "process 1," in text
-    assert str(os.getpid()) in text
+    assert "process 1, and this is its child 2" in str(ForkedError("the device", owner=1, child=2))
 
 
 def test_a_failed_rollback_is_a_group_of_the_failure_and_those_of_its_undo() -> None:

@@ -18,6 +18,7 @@ import pytest
 import pyvfio
 from pyvfio import ioctls
 from pyvfio.extents import Extent
+from pyvfio.mapper.buffers import OwnMemory
 from pyvfio.memory import MemoryKind
 from pyvfio.testing.fake import Call, FakeDevice, FakeKernel
 from pyvfio.units import PAGE_SIZE
@@ -28,7 +29,7 @@ STUBBORN = (errno.ENOMEM, errno.EIO)
 SHORT = 0  # in place of an errno: the call succeeds, and the kernel says that it has unmapped nothing
 DEVICE = FakeDevice(BDF, resettable=True)
 # Failing after they have made a descriptor they would leak it, whoever calls them; no kernel does.
-GIVES_A_DESCRIPTOR = ("open", "VFIO_GROUP_GET_DEVICE_FD", "eventfd", "memfd_create")
+GIVES_A_DESCRIPTOR = ("open", "VFIO_GROUP_GET_DEVICE_FD", "eventfd", "memfd_create", "dup")
 # These fail and have done nothing (vfio_dma_do_map, as tests/contract shows; test_memory): only a signal comes after.
 MEMORY = ("mmap", "mprotect", "madvise", "munmap", "fallocate", "ftruncate")
 ALL_OR_NOTHING = ("VFIO_IOMMU_MAP_DMA", "mprotect")
@@ -204,7 +205,6 @@ def _busy_device(kernel: FakeKernel) -> Rig:
 # What is closed first; the container follows.
 CLOSES: dict[str, Callable[[Rig], object]] = {
     "device": lambda rig: rig.device.close(),
-    "group": lambda rig: rig.group.close(),
     "container": lambda rig: rig.container.close(),
 }
 # What is not asked or written where this has failed.
@@ -313,7 +313,7 @@ class Scene:
         found = set(self.rig.expected())
         mappers = [self.rig.mapper] + ([self.late] if self.late is not None else [])
         for mapper in mappers:
-            found |= {(own.iova, own.vaddr, own.size) for own in mapper._own_mappings()}
+            found |= {(own.iova, own.vaddr, own.size) for own in mapper.buffers()}
         if self.late is not None:
             found |= {
                 (self.late.iova(block) + part.start, block.vaddr + part.start, part.size)
@@ -328,13 +328,13 @@ class Scene:
 
     def reserved(self) -> list[tuple[int, int]]:
         """The IOVA that must be taken: iova, size."""
-        following = [mapper for mapper in (self.rig.mapper, self.late) if mapper is not None and mapper._blocks]
+        following = [mapper for mapper in (self.rig.mapper, self.late) if mapper is not None and mapper.blocks]
         windows = [(mapper.iova(block), block.max_length) for mapper in following for block in self.rig.blocks]
         return sorted([*windows, *((own.iova, own.size) for own in self.own_mappings())])
 
-    def own_mappings(self) -> list[pyvfio.DmaMapping]:
+    def own_mappings(self) -> list[OwnMemory]:
         """Those that are no blocks'."""
-        return [own for mapper in (self.rig.mapper, self.late) if mapper is not None for own in mapper._own_mappings()]
+        return [own for mapper in (self.rig.mapper, self.late) if mapper is not None for own in mapper.buffers()]
 
     def check(self, error: BaseException | None, *, exact: bool = True) -> None:
         """The invariant; unless it is `exact`, the kernel may have taken away what it said it had not."""
@@ -351,7 +351,7 @@ class Scene:
         for iova, _vaddr, size in self.rig.reached():
             assert any(place.start <= iova and iova + size - 1 <= place.last for place in taken), "IOVA was given back"
         for own in self.own_mappings():
-            assert own._buffer is None or own._buffer.nbytes == own.size, "a buffer was given back"
+            assert own.view is None or own.view.nbytes == own.size, "a buffer was given back"
         if keeps_memory(error):
             return
         assert all(any(map(lies_in(one), self.known())) for one in reached), "the device reaches what is not in use"
@@ -499,7 +499,7 @@ def _check_refusal(scene: Scene, before: object, error: BaseException | None, pl
         return  # it may have come when all was done
     assert scene.blocks() == before, (plans, "the blocks are not as they were")
     if not any(plan.name in MEMORY for plan in plans):
-        assert all(block._memory.retained == 0 for block in scene.rig.blocks), (plans, "memory is kept")
+        assert all(block.state.memory.retained == 0 for block in scene.rig.blocks), (plans, "memory is kept")
 
 
 def _fail(kernel: SpecialKernel, policy: str, name: str, *plans: Case) -> list[Call]:

@@ -8,7 +8,9 @@ import errno
 import gc
 import os
 import struct
+import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -674,6 +676,25 @@ def test_a_child_closes_its_own_descriptors_and_changes_nothing_else(kernel: Fak
     assert unmap_dma(kernel, container) == PAGE
 
 
+@pytest.mark.parametrize("kept", ["device", "kernel", "both", "neither"])
+def test_a_program_that_closes_nothing_ends_quietly(kept: str) -> None:
+    """Whichever of the two goes first, at the end of the interpreter or before."""
+    program = """
+        import pyvfio
+        from pyvfio import ioctls
+        from pyvfio.testing import FakeKernel
+        kernel = FakeKernel()
+        device = pyvfio.open_device("0000:00:02.0", kernel=kernel)
+        device.irq(ioctls.VFIO_PCI_MSI_IRQ_INDEX).enable(1)
+        mapper = pyvfio.DmaMapper(device.container, pyvfio.RamBlockList(kernel=kernel))
+        """
+    ends = {"device": "del kernel, mapper", "kernel": "del device, mapper", "both": "", "neither": "del kernel, device"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program) + ends[kept]], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_the_finalizers_do_nothing_in_a_child(kernel: FakeKernel) -> None:
     attach(kernel)
     root = kernel.dev
@@ -805,14 +826,14 @@ def test_what_hangs_on_a_descriptor_stays_until_the_last_duplicate_is_closed(ker
     with pyvfio.Container(kernel=kernel) as container, pyvfio.open_device(bdf, container=container) as device:
         irq, number = device.irq(ioctls.VFIO_PCI_MSI_IRQ_INDEX), device.group.number
         irq.enable(1)
-        for fd in [kernel.duplicate(fd) for fd in (container.fd, device.group.fd, device.fd)]:
+        for fd in [kernel.dup(fd) for fd in (container.fd, device.group.fd, device.fd)]:
             kernel.close(fd)
             kernel.check()
         kernel.interrupt(bdf)
         assert irq.wait(timeout=0) == 1
-        copies = [kernel.duplicate(fd) for fd in (device.group.fd, device.fd)]
+        copies = [kernel.dup(fd) for fd in (device.group.fd, device.fd)]
         for handle in (device.group, device):
-            handle._close_fd()
+            handle.close_fd()
             kernel.check()
         for fd in copies:
             with pytest.raises(pyvfio.GroupBusyError):

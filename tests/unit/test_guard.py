@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,11 +15,28 @@ import pytest
 
 from pyvfio import guard
 from pyvfio.errors import ForkedError
-from pyvfio.guard import Guard, called_out, checkpoint, close_now, closing, closing_in_hooks, guarded, making, reading
+from pyvfio.guard import (
+    ContextManager,
+    Guard,
+    called_out,
+    checkpoint,
+    close_now,
+    closing,
+    closing_in_hooks,
+    closing_under,
+    guarded,
+    making,
+    reading,
+    undoing,
+)
 
 
 class InterruptionError(Exception):
     """Raised by a handler."""
+
+
+def _undo(thing: Thing) -> None:
+    thing.events.append("undone")
 
 
 class Thing:
@@ -39,7 +57,7 @@ class Thing:
         step()
         self.events.append("looked")
 
-    @making(lambda made: made.events.append("undone"))
+    @making(_undo)
     def make(self, step: Callable[[], object] = lambda: None) -> Thing:
         step()
         self.made = Thing()
@@ -98,6 +116,18 @@ class TestSignals:
             thing.change(each(press, checkpoint))
         assert thing.events == ["begin"]
 
+    def test_a_checkpoint_in_an_undo_runs_no_handler(self) -> None:
+        def undo() -> None:
+            with undoing, called_out:
+                press()
+                thing.change(checkpoint)
+            thing.events.append("undone")
+
+        thing = Thing()
+        with pytest.raises(InterruptionError):
+            thing.change(each(undo, checkpoint))
+        assert thing.events == ["begin", "begin", "end", "undone"]
+
     def test_a_checkpoint_in_another_thread_runs_no_handler(self) -> None:
         thing, entered, left = Thing(), threading.Event(), threading.Event()
 
@@ -118,6 +148,14 @@ class TestSignals:
         with pytest.raises(InterruptionError):
             thing.make(press)
         assert thing.made.events == ["undone"]
+
+    def test_a_call_that_makes_nothing_has_its_handlers_run(self) -> None:
+        def fail() -> None:
+            press()
+            raise ValueError
+
+        with pytest.raises(InterruptionError):
+            Thing().make(fail)
 
     def test_a_signal_that_comes_twice_is_handled_once(self) -> None:
         seen: list[int] = []
@@ -165,6 +203,41 @@ class TestSignals:
         assert isinstance(caught.value.__context__, ValueError)
 
 
+def _whole(part: Part) -> Guard:
+    return part.whole.guard
+
+
+class Part:
+    """Takes the lock of its whole before its own."""
+
+    def __init__(self, whole: Thing) -> None:
+        self.guard = Guard("this part")
+        self.whole = whole
+
+    @closing_under(_whole)
+    def close(self) -> None:
+        self.whole.events.append("part closed")
+
+
+class TestLocks:
+    """Which one a close takes."""
+
+    @pytest.mark.parametrize("now", [True, False], ids=["from inside", "from outside"])
+    def test_a_part_is_closed_under_the_lock_of_its_whole(self, *, now: bool) -> None:
+        whole, entered, left = Thing(), threading.Event(), threading.Event()
+        part = Part(whole)
+        worker = threading.Thread(target=lambda: whole.change(each(entered.set, left.wait)))
+        worker.start()
+        entered.wait()
+        closer = threading.Thread(target=(lambda: close_now(part)) if now else part.close)
+        closer.start()
+        closer.join(0.1)
+        left.set()
+        worker.join()
+        closer.join()
+        assert whole.events == ["begin", "end", "part closed"]
+
+
 class TestFinalizers:
     """Closes in the middle of something else."""
 
@@ -205,6 +278,53 @@ class TestFinalizers:
         thing.change(lambda: close_now(thing))
         assert thing.events == ["begin", "closed", "end"]
 
+    @pytest.mark.usefixtures("raising")
+    def test_a_close_that_was_put_off_is_not_interrupted(self) -> None:
+        class Slow(Thing):
+            @closing
+            def close(self) -> None:
+                checkpoint()
+                self.events.append("closed")
+
+        thing, slow = Thing(), Slow()
+        with pytest.raises(InterruptionError):
+            thing.change(each(slow.close, press))
+        assert slow.events == ["closed"]
+
+    def test_after_a_close_that_ends_the_program_calls_are_made_as_before(self) -> None:
+        class Last(Thing):
+            @closing
+            def close(self) -> None:
+                raise SystemExit
+
+        with pytest.raises(SystemExit):
+            Thing().change(Last().close)
+        thing = Thing()
+        thing.close()
+        assert thing.events == ["closed"]
+
+    def test_a_finalizer_that_comes_while_handlers_are_replaced_leaves_each_where_it_was(self) -> None:
+        """At each point of the change, whatever the finalizer calls."""
+        thing, other = Thing(), Thing()
+        before = signal.signal(signal.SIGUSR1, lambda number, _frame: thing.events.append(str(number)))
+        handler, at, points = signal.getsignal(signal.SIGUSR1), 0, 1
+
+        def finalize(_frame: FrameType, _event: str, _argument: object) -> None:
+            nonlocal points
+            points += 1
+            if points == at:
+                other.close()
+
+        while at <= points:
+            at, points = at + 1, 0
+            sys.setprofile(finalize)
+            thing.change()
+            sys.setprofile(None)
+            assert signal.getsignal(signal.SIGUSR1) is handler
+            assert not guard._signals._replaced
+        assert len(other.events) > 10
+        signal.signal(signal.SIGUSR1, before)
+
     def test_a_close_that_was_put_off_and_fails_is_logged(self, caplog: pytest.LogCaptureFixture) -> None:
         class Broken(Thing):
             @closing
@@ -213,6 +333,42 @@ class TestFinalizers:
 
         Thing().change(Broken().close)
         assert "no" in caplog.text
+
+
+class TestWith:
+    """Leaving a `with` block."""
+
+    class Door(ContextManager):
+        """Its close fails with an error."""
+
+        def __init__(self, failure: BaseException | None = None) -> None:
+            self.failure = failure
+            self.closed = False
+
+        def close(self) -> None:
+            self.closed = True
+            if self.failure is not None:
+                raise self.failure
+
+    def test_leaving_closes(self) -> None:
+        with self.Door() as door:
+            assert not door.closed
+        assert door.closed
+
+    def test_an_error_of_the_close_is_raised(self) -> None:
+        with pytest.raises(OSError, match="stuck"), self.Door(OSError("stuck")):
+            pass
+
+    @pytest.mark.parametrize("own", [RuntimeError("mine"), KeyboardInterrupt("mine")])
+    def test_an_error_of_the_close_is_a_note_on_the_error_of_the_block(self, own: BaseException) -> None:
+        with pytest.raises(type(own), match="mine") as caught, self.Door(OSError("stuck")):
+            raise own
+        assert caught.value is own
+        assert "stuck" in own.__notes__[0]
+
+    def test_an_interruption_of_the_close_is_no_note(self) -> None:
+        with pytest.raises(KeyboardInterrupt), self.Door(KeyboardInterrupt()):
+            raise RuntimeError
 
 
 def in_a_child(step: Callable[[], object]) -> int:

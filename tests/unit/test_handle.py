@@ -124,7 +124,7 @@ def test_a_request_that_is_refused_says_what_was_asked_of_whom(kernel: FakeKerne
     """The name in C, the arguments, the errno, and the hint for that errno alone."""
     with nothing_left(kernel), pyvfio.Container(kernel=kernel) as container:
         with pytest.raises(pyvfio.IoctlError) as caught:
-            container._ioctl("VFIO_SET_IOMMU", 1, hints={errno.EINVAL: "this one", errno.EIO: "not this"}, iommu="one")
+            container.ioctl("VFIO_SET_IOMMU", 1, hints={errno.EINVAL: "this one", errno.EIO: "not this"}, iommu="one")
         assert caught.value.request == "VFIO_SET_IOMMU"
         assert caught.value.arguments == {"iommu": "one"}
         assert caught.value.hint == "this one"

@@ -1,152 +1,88 @@
-"""A signal handler raises between any two lines of an operation: memory that a device reaches is never given back.
+"""A signal handler raises at any point of any operation, and another one in the undo: the world is as before, or as after.
 
-The lines are found by making the operation once. Python runs signal handlers between the instructions of a line, too,
-but never in the middle of a call into C.
+The points are found by making each operation once (tests/interruptions). With `--all-points` all of them are examined;
+without it a sample, another one each time.
 """
 
 from __future__ import annotations
 
-import linecache
-import sys
-from collections.abc import Callable, Collection
-from contextlib import suppress
-from functools import partial
-from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING
+import gc
+import random
+import secrets
+from collections.abc import Iterator
 
 import pytest
 
-import pyvfio
-from pyvfio.testing.fake import FakeDevice, FakeKernel
-from pyvfio.units import MIB, PAGE_SIZE
-from tests.unit.fakes import BDF, Interrupt, MapperFactory, Rig
+from tests.interruptions.examine import Case, Dry, examine, raising, rehearse
+from tests.interruptions.operations import OPERATIONS, Operation
+from tests.interruptions.scene import SeenKernel
 
-if TYPE_CHECKING:
-    from _typeshed import TraceFunction
-
-ROOT = Path(pyvfio.__file__).parent
-# The floors that change what a device reaches. What these call, the fake for instance, is a kernel's part.
-HOUSE = {
-    str(ROOT / name)
-    for name in (
-        "dma.py",
-        "pieces.py",
-        "notifier.py",
-        "ramblock.py",
-        "block.py",
-        "parts.py",
-        "memory/reservation.py",
-        "memory/kinds.py",
-        "container.py",
-        "buffers.py",
-    )
-}
+SAMPLE = 5000
+ENOUGH = 5  # failures of one operation
 
 
-# Signals are looked for at calls and jumps, not before an assignment that ends a try.
-CALM = ("self._changing = False",)
+class Laboratory:
+    """A kernel, a new one where a failure has left something in it, and the cases to examine of each operation."""
+
+    def __init__(self, seed: int, *, everything: bool) -> None:
+        self.kernel = SeenKernel()
+        self.chance = random.Random(seed)  # noqa: S311 (nothing secret)
+        self.dry = {operation.name: rehearse(operation, self.kernel) for operation in OPERATIONS}
+        self._share = 1.0 if everything else min(SAMPLE / self.points, 1)
+
+    @property
+    def points(self) -> int:
+        """Of all operations."""
+        return sum(dry.points for dry in self.dry.values())
+
+    def choose(self, dry: Dry) -> list[int]:
+        """Points of an operation, ascending; a third of those where a second signal follows."""
+        count = min(int(dry.points * self._share) + 1, dry.points)
+        return sorted(self.chance.sample(range(1, dry.points + 1), count))
+
+    def examine(self, operation: Operation, case: Case) -> tuple[str, int]:
+        """As `examine`."""
+        wrong, left = examine(operation, self.kernel, self.dry[operation.name], case)
+        if wrong:
+            self.kernel.shutdown()
+            gc.collect()
+            self.kernel = SeenKernel()
+        return wrong, left
 
 
-class Interrupter:
-    """Counts the lines of the house that run, and raises at one of them."""
-
-    def __init__(self, at: int = 0, *, house: Collection[str] = HOUSE) -> None:
-        self.lines = 0
-        self.where = ""
-        self._at = at
-        self._house = house
-
-    def _global(self, frame: FrameType, event: str, argument: object) -> TraceFunction | None:
-        del event, argument
-        return self._local if frame.f_code.co_filename in self._house else None
-
-    def _local(self, frame: FrameType, event: str, argument: object) -> TraceFunction:
-        del argument
-        if event == "line":
-            self.lines += 1
-            if (
-                self.lines == self._at
-                and linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip() not in CALM
-            ):
-                self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-                raise Interrupt
-        return self._local
-
-    def run(self, action: Callable[[], object]) -> None:
-        """The action, for as long as it lasts."""
-        sys.settrace(self._global)
-        try:
-            action()
-        finally:
-            sys.settrace(None)
+@pytest.fixture(scope="module")
+def laboratory(request: pytest.FixtureRequest) -> Iterator[Laboratory]:
+    """Nothing is collected by chance: the points would not be the same each time."""
+    given = request.config.getoption("--hypothesis-seed")
+    seed = secrets.randbits(32) if given is None else int(given)
+    gc.disable()
+    made = Laboratory(seed, everything=request.config.getoption("--all-points"))
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n{made.points} points of {len(OPERATIONS)} operations: --hypothesis-seed={seed}", flush=True)
+    with raising():
+        yield made
+    made.kernel.shutdown()
+    gc.enable()
 
 
-POLICIES: dict[str, MapperFactory] = {
-    "remap": pyvfio.DmaMapper,
-    "extend": partial(pyvfio.DmaMapper, resize="extend"),
-    "granule": partial(pyvfio.DmaMapper, resize="extend", granule=PAGE_SIZE),
-}
-OPERATIONS: dict[str, Callable[[Rig], object]] = {
-    "add": lambda rig: rig.add("new", used=2 * PAGE_SIZE),
-    "grow": lambda rig: rig.blocks["ring"].resize(6 * PAGE_SIZE),
-    "shrink": lambda rig: rig.blocks["ring"].resize(PAGE_SIZE),
-    "discard": lambda rig: rig.blocks["ring"].discard(0, PAGE_SIZE),
-    "populate": lambda rig: rig.blocks["ring"].populate(3 * PAGE_SIZE, PAGE_SIZE),
-    "replace pages": lambda rig: rig.blocks["ring"].remap(0, 2 * PAGE_SIZE),
-    "remove": lambda rig: rig.blocks["ring"].remove(),
-    "leave": lambda rig: rig.mapper.close(),
-}
-
-
-def _scene(kernel: FakeKernel, policy: str) -> Rig:
-    rig = Rig(kernel, mapper=POLICIES[policy])
-    rig.add("ring", used=4 * PAGE_SIZE, maximum=MIB).discard(3 * PAGE_SIZE, PAGE_SIZE)
-    return rig
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_memory_that_a_device_reaches_stays_wherever_a_signal_handler_raises(name: str, policy: str) -> None:
-    """No violation, then nor later: whatever can still be made is made, and all of it can be closed."""
-    with FakeKernel(groups=[(2, [FakeDevice(BDF)])]) as kernel:
-        with _scene(kernel, policy) as rig:
-            count = Interrupter()
-            count.run(partial(OPERATIONS[name], rig))
-        for at in range(1, count.lines + 1):
-            rig = _scene(kernel, policy)
-            interrupter = Interrupter(at)
-            with suppress(Interrupt, pyvfio.RollbackError):
-                interrupter.run(partial(OPERATIONS[name], rig))
-            assert not kernel.violations, (interrupter.where, kernel.violations)
-            for block in rig.blocks:
-                block.resize(8 * PAGE_SIZE)
-                block.resize(2 * PAGE_SIZE)
-            if rig.blocks._knows(rig.mapper):
-                total = sum(part.size for block in rig.blocks for part in block.populated)
-                assert sum(size for _iova, _vaddr, size in rig.reached()) == total, interrupter.where
-                rig.mapper._check()
-            rig.close()
-            assert not kernel.violations, (interrupter.where, kernel.violations)
-            assert not kernel.mappings(), interrupter.where
-    print(f"{policy}, {name}: {count.lines} lines")
-
-
-def test_what_the_mapper_says_is_mapped_is_mapped_wherever_a_signal_handler_raised() -> None:
-    """Memory of the caller's own, when it is mapped once more."""
-    with FakeKernel(groups=[(2, [FakeDevice(BDF)])]) as kernel:
-        with Rig(kernel) as rig:
-            memory = rig.memory()
-            count = Interrupter()
-            count.run(partial(rig.mapper.map_dma, vaddr=memory, size=PAGE_SIZE))
-        for at in range(1, count.lines + 1):
-            rig = Rig(kernel)
-            interrupter = Interrupter(at)
-            with suppress(Interrupt, pyvfio.RollbackError):
-                interrupter.run(partial(rig.mapper.map_dma, vaddr=memory, size=PAGE_SIZE))
-            mapping = rig.mapper.map_dma(vaddr=memory, size=PAGE_SIZE)
-            assert rig.reached() == [(mapping.iova, memory, PAGE_SIZE)], interrupter.where
-            rig.mapper._check()
-            rig.close()
-            assert not kernel.mappings(), interrupter.where
-        kernel.munmap(memory, PAGE_SIZE)
+@pytest.mark.parametrize("operation", OPERATIONS, ids=str)
+def test_an_operation_that_a_signal_handler_interrupts_is_made_or_not_made(
+    laboratory: Laboratory, operation: Operation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reach, IOVA, memory, descriptors, locked bytes, claims and exports are as before or as after. It can be made
+    again, and all is closed."""
+    dry = laboratory.dry[operation.name]
+    failures, count = list[str](), 0
+    for first in laboratory.choose(dry):
+        wrong, left = laboratory.examine(operation, Case(first))
+        count += 1
+        if not wrong and left and laboratory.chance.random() < 1 / 3:
+            wrong, _left = laboratory.examine(operation, Case(first, laboratory.chance.randint(1, left)))
+            count += 1
+        failures += [wrong] if wrong else []
+        if len(failures) == ENOUGH:
+            break
+    gc.collect()
+    with capsys.disabled():
+        print(f" {operation}: {dry.points} points, {count} examined", flush=True)
+    assert not failures, f"{len(failures)} of {count}:\n" + "\n".join(failures)

@@ -10,8 +10,9 @@ import socket
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,7 +137,9 @@ def test_address_space_and_descriptors_are_as_before_when_it_goes(blocks: RamBlo
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("call", ["mmap", "mprotect", "madvise", "munmap", "memfd_create", "fallocate", "file_status"])
+@pytest.mark.parametrize(
+    "call", ["mmap", "mprotect", "madvise", "munmap", "memfd_create", "dup", "fallocate", "file_status"]
+)
 def test_a_block_that_cannot_be_made_leaves_nothing_behind(
     kernel: SpecialKernel, blocks: RamBlockList, name: str, call: str
 ) -> None:
@@ -160,6 +163,46 @@ def test_a_block_that_cannot_be_made_leaves_nothing_behind(
         blocks.close()
         if call != "munmap":  # what could not be given back is lost
             assert areas() == maps
+
+
+CHANGES: dict[str, Callable[[RamBlock], object]] = {
+    "grow": lambda block: block.resize(16 * PAGE_SIZE),
+    "shrink": lambda block: block.resize(PAGE_SIZE),
+    "discard": lambda block: block.discard(0, PAGE_SIZE),
+    "populate": lambda block: block.populate(2 * PAGE_SIZE, PAGE_SIZE),
+    "remap": lambda block: block.remap(0, PAGE_SIZE),
+    "remove": lambda block: block.remove(),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pyvfio.MemoryNotReturnedWarning")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_call_that_fails_is_never_a_bare_error(
+    kernel: SpecialKernel, blocks: RamBlockList, name: str, change: str
+) -> None:
+    """IoctlError has the call and its arguments, whichever call of the block's life it was."""
+
+    def live() -> None:
+        block = blocks.add("ring", used_length=4 * PAGE_SIZE, max_length=MIB, memory=kind, prealloc=1)
+        with suppress(pyvfio.DiscardError):  # of a file that is not to be punched
+            block.discard(2 * PAGE_SIZE, PAGE_SIZE)
+            CHANGES[change](block)
+
+    with kinds(name) as kind:
+        kernel.clear_trace()
+        live()
+        for call, count in Counter(call.call for call in kernel.trace).items():
+            for nth in range(1, count + 1):
+                for block in tuple(blocks):
+                    block.remove()
+                kernel.fail(call=call, errno=errno.EIO, nth=nth)
+                try:
+                    live()
+                except OSError as error:
+                    assert isinstance(error, pyvfio.IoctlError), (call, nth)  # noqa: PT017 (all others are fine)
+                kernel.clear_failures()
+        blocks.close()
 
 
 def areas() -> int:
@@ -343,6 +386,52 @@ def test_a_file_that_is_too_short_is_refused_when_the_block_is_made(blocks: RamB
         blocks.add("ring", used_length=0, max_length=MIB, memory=File(fd, PAGE_SIZE))
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_descriptor_that_the_caller_closes_is_never_another_file(blocks: RamBlockList, *, shared: bool) -> None:
+    """Whatever is done with the block; its own file is used throughout."""
+    fd = os.memfd_create("caller's", os.MFD_CLOEXEC)
+    os.ftruncate(fd, 4 * PAGE_SIZE)
+    kind = File(fd, grow=True, shared=shared, punch=shared)
+    block = blocks.add("ring", used_length=4 * PAGE_SIZE, max_length=MIB, memory=kind)
+    os.close(fd)
+    stranger = os.memfd_create("stranger", os.MFD_CLOEXEC)
+    os.ftruncate(stranger, 4 * PAGE_SIZE)
+    os.pwrite(stranger, DATA, 0)
+    assert stranger == fd
+    write(block)
+    if shared:
+        block.discard(PAGE_SIZE, 2 * PAGE_SIZE)
+        block.populate(PAGE_SIZE, 2 * PAGE_SIZE)
+    block.resize(16 * PAGE_SIZE)
+    block.remap(8 * PAGE_SIZE, PAGE_SIZE)
+    block.resize(PAGE_SIZE)
+    assert contents(block)[: len(DATA)] == DATA
+    block.remove()
+    status = os.fstat(stranger)
+    assert (status.st_size, status.st_blocks * 512, os.pread(stranger, len(DATA), 0)) == (
+        4 * PAGE_SIZE,
+        PAGE_SIZE,
+        DATA,
+    )
+    os.close(stranger)
+
+
+def test_numbers_of_numpy_are_numbers(blocks: RamBlockList, fd: int) -> None:
+    """They are plain ints in what was made of them."""
+    np = pytest.importorskip("numpy")
+    os.ftruncate(fd, 4 * PAGE_SIZE)
+    kind = File(np.int64(fd), np.uint64(PAGE_SIZE))
+    assert (type(kind.fd), type(kind.offset), type(Memfd(np.int64(2 * MIB)).hugetlb)) == (int, int, int)
+    page = np.uint64(PAGE_SIZE)
+    block = blocks.add("ring", used_length=page, max_length=np.uint64(2 * PAGE_SIZE), memory=kind, prealloc=np.uint8(1))
+    block.resize(np.uint64(2 * PAGE_SIZE))
+    assert [type(length) for length in (block.used_length, block.max_length, block.prealloc)] == [int] * 3
+    memory = blocks.add("memory", used_length=page, max_length=np.uint64(2 * PAGE_SIZE))
+    memory.discard(np.uint64(0), page)
+    assert [type(number) for number in memory.discarded[0]] == [int, int]
+    blocks.close()
+
+
 def test_a_file_that_has_become_too_short_is_refused_when_the_block_grows(blocks: RamBlockList, fd: int) -> None:
     """Somebody else has cut it; touching it would kill."""
     os.ftruncate(fd, MIB)
@@ -398,7 +487,9 @@ def test_a_descriptor_that_is_open_for_reading_makes_a_block_that_is_read(kernel
 
 def test_a_bad_descriptor_is_the_kernels_refusal(blocks: RamBlockList) -> None:
     """EBADF, with what a block needs."""
-    with pytest.raises(pyvfio.IoctlError, match=r"fd=0x.*EBADF.*Bad file descriptor.*stay so until") as raised:
+    with pytest.raises(
+        pyvfio.IoctlError, match=r"fd=0x.*EBADF.*Bad file descriptor.*open when the block is added"
+    ) as raised:
         blocks.add("ring", used_length=0, max_length=MIB, memory=File(987654))
     assert raised.value.errno == errno.EBADF
 
@@ -734,7 +825,7 @@ def test_what_cannot_be_mapped_is_refused_with_what_it_is(
     with descriptor(what) as fd:
         with pytest.raises(ValueError, match=rf"descriptor {fd} is .*{what}"):
             blocks.add("ring", used_length=0, max_length=MIB, memory=File(fd, grow=grow))
-        assert [call.call for call in kernel.trace] == ["file_status"]
+        assert [call.call for call in kernel.trace] == ["dup", "file_status", "close"]
 
 
 @pytest.mark.parametrize(
@@ -857,7 +948,7 @@ def test_a_file_that_cannot_grow_says_so_when_the_block_is_made(kernel: SpecialK
     short, long = sealed(PAGE_SIZE, F_SEAL_GROW), sealed(MIB, F_SEAL_GROW)
     with pytest.raises(ValueError, match=r"ends 4 KiB behind offset 0x0.*cannot be made longer.*F_SEAL_GROW"):
         blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB, memory=File(short, grow=True))
-    assert [call.call for call in kernel.trace] == ["file_status"]
+    assert [call.call for call in kernel.trace] == ["dup", "file_status", "close"]
     block = blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB, memory=File(long, grow=True))
     block.resize(MIB)
     blocks.close()

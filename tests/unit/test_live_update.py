@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -67,7 +68,7 @@ def old(kernel: SpecialKernel, resize: Literal["remap", "extend"] = "extend") ->
 
 def duplicates(kernel: SpecialKernel, update: HandOver) -> list[int]:
     """As they come over a socket."""
-    return [kernel.duplicate(fd) for fd in update.fds]
+    return [kernel.dup(fd) for fd in update.fds]
 
 
 def close(kernel: SpecialKernel, fds: list[int]) -> None:
@@ -164,11 +165,11 @@ def test_what_is_cancelled_is_as_it_was(kernel: SpecialKernel, rig: Rig) -> None
 def forget(taken: TakenOver, kernel: SpecialKernel, fds: list[int]) -> None:
     """It dies: its memory and descriptors go, and nothing else happens."""
     areas = [(block.vaddr, block.max_length + PAGE_SIZE) for block in taken.blocks]
-    taken.mapper._forget()
-    for handle in (taken.container, *taken.container._groups.values(), *taken.devices.values()):
-        handle._abandon()
+    taken.mapper.forget()
+    for handle in (taken.container, *taken.container.groups.values(), *taken.devices.values()):
+        handle.release_fd()
     for block in taken.blocks:
-        block._memory.disown()
+        block.state.memory.disown()
     close(kernel, fds)
     with suppress(AssertionError):
         for vaddr, size in areas:
@@ -215,6 +216,27 @@ def test_whichever_call_of_a_take_over_fails_the_device_reaches_the_same_and_it_
     both_ways(rig, rig.blocks, places)
 
 
+def test_a_handler_that_raises_at_the_end_of_either_call_leaves_everything_as_it_was(
+    kernel: SpecialKernel, rig: Rig
+) -> None:
+    """Nobody receives the object: the hand-over is cancelled, and what was taken over is given back."""
+    before, places = rig.reached(), iovas(rig)
+    kernel.interrupt_at(1, after=True)
+    with pytest.raises(Interrupt):
+        hand_over(rig.mapper)
+    has_addresses(rig)
+    with hand_over(rig.mapper) as update:
+        fds = duplicates(kernel, update)
+        kernel.interrupt_at(1, after=True)
+        with pytest.raises(Interrupt):
+            take_over(update.state, fds, kernel=kernel)
+        assert set(fds) <= set(open_fds())
+        forget(take_over(update.state, fds, kernel=kernel), kernel, fds)
+    assert rig.reached() == before
+    rig.check()
+    both_ways(rig, rig.blocks, places)
+
+
 # ---------------------------------------------------------------------------------------------- the old process
 
 
@@ -233,7 +255,7 @@ def test_whichever_call_of_a_hand_over_fails_everything_is_as_it_was(kernel: Spe
             hand_over(rig.mapper).cancel()
         except (OSError, pyvfio.VfioError, Interrupt):
             end(kernel)
-            if rig.container._handing is not None:  # it was `cancel` that failed
+            if rig.container.handing is not None:  # it was `cancel` that failed
                 hand_over(rig.mapper).cancel()
         end(kernel)
         has_addresses(rig)
@@ -323,6 +345,7 @@ def test_what_is_finished_is_closed_and_closing_it_reaches_nothing(kernel: Speci
         update.cancel()
         with pytest.raises(pyvfio.ClosedError, match="finished"):
             update.make_inheritable()
+        rig.blocks.add("another", used_length=0, max_length=PAGE_SIZE).remove()
         kernel.clear_trace()
         rig.close()
         assert kernel.trace == []
@@ -333,7 +356,6 @@ def test_what_is_finished_is_closed_and_closing_it_reaches_nothing(kernel: Speci
                 use()
         with pytest.raises(pyvfio.ClosedError):
             hand_over(rig.mapper)
-        rig.blocks.add("another", used_length=0, max_length=PAGE_SIZE).remove()
         both_ways(rig, taken.blocks, {block.idstr: taken.mapper.iova(block) for block in taken.blocks})
 
 
@@ -437,7 +459,8 @@ def test_buffers_listeners_and_mappings_of_others_are_refused_by_name(kernel: Sp
     rig.container.map(vaddr=memory, iova=0, size=PAGE_SIZE)
     refused(rig, "IOVA 0x0-0xfff is mapped")
     rig.container.unmap(iova=0, size=PAGE_SIZE)
-    rig.container.map_dma(vaddr=memory, iova=0, size=PAGE_SIZE)
+    fd, stranger = rig.container.fd, struct.pack("=2I3Q", 32, 3, memory, 0, PAGE_SIZE)
+    kernel.ioctl(fd, ioctls.VFIO_IOMMU_MAP_DMA, bytearray(stranger))
     refused(rig, "of which .* known here")
     rig.container.unmap_dma(iova=0, size=PAGE_SIZE)
     hand_over(rig.mapper).cancel()
@@ -495,7 +518,7 @@ def test_a_block_comes_with_all_that_it_was_made_of(kernel: SpecialKernel) -> No
         with take_over(update.state, duplicates(kernel, update), kernel=kernel, resized=resized) as taken:
             update.finish()
             os.close(fd)
-            policy = taken.mapper._policy
+            policy = taken.mapper.policy
             assert (policy.resize, policy.granule, policy.allow_gap) == ("extend", 2 * PAGE_SIZE, False)
             of_file, other = taken.blocks["file"], taken.blocks["other"]
             assert of_file.readonly
@@ -597,7 +620,7 @@ def test_descriptors_that_are_not_what_they_should_be_are_refused(kernel: Specia
                 take_over(update.state, wrong, kernel=kernel)
             assert "ioctl" not in [call.call for call in kernel.trace]
         state = json.loads(update.state)
-        state["blocks"][0].update(used_length=MIB, pieces=[[0, MIB]], discarded=[], stale=[])
+        state["blocks"][0].update(used_length=MIB, pieces=[[0, MIB]], discarded=[])
         with pytest.raises(HandOverError, match=r"has (16|32) KiB, and 1 MiB are in use"):
             take_over(json.dumps(state).encode(), fds, kernel=kernel)
         close(kernel, fds)
@@ -701,10 +724,10 @@ def test_blocks_of_a_list_that_the_mapper_was_taken_out_of_are_not_handed_over(r
 def test_a_hand_over_that_another_thread_has_only_begun_is_nobody_elses_to_cancel(rig: Rig) -> None:
     """It would go on behind the cancel, and nobody could end it any more."""
     made: list[HandOver] = []
-    with rig.blocks._lock:  # as a change that is under way
+    with rig.blocks.guard.lock:  # as a change that is under way
         first = threading.Thread(target=lambda: made.append(hand_over(rig.mapper)))
         first.start()
-        while rig.container._handing is None:
+        while rig.container.handing is None:
             time.sleep(0.001)
         with pytest.raises(HandOverError, match="another thread has begun to hand it over"):
             hand_over(rig.mapper)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import gc
-import itertools
 import mmap
 import resource
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ from pyvfio.errors import ClosedError, IoctlError
 from pyvfio.kernel import MADV_DONTNEED_LOCKED, Kernel, LinuxKernel
 from pyvfio.memory import ALIGNMENT, Exports, MemorySettings, Reservation, apply_settings, describe
 from pyvfio.testing import FakeKernel
-from pyvfio.units import MIB, PAGE_SIZE, TIB, U64_MAX, Vaddr
+from pyvfio.units import MIB, PAGE_SIZE, TIB, U64_MAX
 from tests.unit.processes import areas, in_child, limit_memory, maps
 
 PLAIN = MemorySettings(dontfork=False, hugepage=False)
@@ -600,98 +598,6 @@ def test_a_release_that_fails_has_changed_nothing(kernel: FakeKernel) -> None:
     memory._check()
     memory.release()
     assert memory.vaddr == 0
-
-
-class Interrupted(LinuxKernel):
-    """The running kernel, and a signal handler that raises at a call, before or after it took effect."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left = 0
-        self.after = False
-        self.unmapped: list[range] = []
-
-    def _call(self, action: Callable[[], Vaddr | None]) -> Vaddr | None:
-        self.left -= 1
-        if self.left == 0 and not self.after:
-            raise KeyboardInterrupt
-        answer = action()
-        if self.left == 0:
-            raise KeyboardInterrupt
-        return answer
-
-    def mmap(self, vaddr: int, size: int, protection: int, flags: int, *, fd: int = -1, offset: int = 0) -> Vaddr:
-        """mmap(2)."""
-        act = super().mmap
-        answer = self._call(lambda: act(vaddr, size, protection, flags, fd=fd, offset=offset))
-        assert answer is not None
-        return answer
-
-    def mprotect(self, vaddr: int, size: int, protection: int) -> None:
-        """mprotect(2)."""
-        act = super().mprotect
-        self._call(lambda: act(vaddr, size, protection))
-
-    def madvise(self, vaddr: int, size: int, advice: int) -> None:
-        """madvise(2)."""
-        act = super().madvise
-        self._call(lambda: act(vaddr, size, advice))
-
-    def munmap(self, vaddr: int, size: int) -> None:
-        """munmap(2)."""
-        self.unmapped.append(range(vaddr, vaddr + size))
-        act = super().munmap
-        self._call(lambda: act(vaddr, size))
-
-
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("nth", range(1, 8))
-@pytest.mark.parametrize("length", [MIB, 6 * MIB])
-def test_a_resize_that_is_interrupted_at_any_call_can_be_made_again(*, length: int, nth: int, after: bool) -> None:
-    """New memory reads zero and has its settings, wherever a signal handler has raised."""
-    kernel = Interrupted()
-    memory = reserve(kernel, active=4 * MIB, settings=ALL)
-    fill(memory, 0, 4 * MIB)
-    kernel.left, kernel.after = nth, after
-    resize = memory.activate if length > 4 * MIB else memory.deactivate
-    try:
-        resize(length)
-    except KeyboardInterrupt:
-        memory._check()
-    kernel.left = 0
-    memory.retain(min(memory.length, MIB))
-    memory.activate(8 * MIB)
-    memory._check()
-    assert contents(memory, 0, MIB) == b"\x5a" * MIB
-    assert not any(contents(memory, MIB, 8 * MIB))
-    for area in areas(memory.vaddr, memory.max_length):
-        assert area.flags >= {"dc", "dd", "hg", "mg"}
-    memory.release()
-
-
-@pytest.mark.parametrize("nth", range(1, 8))
-def test_nothing_is_unmapped_twice_when_reserving_is_interrupted(nth: int) -> None:
-    """Another thread may have memory there by then; it is the `nth` call after the mapping that is interrupted."""
-    kernel = Interrupted()
-    kernel.left, kernel.after = nth + 1, True
-    with suppress(KeyboardInterrupt):  # where the address is aligned by chance, one call less is made
-        Reservation(kernel, max_length=8 * MIB, settings=ALL)
-    calls = sorted(kernel.unmapped, key=lambda span: span.start)
-    for one, other in itertools.pairwise(calls):
-        assert one.stop <= other.start
-
-
-@pytest.mark.parametrize("after", [False, True])
-def test_what_may_be_unmapped_is_not_unmapped_again(*, after: bool) -> None:
-    """A release that was interrupted has let go: address space may be lost, but never another's memory."""
-    kernel = Interrupted()
-    memory = reserve(kernel)
-    kernel.left, kernel.after = 1, after
-    with pytest.raises(KeyboardInterrupt):
-        memory.release()
-    kernel.unmapped.clear()
-    memory.release()
-    assert kernel.unmapped == []
 
 
 # -------------------------------------------------------------------------------------------------------- views

@@ -81,7 +81,7 @@ def another_thread_goes_on(rig: Rig, block: pyvfio.RamBlock) -> None:
     thread.join(0.5)
     went_on = bool(found)
     while thread.is_alive():  # as often as it was taken
-        rig.mapper._lock.release()
+        rig.mapper.guard.lock.release()
         thread.join(0.1)
     assert went_on, "the lock is still held"
 
@@ -160,7 +160,7 @@ class SwappedInUnmap(DmaMapper):
 
     def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
         """As there."""
-        window = self._find(block).window
+        window = self._window_of(block).window
         if old_length:
             self.space.unmap(iova=old_length, size=window.iova)
         if new_length:
@@ -172,7 +172,7 @@ class SwappedInMap(DmaMapper):
 
     def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
         """As there."""
-        window = self._find(block).window
+        window = self._window_of(block).window
         self.space.unmap(iova=window.iova, size=old_length)
         self._map(vaddr=window.vaddr, iova=new_length, size=window.iova)
 
@@ -182,10 +182,10 @@ class LockKept(DmaMapper):
 
     def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
         """As there."""
-        self._lock.acquire()
-        self._find(block)
+        self.guard.lock.acquire()
+        self._window_of(block)
         super().ram_block_resized(block, old_length, new_length)
-        self._lock.release()
+        self.guard.lock.release()
 
 
 class LockKeptByARefusal(DmaMapper):
@@ -193,9 +193,9 @@ class LockKeptByARefusal(DmaMapper):
 
     def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
         """As there."""
-        self._lock.acquire()
+        self.guard.lock.acquire()
         super().ram_block_resized(block, old_length, new_length)
-        self._lock.release()
+        self.guard.lock.release()
 
 
 class ResultIgnored(DmaMapper):
@@ -203,7 +203,7 @@ class ResultIgnored(DmaMapper):
 
     def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
         """As there."""
-        window = self._find(block).window
+        window = self._window_of(block).window
         if old_length:
             self.space.unmap(iova=window.iova, size=old_length)
         with suppress(pyvfio.IoctlError):
@@ -215,7 +215,7 @@ class NothingIsMapped(DmaMapper):
 
     def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
         """As there; around what refuses 0 before the kernel can."""
-        window = self._find(block).window
+        window = self._window_of(block).window
         if old_length:
             self.space.unmap(iova=window.iova, size=old_length)
         assert isinstance(self.space, pyvfio.Container)
@@ -237,13 +237,13 @@ class LengthUnchecked(DmaMapper):
     def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
         """As there."""
         del old_length
-        self._change(self._find(block), block._populated(new_length))
+        self._change(self._window_of(block), block.state.populated_at(new_length))
 
 
 class TailUnknown(DmaMapper):
     """`find_mapping` compares with what is mapped, so that the reserved tail of a block is nobody's."""
 
-    def _check_apart(self, vaddr: int, size: int) -> None:
+    def _check_no_block(self, vaddr: int, size: int) -> None:
         """As there."""
 
 

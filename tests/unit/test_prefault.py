@@ -224,6 +224,20 @@ def test_a_callback_that_raises_while_memory_is_populated_leaves_the_block_as_it
         assert resident(block.vaddr, 16 * SLICE) == 0
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_signal_ends_preallocation_after_the_slice(kernel: PopulatingKernel, threads: int) -> None:
+    """The handler runs between two slices, and what it raises is undone as a refusal."""
+    with pyvfio.RamBlockList(kernel=kernel) as blocks:
+        block = blocks.add("ring", used_length=MIB, max_length=16 * SLICE, prealloc=threads)
+        kernel.interrupt_at(2, after=False)  # the first slice, behind the mprotect
+        with pytest.raises(Interrupt):
+            block.resize(16 * SLICE)
+        assert 2 <= len(kernel.populated) < 16
+        assert sorted(kernel.done) == sorted(kernel.populated), "a call is still under way"
+        assert (block.used_length, resident(block.vaddr, 16 * SLICE)) == (MIB, MIB)
+        block._check()
+
+
 def resident(vaddr: int, size: int) -> int:
     """Bytes of this process's memory there that have pages (/proc/self/pagemap)."""
     with open("/proc/self/pagemap", "rb") as pagemap:

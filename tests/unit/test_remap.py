@@ -177,7 +177,7 @@ def test_a_mapper_that_allows_no_gap_replaces_whole_granules_only(kernel: Specia
 
 def test_discarded_parts_stay_out_of_reach(rig: Rig) -> None:
     """Their pages are replaced, too, and nobody is told of them."""
-    if rig.mapper._policy.granule == 4 * PAGE_SIZE:
+    if rig.mapper.policy.granule == 4 * PAGE_SIZE:
         start, size = 4 * PAGE_SIZE, 4 * PAGE_SIZE
     else:
         start, size = 5 * PAGE_SIZE, PAGE_SIZE

@@ -110,8 +110,10 @@ class Descriptors:
         self._is_shut_down = True
 
     def finalize(self) -> None:
-        """Close all that are left, of a kernel that is not there any more."""
+        """Close all that are left, of a kernel that nobody refers to, or when the interpreter ends. Their owners may
+        close each once more."""
         for fd in list(self.files):
+            self._let_go.add(fd)
             handler = self.files.pop(fd)
             if _is_same_file(fd, self._identities):
                 os.close(fd)

@@ -86,6 +86,14 @@ class FakeKernel(MemoryCalls):
                 device._plug(DeviceSlot(self._dma, group, live, self._lock))
         return group
 
+    def __repr__(self) -> str:
+        devices = sum(len(group.devices) for group in self._groups.values())
+        mapped = [mapping.size for mapping in self.mappings()]
+        return (
+            f"<{type(self).__name__} {self._version.name}: {devices} devices, "
+            f"{len(self.descriptors)} descriptors, {len(mapped)} mappings of {sum(mapped):#x} bytes>"
+        )
+
     def __enter__(self) -> Self:
         return self
 
@@ -209,18 +217,6 @@ class FakeKernel(MemoryCalls):
     def planned_failures(self) -> tuple[str, ...]:
         """What `fail` was asked for and has not happened yet, in words."""
         return tuple(map(str, self._record.failures))
-
-    def duplicate(self, fd: int) -> int:
-        """Another descriptor of the same open file, close-on-exec: what dup(2) gives, and a process that is sent one
-        over a socket. What hangs on the file goes with the last of them."""
-        self._descriptors.check_usable()
-        with self._lock:
-            handler = self._descriptors.find(fd)
-            copy = os.dup(fd)
-            self._descriptors.given_out(copy)
-            if handler is not None:
-                self._descriptors.adopt(copy, handler)
-            return copy
 
     def clear_trace(self) -> None:
         """Forget the calls so far."""
@@ -461,9 +457,13 @@ class FakeKernel(MemoryCalls):
         """Of a real one; may block."""
         return self._record.observed("eventfd_read", (fd,), lambda: self._linux.eventfd_read(fd))
 
-    def poll(self, fd: int, timeout: float | None) -> bool:
+    def eventfd_write(self, fd: int, value: int) -> None:
+        """Of a real one."""
+        self._record.observed("eventfd_write", (fd, value), lambda: self._linux.eventfd_write(fd, value))
+
+    def poll(self, fd: int, timeout: float | None, *others: int) -> bool:
         """The real one; may block."""
-        return self._record.observed("poll", (fd,), lambda: self._linux.poll(fd, timeout))
+        return self._record.observed("poll", (fd, *others), lambda: self._linux.poll(fd, timeout, *others))
 
     def memlock(self) -> Memlock:
         """The fake's own: `memlock_limit` in whole pages, the sum of live mappings, `privileged`."""

@@ -134,6 +134,18 @@ class MemoryCalls:
             self._descriptors.given_out(fd)
             return fd
 
+    def dup(self, fd: int) -> int:
+        """The real one, also of the fake's own descriptors: an object of the kernel's goes with the last descriptor."""
+        if self._descriptors.in_child:
+            return self._linux.dup(fd)
+        with self._lock:
+            handler = self._descriptors.find(fd)
+            copy = self._record.observed("dup", (fd,), lambda: self._linux.dup(fd), undo=os.close)
+            self._descriptors.given_out(copy)
+            if handler is not None:
+                self._descriptors.adopt(copy, handler)
+            return copy
+
     def ftruncate(self, fd: int, size: int) -> None:
         """The real one, seen: what is cut off is taken from whoever has it mapped."""
         self._file_call("ftruncate", (fd, size), lambda: self._linux.ftruncate(fd, size), fd=fd, start=size)

@@ -21,7 +21,7 @@ _FILE_CALLS = frozenset(
     ("open", "close", "ioctl", "pread", "pwrite", "registers", "eventfd", "eventfd_read", "poll", "memlock")
 )
 _MEMORY_CALLS = frozenset(
-    ("mmap", "mprotect", "madvise", "munmap", "memfd_create", "ftruncate", "fallocate", "file_status")
+    ("mmap", "mprotect", "madvise", "munmap", "memfd_create", "dup", "ftruncate", "fallocate", "file_status")
 )
 _LOCK_CALLS = frozenset(("mlockall", "munlockall", "munlock", "mlocked", "resident"))
 CALLS = _FILE_CALLS | _MEMORY_CALLS | _LOCK_CALLS

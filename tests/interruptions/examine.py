@@ -1,0 +1,204 @@
+"""Runs an operation with something in the way at one of its points, and judges what is left."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import FrameType
+from typing import NamedTuple, TypeAlias
+
+from tests.interruptions.operations import Operation
+from tests.interruptions.points import Walk
+from tests.interruptions.scene import Scene, SeenKernel, State
+from tests.interruptions.victims import hold
+from tests.unit.fakes import Interrupt
+
+Victim: TypeAlias = Callable[[Scene], Callable[[], object]]
+FIRST, SECOND = signal.SIGUSR1, signal.SIGUSR2
+
+
+class Dry(NamedTuple):
+    """An operation that nothing disturbs: how many points it has, and the state behind it."""
+
+    points: int
+    after: State
+
+
+class Case(NamedTuple):
+    """A signal at the point `first`, and another one at the point `second` from there."""
+
+    first: int
+    second: int | None = None
+
+
+def press(number: int) -> None:
+    """Have a signal arrive in this thread, now."""
+    signal.raise_signal(number)
+
+
+@contextmanager
+def raising() -> Iterator[None]:
+    """Both signals have a handler in Python, which raises Interrupt."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        del frame
+        raise Interrupt(number)
+
+    before = {number: signal.signal(number, handler) for number in (FIRST, SECOND)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def handlers() -> list[object]:
+    """The handlers of all signals."""
+    return [signal.getsignal(number) for number in signal.valid_signals()]
+
+
+def difference(found: State, *legal: State) -> str:
+    """In words, against that of the legal states which is nearest; nothing where it is one of them."""
+    wrong = [{key: (state[key], found[key]) for key in state if state[key] != found[key]} for state in legal]
+    nearest = min(wrong, key=len)
+    return "; ".join(f"{key}: {found!r} in place of {wanted!r}" for key, (wanted, found) in nearest.items())
+
+
+def rehearse(operation: Operation, kernel: SeenKernel) -> Dry:
+    """Make the operation twice, undisturbed: what is imported or cached for the first one is no point of it."""
+    for _ in range(2):
+        scene = Scene(kernel)
+        operation.prepare(scene)
+        scene.note_iovas()
+        walk = Walk()
+        scene.made = walk.run(partial(operation.call, scene))
+        after = scene.state()
+        scene.close()
+    return Dry(walk.count, after)
+
+
+class Examination:
+    """One case of one operation: `failure` says what is wrong, and where the signals arrived."""
+
+    def __init__(self, operation: Operation, kernel: SeenKernel, dry: Dry, case: Case) -> None:
+        self._operation = operation
+        self._case = case
+        self._after = dry.after
+        steps: dict[int, Callable[[], object]] = {case.first: partial(press, FIRST)}
+        if case.second is not None:
+            steps[case.first + case.second] = partial(press, SECOND)
+        self.walk = Walk(steps)
+        self.interrupted: Interrupt | None = None
+        """The exception of a handler, which keeps alive whatever nobody has received."""
+        self._scene = Scene(kernel)
+
+    def run(self) -> str:
+        """What is wrong, in words; nothing where all is right."""
+        scene, operation = self._scene, self._operation
+        operation.prepare(scene)
+        scene.note_iovas()
+        before, installed = scene.state(), handlers()
+        try:
+            scene.made = self.walk.run(partial(operation.call, scene))
+        except Interrupt as error:
+            self.interrupted = error
+        if self.interrupted is None:
+            return self._say("the handler's exception is lost")
+        found = scene.state()
+        legal = (before,) if operation.makes else (before, self._after)
+        if wrong := difference(found, *legal):
+            return self._say(f"then {wrong}")
+        if wrong := self._again(done=found == self._after and not operation.makes):
+            return self._say(f"made again, {wrong}")
+        if handlers() != installed:
+            return self._say("a signal has another handler")
+        scene.close()
+        return ""
+
+    def _again(self, *, done: bool) -> str:
+        scene, operation = self._scene, self._operation
+        try:
+            scene.made = operation.call(scene)
+        except operation.refusals as error:
+            return "" if done else f"it raises {error!r}"
+        return difference(scene.state(), self._after)
+
+    def _say(self, what: str) -> str:
+        return f"{self._operation.name}, {self._case}, at {' and '.join(self.walk.where)}: {what}"
+
+
+def examine(operation: Operation, kernel: SeenKernel, dry: Dry, case: Case) -> tuple[str, int]:
+    """What is wrong, and how many points the call had from the first signal on."""
+    examination = Examination(operation, kernel, dry, case)
+    try:
+        wrong = examination.run()
+    except (Exception, Interrupt) as error:
+        wrong = examination._say(f"{type(error).__name__}: {error}, line {_line(error)}")
+    examination.interrupted = None  # or its traceback would keep the scene until the next collection
+    return wrong, examination.walk.count - case.first
+
+
+def _line(error: BaseException) -> int:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None and trace.tb_next.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return 0 if trace is None else trace.tb_lineno
+
+
+# ------------------------------------------------------------------------------------------------ collections
+
+
+class Outcome(NamedTuple):
+    """What a call raised, by name, and what there is then."""
+
+    error: str
+    state: State
+
+
+def _outcome(scene: Scene, call: Callable[[], object]) -> Outcome:
+    error = ""
+    try:
+        scene.made = call()
+    except Exception as raised:
+        error = type(raised).__name__
+    return Outcome(error, scene.state())
+
+
+def rehearse_collections(operation: Operation, kernel: SeenKernel, victim: Victim) -> tuple[int, list[Outcome]]:
+    """How many points there are, and what may come out: that of a close before the operation, and of one behind it."""
+    outcomes = []
+    for first in (True, False):
+        scene = Scene(kernel)
+        operation.prepare(scene)
+        close = victim(scene)
+        scene.note_iovas()
+        if first:
+            close()
+        walk = Walk()
+        outcome = _outcome(scene, partial(walk.run, partial(operation.call, scene)))
+        if not first:
+            close()
+            outcome = Outcome(outcome.error, scene.state())
+        outcomes.append(outcome)
+        scene.close()
+    return walk.count, outcomes
+
+
+def examine_collection(
+    operation: Operation, kernel: SeenKernel, victim: Victim, at: int, legal: Sequence[Outcome]
+) -> str:
+    """What is wrong after an operation in which a victim has gone, in words."""
+    scene = Scene(kernel)
+    operation.prepare(scene)
+    walk = Walk({at: hold(victim(scene))})
+    scene.note_iovas()
+    try:
+        found = _outcome(scene, partial(walk.run, partial(operation.call, scene)))
+        same = [outcome.state for outcome in legal if outcome.error == found.error]
+        wrong = difference(found.state, *same) if same else f"{found.error or 'nothing'} was raised"
+        scene.close()
+    except Exception as error:
+        wrong = f"{type(error).__name__}: {error}, line {_line(error)}"
+    return wrong and f"{operation.name}, point {at}, at {' and '.join(walk.where)}: {wrong}"

@@ -1,0 +1,315 @@
+"""Each call of the library that changes something, with what it begins with, and what a second call of it may say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Literal, NamedTuple, TypeVar
+
+import pyvfio
+from pyvfio import ioctls
+from pyvfio.units import PAGE_SIZE
+from tests.interruptions.scene import GROUP, MOST, Listener, Scene, Update
+from tests.unit.fakes import BDF
+
+_Thing = TypeVar("_Thing")
+MSI = ioctls.VFIO_PCI_MSI_IRQ_INDEX
+
+
+class Operation(NamedTuple):
+    """A call that changes something.
+
+    `prepare` makes what it begins with. `makes`: it returns an object that nobody else has, so that nothing of it may
+    be left where nobody receives that. `refusals`: what a second call may raise when the first one has succeeded.
+    """
+
+    name: str
+    prepare: Callable[[Scene], object]
+    call: Callable[[Scene], object]
+    makes: bool = False
+    refusals: tuple[type[Exception], ...] = ()
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _nothing(scene: Scene) -> None:
+    """The program has opened nothing yet."""
+
+
+def _got(thing: _Thing | None) -> _Thing:
+    assert thing is not None
+    return thing
+
+
+def _ring(scene: Scene) -> pyvfio.RamBlock:
+    return _got(scene.blocks)["ring"]
+
+
+def _thing(scene: Scene, name: str, kind: type[_Thing]) -> _Thing:
+    found = scene.things[name]
+    assert isinstance(found, kind)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ opening and closing
+
+
+def _container(scene: Scene) -> None:
+    scene.container = pyvfio.Container(kernel=scene.kernel)
+
+
+def _container_and_group(scene: Scene) -> None:
+    _container(scene)
+    scene.things["group"] = pyvfio.Group(GROUP, kernel=scene.kernel)
+
+
+def _attached(scene: Scene) -> None:
+    _container_and_group(scene)
+    _attach(scene)
+
+
+def _attach(scene: Scene) -> None:
+    _got(scene.container).attach(_thing(scene, "group", pyvfio.Group))
+
+
+def _detach(scene: Scene) -> None:
+    _got(scene.container).detach(_thing(scene, "group", pyvfio.Group))
+
+
+def _device(scene: Scene) -> pyvfio.Device:
+    return _thing(scene, "device", pyvfio.Device)
+
+
+def _busy(scene: Scene) -> None:
+    """A device with interrupts, a mapped region, and memory of the program's that it reaches."""
+    device = scene.open()
+    device.irq(MSI).enable(1)
+    device.memory_enabled = True
+    device.region(0).mmap()
+    device.bus_master = True
+    scene.mapper = pyvfio.DmaMapper(device.container)
+    scene.mapper.map_buffer(scene.buffer("buffer"))
+
+
+def _region(scene: Scene) -> None:
+    scene.open().memory_enabled = True
+
+
+def _region_map(scene: Scene) -> None:
+    _region(scene)
+    scene.things["map"] = _device(scene).region(0).mmap()
+
+
+def _interrupts(scene: Scene) -> None:
+    scene.open().irq(MSI).enable(1)
+
+
+def _close(name: str, scene: Scene) -> None:
+    scene.things[name].close()
+
+
+def _opening() -> Iterator[Operation]:
+    yield Operation("open a device", _nothing, lambda s: pyvfio.open_device(BDF, kernel=s.kernel), makes=True)
+    yield Operation(
+        "open a device in a container",
+        _container,
+        lambda s: pyvfio.open_device(BDF, container=s.container),
+        makes=True,
+    )
+    yield Operation("Container()", _nothing, lambda s: pyvfio.Container(kernel=s.kernel), makes=True)
+    yield Operation("Group()", _nothing, lambda s: pyvfio.Group(GROUP, kernel=s.kernel), makes=True)
+    yield Operation("attach", _container_and_group, _attach, refusals=(OSError, ValueError))
+    yield Operation("detach", _attached, _detach, refusals=(ValueError,))
+    yield Operation("close a group", _attached, partial(_close, "group"))
+    yield Operation("close a container", _busy, lambda s: _got(s.container).close())
+    yield Operation("close a device", _busy, partial(_close, "device"))
+    yield Operation("map a region", _region, lambda s: _device(s).region(0).mmap(), makes=True)
+    yield Operation("close a mapped region", _region_map, partial(_close, "map"))
+    yield Operation("enable an interrupt", Scene.open, lambda s: _device(s).irq(MSI).enable(1))
+    yield Operation("disable an interrupt", _interrupts, lambda s: _device(s).irq(MSI).disable())
+    yield Operation("reset", _busy, lambda s: _device(s).reset())
+
+
+# ------------------------------------------------------------------------------------------------ blocks
+
+
+def _blocks(scene: Scene, policy: str) -> None:
+    scene.fill(resize="remap" if policy == "remap" else "extend", granule=PAGE_SIZE if policy == "granule" else None)
+
+
+def _unfollowed(scene: Scene) -> None:
+    """Blocks, and a container whose mapper does not follow them yet."""
+    scene.open()
+    scene.blocks = pyvfio.RamBlockList(kernel=scene.kernel)
+    for name in ("ring", "other"):
+        scene.blocks.add(name, used_length=2 * PAGE_SIZE, max_length=MOST)
+
+
+def _follow(scene: Scene) -> object:
+    return pyvfio.DmaMapper(_got(scene.container), scene.blocks)
+
+
+def _listened(scene: Scene) -> None:
+    _blocks(scene, "remap")
+    scene.listener = Listener()
+    _got(scene.blocks).add_notifier(scene.listener)
+
+
+def _unheard(scene: Scene) -> None:
+    _blocks(scene, "remap")
+    scene.listener = Listener()
+
+
+def _add(scene: Scene) -> pyvfio.RamBlock:
+    return _got(scene.blocks).add("new", used_length=2 * PAGE_SIZE, max_length=MOST)
+
+
+def _changes() -> Iterator[Operation]:
+    gone = (ValueError, pyvfio.ClosedError)
+    calls: dict[str, tuple[Callable[[Scene], object], tuple[type[Exception], ...]]] = {
+        "add": (_add, (ValueError,)),
+        "grow": (lambda s: _ring(s).resize(9 * PAGE_SIZE), ()),
+        "shrink": (lambda s: _ring(s).resize(2 * PAGE_SIZE), ()),
+        "discard": (lambda s: _ring(s).discard(0, PAGE_SIZE), ()),
+        "populate": (lambda s: _ring(s).populate(3 * PAGE_SIZE, PAGE_SIZE), ()),
+        "replace pages": (lambda s: _ring(s).remap(0, 2 * PAGE_SIZE), ()),
+        "remove": (lambda s: _got(s.blocks).remove(_got(s.blocks)["other"]), (KeyError, *gone)),
+        "close the mapper": (lambda s: _got(s.mapper).close(), ()),
+        "close the list": (lambda s: _got(s.blocks).close(), ()),
+    }
+    policies: tuple[Literal["remap", "extend", "granule"], ...] = ("remap", "extend", "granule")
+    for name, (call, refusals) in calls.items():
+        for policy in policies:
+            yield Operation(f"{name}, {policy}", partial(_blocks, policy=policy), call, refusals=refusals)
+    yield Operation("follow blocks", _unfollowed, _follow, makes=True)
+    yield Operation(
+        "add a notifier", _unheard, lambda s: _got(s.blocks).add_notifier(_got(s.listener)), refusals=(ValueError,)
+    )
+    yield Operation(
+        "remove a notifier", _listened, lambda s: _got(s.blocks).remove_notifier(_got(s.listener)), refusals=(ValueError,)
+    )
+
+
+# ------------------------------------------------------------------------------------------------ buffers
+
+
+def _mapper(scene: Scene) -> None:
+    scene.mapper = pyvfio.DmaMapper(scene.open().container)
+    for name in ("buffer", "first", "second", "third"):
+        scene.buffer(name)
+
+
+def _mapped(scene: Scene) -> None:
+    _mapper(scene)
+    scene.things["mapping"] = _got(scene.mapper).map_buffer(scene.buffer("buffer"))
+
+
+def _temporary(scene: Scene) -> None:
+    """Two that have been given up, which are not neighbours, and one that has not."""
+    _mapper(scene)
+    first, second, third = (_got(scene.mapper).map_temporary(scene.buffer(name)) for name in ("first", "second", "third"))
+    first.close()
+    third.close()
+    scene.things["temporary"] = second
+
+
+def _raw(scene: Scene) -> None:
+    scene.open()
+    scene.buffer("buffer")
+
+
+def _map(scene: Scene) -> None:
+    _got(scene.container).map(vaddr=scene.places["buffer"], iova=MOST, size=2 * PAGE_SIZE)
+
+
+def _raw_mapped(scene: Scene) -> None:
+    _raw(scene)
+    _map(scene)
+
+
+def _unmap(scene: Scene) -> None:
+    _got(scene.container).unmap(iova=MOST, size=2 * PAGE_SIZE)
+
+
+def _map_dma(scene: Scene) -> object:
+    return _got(scene.mapper).map_dma(vaddr=scene.places["buffer"], size=2 * PAGE_SIZE)
+
+
+def _buffers() -> Iterator[Operation]:
+    yield Operation("map", _raw, _map, refusals=(OSError,))
+    yield Operation("unmap", _raw_mapped, _unmap, refusals=(pyvfio.VfioError, OSError))
+    if hasattr(pyvfio.Container, "unmap_all"):
+        yield Operation("unmap all", _raw_mapped, lambda s: getattr(s.container, "unmap_all")())  # noqa: B009
+    yield Operation("map_dma", _mapper, _map_dma, makes=True)
+    yield Operation("map_buffer", _mapper, lambda s: _got(s.mapper).map_buffer(s.buffer("buffer")), makes=True)
+    yield Operation(
+        "map_buffer a second time", _mapped, lambda s: _got(s.mapper).map_buffer(s.buffer("buffer")), makes=True
+    )
+    yield Operation("map_temporary", _temporary, lambda s: _got(s.mapper).map_temporary(s.buffer("buffer")), makes=True)
+    yield Operation("reset_temporary", _temporary, lambda s: _got(s.mapper).reset_temporary())
+    yield Operation("close a mapping", _mapped, partial(_close, "mapping"))
+    yield Operation("close a temporary mapping", _temporary, partial(_close, "temporary"))
+    yield Operation("close a mapper of buffers", _temporary, lambda s: _got(s.mapper).close())
+
+
+# ------------------------------------------------------------------------------------------------ dirty pages
+
+
+def _tracked(scene: Scene) -> None:
+    _raw_mapped(scene)
+    _track(scene)
+
+
+def _track(scene: Scene) -> None:
+    scene.things["tracking"] = pyvfio.DirtyTracking(_got(scene.container))
+
+
+def _logged(scene: Scene) -> None:
+    _blocks(scene, "remap")
+    scene.things["log"] = pyvfio.DirtyLog(_got(scene.blocks))
+
+
+def _dirty() -> Iterator[Operation]:
+    yield Operation("DirtyTracking()", _raw_mapped, lambda s: pyvfio.DirtyTracking(_got(s.container)), makes=True)
+    yield Operation("close a DirtyTracking", _tracked, partial(_close, "tracking"))
+    yield Operation(
+        "DirtyLog()", partial(_blocks, policy="remap"), lambda s: pyvfio.DirtyLog(_got(s.blocks)), makes=True
+    )
+    yield Operation("close a DirtyLog", _logged, partial(_close, "log"))
+
+
+# ------------------------------------------------------------------------------------------------ live update
+
+
+def _portable(scene: Scene) -> None:
+    scene.fill(resize="extend", memory=pyvfio.Memfd())
+    scene.portable = True
+
+
+def _handing(scene: Scene) -> None:
+    _portable(scene)
+    scene.things["update"] = Update(pyvfio.hand_over(_got(scene.mapper)))
+
+
+def _sent(scene: Scene) -> None:
+    _handing(scene)
+    scene.fds = tuple(map(scene.kernel.dup, _update(scene).fds))
+
+
+def _take(scene: Scene) -> object:
+    return pyvfio.take_over(_update(scene).state, scene.fds, kernel=scene.kernel)
+
+
+def _update(scene: Scene) -> pyvfio.HandOver:
+    return _thing(scene, "update", Update).update
+
+
+def _live_update() -> Iterator[Operation]:
+    yield Operation("hand_over", _portable, lambda s: pyvfio.hand_over(_got(s.mapper)), makes=True)
+    yield Operation("cancel", _handing, lambda s: _update(s).cancel())
+    yield Operation("finish", _handing, lambda s: _update(s).finish())
+    yield Operation("take_over", _sent, _take, makes=True)
+
+
+OPERATIONS = (*_opening(), *_changes(), *_buffers(), *_dirty(), *_live_update())

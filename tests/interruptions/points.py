@@ -1,0 +1,78 @@
+"""The points of a call at which CPython can run a signal handler or a finalizer of the program's.
+
+CPython looks for signals when a function begins, when a C function has returned, and when a loop jumps back. A point is
+one of these, or the beginning of a line, which includes the loops. A system call of a fake kernel is a function in
+Python: its return counts as that of a C function.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING, TypeVar
+
+import pyvfio
+
+if TYPE_CHECKING:
+    from _typeshed import TraceFunction
+
+HOUSE = Path(pyvfio.__file__).parent
+_Result = TypeVar("_Result")
+
+
+class Walk:
+    """Counts the points that a call passes. At some of them it makes a step, which may raise."""
+
+    def __init__(self, steps: Mapping[int, Callable[[], object]] | None = None) -> None:
+        self._steps = steps or {}
+        self._own: dict[CodeType, bool] = {}
+        self.count = 0
+        self.where: list[str] = []
+        """The place of each step that was made: file, line, and the kind of the point."""
+
+    def run(self, call: Callable[[], _Result]) -> _Result:
+        """Make the call. In the main thread only, where Python runs signal handlers."""
+        sys.setprofile(self._profile)
+        sys.settrace(self._trace)
+        try:
+            return call()
+        finally:
+            sys.settrace(None)
+            sys.setprofile(None)
+
+    def _is_own(self, code: CodeType) -> bool:
+        """Whether the code is the library's own; `testing` is the world around it."""
+        if (known := self._own.get(code)) is None:
+            path = Path(code.co_filename)
+            known = HOUSE in path.parents and HOUSE / "testing" not in path.parents
+            self._own[code] = known
+        return known
+
+    def _pass(self, frame: FrameType, kind: str) -> None:
+        self.count += 1
+        if (step := self._steps.get(self.count)) is not None:
+            self.where.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {kind}")
+            step()
+
+    def _trace(self, frame: FrameType, event: str, argument: object) -> TraceFunction | None:
+        del event, argument
+        if not self._is_own(frame.f_code):
+            return None
+        self._pass(frame, "call")
+        return self._line
+
+    def _line(self, frame: FrameType, event: str, argument: object) -> TraceFunction:
+        del argument
+        if event == "line":
+            self._pass(frame, "line")
+        return self._line
+
+    def _profile(self, frame: FrameType, event: str, argument: object) -> None:
+        if event == "c_return":
+            if self._is_own(frame.f_code):
+                self._pass(frame, f"return of {getattr(argument, '__name__', argument)}")
+        elif event == "return" and frame.f_back is not None and not self._is_own(frame.f_code):
+            if self._is_own(frame.f_back.f_code):
+                self._pass(frame.f_back, f"return of {frame.f_code.co_name}")

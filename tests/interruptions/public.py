@@ -1,0 +1,182 @@
+"""Every public call of every class that has state, found by looking at the classes, with arguments by their names."""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import mmap
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import pyvfio
+from pyvfio import ioctls
+from pyvfio.extents import Extent
+from pyvfio.units import PAGE_SIZE
+from tests.interruptions.scene import MOST, Listener, SeenKernel
+from tests.unit.fakes import BDF, OTHER_BDF
+
+STATELESS = {
+    "protocols, which have no code": "AddressSpace Kernel RamBlockNotifier",
+    "snapshots, which do not change": """
+        Anonymous BlockShape DeviceInfo DirtyBlock DirtyPages Extent File GroupMember Holder IommuInfo IovaRange IrqInfo
+        Mapping Memfd Memlock MemorySettings Plan PlannedBlock Progress RegionInfo
+    """,
+    "system calls alone, without a state": "LinuxKernel",
+    "pure, and documented to be the caller's to lock": "IovaAllocator",
+    "numbers": "Iova Vaddr",
+}
+PLAIN: Mapping[str, object] = {
+    "alignment": PAGE_SIZE,
+    "bdf": BDF,
+    "bitmap": None,
+    "blocks": [],
+    "data": bytes(4),
+    "discarded": (),
+    "extension": ioctls.VFIO_TYPE1v2_IOMMU,
+    "idstr": "new",
+    "index": 0,
+    "iommu_type": ioctls.VFIO_TYPE1v2_IOMMU,
+    "iova": 0,
+    "max_length": MOST,
+    "new_length": PAGE_SIZE,
+    "number": 2,
+    "offset": 0,
+    "old_length": 2 * PAGE_SIZE,
+    "parts": [Extent(0, PAGE_SIZE)],
+    "places": {},
+    "size": PAGE_SIZE,
+    "stale": (),
+    "used_length": PAGE_SIZE,
+    "value": 0,
+}
+"""Arguments by the name of the parameter. A name that is new has to be added here."""
+_SETTERS = {"bus_master", "memory_enabled"}
+
+
+class Call(NamedTuple):
+    """A public call, on one object."""
+
+    name: str
+    make: Callable[[], object]
+
+
+def stateful() -> list[type]:
+    """The classes that the package exports, but exceptions and those of STATELESS."""
+    names: list[str] = vars(pyvfio)["__all__"]
+    exported = {name: getattr(pyvfio, name) for name in names}
+    left_out = {name for names in STATELESS.values() for name in names.split()}
+    classes = [kind for name, kind in exported.items() if inspect.isclass(kind) and name not in left_out]
+    return [kind for kind in classes if not issubclass(kind, BaseException)]
+
+
+class World:
+    """One object of each class that has state. `close` closes all of them."""
+
+    def __init__(self, kernel: SeenKernel, *, progress: Callable[[pyvfio.Progress], None] | None = None) -> None:
+        self.kernel = kernel
+        self.listener = Listener()
+        self.device = device = pyvfio.open_device(BDF, kernel=kernel)
+        self.container = device.container
+        device.memory_enabled = True
+        self.irq = device.irq(ioctls.VFIO_PCI_MSI_IRQ_INDEX)
+        self.irq.enable(1)
+        self.blocks = pyvfio.RamBlockList(kernel=kernel)
+        self.blocks.add_notifier(self.listener)
+        self.mapper = pyvfio.DmaMapper(self.container, self.blocks, prefault=1, progress=progress)
+        self.ring = self.blocks.add("ring", used_length=2 * PAGE_SIZE, max_length=MOST)
+        self.memory = mmap.mmap(-1, 4 * PAGE_SIZE)
+        self.buffer = mmap.mmap(-1, PAGE_SIZE)
+        self.mapping = self.mapper.map_buffer(self.memory)
+        self.region_map = device.region(0).mmap()
+        self.log = pyvfio.DirtyLog(self.blocks)
+        self.tracking = pyvfio.DirtyTracking(self.container)
+        self.claim = self.blocks.discards.require_coordinated()
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Another device, whose blocks are on their way to another process: this one."""
+        kernel = self.kernel
+        self.other = pyvfio.open_device(OTHER_BDF, kernel=kernel)
+        self.old_blocks = pyvfio.RamBlockList(kernel=kernel)
+        self.old_mapper = pyvfio.DmaMapper(self.other.container, self.old_blocks)
+        self.old_blocks.add("sent", used_length=PAGE_SIZE, max_length=MOST, memory=pyvfio.Memfd())
+        self.update = pyvfio.hand_over(self.old_mapper)
+        fds = [kernel.dup(fd) for fd in self.update.fds]
+        self.taken = pyvfio.take_over(self.update.state, fds, kernel=kernel)
+
+    def objects(self) -> list[object]:
+        """One of each class."""
+        blocks, device = self.blocks, self.device
+        group = device.group
+        mine: list[object] = [device, self.container, group, self.irq, device.region(0), self.region_map, blocks]
+        mine += [self.mapper, self.ring, self.mapping, self.log, self.tracking, blocks.discards, self.claim]
+        return [*mine, self.update, self.taken]
+
+    def close(self) -> None:
+        """Everything, whatever has been closed already."""
+        self.taken.close()
+        self.update.finish()
+        closes = (self.tracking, self.log, self.claim, self.region_map, self.mapping, self.mapper, self.blocks)
+        for thing in (*closes, self.old_mapper, self.old_blocks, self.device, self.other):
+            thing.close()
+        self.memory.close()
+        self.buffer.close()
+
+    def arguments(self) -> dict[str, object]:
+        """By the name of the parameter."""
+        return {
+            **PLAIN,
+            "block": self.ring,
+            "buffer": self.buffer,
+            "by": self.update,
+            "container": self.container,
+            "group": self.device.group,
+            "mapper": self.mapper,
+            "notifier": self.listener,
+            "tracking": self.tracking,
+            "vaddr": ctypes.addressof(ctypes.c_char.from_buffer(self.memory)),
+        }
+
+    def calls(self) -> list[Call]:
+        """Every public call on each of them, then each function that takes them."""
+        arguments = self.arguments()
+        found = [call for thing in self.objects() for call in calls(thing, arguments)]
+        functions: dict[str, Callable[[], object]] = {
+            "open_device": lambda: pyvfio.open_device(BDF, container=self.container),
+            "hand_over": lambda: pyvfio.hand_over(self.mapper),
+            "Device": lambda: pyvfio.Device(self.device.group, BDF),
+            "DmaMapper": lambda: pyvfio.DmaMapper(self.container, self.blocks),
+            "DirtyTracking": lambda: pyvfio.DirtyTracking(self.container),
+            "DirtyLog": lambda: pyvfio.DirtyLog(self.blocks),
+        }
+        return [*found, *(Call(name, make) for name, make in functions.items())]
+
+
+def calls(thing: object, arguments: Mapping[str, object]) -> Iterator[Call]:
+    """The public calls of an object: methods, properties, those that are set, and `repr`. `close` comes last."""
+    kind = type(thing)
+    names = sorted((name for name in dir(kind) if not name.startswith("_")), key=lambda name: (name == "close", name))
+    yield Call(f"repr({kind.__name__})", partial(repr, thing))
+    for name in names:
+        member = inspect.getattr_static(kind, name)
+        if isinstance(member, classmethod | staticmethod):  # these make new objects, which are the child's own
+            continue
+        full = f"{kind.__name__}.{name}"
+        if isinstance(member, property) or not callable(member):
+            yield Call(full, partial(getattr, thing, name))
+            if isinstance(member, property) and member.fset is not None:
+                assert name in _SETTERS, f"{full} can be set: say how in {__name__}"
+                yield Call(f"{full} = False", partial(setattr, thing, name, False))  # noqa: FBT003
+        else:
+            yield Call(full, partial(getattr(thing, name), **_given(member, arguments, full)))
+
+
+def _given(method: Callable[..., object], arguments: Mapping[str, object], what: str) -> dict[str, object]:
+    given = {}
+    for name, parameter in list(inspect.signature(method).parameters.items())[1:]:
+        if parameter.default is not inspect.Parameter.empty or parameter.kind is parameter.VAR_KEYWORD:
+            continue
+        assert name in arguments, f"{what} takes {name!r}: say which in {__name__}"
+        given[name] = arguments[name]
+    return given

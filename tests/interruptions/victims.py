@@ -1,0 +1,90 @@
+"""Objects whose last reference goes in the middle of an operation, and whose finalizer closes them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import pyvfio
+from pyvfio.units import PAGE_SIZE
+from tests.interruptions.scene import MOST, Closable, Scene
+from tests.unit.fakes import OTHER_BDF
+
+
+class Holder:
+    """An object of the program's own that holds one of the library's, and closes it when it is collected."""
+
+    def __init__(self, close: Callable[[], object]) -> None:
+        weakref.finalize(self, close)
+
+
+def _other_device(scene: Scene) -> pyvfio.Device:
+    """A device that the operation has nothing to do with."""
+    found = scene.things.get("other device")
+    if found is None:
+        found = scene.things["other device"] = pyvfio.open_device(OTHER_BDF, kernel=scene.kernel)
+    assert isinstance(found, pyvfio.Device)
+    return found
+
+
+def _mapper(scene: Scene) -> pyvfio.DmaMapper:
+    """The operation's own, or another one."""
+    if scene.mapper is not None and not scene.handing:
+        return scene.mapper
+    mapper = pyvfio.DmaMapper(_other_device(scene).container)
+    scene.things["other mapper"] = mapper
+    return mapper
+
+
+def _mapping(scene: Scene) -> Callable[[], object]:
+    return _mapper(scene).map_buffer(scene.buffer("victim")).close
+
+
+def _temporary(scene: Scene) -> Callable[[], object]:
+    return _mapper(scene).map_temporary(scene.buffer("victim")).close
+
+
+def _view(scene: Scene) -> Callable[[], object]:
+    blocks = scene.blocks
+    if blocks is None:
+        scene.things["other blocks"] = blocks = pyvfio.RamBlockList(kernel=scene.kernel)
+        blocks.add("ring", used_length=PAGE_SIZE, max_length=MOST)
+    return blocks["ring"].view().release
+
+
+def _region_map(scene: Scene) -> Callable[[], object]:
+    device = scene.things.get("device")
+    if not isinstance(device, pyvfio.Device) or scene.handing:
+        device = _other_device(scene)
+    device.memory_enabled = True
+    return device.region(0).mmap().close
+
+
+def _device(scene: Scene) -> Callable[[], object]:
+    return _other_device(scene).close
+
+
+def _device_beside(scene: Scene) -> Callable[[], object]:
+    """In the operation's own container, where it has one with a group."""
+    if scene.portable or not isinstance(scene.things.get("device"), pyvfio.Device):
+        return _device(scene)
+    device: Closable = pyvfio.open_device(OTHER_BDF, container=scene.container)
+    scene.things["other device"] = device
+    return device.close
+
+
+VICTIMS: dict[str, Callable[[Scene], Callable[[], object]]] = {
+    "mapping": _mapping,
+    "temporary mapping": _temporary,
+    "view": _view,
+    "mapped region": _region_map,
+    "device": _device,
+    "device beside": _device_beside,
+}
+
+
+def hold(close: Callable[[], object]) -> Callable[[], None]:
+    """A step that drops the last reference to a holder."""
+    holders = [Holder(close)]
+    return partial(holders.clear)
