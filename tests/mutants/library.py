@@ -67,8 +67,7 @@ _MUTANTS = (
         "                raise\n",
         "add",
     ),
-    Mutant("Reservation._reserve", "            self._abort(start, end)
-", "", "add"),
+    Mutant("Reservation._reserve", "            self._abort(start, end)\n", "", "add"),
     # A mapping that the kernel refused is in the table.
     Mutant(
         "Container.map",
@@ -103,8 +102,6 @@ _MUTANTS = (
         "                self._take_back()  # a device",
         "grow",
     ),
-    # Memory that a failed undo has kept stays so after the next resize.
-    Mutant("BlockState._relabel", "        self.memory.let_go()\n", "", "grow"),
     # What comes back is not zeroed.
     Mutant(
         "Reservation.activate",
