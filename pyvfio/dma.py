@@ -415,6 +415,8 @@ class DmaMapper(BufferMapper, ContextManager):
 
     def _below(self, vaddr: int) -> _Followed | None:
         """The last block that does not begin above `vaddr`."""
+        if not self._followed:
+            return None
         position = bisect_left(self._followed, (vaddr + 1,))
         return self._followed[position - 1] if position else None
 

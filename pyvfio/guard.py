@@ -116,7 +116,7 @@ class ContextManager:
         except Exception as failure:
             if error is None:
                 raise
-            error.add_note(f"{self!r} could not be closed: {failure}")
+            error.add_note(f"{type(self).__name__} could not be closed: {failure}")
 
 
 class _Thread(threading.local):

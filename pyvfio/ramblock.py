@@ -125,7 +125,9 @@ class RamBlockList(ContextManager):
 
     def __contains__(self, item: object) -> bool:
         """Whether a block, or a block with that id string, is in the list."""
-        return any(block is item or block.idstr == item for block in self._blocks)
+        if isinstance(item, str):
+            return any(block.idstr == item for block in self._blocks)
+        return any(block is item for block in self._blocks)
 
     def __getitem__(self, idstr: str) -> RamBlock:
         """The block with that id string. Raises KeyError."""

@@ -69,10 +69,10 @@ class RamBlock:
         readonly: bool = False,
     ) -> None:
         self._list = owner
-        self.guard = owner.guard
+        self.guard = Guard(f"RAM block '{idstr}'", lock=owner.guard.lock)
         self.state = BlockState(
             owner.kernel,
-            owner.guard,
+            self.guard,
             idstr=idstr,
             max_length=max_length,
             settings=settings,

@@ -278,7 +278,7 @@ def test_a_list_knows_its_blocks_and_their_names(blocks: RamBlockList) -> None:
     stranger = ram(other, idstr="stranger")
     assert block in blocks
     assert "ram" in blocks
-    for absent in (stranger, "stranger", b"ram", None, 0):
+    for absent in (stranger, "stranger", b"ram", None, 0, np.zeros(2)):
         assert absent not in blocks
     block.remove()
     assert block not in blocks
