@@ -187,7 +187,10 @@ def _changes() -> Iterator[Operation]:
         "add a notifier", _unheard, lambda s: _got(s.blocks).add_notifier(_got(s.listener)), refusals=(ValueError,)
     )
     yield Operation(
-        "remove a notifier", _listened, lambda s: _got(s.blocks).remove_notifier(_got(s.listener)), refusals=(ValueError,)
+        "remove a notifier",
+        _listened,
+        lambda s: _got(s.blocks).remove_notifier(_got(s.listener)),
+        refusals=(ValueError,),
     )
 
 
@@ -208,7 +211,9 @@ def _mapped(scene: Scene) -> None:
 def _temporary(scene: Scene) -> None:
     """Two that have been given up, which are not neighbours, and one that has not."""
     _mapper(scene)
-    first, second, third = (_got(scene.mapper).map_temporary(scene.buffer(name)) for name in ("first", "second", "third"))
+    first, second, third = (
+        _got(scene.mapper).map_temporary(scene.buffer(name)) for name in ("first", "second", "third")
+    )
     first.close()
     third.close()
     scene.things["temporary"] = second
