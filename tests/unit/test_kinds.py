@@ -214,9 +214,10 @@ def areas() -> int:
 
 @pytest.mark.parametrize("call", ["munmap", "close"])
 def test_a_memfd_is_closed_with_its_block_though_a_call_of_its_end_fails(
-    kernel: SpecialKernel, blocks: RamBlockList, call: str
+    kernel: SpecialKernel, blocks: RamBlockList, caplog: pytest.LogCaptureFixture, call: str
 ) -> None:
-    """close(2) has closed the descriptor when it reports an error; address space that stays does not keep the file."""
+    """close(2) has closed the descriptor when it reports an error, so that nothing is said to have stayed. Address
+    space that stays is said to, and does not keep the file."""
     before = set(os.listdir("/proc/self/fd"))
     block = blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB, memory=Memfd())
     vaddr = block.vaddr
@@ -224,6 +225,7 @@ def test_a_memfd_is_closed_with_its_block_though_a_call_of_its_end_fails(
     block.remove()
     assert not kernel.planned_failures
     assert (set(os.listdir("/proc/self/fd")), len(blocks)) == (before, 0)
+    assert ("could not be given back" in caplog.text) == (call == "munmap")
     if call == "munmap":
         kernel.munmap(vaddr, MIB + PAGE_SIZE)
 
