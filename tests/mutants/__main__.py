@@ -24,7 +24,7 @@ from queue import SimpleQueue
 from tests.mutants import fake, library, listeners
 from tests.mutants.mutant import ROOT, Mutant, Suite
 
-_TIMEOUT = 300  # a lock that is kept
+_TIMEOUT = 1500  # a lock that is kept: each run takes at most five minutes where the machine is slow
 
 
 def is_caught(checkout: Path, suite: Suite, mutant: Mutant) -> str | None:
