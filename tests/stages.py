@@ -26,6 +26,9 @@ SILENCE = 1800.0
 """A stage that has printed nothing for so many seconds hangs: tests print when they end, and the longest of them takes
 five minutes on a slow machine. There is no other limit to how long a stage takes."""
 
+PLACES = min(len(os.sched_getaffinity(0)), 4)
+"""How many stages run side by side: one a processor, and no more machines of 2 GiB than a usual machine can hold."""
+
 RANDOM_CALLS = 2000
 RANDOM_STEPS = 10000
 """Steps of random lives on the fake; with --quick as many as pytest takes by itself."""
@@ -230,7 +233,7 @@ def table(outcomes: Sequence[Outcome], seconds: float) -> Iterator[str]:
 def run(stages: Sequence[Stage], last: Stage | None, runner: Runner) -> list[Outcome]:
     """Run `stages` side by side, the longest first, and `last` when they are over."""
     outcomes: list[Outcome] = []
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(PLACES) as pool:
         try:
             ordered = sorted(stages, key=lambda stage: -stage.weight)
             running = [pool.submit(runner.run, stage) for stage in ordered]
