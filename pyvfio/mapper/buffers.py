@@ -403,8 +403,8 @@ class BufferMapper:
             raise ClosedError("this DmaMapper has been closed")
         if self._space.lost:
             raise VfioError(
-                "this DmaMapper's address space has lost its last group, and with it all that was mapped",
-                hint="Close the mapper, and make another after a group is attached",
+                "nothing is mapped any more: the address space was closed, or has lost its last group",
+                hint="Close this DmaMapper, and make another in a container with a group",
             )
 
     def _unmap_all(self) -> None:
