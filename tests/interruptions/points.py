@@ -75,6 +75,6 @@ class Walk:
         if event == "c_return":
             if self._is_own(frame.f_code):
                 self._pass(frame, f"return of {getattr(argument, '__name__', argument)}")
-        elif event == "return" and frame.f_back is not None and not self._is_own(frame.f_code):
-            if self._is_own(frame.f_back.f_code):
-                self._pass(frame.f_back, f"return of {frame.f_code.co_name}")
+        elif event == "return" and (caller := frame.f_back) is not None:
+            if self._is_own(caller.f_code) and not self._is_own(frame.f_code):
+                self._pass(caller, f"return of {frame.f_code.co_name}")

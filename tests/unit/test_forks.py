@@ -20,10 +20,11 @@ from tests.interruptions.scene import MOST, Listener, SeenKernel
 from tests.unit.processes import in_child
 
 _PATIENCE = 10.0  # seconds before a child counts as waiting for a lock for ever
-_CHANGES = frozenset(
-    "open close ioctl mmap mprotect madvise munmap ftruncate fallocate allocate eventfd pread pwrite poll memfd_create"
-    " registers mlockall munlockall munlock".split()
-)
+_CALLS = """
+    open close ioctl mmap mprotect madvise munmap ftruncate fallocate allocate eventfd pread pwrite poll memfd_create dup
+    registers mlockall munlockall munlock
+"""
+_CHANGES = frozenset(_CALLS.split())
 
 
 class Pause:

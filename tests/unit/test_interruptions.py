@@ -1,4 +1,4 @@
-"""A signal handler raises at any point of any operation, and another one in the undo: the world is as before, or as after.
+"""A signal handler raises at any point of any operation, and another one in the undo: all is as before, or as after.
 
 The points are found by making each operation once (tests/interruptions). With `--all-points` all of them are examined;
 without it a sample, another one each time.

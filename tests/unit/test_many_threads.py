@@ -42,10 +42,12 @@ LEFT_OUT = {
         ram_block_added ram_block_removed ram_block_resized ram_block_discarded ram_block_populated
         ram_block_remapping ram_block_remapped
     """,
-    "these take away what other threads count on": "unmap_all set_container unset_container set_iommu detach release_iova",
+    "these take away what other threads count on": """
+        unmap_all set_container unset_container set_iommu detach release_iova
+    """,
     "each worker makes these with an object of its own": """
-        close add remove add_notifier remove_notifier attach get_device_fd wait map_dma map_buffer map_temporary mmap view
-        disable disable_uncoordinated require require_coordinated reserve_iova reserve_iova_at
+        close add remove add_notifier remove_notifier attach get_device_fd wait map_dma map_buffer map_temporary
+        mmap view disable disable_uncoordinated require require_coordinated reserve_iova reserve_iova_at
     """,
 }
 _left_out = {name for names in LEFT_OUT.values() for name in names.split()}
@@ -329,7 +331,7 @@ class Timer:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.raised += 1
         raise Interrupt(number)
 
