@@ -72,9 +72,8 @@ class Walk:
         return self._line
 
     def _profile(self, frame: FrameType, event: str, argument: object) -> None:
-        if event == "c_return":
-            if self._is_own(frame.f_code):
-                self._pass(frame, f"return of {getattr(argument, '__name__', argument)}")
-        elif event == "return" and (caller := frame.f_back) is not None:
-            if self._is_own(caller.f_code) and not self._is_own(frame.f_code):
-                self._pass(caller, f"return of {frame.f_code.co_name}")
+        caller = frame.f_back
+        if event == "c_return" and self._is_own(frame.f_code):
+            self._pass(frame, f"return of {getattr(argument, '__name__', argument)}")
+        elif event == "return" and caller and self._is_own(caller.f_code) and not self._is_own(frame.f_code):
+            self._pass(caller, f"return of {frame.f_code.co_name}")

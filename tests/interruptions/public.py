@@ -54,11 +54,14 @@ PLAIN: Mapping[str, object] = {
     "value": 0,
 }
 """Arguments by the name of the parameter. A name that is new has to be added here."""
-_OWN = """
-    begin begun buffers check_open check_stays close_fd follow forget let_go must_stay note_left receive release_fd resume
-    set_aside soil suspend take_back take_in
-"""
-OWN = frozenset(_OWN.split())
+OWN = frozenset(
+    name
+    for names in (
+        "begin begun buffers check_open check_stays close_fd follow forget let_go must_stay note_left receive",
+        "release_fd resume set_aside soil suspend take_back take_in",
+    )
+    for name in names.split()
+)
 """Methods that one part of the library has for another, of an object that it holds already: no public calls."""
 _SETTERS = {"bus_master", "memory_enabled"}
 

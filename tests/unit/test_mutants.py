@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,12 @@ OPERATIONS = (
 )
 
 
+@cache
+def dump(source: str) -> str:
+    """The program, without its layout and comments."""
+    return ast.dump(ast.parse(source))
+
+
 @pytest.mark.parametrize(
     ("suite", "mutant"),
     [(suite, mutant) for suite in (fake.SUITE, library.SUITE, listeners.SUITE) for mutant in suite.mutants],
@@ -24,7 +31,7 @@ OPERATIONS = (
 def test_each_mutant_changes_one_place_and_is_still_python(suite: Suite, mutant: Mutant) -> None:
     """And is another program than the one it was made of."""
     path, mutated = mutant.apply(ROOT / suite.folder)
-    assert ast.dump(ast.parse(mutated)) != ast.dump(ast.parse(path.read_text(encoding="utf-8")))
+    assert dump(mutated) != dump(path.read_text(encoding="utf-8"))
 
 
 def test_there_are_enough_of_them() -> None:
