@@ -329,12 +329,13 @@ def closing_in_hooks(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
 
     @wraps(call)
     def wrapper(self: _Self, /) -> None:
-        if self.guard.forked:
+        guard = self.guard
+        if guard.forked:
             return
-        if _thread.inside and not _thread.busy:
-            _run(self.guard.lock, partial(call, self), None)
+        if _thread.busy:
+            _thread.put_off.append(partial(_close, self, call))
         else:
-            run_outside(partial(_close, self, call))
+            _run(guard.lock, partial(call, self), None)
 
     return wrapper
 
