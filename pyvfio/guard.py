@@ -493,6 +493,8 @@ def _make(
         _handle(thread, signals)  # before handlers are put back: a signal that comes during the undo is noted
         signals.put_back()
         thread.inside = thread.busy = False
+        if thread.put_off:  # a finalizer came while handlers were put back
+            _run(None, _nothing, None)
         return result  # noqa: TRY300 (no call lies between, at which a handler could raise)
     except BaseException:
         try:
