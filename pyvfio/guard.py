@@ -511,7 +511,7 @@ def _make(
 
 
 def _handle(thread: _Thread, signals: _Signals | None) -> None:
-    """Run the handlers of signals, then what finalizers put off. Another signal that comes meanwhile is noted, so that each handler runs once."""
+    """Run the handlers of signals, then the closes that finalizers asked for. A signal that comes meanwhile is noted."""
     try:
         if signals is not None and signals.noted:
             with called_out:
