@@ -26,10 +26,12 @@ from pyvfio.guard import (
     closing,
     closing_in_hooks,
     closing_under,
+    constructing,
     guarded,
     making,
     reading,
     undoing,
+    uninterrupted,
 )
 
 
@@ -235,7 +237,7 @@ class Part:
 
 
 class TestLocks:
-    """Which one a close takes."""
+    """Calls of two threads."""
 
     @pytest.mark.parametrize("now", [True, False], ids=["from inside", "from outside"])
     def test_a_part_is_closed_under_the_lock_of_its_whole(self, *, now: bool) -> None:
@@ -251,6 +253,43 @@ class TestLocks:
         worker.join()
         closer.join()
         assert whole.events == ["begin", "end", "part closed"]
+
+    @pytest.mark.parametrize("call", ["change", "look", "make"])
+    def test_a_call_waits_for_that_of_another_thread(self, call: str) -> None:
+        thing, entered, left, begun = Thing(), threading.Event(), threading.Event(), threading.Event()
+
+        def second() -> None:
+            begun.set()
+            getattr(thing, call)(lambda: thing.events.append("second"))
+
+        workers = [
+            threading.Thread(target=lambda: thing.change(each(entered.set, left.wait))),
+            threading.Thread(target=second),
+        ]
+        for worker, event in zip(workers, (entered, begun), strict=True):
+            worker.start()
+            event.wait()
+        time.sleep(0.05)  # for the second to come too early, if it can
+        left.set()
+        for worker in workers:
+            worker.join()
+        assert thing.events.index("second") > thing.events.index("end")
+
+    def test_a_call_within_a_call_takes_the_lock_of_its_own_object(self) -> None:
+        thing, other = Thing(), Thing()
+        free = list[bool]()
+
+        def try_it() -> None:
+            free.append(other.guard.lock.acquire(blocking=False))
+
+        def ask() -> None:
+            asker = threading.Thread(target=try_it)
+            asker.start()
+            asker.join()
+
+        thing.change(partial(other.change, ask))
+        thing.change(each(partial(thing.look, partial(other.look, ask))))
+        assert free == [False, False]
 
 
 class TestFinalizers:
@@ -452,43 +491,18 @@ class TestForks:
         worker.join()
         assert found == [1]
 
+    @pytest.mark.parametrize("by_name", [False, True], ids=["by position", "by name"])
+    def test_a_function_that_is_given_an_object_of_the_parent_is_refused(self, *, by_name: bool) -> None:
+        @uninterrupted()
+        def use(thing: Thing) -> None:
+            thing.change()
 
-class TestLocks:
-    """Calls of two threads on one object."""
+        class User:
+            @constructing(lambda made: None)
+            def __init__(self, thing: Thing) -> None:
+                thing.change()
 
-    @pytest.mark.parametrize("call", ["change", "look", "make"])
-    def test_a_call_waits_for_that_of_another_thread(self, call: str) -> None:
-        thing, entered, left, begun = Thing(), threading.Event(), threading.Event(), threading.Event()
-
-        def second() -> None:
-            begun.set()
-            getattr(thing, call)(lambda: thing.events.append("second"))
-
-        workers = [
-            threading.Thread(target=lambda: thing.change(each(entered.set, left.wait))),
-            threading.Thread(target=second),
-        ]
-        for worker, event in zip(workers, (entered, begun), strict=True):
-            worker.start()
-            event.wait()
-        time.sleep(0.05)  # for the second to come too early, if it can
-        left.set()
-        for worker in workers:
-            worker.join()
-        assert thing.events.index("second") > thing.events.index("end")
-
-    def test_a_call_within_a_call_takes_the_lock_of_its_own_object(self) -> None:
-        thing, other = Thing(), Thing()
-        free = list[bool]()
-
-        def try_it() -> None:
-            free.append(other.guard.lock.acquire(blocking=False))
-
-        def ask() -> None:
-            asker = threading.Thread(target=try_it)
-            asker.start()
-            asker.join()
-
-        thing.change(partial(other.change, ask))
-        thing.change(each(partial(thing.look, partial(other.look, ask))))
-        assert free == [False, False]
+        thing = Thing()
+        for call in (use, User):
+            given = partial(call, thing=thing) if by_name else partial(call, thing)
+            assert in_a_child(given) == 0
