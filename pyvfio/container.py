@@ -584,6 +584,8 @@ class Container(Handle):
             self._info = None
             self._lost = self._lost or bool(len(self.table))
             self.table.clear()
+            if not self.allocator.reservations:
+                self.allocator = IovaAllocator()  # the next group brings ranges of its own
 
     # ------------------------------------------------------------------------------------------------ address space
 
