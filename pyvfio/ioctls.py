@@ -18,7 +18,7 @@ import ctypes
 import enum
 import functools
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import ioctl_opt
 
@@ -957,7 +957,8 @@ def _with_array(
     header: type[_Structure], name: str, element: type[ctypes.Structure] | type[ctypes.c_int32], count: int
 ) -> type[_Structure]:
     # A class of its own for each count; kept, because making one costs more than the ioctl.
-    return type(f"{header.__name__}_{count}", (header,), {"_fields_": [(name, element * count)]})
+    made = type(f"{header.__name__}_{count}", (header,), {"_fields_": [(name, element * count)]})
+    return cast("type[_Structure]", made)
 
 
 def irq_set_eventfds(*, flags: int, index: int, start: int, eventfds: Sequence[int]) -> vfio_irq_set:

@@ -480,7 +480,7 @@ class LinuxKernel:
         soft, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         # As bytes: the name of a thread may hold a carriage return, which the kernel does not escape.
         lines = Path("/proc/self/status").read_bytes().split(b"\n")
-        status = dict(line.decode("ascii", "replace").partition(":")[::2] for line in lines)
+        status = dict(line.decode("ascii", "replace").split(":", 1) for line in lines if b":" in line)
         return Memlock(
             # The kernel compares whole pages: vfio_pin_pages_remote shifts the limit right by PAGE_SHIFT.
             limit=None if soft == resource.RLIM_INFINITY else soft // PAGE_SIZE * PAGE_SIZE,

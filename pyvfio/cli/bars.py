@@ -5,16 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, NoReturn
 
 from pyvfio.blocks.progress import Progress, ProgressCallback
 
-try:
+_INSTALLED = find_spec("tqdm") is not None  # by the extra "scripts"
+if TYPE_CHECKING or _INSTALLED:
     from tqdm import tqdm
 
     tqdm.monitor_interval = 0  # no thread of its own, in programs that fork
-except ImportError:  # it comes with the extra "scripts"
-    tqdm = None  # type: ignore[assignment, misc]
 
 HIDDEN_OPTION = "--bars"
 """Tells a command in a virtual machine, whose stderr is a terminal's in the end, to show them."""
@@ -28,7 +28,7 @@ def wanted() -> bool:
 @contextmanager
 def bar(total: int, *, what: str, unit: str, shown: bool | None = None) -> Iterator[Callable[[int], object]]:
     """Show how much of `total` is done; what is yielded is told how much more is. `shown`: None where stderr says."""
-    if tqdm is None or not (wanted() if shown is None else shown):
+    if not _INSTALLED or not (wanted() if shown is None else shown):
         yield lambda _more: None
         return
     with tqdm(total=total, desc=what, unit=unit, leave=False, file=sys.stderr) as made:
@@ -38,7 +38,7 @@ def bar(total: int, *, what: str, unit: str, shown: bool | None = None) -> Itera
 @contextmanager
 def progress_bars(*, shown: bool | None = None) -> Iterator[ProgressCallback | None]:
     """What `DmaMapper(progress=…)` is given to show each long change of a block as bars, one for each of its steps."""
-    if tqdm is None or not (wanted() if shown is None else shown):
+    if not _INSTALLED or not (wanted() if shown is None else shown):
         yield None
         return
     bars: dict[str, tqdm[NoReturn]] = {}

@@ -95,10 +95,12 @@ def steps(mapped: Sequence[Extent], wanted: Sequence[Extent], policy: Policy) ->
 
     Raises GapError when bytes of both would be unmapped and `policy` allows no gap.
     """
-    if policy.resize == "remap":
-        kept = list(mapped) == list(wanted)
-        return [] if kept else [*(("unmap", run) for run in runs(mapped)), *(("map", extent) for extent in wanted)]
     calls: list[Step] = []
+    if policy.resize == "remap":
+        if list(mapped) != list(wanted):
+            calls.extend(("unmap", run) for run in runs(mapped))
+            calls.extend(("map", extent) for extent in wanted)
+        return calls
     new, gone = list(wanted), []
     for piece in mapped:
         inside = clip(wanted, *piece)
@@ -111,8 +113,9 @@ def steps(mapped: Sequence[Extent], wanted: Sequence[Extent], policy: Policy) ->
         if not policy.allow_gap:
             raise _gap(piece, inside)
         # Each head again at once, so that it is out of reach for no longer than its own map takes.
-        calls += [("unmap", piece), *(("map", extent) for extent in inside)]
-    calls += [("unmap", run) for run in runs(gone)]
+        calls.append(("unmap", piece))
+        calls.extend(("map", extent) for extent in inside)
+    calls.extend(("unmap", run) for run in runs(gone))
     for extent in new:
         calls += policy.maps(*extent)
     return calls

@@ -12,5 +12,8 @@ else:
             raise AttributeError(f"module 'pyvfio.testing' has no attribute {name!r}")
         return getattr(import_module("pyvfio.testing.fake"), name)
 
+    def __dir__():
+        return sorted({*globals(), *__all__})
+
 
 __all__ = ["DmaFault", "FakeEdu", "FakeKernel", "FakePciDevice"]

@@ -77,7 +77,7 @@ def fake_kernel(request: pytest.FixtureRequest, vfio_groups: list[GroupDeclarati
     """
     from pyvfio.testing.fake import FakeKernel  # noqa: PLC0415
 
-    with FakeKernel(request.config.getoption("--vfio-fake-version"), groups=vfio_groups) as kernel:
+    with FakeKernel(str(request.config.getoption("--vfio-fake-version")), groups=vfio_groups) as kernel:
         yield kernel
         kernel.check()
         if kernel.planned_failures:
@@ -100,7 +100,7 @@ def vfio_world(request: pytest.FixtureRequest) -> Iterator[World]:
             with ExitStack() as stack:
                 yield _virtual_machine(stack)
         case _:
-            bdfs: list[str] = request.config.getoption("--vfio-device")
+            bdfs: list[str] = request.config.getoption("--vfio-device") or []
             if not bdfs:
                 pytest.fail("--vfio-world hardware needs --vfio-device BDF, bound to vfio-pci", pytrace=False)
             yield LinuxWorld(bdfs)

@@ -534,8 +534,11 @@ def test_a_bar_that_the_device_has_not_is_empty(device: pyvfio.Device) -> None:
         region.mmap()
     with pytest.raises(ValueError, match="has regions 0 to 8, not 99"):
         device.region(99)
-    with pytest.raises(ValueError, match="kinds of interrupt 0 to 4, not -1"):
-        device.irq(-1)
+    with pytest.raises(ValueError, match="has regions 0 to 8, not 9"):
+        device.region(9)
+    for index in (-1, 5):
+        with pytest.raises(ValueError, match=f"kinds of interrupt 0 to 4, not {index}"):
+            device.irq(index)
 
 
 def test_a_region_without_memory_decoding_is_an_error_and_works_again_with_it(device: pyvfio.Device) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import pyvfio
 from pyvfio.blocks.discards import DiscardClaim, DiscardGuard
-from pyvfio.extents import Extent
+from pyvfio.extents import Extent, runs
 from pyvfio.testing.fake import FakeDevice
 from pyvfio.units import PAGE_SIZE
 from tests.unit.fakes import BDF, MapperFactory, Rig, SpecialKernel, nothing_left, requests
@@ -120,6 +120,18 @@ def test_the_device_reaches_what_is_populated_and_nothing_else(rig: Rig) -> None
     assert sum(size for _iova, _vaddr, size in rig.reached()) == PAGE_SIZE
 
 
+def test_a_populate_on_both_sides_of_an_island_maps_both(rig: Rig) -> None:
+    """The parts below the island are no growth of it."""
+    block = rig.add(used=6 * PAGE_SIZE)
+    discard(block, 0, 2)
+    discard(block, 4, 6)
+    populate(block, 0, 6)
+    assert runs([Extent(iova, iova + size) for iova, _vaddr, size in rig.reached()]) == [
+        Extent(rig.mapper.iova(block), rig.mapper.iova(block) + 6 * PAGE_SIZE)
+    ]
+    rig.check()
+
+
 def test_what_was_discarded_is_given_back_and_reads_zeros(rig: Rig) -> None:
     """Before it is populated again, and after; the rest keeps its bytes."""
     block = rig.add(used=4 * PAGE_SIZE)
@@ -143,6 +155,23 @@ def test_a_resize_keeps_what_is_discarded_and_new_memory_is_populated(rig: Rig) 
     block.resize(8 * PAGE_SIZE)
     assert block.populated == pages((0, 1), (3, 8))
     rig.check()
+
+
+def test_a_shrink_that_its_callback_refuses_keeps_the_discarded_parts_of_the_tail(rig: Rig) -> None:
+    """They are discarded as before, also behind the length that was refused."""
+
+    def refuse(_idstr: str, length: int) -> None:
+        if length == 3 * PAGE_SIZE:
+            raise PermissionError(errno.EPERM, "no")
+
+    block = rig.blocks.add("ring", used_length=6 * PAGE_SIZE, max_length=8 * PAGE_SIZE, resized=refuse)
+    discard(block, 2, 5)
+    with pytest.raises(PermissionError):
+        block.resize(3 * PAGE_SIZE)
+    assert (block.used_length, block.discarded) == (6 * PAGE_SIZE, pages((2, 5)))
+    assert contents(block) == bytes(6)
+    rig.check()
+    assert sum(size for _iova, _vaddr, size in rig.reached()) == 3 * PAGE_SIZE
 
 
 def test_with_granules_a_discard_unmaps_granules_and_touches_no_survivor(kernel: SpecialKernel) -> None:

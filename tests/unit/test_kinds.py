@@ -212,6 +212,24 @@ def areas() -> int:
     return sum(size for size in sizes if MIB <= size <= 4 * MIB)
 
 
+@pytest.mark.parametrize("call", ["munmap", "close"])
+def test_a_memfd_is_closed_with_its_block_though_a_call_of_its_end_fails(
+    kernel: SpecialKernel, blocks: RamBlockList, caplog: pytest.LogCaptureFixture, call: str
+) -> None:
+    """close(2) has closed the descriptor when it reports an error, so that nothing is said to have stayed. Address
+    space that stays is said to, and does not keep the file."""
+    before = set(os.listdir("/proc/self/fd"))
+    block = blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB, memory=Memfd())
+    vaddr = block.vaddr
+    kernel.fail(call=call, errno=errno.EINTR, after=call == "close")
+    block.remove()
+    assert not kernel.planned_failures
+    assert (set(os.listdir("/proc/self/fd")), len(blocks)) == (before, 0)
+    assert ("could not be given back" in caplog.text) == (call == "munmap")
+    if call == "munmap":
+        kernel.munmap(vaddr, MIB + PAGE_SIZE)
+
+
 # -------------------------------------------------------------------------------------------------------------- memfd
 
 
@@ -675,6 +693,18 @@ def test_a_callers_file_is_never_written_to_have_pages(fd: int) -> None:
         block.resize(4 * PAGE_SIZE)
         assert os.fstat(fd).st_blocks * 512 == 2 * PAGE_SIZE
         assert contents(block) == b"x" * 2 * PAGE_SIZE + bytes(2 * PAGE_SIZE)
+
+
+def test_a_disk_that_is_full_refuses_the_growth(fd: int) -> None:
+    """A file that was made longer all the same would be a signal that ends the process, at the first touch."""
+    with OnDisk(groups=[(2, [FakeDevice(BDF)])]) as kernel, RamBlockList(kernel=kernel) as blocks:
+        with pytest.warns(pyvfio.CannotBePinnedWarning):
+            block = blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB, memory=File(fd, grow=True))
+        kernel.fail(call="fallocate", errno=errno.ENOSPC)
+        with pytest.raises(pyvfio.IoctlError) as caught:
+            block.resize(4 * PAGE_SIZE)
+        assert caught.value.errno == errno.ENOSPC
+        assert (block.used_length, os.fstat(fd).st_size) == (PAGE_SIZE, PAGE_SIZE)
 
 
 @pytest.mark.parametrize("call", ["mprotect", "fallocate", "notifier"])

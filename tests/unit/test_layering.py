@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,15 +50,20 @@ def modules(root: Path = PACKAGE) -> dict[str, Path]:
     return found
 
 
+@cache
+def _import_nodes(source: str) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    return tuple(node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom))
+
+
 def imports(source: str, name: str, known: set[str], *, is_package: bool = False) -> Iterator[str]:
     """The modules of pyvfio that `source`, the module `name`, imports, wherever in it the import stands."""
     package = f"pyvfio.{name}".split(".") if is_package else f"pyvfio.{name}".split(".")[:-1]
-    for node in ast.walk(ast.parse(source)):
+    for node in _import_nodes(source):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == "pyvfio":
                     yield alias.name.removeprefix("pyvfio").removeprefix(".") or "__init__"
-        elif isinstance(node, ast.ImportFrom):
+        else:
             above = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
             if base.split(".")[0] != "pyvfio":

@@ -52,8 +52,13 @@ def test_everything_is_formatted_as_ruff_formats_it() -> None:
 
 
 def test_mypy_finds_nothing() -> None:
-    """With --strict, in the package, in the tests and in the examples."""
+    """With --strict, in the package, the tests, the tools and the examples."""
     run(*module("mypy"), "--strict")
+
+
+def test_pyright_finds_nothing() -> None:
+    """In the package, and in a user's script on it, which sees the names as a user's editor does."""
+    run(*module("pyright"), "--pythonpath", sys.executable)
 
 
 def test_shellcheck_finds_nothing() -> None:

@@ -359,6 +359,44 @@ def test_what_is_finished_is_closed_and_closing_it_reaches_nothing(kernel: Speci
         both_ways(rig, taken.blocks, {block.idstr: taken.mapper.iova(block) for block in taken.blocks})
 
 
+def test_finishing_closes_the_eventfds_and_the_device_goes_on_signalling_them(kernel: SpecialKernel, rig: Rig) -> None:
+    """The new process may have duplicates; the list of the old one is free of the mapper's claim."""
+    fds = rig.device.irq(ioctls.VFIO_PCI_MSI_IRQ_INDEX).enable(1)
+    theirs = os.dup(fds[0])
+    update = hand_over(rig.mapper)
+    with take_over(update.state, duplicates(kernel, update), kernel=kernel):
+        update.finish()
+        assert not set(fds) & set(open_fds())
+        kernel.interrupt(BDF)
+        assert os.eventfd_read(theirs) == 1
+        rig.blocks.discards.require().close()
+    os.close(theirs)
+
+
+def test_memory_that_is_kept_for_ever_is_not_handed_over(kernel: SpecialKernel, rig: Rig) -> None:
+    """A second mapper came half, and could not go: a device may reach more than the first one tells of."""
+    ours = rig.reached()
+    kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.EIO, nth=2)
+    kernel.fail(call="ioctl", request="VFIO_IOMMU_UNMAP_DMA", errno=errno.EIO)
+    with pytest.raises(pyvfio.RollbackError):
+        pyvfio.DmaMapper(rig.container, rig.blocks)
+    kernel.clear_failures()
+    for iova, _vaddr, size in set(rig.reached()) - set(ours):
+        rig.container.unmap(iova=iova, size=size)
+    refused(rig, "could not give back")
+
+
+def test_without_a_kernel_it_is_the_running_one_that_takes_over(kernel: SpecialKernel, rig: Rig) -> None:
+    """The descriptors are the fake's, so the running kernel refuses them, and the fake is not asked."""
+    with hand_over(rig.mapper) as update:
+        fds = duplicates(kernel, update)
+        kernel.clear_trace()
+        with pytest.raises(HandOverError, match="not what the state says"):
+            take_over(update.state, fds)
+        assert not kernel.trace
+        close(kernel, fds)
+
+
 def test_a_finish_that_is_interrupted_can_be_made_again(kernel: SpecialKernel) -> None:
     """Wherever a signal handler raises in it, or a call of it fails."""
     with old(kernel) as rig:
@@ -530,6 +568,19 @@ def test_a_block_comes_with_all_that_it_was_made_of(kernel: SpecialKernel) -> No
             taken.mapper._check()
 
 
+def test_a_mapper_that_remaps_does_so_in_the_new_process(kernel: SpecialKernel) -> None:
+    """One mapping for each block, whatever its lengths were."""
+    with old(kernel, "remap") as rig:
+        update = hand_over(rig.mapper)
+        with take_over(update.state, duplicates(kernel, update), kernel=kernel) as taken:
+            update.finish()
+            assert taken.mapper.policy.resize == "remap"
+            taken.blocks["holes"].populate(0, 8 * PAGE_SIZE)
+            for block, pages in ((taken.blocks["ring"], 6), (taken.blocks["holes"], 3)):
+                block.resize(pages * PAGE_SIZE)
+            assert sorted(size for _iova, size in layout(rig)) == [3 * PAGE_SIZE, 6 * PAGE_SIZE]
+
+
 def test_a_container_that_is_full_can_be_handed_over(kernel: SpecialKernel) -> None:
     """Whoever takes it over has the same promise for each block, and no more."""
     with SpecialKernel(groups=[(2, [FakeDevice(BDF)])]) as narrow, nothing_left(narrow):
@@ -547,6 +598,11 @@ def test_a_container_that_is_full_can_be_handed_over(kernel: SpecialKernel) -> N
                 assert taken.container.entries_left == 0
                 with pytest.raises(pyvfio.EntryLimitError):
                     taken.blocks.add("more", used_length=0, max_length=PAGE_SIZE)
+                again = hand_over(taken.mapper)
+                with take_over(again.state, duplicates(narrow, again), kernel=narrow) as once_more:
+                    again.finish()
+                    assert once_more.container.entry_limit == 8
+                    assert once_more.container.entries_left == 0
 
 
 def test_what_was_taken_over_can_be_handed_over_again(kernel: SpecialKernel, rig: Rig) -> None:

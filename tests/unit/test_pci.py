@@ -345,6 +345,18 @@ def test_unbinding_a_device_that_only_an_override_keeps_from_its_driver_frees_it
     assert unbind(tree).driver == "e1000e"
 
 
+@pytest.mark.parametrize("driver", ["e1000e", None])
+def test_unbinding_a_device_without_driver_and_override_lets_the_kernel_choose(
+    tmp_path: Path, driver: str | None
+) -> None:
+    """The device is probed; that no driver matches is no error."""
+    tree = SysfsTree(tmp_path)
+    tree.add_device(BDF, matches=driver, group=7)
+    assert unbind(tree).driver == driver
+    assert placed(tree) == (driver, None)
+    assert "bus/pci/drivers_probe" in {path for path, _value in tree.writes}
+
+
 def test_unbinding_to_a_named_driver_or_none_does_that(tree: SysfsTree) -> None:
     tree.add_driver("pci-stub")
     unbind(tree, "pci-stub")

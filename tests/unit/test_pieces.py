@@ -103,6 +103,21 @@ def test_memory_of_a_block_in_pieces_is_not_mapped_a_second_time(kernel: Special
             assert mapping.iova == rig.mapper.iova(block)
 
 
+@pytest.mark.parametrize("policy", [pyvfio.DmaMapper, EXTEND], ids=["remap", "extend"])
+def test_a_mapping_of_anothers_in_the_iova_of_a_block_stays(kernel: SpecialKernel, policy: MapperFactory) -> None:
+    """The mapper unmaps pieces of the block and nothing else."""
+    with Rig(kernel, mapper=policy) as rig:
+        block = rig.add(used=4 * PAGE_SIZE)
+        vaddr, iova = rig.memory(), rig.mapper.iova(block) + 8 * PAGE_SIZE
+        rig.container.map(vaddr=vaddr, iova=iova, size=PAGE_SIZE)
+        for pages in (6, 2, 0, 3):
+            block.resize(pages * PAGE_SIZE)
+            assert (iova, vaddr, PAGE_SIZE) in rig.reached()
+        rig.container.unmap(iova=iova, size=PAGE_SIZE)
+        rig.free(vaddr)
+        assert rig.reached() == rig.expected()
+
+
 # ----------------------------------------------------------------------------------------------------- granules
 
 

@@ -1327,7 +1327,7 @@ def test_a_child_of_a_thread_that_holds_the_lock_does_not_wait_for_it(blocks: Ra
 
     def hook(_block: RamBlock) -> None:
         inside.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
 
     def use() -> None:
         signal.alarm(5)
@@ -1340,7 +1340,7 @@ def test_a_child_of_a_thread_that_holds_the_lock_does_not_wait_for_it(blocks: Ra
     notifier.hook = hook
     thread = threading.Thread(target=block.resize, args=(6 * MIB,))
     thread.start()
-    assert inside.wait(10)
+    assert inside.wait(60)
     try:
         status = in_child(use)
     finally:

@@ -255,6 +255,19 @@ def test_who_may_hold_pages_and_is_not_told_keeps_them_from_being_replaced(rig: 
     block.remap(5 * PAGE_SIZE, PAGE_SIZE)
 
 
+def test_a_listener_that_is_told_of_lengths_alone_does_not_keep_pages_from_being_replaced(rig: Rig) -> None:
+    """Such a listener is not told of blocks, so it holds no page of them."""
+
+    class Lengths:
+        def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
+            pass
+
+    rig.blocks.add_notifier(Lengths())
+    block = filled(rig)
+    block.remap(5 * PAGE_SIZE, PAGE_SIZE)
+    assert seen(rig, block)[4:7] == [5, 0, 7]
+
+
 def test_listeners_are_told_before_and_after_in_the_opposite_order(rig: Rig) -> None:
     """Of populated parts alone; the oldest lets go first, as of what is shrunk, and takes last."""
     told: list[tuple[str, str]] = []

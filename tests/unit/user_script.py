@@ -1,0 +1,167 @@
+"""A user's program with every row of README's table, for type checkers: it is read, and not run.
+
+The first line of each function's docstring is the row's first column.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pyvfio
+
+
+def open_devices(bdf: str, other: str) -> pyvfio.Container:
+    """a device, its group and a container in one call"""
+    device = pyvfio.open_device(bdf)
+    return pyvfio.open_device(other, container=device.container).container
+
+
+def resize(blocks: pyvfio.RamBlockList, idstr: str, n: int) -> pyvfio.RamBlock:
+    """resizable memory"""
+    block = blocks.add(idstr, used_length=pyvfio.MIB, max_length=pyvfio.GIB)
+    block.resize(n)
+    block.remove()
+    return block
+
+
+def give_reach(device: pyvfio.Device, blocks: pyvfio.RamBlockList, block: pyvfio.RamBlock) -> pyvfio.Iova:
+    """the device to reach it"""
+    with pyvfio.DmaMapper(device.container, blocks) as mapper:
+        return mapper.iova(block)
+
+
+def map_own(mapper: pyvfio.DmaMapper, buffer: bytearray, vaddr: pyvfio.Vaddr) -> list[pyvfio.Iova]:
+    """the device to reach a buffer of your own"""
+    with mapper.map_buffer(buffer) as own, mapper.map_temporary(buffer) as temporary:
+        return [own.iova, temporary.iova, mapper.map_dma(vaddr=vaddr, size=pyvfio.PAGE_SIZE).iova]
+
+
+def use_registers(device: pyvfio.Device, offset: int, value: int) -> memoryview:
+    """registers"""
+    bar: pyvfio.Region = device.region(0)
+    bar.write64(offset, value | bar.read32(offset))
+    return bar.mmap().view()
+
+
+def configure(device: pyvfio.Device) -> int:
+    """configuration space"""
+    device.bus_master = True
+    device.memory_enabled = True
+    return device.config.read16(0)
+
+
+def reset(device: pyvfio.Device) -> None:
+    """a reset"""
+    if device.can_reset:
+        device.reset()
+
+
+def wait(device: pyvfio.Device) -> tuple[int, tuple[int, ...]]:
+    """interrupts"""
+    irq: pyvfio.Irq = device.irq(pyvfio.ioctls.VFIO_PCI_MSI_IRQ_INDEX)
+    irq.enable(1)
+    return irq.wait(0, timeout=0.5), tuple(irq.fds)
+
+
+class Listener:
+    """A notifier, as a user writes it."""
+
+    def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
+        """Refuse what is too long."""
+        if new_length > pyvfio.TIB:
+            raise ValueError(f"{block.idstr} has {old_length} bytes, and {new_length} are too many")
+
+
+def listen(blocks: pyvfio.RamBlockList) -> None:
+    """to be told of resizes, and refuse them"""
+    blocks.add_notifier(Listener())
+
+
+def add_other_kinds(blocks: pyvfio.RamBlockList, fd: int, offset: int) -> None:
+    """memory of another kind"""
+    blocks.add("shared", used_length=pyvfio.MIB, max_length=pyvfio.GIB, memory=pyvfio.Memfd())
+    blocks.add("huge", used_length=0, max_length=pyvfio.GIB, memory=pyvfio.Memfd(hugetlb=2 * pyvfio.MIB))
+    blocks.add("file", used_length=pyvfio.MIB, max_length=pyvfio.GIB, memory=pyvfio.File(fd, offset))
+    blocks.add("large", used_length=0, max_length=pyvfio.TIB, memory=pyvfio.Anonymous(noreserve=True))
+
+
+def add_with_settings(blocks: pyvfio.RamBlockList) -> None:
+    """what of it goes into children, dumps, huge pages or KSM"""
+    settings = pyvfio.MemorySettings(dontdump=True)
+    blocks.add("ring", used_length=pyvfio.MIB, max_length=pyvfio.GIB, settings=settings)
+
+
+def add_readonly(blocks: pyvfio.RamBlockList) -> None:
+    """a device only to read it; pages to be there"""
+    blocks.add("firmware", used_length=pyvfio.MIB, max_length=pyvfio.MIB, readonly=True)
+    blocks.add("ring", used_length=pyvfio.MIB, max_length=pyvfio.GIB, prealloc=4)
+
+
+def lock() -> None:
+    """nothing to be swapped out, now or later"""
+    pyvfio.lock_all_memory()
+    pyvfio.unlock_all_memory()
+
+
+def plan(mapper: pyvfio.DmaMapper, used_length: int, max_length: int) -> None:
+    """to know beforehand what fits"""
+    print(mapper.plan([pyvfio.BlockShape("next", used_length, max_length)]))
+
+
+def prefault(container: pyvfio.Container, blocks: pyvfio.RamBlockList) -> pyvfio.DmaMapper:
+    """long work to be quicker, and seen"""
+
+    def tell(progress: pyvfio.Progress) -> None:
+        print(progress.block.idstr, progress.step, progress.done, progress.total, file=sys.stderr)
+
+    return pyvfio.DmaMapper(container, blocks, prefault=4, progress=tell)
+
+
+def track(container: pyvfio.Container, iova: pyvfio.Iova, size: int) -> None:
+    """to know what a device may have written"""
+    with pyvfio.DirtyTracking(container) as tracking:
+        print(tracking.read(iova=iova, size=size))
+
+
+def copy_again(
+    blocks: pyvfio.RamBlockList, block: pyvfio.RamBlock, tracking: pyvfio.DirtyTracking, mapper: pyvfio.DmaMapper
+) -> list[tuple[int, int]]:
+    """to know what of a block has to be copied again"""
+    log = pyvfio.DirtyLog(blocks)
+    log.mark(block, 0, pyvfio.PAGE_SIZE)
+    log.collect(block, tracking, mapper)
+    found = log.snapshot(block, clear=True)
+    return [(start, end) for start, end in found.dirty]
+
+
+def replace_process(mapper: pyvfio.DmaMapper) -> pyvfio.TakenOver:
+    """to replace the process while the device works"""
+    with pyvfio.hand_over(mapper) as update:
+        return pyvfio.take_over(update.state, update.fds)
+
+
+def give_back(blocks: pyvfio.RamBlockList, block: pyvfio.RamBlock, offset: int, size: int) -> None:
+    """to give part of a block back for a while"""
+    block.discard(offset, size)
+    block.populate(offset, size)
+    with blocks.discards.disable():
+        pass
+
+
+def renew(block: pyvfio.RamBlock, offset: int, size: int) -> None:
+    """to put fresh pages where memory has failed"""
+    block.remap(offset, size)
+
+
+def use_the_kernel(container: pyvfio.Container, vaddr: pyvfio.Vaddr, iova: pyvfio.Iova) -> bool:
+    """the kernel's interface as it is"""
+    container.map_dma(vaddr=vaddr, iova=iova, size=pyvfio.PAGE_SIZE, flags=pyvfio.ioctls.VFIO_DMA_MAP_FLAG_READ)
+    return container.get_info().iova_pgsizes & pyvfio.PAGE_SIZE != 0
+
+
+def use_the_modules(kernel: pyvfio.Kernel, bdf: str) -> str:
+    """Read the modules that `import pyvfio` alone hands on; no row of the table."""
+    found: pyvfio.pci.PciDevice = pyvfio.pci.read_device(kernel, bdf)
+    with pyvfio.testing.FakeKernel() as fake:
+        fake.check()
+    return found.bdf
