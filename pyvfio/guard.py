@@ -392,7 +392,8 @@ class _Undoing:
 
 
 undoing = _Undoing()
-"""Enter it around an undo that runs code with checkpoints, such as a notifier's hook: no handler runs meanwhile."""
+"""Enter it around an undo, or a close, that runs code with checkpoints, such as a notifier's hook: no handler runs
+meanwhile."""
 
 
 def checkpoint() -> None:
