@@ -154,8 +154,12 @@ class TestSignals:
         assert thing.made.events == ["undone"]
 
     def test_an_undo_is_not_ended_by_another_signal(self) -> None:
+        def undo(made: Thing) -> None:
+            press()
+            made.events.append("undone")
+
         class Maker(Thing):
-            @making(lambda made: (press(), made.events.append("undone")))
+            @making(undo)
             def make_one(self) -> Thing:
                 press()
                 self.made = Thing()
@@ -493,12 +497,15 @@ class TestForks:
 
     @pytest.mark.parametrize("by_name", [False, True], ids=["by position", "by name"])
     def test_a_function_that_is_given_an_object_of_the_parent_is_refused(self, *, by_name: bool) -> None:
+        def undo(made: object) -> None:
+            del made
+
         @uninterrupted()
         def use(thing: Thing) -> None:
             thing.change()
 
         class User:
-            @constructing(lambda made: None)
+            @constructing(undo)
             def __init__(self, thing: Thing) -> None:
                 thing.change()
 
