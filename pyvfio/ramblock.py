@@ -43,7 +43,7 @@ from pyvfio.errors import (
     raise_collected,
 )
 from pyvfio.extents import Extent
-from pyvfio.guard import ContextManager, Guard, closing, guarded, making
+from pyvfio.guard import ContextManager, Guard, closing, guarded, making, undoing
 from pyvfio.handle import attempt
 from pyvfio.kernel import Kernel, LinuxKernel
 from pyvfio.memory import Anonymous, MemoryKind, MemorySettings
@@ -449,8 +449,9 @@ class RamBlockList(ContextManager):
         failures: list[Exception] = []
         self.closing = True
         try:
-            for block in self._blocks:
-                attempt(partial(self._close_block, block), failures)
+            with undoing:  # a signal handler must not leave the list half closed
+                for block in self._blocks:
+                    attempt(partial(self._close_block, block), failures)
         finally:
             self.closing = False
         raise_collected(f"{len(failures)} RAM blocks could not be removed", failures)
