@@ -356,6 +356,7 @@ def _work_interrupted(worker: Worker, count: int) -> int:
 
 def _live(steps: int) -> None:
     gc.set_threshold(100)
+    sys.unraisablehook = lambda _unraisable: None  # a handler may raise in a finalizer, where Python drops it
     sys.setswitchinterval(1e-4)
     groups = [(number, [FakeDevice(bdf, resettable=True)]) for number, bdf in enumerate(BDFS)]
     with FakeKernel(groups=groups) as kernel:
