@@ -698,21 +698,27 @@ class Container(Handle):
         """
         iova, size = index(iova), index(size)
         self._check_range(iova, size)
-        found = self.table.overlapping(iova=iova, size=size)
-        if not found and self.lost:
+        if not self.table.is_whole(iova=iova, size=size):
+            self._refuse_unmap(iova, size)
             return
-        whole = sum(mapping.size for mapping in found) == size and found[0].iova == iova
-        if not whole and not self.closed:
-            known = describe_mappings(found)
-            raise UnmapSizeError(iova=iova, asked=size, unmapped=0, known=known, refused=True)
         unmapped = self._unmap_dma(iova, size, 0, bitmap)
         if unmapped == size:
             self.table.discard(iova=iova, size=size)
         else:
+            found = self.table.overlapping(iova=iova, size=size)
             self._note_unmapped(found, unmapped)
             raise UnmapSizeError(iova=iova, asked=size, unmapped=unmapped, known=describe_mappings(found))
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("unmapped iova=%#x size=%#x", iova, size)
+
+    def _refuse_unmap(self, iova: int, size: int) -> None:
+        """Raise for a range that is not what is mapped, unless everything has gone already."""
+        found = self.table.overlapping(iova=iova, size=size)
+        if found:
+            self.check_usable()
+        elif self.lost:
+            return
+        raise UnmapSizeError(iova=iova, asked=size, unmapped=0, known=describe_mappings(found), refused=True)
 
     @guarded
     def unmap_all(self) -> int:

@@ -58,7 +58,8 @@ class _Former(NamedTuple):
 
 
 def _same_kernel(blocks: RamBlockList, space: AddressSpace) -> bool:
-    return blocks.kernel is space.kernel or type(blocks.kernel) is type(space.kernel) is LinuxKernel
+    running = isinstance(blocks.kernel, LinuxKernel) and isinstance(space.kernel, LinuxKernel)
+    return running or blocks.kernel is space.kernel
 
 
 def _end(mapper: DmaMapper) -> None:
@@ -156,9 +157,10 @@ class DmaMapper(BufferMapper, ContextManager):
         if self._closed:
             return "<DmaMapper closed>"
         granule = "" if self.policy.granule is None else f" granule={self.policy.granule:#x}"
+        blocks, buffers = len(self._followed), len(self._fixed)
         return (
-            f"<DmaMapper {self.policy.resize}{granule}: {len(self._followed)} blocks, {len(self._fixed)} buffers, "
-            f"{len(self._temporary)} temporary>"
+            f"<DmaMapper {self.policy.resize}{granule}: {blocks} block{'s' * (blocks != 1)}, {buffers} "
+            f"buffer{'s' * (buffers != 1)}, {len(self._temporary)} temporary>"
         )
 
     # ------------------------------------------------------------------------------------------------ RAM blocks
@@ -413,6 +415,8 @@ class DmaMapper(BufferMapper, ContextManager):
 
     def _below(self, vaddr: int) -> _Followed | None:
         """The last block that does not begin above `vaddr`."""
+        if not self._followed:
+            return None
         position = bisect_left(self._followed, (vaddr + 1,))
         return self._followed[position - 1] if position else None
 

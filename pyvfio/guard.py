@@ -116,7 +116,7 @@ class ContextManager:
         except Exception as failure:
             if error is None:
                 raise
-            error.add_note(f"{self!r} could not be closed: {failure}")
+            error.add_note(f"{type(self).__name__} could not be closed: {failure}")
 
 
 class _Thread(threading.local):
@@ -175,17 +175,22 @@ class _Signals:
                     self._set(number, other)
                 self._replaced.pop(number, None)  # a finalizer may have made a call of its own meanwhile
         finally:
-            if self.noted:
+            try:
                 self.deliver()
+            finally:
+                self.deliver()  # another signal's handler may have raised when it was called
 
     def deliver(self) -> None:
         """Run the handlers of the signals that came meanwhile, also those behind one that raises."""
-        while self.noted:
-            number, handler = next(iter(self.noted.items()))
-            del self.noted[number]
-            try:
-                handler(number, sys._getframe(1))
-            finally:
+        frame = sys._getframe(1)
+        try:
+            while self.noted:
+                number = next(iter(self.noted))
+                handler = self.noted[number]
+                del self.noted[number]  # no call lies between, at which another signal's handler could raise
+                handler(number, frame)
+        finally:
+            if self.noted:
                 self.deliver()
 
     def route(self, number: int, frame: FrameType | None) -> None:
@@ -454,30 +459,63 @@ def _run(lock: RLock | None, call: Callable[[], _Result], undo: Callable[..., ob
         finally:
             thread.busy = False
     signals = _signals if get_ident() == _signals.main else None
+    if signals is not None and undo is not None:
+        return _make(thread, signals, lock, call, undo)
     try:
         thread.inside = thread.busy = True  # from here on finalizers are put off: a call of theirs would put back
         if signals is not None:
             signals.replace()  # and signals are noted
-        result = call() if lock is None else _locked(lock, call)
-    except BaseException:
-        undo = None  # there is no object
-        raise
+        return call() if lock is None else _locked(lock, call)
     finally:
         try:
-            if thread.put_off:
-                _catch_up(thread)
+            _handle(thread, signals)
         finally:
             thread.inside = thread.busy = False  # from here on a handler runs at once
-            if signals is not None and undo is None:
+            if signals is not None:
                 signals.put_back()
-    if signals is not None and undo is not None:
+
+
+def _make(
+    thread: _Thread,
+    signals: _Signals,
+    lock: RLock | None,
+    call: Callable[[], _Result],
+    undo: Callable[..., object],
+) -> _Result:
+    """Make an outermost call of the main thread that makes an object, which is undone when a handler raises."""
+    made = False
+    try:
+        thread.inside = thread.busy = True
+        signals.replace()
+        result = call() if lock is None else _locked(lock, call)
+        made = True
+        _handle(thread, signals)  # before handlers are put back: a signal that comes during the undo is noted
+        signals.put_back()
+        thread.inside = thread.busy = False
+        return result  # noqa: TRY300 (no call lies between, at which a handler could raise)
+    except BaseException:
         try:
-            signals.put_back()
-            return result  # noqa: TRY300 (no line may lie between)
-        except BaseException:
-            undo(result)
+            thread.inside = thread.busy = True
+            if made:
+                signals.replace()
+                with undoing:
+                    undo(result)
+            _handle(thread, signals)
             raise
-    return result
+        finally:
+            thread.inside = thread.busy = False
+            signals.put_back()
+
+
+def _handle(thread: _Thread, signals: _Signals | None) -> None:
+    """Run the handlers of signals, then what finalizers put off. Another signal that comes meanwhile is noted, so that each handler runs once."""
+    try:
+        if signals is not None and signals.noted:
+            with called_out:
+                signals.deliver()
+    finally:
+        if thread.put_off:
+            _catch_up(thread)
 
 
 def _locked(lock: RLock, call: Callable[[], _Result]) -> _Result:

@@ -4,14 +4,15 @@ A `RamBlock` has `max_length` bytes of address space, of which `[0, used_length)
 blocks and tells its notifiers of every block that is added, removed or resized; `DmaMapper` is one such notifier, and
 nothing here knows of it.
 
-What holds at every instant, also when a notifier, a callback or the kernel refuses in the middle:
+At every instant, also when a notifier, a callback or the kernel refuses in the middle:
 
-    what a notifier was told is there  ⊆  memory that is activated
+    memory that a notifier was told of  ⊆  memory that is activated
 
-A grow activates memory, then tells; a shrink tells, then gives memory back. Undo runs backwards.
+A grow activates memory, then tells. A shrink tells, then gives memory back. The undo runs backwards. The steps are
+those of `pyvfio.blocks.state`; this module checks arguments, orders the steps and tells.
 
 Source: `qemu_ram_resize`, `RAMBlockNotifier` (include/exec/ramlist.h) and patches 1, 13 and 16 of the series "Ram
-blocks with resizable anonymous allocations under POSIX" (QEMU, 2020). There no notifier can refuse; here each can, by
+blocks with resizable anonymous allocations under POSIX" (QEMU, 2020). There no notifier can refuse. Here each can, by
 raising.
 """
 
@@ -98,8 +99,8 @@ class RamBlockList(ContextManager):
     `kernel` makes the system calls on memory (default: the running kernel). Use it as a context manager: leaving
     removes all blocks.
 
-    Synchronization: every method may be called from any thread; changes are made one at a time. A notifier that changes
-    the list from inside a hook gets ReentrancyError: it would tell others of a state that does not stand yet.
+    Synchronization: every method may be called from any thread. Changes are made one at a time. A notifier that changes
+    the list from inside a hook gets ReentrancyError; `close` in a hook is put off to the end of the change.
     """
 
     def __init__(self, *, kernel: Kernel | None = None) -> None:
@@ -124,7 +125,9 @@ class RamBlockList(ContextManager):
 
     def __contains__(self, item: object) -> bool:
         """Whether a block, or a block with that id string, is in the list."""
-        return any(block is item or block.idstr == item for block in self._blocks)
+        if isinstance(item, str):
+            return any(block.idstr == item for block in self._blocks)
+        return any(block is item for block in self._blocks)
 
     def __getitem__(self, idstr: str) -> RamBlock:
         """The block with that id string. Raises KeyError."""
@@ -176,16 +179,16 @@ class RamBlockList(ContextManager):
 
         `memory`: private anonymous memory (`Anonymous()`, the default), a memfd of the block's own (`Memfd()`, also of
         huge pages) or a file of the caller's (`File(fd)`). `readonly`: devices may only read it.
-        `prealloc`: how many threads see to it that there are pages behind whatever comes into use, also when the block
-        grows, before anybody is told of it (0: pages come when they are touched); `progress` is told how far they are.
-        What the limit of a control group (memory.max) has no room for is refused beforehand.
+        `prealloc`: the number of threads that populate memory which comes into use, also when the block grows, before
+        notifiers are told of it (0: pages come when they are touched). `progress` is called after each slice. Memory
+        for which a control group's limit (memory.max) has no room is refused beforehand.
 
-        Where a listener cannot follow a resize, or the process has no mapping left for a part (vm.max_map_count), all
-        of `max_length` is allocated (`RamBlock.whole`), and a warning logged.
+        All of `max_length` is allocated (`RamBlock.whole`), and a warning logged, where a notifier cannot follow a
+        resize, or where the process has no mapping left for a part (vm.max_map_count).
 
         Both lengths are multiples of the memory's page size; `used_length` may be 0. Raises ValueError for lengths that
-        can never be right and for an id string that is taken, OSError or IoctlError when there is no address space or
-        memory, ClosedError when the list is closed, and whatever a notifier raises; then there is no such block.
+        can never be right and for an id string that is taken, IoctlError when there is no address space or memory,
+        ClosedError when the list is closed, and the exception of a notifier that refuses. There is no such block then.
         """
         kind: MemoryKind = Anonymous() if memory is None else memory
         if not isinstance(kind, MemoryKind):
@@ -246,8 +249,8 @@ class RamBlockList(ContextManager):
         """Tell all notifiers, the newest first, and give the block's memory and address space back.
 
         Raises BufferError while a view of it lives, ClosedError when it has been removed, ValueError when it is in
-        another list, and whatever a notifier raises; then the block stays, and the notifiers that were told are told
-        that it is there.
+        another list, and the exception of a notifier that refuses. The block then stays, and the notifiers that were
+        told are told that it is there.
         """
         with self._change_of(block):
             block.state.check_views(0)
@@ -305,11 +308,11 @@ class RamBlockList(ContextManager):
     def add_notifier(self, notifier: RamBlockNotifier) -> None:
         """Tell `notifier` of every block there is, and from now on of every change, before all older ones.
 
-        Raises TypeError when it has none of the hooks, ValueError when it is in the list, UnsupportedError when it is
-        told of blocks and cannot follow a resize, but there are blocks that can be resized, ClosedError when the list
-        is closed, and whatever it raises; then it is not in the list, and has been told that the blocks it knew are
-        gone. When that fails too (RollbackError), the blocks' memory is never given back any more: nobody would tell
-        whether a device still reaches it.
+        Raises TypeError for an object without hooks, ValueError when the list has the notifier already,
+        UnsupportedError when it is told of blocks and cannot follow a resize, but there are blocks that can be resized,
+        ClosedError when the list is closed, and the notifier's own exception. The notifier is then not in the list, and
+        has been told that the blocks it knew are gone. If that fails too, RollbackError is raised, and the memory of
+        all blocks is kept for ever: a device may still reach it.
         """
         if not isinstance(notifier, HOOKS):
             raise TypeError(
@@ -341,8 +344,8 @@ class RamBlockList(ContextManager):
     def remove_notifier(self, notifier: RamBlockNotifier) -> None:
         """Tell `notifier` that every block is gone, and tell it nothing more.
 
-        Raises ValueError when it is not in the list, and whatever it raises; then it stays, and is told again of the
-        blocks that it was told are gone.
+        Raises ValueError when the list does not have it, and the notifier's own exception. The notifier then stays, and
+        is told again of the blocks that it was told are gone.
         """
         with self._change():
             if not self.knows(notifier):
@@ -378,7 +381,7 @@ class RamBlockList(ContextManager):
 
     @guarded
     def forget(self) -> None:
-        """Release the memory of all blocks here, which are another process's, and tell nobody."""
+        """Release the memory that this process has of all blocks, which are another process's, and tell no notifier."""
         for block in self._blocks:
             self._drop(block)
             block.state.release()
@@ -439,8 +442,8 @@ class RamBlockList(ContextManager):
     def close(self) -> None:
         """Remove all blocks; twice is fine, and in a forked child nothing happens.
 
-        The memory of a block of which a view lives stays until the last view goes; no device reaches it. Raises what
-        notifiers raise, after all other blocks are removed; `close` may then be called again.
+        The memory of a block of which a view lives stays until the last view goes; no device reaches it. Raises the
+        exceptions of notifiers that refuse, after all other blocks are removed; `close` may then be called again.
         """
         self._check_unchanging()
         failures: list[Exception] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import secrets
 from collections.abc import Generator, Iterator
@@ -134,6 +135,12 @@ def kvm_runs() -> bool:
     except (OSError, pyvfio.VfioError):
         return False
     return True
+
+
+def pytest_collection_finish() -> None:
+    """What pytest and hypothesis have made by now stays: collections in tests need not look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

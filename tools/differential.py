@@ -120,7 +120,7 @@ class _Machine:
             command,
             kernel=self._kernel,
             iommu=self._iommu,
-            timeout=120 + 60 * calls / _MINUTE_OF_OPS,
+            timeout=600 + 300 * calls / _MINUTE_OF_OPS,
             env={"PYTHONPATH": str(Path(__file__).parents[1])},
             stdout=stdout,
             stderr=sys.stderr.buffer,

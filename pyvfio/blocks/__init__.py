@@ -1,6 +1,7 @@
-"""RAM blocks: what a block is, who is told of a change, and how a change is made or undone.
+"""RAM blocks: their state, the notifiers that are told of a change, and how a change is made or undone.
 
-`block` has the block, `notifier` the listeners' protocols, `change` the events and the change that all listeners accept
-or none, `parts` discards and replacements, `discards` the claims on them, and `progress` reports of long changes.
-`pyvfio.ramblock.RamBlockList` makes all changes.
+`state` has all that a block is, and each step that changes it; `block` the handle that a program holds; `notifier` the
+protocols of notifiers; `change` the events, and the change that all notifiers accept or none; `parts` discards and
+replacements of pages; `discards` the claims on discards; `progress` reports of long changes.
+`pyvfio.ramblock.RamBlockList` orders all changes.
 """

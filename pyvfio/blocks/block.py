@@ -1,7 +1,7 @@
 """A RAM block as a program holds it: memory at one address that is resized in place, and parts of which are discarded.
 
 Made by `pyvfio.ramblock.RamBlockList.add`. The list also makes all changes, since its notifiers are told of them;
-`pyvfio.blocks.state` has what changes.
+`pyvfio.blocks.state` has the state that they change.
 
 Source: `RAMBlock` (include/exec/ramblock.h), and RamDiscardManager (include/exec/memory.h) for the parts.
 """
@@ -50,9 +50,9 @@ class RamBlock:
     """Memory at `vaddr` that can be resized in place up to `max_length`. Made by `RamBlockList.add`.
 
     `used_length` bytes can be read and written, through `view()`, the buffer protocol (from Python 3.12 on) or
-    `vaddr`; whatever lies behind cannot be touched. Zero is a legal length. New memory reads zero.
+    `vaddr`; memory behind these bytes cannot be touched. Zero is a legal length. New memory reads zero.
 
-    Synchronization: lengths may be read by any thread at any time; resizing is serialized by the list.
+    Synchronization: lengths may be read by any thread at any time. The list serializes changes.
     """
 
     __slots__ = ("__weakref__", "_list", "guard", "idstr", "page_size", "readonly", "state")
@@ -69,10 +69,10 @@ class RamBlock:
         readonly: bool = False,
     ) -> None:
         self._list = owner
-        self.guard = owner.guard
+        self.guard = Guard(f"RAM block '{idstr}'", lock=owner.guard.lock)
         self.state = BlockState(
             owner.kernel,
-            owner.guard,
+            self.guard,
             idstr=idstr,
             max_length=max_length,
             settings=settings,
@@ -112,12 +112,12 @@ class RamBlock:
 
     @property
     def discarded(self) -> tuple[Extent, ...]:
-        """What has been discarded of `[0, used_length)` and not been populated since: (start, end) in bytes."""
+        """The parts of `[0, used_length)` that are discarded, and not populated since: (start, end) in bytes."""
         return self.state.discarded
 
     @property
     def populated(self) -> tuple[Extent, ...]:
-        """What devices reach: `[0, used_length)` less what has been discarded; (start, end) in bytes."""
+        """The parts that devices reach: `[0, used_length)` less the discarded parts; (start, end) in bytes."""
         return tuple(self.state.populated_at(self.state.used_length))
 
     @property
@@ -142,12 +142,12 @@ class RamBlock:
 
         The present length does nothing at all. Raises ValueError (misaligned, negative, above `max_length`) and
         BufferError (a live view reaches behind the new end) before any system call; IoctlError when there is no memory;
-        whatever a notifier or the callback raises. The block is then as it was. RollbackError: neither the change nor
-        its undo came to an end; the memory in question is kept. Warns MemoryNotReturnedWarning when a shrink could not
-        give its memory back.
+        and the exception of a notifier or callback that refuses. The block is then as it was. If the undo fails too,
+        RollbackError is raised, and the memory in question is kept until a resize succeeds. Warns
+        MemoryNotReturnedWarning when a shrink could not give its memory back.
 
-        Synchronization: takes the list's lock. Cost: some system calls, and what the notifiers do: O(used_length) for
-        a DmaMapper that remaps.
+        Synchronization: takes the list's lock. Cost: some system calls, and the work of the notifiers: O(used_length)
+        for a DmaMapper that remaps.
         """
         kept = self._owner().resize(self, used_length)
         if kept is not None:
@@ -161,17 +161,16 @@ class RamBlock:
             )
 
     def discard(self, offset: int, size: int) -> None:
-        """Give `[offset, offset + size)` back and let no device reach it, until it is populated again: what a balloon
-        and virtio-mem do to memory that a guest does not use.
+        """Discard `[offset, offset + size)`: give the memory back, and let no device reach it until it is populated.
 
-        The process may go on touching it, and reads zeros then. What is discarded already stays so, and nothing is done
-        where all of it is. Raises ValueError (misaligned, outside of `used_length`) before any system call;
-        DiscardError where somebody has ruled it out or a notifier could not follow; whatever a notifier raises, and the
-        block is then as it was; RollbackError as `resize`. Warns MemoryNotReturnedWarning when the memory could not be
-        given back: it is filled with zeros then.
+        A balloon and virtio-mem do this to memory that a guest does not use. The process may go on touching the memory,
+        which reads zeros then. Parts that are discarded already stay discarded. Raises ValueError (misaligned, outside
+        of `used_length`) before any system call; DiscardError where a claim rules discards out or a notifier could not
+        follow; the exception of a notifier that refuses, and the block is then as it was; RollbackError as `resize`.
+        Warns MemoryNotReturnedWarning when memory could not be given back: it is filled with zeros then.
 
-        Synchronization: takes the list's lock. Cost: one madvise(2) for each part, and what the notifiers do. Source:
-        `ram_block_discard_range` and `ram_discard_manager_notify_discard` of QEMU.
+        Synchronization: takes the list's lock. Cost: one madvise(2) for each part, and the work of the notifiers.
+        Source: `ram_block_discard_range` and `ram_discard_manager_notify_discard` of QEMU.
         """
         for error in self._owner().discard(self, offset, size):
             warnings.warn(
@@ -182,29 +181,29 @@ class RamBlock:
             )
 
     def populate(self, offset: int, size: int) -> None:
-        """Let devices reach `[offset, offset + size)` again; it reads zeros where nobody has written since.
+        """Let devices reach `[offset, offset + size)` again; the memory reads zeros unless it was written since.
 
         Does nothing where nothing of it is discarded. Raises as `discard`, but for DiscardError.
         """
         self._owner().populate(self, offset, size)
 
     def remap(self, offset: int, size: int) -> None:
-        """Put fresh pages behind `[offset, offset + size)`, and let devices reach those: what is left to do when memory
-        has failed, of which a touch is SIGBUS, and a device that has pinned it goes on reaching the failed page.
+        """Put fresh pages behind `[offset, offset + size)`, and let devices reach them.
 
-        Address, IOVA and settings stay, contents are lost: it reads zeros, or what a caller's file holds, also for a
-        private mapping. A shared file of the caller's is given fresh pages only with `punch=True`; without, the kernel
-        may read a page from the disk again that had not been changed. What is discarded of it stays given back. The
-        part is out of the devices' reach meanwhile, and so are, where the kernel unmaps whole mappings only, the bytes
-        that are mapped in one piece with it.
+        For memory that has failed: a touch is SIGBUS, and a device that has pinned the failed page goes on reaching it.
+        Address, IOVA and settings stay. Contents are lost: the memory reads zeros, or the contents of a caller's file,
+        also for a private mapping. A shared file of the caller's gets fresh pages only with `punch=True`; without, the
+        kernel may read a page from the disk again that had not been changed. Discarded parts stay discarded. No device
+        reaches the part meanwhile, nor, where the kernel unmaps whole mappings only, the bytes that are mapped in one
+        piece with it.
 
         Raises ValueError (misaligned, outside of `used_length`) and UnsupportedError (a notifier could not follow)
-        before any system call, and DiscardError where a part is discarded that a failed `populate` may have left to a
-        device; GapError where a mapper may let nothing else out of reach; IoctlError when there are no fresh pages, and
-        whatever a notifier raises; devices then reach what they did. RollbackError: they reach less than the block has,
-        until it is remapped or resized once more.
+        before any system call; DiscardError where a discarded part may be in a device's reach since a `populate`
+        failed; GapError where a mapper may let nothing else out of reach; IoctlError when there are no fresh pages; the
+        exception of a notifier that refuses. Devices then reach the same memory as before. If the undo fails too,
+        RollbackError is raised: devices reach less than the block has, until it is remapped or resized once more.
 
-        Synchronization: takes the list's lock. Cost: up to three system calls, and what the notifiers do. Source:
+        Synchronization: takes the list's lock. Cost: up to three system calls, and the work of the notifiers. Source:
         `qemu_ram_remap` (system/physmem.c of QEMU); MADV_HWPOISON in madvise(2) lets it be tried.
         """
         self._owner().remap(self, offset, size)
@@ -217,9 +216,9 @@ class RamBlock:
     def view(self) -> memoryview:
         """A memoryview of `[0, used_length)`, writable unless the memory is a file that is open for reading only.
 
-        While it lives (or anything made from it: a slice, a numpy array), the block can grow, but neither shrink below
-        the end of the view nor be removed: BufferError. `release()` it, or let go of it. Closing the list removes the
-        block all the same, and its memory stays until the last view goes.
+        While the view or an object made from it (a slice, a numpy array) lives, the block can grow, but neither shrink
+        below the end of the view nor be removed: BufferError. `release()` the view, or delete it. Closing the list
+        removes the block all the same, and its memory stays until the last view goes.
         """
         self._owner()
         return self.state.view()

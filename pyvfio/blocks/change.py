@@ -23,7 +23,7 @@ _Hook: TypeAlias = Callable[[RamBlock, int, int], None]
 
 
 class Event(Protocol):
-    """Something a notifier is told, and its opposite; its string says what was tried, for the error."""
+    """A change that a notifier is told of, and its reverse. As a string it names the change, for an error."""
 
     def tell(self, notifier: RamBlockNotifier) -> None:
         """Say that it happens."""
@@ -142,7 +142,7 @@ def tell_all(event: Event, notifiers: Sequence[RamBlockNotifier], commit: Callab
 
 
 def tell_each(notifier: RamBlockNotifier, events: Sequence[Event], change: object, commit: Callable[[], None]) -> None:
-    """Tell one notifier of all `events`, as `tell_all`; `change` says what they are parts of."""
+    """Tell one notifier of all `events`, as `tell_all`; `change` names the whole, for an error."""
     _tell([(notifier, event) for event in events], change, commit)
 
 

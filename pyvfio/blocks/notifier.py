@@ -58,12 +58,12 @@ class SupportsRamBlockDiscarded(Protocol):
     """A notifier with these hooks lets parts of a block go and come back (coordinated discards).
 
     Who has none of them, but `ram_block_added`, reaches whole blocks, so that nothing may be discarded while it is
-    there. Who comes later finds what is discarded in `block.populated`.
+    there. A notifier that is added later finds the parts in `block.populated`.
     """
 
     def ram_block_discarded(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        """`parts`, ascending and all of them populated, are about to be given back. Raising refuses it. Whoever returns
-        reaches none of them any more."""
+        """`parts`, ascending and all of them populated, are about to be given back. Raising refuses the change. A
+        notifier that returns reaches none of them any more."""
         ...
 
     def ram_block_populated(self, block: RamBlock, parts: Sequence[Extent]) -> None:
@@ -81,7 +81,7 @@ class SupportsRamBlockRemapped(Protocol):
 
     def ram_block_remapping(self, block: RamBlock, parts: Sequence[Extent]) -> None:
         """Other pages are about to be put behind `parts`, ascending and all of them populated. Raising refuses it.
-        Whoever returns holds none of the present ones any more."""
+        A notifier that returns holds none of the present ones any more."""
         ...
 
     def ram_block_remapped(self, block: RamBlock, parts: Sequence[Extent]) -> None:
@@ -96,7 +96,7 @@ RamBlockNotifier: TypeAlias = (
     | SupportsRamBlockDiscarded
     | SupportsRamBlockRemapped
 )
-"""Whatever has at least one of the hooks."""
+"""An object with at least one of the hooks."""
 
 HOOKS = (
     SupportsRamBlockAdded,

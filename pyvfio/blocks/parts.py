@@ -1,13 +1,11 @@
-"""Parts of a RAM block: given back for a while, taken again, and given fresh pages when memory has failed.
+"""Parts of a RAM block: discarded, populated again, and given fresh pages when memory has failed.
 
-All of it in the order that keeps devices away from what is not theirs. What is given back is first out of everybody's
-reach, then known to be gone, and then dropped; what is taken again has its pages before anybody is told.
+`pyvfio.blocks.state` has the steps; here is who may refuse them, and who is told in which order. Notifiers let go of a
+part before its memory is dropped, and are told of a populated part after it has its pages.
 
-A page that fails is taken from the process, but not from a device, whose mapping has pinned it and reaches it until it
-is unmapped. No kernel unmaps a page alone that is mapped in one piece with others, so that each notifier lets go of
-what it has to, and takes it all again when the pages have been replaced.
-
-Who makes these changes is `pyvfio.ramblock.RamBlockList`, one at a time.
+A page that fails is taken from the process, but not from a device: its mapping has pinned the page and reaches it until
+the mapping is unmapped. No kernel unmaps a page alone that is mapped in one piece with others. So each notifier unmaps
+whole pieces, and maps them again when the pages are replaced.
 
 Source: `ram_block_discard_range`, `qemu_ram_remap` and `ram_block_remapped` (system/physmem.c, hw/core/ramlist.c of
 QEMU); RamDiscardManager (include/exec/memory.h); `memory_failure` in mm/memory-failure.c.
@@ -31,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def cannot_follow(notifier: RamBlockNotifier, why: str) -> DiscardError:
-    """It would go on reaching what is given back."""
+    """The error for a notifier that would go on reaching a discarded part."""
     return DiscardError(
         f"{notifier!r} reaches whole blocks and is not told of discarded parts, {why}",
         hint="Give it ram_block_discarded and ram_block_populated, or populate everything",
@@ -96,6 +94,6 @@ def remap(block: RamBlock, wanted: Extent, notifiers: Sequence[RamBlockNotifier]
         raise RollbackError(
             f"{event} has failed, and devices reach less of it than it has",
             error.exceptions,
-            hint="Remap the part once more, or resize the block, when what stood in the way is gone",
+            hint="Remap the part once more, or resize the block, when the cause is gone",
         ) from error
     logger.debug("remapped %s of %s", wanted, block)

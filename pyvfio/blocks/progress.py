@@ -1,4 +1,4 @@
-"""How far a long change of a RAM block has come, for whoever waits for it."""
+"""Progress of a long change of a RAM block: a callback, and the attendant that populates memory and calls it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Progress(NamedTuple):
 
 
 ProgressCallback: TypeAlias = Callable[[Progress], None]
-"""Told of each piece that was populated, mapped or unmapped, under the lock of the block's list, so that it must return
-soon. What it raises, KeyboardInterrupt for instance, ends the change, and the block is as it was before."""
+"""Called after each piece that was populated, mapped or unmapped, under the lock of the block's list: it must return
+soon. An exception of the callback ends the change, and the block is as it was before."""
 
 
 class LongWork:
@@ -79,7 +79,7 @@ class LongWork:
 
 
 def preallocate(block: RamBlock, kernel: Kernel, *, threads: int, progress: ProgressCallback | None) -> None:
-    """Let `threads` threads have pages behind whatever comes into use of a new block."""
+    """Let `threads` threads populate all memory of a new block that comes into use."""
     if threads:
         touch = not block.state.memory.readable_only
         block.state.prealloc = LongWork(kernel, block, threads=threads, callback=progress, touch=touch)

@@ -22,7 +22,7 @@ from pyvfio.testing.world import FakeWorld, LinuxWorld, World, WorldName
 from pyvfio.units import format_size
 
 NAME = "demo"
-_TIMEOUT = 300.0
+_TIMEOUT = 1500.0
 WRONG_USAGE = 2  # as argparse has it
 _WAYS: dict[str, tuple[Policy, ...]] = {"remap": ("remap",), "extend": ("remap", "extend")}
 

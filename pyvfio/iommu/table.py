@@ -65,6 +65,16 @@ class MappingTable:
             start -= self._rows[3 * start - 3] + self._rows[3 * start - 2] > iova  # the one before reaches in
         return [self._at(position) for position in range(start, end)]
 
+    def is_whole(self, *, iova: int, size: int) -> bool:
+        """Whether the mappings in `[iova, iova + size)` fill it, without a gap, and none reaches beyond."""
+        start, end = self._position(iova), self._position(iova + size)
+        if start == end or self._rows[3 * start] != iova:
+            return False
+        last, length = self._rows[3 * end - 3 : 3 * end - 1]
+        return last + length == iova + size and (
+            end - start == 1 or sum(self._rows[3 * start + 1 : 3 * end : 3]) == size
+        )
+
     def discard(self, *, iova: int, size: int) -> None:
         """Forget the mappings that begin in `[iova, iova + size)`."""
         start, end = self._position(iova), self._position(iova + size)

@@ -279,7 +279,22 @@ class _AnonymousStore:
         """Nothing was opened."""
 
 
-class _MemfdStore:
+class _FromDescriptor:
+    """Base of stores with a descriptor, which they close if they own it."""
+
+    _kernel: Kernel
+    fd: int
+    owned: bool
+
+    def close(self) -> None:
+        """Close the descriptor; twice is fine. Its memory stays for as long as it is mapped."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0 and self.owned:
+            with suppress(OSError):  # a descriptor is gone even when close(2) reports an error
+                self._kernel.close(fd)
+
+
+class _MemfdStore(_FromDescriptor):
     offset, protection, holds_contents, can_drop, is_own = 0, _READ_WRITE, False, True, True
 
     def __init__(self, kernel: Kernel, kind: Memfd, idstr: str, *, fd: int | None = None) -> None:
@@ -341,15 +356,8 @@ class _MemfdStore:
         self._kernel.fallocate(self.fd, _PUNCH, start, end - start)
         _forget(self._kernel, vaddr + start, end - start)
 
-    def close(self) -> None:
-        """The memfd; twice is fine. Its memory stays for as long as it is mapped."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0 and self.owned:
-            with suppress(OSError):  # a descriptor is gone even when close(2) reports an error
-                self._kernel.close(fd)
 
-
-class _FileStore:
+class _FileStore(_FromDescriptor):
     is_own = False
 
     def __init__(self, kernel: Kernel, kind: File, max_length: int, *, fd: int | None = None) -> None:
@@ -499,10 +507,3 @@ class _FileStore:
         except OSError as error:
             if error.errno != errno.EINVAL:  # Linux before 5.14
                 raise
-
-    def close(self) -> None:
-        """The block's own descriptor; twice is fine."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0 and self.owned:
-            with suppress(OSError):
-                self._kernel.close(fd)

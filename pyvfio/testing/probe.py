@@ -9,18 +9,18 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+import random
 from typing import Protocol
 
 from pyvfio.units import PAGE_SIZE
 
 _serial = itertools.count(1)
+_NEITHER_0_NOR_FF = bytes((1, *range(1, 255), 254))
 
 
 def pattern(size: int) -> bytes:
     """`size` bytes that no other call returns (from 8 bytes on), none of them 0 or 0xff."""
-    serial = next(_serial)
-    words = (serial * 0x9E3779B97F4A7C15 + word & (1 << 64) - 1 for word in range(-(-size // 8)))
-    return bytes(1 + byte % 254 for word in words for byte in word.to_bytes(8, "little"))[:size]
+    return random.Random(next(_serial)).randbytes(size).translate(_NEITHER_0_NOR_FF)  # noqa: S311
 
 
 class Engine(Protocol):

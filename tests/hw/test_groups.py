@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 import pyvfio
+from pyvfio import ioctls
 from pyvfio.kernel import Kernel
-from pyvfio.units import GIB, MIB
+from pyvfio.testing.world import World
+from pyvfio.units import GIB, MIB, PAGE_SIZE
 from tests.hw.rig import SIZE, Rig, pattern
 
 
@@ -68,3 +70,61 @@ def test_a_device_may_be_opened_twice_in_one_group(two: tuple[str, str], kernel:
         first.close()
         assert second.config.read16(0) == 0x1234
         second.close()
+        assert container.groups == {}
+        pyvfio.Group(second.group.number, kernel=kernel).close()
+
+
+def test_the_last_group_does_not_leave_while_a_device_reaches_memory(bdf: str, kernel: Kernel) -> None:
+    """Refused by `close` as by `detach`: the transfers go on. Without mappings it leaves with its device."""
+    with pyvfio.Container(kernel=kernel) as container:
+        with Rig(bdf, kernel=kernel, container=container) as rig:
+            group = rig.device.group
+            block = rig.blocks.add("ring", used_length=2 * MIB, max_length=GIB)
+            for leave in (group.close, lambda: container.detach(group)):
+                with pytest.raises(pyvfio.VfioError, match=r"last one, and \d+ mappings are left"):
+                    leave()
+            assert rig.reaches(block, 0)
+        assert container.groups == {}
+        assert not container.lost
+        with Rig(bdf, kernel=kernel, container=container) as again:
+            assert again.reaches(again.blocks.add("ring", used_length=MIB, max_length=GIB), 0)
+
+
+def test_a_last_group_that_left_past_its_container_is_noticed(bdf: str, world: World) -> None:
+    """The kernel has unmapped everything then: nothing is locked, and the container says so."""
+    locked = world.locked_bytes()
+    with pyvfio.Container(kernel=world.kernel) as container, pyvfio.RamBlockList(kernel=world.kernel) as blocks:
+        device = pyvfio.open_device(bdf, container=container)
+        block = blocks.add("ring", used_length=2 * MIB, max_length=GIB)
+        container.map(vaddr=block.vaddr, iova=MIB, size=2 * MIB)
+        device.close()
+        (group,) = container.groups.values()
+        assert world.locked_bytes() - locked == 2 * MIB
+        group.unset_container()
+        assert container.lost
+        assert world.locked_bytes() == locked
+        assert not container.mappings
+        group.close()
+
+
+def test_after_an_unmap_past_the_container_its_table_is_what_the_kernel_has(bdf: str, kernel: Kernel) -> None:
+    """By the number of mappings that the kernel counts; `unmap_all` ends them."""
+    with pyvfio.open_device(bdf, kernel=kernel) as device, pyvfio.RamBlockList(kernel=kernel) as blocks:
+        container = device.container
+        block = blocks.add("ring", used_length=4 * PAGE_SIZE, max_length=GIB)
+        room = container.entries_left
+        for number in range(4):
+            offset = number * PAGE_SIZE
+            container.map(vaddr=block.vaddr + offset, iova=MIB + offset, size=PAGE_SIZE)
+        past = ioctls.vfio_iommu_type1_dma_unmap(24, 0, MIB + PAGE_SIZE, PAGE_SIZE)
+        kernel.ioctl(container.fd, ioctls.VFIO_IOMMU_UNMAP_DMA, past)
+        with pytest.raises(pyvfio.UnmapSizeError):
+            container.unmap(iova=MIB, size=2 * PAGE_SIZE)
+        assert [m.iova for m in container.mappings] == [MIB + 2 * PAGE_SIZE, MIB + 3 * PAGE_SIZE]
+        assert container.get_info().dma_avail == room - 2
+        container.map_dma(vaddr=block.vaddr, iova=MIB, size=PAGE_SIZE)
+        container.unmap_dma(iova=MIB + 2 * PAGE_SIZE, size=8 * PAGE_SIZE)
+        assert [m.iova for m in container.mappings] == [MIB]
+        assert container.get_info().dma_avail == room - 1
+        assert container.unmap_all() == PAGE_SIZE
+        assert container.get_info().dma_avail == room

@@ -99,7 +99,7 @@ class Witness:
         """Until one more copy has come to its end, of which a part may have been before."""
         for _ in range(2):
             self._some.clear()
-            assert self._some.wait(60), "the device does not work any more"
+            assert self._some.wait(300), "the device does not work any more"
 
     def stop(self) -> Copies:
         """Of all that it made; twice is fine."""

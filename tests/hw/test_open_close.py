@@ -71,6 +71,32 @@ def test_a_device_can_be_opened_again_at_once(bdf: str, kernel: Kernel) -> None:
             assert device.info.num_regions >= 9
 
 
+def test_the_descriptors_of_a_launcher_are_used_as_ones_own(bdf: str, kernel: Kernel) -> None:
+    """Each is known by its kind; memory is mapped through them, and they are closed with the objects."""
+    before = open_fds()
+    opened = pyvfio.open_device(bdf, kernel=kernel)
+    number, opened.opened_with = opened.group.number, None
+    fds = [handle.release_fd() for handle in (opened.container, opened.group, opened)]
+    for wrong in fds[1:]:
+        with pytest.raises(ValueError, match="is not a VFIO container"):
+            pyvfio.Container.from_fd(wrong, kernel=kernel)
+    for wrong in (fds[0], fds[2]):
+        with pytest.raises(ValueError, match="is not an IOMMU group"):
+            pyvfio.Group.from_fd(wrong, number=number, kernel=kernel)
+    group = pyvfio.Group.from_fd(fds[1], number=number, kernel=kernel)
+    container = pyvfio.Container.from_fd(fds[0], groups=[group], kernel=kernel)
+    for wrong in fds[:2]:
+        with pytest.raises(ValueError, match="is not a VFIO device"):
+            pyvfio.Device.from_fd(group, bdf, wrong)
+    device = pyvfio.Device.from_fd(group, bdf, fds[2])
+    assert device.info.num_regions >= 9
+    with pyvfio.RamBlockList(kernel=kernel) as blocks, pyvfio.DmaMapper(device.container, blocks):
+        blocks.add("ring", used_length=2 * MIB, max_length=GIB)
+        assert container.mappings
+    container.close()
+    assert open_fds() == before
+
+
 def test_registers_are_read_and_written_at_their_width(rig: Rig) -> None:
     """32 and 64 bits through the BAR, 8, 16 and 32 through configuration space."""
     assert rig.engine.invert(0x12345678) == 0xEDCBA987

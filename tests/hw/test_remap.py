@@ -20,6 +20,7 @@ from pyvfio.memory import MemoryKind
 from pyvfio.units import MIB, PAGE_SIZE
 from tests.hw.rig import SIZE, Rig, pattern
 from tests.hw.test_kinds import huge_pages
+from tests.unit.processes import areas
 
 pytestmark = pytest.mark.one_iommu
 
@@ -177,17 +178,9 @@ def test_settings_of_a_block_hold_for_a_page_that_was_replaced(rig: Rig, throwaw
         assert len(before) == 1
 
 
-def flags_of(vaddr: int, size: int) -> list[tuple[int, int, str]]:
+def flags_of(vaddr: int, size: int) -> list[tuple[int, int, frozenset[str]]]:
     """Start, end and VmFlags of each area, in the words of /proc/self/smaps."""
-    found: list[tuple[int, int, str]] = []
-    with open("/proc/self/smaps", encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            first = line.split(maxsplit=1)[0]
-            if not first.endswith(":"):
-                start, end = (int(part, 16) for part in first.split("-"))
-            elif first == "VmFlags:" and start < vaddr + size and vaddr < end:
-                found.append((start, end, line.strip()))
-    return found
+    return [(area.start, area.end, area.flags) for area in areas(vaddr, size)]
 
 
 @pytest.mark.parametrize("prealloc", [0, 1])

@@ -178,7 +178,7 @@ def test_a_change_that_another_thread_makes_meanwhile_waits_until_the_hook_has_r
     def start_it_once() -> None:
         if not started.is_set():
             thread.start()
-            assert started.wait(10)
+            assert started.wait(60)
             assert not done.wait(0.1), "it was made while another one was under way"
 
     meddler = _Meddler(start_it_once)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,8 @@ from tests.unit.fakes import Interrupt
 
 Victim: TypeAlias = Callable[[Scene], Callable[[], object]]
 FIRST, SECOND = signal.SIGUSR1, signal.SIGUSR2
+HANDLED = Counter[int]()
+"""How often the handler of each signal has run."""
 
 
 class Dry(NamedTuple):
@@ -44,6 +47,7 @@ def raising() -> Iterator[None]:
 
     def handler(number: int, frame: FrameType | None) -> None:
         del frame
+        HANDLED[number] += 1
         raise Interrupt(number)
 
     before = {number: signal.signal(number, handler) for number in (FIRST, SECOND)}
@@ -100,12 +104,15 @@ class Examination:
         operation.prepare(scene)
         scene.note_iovas()
         before, installed = scene.state(), handlers()
+        HANDLED.clear()
         try:
             scene.made = self.walk.run(partial(operation.call, scene))
         except Interrupt as error:
             self.interrupted = error
         if self.interrupted is None:
             return self._say("the handler's exception is lost")
+        if sum(HANDLED.values()) != len(self.walk.where):
+            return self._say(f"the handlers have run {sum(HANDLED.values())} times")
         found = scene.state()
         legal = (before,) if operation.makes else (before, self._after)
         if wrong := difference(found, *legal):

@@ -2,7 +2,8 @@
 
 CPython looks for signals when a function begins, when a C function has returned, and when a loop jumps back. A point is
 one of these, or the beginning of a line, which includes the loops. A system call of a fake kernel is a function in
-Python: its return counts as that of a C function.
+Python: its return counts as that of a C function. The lines of guard.py are no points: it decides by assignments,
+between which CPython does not look.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from _typeshed import TraceFunction
 
 HOUSE = Path(pyvfio.__file__).parent
+_GUARD = str(HOUSE / "guard.py")
 _Result = TypeVar("_Result")
 
 
@@ -65,7 +67,7 @@ class Walk:
 
     def _line(self, frame: FrameType, event: str, argument: object) -> TraceFunction:
         del argument
-        if event == "line":
+        if event == "line" and frame.f_code.co_filename != _GUARD:
             self._pass(frame, "line")
         return self._line
 

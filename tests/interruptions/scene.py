@@ -182,7 +182,7 @@ class Scene:
             "reach": self._reach(),
             "blocks": {block.idstr: self._look_at(block) for block in self.blocks or ()},
             "moved": self._moved(),
-            "free": container.allocator.free if container is not None and usable else None,
+            "free": container.allocator.free if container is not None and usable and self._attached else None,
             "claims": self._claims(),
             "exported": {name: exported(buffer) for name, buffer in self.buffers.items()},
             "descriptors": descriptors() - self.before,
@@ -200,8 +200,15 @@ class Scene:
         except pyvfio.HandOverError:
             return True
 
+    @property
+    def _attached(self) -> bool:
+        """Whether the container has a group, and so an address space."""
+        return self.container is not None and any(self.container.group(n) for n in (GROUP, OTHER_GROUP))
+
     def _reach(self) -> list[tuple[str, int, int, int]]:
         """The memory that devices reach: its name, the offset there, the IOVA less that of its owner, the size."""
+        if self.handing:  # addresses are on their way to another process
+            return _join([("handed", 0, entry.iova, entry.size) for entry in self.kernel.mappings()])
         owners = {name: (self.places[name], len(buffer)) for name, buffer in self.buffers.items()}
         owners |= {block.idstr: (block.vaddr, block.max_length) for block in self.blocks or ()}
         found: list[tuple[str, int, int, int]] = []

@@ -63,8 +63,8 @@ _MUTANTS = (
     ),
     Mutant(
         "DmaMapper.ram_block_added",
-        "                self._space.release_iova(iova)\n                raise\n",
-        "                raise\n",
+        "            self._space.release_iova(iova)\n            raise\n",
+        "            raise\n",
         "add",
     ),
     Mutant("Reservation._reserve", "            self._abort(start, end)\n", "", "add"),
@@ -79,9 +79,9 @@ _MUTANTS = (
     ),
     # A mapper that does not come leaves its claim.
     Mutant(
-        "DmaMapper.__init__",
-        "                self._claim.close()\n                raise\n",
-        "                raise\n",
+        "DmaMapper._follow",
+        "            close_now(self._claim)\n            raise\n",
+        "            raise\n",
         "add",
     ),
     # ---------------------------------------------------------------------------------------------------------- grow
@@ -182,15 +182,14 @@ _MUTANTS = (
     # IOVA goes before the mapping.
     Mutant(
         "DmaMapper.ram_block_removed",
-        "            followed.window.change([])\n"
-        '            logger.debug("removed %r from iova=%#x", block, followed.window.iova)\n'
-        "            self._former[block] = followed.window.iova\n            self._followed.remove(followed)\n"
-        "            self._space.release_iova(followed.window.iova)\n",
-        "            self._former[block] = followed.window.iova\n            self._followed.remove(followed)\n"
-        "            self._space.release_iova(followed.window.iova)\n            followed.window.change([])\n",
+        "        window.change([])\n"
+        "        self._former[block] = _Former(window.iova, window.holders)\n        self._followed.remove(followed)\n"
+        "        self._space.release_iova(window.iova)\n",
+        "        self._former[block] = _Former(window.iova, window.holders)\n        self._followed.remove(followed)\n"
+        "        self._space.release_iova(window.iova)\n        window.change([])\n",
         "remove",
     ),
-    Mutant("DmaMapper.ram_block_removed", "            self._space.release_iova(followed.window.iova)\n", "", "remove"),
+    Mutant("DmaMapper.ram_block_removed", "        self._space.release_iova(window.iova)\n", "", "remove"),
     # A notifier that refuses to go is told nothing any more.
     Mutant(
         "RamBlockList._replay",
@@ -202,40 +201,25 @@ _MUTANTS = (
     # IOVA goes before the mapping, and what was not unmapped is forgotten.
     Mutant(
         "BufferMapper._unmap_run",
-        "        if any(self._size_at(vaddr=mapping.vaddr, iova=mapping.iova) for mapping in run):\n"
-        "            self._space.unmap(iova=run[-1].iova, size=sum(mapping.size for mapping in run))\n"
-        "        for mapping in run:\n            del self._temporary[mapping.iova]\n"
-        "            self._space.release_iova(mapping.iova)\n            mapping._drop()\n",
-        "        for mapping in run:\n            del self._temporary[mapping.iova]\n"
-        "            self._space.release_iova(mapping.iova)\n            mapping._drop()\n"
-        "        if any(self._size_at(vaddr=mapping.vaddr, iova=mapping.iova) for mapping in run):\n"
-        "            self._space.unmap(iova=run[-1].iova, size=sum(mapping.size for mapping in run))\n",
+        "        self._space.unmap(iova=run[-1].iova, size=sum(memory.size for memory in run))\n"
+        "        for memory in run:\n            del self._temporary[memory.iova]\n"
+        "            self._space.release_iova(memory.iova)\n            memory.release()\n",
+        "        for memory in run:\n            del self._temporary[memory.iova]\n"
+        "            self._space.release_iova(memory.iova)\n            memory.release()\n"
+        "        self._space.unmap(iova=run[-1].iova, size=sum(memory.size for memory in run))\n",
         "temporary map",
     ),
-    # A map that failed leaves its IOVA reserved.
+    # A map that failed leaves its IOVA reserved, or its buffer exported.
+    Mutant(
+        "BufferMapper._map_own",
+        "            self._space.release_iova(iova)\n            raise\n",
+        "            raise\n",
+        "temporary map",
+    ),
     Mutant(
         "BufferMapper.map_temporary",
-        "                except BaseException as error:\n"
-        "                    self._undo(mapping, error, partial(self._unmap_run, [mapping]))\n"
-        "                    raise\n",
-        "                except BaseException:\n                    raise\n",
-        "temporary map",
-    ),
-    # It is entered when it is too late: nobody knows of what a signal handler leaves mapped.
-    Mutant(
-        "BufferMapper.map_temporary",
-        "                self._temporary[place] = mapping\n                try:\n"
-        "                    self._map(vaddr=vaddr, iova=place, size=view.nbytes, read=read, write=write)\n",
-        "                try:\n"
-        "                    self._map(vaddr=vaddr, iova=place, size=view.nbytes, read=read, write=write)\n"
-        "                    self._temporary[place] = mapping\n",
-        "temporary map",
-    ),
-    # The buffer is let go of while a device may still reach it.
-    Mutant(
-        "BufferMapper._release_unless_held",
-        "        if all(mapping._buffer is not view for mapping in self._own_mappings()):\n",
-        "        if True:\n",
+        "            view.release()\n            raise\n",
+        "            raise\n",
         "temporary map",
     ),
     # --------------------------------------------------------------------------------------------------------- close

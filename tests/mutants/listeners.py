@@ -15,6 +15,7 @@ _WITNESSES: dict[str, list[list[str]]] = {
     "whole block": [["tests/unit/test_safety_net.py"]],
     "dirty log": [["tests/unit/test_dirty_log.py", "-k", "not never_is_too_little"], ["tests/unit/test_dirty_log.py"]],
     "pages replaced": [["tests/unit/test_remap.py"]],
+    "held memory": [["tests/unit/test_holders.py"]],
     "hand-over": [[_HAND_OVER, "-k", "not whichever and not interrupted"], [_HAND_OVER]],
 }
 
@@ -49,16 +50,16 @@ _MUTANTS = (
     ),
     # Nobody got to know what was dirty, and it is clean.
     Mutant(
-        "DirtyLog.snapshot",
-        "                self._soil(block, dirty)\n            raise\n",
-        "                pass\n            raise\n",
+        "_put_back",
+        "    taken.log.soil(taken.block, taken.found.dirty)\n",
+        "    pass\n",
         "dirty log",
     ),
     # What was cleared in the middle of a replacement stays so.
     Mutant(
         "DirtyLog.ram_block_remapped",
-        '        """And stay so, whatever was cleared meanwhile."""\n        self._soil(block, parts)\n',
-        '        """And stay so, whatever was cleared meanwhile."""\n',
+        "        self._soil(block, parts)\n",
+        "        pass\n",
         "dirty log",
     ),
     # Only what a block has grown by has to be copied.
@@ -72,7 +73,57 @@ _MUTANTS = (
     # The newest lets go first.
     Mutant("remap", "tell_all(event, told[::-1], replace)", "tell_all(event, told, replace)", "pages replaced"),
     # A granule is cut.
-    Mutant("DmaMapper.ram_block_remapping", "*self._policy.round_out(parts)", "*parts", "pages replaced"),
+    Mutant("DmaMapper.ram_block_remapping", "*self.policy.round_out(parts)", "*parts", "pages replaced"),
+    # ----------------------------------------------------------------------------------------------------- held memory
+    # The first holder that is closed unmaps it, or the last does not.
+    Mutant("BufferMapper.let_go", "memory.holders == 1", "memory.holders", "held memory"),
+    Mutant("BufferMapper.let_go", "memory.holders == 1", "memory.holders > 1", "held memory"),
+    # It is let go of though the kernel has refused to unmap it.
+    Mutant(
+        "BufferMapper.let_go",
+        "            self._unmap(memory)\n        memory.let_go(mapping)\n",
+        "            memory.let_go(mapping)\n            self._unmap(memory)\n            return\n"
+        "        memory.let_go(mapping)\n",
+        "held memory",
+    ),
+    # The buffer of a part is let go of where nothing else keeps it.
+    Mutant("BufferMapper._hold", "isinstance(memory, Window) or memory.view is not None", "memory", "held memory"),
+    # A block loses what is held: a page of it, by a shrink, by a discard, when it is removed.
+    Mutant("Window.check_held", "start + holder.size <= run.end", "start < run.end", "held memory"),
+    Mutant(
+        "DmaMapper.ram_block_resized",
+        "            followed.window.check_held(wanted)\n",
+        "            pass\n",
+        "held memory",
+    ),
+    Mutant("DmaMapper.ram_block_discarded", "        followed.window.check_held(wanted)\n", "", "held memory"),
+    Mutant("DmaMapper.ram_block_removed", "            window.check_held([])\n", "            pass\n", "held memory"),
+    # It is refused after the block has been unmapped.
+    Mutant(
+        "DmaMapper.ram_block_discarded",
+        "        followed.window.check_held(wanted)\n        self._change(followed, wanted)\n",
+        "        self._change(followed, wanted)\n        followed.window.check_held(wanted)\n",
+        "held memory",
+    ),
+    # Holders keep a list, or a mapper, from being closed.
+    Mutant("DmaMapper.ram_block_removed", "self.blocks.closing", "False", "held memory"),
+    Mutant("DmaMapper._leave", "            self._leaving = True\n", "", "held memory"),
+    # They are forgotten where the block stays after all.
+    Mutant(
+        "DmaMapper.ram_block_added",
+        "            followed.window.holders = self._former.pop(block).holders\n",
+        "            pass\n",
+        "held memory",
+    ),
+    # A temporary mapping is asked for more than the block allows.
+    Mutant(
+        "BufferMapper._map_once", "        elif isinstance(known, Window):\n", "        elif False:\n", "held memory"
+    ),
+    Mutant(
+        "BufferMapper._map_once", "            self._check_no_block(vaddr, size)\n", "            pass\n", "held memory"
+    ),
+    # A mapper that has lost everything answers.
+    Mutant("BufferMapper.check_open", "self._space.lost", "False", "held memory"),
     # ------------------------------------------------------------------------------------------------------- hand-over
     # It is not known whether addresses were given up when a signal handler ends the call.
     Mutant(

@@ -44,25 +44,25 @@ def _lines(path: str) -> list[str]:
 def areas(vaddr: int, size: int) -> list[Area]:
     """All that lies in `[vaddr, vaddr + size)`."""
     found: list[Area] = []
-    lines: dict[str, str] = {}
-    for line in _lines("/proc/self/smaps"):
-        name, _, value = line.partition(" ")
-        if not name.endswith(":"):
-            lines = {"span": name, "permissions": value[:4]}
-        lines[name] = value
-        if name == "VmFlags:":
-            start, end = (int(part, 16) for part in lines["span"].split("-"))
-            if start < vaddr + size and vaddr < end:
-                found.append(
-                    Area(
-                        start,
-                        end,
-                        lines["permissions"],
-                        int(lines["Rss:"].split()[0]) * 1024,
-                        int(lines["AnonHugePages:"].split()[0]) * 1024,
-                        frozenset(value.split()),
-                    )
+    # VmFlags is the last line of each: thousands of lines are cut there, and only those that matter are read.
+    flags = b"\nVmFlags:"
+    cuts = Path("/proc/self/smaps").read_bytes().split(flags)
+    for number, text in enumerate(cuts[:-1]):
+        header = text.index(b"\n") + 1 if number else 0  # behind the flags of the one before
+        start, end = (int(part, 16) for part in text[header : text.index(b" ", header)].split(b"-"))
+        if start < vaddr + size and vaddr < end:
+            lines = text[header:].split(b"\n")
+            values = dict(line.split(b":", 1) for line in lines[1:])
+            found.append(
+                Area(
+                    start,
+                    end,
+                    lines[0].split(b" ", 2)[1].decode("ascii"),
+                    int(values[b"Rss"].split()[0]) * 1024,
+                    int(values[b"AnonHugePages"].split()[0]) * 1024,
+                    frozenset(cuts[number + 1].split(b"\n", 1)[0].decode("ascii").split()),
                 )
+            )
     return found
 
 

@@ -7,6 +7,7 @@ import errno
 import gc
 import mmap
 import sys
+import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -901,3 +902,166 @@ def test_what_is_to_be_called_must_be_callable(kernel: SpecialKernel, wrong: dic
     """Said when the mapper is made, not when it is needed."""
     with Rig(kernel) as rig, pytest.raises(TypeError, match="must be callable"):
         pyvfio.DmaMapper(rig.container, **wrong)  # type: ignore[arg-type]
+
+
+def test_a_list_on_another_kernel_is_refused(rig: Rig) -> None:
+    """The device could not reach its memory."""
+    with pyvfio.RamBlockList() as blocks, pytest.raises(ValueError, match="give both the same kernel="):
+        pyvfio.DmaMapper(rig.container, blocks)
+    with FakeKernel() as other, pyvfio.RamBlockList(kernel=other) as blocks, pytest.raises(ValueError, match="kernel="):
+        pyvfio.DmaMapper(rig.container, blocks)
+
+
+def test_numbers_of_numpy_are_numbers_and_the_answers_are_plain_ints(rig: Rig) -> None:
+    """Whatever their width: a sum of two does not wrap."""
+    memory, block = rig.memory(), rig.add()
+    mapper = rig.mapper
+    with mapper.map_dma(vaddr=np.uint64(memory), size=np.uint16(PAGE_SIZE), iova=np.uint64(7 * GIB)) as mapping:
+        answers = [mapping.vaddr, mapping.iova, mapping.size]
+        answers += [mapper.translate_vaddr(np.uint64(memory), np.int8(1)), mapper.translate_iova(np.uint64(7 * GIB))]
+        assert answers == [memory, 7 * GIB, PAGE_SIZE, 7 * GIB, memory]
+        assert all(type(answer) is int for answer in answers)
+    with pytest.raises(ValueError, match="must be multiples"):
+        mapper.map_dma(vaddr=np.uint64(1 << 63), size=np.uint64((1 << 64) - PAGE_SIZE))
+    planned = mapper.plan([pyvfio.BlockShape("new", np.uint16(PAGE_SIZE), np.uint32(MIB), np.uint64(8 * GIB))])  # type: ignore[arg-type]
+    assert (planned.locked, planned.locked_most, planned.blocks[0].iova) == (PAGE_SIZE, MIB, 8 * GIB)
+    assert {type(number) for number in (planned.locked_most, planned.blocks[0].iova)} == {int}
+    late = pyvfio.DmaMapper(
+        rig.container,
+        rig.blocks,
+        resize="extend",
+        granule=np.uint16(PAGE_SIZE),  # type: ignore[arg-type]
+        prefault=np.int8(1),  # type: ignore[arg-type]
+        place=lambda _block: np.uint64(9 * GIB),  # type: ignore[arg-type, return-value]
+    )
+    assert (late.iova(block), type(late.iova(block)), type(late.policy.granule)) == (9 * GIB, int, int)
+    late.close()
+    rig.free(memory)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda mapper, _page: mapper.iova(5),
+        lambda mapper, _page: mapper.iova("ring"),
+        lambda mapper, _page: mapper.iova(None),
+        lambda mapper, _page: mapper.map_dma(vaddr=None, size=PAGE_SIZE),
+        lambda mapper, _page: mapper.map_dma(vaddr=0x10000, size="page"),
+        lambda mapper, _page: mapper.map_dma(vaddr=0x10000, size=4096.0),
+        lambda mapper, _page: mapper.map_dma(vaddr=0x10000, size=PAGE_SIZE, iova="high"),
+        lambda mapper, page: mapper.map_buffer(page, iova=1.0),
+        lambda mapper, _page: mapper.map_buffer(5),
+        lambda mapper, _page: mapper.map_temporary(None),
+        lambda mapper, _page: mapper.translate_vaddr("there"),
+        lambda mapper, _page: mapper.translate_iova(0, "all"),
+        lambda mapper, _page: mapper.plan(["ring"]),
+        lambda mapper, _page: mapper.plan([pyvfio.BlockShape("ring", "1", 2)]),  # type: ignore[arg-type]
+        lambda mapper, _page: pyvfio.DmaMapper(mapper.space, resize=5),  # type: ignore[arg-type]
+        lambda mapper, _page: pyvfio.DmaMapper(mapper.space, resize="extend", granule="4 KiB"),  # type: ignore[arg-type]
+        lambda mapper, _page: pyvfio.DmaMapper(mapper.space, resize="extend", allow_gap="no"),  # type: ignore[arg-type]
+        lambda mapper, _page: pyvfio.DirtyTracking(mapper),
+        lambda mapper, _page: pyvfio.DirtyTracking(mapper.space).read(iova="all", size=1),  # type: ignore[arg-type]
+    ],
+)
+def test_an_argument_of_the_wrong_class_is_a_type_error(
+    rig: Rig, use: Callable[[pyvfio.DmaMapper, mmap.mmap], object]
+) -> None:
+    """Before anything is mapped, and a buffer is not exported any more."""
+    page = mmap.mmap(-1, PAGE_SIZE)
+    with pytest.raises(TypeError):
+        use(rig.mapper, page)
+    page.close()
+    assert not rig.container.mappings
+
+
+def test_what_is_seen_of_a_mapper_is_hexadecimal_and_says_what_matters(rig: Rig) -> None:
+    """In a debugger, or in an error."""
+    page = mmap.mmap(-1, PAGE_SIZE)
+    mapping = rig.mapper.map_buffer(page, iova=0x10000)
+    rig.mapper.map_temporary(mmap.mmap(-1, PAGE_SIZE))
+    rig.add()
+    assert repr(rig.mapper) == "<DmaMapper remap: 1 block, 1 buffer, 1 temporary>"
+    with pyvfio.DmaMapper(rig.container, resize="extend", granule=PAGE_SIZE) as other:
+        assert repr(other) == "<DmaMapper extend granule=0x1000: 0 blocks, 0 buffers, 0 temporary>"
+    assert repr(other) == "<DmaMapper closed>"
+    assert repr(mapping) == f"<DmaMapping vaddr={mapping.vaddr:#x} iova=0x10000 size=0x1000>"
+    mapping.close()
+    assert repr(mapping) == f"<DmaMapping vaddr={mapping.vaddr:#x} iova=0x10000 size=0x1000 closed>"
+    with pyvfio.DirtyTracking(rig.container) as tracking:
+        assert repr(tracking) == f"<DirtyTracking page_size=0x1000 of {rig.container!r}>"
+    assert repr(tracking) == f"<DirtyTracking closed page_size=0x1000 of {rig.container!r}>"
+    assert repr(pyvfio.IovaRange.of(iova=0x10000, size=0x1000)) == "IovaRange(start=0x10000, last=0x10fff)"
+
+
+def test_a_signal_in_a_reset_comes_behind_it(kernel: SpecialKernel, rig: Rig) -> None:
+    """And nothing of it is left over."""
+    pages = _pages(2)
+    first, second = (rig.mapper.map_temporary(page) for page in pages)
+    first.close()
+    kernel.interrupt_at(1, after=False)
+    with pytest.raises(Interrupt):
+        rig.mapper.reset_temporary()
+    assert [iova for iova, _vaddr, _size in rig.reached()] == [second.iova]
+    second.close()
+    assert rig.mapper.reset_temporary() == 0
+    for page in pages:
+        page.close()
+
+
+@pytest.mark.parametrize("kind", ["map_dma", "map_buffer", "map_temporary"])
+def test_a_signal_while_memory_is_mapped_leaves_no_mapping_that_nobody_has(
+    kernel: SpecialKernel, rig: Rig, kind: str
+) -> None:
+    """It comes when the call ends, and the object that nobody receives is closed."""
+    page, memory = mmap.mmap(-1, PAGE_SIZE), rig.memory()
+    kernel.interrupt_at(1, after=True)
+    make = {
+        "map_dma": partial(rig.mapper.map_dma, vaddr=memory, size=PAGE_SIZE),
+        "map_buffer": partial(rig.mapper.map_buffer, page),
+        "map_temporary": partial(rig.mapper.map_temporary, page),
+    }[kind]
+    with pytest.raises(Interrupt):
+        make()
+    assert len(rig.reached()) == (kind == "map_temporary")
+    assert rig.mapper.reset_temporary() == 0
+    assert not rig.container.allocator.reservations
+    page.close()
+    rig.free(memory)
+
+
+def test_a_signal_between_two_pieces_of_a_block_is_a_refusal(kernel: SpecialKernel) -> None:
+    """No piece behind it is mapped, and those before it are unmapped again."""
+    with nothing_left(kernel), Rig(kernel, mapper=partial(pyvfio.DmaMapper, resize="extend", granule=PAGE_SIZE)) as rig:
+        block = rig.add(used=PAGE_SIZE)
+        before = rig.reached()
+        calls = 2 + 1  # mprotect and the first map come before it
+        kernel.interrupt_at(calls, after=True)
+        kernel.clear_trace()
+        with pytest.raises(Interrupt):
+            block.resize(9 * PAGE_SIZE)
+        assert requests(kernel.trace).count("VFIO_IOMMU_MAP_DMA") < 8
+        assert (rig.reached(), block.used_length) == (before, PAGE_SIZE)
+        rig.check()
+
+
+def test_the_close_of_a_mapper_takes_the_lock_of_its_list_first(rig: Rig) -> None:
+    """Another thread that changes a block holds that one when it comes to the mapper's."""
+    block, entered, left = rig.add(), threading.Event(), threading.Event()
+
+    class Waits:
+        def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
+            del block, old_length, new_length
+            entered.set()
+            left.wait()
+
+    rig.blocks.add_notifier(Waits())
+    changer = threading.Thread(target=block.resize, args=(MIB,))
+    changer.start()
+    entered.wait()
+    closer = threading.Thread(target=rig.mapper.close)
+    closer.start()
+    closer.join(0.1)
+    left.set()
+    changer.join()
+    closer.join()
+    assert (block.used_length, rig.reached()) == (MIB, [])

@@ -376,7 +376,8 @@ class Scene:
             block.populate(0, length)
             with block.view() as view:
                 for start, end in (*parts, (length, 8 * PAGE_SIZE)):
-                    assert not any(view[start:end]), (block.idstr, hex(start), "holds what was there before")
+                    zeros = bytes(end - start)
+                    assert bytes(view[start:end]) == zeros, (block.idstr, hex(start), "holds what was there before")
 
     def close(self) -> None:
         """Everything; and all that was lent is back."""

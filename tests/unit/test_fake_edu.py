@@ -358,7 +358,7 @@ def test_a_thread_of_the_devices_own_may_do_all_that_its_registers_may(summer: B
         with device.lock:
             device.total = 1
         thread.start()
-        assert irq.wait(timeout=10) == 1
+        assert irq.wait(timeout=60) == 1
         thread.join()
         device.lower_interrupt()
 

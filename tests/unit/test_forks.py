@@ -21,8 +21,27 @@ from tests.unit.processes import in_child
 
 _PATIENCE = 10.0  # seconds before a child counts as waiting for a lock for ever
 _CHANGES = frozenset(
-    "open close ioctl mmap mprotect madvise munmap ftruncate fallocate allocate eventfd pread pwrite poll memfd_create"
-    " registers mlockall munlockall munlock".split()
+    [
+        "open",
+        "close",
+        "ioctl",
+        "mmap",
+        "mprotect",
+        "madvise",
+        "munmap",
+        "ftruncate",
+        "fallocate",
+        "allocate",
+        "eventfd",
+        "pread",
+        "pwrite",
+        "poll",
+        "memfd_create",
+        "registers",
+        "mlockall",
+        "munlockall",
+        "munlock",
+    ]
 )
 
 

@@ -364,7 +364,7 @@ class TestWith:
         with pytest.raises(type(own), match="mine") as caught, self.Door(OSError("stuck")):
             raise own
         assert caught.value is own
-        assert "stuck" in own.__notes__[0]
+        assert own.__notes__ == ["Door could not be closed: stuck"]
 
     def test_an_interruption_of_the_close_is_no_note(self) -> None:
         with pytest.raises(KeyboardInterrupt), self.Door(KeyboardInterrupt()):

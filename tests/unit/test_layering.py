@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,15 +50,20 @@ def modules(root: Path = PACKAGE) -> dict[str, Path]:
     return found
 
 
+@cache
+def _import_nodes(source: str) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    return tuple(node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom))
+
+
 def imports(source: str, name: str, known: set[str], *, is_package: bool = False) -> Iterator[str]:
     """The modules of pyvfio that `source`, the module `name`, imports, wherever in it the import stands."""
     package = f"pyvfio.{name}".split(".") if is_package else f"pyvfio.{name}".split(".")[:-1]
-    for node in ast.walk(ast.parse(source)):
+    for node in _import_nodes(source):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == "pyvfio":
                     yield alias.name.removeprefix("pyvfio").removeprefix(".") or "__init__"
-        elif isinstance(node, ast.ImportFrom):
+        else:
             above = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
             if base.split(".")[0] != "pyvfio":
@@ -204,3 +210,17 @@ def test_importing_needs_neither_root_nor_vfio_nor_libudev() -> None:
         cwd="/",
     )
     assert done.returncode == 0, done.stderr
+
+
+def assertions(tree: ast.AST, inside: str = "") -> Iterator[str]:
+    """The functions of a module that have an assertion, each by its name."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Assert):
+            yield inside
+        yield from assertions(node, node.name if isinstance(node, ast.FunctionDef) else inside)
+
+
+def test_only_a_check_of_the_state_asserts() -> None:
+    """`python -O` takes assertions away: nothing that a program depends on may be one."""
+    found = {name for path in modules().values() for name in assertions(ast.parse(path.read_text(encoding="utf-8")))}
+    assert found == {"_check", "_check_state"}

@@ -38,7 +38,7 @@ class PopulatingKernel(SpecialKernel):
             self.populated.append((vaddr, size))
             self.threads.add(threading.get_ident())
             if self._barrier is not None:
-                self._barrier.wait(timeout=60)
+                self._barrier.wait(timeout=300)
         super().madvise(vaddr, size, advice)
         if advice == MADV_POPULATE_WRITE:
             self.done.append((vaddr, size))

@@ -26,7 +26,7 @@ def _machine_can_be_had() -> None:
 def test_the_driver_loses_nothing_while_its_buffers_come_and_go_and_reaches_nothing_behind_them() -> None:
     """The device is slow, so that it has requests to answer in resizes; in how many is the host's business."""
     command = [sys.executable, str(EXAMPLE), "--bind", "--json", "--bytes", "100000"]
-    result = vm.run(command, devices="virtio-rng", timeout=150)
+    result = vm.run(command, devices="virtio-rng", timeout=900)
     assert result.status == 0, result.stderr.decode()
     report = json.loads(result.stdout)
     assert (report["ok"], report["bytes"], report["lost"], report["stopped"]) == (True, 100000, 0, True)

@@ -88,9 +88,8 @@ class DeviceFeatures:
             refuse(errno.ENODEV)
         if len(self._ioeventfds) >= _IOEVENTFDS:
             refuse(errno.ENOSPC)
-        new = hold_eventfd(fd)
-        assert new is not None
-        self._ioeventfds[key] = new
+        if (new := hold_eventfd(fd)) is not None:
+            self._ioeventfds[key] = new
         return 0
 
     # ----------------------------------------------------------------------------------------- VFIO_DEVICE_FEATURE

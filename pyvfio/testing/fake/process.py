@@ -230,10 +230,12 @@ def _file_systems() -> dict[tuple[int, int], str]:
 def file_areas(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
     """Where this process has bytes `start` to `end` of a file mapped: vaddr, size. Source: /proc/self/maps."""
     status = os.fstat(fd)
-    for line in Path("/proc/self/maps").read_bytes().split(b"\n")[:-1]:
+    mark = b" %02x:%02x %d " % (os.major(status.st_dev), os.minor(status.st_dev), status.st_ino)
+    for line in Path("/proc/self/maps").read_bytes().split(b"\n"):
+        if mark not in line:  # as the kernel writes it (show_vma_header_prefix); a path with it in goes by what follows
+            continue
         span, _rights, offset, device, inode = line.split(maxsplit=5)[:5]
-        major, minor = (int(part, 16) for part in device.split(b":"))
-        if (int(inode), os.makedev(major, minor)) != (status.st_ino, status.st_dev):
+        if mark != b" %s %s " % (device, inode):
             continue
         first, last = (int(part, 16) for part in span.split(b"-"))
         begin = int(offset, 16)

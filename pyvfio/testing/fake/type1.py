@@ -338,8 +338,8 @@ class Type1:
         return 0
 
     def _track(self, entry: Mapped) -> None:
-        assert self._bitmaps is not None
-        self._bitmaps[entry.iova] = Bitmap(entry.size // self._page)
+        if self._bitmaps is not None:
+            self._bitmaps[entry.iova] = Bitmap(entry.size // self._page)
 
     def _get_bitmap(self, argument: Argument, argsz: int) -> None:
         if argsz < _DIRTY.size + _RANGE.size:

@@ -1,0 +1,71 @@
+"""`scripts/test` runs each stage, kills one that hangs, and says where the time went."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import series, stages
+from tests.stages import Outcome, Runner, Stage
+
+
+def python(name: str, script: str, weight: int = 1) -> Stage:
+    """A stage that runs a script."""
+    return Stage(name, weight, (sys.executable, "-c", script))
+
+
+def test_a_stage_fails_when_its_command_does_and_the_others_run(tmp_path: Path) -> None:
+    """The last one runs when all others are over, and may read their output."""
+    made = [python("good", "print(1)"), python("bad / worse", "print(2); raise SystemExit(3)", weight=2)]
+    last = python(
+        "last", f"import pathlib; assert pathlib.Path({str(tmp_path / made[1].file)!r}).read_text() == '2\\n'"
+    )
+    found = {outcome.stage.name: outcome.ok for outcome in stages.run(made, last, Runner(tmp_path))}
+    assert found == {"good": True, "bad / worse": False, "last": True}
+    assert list(found)[-1] == "last"
+
+
+def test_the_processor_time_of_a_stage_includes_its_children(tmp_path: Path) -> None:
+    """Those that it has waited for."""
+    spin = "import time\nwhile time.process_time() < 0.3: pass"
+    outcome = Runner(tmp_path).run(
+        python("parent", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {spin!r}])")
+    )
+    assert outcome.cpu >= 0.3
+
+
+def test_a_stage_that_prints_nothing_is_killed_and_the_output_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its children. How long a stage takes has no limit."""
+    outcome = Runner(tmp_path, silence=0.2).run(
+        python("silent", "import subprocess; subprocess.run(['sleep', '1000'])")
+    )
+    assert not outcome.ok
+    assert "Nothing was printed for 0.2 seconds: the stage was killed." in capsys.readouterr().out
+
+
+def test_the_table_has_a_line_for_each_stage_and_the_sums() -> None:
+    """Seconds of wall time and of processor time."""
+    outcomes = [Outcome(python("one", ""), True, 1.5, 2.25), Outcome(python("two", ""), False, 3, 0.5)]  # noqa: FBT003
+    lines = [line.split() for line in stages.table(outcomes, 4.0)]
+    assert lines[1:] == [
+        ["passed", "1.5", "2.2", "one"],
+        ["FAILED", "3.0", "0.5", "two"],
+        ["4.0", "2.8", "all", "of", "them"],
+    ]
+
+
+def test_the_machines_have_each_kernel_that_the_page_promises() -> None:
+    """And the contract runs on each, once."""
+    assert {kernel for kernel, _iommu in stages.MATRIX} == set(series.KERNELS)
+    contracts = [kernel for (kernel, _iommu), devices in stages.MATRIX.items() if devices == "contract"]
+    assert sorted(contracts) == sorted(series.KERNELS)
+
+
+def test_stages_keep_their_output_apart() -> None:
+    """Each has a name of its own."""
+    all_of_them = [*stages.host_stages([sys.executable]), *stages.machine_stages(sys.executable)]
+    assert len({stage.file for stage in all_of_them}) == len(all_of_them)
