@@ -495,25 +495,24 @@ def _make(
     undo: Callable[..., object],
 ) -> _Result:
     """Make an outermost call of the main thread that makes an object, which is undone when a handler raises."""
-    made = False
+    made: tuple[_Result] | None = None
     try:
         thread.inside = thread.busy = True
         signals.replace()
-        result = call() if lock is None else _locked(lock, call)
-        made = True
+        made = (call() if lock is None else _locked(lock, call),)
         _handle(thread, signals)  # before handlers are put back: a signal that comes during the undo is noted
         signals.put_back()
         thread.inside = thread.busy = False
         if thread.put_off:  # a finalizer came while handlers were put back
             _run(None, _nothing, None)
-        return result  # noqa: TRY300 (no call lies between, at which a handler could raise)
+        return made[0]
     except BaseException:
         try:
             thread.inside = thread.busy = True
-            if made:
+            if made is not None:
                 signals.replace()
                 with undoing:
-                    undo(result)
+                    undo(*made)
             _handle(thread, signals)
             raise
         finally:
@@ -522,7 +521,10 @@ def _make(
 
 
 def _handle(thread: _Thread, signals: _Signals | None) -> None:
-    """Run the handlers of signals, then the closes that finalizers asked for. New signals are noted."""
+    """Run the handlers of signals, then the closes that finalizers asked for.
+
+    Another signal that comes meanwhile is noted, so that each handler runs once.
+    """
     try:
         if signals is not None and signals.noted:
             with called_out:
