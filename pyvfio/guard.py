@@ -175,10 +175,11 @@ class _Signals:
                     self._set(number, other)
                 self._replaced.pop(number, None)  # a finalizer may have made a call of its own meanwhile
         finally:
-            try:
-                self.deliver()
-            finally:
-                self.deliver()  # another signal's handler may have raised when it was called
+            if self.noted:
+                try:
+                    self.deliver()
+                finally:
+                    self.deliver()  # another signal's handler may have raised when it was called
 
     def deliver(self) -> None:
         """Run the handlers of the signals that came meanwhile, also those behind one that raises."""
@@ -480,7 +481,8 @@ def _run(lock: RLock | None, call: Callable[[], _Result], undo: Callable[..., ob
         return call() if lock is None else _locked(lock, call)
     finally:
         try:
-            _handle(thread, signals)
+            if thread.put_off or _signals.noted:
+                _handle(thread, signals)
         finally:
             thread.inside = thread.busy = False  # from here on a handler runs at once
             if signals is not None:
