@@ -34,7 +34,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from importlib import import_module
@@ -254,13 +254,14 @@ def making(
 def constructing(
     undo: Callable[..., object],
 ) -> Callable[[Callable[Concatenate[_Made, _Given], None]], Callable[Concatenate[_Made, _Given], None]]:
-    """Decorate `__init__`: finalizers and signals. `undo(self)` as for `making`."""
+    """Decorate `__init__`: all but the lock; forks by the arguments that have a guard. `undo(self)` as for `making`."""
 
     def decorate(call: Callable[Concatenate[_Made, _Given], None]) -> Callable[Concatenate[_Made, _Given], None]:
         @wraps(call)
         def wrapper(self: _Made, /, *args: _Given.args, **kwargs: _Given.kwargs) -> None:
             if _thread.busy:
                 return call(self, *args, **kwargs)
+            _check_given(args, kwargs)
             return _run(None, partial(call, self, *args, **kwargs), lambda _: undo(self))
 
         return wrapper
@@ -329,12 +330,13 @@ def closing_in_hooks(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
 
     @wraps(call)
     def wrapper(self: _Self, /) -> None:
-        if self.guard.forked:
+        guard = self.guard
+        if guard.forked:
             return
-        if _thread.inside and not _thread.busy:
-            _run(self.guard.lock, partial(call, self), None)
+        if _thread.busy:
+            _thread.put_off.append(partial(_close, self, call))
         else:
-            run_outside(partial(_close, self, call))
+            _run(guard.lock, partial(call, self), None)
 
     return wrapper
 
@@ -342,13 +344,15 @@ def closing_in_hooks(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
 def uninterrupted(
     undo: Callable[..., object] | None = None,
 ) -> Callable[[Callable[_Given, _Result]], Callable[_Given, _Result]]:
-    """Decorate a function that has no guard yet: finalizers and signals. `undo` as for `making`."""
+    """Decorate a function that has no guard: all but the lock; forks by the arguments that have one. `undo` as for
+    `making`."""
 
     def decorate(call: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
         @wraps(call)
         def wrapper(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
             if _thread.busy:
                 return call(*args, **kwargs)
+            _check_given(args, kwargs)
             return _run(None, partial(call, *args, **kwargs), undo)
 
         return wrapper
@@ -388,7 +392,8 @@ class _Undoing:
 
 
 undoing = _Undoing()
-"""Enter it around an undo that runs code with checkpoints, such as a notifier's hook: no handler runs meanwhile."""
+"""Enter it around an undo, or a close, that runs code with checkpoints, such as a notifier's hook: no handler runs
+meanwhile."""
 
 
 def checkpoint() -> None:
@@ -429,6 +434,13 @@ def close_now(thing: Guarded) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- below
+
+
+def _check_given(args: Iterable[object], kwargs: Mapping[str, object]) -> None:
+    """Raise ForkedError where an argument is an object of a parent of this process."""
+    for given in (*args, *kwargs.values()):
+        if isinstance(guard := getattr(given, "guard", None), Guard):
+            guard.check()
 
 
 def _own(thing: Guarded) -> Guard:
@@ -491,6 +503,8 @@ def _make(
         _handle(thread, signals)  # before handlers are put back: a signal that comes during the undo is noted
         signals.put_back()
         thread.inside = thread.busy = False
+        if thread.put_off:  # a finalizer came while handlers were put back
+            _run(None, _nothing, None)
         return made[0]  # noqa: TRY300 (no call lies between, at which a handler could raise)
     except BaseException:
         try:
@@ -507,10 +521,7 @@ def _make(
 
 
 def _handle(thread: _Thread, signals: _Signals | None) -> None:
-    """Run the handlers of signals, then the closes that finalizers asked for.
-
-    Another signal that comes meanwhile is noted, so that each handler runs once.
-    """
+    """Run the handlers of signals, then the closes that finalizers asked for. New signals are noted."""
     try:
         if signals is not None and signals.noted:
             with called_out:

@@ -30,10 +30,12 @@ class Dry(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A signal at the point `first`, and another one at the point `second` from there."""
+    """A signal at the point `first`, and another one at the point `second` from there. `counted`: the points behind
+    that are wanted."""
 
     first: int
     second: int | None = None
+    counted: bool = False
 
 
 def press(number: int) -> None:
@@ -93,7 +95,7 @@ class Examination:
         steps: dict[int, Callable[[], object]] = {case.first: partial(press, FIRST)}
         if case.second is not None:
             steps[case.first + case.second] = partial(press, SECOND)
-        self.walk = Walk(steps)
+        self.walk = Walk(steps, to_the_end=case.counted)
         self.interrupted: Interrupt | None = None
         """The exception of a handler, which keeps alive whatever nobody has received."""
         self._scene = Scene(kernel)
@@ -199,7 +201,7 @@ def examine_collection(
     """What is wrong after an operation in which a victim has gone, in words."""
     scene = Scene(kernel)
     operation.prepare(scene)
-    walk = Walk({at: hold(victim(scene))})
+    walk = Walk({at: hold(victim(scene))}, to_the_end=False)
     scene.note_iovas()
     try:
         found = _outcome(scene, partial(walk.run, partial(operation.call, scene)))

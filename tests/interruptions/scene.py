@@ -79,10 +79,12 @@ class Listener:
 
     def ram_block_added(self, block: pyvfio.RamBlock, used_length: int, max_length: int) -> None:
         """One more."""
+        del used_length, max_length
         self.known.add(block.idstr)
 
     def ram_block_removed(self, block: pyvfio.RamBlock, used_length: int, max_length: int) -> None:
         """One less."""
+        del used_length, max_length
         self.known.remove(block.idstr)
 
     def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
