@@ -505,7 +505,7 @@ def _make(
         thread.inside = thread.busy = False
         if thread.put_off:  # a finalizer came while handlers were put back
             _run(None, _nothing, None)
-        return made[0]  # noqa: TRY300 (no call lies between, at which a handler could raise)
+        return made[0]  # no call lies between, at which a handler could raise
     except BaseException:
         try:
             thread.inside = thread.busy = True
