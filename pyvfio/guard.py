@@ -505,7 +505,7 @@ def _make(
         thread.inside = thread.busy = False
         if thread.put_off:  # a finalizer came while handlers were put back
             _run(None, _nothing, None)
-        return made[0]  # no call lies between, at which a handler could raise
+        return made[0]
     except BaseException:
         try:
             thread.inside = thread.busy = True
@@ -521,7 +521,10 @@ def _make(
 
 
 def _handle(thread: _Thread, signals: _Signals | None) -> None:
-    """Run the handlers of signals, then the closes that finalizers asked for. New signals are noted."""
+    """Run the handlers of signals, then the closes that finalizers asked for.
+
+    Another signal that comes meanwhile is noted, so that each handler runs once.
+    """
     try:
         if signals is not None and signals.noted:
             with called_out:
