@@ -28,7 +28,7 @@ _MUTANTS = (
         "forks",
     ),
     Mutant("closing", "        if not self.guard.forked:\n", "        if True:\n", "forks"),
-    Mutant("closing_in_hooks", "        if self.guard.forked:\n            return\n", "", "forks"),
+    Mutant("closing_in_hooks", "        if guard.forked:\n            return\n", "", "forks"),
     # The child of a hook counts as inside of the call.
     Mutant("_after_fork", "    _thread.inside = _thread.busy = False\n", "", "forks"),
     # The child handles the signals of its parent.
@@ -45,11 +45,11 @@ _MUTANTS = (
         "",
         "finalizers",
     ),
-    Mutant("closing_in_hooks", "if _thread.inside and not _thread.busy:", "if False:", "finalizers"),
+    Mutant("closing_in_hooks", "if _thread.busy:", "if _thread.inside:", "finalizers"),
     Mutant("_catch_up", "except Exception:", "except ValueError:", "finalizers"),
     # --------------------------------------------------------------------------------------------------------- signals
     Mutant("_Signals.replace", "            self._set(number, self._route)\n", "            pass\n", "signals"),
-    Mutant("_make", "                    undo(result)\n", "                    pass\n", "signals"),
+    Mutant("_make", "                    undo(*made)\n", "                    pass\n", "signals"),
     Mutant("_make", "        _handle(thread, signals)  # before", "        # before", "signals"),
     Mutant("checkpoint", "        _signals.deliver()\n", "        pass\n", "signals"),
     Mutant("checkpoint", " and get_ident() == _signals.main", "", "signals"),
