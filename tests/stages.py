@@ -51,6 +51,8 @@ FAKES = ("6.1", "6.12", "7.3")
 
 FAILURES = "tests/unit/test_failures.py"
 LINTERS = "tests/unit/test_linters.py"
+SAMPLES = ("--points=500", "--thread-steps=10000")
+"""With --quick: a tenth of what pytest takes by itself."""
 TOOLS = tuple(
     f"tests/unit/test_{name}.py"
     for name in (
@@ -104,7 +106,8 @@ def _pytest(python: str, *arguments: str, quick: bool = False) -> tuple[str, ...
 
 
 def quick_stages(pythons: Sequence[str]) -> Iterator[Stage]:
-    """One fake; a call that fails, without each failure in its undo; testing tools on the first interpreter only."""
+    """One fake; a call that fails, without each failure in its undo; testing tools on the first interpreter only; mypy,
+    and not pyright; a tenth of the interruptions, collections and steps of threads."""
     first = pythons[0]
     yield Stage("linters and types", 1000, _pytest(first, LINTERS, quick=True))
     yield from (_unit(python, quick=True) for python in pythons)
@@ -133,8 +136,8 @@ def _version(python: str) -> str:
 
 
 def _unit(python: str, *, quick: bool) -> Stage:
-    left_out = [f"--ignore={name}" for name in (*TOOLS, FAILURES, LINTERS)]
-    return Stage(f"unit tests, {_version(python)}", 50, _pytest(python, *left_out, "tests/unit", quick=quick))
+    options = [f"--ignore={name}" for name in (*TOOLS, FAILURES, LINTERS)]
+    return Stage(f"unit tests, {_version(python)}", 50, _pytest(python, *options, "tests/unit", quick=quick))
 
 
 def _fakes(python: str, versions: Sequence[str], *, quick: bool) -> Iterator[Stage]:
