@@ -109,10 +109,10 @@ def quick_stages(pythons: Sequence[str]) -> Iterator[Stage]:
     """One fake; a call that fails, without each failure in its undo; testing tools on the first interpreter only; mypy,
     and not pyright; a tenth of the interruptions, collections and steps of threads."""
     first = pythons[0]
-    yield Stage("linters and types", 1000, _pytest(first, LINTERS, quick=True))
+    yield Stage("linters and types", 1000, _pytest(first, LINTERS, "-k", "not pyright", quick=True))
     yield from (_unit(python, quick=True) for python in pythons)
     yield Stage("each failure of each call", 30, _pytest(first, FAILURES, "-k", "not step_of_the_undo", quick=True))
-    yield Stage("testing tools and examples", 60, _pytest(first, *TOOLS, quick=True))
+    yield Stage("testing tools and examples", 60, _pytest(first, *SAMPLES, *TOOLS, quick=True))
     yield from _fakes(first, ("6.12",), quick=True)
 
 
@@ -136,7 +136,7 @@ def _version(python: str) -> str:
 
 
 def _unit(python: str, *, quick: bool) -> Stage:
-    options = [f"--ignore={name}" for name in (*TOOLS, FAILURES, LINTERS)]
+    options = [f"--ignore={name}" for name in (*TOOLS, FAILURES, LINTERS)] + [*SAMPLES] * quick
     return Stage(f"unit tests, {_version(python)}", 50, _pytest(python, *options, "tests/unit", quick=quick))
 
 
