@@ -122,7 +122,7 @@ class Group(Handle):
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "in no container" if self.container is None else "in a container"
-        return f"<Group {self.number} {state}, {len(self.devices)} devices open>"
+        return f"<Group {self.number} {state}, open devices: {len(self.devices)}>"
 
     @staticmethod
     def _explain(kernel: Kernel, number: int, path: str, error: OSError) -> VfioError:
@@ -584,6 +584,8 @@ class Container(Handle):
             self._info = None
             self._lost = self._lost or bool(len(self.table))
             self.table.clear()
+            if not self.allocator.reservations:
+                self.allocator = IovaAllocator()  # the next group brings ranges of its own
 
     # ------------------------------------------------------------------------------------------------ address space
 

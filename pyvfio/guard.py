@@ -34,7 +34,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from importlib import import_module
@@ -175,10 +175,11 @@ class _Signals:
                     self._set(number, other)
                 self._replaced.pop(number, None)  # a finalizer may have made a call of its own meanwhile
         finally:
-            try:
-                self.deliver()
-            finally:
-                self.deliver()  # another signal's handler may have raised when it was called
+            if self.noted:
+                try:
+                    self.deliver()
+                finally:
+                    self.deliver()  # another signal's handler may have raised when it was called
 
     def deliver(self) -> None:
         """Run the handlers of the signals that came meanwhile, also those behind one that raises."""
@@ -254,13 +255,14 @@ def making(
 def constructing(
     undo: Callable[..., object],
 ) -> Callable[[Callable[Concatenate[_Made, _Given], None]], Callable[Concatenate[_Made, _Given], None]]:
-    """Decorate `__init__`: finalizers and signals. `undo(self)` as for `making`."""
+    """Decorate `__init__`: all but the lock; forks by the arguments that have a guard. `undo(self)` as for `making`."""
 
     def decorate(call: Callable[Concatenate[_Made, _Given], None]) -> Callable[Concatenate[_Made, _Given], None]:
         @wraps(call)
         def wrapper(self: _Made, /, *args: _Given.args, **kwargs: _Given.kwargs) -> None:
             if _thread.busy:
                 return call(self, *args, **kwargs)
+            _check_given(args, kwargs)
             return _run(None, partial(call, self, *args, **kwargs), lambda _: undo(self))
 
         return wrapper
@@ -329,12 +331,13 @@ def closing_in_hooks(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
 
     @wraps(call)
     def wrapper(self: _Self, /) -> None:
-        if self.guard.forked:
+        guard = self.guard
+        if guard.forked:
             return
-        if _thread.inside and not _thread.busy:
-            _run(self.guard.lock, partial(call, self), None)
+        if _thread.busy:
+            _thread.put_off.append(partial(_close, self, call))
         else:
-            run_outside(partial(_close, self, call))
+            _run(guard.lock, partial(call, self), None)
 
     return wrapper
 
@@ -342,13 +345,15 @@ def closing_in_hooks(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
 def uninterrupted(
     undo: Callable[..., object] | None = None,
 ) -> Callable[[Callable[_Given, _Result]], Callable[_Given, _Result]]:
-    """Decorate a function that has no guard yet: finalizers and signals. `undo` as for `making`."""
+    """Decorate a function that has no guard: all but the lock; forks by the arguments that have one. `undo` as for
+    `making`."""
 
     def decorate(call: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
         @wraps(call)
         def wrapper(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
             if _thread.busy:
                 return call(*args, **kwargs)
+            _check_given(args, kwargs)
             return _run(None, partial(call, *args, **kwargs), undo)
 
         return wrapper
@@ -388,7 +393,8 @@ class _Undoing:
 
 
 undoing = _Undoing()
-"""Enter it around an undo that runs code with checkpoints, such as a notifier's hook: no handler runs meanwhile."""
+"""Enter it around an undo, or a close, that runs code with checkpoints, such as a notifier's hook: no handler runs
+meanwhile."""
 
 
 def checkpoint() -> None:
@@ -431,6 +437,13 @@ def close_now(thing: Guarded) -> None:
 # --------------------------------------------------------------------------------------------------------------- below
 
 
+def _check_given(args: Iterable[object], kwargs: Mapping[str, object]) -> None:
+    """Raise ForkedError where an argument is an object of a parent of this process."""
+    for given in (*args, *kwargs.values()):
+        if isinstance(guard := getattr(given, "guard", None), Guard):
+            guard.check()
+
+
 def _own(thing: Guarded) -> Guard:
     return thing.guard
 
@@ -468,7 +481,8 @@ def _run(lock: RLock | None, call: Callable[[], _Result], undo: Callable[..., ob
         return call() if lock is None else _locked(lock, call)
     finally:
         try:
-            _handle(thread, signals)
+            if thread.put_off or _signals.noted:
+                _handle(thread, signals)
         finally:
             thread.inside = thread.busy = False  # from here on a handler runs at once
             if signals is not None:
@@ -483,23 +497,24 @@ def _make(
     undo: Callable[..., object],
 ) -> _Result:
     """Make an outermost call of the main thread that makes an object, which is undone when a handler raises."""
-    made = False
+    made: tuple[_Result] | None = None
     try:
         thread.inside = thread.busy = True
         signals.replace()
-        result = call() if lock is None else _locked(lock, call)
-        made = True
+        made = (call() if lock is None else _locked(lock, call),)
         _handle(thread, signals)  # before handlers are put back: a signal that comes during the undo is noted
         signals.put_back()
         thread.inside = thread.busy = False
-        return result  # noqa: TRY300 (no call lies between, at which a handler could raise)
+        if thread.put_off:  # a finalizer came while handlers were put back
+            _run(None, _nothing, None)
+        return made[0]
     except BaseException:
         try:
             thread.inside = thread.busy = True
-            if made:
+            if made is not None:
                 signals.replace()
                 with undoing:
-                    undo(result)
+                    undo(*made)
             _handle(thread, signals)
             raise
         finally:
@@ -508,7 +523,10 @@ def _make(
 
 
 def _handle(thread: _Thread, signals: _Signals | None) -> None:
-    """Run the handlers of signals, then what finalizers put off. Another signal that comes meanwhile is noted, so that each handler runs once."""
+    """Run the handlers of signals, then the closes that finalizers asked for.
+
+    Another signal that comes meanwhile is noted, so that each handler runs once.
+    """
     try:
         if signals is not None and signals.noted:
             with called_out:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import sys
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,7 @@ from pyvfio.errors import (
     raise_collected,
 )
 from pyvfio.extents import Extent
-from pyvfio.guard import ContextManager, Guard, closing, guarded, making
+from pyvfio.guard import ContextManager, Guard, closing, guarded, making, undoing
 from pyvfio.handle import attempt
 from pyvfio.kernel import Kernel, LinuxKernel
 from pyvfio.memory import Anonymous, MemoryKind, MemorySettings
@@ -54,8 +55,13 @@ __all__ = ["RamBlock", "RamBlockList", "RamBlockNotifier", "ResizedCallback"]
 
 logger = logging.getLogger(__name__)
 
-_STACK = 6
-"""Stack frames from the caller of `RamBlockList.add` to the warning: those of the guard lie between."""
+
+def _warn(warning: Warning) -> None:
+    """Warn at the line of the program: frames of the guard lie between."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pyvfio."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(warning, stacklevel=level)
 
 
 def _length(value: int, what: str, page_size: int) -> int:
@@ -224,7 +230,7 @@ class RamBlockList(ContextManager):
             _length(used_length, "used_length", block.page_size)
             for warning in block.state.memory.warnings:
                 if not (block.readonly and isinstance(warning, CannotBePinnedWarning)):
-                    warnings.warn(warning, stacklevel=_STACK)  # first: a program may have made warnings errors
+                    _warn(warning)  # first: a program may have made warnings errors
             if stuck := next(filter(reaches_for_good, self._notifiers), None):
                 block.state.become_whole(f"{stuck!r} cannot follow a resize")
             block.state.allocate(used_length)
@@ -449,8 +455,9 @@ class RamBlockList(ContextManager):
         failures: list[Exception] = []
         self.closing = True
         try:
-            for block in self._blocks:
-                attempt(partial(self._close_block, block), failures)
+            with undoing:  # a signal handler must not leave the list half closed
+                for block in self._blocks:
+                    attempt(partial(self._close_block, block), failures)
         finally:
             self.closing = False
         raise_collected(f"{len(failures)} RAM blocks could not be removed", failures)

@@ -226,6 +226,7 @@ class Irq:
 
     def trigger(self, vector: int = 0) -> None:
         """Signal the eventfd of `vector` as if the device had raised it. Raises as `wait`."""
+        self._device.check_usable()  # in a child, too, whose parent was in the middle of a change
         self._wait_for(vector)
         self._act(ioctls.VFIO_IRQ_SET_ACTION_TRIGGER, start=as_number(vector), count=1)
 

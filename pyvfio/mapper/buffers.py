@@ -261,10 +261,15 @@ class BufferMapper:
         position = bisect_right(self._fixed, memory.vaddr, key=_vaddr) - 1
         if position < 0 or self._fixed[position] is not memory:
             return  # temporary, or unmapped with the mapper
-        self._space.unmap(iova=memory.iova, size=memory.size)
+        if self._is_mapped(memory):
+            self._space.unmap(iova=memory.iova, size=memory.size)
         del self._fixed[position]
         self._space.release_iova(memory.iova)
         memory.release()
+
+    def _is_mapped(self, memory: OwnMemory) -> bool:
+        """Whether the space still maps it: another user of the space may have unmapped it."""
+        return self._space.mapping_at(memory.iova) == (memory.iova, memory.size, memory.vaddr)
 
     # -------------------------------------------------------------------------------------------- temporary mappings
 
@@ -317,7 +322,11 @@ class BufferMapper:
         return run
 
     def _unmap_run(self, run: Sequence[OwnMemory]) -> None:
-        self._space.unmap(iova=run[-1].iova, size=sum(memory.size for memory in run))
+        if all(map(self._is_mapped, run)):
+            self._space.unmap(iova=run[-1].iova, size=sum(memory.size for memory in run))
+        else:
+            for memory in filter(self._is_mapped, run):
+                self._space.unmap(iova=memory.iova, size=memory.size)
         for memory in run:
             del self._temporary[memory.iova]
             self._space.release_iova(memory.iova)
@@ -403,8 +412,8 @@ class BufferMapper:
             raise ClosedError("this DmaMapper has been closed")
         if self._space.lost:
             raise VfioError(
-                "this DmaMapper's address space has lost its last group, and with it all that was mapped",
-                hint="Close the mapper, and make another after a group is attached",
+                "nothing is mapped any more: the address space was closed, or has lost its last group",
+                hint="Close this DmaMapper, and make another in a container with a group",
             )
 
     def _unmap_all(self) -> None:

@@ -192,10 +192,11 @@ def test_a_block_that_is_whole_for_want_of_mappings_is_reached_as_far_as_it_is_u
     rig: Rig, memory: MemoryKind
 ) -> None:
     """The process may have no more of them (vm.max_map_count), and a part of a block would be one."""
-    with pyvfio.RamBlockList() as blocks:  # not a fake kernel, which would have to read the list of all mappings
-        with mappings_left(2):
+    with pyvfio.RamBlockList() as blocks:
+        with mappings_left(2):  # a fake kernel has no memory then to read the list of all mappings
             block = blocks.add("ring", used_length=2 * PAGE_SIZE, max_length=4 * MIB, memory=memory)
         assert block.whole
+        blocks.kernel = rig.container.kernel
         with pyvfio.DmaMapper(rig.container, blocks) as mapper:
             iova = mapper.iova(block)
             for length in (20, 2):

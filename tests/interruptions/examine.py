@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 
 from tests.interruptions.operations import Operation
 from tests.interruptions.points import Walk
-from tests.interruptions.scene import Scene, SeenKernel, State
+from tests.interruptions.scene import Scene, SeenKernel, State, close_made
 from tests.interruptions.victims import hold
 from tests.unit.fakes import Interrupt
 
@@ -23,17 +23,21 @@ HANDLED = Counter[int]()
 
 
 class Dry(NamedTuple):
-    """An operation that nothing disturbs: how many points it has, and the state behind it."""
+    """An operation that nothing disturbs: how many points it has, the state behind it, and that when the object that it
+    has made is closed."""
 
     points: int
     after: State
+    closed: State
 
 
 class Case(NamedTuple):
-    """A signal at the point `first`, and another one at the point `second` from there."""
+    """A signal at the point `first`, and another one at the point `second` from there. `counted`: the points behind
+    that are wanted."""
 
     first: int
     second: int | None = None
+    counted: bool = False
 
 
 def press(number: int) -> None:
@@ -78,9 +82,12 @@ def rehearse(operation: Operation, kernel: SeenKernel) -> Dry:
         scene.note_iovas()
         walk = Walk()
         scene.made = walk.run(partial(operation.call, scene))
-        after = scene.state()
+        after = closed = scene.state()
+        if operation.makes:
+            close_made(scene)
+            closed = scene.state()
         scene.close()
-    return Dry(walk.count, after)
+    return Dry(walk.count, after, closed)
 
 
 class Examination:
@@ -90,10 +97,11 @@ class Examination:
         self._operation = operation
         self._case = case
         self._after = dry.after
+        self._closed = dry.closed
         steps: dict[int, Callable[[], object]] = {case.first: partial(press, FIRST)}
         if case.second is not None:
             steps[case.first + case.second] = partial(press, SECOND)
-        self.walk = Walk(steps)
+        self.walk = Walk(steps, to_the_end=case.counted)
         self.interrupted: Interrupt | None = None
         """The exception of a handler, which keeps alive whatever nobody has received."""
         self._scene = Scene(kernel)
@@ -114,7 +122,7 @@ class Examination:
         if sum(HANDLED.values()) != len(self.walk.where):
             return self._say(f"the handlers have run {sum(HANDLED.values())} times")
         found = scene.state()
-        legal = (before,) if operation.makes else (before, self._after)
+        legal = (before, self._closed) if operation.makes else (before, self._after)
         if wrong := difference(found, *legal):
             return self._say(f"then {wrong}")
         if wrong := self._again(done=found == self._after and not operation.makes):
@@ -199,7 +207,7 @@ def examine_collection(
     """What is wrong after an operation in which a victim has gone, in words."""
     scene = Scene(kernel)
     operation.prepare(scene)
-    walk = Walk({at: hold(victim(scene))})
+    walk = Walk({at: hold(victim(scene))}, to_the_end=False)
     scene.note_iovas()
     try:
         found = _outcome(scene, partial(walk.run, partial(operation.call, scene)))

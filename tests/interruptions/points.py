@@ -25,10 +25,14 @@ _Result = TypeVar("_Result")
 
 
 class Walk:
-    """Counts the points that a call passes. At some of them it makes a step, which may raise."""
+    """Counts the points that a call passes. At some of them it makes a step, which may raise.
 
-    def __init__(self, steps: Mapping[int, Callable[[], object]] | None = None) -> None:
+    `to_the_end`: also those behind the last step, which costs time.
+    """
+
+    def __init__(self, steps: Mapping[int, Callable[[], object]] | None = None, *, to_the_end: bool = True) -> None:
         self._steps = steps or {}
+        self._last = 0 if to_the_end else max(self._steps)
         self._own: dict[CodeType, bool] = {}
         self.count = 0
         self.where: list[str] = []
@@ -41,8 +45,7 @@ class Walk:
         try:
             return call()
         finally:
-            sys.settrace(None)
-            sys.setprofile(None)
+            stop()
 
     def _is_own(self, code: CodeType) -> bool:
         """Whether the code is the library's own; `testing` is the world around it."""
@@ -54,6 +57,8 @@ class Walk:
 
     def _pass(self, frame: FrameType, kind: str) -> None:
         self.count += 1
+        if self.count == self._last:
+            stop()
         if (step := self._steps.get(self.count)) is not None:
             self.where.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {kind}")
             step()
@@ -72,9 +77,14 @@ class Walk:
         return self._line
 
     def _profile(self, frame: FrameType, event: str, argument: object) -> None:
-        if event == "c_return":
-            if self._is_own(frame.f_code):
-                self._pass(frame, f"return of {getattr(argument, '__name__', argument)}")
-        elif event == "return" and frame.f_back is not None and not self._is_own(frame.f_code):
-            if self._is_own(frame.f_back.f_code):
-                self._pass(frame.f_back, f"return of {frame.f_code.co_name}")
+        caller = frame.f_back
+        if event == "c_return" and self._is_own(frame.f_code):
+            self._pass(frame, f"return of {getattr(argument, '__name__', argument)}")
+        elif event == "return" and caller and self._is_own(caller.f_code) and not self._is_own(frame.f_code):
+            self._pass(caller, f"return of {frame.f_code.co_name}")
+
+
+def stop() -> None:
+    """Count no more points."""
+    sys.settrace(None)
+    sys.setprofile(None)

@@ -30,6 +30,7 @@ PLAIN: Mapping[str, object] = {
     "alignment": PAGE_SIZE,
     "bdf": BDF,
     "bitmap": None,
+    "bits": 0,
     "blocks": [],
     "data": bytes(4),
     "discarded": (),
@@ -43,14 +44,25 @@ PLAIN: Mapping[str, object] = {
     "number": 2,
     "offset": 0,
     "old_length": 2 * PAGE_SIZE,
+    "on": False,
     "parts": [Extent(0, PAGE_SIZE)],
     "places": {},
+    "request": "VFIO_GET_API_VERSION",
     "size": PAGE_SIZE,
     "stale": (),
     "used_length": PAGE_SIZE,
     "value": 0,
 }
 """Arguments by the name of the parameter. A name that is new has to be added here."""
+OWN = frozenset(
+    name
+    for names in (
+        "begin begun buffers check_open check_stays close_fd follow forget let_go must_stay note_left receive",
+        "release_fd resume set_aside soil suspend take_back take_in",
+    )
+    for name in names.split()
+)
+"""Methods that one part of the library has for another, of an object that it holds already: no public calls."""
 _SETTERS = {"bus_master", "memory_enabled"}
 
 
@@ -156,7 +168,10 @@ class World:
 def calls(thing: object, arguments: Mapping[str, object]) -> Iterator[Call]:
     """The public calls of an object: methods, properties, those that are set, and `repr`. `close` comes last."""
     kind = type(thing)
-    names = sorted((name for name in dir(kind) if not name.startswith("_")), key=lambda name: (name == "close", name))
+    names = sorted(
+        (name for name in dir(kind) if not name.startswith("_") and name not in OWN),
+        key=lambda name: (name == "close", name),
+    )
     yield Call(f"repr({kind.__name__})", partial(repr, thing))
     for name in names:
         member = inspect.getattr_static(kind, name)
@@ -169,14 +184,18 @@ def calls(thing: object, arguments: Mapping[str, object]) -> Iterator[Call]:
                 assert name in _SETTERS, f"{full} can be set: say how in {__name__}"
                 yield Call(f"{full} = False", partial(setattr, thing, name, False))  # noqa: FBT003
         else:
-            yield Call(full, partial(getattr(thing, name), **_given(member, arguments, full)))
+            yield Call(full, _bound(getattr(thing, name), arguments, full))
 
 
-def _given(method: Callable[..., object], arguments: Mapping[str, object], what: str) -> dict[str, object]:
-    given = {}
-    for name, parameter in list(inspect.signature(method).parameters.items())[1:]:
-        if parameter.default is not inspect.Parameter.empty or parameter.kind is parameter.VAR_KEYWORD:
+def _bound(method: Callable[..., object], arguments: Mapping[str, object], what: str) -> Callable[[], object]:
+    """The method with an argument for each parameter that has no default."""
+    keywords, positional = dict[str, object](), list[object]()
+    for name, parameter in inspect.signature(method).parameters.items():
+        if parameter.default is not parameter.empty or parameter.kind is parameter.VAR_KEYWORD:
             continue
         assert name in arguments, f"{what} takes {name!r}: say which in {__name__}"
-        given[name] = arguments[name]
-    return given
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            positional.append(arguments[name])
+        else:
+            keywords[name] = arguments[name]
+    return partial(method, *positional, **keywords)

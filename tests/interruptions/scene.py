@@ -79,10 +79,12 @@ class Listener:
 
     def ram_block_added(self, block: pyvfio.RamBlock, used_length: int, max_length: int) -> None:
         """One more."""
+        del used_length, max_length
         self.known.add(block.idstr)
 
     def ram_block_removed(self, block: pyvfio.RamBlock, used_length: int, max_length: int) -> None:
         """One less."""
+        del used_length, max_length
         self.known.remove(block.idstr)
 
     def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
@@ -272,16 +274,10 @@ class Scene:
 
     def close(self) -> None:
         """Everything, in an order that a program might have; then nothing is left."""
-        if isinstance(self.made, pyvfio.TakenOver):  # the other process has it
-            self.made.close()
-            self.made, self.fds = None, ()
-            update = self.things.pop("update")
-            assert isinstance(update, Update)
-            update.update.finish()
-        for thing in (self.made, *reversed(self.things.values()), self.mapper, self.blocks, self.container):
-            close = getattr(thing, "cancel" if isinstance(thing, pyvfio.HandOver) else "close", None)
-            if close is not None:
-                close()
+        close_made(self)
+        for thing in (*reversed(self.things.values()), self.mapper, self.blocks, self.container):
+            if thing is not None:
+                thing.close()
         for fd in self.fds:
             with suppress(OSError):
                 self.kernel.close(fd)
@@ -294,6 +290,19 @@ class Scene:
         assert not self.kernel.areas, "address space is left"
         assert descriptors() == self.before
         self.kernel.check()
+
+
+def close_made(scene: Scene) -> None:
+    """Close the object that an operation has made, if it has one."""
+    made, scene.made = scene.made, None
+    if isinstance(made, pyvfio.TakenOver):  # the old process forgets it
+        made.close()
+        scene.fds = ()
+        update = scene.things.pop("update")
+        assert isinstance(update, Update)
+        update.update.finish()
+    elif (close := getattr(made, "close", None)) is not None:
+        close()
 
 
 def address(buffer: mmap.mmap) -> int:

@@ -201,12 +201,11 @@ _MUTANTS = (
     # IOVA goes before the mapping, and what was not unmapped is forgotten.
     Mutant(
         "BufferMapper._unmap_run",
-        "        self._space.unmap(iova=run[-1].iova, size=sum(memory.size for memory in run))\n"
-        "        for memory in run:\n            del self._temporary[memory.iova]\n"
-        "            self._space.release_iova(memory.iova)\n            memory.release()\n",
-        "        for memory in run:\n            del self._temporary[memory.iova]\n"
-        "            self._space.release_iova(memory.iova)\n            memory.release()\n"
-        "        self._space.unmap(iova=run[-1].iova, size=sum(memory.size for memory in run))\n",
+        "        if all(map(self._is_mapped, run)):\n"
+        "            self._space.unmap(iova=run[-1].iova, size=sum(memory.size for memory in run))\n",
+        "        for memory in run:\n            self._space.release_iova(memory.iova)\n            memory.release()\n"
+        "        if all(map(self._is_mapped, run)):\n"
+        "            self._space.unmap(iova=run[-1].iova, size=sum(memory.size for memory in run))\n",
         "temporary map",
     ),
     # A map that failed leaves its IOVA reserved, or its buffer exported.

@@ -163,13 +163,6 @@ _MUTANTS = (
         "            block.state.memory.own()\n",
         "hand-over",
     ),
-    # An address that was just told is not known to have been.
-    Mutant(
-        "_Taking._tell",
-        "        self._told.append(mapping)\n        try:\n            set_vaddr(container, mapping)\n",
-        "        try:\n            set_vaddr(container, mapping)\n            self._told.append(mapping)\n",
-        "hand-over",
-    ),
     # Memory under a live view goes.
     Mutant(
         "HandOver.finish",

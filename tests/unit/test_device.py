@@ -410,6 +410,30 @@ def test_a_descriptor_stays_the_callers_where_a_call_fails(kernel: SpecialKernel
         os.close(fds[kind])
 
 
+def test_each_object_shows_its_numbers_as_the_field_writes_them(kernel: SpecialKernel, device: pyvfio.Device) -> None:
+    """Addresses and sizes in hexadecimal, and whether it is closed."""
+    memory = kernel.mmap(0, PAGE_SIZE, READ_WRITE, PRIVATE)
+    device.container.map(vaddr=memory, iova=MIB, size=PAGE_SIZE)
+    mapped = device.region(2).mmap()
+    shown = {
+        repr(device.container.mappings[0]): f"Mapping(iova=0x100000, size=0x1000, vaddr={memory:#x})",
+        repr(device.container.mappings[0].range): "IovaRange(start=0x100000, last=0x100fff)",
+        repr(device.container): "<Container VFIO_TYPE1v2_IOMMU groups [2], 1 mappings>",
+        repr(device.group): "<Group 2 in a container, open devices: 1>",
+        repr(device): f"<Device {BDF} in group 2>",
+        repr(device.region(2))[:61]: f"<Region BAR2 (region 2) of {BDF} size=0x4000",
+        repr(mapped).partition("> ")[2]: f"vaddr={mapped.vaddr:#x} size=0x4000>",
+        repr(kernel): "<SpecialKernel 6.12: 3 devices, 3 descriptors, 1 mappings of 0x1000 bytes>",
+    }
+    assert all(found.startswith(wanted) for found, wanted in shown.items()), shown
+    device.container.unmap_all()
+    kernel.munmap(memory, PAGE_SIZE)
+    device.close()
+    assert repr(device) == f"<Device {BDF} in group 2, closed>"
+    assert "closed" in repr(device.group)
+    assert "closed" in repr(mapped)
+
+
 def test_the_iommu_type_is_the_callers_to_choose(kernel: SpecialKernel) -> None:
     """It goes to the container that is opened."""
     with (

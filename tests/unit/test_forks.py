@@ -13,7 +13,7 @@ import pytest
 
 import pyvfio
 from pyvfio import ioctls
-from pyvfio.kernel import IoctlArgument
+from pyvfio.kernel import IoctlArgument, Kernel
 from pyvfio.units import PAGE_SIZE
 from tests.interruptions.public import Call, World, stateful
 from tests.interruptions.scene import MOST, Listener, SeenKernel
@@ -21,28 +21,9 @@ from tests.unit.processes import in_child
 
 _PATIENCE = 10.0  # seconds before a child counts as waiting for a lock for ever
 _CHANGES = frozenset(
-    [
-        "open",
-        "close",
-        "ioctl",
-        "mmap",
-        "mprotect",
-        "madvise",
-        "munmap",
-        "ftruncate",
-        "fallocate",
-        "allocate",
-        "eventfd",
-        "pread",
-        "pwrite",
-        "poll",
-        "memfd_create",
-        "registers",
-        "mlockall",
-        "munlockall",
-        "munlock",
-    ]
+    name for name in dir(Kernel) if not name.startswith("_") and name not in ("dev", "sysfs", "memlock", "file_status")
 )
+"""The system calls that a child may not make."""
 
 
 class Pause:

@@ -6,8 +6,10 @@ import os
 import signal
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from types import FrameType
 
@@ -24,10 +26,12 @@ from pyvfio.guard import (
     closing,
     closing_in_hooks,
     closing_under,
+    constructing,
     guarded,
     making,
     reading,
     undoing,
+    uninterrupted,
 )
 
 
@@ -149,6 +153,23 @@ class TestSignals:
             thing.make(press)
         assert thing.made.events == ["undone"]
 
+    def test_an_undo_is_not_ended_by_another_signal(self) -> None:
+        def undo(made: Thing) -> None:
+            press()
+            made.events.append("undone")
+
+        class Maker(Thing):
+            @making(undo)
+            def make_one(self) -> Thing:
+                press()
+                self.made = Thing()
+                return self.made
+
+        thing = Maker()
+        with pytest.raises(InterruptionError):
+            thing.make_one()
+        assert thing.made.events == ["undone"]
+
     def test_a_call_that_makes_nothing_has_its_handlers_run(self) -> None:
         def fail() -> None:
             press()
@@ -220,7 +241,7 @@ class Part:
 
 
 class TestLocks:
-    """Which one a close takes."""
+    """Calls of two threads."""
 
     @pytest.mark.parametrize("now", [True, False], ids=["from inside", "from outside"])
     def test_a_part_is_closed_under_the_lock_of_its_whole(self, *, now: bool) -> None:
@@ -236,6 +257,43 @@ class TestLocks:
         worker.join()
         closer.join()
         assert whole.events == ["begin", "end", "part closed"]
+
+    @pytest.mark.parametrize("call", ["change", "look", "make"])
+    def test_a_call_waits_for_that_of_another_thread(self, call: str) -> None:
+        thing, entered, left, begun = Thing(), threading.Event(), threading.Event(), threading.Event()
+
+        def second() -> None:
+            begun.set()
+            getattr(thing, call)(lambda: thing.events.append("second"))
+
+        workers = [
+            threading.Thread(target=lambda: thing.change(each(entered.set, left.wait))),
+            threading.Thread(target=second),
+        ]
+        for worker, event in zip(workers, (entered, begun), strict=True):
+            worker.start()
+            event.wait()
+        time.sleep(0.05)  # for the second to come too early, if it can
+        left.set()
+        for worker in workers:
+            worker.join()
+        assert thing.events.index("second") > thing.events.index("end")
+
+    def test_a_call_within_a_call_takes_the_lock_of_its_own_object(self) -> None:
+        thing, other = Thing(), Thing()
+        free = list[bool]()
+
+        def try_it() -> None:
+            free.append(other.guard.lock.acquire(blocking=False))
+
+        def ask() -> None:
+            asker = threading.Thread(target=try_it)
+            asker.start()
+            asker.join()
+
+        thing.change(partial(other.change, ask))
+        thing.change(each(partial(thing.look, partial(other.look, ask))))
+        assert free == [False, False]
 
 
 class TestFinalizers:
@@ -402,3 +460,56 @@ class TestForks:
         thing, found = Thing(), list[int]()
         thing.change(lambda: found.append(in_a_child(thing.change)))
         assert found == [0]
+
+    def test_a_child_of_a_hook_leaves_the_signals_of_its_parent_to_the_parent(self) -> None:
+        parent, seen = os.getpid(), list[int]()
+
+        def handler(number: int, frame: FrameType | None) -> None:
+            if os.getpid() != parent:
+                os._exit(7)
+            seen.append(number)
+
+        before = signal.signal(signal.SIGUSR2, handler)
+        found = list[int]()
+        Thing().change(each(partial(press, signal.SIGUSR2), lambda: found.append(in_a_child(lambda: None))))
+        signal.signal(signal.SIGUSR2, before)
+        assert (found, seen) == ([1], [signal.SIGUSR2])
+
+    def test_the_child_of_another_thread_puts_its_own_signals_off(self) -> None:
+        def work() -> None:
+            def handler(number: int, frame: FrameType | None) -> None:
+                raise InterruptionError
+
+            def change() -> None:
+                signal.signal(signal.SIGUSR2, handler)
+                thing = Thing()
+                with suppress(InterruptionError):
+                    thing.change(partial(press, signal.SIGUSR2))
+                assert thing.events == ["begin", "end"]
+
+            found.append(in_a_child(change))
+
+        found = list[int]()
+        worker = threading.Thread(target=work)
+        worker.start()
+        worker.join()
+        assert found == [1]
+
+    @pytest.mark.parametrize("by_name", [False, True], ids=["by position", "by name"])
+    def test_a_function_that_is_given_an_object_of_the_parent_is_refused(self, *, by_name: bool) -> None:
+        def undo(made: object) -> None:
+            del made
+
+        @uninterrupted()
+        def use(thing: Thing) -> None:
+            thing.change()
+
+        class User:
+            @constructing(undo)
+            def __init__(self, thing: Thing) -> None:
+                thing.change()
+
+        thing = Thing()
+        for call in (use, User):
+            given = partial(call, thing=thing) if by_name else partial(call, thing)
+            assert in_a_child(given) == 0

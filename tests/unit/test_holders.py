@@ -10,6 +10,7 @@ from itertools import permutations
 import pytest
 
 import pyvfio
+from pyvfio import ioctls
 from pyvfio.testing.fake import FakeKernel
 from pyvfio.units import MIB, PAGE_SIZE
 from tests.unit.fakes import BDF, MapperFactory, Rig, nothing_left, requests
@@ -132,6 +133,29 @@ def test_a_closed_mapper_leaves_no_holder_anything_to_do(rig: Rig) -> None:
     for mapping in mappings:
         mapping.close()
     assert not rig.kernel.trace
+
+
+@pytest.mark.parametrize("unseen", [False, True], ids=["through the container", "unseen"])
+def test_memory_that_somebody_else_has_unmapped_can_be_closed(rig: Rig, *, unseen: bool) -> None:
+    """Where the container has not seen it the kernel says another size, once; by then that is known."""
+    pages = [mmap.mmap(-1, PAGE_SIZE) for _ in range(4)]
+    fixed, *temporary = [rig.mapper.map_buffer(pages[0]), *(rig.mapper.map_temporary(page) for page in pages[1:])]
+    for mapping in (fixed, temporary[1]):
+        if unseen:
+            argument = ioctls.vfio_iommu_type1_dma_unmap(24, 0, mapping.iova, mapping.size)
+            rig.kernel.ioctl(rig.container.fd, ioctls.VFIO_IOMMU_UNMAP_DMA, argument)
+        else:
+            rig.container.unmap_dma(iova=mapping.iova, size=mapping.size)
+    closes: list[Callable[[], object]] = [fixed.close, rig.mapper.reset_temporary]
+    for mapping in temporary:
+        mapping.close()
+    for close in closes:
+        if unseen:
+            with pytest.raises(pyvfio.UnmapSizeError):
+                close()
+        close()
+    assert not any(map(is_exported, pages))
+    assert not rig.container.allocator.reservations
 
 
 def test_a_temporary_mapping_of_a_fixed_one_leaves_nothing_behind(rig: Rig) -> None:

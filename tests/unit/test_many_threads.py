@@ -42,11 +42,12 @@ LEFT_OUT = {
         ram_block_added ram_block_removed ram_block_resized ram_block_discarded ram_block_populated
         ram_block_remapping ram_block_remapped
     """,
-    "a hand-over calls these": "suspend resume receive forget follow take_in",
-    "these take away what other threads count on": "unmap_all set_container unset_container set_iommu detach release_iova",
+    "these take away what other threads count on": """
+        unmap_all set_container unset_container set_iommu detach release_iova
+    """,
     "each worker makes these with an object of its own": """
-        close add remove add_notifier remove_notifier attach get_device_fd wait map_dma map_buffer map_temporary mmap view
-        disable disable_uncoordinated require require_coordinated reserve_iova reserve_iova_at
+        close add remove add_notifier remove_notifier attach get_device_fd wait map_dma map_buffer map_temporary
+        mmap view disable disable_uncoordinated require require_coordinated reserve_iova reserve_iova_at
     """,
 }
 _left_out = {name for names in LEFT_OUT.values() for name in names.split()}
@@ -61,11 +62,20 @@ class Side:
         self.container = self.device.container
         self.container.reserve_iova_at(RAW, MOST)
         self.mapper = pyvfio.DmaMapper(self.container, blocks, resize="extend" if extend else "remap")
+        self.tracking = pyvfio.DirtyTracking(self.container)
         self.irq = self.device.irq(ioctls.VFIO_PCI_MSI_IRQ_INDEX)
 
     def objects(self) -> list[object]:
         """All of them."""
-        return [self.device, self.container, self.device.group, self.mapper, self.irq, self.device.region(0)]
+        return [
+            self.device,
+            self.container,
+            self.device.group,
+            self.mapper,
+            self.tracking,
+            self.irq,
+            self.device.region(0),
+        ]
 
 
 class World:
@@ -77,7 +87,10 @@ class World:
         self.sides = [Side(kernel, BDFS[0], self.blocks, extend=False), Side(kernel, BDFS[1], self.blocks, extend=True)]
         self.shared = [self.blocks.add(f"shared{n}", used_length=PAGE_SIZE, max_length=MOST) for n in range(2)]
         self.memory = mmap.mmap(-1, PAGE_SIZE)
-        self.made: Counter[str] = Counter()
+        self.made = Counter[str]()
+        """How often each call, and each action, was begun."""
+        self.done = Counter[str]()
+        """How often each action was not refused."""
 
     def objects(self) -> list[object]:
         """What any thread may call anything of."""
@@ -96,6 +109,7 @@ class World:
     def close(self) -> None:
         """Everything."""
         for side in self.sides:
+            side.tracking.close()
             side.mapper.close()
             side.device.close()
         self.blocks.close()
@@ -140,10 +154,22 @@ class Worker:
             self._interrupts,
         ]
 
+    @property
+    def names(self) -> set[str]:
+        """The calls that it may make."""
+        return {call.name for call in self._calls}
+
+    @property
+    def actions(self) -> set[str]:
+        """The actions that it may take."""
+        return {"_devices", *(action.__name__ for action in self._actions)}
+
     def _arguments(self) -> dict[str, object]:
         world = self._world
         return {
             "block": world.shared[0],
+            "buffer": world.memory,
+            "tracking": world.sides[0].tracking,
             "container": world.sides[0].container,
             "group": world.sides[0].device.group,
             "iova": RAW,
@@ -163,6 +189,7 @@ class Worker:
         self._world.made[action.__name__] += 1
         with suppress(*REFUSALS):
             action()
+            self._world.done[action.__name__] += 1
 
     def run(self, count: int) -> None:
         """So many; what goes wrong is in `error`."""
@@ -268,6 +295,7 @@ class Worker:
             device.group.check_viable()
             kernel.close(device.group.get_device_fd(bdf))
             device.reset()
+            self._world.done["_devices"] += 1
 
     def close(self) -> None:
         """What is its own."""
@@ -303,7 +331,7 @@ class Timer:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.raised += 1
         raise Interrupt(number)
 
@@ -328,6 +356,7 @@ def _work_interrupted(worker: Worker, count: int) -> int:
 
 def _live(steps: int) -> None:
     gc.set_threshold(100)
+    sys.unraisablehook = lambda _unraisable: None  # a handler may raise in a finalizer, where Python drops it
     sys.setswitchinterval(1e-4)
     groups = [(number, [FakeDevice(bdf, resettable=True)]) for number, bdf in enumerate(BDFS)]
     with FakeKernel(groups=groups) as kernel:
@@ -342,9 +371,11 @@ def _live(steps: int) -> None:
             thread.join()
         over.set()
         errors = [worker.error for worker in workers if worker.error is not None]
-        print(f"{sum(world.made.values())} steps, {len(world.made)} kinds, {raised} interruptions", flush=True)
+        print(f"{sum(world.made.values())} calls of {len(world.made)} kinds, {raised} interruptions", flush=True)
         if errors:
             raise ExceptionGroup("workers", [e if isinstance(e, Exception) else RuntimeError(repr(e)) for e in errors])
+        assert world.made.keys() >= workers[0].names, "a call was never made"
+        assert world.done.keys() >= workers[0].actions, "an action was always refused"
         world.check()
         for worker in workers:
             worker.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants import fake, library, listeners
+from tests.mutants import fake, guarding, library, listeners
 from tests.mutants.mutant import ROOT, Mutant, Suite
 
 OPERATIONS = (
@@ -25,7 +25,11 @@ def dump(source: str) -> str:
 
 @pytest.mark.parametrize(
     ("suite", "mutant"),
-    [(suite, mutant) for suite in (fake.SUITE, library.SUITE, listeners.SUITE) for mutant in suite.mutants],
+    [
+        (suite, mutant)
+        for suite in (fake.SUITE, library.SUITE, listeners.SUITE, guarding.SUITE)
+        for mutant in suite.mutants
+    ],
     ids=lambda given: given.what[:60] if isinstance(given, Mutant) else "",
 )
 def test_each_mutant_changes_one_place_and_is_still_python(suite: Suite, mutant: Mutant) -> None:
@@ -39,6 +43,7 @@ def test_there_are_enough_of_them() -> None:
     assert len(fake.SUITE.mutants) >= 25
     assert len(library.SUITE.mutants) >= 20
     assert len(listeners.SUITE.mutants) >= 15
+    assert len(guarding.SUITE.mutants) >= 20
 
 
 def test_each_operation_has_a_mistake_of_its_own() -> None:
@@ -51,6 +56,13 @@ def test_each_part_that_listens_or_hands_over_has_a_mistake_of_its_own() -> None
     parts = {mutant.operation: listeners.SUITE.rounds(mutant) for mutant in listeners.SUITE.mutants}
     assert set(parts) == {"whole block", "dirty log", "pages replaced", "held memory", "hand-over"}
     assert all((ROOT / arguments[0]).is_file() for rounds in parts.values() for arguments in rounds)
+
+
+def test_each_rule_of_the_guard_has_a_mistake_of_its_own() -> None:
+    """And tests that there are have to notice it."""
+    rules = {mutant.operation: guarding.SUITE.rounds(mutant) for mutant in guarding.SUITE.mutants}
+    assert set(rules) == {"forks", "finalizers", "signals", "locks"}
+    assert all((ROOT / arguments[0]).is_file() for rounds in rules.values() for arguments in rounds)
 
 
 def test_a_mutant_finds_its_function_in_whichever_file_it_stands(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from pyvfio.memory import MemorySettings
 from pyvfio.ramblock import RamBlock, RamBlockList
 from pyvfio.testing import FakeKernel
 from pyvfio.units import MIB, PAGE_SIZE
+from tests.unit.fakes import Interrupt, interrupt
 from tests.unit.processes import areas, in_child
 
 MAX = 8 * MIB
@@ -387,6 +388,24 @@ def test_the_end_of_a_with_statement_removes_all_blocks(kernel: FakeKernel) -> N
     assert all(block.used_length == 0 for block in made)
 
 
+def test_a_signal_while_a_list_is_closed_leaves_no_block_behind(blocks: RamBlockList) -> None:
+    """Its handler runs when all blocks are removed."""
+
+    def press(_block: RamBlock) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+
+    notifier = Notifier()
+    blocks.add_notifier(notifier)
+    for name in "abc":
+        ram(blocks, idstr=name)
+    notifier.hook = press
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    with pytest.raises(Interrupt):
+        blocks.close()
+    signal.signal(signal.SIGUSR1, before)
+    assert (len(blocks), notifier.known) == (0, {})
+
+
 def test_closing_removes_what_it_can_and_raises_the_rest(blocks: RamBlockList) -> None:
     """One failure as it is, several as a group; then it may be tried again."""
     for name in "abc":
@@ -476,7 +495,7 @@ def test_a_length_is_a_whole_number(blocks: RamBlockList, length: object) -> Non
     block = ram(blocks)
     with pytest.raises(TypeError):
         block.resize(length)  # type: ignore[arg-type]
-    block.resize(int(np.int64(MIB)))
+    block.resize(np.int64(MIB))  # type: ignore[arg-type]
     assert block.used_length == MIB
     block.remove()
 

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 
+from pyvfio.guard import uninterrupted
 from pyvfio.testing.fake.device import PciDevice
 from pyvfio.testing.fake.group import Group
 from pyvfio.testing.fake.irqs import MSI, MSIX
@@ -110,18 +111,21 @@ class DeviceSlot:
         if not self._device.bus_master:
             raise self._path.stop(self._device, iova=iova, write=write, reason="bus mastering is off")
 
+    @uninterrupted()
     def dma_read(self, *, iova: int, size: int) -> bytes:
         """DmaFault, AssertionError (the process took the memory away)."""
         with self.lock:
             self._check_master(iova=iova, write=False)
             return self._path.read(self._group, self._device, iova=iova, size=size)
 
+    @uninterrupted()
     def dma_write(self, *, iova: int, data: bytes) -> None:
         """As `dma_read`."""
         with self.lock:
             self._check_master(iova=iova, write=True)
             self._path.write(self._group, self._device, iova=iova, data=data)
 
+    @uninterrupted()
     def raise_interrupt(self, vector: int) -> None:
         """A message, which is a write of a bus master; or the INTx line. ValueError: there is no such vector."""
         with self.lock:
@@ -132,6 +136,7 @@ class DeviceSlot:
             elif self._device.bus_master:
                 irqs.raise_interrupt(vector)
 
+    @uninterrupted()
     def lower_interrupt(self) -> None:
         """The INTx line."""
         with self.lock:

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from pyvfio import ioctls
+from pyvfio.guard import uninterrupted
 from pyvfio.kernel import IoctlArgument, Memlock, Registers
 from pyvfio.testing.fake.declaration import GroupDeclaration, check_groups, default_groups
 from pyvfio.testing.fake.descriptors import Descriptors
@@ -45,7 +46,8 @@ class FakeKernel(MemoryCalls):
     context manager's end, closes what is open and removes `sysfs` and `dev`. In a forked child, closing a descriptor
     closes it there and nothing else; other VFIO calls are a RuntimeError, for the fake's state is the parent's.
 
-    Synchronization: one lock; any thread may call anything, and callbacks of devices may call back.
+    Synchronization: one lock; any thread may call anything, and callbacks of devices may call back. As in a kernel, no
+    signal handler and no finalizer runs in the middle of a call: it would wait for locks of a thread that waits here.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class FakeKernel(MemoryCalls):
     ) -> None:
         self.shutdown()
 
+    @uninterrupted()
     def shutdown(self) -> None:
         """Close every VFIO descriptor that is left and remove `sysfs` and `dev`. Twice is fine; nothing in a child.
 
@@ -188,6 +191,7 @@ class FakeKernel(MemoryCalls):
         """The VFIO descriptors that are open."""
         return tuple(self._descriptors.files)
 
+    @uninterrupted()
     def check(self) -> None:
         """AssertionError when memory went away under a mapping, through the seam or so that it shows: each live mapping
         is looked at. And when the fake itself is not in order. O(n) of the mappings; reads /proc/self/maps."""
@@ -245,6 +249,7 @@ class FakeKernel(MemoryCalls):
         """Let nothing fail any more."""
         self._record.failures.clear()
 
+    @uninterrupted()
     def bind(self, bdf: str, driver: str | None) -> None:
         """Give a device to another driver (None: to none), in sysfs too; ValueError when there is no such device.
 
@@ -260,6 +265,7 @@ class FakeKernel(MemoryCalls):
             if self._tree is not None:
                 self._tree.bind(group, device)
 
+    @uninterrupted()
     def mappings(self, bdf: str | None = None) -> tuple[Mapped, ...]:
         """What devices can reach, by IOVA: all containers, or what `bdf` can; ValueError when it does not exist."""
         groups = list(self._groups.values()) if bdf is None else [self._find(bdf)[0]]
@@ -267,6 +273,7 @@ class FakeKernel(MemoryCalls):
             tables = {id(g.container): g.container.iommu.table for g in groups if g.container and g.container.iommu}
             return tuple(sorted(entry for table in tables.values() for entry in table))
 
+    @uninterrupted()
     def interrupt(self, bdf: str, vector: int = 0) -> None:
         """The device raises an interrupt: what is enabled of INTx, MSI and MSI-X signals its eventfd. ValueError for a
         vector that the device does not have."""
@@ -276,6 +283,7 @@ class FakeKernel(MemoryCalls):
             device.check_vector(vector)
             device.irqs.raise_interrupt(vector)
 
+    @uninterrupted()
     def dma_read(self, bdf: str, iova: int, size: int) -> bytes:
         """A device reads memory, whatever its bus master bit says (that of a `FakePciDevice` counts for what it does
         itself); DmaFault where the IOMMU stops it, AssertionError where the memory is gone."""
@@ -283,6 +291,7 @@ class FakeKernel(MemoryCalls):
         with self._lock:
             return self._dma.read(*self._find(bdf), iova=iova, size=size)
 
+    @uninterrupted()
     def dma_write(self, bdf: str, iova: int, data: bytes) -> None:
         """The device writes memory; as `dma_read`. What comes before the stopped byte has been written."""
         self._descriptors.check_usable()
@@ -331,17 +340,20 @@ class FakeKernel(MemoryCalls):
         return self._tree
 
     @property
+    @uninterrupted()
     def sysfs(self) -> Path:
         """Its sysfs: a directory."""
         with self._lock:
             return self._directories().sys
 
     @property
+    @uninterrupted()
     def dev(self) -> Path:
         """Its /dev: a directory."""
         with self._lock:
             return self._directories().dev
 
+    @uninterrupted()
     def open(self, path: str, flags: int) -> int:
         """A container, a group (EBUSY, `vfio_group_fops_open`), or any other file."""
         self._descriptors.check_usable()
@@ -370,16 +382,20 @@ class FakeKernel(MemoryCalls):
         group.fd = fd
         self._descriptors.adopt(fd, group)
 
-    def close(self, fd: int) -> None:
+    @uninterrupted()
+    def close(self, fd: int | None = None) -> None:
         """Close a descriptor: of a group and a device, also what hangs on it. It is closed also when the call is made
-        to fail, as on Linux."""
-        if self._descriptors.in_child:
+        to fail, as on Linux. Without a descriptor, `shutdown`."""
+        if fd is None:
+            self.shutdown()
+        elif self._descriptors.in_child:
             os.close(fd)
-            return
-        with self._lock:
-            if not self._descriptors.is_closed_already(fd):
-                self._record.observed("close", (fd,), lambda: self._descriptors.close(fd), always=True)
+        else:
+            with self._lock:
+                if not self._descriptors.is_closed_already(fd):
+                    self._record.observed("close", (fd,), lambda: self._descriptors.close(fd), always=True)
 
+    @uninterrupted()
     def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
         """Answered by what is behind `fd`; a descriptor that is not VFIO's goes to the running kernel."""
         handler = self._descriptors.find(fd)
@@ -407,6 +423,7 @@ class FakeKernel(MemoryCalls):
                 undo=self._descriptors.close if isinstance(handler, Group) and number == _GET_DEVICE_FD else None,
             )
 
+    @uninterrupted()
     def pread(self, fd: int, size: int, offset: int) -> bytes:
         """Registers and configuration space of a device; EINVAL on containers and groups."""
         handler = self._descriptors.find(fd)
@@ -417,6 +434,7 @@ class FakeKernel(MemoryCalls):
                 "pread", (fd, size, offset), lambda: device_behind(handler).pread(fd, size, offset)
             )
 
+    @uninterrupted()
     def pwrite(self, fd: int, data: bytes, offset: int) -> int:
         """As `pread`."""
         handler = self._descriptors.find(fd)
@@ -427,6 +445,7 @@ class FakeKernel(MemoryCalls):
                 "pwrite", (fd, data, offset), lambda: device_behind(handler).pwrite(fd, data, offset)
             )
 
+    @uninterrupted()
     def registers(self, fd: int, offset: int, size: int) -> Registers:
         """A BAR: its callbacks, or plain memory; EINVAL where it cannot be mapped."""
         handler = self._descriptors.find(fd)
@@ -444,6 +463,7 @@ class FakeKernel(MemoryCalls):
         self._pins.device_memory_is_mapped = True
         return device.registers(self._linux, fd, offset, size)
 
+    @uninterrupted()
     def eventfd(self, initial: int, flags: int) -> int:
         """A real one."""
         with self._lock:

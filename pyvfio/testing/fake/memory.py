@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from pyvfio.guard import uninterrupted
 from pyvfio.kernel import FALLOC_FL_KEEP_SIZE, MAP_FIXED, FileStatus, LinuxKernel
 from pyvfio.testing.fake.descriptors import Descriptors
 from pyvfio.testing.fake.group import device_behind
@@ -78,6 +79,7 @@ class MemoryCalls:
         """The real one, seen."""
         self._memory_call("munmap", (vaddr, size), lambda: self._linux.munmap(vaddr, size), takes=_READ_WRITE)
 
+    @uninterrupted()
     def _memory_call(self, call: str, given: tuple[int, ...], action: Callable[[], _Answer], *, takes: int) -> _Answer:
         """`takes`: PROT_* bits; mappings that have one of them lose the memory."""
         if self._descriptors.in_child:
@@ -123,6 +125,7 @@ class MemoryCalls:
         """The real one."""
         return self._record.observed("resident", (vaddr, size), lambda: self._linux.resident(vaddr, size))
 
+    @uninterrupted()
     def memfd_create(self, name: str, flags: int) -> int:
         """The real one."""
         if self._descriptors.in_child:
@@ -134,6 +137,7 @@ class MemoryCalls:
             self._descriptors.given_out(fd)
             return fd
 
+    @uninterrupted()
     def dup(self, fd: int) -> int:
         """The real one, also of the fake's own descriptors: an object of the kernel's goes with the last descriptor."""
         if self._descriptors.in_child:
@@ -171,6 +175,7 @@ class MemoryCalls:
         """The real one."""
         return self._record.observed("file_status", (fd,), lambda: self._linux.file_status(fd))
 
+    @uninterrupted()
     def _file_call(
         self, call: str, given: tuple[int, ...], action: Callable[[], None], *, fd: int, start: int, end: int = U64_MAX
     ) -> None:

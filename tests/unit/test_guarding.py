@@ -1,0 +1,125 @@
+"""Every call goes through guard.py: no other module takes a lock, asks for the pid or looks at signals."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+
+import pytest
+
+from tests.interruptions.public import OWN, stateful
+from tests.unit.test_layering import SOURCES
+
+_FORBIDDEN = {
+    "threading": {"Lock", "RLock", "Condition", "Semaphore", "BoundedSemaphore", "Barrier"},
+    "os": {"getpid", "register_at_fork"},
+    "signal": {"signal", "getsignal", "pthread_sigmask", "set_wakeup_fd"},
+}
+_FREE = ("testing", "cli", "guard", "__main__")
+
+
+def _names(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """Each use of a module's name: `module.name`, or `name` imported from it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            yield node.value.id, node.attr
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield node.module or "", alias.name
+
+
+def forbidden(source: str) -> list[str]:
+    """What only guard.py may do, in the source of a module."""
+    return [f"{module}.{name}" for module, name in _names(ast.parse(source)) if name in _FORBIDDEN.get(module, ())]
+
+
+GUARDED = {name: source for name, source in SOURCES.items() if name.split(".")[0] not in _FREE}
+
+
+@pytest.mark.parametrize("name", GUARDED)
+def test_only_the_guard_has_locks_and_looks_at_the_process(name: str) -> None:
+    """A rule that is kept by hand in many places is broken in one of them."""
+    assert forbidden(GUARDED[name]) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os\nos.getpid()",
+        "from os import getpid",
+        "import threading\ndef late():\n    return threading.RLock()",
+        "from threading import Lock as Key",
+        "import signal\nsignal.signal(2, None)",
+    ],
+)
+def test_a_lock_is_found_wherever_it_hides(source: str) -> None:
+    """In a function, or under another name."""
+    assert forbidden(source)
+
+
+# ------------------------------------------------------------------------------------------------ public methods
+
+
+UNGUARDED = {
+    "a fact, or one attribute that is replaced as a whole": """
+        Container.check_here Container.check_usable Container.closed Container.fd Container.group Container.info
+        Container.iommu_type Container.iova_pgsizes Container.iova_ranges Container.kernel Container.lost
+        Container.page_size Device.can_reset Device.check_here Device.check_usable Device.check_views Device.closed
+        Device.container Device.fd Device.kernel DirtyTracking.page_size DmaMapper.space Group.check_here
+        Group.check_usable Group.closed Group.fd Group.kernel Irq.count Irq.fds RamBlock.discarded RamBlock.file
+        RamBlock.max_length RamBlock.populated RamBlock.prealloc RamBlock.settings RamBlock.used_length RamBlock.vaddr
+        RamBlock.whole RamBlockList.block_at RamBlockList.knows RamBlockList.notifiers Region.check_usable
+        Region.check_views Region.kernel Region.mappable Region.size RegionMap.check_views
+    """,
+    "a system call of which nothing is recorded": """
+        Container.check_extension Container.get_api_version Container.get_info Container.ioctl Container.set_iommu
+        Device.get_pci_hot_reset_info Device.ioctl Device.reset Group.check_viable Group.get_device_fd Group.get_status
+        Group.ioctl Group.set_container Irq.mask Irq.trigger Irq.unmask Region.read Region.read16 Region.read32
+        Region.read64 Region.read8 Region.write Region.write16 Region.write32 Region.write64 Region.write8
+    """,
+    "made once, and the first one stays": "Device.config Device.describe_irqs Device.irq Device.region",
+    "waits for a device, with no lock": "Irq.wait",
+    "each step of it is guarded": """
+        Device.bus_master Device.bus_master= Device.memory_enabled Device.memory_enabled= DirtyLog.snapshot
+        RamBlock.discard RamBlock.populate RamBlock.remap RamBlock.remove RamBlock.resize
+    """,
+}
+
+
+def _is_guarded(function: object) -> bool:
+    """Whether a decorator of guard.py wraps a function."""
+    code = getattr(function, "__code__", None)
+    return hasattr(function, "__wrapped__") and code is not None and code.co_filename.endswith("guard.py")
+
+
+def _functions(kind: type) -> Iterator[tuple[str, object]]:
+    """The public methods of a class, and the functions behind its properties."""
+    for name in dir(kind):
+        member = inspect.getattr_static(kind, name)
+        if name.startswith("_") or name in OWN or isinstance(member, classmethod | staticmethod):
+            continue
+        if isinstance(member, property):
+            yield name, member.fget
+            if member.fset is not None:
+                yield f"{name}=", member.fset
+        elif inspect.isfunction(member):
+            yield name, member
+
+
+def test_each_public_method_goes_through_the_guard_or_has_no_state_to_guard() -> None:
+    """One that is new is guarded, or its name is added here, with the reason."""
+    methods = {f"{kind.__name__}.{name}": function for kind in stateful() for name, function in _functions(kind)}
+    listed = {name for names in UNGUARDED.values() for name in names.split()}
+    assert {name for name, function in methods.items() if not _is_guarded(function)} == listed
+
+
+def test_each_class_that_has_state_has_a_guard() -> None:
+    """As an attribute that is public, so that one object can hold the lock of another."""
+    assert [kind.__name__ for kind in stateful() if not _has_guard(kind)] == []
+
+
+def _has_guard(kind: type) -> bool:
+    """Whether `guard` is declared, or set by a constructor, in the class or in a base of it."""
+    sources = [inspect.getsource(base) for base in kind.__mro__[:-1] if base.__module__.startswith("pyvfio")]
+    return hasattr(kind, "guard") or any("self.guard" in source for source in sources)
