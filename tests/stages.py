@@ -269,7 +269,7 @@ def compile_tests(python: str) -> None:
     folders = ("tests/hw", "tests/contract", "tests/vm")
     command = [python, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *folders]
     subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)  # the stages say what is wrong
-    subprocess.run([python, "-m", "compileall", "-q", "pyvfio", "tools", "examples"], cwd=ROOT, check=False)
+    subprocess.run([python, "-m", "compileall", "-q", "pyvfio", "tools", "examples", "tests"], cwd=ROOT, check=False)
 
 
 def main() -> int:
