@@ -74,8 +74,12 @@ class Guard:
         return os.getpid() != self.pid
 
     def check(self) -> None:
-        """Raise ForkedError in a child of the process that made the object."""
-        if (here := os.getpid()) != self.pid:
+        """Raise ForkedError in a child of the process that made the object.
+
+        Inside of a call this process is known: a system call less for each step.
+        """
+        here = _signals.process if _thread.inside else os.getpid()
+        if here != self.pid:
             raise ForkedError(self.what, owner=self.pid, child=here)
 
 
@@ -155,6 +159,7 @@ class _Signals:
         self._replaced: dict[int, _Handler] = {}
         self.noted: dict[int, _Handler] = {}  # in their order, each once, as the kernel keeps them
         self.main: int | None = main_thread().ident
+        self.process = os.getpid()
 
     def replace(self) -> None:
         """Let `route` stand in the place of each handler that is a function."""
@@ -203,7 +208,7 @@ class _Signals:
 
     def after_fork(self) -> None:
         """In a child: this is the main thread, and what the parent had noted is the parent's."""
-        self.main = get_ident()
+        self.main, self.process = get_ident(), os.getpid()
         self.noted.clear()
         self.put_back()
 
@@ -216,17 +221,7 @@ _signals = _Signals()
 
 def guarded(call: Callable[Concatenate[_Self, _Given], _Result]) -> Callable[Concatenate[_Self, _Given], _Result]:
     """Decorate a method that changes state: all four rules. Raises ForkedError in a child."""
-
-    @wraps(call)
-    def wrapper(self: _Self, /, *args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
-        guard = self.guard
-        if _thread.busy:
-            with guard.lock:
-                return call(self, *args, **kwargs)
-        guard.check()
-        return _run(guard.lock, partial(call, self, *args, **kwargs), None)
-
-    return wrapper
+    return _method(call, None)
 
 
 def making(
@@ -238,18 +233,31 @@ def making(
     def decorate(
         call: Callable[Concatenate[_Self, _Given], _Result],
     ) -> Callable[Concatenate[_Self, _Given], _Result]:
-        @wraps(call)
-        def wrapper(self: _Self, /, *args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
-            guard = self.guard
-            if _thread.busy:
-                with guard.lock:
-                    return call(self, *args, **kwargs)
-            guard.check()
-            return _run(guard.lock, partial(call, self, *args, **kwargs), undo)
-
-        return wrapper
+        return _method(call, undo)
 
     return decorate
+
+
+def _method(
+    call: Callable[Concatenate[_Self, _Given], _Result], undo: Callable[[_Result], object] | None
+) -> Callable[Concatenate[_Self, _Given], _Result]:
+    @wraps(call)
+    def wrapper(self: _Self, /, *args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        guard, thread = self.guard, _thread
+        if thread.busy:
+            with guard.lock:
+                return call(self, *args, **kwargs)
+        guard.check()
+        if not thread.inside:
+            return _run(guard.lock, partial(call, self, *args, **kwargs), undo)
+        try:  # in a hook, where signals are put off already
+            thread.busy = True
+            with guard.lock:
+                return call(self, *args, **kwargs)
+        finally:
+            thread.busy = False
+
+    return wrapper
 
 
 def constructing(
@@ -537,9 +545,8 @@ def _handle(thread: _Thread, signals: _Signals | None) -> None:
 
 
 def _locked(lock: RLock, call: Callable[[], _Result]) -> _Result:
-    if not lock.acquire(False):  # noqa: FBT003 (a keyword costs as much as the lock)
-        while not lock.acquire(timeout=_PATIENCE):
-            checkpoint()
+    while not (lock.acquire(False) or lock.acquire(timeout=_PATIENCE)):  # noqa: FBT003 (a keyword costs as much again)
+        checkpoint()
     try:
         return call()
     finally:

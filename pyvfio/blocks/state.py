@@ -214,7 +214,9 @@ class BlockState:
             before = self.used_length, self.discarded
             if length < self.used_length:
                 self.check_views(length)  # a hook may have taken one
-            self.used_length, self.discarded = length, tuple(clip(self.discarded, 0, length))
+            if self.discarded:
+                self.discarded = tuple(clip(self.discarded, 0, length))
+            self.used_length = length
             try:
                 if self.resized is not None:
                     with called_out:
@@ -224,7 +226,8 @@ class BlockState:
                 raise
 
         tell(commit)
-        self.doubtful = tuple(clip(self.doubtful, 0, length))
+        if self.doubtful:
+            self.doubtful = tuple(clip(self.doubtful, 0, length))
         self.memory.let_go()
 
     def _take_back(self) -> None:
