@@ -111,7 +111,7 @@ class Examination:
         scene, operation = self._scene, self._operation
         operation.prepare(scene)
         scene.note_iovas()
-        before, installed = scene.state(), handlers()
+        before, installed = scene.state(checked=False), handlers()
         HANDLED.clear()
         try:
             scene.made = self.walk.run(partial(operation.call, scene))
@@ -134,6 +134,8 @@ class Examination:
 
     def _again(self, *, done: bool) -> str:
         scene, operation = self._scene, self._operation
+        if operation.tidy is not None:
+            operation.tidy(scene)
         try:
             scene.made = operation.call(scene)
         except operation.refusals as error:

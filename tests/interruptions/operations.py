@@ -21,6 +21,7 @@ class Operation(NamedTuple):
 
     `prepare` makes what it begins with. `makes`: it returns an object that nobody else has, so that nothing of it may
     be left where nobody receives that. `refusals`: what a second call may raise when the first one has succeeded.
+    `tidy`: a call that a program makes between the two, for what a close leaves.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Operation(NamedTuple):
     call: Callable[[Scene], object]
     makes: bool = False
     refusals: tuple[type[Exception], ...] = ()
+    tidy: Callable[[Scene], object] | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -253,7 +255,13 @@ def _buffers() -> Iterator[Operation]:
     yield Operation(
         "map_buffer a second time", _mapped, lambda s: _got(s.mapper).map_buffer(s.buffer("buffer")), makes=True
     )
-    yield Operation("map_temporary", _temporary, lambda s: _got(s.mapper).map_temporary(s.buffer("buffer")), makes=True)
+    yield Operation(
+        "map_temporary",
+        _mapper,
+        lambda s: _got(s.mapper).map_temporary(s.buffer("buffer")),
+        makes=True,
+        tidy=lambda s: _got(s.mapper).reset_temporary(),
+    )
     yield Operation("reset_temporary", _temporary, lambda s: _got(s.mapper).reset_temporary())
     yield Operation("close a mapping", _mapped, partial(_close, "mapping"))
     yield Operation("close a temporary mapping", _temporary, partial(_close, "temporary"))

@@ -175,9 +175,11 @@ class Scene:
 
     # ------------------------------------------------------------------------------------------------ what can be seen
 
-    def state(self) -> State:
-        """All that a program can see, with names in place of addresses and numbers of descriptors."""
-        self.check()
+    def state(self, *, checked: bool = True) -> State:
+        """All that a program can see, with names in place of addresses and numbers of descriptors. `checked`: and all
+        holds that has to."""
+        if checked:
+            self.check()
         container = self.container
         usable = container is not None and not container.closed and not self.handing
         return {
