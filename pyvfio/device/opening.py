@@ -58,7 +58,7 @@ def open_device(
 
 def _group_of(kernel: Kernel, bdf: str) -> int:
     found = pci.read_device(kernel, bdf)
-    number = pci.group_of(kernel, bdf)
+    number = pci.group_of(kernel, bdf) if found.iommu_group is None else found.iommu_group
     if not found.is_vfio:
         error = NotBoundError(
             f"{bdf} is bound to {found.driver or 'no driver'}, not to vfio-pci", hint=f"scripts/bind {bdf}"

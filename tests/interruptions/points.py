@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
-from types import CodeType, FrameType
+from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
 import pyvfio
@@ -24,6 +25,13 @@ _GUARD = str(HOUSE / "guard.py")
 _Result = TypeVar("_Result")
 
 
+@cache
+def _is_own(file: str) -> bool:
+    """Whether the file is the library's own; `testing` is the world around it."""
+    path = Path(file)
+    return HOUSE in path.parents and HOUSE / "testing" not in path.parents
+
+
 class Walk:
     """Counts the points that a call passes. At some of them it makes a step, which may raise.
 
@@ -33,7 +41,6 @@ class Walk:
     def __init__(self, steps: Mapping[int, Callable[[], object]] | None = None, *, to_the_end: bool = True) -> None:
         self._steps = steps or {}
         self._last = 0 if to_the_end else max(self._steps)
-        self._own: dict[CodeType, bool] = {}
         self.count = 0
         self.where: list[str] = []
         """The place of each step that was made: file, line, and the kind of the point."""
@@ -47,14 +54,6 @@ class Walk:
         finally:
             stop()
 
-    def _is_own(self, code: CodeType) -> bool:
-        """Whether the code is the library's own; `testing` is the world around it."""
-        if (known := self._own.get(code)) is None:
-            path = Path(code.co_filename)
-            known = HOUSE in path.parents and HOUSE / "testing" not in path.parents
-            self._own[code] = known
-        return known
-
     def _pass(self, frame: FrameType, kind: str) -> None:
         self.count += 1
         if self.count == self._last:
@@ -65,7 +64,7 @@ class Walk:
 
     def _trace(self, frame: FrameType, event: str, argument: object) -> TraceFunction | None:
         del event, argument
-        if not self._is_own(frame.f_code):
+        if not _is_own(frame.f_code.co_filename):
             return None
         self._pass(frame, "call")
         return self._line
@@ -78,9 +77,14 @@ class Walk:
 
     def _profile(self, frame: FrameType, event: str, argument: object) -> None:
         caller = frame.f_back
-        if event == "c_return" and self._is_own(frame.f_code):
+        if event == "c_return" and _is_own(frame.f_code.co_filename):
             self._pass(frame, f"return of {getattr(argument, '__name__', argument)}")
-        elif event == "return" and caller and self._is_own(caller.f_code) and not self._is_own(frame.f_code):
+        elif (
+            event == "return"
+            and caller
+            and _is_own(caller.f_code.co_filename)
+            and not _is_own(frame.f_code.co_filename)
+        ):
             self._pass(caller, f"return of {frame.f_code.co_name}")
 
 

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -434,6 +434,13 @@ def must_be_dirty(name: str, block: RamBlock) -> set[int]:
     return {2}
 
 
+@cache
+def is_counted(file: str) -> bool:
+    """Whether lines of the file are those of the package."""
+    name = Path(file)
+    return name.is_relative_to(ROOT) and "testing" not in name.parts and name.name != "guard.py"
+
+
 class Signaller:
     """Counts the lines of the package that run, and has a signal come at one of them."""
 
@@ -444,9 +451,7 @@ class Signaller:
 
     def _global(self, frame: FrameType, event: str, argument: object) -> TraceFunction | None:
         del event, argument
-        name = Path(frame.f_code.co_filename)
-        here = name.is_relative_to(ROOT) and "testing" not in name.parts and name.name != "guard.py"
-        return self._local if here else None
+        return self._local if is_counted(frame.f_code.co_filename) else None
 
     def _local(self, frame: FrameType, event: str, argument: object) -> TraceFunction:
         del argument

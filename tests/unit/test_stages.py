@@ -82,3 +82,14 @@ def test_each_pair_of_the_random_calls_is_played_once_and_in_a_machine_of_the_ma
     assert with_tests == set(stages.DIFFERENTIAL) & set(stages.MATRIX)
     for words in players:
         assert words[words.index("--ops") + 1] == str(stages.RANDOM_CALLS)
+
+
+def test_only_the_quick_stages_take_smaller_samples_and_leave_pyright_out() -> None:
+    """Of interruptions, collections and steps of threads, wherever these tests run."""
+    quick = [stage.command for stage in stages.quick_stages([sys.executable])]
+    for words in quick:
+        if "tests/unit" in words or "tests/unit/test_interruptions.py" in words:
+            assert set(stages.SAMPLES) <= set(words)
+    assert sum("not pyright" in words for words in quick) == 1
+    for stage in stages.host_stages([sys.executable]):
+        assert not {"not pyright", *stages.SAMPLES} & set(stage.command)
