@@ -193,6 +193,21 @@ class TestSignals:
         signal.signal(signal.SIGUSR2, signal.SIG_DFL)
         assert seen == [signal.SIGUSR2]
 
+    def test_each_handler_runs_though_all_of_them_raise(self) -> None:
+        seen: list[int] = []
+
+        def handler(number: int, frame: FrameType | None) -> None:
+            seen.append(number)
+            raise InterruptionError
+
+        numbers = [signal.SIGUSR2, signal.SIGHUP, signal.SIGWINCH, signal.SIGURG, signal.SIGCONT, signal.SIGIO]
+        before = {number: signal.signal(number, handler) for number in numbers}
+        with pytest.raises(InterruptionError):
+            Thing().change(each(*(partial(press, number) for number in numbers)))
+        for number, old in before.items():
+            signal.signal(number, old)
+        assert seen == numbers
+
     def test_a_handler_that_the_program_sets_meanwhile_stays(self) -> None:
         def other(number: int, frame: FrameType | None) -> None:
             pass
