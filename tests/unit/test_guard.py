@@ -208,6 +208,11 @@ class TestSignals:
             signal.signal(number, old)
         assert seen == numbers
 
+    def test_a_signal_that_comes_when_a_replacement_was_left_behind_is_handled_at_once(self) -> None:
+        guard._signals.replace()
+        with pytest.raises(InterruptionError):
+            press()
+
     def test_a_handler_that_the_program_sets_meanwhile_stays(self) -> None:
         def other(number: int, frame: FrameType | None) -> None:
             pass
