@@ -175,10 +175,11 @@ class _Signals:
                     self._set(number, other)
                 self._replaced.pop(number, None)  # a finalizer may have made a call of its own meanwhile
         finally:
-            try:
-                self.deliver()
-            finally:
-                self.deliver()  # another signal's handler may have raised when it was called
+            if self.noted:
+                try:
+                    self.deliver()
+                finally:
+                    self.deliver()  # another signal's handler may have raised when it was called
 
     def deliver(self) -> None:
         """Run the handlers of the signals that came meanwhile, also those behind one that raises."""
@@ -480,7 +481,8 @@ def _run(lock: RLock | None, call: Callable[[], _Result], undo: Callable[..., ob
         return call() if lock is None else _locked(lock, call)
     finally:
         try:
-            _handle(thread, signals)
+            if thread.put_off or _signals.noted:
+                _handle(thread, signals)
         finally:
             thread.inside = thread.busy = False  # from here on a handler runs at once
             if signals is not None:
@@ -495,25 +497,24 @@ def _make(
     undo: Callable[..., object],
 ) -> _Result:
     """Make an outermost call of the main thread that makes an object, which is undone when a handler raises."""
-    made = False
+    made: tuple[_Result] | None = None
     try:
         thread.inside = thread.busy = True
         signals.replace()
-        result = call() if lock is None else _locked(lock, call)
-        made = True
+        made = (call() if lock is None else _locked(lock, call),)
         _handle(thread, signals)  # before handlers are put back: a signal that comes during the undo is noted
         signals.put_back()
         thread.inside = thread.busy = False
         if thread.put_off:  # a finalizer came while handlers were put back
             _run(None, _nothing, None)
-        return result  # noqa: TRY300 (no call lies between, at which a handler could raise)
+        return made[0]
     except BaseException:
         try:
             thread.inside = thread.busy = True
-            if made:
+            if made is not None:
                 signals.replace()
                 with undoing:
-                    undo(result)
+                    undo(*made)
             _handle(thread, signals)
             raise
         finally:
@@ -522,7 +523,10 @@ def _make(
 
 
 def _handle(thread: _Thread, signals: _Signals | None) -> None:
-    """Run the handlers of signals, then the closes that finalizers asked for. New signals are noted."""
+    """Run the handlers of signals, then the closes that finalizers asked for.
+
+    Another signal that comes meanwhile is noted, so that each handler runs once.
+    """
     try:
         if signals is not None and signals.noted:
             with called_out:

@@ -64,7 +64,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--all-points",
         action="store_true",
-        help="interrupt every operation at each of its points, in place of a sample of them (some minutes)",
+        help="interrupt every operation at each of its points, in place of --points (some minutes)",
+    )
+    group.addoption(
+        "--points",
+        type=int,
+        default=5000,
+        metavar="N",
+        help="about how many points of all operations are interrupted; collections are in proportion (default: 5000)",
     )
     group.addoption(
         "--thread-steps",

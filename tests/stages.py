@@ -44,12 +44,15 @@ MATRIX = {
 and tests that are alike under each IOMMU, run once on each kernel line."""
 
 DIFFERENTIAL = (("6.1", "intel"), ("6.1", "amd"), ("6.12", "intel"), ("6.12", "virtio"), ("7", "intel"), ("7", "amd"))
-"""Random calls on each kernel line, with intel and one other IOMMU: no answer of the fake may differ."""
+"""Random calls on each kernel line, with intel and one other IOMMU: no answer of the fake may differ. Where `MATRIX`
+has that kernel and IOMMU, too, its machine also makes the calls."""
 
 FAKES = ("6.1", "6.12", "7.3")
 
 FAILURES = "tests/unit/test_failures.py"
 LINTERS = "tests/unit/test_linters.py"
+SAMPLES = ("--points=500", "--thread-steps=10000")
+"""With --quick: a tenth of what pytest takes by itself."""
 TOOLS = tuple(
     f"tests/unit/test_{name}.py"
     for name in (
@@ -103,12 +106,13 @@ def _pytest(python: str, *arguments: str, quick: bool = False) -> tuple[str, ...
 
 
 def quick_stages(pythons: Sequence[str]) -> Iterator[Stage]:
-    """One fake; a call that fails, without each failure in its undo; testing tools on the first interpreter only."""
+    """One fake; a call that fails, without each failure in its undo; testing tools on the first interpreter only; mypy,
+    and not pyright; a tenth of the interruptions, collections and steps of threads."""
     first = pythons[0]
-    yield Stage("linters and types", 1000, _pytest(first, LINTERS, quick=True))
+    yield Stage("linters and types", 1000, _pytest(first, LINTERS, "-k", "not pyright", quick=True))
     yield from (_unit(python, quick=True) for python in pythons)
     yield Stage("each failure of each call", 30, _pytest(first, FAILURES, "-k", "not step_of_the_undo", quick=True))
-    yield Stage("testing tools and examples", 60, _pytest(first, *TOOLS, quick=True))
+    yield Stage("testing tools and examples", 60, _pytest(first, *SAMPLES, *TOOLS, quick=True))
     yield from _fakes(first, ("6.12",), quick=True)
 
 
@@ -132,8 +136,8 @@ def _version(python: str) -> str:
 
 
 def _unit(python: str, *, quick: bool) -> Stage:
-    left_out = [f"--ignore={name}" for name in (*TOOLS, FAILURES, LINTERS)]
-    return Stage(f"unit tests, {_version(python)}", 50, _pytest(python, *left_out, "tests/unit", quick=quick))
+    options = [f"--ignore={name}" for name in (*TOOLS, FAILURES, LINTERS)] + [*SAMPLES] * quick
+    return Stage(f"unit tests, {_version(python)}", 50, _pytest(python, *options, "tests/unit", quick=quick))
 
 
 def _fakes(python: str, versions: Sequence[str], *, quick: bool) -> Iterator[Stage]:
@@ -144,25 +148,28 @@ def _fakes(python: str, versions: Sequence[str], *, quick: bool) -> Iterator[Sta
         yield Stage(f"devices, on the fake kernel {version}", 25, command)
 
 
+def _random_calls(python: str) -> list[str]:
+    return [python, "-m", "tools.differential", "--ops", str(RANDOM_CALLS)]
+
+
 def machine_stages(python: str) -> Iterator[Stage]:
     """Those that boot virtual machines."""
     for (kernel, iommu), devices in MATRIX.items():
-        where = ("--kernel", kernel, "--iommu", iommu, "--devices", devices)
+        machine = ("--kernel", kernel, "--iommu", iommu, "--devices", devices)
         chosen = ("tests/contract",) if devices == "contract" else ("-m", "not one_iommu")
         options = ("-p", "no:cacheprovider", "--device", "1234:11e8", "--bind", "--throwaway")
         tests = _pytest(python, *options, "tests/hw", *chosen)
-        weight = 400 if devices == "contract" else 250
-        yield Stage(f"kernel {kernel}, {iommu} IOMMU", weight, (python, "-m", "pyvfio.cli.vm", *where, "--", *tests))
+        name, program = f"kernel {kernel}, {iommu} IOMMU", [python, "-m", "pyvfio.cli.vm"]
+        if (kernel, iommu) in DIFFERENTIAL:
+            name, program = f"{name}, and {RANDOM_CALLS} random calls", _random_calls(python)
+        yield Stage(name, 400 if devices == "contract" else 250, (*program, *machine, "--", *tests))
     for kernel, iommu in DIFFERENTIAL:
-        options = ("--kernel", kernel, "--iommu", iommu, "--ops", str(RANDOM_CALLS))
-        yield Stage(
-            f"{RANDOM_CALLS} random calls, kernel {kernel}, {iommu} IOMMU", 35, ("scripts/differential", *options)
-        )
+        if (kernel, iommu) not in MATRIX:
+            command = (*_random_calls(python), "--kernel", kernel, "--iommu", iommu)
+            yield Stage(f"{RANDOM_CALLS} random calls, kernel {kernel}, {iommu} IOMMU", 35, command)
     yield Stage("the virtual machine itself", 150, _pytest(python, "tests/vm"))
-    bench = ("scripts/bench", "--kernel", "7", "--check", "--sizes")
-    yield Stage("what a resize costs", 70, (*bench, "2,512"))
-    for memory in ("memfd", "hugetlb", "file"):
-        yield Stage(f"what a resize costs, {memory}", 60, (*bench, "2", "--memory", memory))
+    memories = [f"--memory={memory}" for memory in ("anonymous=2,512", "memfd=2", "hugetlb=2", "file=2")]
+    yield Stage("what a resize costs", 150, ("scripts/bench", "--kernel", "7", "--check", *memories))
     yield Stage("the demo", 20, ("scripts/demo",))
 
 
@@ -262,7 +269,7 @@ def compile_tests(python: str) -> None:
     folders = ("tests/hw", "tests/contract", "tests/vm")
     command = [python, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *folders]
     subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)  # the stages say what is wrong
-    subprocess.run([python, "-m", "compileall", "-q", "pyvfio", "tools", "examples"], cwd=ROOT, check=False)
+    subprocess.run([python, "-m", "compileall", "-q", "pyvfio", "tools", "examples", "tests"], cwd=ROOT, check=False)
 
 
 def main() -> int:

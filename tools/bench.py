@@ -60,6 +60,14 @@ class Row(NamedTuple):
         return None if self.bare is None else self.cost.resize - self.bare.resize
 
 
+class Plan(NamedTuple):
+    """The blocks of one kind of memory that are measured. `sizes` in bytes."""
+
+    memory: str
+    sizes: Sequence[int]
+    repeat: int
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """One thing that must hold, and what was seen."""
@@ -97,24 +105,24 @@ def judge(rows: Sequence[Row], *, memory: str) -> Iterator[Verdict]:
             yield Verdict(what, max(added) <= ADDED, f"{max(added):.1f} µs")
 
 
-def _measure(world: World, bdf: str, options: argparse.Namespace, bare: Path | None) -> list[Row]:
+def _measure(world: World, bdf: str, plan: Plan, bare: Path | None, *, shown: bool | None) -> list[Row]:
     bares: dict[tuple[str, int], Cost] = {}
     if bare is not None:
         node = pci.group_node(world.kernel, pci.group_of(world.kernel, bdf))
-        found = resize_cost.measure_bare(bare, node, memory=options.memory, sizes=options.sizes, repeat=options.repeat)
+        found = resize_cost.measure_bare(bare, node, memory=plan.memory, sizes=plan.sizes, repeat=plan.repeat)
         bares = {(policy, size): cost for policy, size, cost in found}
     rows = []
-    steps = len(POLICIES) * len(options.sizes)
+    steps = len(POLICIES) * len(plan.sizes)
     with (
         open_device(bdf, kernel=world.kernel) as device,
-        bars.bar(steps, what="measuring", unit="row", shown=options.bars or None) as advance,
+        bars.bar(steps, what="measuring", unit="row", shown=shown) as advance,
     ):
-        measure = partial(resize_cost.measure, device.container, memory=options.memory)
+        measure = partial(resize_cost.measure, device.container, memory=plan.memory)
         for policy in POLICIES:
             # The interpreter specializes what it has run some times; that is not to be part of the first row.
             measure(policy, size=STEP, repeat=_WARM_UP)
-            for size in options.sizes:
-                cost = measure(policy, size=size, repeat=options.repeat)
+            for size in plan.sizes:
+                cost = measure(policy, size=size, repeat=plan.repeat)
                 rows.append(Row(policy, size, cost, bares.get((policy, size))))
                 advance(1)
     return rows
@@ -123,34 +131,46 @@ def _measure(world: World, bdf: str, options: argparse.Namespace, bare: Path | N
 # --------------------------------------------------------------------------------------------------------------- output
 
 
-def _show(rows: Sequence[Row], world: World, options: argparse.Namespace, *, iommu: str) -> int:
-    verdicts = [] if options.fake else list(judge(rows, memory=options.memory))
+def _run_plans(options: argparse.Namespace, world: World, bdf: str, *, iommu: str) -> int:
+    """Measure each kind of memory, and show the figures. The exit status."""
+    reports: list[Json] = []
+    missed = False
+    for plan in options.plans:
+        with resize_cost.large_pages("anonymous" if options.fake else plan.memory, size=max(plan.sizes) + STEP):
+            rows = _measure(world, bdf, plan, options.guest, shown=options.bars or None)
+        verdicts = [] if options.fake else list(judge(rows, memory=plan.memory))
+        missed |= not all(verdict.ok for verdict in verdicts)
+        reports.append(_report(rows, verdicts, world, iommu=iommu, memory=plan.memory))
+        if not options.json:
+            where = "the fake kernel, as" if options.fake else "in a virtual machine:"
+            print(f"{where} Linux {world.release}, {iommu} IOMMU; memory: {plan.memory}")
+            _show(rows, verdicts)
     if options.json:
-        print_json(_report(rows, verdicts, world, iommu=iommu, memory=options.memory))
-    else:
-        where = "the fake kernel, as" if options.fake else "in a virtual machine:"
-        print(f"{where} Linux {world.release}, {iommu} IOMMU; memory: {options.memory}")
-        print(f"microseconds to grow by {format_size(STEP)}\n")
-        print_table(
-            ["POLICY", "BLOCK", "RESIZE", "SYSTEM CALLS", "PYVFIO ADDS", "PREFAULT, APART"],
+        print_json(reports[0] if len(reports) == 1 else reports)
+    elif options.fake:
+        print("The fake kernel maps nothing: these figures say nothing of a kernel.")
+    return FAILED if options.check and missed else OK
+
+
+def _show(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
+    print(f"microseconds to grow by {format_size(STEP)}\n")
+    print_table(
+        ["POLICY", "BLOCK", "RESIZE", "SYSTEM CALLS", "PYVFIO ADDS", "PREFAULT, APART"],
+        [
             [
-                [
-                    row.policy,
-                    format_size(row.size),
-                    _number(row.cost.resize),
-                    _number(None if row.bare is None else row.bare.resize),
-                    _number(row.added),
-                    _number(row.cost.prefault),
-                ]
-                for row in rows
-            ],
-        )
-        print()
-        for verdict in verdicts:
-            print(f"{'ok    ' if verdict.ok else 'MISSED'}  {verdict.what}: {verdict.seen}")
-        if options.fake:
-            print("The fake kernel maps nothing: these figures say nothing of a kernel.")
-    return FAILED if options.check and not all(verdict.ok for verdict in verdicts) else OK
+                row.policy,
+                format_size(row.size),
+                _number(row.cost.resize),
+                _number(None if row.bare is None else row.bare.resize),
+                _number(row.added),
+                _number(row.cost.prefault),
+            ]
+            for row in rows
+        ],
+    )
+    print()
+    for verdict in verdicts:
+        print(f"{'ok    ' if verdict.ok else 'MISSED'}  {verdict.what}: {verdict.seen}", flush=True)
 
 
 def _number(microseconds: float | None) -> str:
@@ -219,10 +239,7 @@ def _run_in_guest(options: argparse.Namespace) -> int:
     bdf = found[0].bdf
     with ExitStack() as stack:
         stack.callback(pci.restore, kernel, pci.bind(kernel, bdf))
-        stack.enter_context(resize_cost.large_pages(options.memory, size=max(options.sizes) + STEP))
-        world = LinuxWorld([bdf])
-        rows = _measure(world, bdf, options, options.guest)
-    return _show(rows, world, options, iommu=options.iommu or iommu_name(kernel))
+        return _run_plans(options, LinuxWorld([bdf]), bdf, iommu=options.iommu or iommu_name(kernel))
 
 
 def _run_on_fake(options: argparse.Namespace) -> int:
@@ -233,10 +250,9 @@ def _run_on_fake(options: argparse.Namespace) -> int:
         complain(NAME, error)
         return WRONG_USAGE
     with fake:
-        world = FakeWorld(fake)
-        rows = _measure(world, fake.bdfs[0], options, None)
+        status = _run_plans(options, FakeWorld(fake), fake.bdfs[0], iommu=iommu)
         fake.check()
-    return _show(rows, world, options, iommu=iommu)
+    return status
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
@@ -254,6 +270,13 @@ def _size(text: str) -> int:
 
 def _sizes(text: str) -> list[int]:
     return [_size(word) for word in text.split(",")]
+
+
+def _memory(text: str) -> tuple[str, list[int] | None]:
+    memory, given, sizes = text.partition("=")
+    if memory not in MEMORIES:
+        raise argparse.ArgumentTypeError(f"{memory!r} is none of {', '.join(MEMORIES)}")
+    return memory, _sizes(sizes) if given else None
 
 
 def _count(text: str) -> int:
@@ -276,7 +299,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--iommu", choices=list(vm.IOMMUS), help="default: intel")
     default = ",".join(str(size // MIB) for size in SIZES)
     add("--sizes", type=_sizes, default=list(SIZES), metavar="MIB,…", help=f"lengths of the block; default: {default}")
-    add("--memory", choices=MEMORIES, default="anonymous", help="what the block is of; default: anonymous")
+    add(
+        "--memory",
+        type=_memory,
+        action="append",
+        metavar="KIND[=MIB,…]",
+        help=f"the memory of the block, and lengths for it alone; may be repeated; default: anonymous; "
+        f"{', '.join(MEMORIES)}",
+    )
     repeats = f"{_REPEAT}, and {_REPEAT_FILE} of what is no anonymous memory"
     add("--repeat", type=_count, metavar="N", help=f"resizes, of which the least counts; default: {repeats}")
     add("--json", action="store_true", help="for programs")
@@ -291,11 +321,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    if options.repeat is None:
-        options.repeat = _REPEAT if options.memory == "anonymous" else _REPEAT_FILE
+    options.plans = [
+        Plan(memory, sizes or options.sizes, options.repeat or (_REPEAT if memory == "anonymous" else _REPEAT_FILE))
+        for memory, sizes in options.memory or [("anonymous", None)]
+    ]
     if options.fake and options.check:
         parser.error("--check goes with a real kernel: what the fake takes says nothing")
-    if options.fake and options.memory == "hugetlb":
+    if options.fake and any(plan.memory == "hugetlb" for plan in options.plans):
         parser.error("--memory hugetlb goes with a real kernel: the fake has no pool of huge pages of its own")
     if options.guest is not None:
         return _run_in_guest(options)

@@ -4,6 +4,7 @@ import argparse
 import io
 import logging
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,18 +37,22 @@ def _count(text: str) -> int:
     return number
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the arguments."""
+    made = argparse.ArgumentParser(
         prog=NAME,
         description="Makes random sequences of VFIO calls, plays them on a real kernel in a virtual machine and on the "
-        "fake kernel, and compares each value, errno, written byte and locked page.",
-        epilog="exit status: 0 no difference, 1 a difference, which is on stdout as a program, or no virtual machine, "
-        "2 wrong arguments",
+        "fake kernel, and compares each value, errno, written byte and locked page. COMMAND runs first, in the same "
+        "virtual machine, with its output on stderr.",
+        usage="%(prog)s [options] [-- COMMAND...]",
+        epilog="exit status: 0 no difference, 1 a difference, which is on stdout as a program, a failure of COMMAND, "
+        "or no virtual machine, 2 wrong arguments",
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    add = made.add_argument
     add("--kernel", default="6.12", choices=list(kernels.LINES), help="default: %(default)s")
     add("--iommu", default="intel", choices=list(vm.IOMMUS), help="default: %(default)s; virtio needs 6.12")
+    add("--devices", default="edu", choices=list(vm.DEVICES), help="of the virtual machine; default: %(default)s")
     add("--ops", default=2000, type=_count, metavar="N", help="how many calls; default: %(default)s")
     add("--seed", default=1, type=int, metavar="N", help="the same seed makes the same calls; default: %(default)s")
     add(
@@ -55,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--guest", choices=["record", "reduce"], help=argparse.SUPPRESS)
     add("--episodes", type=Path, help=argparse.SUPPRESS)
-    return parser
+    add("command", nargs="*", metavar="COMMAND", help=argparse.SUPPRESS)
+    return made
 
 
 # ---------------------------------------------------------------------------------------------------- in the machine
@@ -79,12 +85,14 @@ def _lines(path: Path) -> Iterator[Episode]:
             yield comparison.decode_episode(line)
 
 
-def _record(path: Path) -> int:
+def _record(path: Path, command: Sequence[str]) -> int:
+    """Run the command, and print the outcomes of the episodes. The exit status is the command's."""
+    status = subprocess.run(command, stdout=sys.stderr, check=False).returncode if command else OK  # noqa: S603
     with _linux_stage() as stage:
         for episode in _lines(path):
             outcomes = [comparison.encode(outcome) for outcome in comparison.play(stage, episode)]
             print("\n".join(outcomes), flush=True)
-    return OK
+    return FAILED if status else OK
 
 
 def _reduce(path: Path, *, version: str, iommu: str) -> int:
@@ -101,33 +109,34 @@ def _reduce(path: Path, *, version: str, iommu: str) -> int:
 # ---------------------------------------------------------------------------------------------------------- outside
 
 
-class _Machine:
+class Machine:
     """Starts virtual machines that run this module on files in a directory of its own."""
 
-    def __init__(self, directory: Path, kernel: str, iommu: str) -> None:
+    def __init__(self, directory: Path, options: argparse.Namespace) -> None:
         self._directory = directory
-        self._kernel = kernel
-        self._iommu = iommu
+        self._options = options
 
-    def run(self, task: str, episodes: Sequence[Episode], *, calls: int) -> str:
-        """What `task` printed about the episodes."""
+    def run(self, task: str, episodes: Sequence[Episode], *, calls: int, first: Sequence[str] = ()) -> tuple[int, str]:
+        """Run the command `first`, and then `task` on the episodes. The exit status, and the output of `task`."""
+        options = self._options
         path = self._directory / task
         path.write_text("".join(comparison.encode(episode) + "\n" for episode in episodes), encoding="ascii")
         command = [sys.executable, "-m", "tools.differential", "--guest", task, "--episodes", str(path)]
-        command += ["--kernel", self._kernel, "--iommu", self._iommu]
+        command += ["--kernel", options.kernel, "--iommu", options.iommu, "--", *first]
         stdout = io.BytesIO()
         result = vm.run(
             command,
-            kernel=self._kernel,
-            iommu=self._iommu,
-            timeout=600 + 300 * calls / _MINUTE_OF_OPS,
+            kernel=options.kernel,
+            iommu=options.iommu,
+            devices=options.devices,
+            timeout=None if first else 600 + 300 * calls / _MINUTE_OF_OPS,
             env={"PYTHONPATH": str(Path(__file__).parents[1])},
             stdout=stdout,
             stderr=sys.stderr.buffer,
         )
-        if result.status:
+        if result.status and not first:
             raise OSError(f"the recorder in the virtual machine ended with status {result.status}")
-        return stdout.getvalue().decode("ascii")
+        return result.status, stdout.getvalue().decode("ascii")
 
 
 def _differing(
@@ -146,10 +155,11 @@ def _differing(
                 yield episode._replace(ops=episode.ops[: number + 1]), look
 
 
-def _report(machine: _Machine, found: Sequence[Episode], options: argparse.Namespace) -> None:
+def _report(machine: Machine, found: Sequence[Episode], options: argparse.Namespace) -> None:
     version = _FAKES[options.kernel]
     plays = sum(len(episode.ops) for episode in found) * 40
-    for episode, line in zip(found, machine.run("reduce", found, calls=plays).splitlines(), strict=False):
+    _, text = machine.run("reduce", found, calls=plays)
+    for episode, line in zip(found, text.splitlines(), strict=False):
         if line:
             parts = line.split("\t")
             least, real, fake = comparison.decode_episode(parts[0]), *map(comparison.decode_outcome, parts[1:])
@@ -159,7 +169,8 @@ def _report(machine: _Machine, found: Sequence[Episode], options: argparse.Names
             print("".join(f"# {op}\n" for op in episode.ops))
 
 
-def _compare(options: argparse.Namespace) -> int:
+def compare(options: argparse.Namespace, machine: Machine) -> int:
+    """Play the calls in the machine and on the fake, and print the differences. The exit status."""
     # Sequences ask for everything, and what the fake says of what it does not model is no news here.
     logging.getLogger("pyvfio.testing.fake").setLevel(logging.ERROR)
     version = _FAKES[options.kernel]
@@ -167,24 +178,26 @@ def _compare(options: argparse.Namespace) -> int:
     top = U64_MAX + 1 if VERSIONS[version].unmaps_end_of_u64 else U64_MAX + 1 - PAGE_SIZE
     episodes = sequences.episodes(seed=options.seed, ops=options.ops, ranges=ranges, top=top)
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="pyvfio-differential-") as directory:
-        machine = _Machine(Path(directory), options.kernel, options.iommu)
-        text = machine.run("record", episodes, calls=options.ops)
-        recorded = map(comparison.decode_outcome, text.splitlines())
-        looks: dict[str, Episode] = {}
-        count = 0
-        for episode, look in _differing(episodes, recorded, FakeStage(version, options.iommu)):
-            count += 1
-            if look not in looks or len(episode.ops) < len(looks[look].ops):
-                looks[look] = episode
-        seconds = time.monotonic() - start
-        what = f"{options.ops} calls, seed {options.seed}, Linux {options.kernel}, {options.iommu} IOMMU"
-        print(f"# {what}: {count} of {len(episodes)} episodes differ ({seconds:.0f} s)", flush=True)
-        for look in looks:
-            print(f"# {look}")
-        if looks:
-            _report(machine, list(looks.values())[: options.differences], options)
-    return FAILED if looks else OK
+    status, text = machine.run("record", episodes, calls=options.ops, first=options.command)
+    recorded = [comparison.decode_outcome(line) for line in text.splitlines()]
+    if len(recorded) != options.ops:
+        raise OSError(f"the recorder in the virtual machine ended with {len(recorded)} of {options.ops} calls")
+    looks: dict[str, Episode] = {}
+    count = 0
+    for episode, look in _differing(episodes, iter(recorded), FakeStage(version, options.iommu)):
+        count += 1
+        if look not in looks or len(episode.ops) < len(looks[look].ops):
+            looks[look] = episode
+    seconds = time.monotonic() - start
+    what = f"{options.ops} calls, seed {options.seed}, Linux {options.kernel}, {options.iommu} IOMMU"
+    print(f"# {what}: {count} of {len(episodes)} episodes differ ({seconds:.0f} s)", flush=True)
+    for look in looks:
+        print(f"# {look}")
+    if looks:
+        _report(machine, list(looks.values())[: options.differences], options)
+    if status:
+        print(f"# {options.command[0]} failed in the virtual machine", flush=True)
+    return FAILED if looks or status else OK
 
 
 def replay(episode: Episode, *, version: str, iommu: str) -> None:
@@ -203,12 +216,14 @@ def replay(episode: Episode, *, version: str, iommu: str) -> None:
 
 def _dispatch(options: argparse.Namespace) -> int:
     if options.guest == "record":
-        return _record(options.episodes)
+        return _record(options.episodes, options.command)
     if options.guest == "reduce":
         return _reduce(options.episodes, version=_FAKES[options.kernel], iommu=options.iommu)
     try:
-        return _compare(options)
+        with tempfile.TemporaryDirectory(prefix="pyvfio-differential-") as directory:
+            return compare(options, Machine(Path(directory), options))
     except vm.VmError as error:
+        print(*error.log.splitlines()[-40:], sep="\n", file=sys.stderr)
         raise OSError(str(error)) from error
 
 
@@ -218,10 +233,9 @@ def _end(number: int, _frame: object) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs ``scripts/differential`` and returns its exit status."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     if options.iommu == "virtio" and options.kernel == "6.1":
-        parser.error("the kernels 6.1 have no driver for the virtio IOMMU")
+        parser().error("the kernels 6.1 have no driver for the virtio IOMMU")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
     return _dispatch(options)

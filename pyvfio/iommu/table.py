@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
 from pyvfio.iommu.space import Mapping
@@ -20,8 +20,7 @@ class MappingTable:
     __slots__ = ("_iovas", "_rows")
 
     def __init__(self) -> None:
-        # iova, size, vaddr of one mapping after the other, in one array: a change is one operation, so that a signal
-        # handler that raises cannot leave half of it. `_iovas` is a copy of every third to search in, at C's speed.
+        # iova, size and vaddr of one mapping after the other. `_iovas` is a copy of every third, to search in.
         self._rows = array("Q")
         self._iovas = array("Q")
 
@@ -42,8 +41,6 @@ class MappingTable:
 
     def _position(self, iova: int) -> int:
         """Of the first mapping that does not begin below `iova`."""
-        if 3 * len(self._iovas) != len(self._rows):  # a change was interrupted before it came to the copy
-            self._iovas = self._rows[::3]
         iovas = self._iovas
         if not iovas or iova > iovas[-1]:  # no search for what comes behind all others
             return len(iovas)
@@ -83,8 +80,10 @@ class MappingTable:
 
     def at(self, iova: int) -> Mapping | None:
         """The mapping that covers `iova`."""
-        found = self.overlapping(iova=iova, size=1)
-        return found[0] if found else None
+        position = bisect_right(self._iovas, iova) - 1
+        if position < 0 or iova >= self._rows[3 * position] + self._rows[3 * position + 1]:
+            return None
+        return self._at(position)
 
     def clear(self) -> None:
         """Forget all."""

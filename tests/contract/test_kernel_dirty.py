@@ -232,6 +232,14 @@ def test_the_bitmap_has_whole_words_enough_and_256_mib_at_most(tracking: Attache
         get(tracking, Bitmap(), pages=pages, room=room)
 
 
+@pytest.mark.parametrize("data", [(1 << 47) - PAGE, 1 << 47, 1 << 62])
+def test_the_bitmap_has_an_address_of_a_process(tracking: Attached, data: int) -> None:
+    """With page tables of four levels. The last page has none."""
+    get(tracking, (1 << 47) - 2 * PAGE)  # nothing is written
+    with refused(errno.EINVAL):
+        get(tracking, data)
+
+
 @pytest.mark.parametrize("pgsize", [0, 1, 2 * PAGE, PAGE // 2, 1 << 21, 3 * PAGE])
 def test_a_bit_is_the_smallest_page(tracking: Attached, pgsize: int) -> None:
     with refused(errno.EINVAL):

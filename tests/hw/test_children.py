@@ -31,7 +31,7 @@ for name in os.listdir("/proc/self/fd"):
 print(flush=True)
 sys.stdin.read()
 """
-COMMAND = (sys.executable, "-c", PROGRAM)
+COMMAND = (sys.executable, "-I", "-S", "-c", PROGRAM)  # it needs no more, and starts in a third of the time
 
 
 @contextmanager

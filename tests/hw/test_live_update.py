@@ -22,18 +22,17 @@ from pathlib import Path
 import pytest
 
 import pyvfio
-from pyvfio import HandOver, Memfd, TakenOver, hand_over, ioctls, take_over
+from pyvfio import HandOver, Memfd, hand_over, ioctls, take_over
 from pyvfio.kernel import IoctlArgument, Kernel, LinuxKernel, Registers
 from pyvfio.testing.edu import Edu
-from pyvfio.testing.probe import DmaProbe, pattern
 from pyvfio.testing.under_fire import Copies, copy_meanwhile
 from pyvfio.testing.world import LinuxWorld, World
 from pyvfio.units import MIB, PAGE_SIZE
 from tests.hw.rig import SIZE, Rig
+from tests.hw.successor import USED, Taker, locked
 
 ROOT = Path(__file__).parents[2]
 BAR_SIZE = MIB
-USED = 4 * MIB
 
 
 def duplicate(kernel: Kernel, fd: int) -> int:
@@ -134,49 +133,6 @@ def add(rig: Rig) -> pyvfio.RamBlock:
     return block
 
 
-class Taker:
-    """What the new process does with what it has taken over."""
-
-    def __init__(self, taken: TakenOver) -> None:
-        (self.device,) = taken.devices.values()
-        self.blocks, self.mapper = taken.blocks, taken.mapper
-        desk = taken.blocks["desk"]
-        self.engine = Edu(self.device.region(ioctls.VFIO_PCI_BAR0_REGION_INDEX))
-        self._probe = DmaProbe(self.engine, desk=desk, iova=taken.mapper.iova(desk))
-
-    def reaches(self, offset: int) -> bool:
-        """Whether the device reads what is written at `offset` of the block through this process's mapping, and this
-        process sees what the device writes there."""
-        block, there, sent = self.blocks["ring"], pattern(SIZE), pattern(SIZE)
-        iova = self.mapper.iova(block) + offset
-        with block.view() as view:
-            view[offset : offset + SIZE] = there
-        read = self._probe.read(iova, SIZE) == there
-        self._probe.write(iova, sent)
-        with block.view() as view:
-            return read and bytes(view[offset : offset + SIZE]) == sent
-
-    def is_stopped(self, offset: int) -> bool:
-        """Whether the device is stopped when it reads there."""
-        return self._probe.read(self.mapper.iova(self.blocks["ring"]) + offset, SIZE) is None
-
-    def check(self, iova: int) -> None:
-        """That all of the block is where it was, that it grows and shrinks, and the device with it."""
-        block = self.blocks["ring"]
-        self.mapper._check()
-        assert self.mapper.iova(block) == iova
-        assert self.reaches(USED - SIZE)
-        assert self.is_stopped(USED)
-        block.resize(8 * MIB)
-        assert self.reaches(8 * MIB - SIZE)
-        block.resize(MIB)
-        assert self.reaches(MIB - SIZE)
-        assert self.is_stopped(MIB)
-        assert self.is_stopped(USED - SIZE)
-        self.mapper._check()
-        assert self.mapper.iova(block) == iova
-
-
 @pytest.fixture
 def rig(engine_bdfs: tuple[str, ...], kernel: Kernel) -> Iterator[Rig]:
     """Blocks in pieces, and a desk that can be handed over with them."""
@@ -268,18 +224,14 @@ class Helper:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-def _locked() -> int:
-    return LinuxKernel().memlock().used
-
-
 def _takes_all(helper: Helper, state: bytes, fds: list[int]) -> None:
-    assert _locked() == 0
+    assert locked() == 0
     with take_over(state, fds) as taken:
-        helper.say(b"%d" % _locked())
+        helper.say(b"%d" % locked())
         iova = int(helper.ask())  # the old process has closed everything
         Taker(taken).check(iova)
         helper.say(b"checked")
-    assert _locked() == 0
+    assert locked() == 0
 
 
 @pytest.mark.real_kernel("a fake is in one process, and another has none of it")
@@ -384,7 +336,7 @@ def test_a_new_process_that_may_lock_too_little_says_so_and_can_try_again(
 
 # --------------------------------------------------------------------------------------------------------- one, anew
 
-PROGRAM = "from tests.hw.test_live_update import after_exec; after_exec()"
+PROGRAM = "from tests.hw.successor import after_exec; after_exec()"
 
 
 def _becomes_another_program(bdf: str, said: socket.socket) -> None:
@@ -401,20 +353,8 @@ def _becomes_another_program(bdf: str, said: socket.socket) -> None:
         numbers = (said.fileno(), state, iova, *update.make_inheritable())
         os.set_inheritable(said.fileno(), True)  # noqa: FBT003
         os.set_inheritable(state, True)  # noqa: FBT003
-        os.execv(sys.executable, [sys.executable, "-c", PROGRAM, *map(str, numbers)])
-
-
-def after_exec() -> None:
-    """What the program does that a process has become."""
-    said_fd, state, iova, *fds = (int(argument) for argument in sys.argv[1:])
-    said = socket.socket(fileno=said_fd)
-    assert _locked() == 0
-    with take_over(os.pread(state, 1 << 20, 0), fds) as taken:
-        assert not any(os.get_inheritable(fd) for fd in fds)
-        said.send(b"%d" % _locked())
-        assert said.recv(10) == b"go"
-        Taker(taken).check(iova)
-    said.send(b"checked")
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # in place of site's work
+        os.execve(sys.executable, [sys.executable, "-S", "-c", PROGRAM, *map(str, numbers)], environment)
 
 
 @pytest.mark.one_iommu

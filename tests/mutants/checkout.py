@@ -14,7 +14,7 @@ from queue import SimpleQueue
 
 from tests.mutants.mutant import ROOT
 
-TIMEOUT = 300
+TIMEOUT = 1500  # a lock that is kept: a run takes five minutes at most where the machine is slow
 """Seconds that a run of pytest may take by default. A mistake may keep a lock for ever."""
 
 

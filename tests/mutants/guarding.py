@@ -49,7 +49,7 @@ _MUTANTS = (
     Mutant("_catch_up", "except Exception:", "except ValueError:", "finalizers"),
     # --------------------------------------------------------------------------------------------------------- signals
     Mutant("_Signals.replace", "            self._set(number, self._route)\n", "            pass\n", "signals"),
-    Mutant("_make", "                    undo(result)\n", "                    pass\n", "signals"),
+    Mutant("_make", "                    undo(*made)\n", "                    pass\n", "signals"),
     Mutant("checkpoint", "        _signals.deliver()\n", "        pass\n", "signals"),
     Mutant("checkpoint", " and get_ident() == _signals.main", "", "signals"),
     Mutant("checkpoint", " and not _thread.undoing", "", "signals"),

@@ -89,6 +89,28 @@ def test_it_measures_memory_of_the_kind_that_is_asked_for(memory: str, capsys: p
     assert f"memory: {memory}" in capsys.readouterr().out
 
 
+def test_several_kinds_of_memory_are_measured_in_one_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each at the lengths that are given with it, or at those that are given for all."""
+    given = ["--fake", "--sizes", "4", "--repeat", "1", "--memory", "anonymous=2,8", "--memory", "memfd"]
+    assert bench.main([*given, "--json"]) == 0
+    found = [
+        (one["memory"], {row["size"] // MIB for row in one["rows"]}) for one in json.loads(capsys.readouterr().out)
+    ]
+    assert found == [("anonymous", {2, 8}), ("memfd", {4})]
+    assert bench.main(given) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("memory: anonymous") < printed.index("memory: memfd")
+
+
+@pytest.mark.parametrize("memory", ["ram", "memfd=", "memfd=3", "=2"])
+def test_a_kind_of_memory_that_there_is_not_is_wrong_usage(memory: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Or a length of it that cannot be."""
+    with pytest.raises(SystemExit) as ended:
+        bench.main(["--fake", "--memory", memory])
+    assert ended.value.code == 2
+    assert "--memory" in capsys.readouterr().err
+
+
 def test_huge_pages_are_not_measured_on_the_fake(capsys: pytest.CaptureFixture[str]) -> None:
     """It would take them from this machine's pool."""
     with pytest.raises(SystemExit) as ended:

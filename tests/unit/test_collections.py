@@ -17,7 +17,7 @@ from tests.interruptions.operations import OPERATIONS, Operation
 from tests.interruptions.scene import SeenKernel
 from tests.interruptions.victims import VICTIMS
 
-SHARE = 80  # one point in so many, of each operation with each victim
+SHARE = 80  # one point in so many, of each operation with each victim, where 5000 points are interrupted
 ENOUGH = 5  # failures of one operation
 
 
@@ -39,11 +39,12 @@ def test_what_a_finalizer_closes_in_the_middle_of_an_operation_is_closed_before_
 ) -> None:
     """A mapping, a temporary one, a view, a mapped region, a device: the operation is made, too."""
     failures, points, count = list[str](), 0, 0
+    option = request.config.getoption
     kernel = SeenKernel()
     for name, victim in VICTIMS.items():
         passed, legal = rehearse_collections(operation, kernel, victim)
         points += passed
-        share = passed if request.config.getoption("--all-points") else passed // SHARE + 1
+        share = passed if option("--all-points") else passed * option("--points") // (5000 * SHARE) + 1
         for at in sorted(chance.sample(range(1, passed + 1), share)):
             wrong = examine_collection(operation, kernel, victim, at, legal)
             count += 1

@@ -5,14 +5,18 @@ from __future__ import annotations
 import ast
 import errno
 import os
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from pyvfio.testing.fake import VERSIONS
 from pyvfio.testing.fake.iommu import iommu_model
 from pyvfio.units import PAGE_SIZE, U64_MAX
-from tools import comparison, sequences
+from tools import comparison, differential, sequences
 from tools.comparison import Episode, FakeStage, Op, Outcome, changes, first_difference, play, shortest
 
 RANGES = iommu_model("intel", VERSIONS["6.12"]).ranges
@@ -196,3 +200,75 @@ def test_the_program_has_the_calls_in_it_and_is_python() -> None:
     ast.parse(text)
     assert "VFIO_IOMMU_MAP_DMA" in text
     assert "fake: EINVAL" in text
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+class Machine(differential.Machine):
+    """Plays on a fake, which may answer one call otherwise, and may lose the last ones."""
+
+    answer: Outcome | None = None
+    lost = 0
+    status = 0
+    first: Sequence[str] = ()
+
+    def run(self, task: str, episodes: Sequence[Episode], *, calls: int, first: Sequence[str] = ()) -> tuple[int, str]:
+        """As if a kernel had answered."""
+        del calls
+        stage = FakeStage("7.3", "intel")
+        if task == "reduce":
+            good = comparison.encode(GOOD)
+            return 0, "".join(f"{comparison.encode(episode)}\t{good}\t{good}\n" for episode in episodes)
+        self.first = first
+        played = [outcome for episode in episodes for outcome in play(stage, episode)]
+        if self.answer is not None:
+            played[7] = self.answer
+        return self.status, "".join(comparison.encode(outcome) + "\n" for outcome in played[: len(played) - self.lost])
+
+
+def compared(tmp_path: Path, *, answer: Outcome | None = None, lost: int = 0, status: int = 0) -> int:
+    """The exit status when that is what the machine does, which also runs pytest."""
+    options = differential.parser().parse_args(["--kernel", "7", "--ops", "150", "--", "pytest", "-q", "--bind"])
+    machine = Machine(tmp_path, options)
+    machine.answer, machine.lost, machine.status = answer, lost, status
+    ended = differential.compare(options, machine)
+    assert machine.first == ["pytest", "-q", "--bind"]
+    return ended
+
+
+def test_no_difference_is_success_unless_the_command_in_the_same_machine_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compared(tmp_path) == 0
+    assert compared(tmp_path, status=1) == 1
+    assert "# pytest failed in the virtual machine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_difference_is_a_failure_and_is_printed_as_a_program(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int
+) -> None:
+    assert compared(tmp_path, answer=GOOD._replace(value=12345), status=status) == 1
+    printed = capsys.readouterr().out
+    assert "1 of 2 episodes differ" in printed
+    assert "replay(" in printed
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_calls_that_are_not_answered_are_an_error(tmp_path: Path, status: int) -> None:
+    with pytest.raises(OSError, match="149 of 150 calls"):
+        compared(tmp_path, lost=1, status=status)
+
+
+def test_the_command_in_the_machine_runs_before_the_calls_and_writes_to_stderr(tmp_path: Path) -> None:
+    """So that stdout has the outcomes only."""
+    episodes = tmp_path / "episodes"
+    episodes.write_text("")
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.differential", "--guest", "record", "--episodes", episodes, "--", "echo", "ran"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr.splitlines()[0]) == ("", "ran")

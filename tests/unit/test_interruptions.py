@@ -1,7 +1,7 @@
 """A signal handler raises at any point of any operation, and another one in the undo: all is as before, or as after.
 
-The points are found by making each operation once (tests/interruptions). With `--all-points` all of them are examined;
-without it a sample, another one each time.
+The points are found by making each operation once (tests/interruptions). `--points` is the size of the sample that is
+examined, another one each time; with `--all-points` all of them are.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ from tests.interruptions.examine import Case, Dry, examine, raising, rehearse
 from tests.interruptions.operations import OPERATIONS, Operation
 from tests.interruptions.scene import SeenKernel
 
-SAMPLE = 5000
 ENOUGH = 5  # failures of one operation
 
 
 class Laboratory:
     """A kernel, a new one where a failure has left something in it, and the cases to examine of each operation."""
 
-    def __init__(self, seed: int, *, everything: bool) -> None:
+    def __init__(self, seed: int, sample: int | None) -> None:
         self.kernel = SeenKernel()
         self.chance = random.Random(seed)  # noqa: S311 (nothing secret)
         self.dry = {operation.name: rehearse(operation, self.kernel) for operation in OPERATIONS}
-        self._share = 1.0 if everything else min(0.8 * SAMPLE / self.points, 1)
+        self._share = 1.0 if sample is None else min(0.8 * sample / self.points, 1)
 
     @property
     def points(self) -> int:
@@ -56,7 +55,8 @@ def laboratory(request: pytest.FixtureRequest) -> Iterator[Laboratory]:
     given = request.config.getoption("--hypothesis-seed")
     seed = secrets.randbits(32) if given is None else int(given)
     gc.disable()
-    made = Laboratory(seed, everything=request.config.getoption("--all-points"))
+    option = request.config.getoption
+    made = Laboratory(seed, None if option("--all-points") else option("--points"))
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print(f"\n{made.points} points of {len(OPERATIONS)} operations: --hypothesis-seed={seed}", flush=True)
     with raising():

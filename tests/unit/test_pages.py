@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 import pyvfio
 from pyvfio.testing import FakeKernel
+from tests.mutants.mutant import definitions
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,6 +40,26 @@ def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
         target = page.parent / file if file else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_the_page_on_architecture_names_what_the_package_has() -> None:
+    """Each file, and each class, method and function, of the sections that lead a newcomer to the place of a change."""
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    section = text[text.index("## Where to change") : text.index("## The guard")]
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "pyvfio").rglob("*.py")]
+    defined = {name for source in sources for name, _node in definitions(ast.parse(source))}
+    defined |= {name.split(".")[-1] for name in defined}
+    attributes = {
+        node.attr for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)
+    }
+    named = set(re.findall(r"`([^`]+)`", section))
+    assert len(named) > 30
+    for name in named - {"hints=", "operator.index", "used_length", "table", "trace"}:
+        if name.endswith(".py"):
+            assert list((ROOT / "pyvfio").rglob(name)) or (ROOT / "pyvfio" / name).is_file(), name
+        elif not (ROOT / name).exists():
+            owner, _, last = name.removesuffix("()").removeprefix("units.").rpartition(".")
+            assert f"{owner}.{last}".strip(".") in defined or (owner in defined and last in attributes), name
 
 
 @pytest.mark.parametrize("page", ["docs/memory.md", "docs/resizing.md"])

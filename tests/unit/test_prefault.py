@@ -247,11 +247,12 @@ def resident(vaddr: int, size: int) -> int:
 
 
 def test_populated_memory_has_pages(kernel: PopulatingKernel) -> None:
-    """The kernel says so; without prefault there are none, since the fake's map pins nothing."""
-    with Rig(kernel, mapper=PREFAULTS) as rig:
-        block = rig.add(used=4 * MIB, maximum=64 * MIB)
-        assert resident(block.vaddr, 4 * MIB) == 4 * MIB
-    assert os.path.exists("/proc/self/pagemap")
+    """The kernel says so, and that the memory of a block in no mapper has none."""
+    with pyvfio.RamBlockList(kernel=kernel) as blocks:
+        block = blocks.add("ring", used_length=4 * MIB, max_length=64 * MIB)
+        assert resident(block.vaddr, 4 * MIB) == 0
+        with pyvfio.open_device(BDF, kernel=kernel) as device, PREFAULTS(device.container, blocks):
+            assert resident(block.vaddr, 4 * MIB) == 4 * MIB
 
 
 # ------------------------------------------------------------------------------------------------------- prealloc

@@ -495,7 +495,7 @@ def test_a_length_is_a_whole_number(blocks: RamBlockList, length: object) -> Non
     block = ram(blocks)
     with pytest.raises(TypeError):
         block.resize(length)  # type: ignore[arg-type]
-    block.resize(int(np.int64(MIB)))
+    block.resize(np.int64(MIB))  # type: ignore[arg-type]
     assert block.used_length == MIB
     block.remove()
 

@@ -283,12 +283,22 @@ def test_listeners_are_told_before_and_after_in_the_opposite_order(rig: Rig) -> 
     rig.blocks.remove_notifier(older)
 
 
-@pytest.mark.parametrize(("offset", "size"), [(1, PAGE_SIZE), (0, 1), (-PAGE_SIZE, PAGE_SIZE), (0, LENGTH + PAGE_SIZE)])
-def test_a_part_that_can_never_be_right_is_refused_before_any_call(rig: Rig, offset: int, size: int) -> None:
+@pytest.mark.parametrize(
+    ("offset", "size", "words"),
+    [
+        (1, PAGE_SIZE, "must be a multiple"),
+        (0, 1, "must be a multiple"),
+        (-PAGE_SIZE, PAGE_SIZE, "must be a multiple of 4096 bytes and not negative"),
+        (0, LENGTH + PAGE_SIZE, "not all in use"),
+    ],
+)
+def test_a_part_that_can_never_be_right_is_refused_before_any_call(
+    rig: Rig, offset: int, size: int, words: str
+) -> None:
     """ValueError; and nothing at all is done for no bytes."""
     block = filled(rig)
     rig.kernel.clear_trace()
-    with pytest.raises(ValueError, match=r"must be a multiple|not all in use"):
+    with pytest.raises(ValueError, match=words):
         block.remap(offset, size)
     block.remap(PAGE_SIZE, 0)
     assert not rig.kernel.trace

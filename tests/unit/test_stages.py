@@ -69,3 +69,16 @@ def test_stages_keep_their_output_apart() -> None:
     """Each has a name of its own."""
     all_of_them = [*stages.host_stages([sys.executable]), *stages.machine_stages(sys.executable)]
     assert len({stage.file for stage in all_of_them}) == len(all_of_them)
+
+
+def test_each_pair_of_the_random_calls_is_played_once_and_in_a_machine_of_the_matrix_where_there_is_one() -> None:
+    """The tests of that machine run in the same boot."""
+    players = [
+        stage.command for stage in stages.machine_stages(sys.executable) if "tools.differential" in stage.command
+    ]
+    pairs = [(words[words.index("--kernel") + 1], words[words.index("--iommu") + 1]) for words in players]
+    assert sorted(pairs) == sorted(stages.DIFFERENTIAL)
+    with_tests = {pair for pair, words in zip(pairs, players, strict=True) if "tests/hw" in words}
+    assert with_tests == set(stages.DIFFERENTIAL) & set(stages.MATRIX)
+    for words in players:
+        assert words[words.index("--ops") + 1] == str(stages.RANDOM_CALLS)

@@ -30,6 +30,14 @@ def give_reach(device: pyvfio.Device, blocks: pyvfio.RamBlockList, block: pyvfio
         return mapper.iova(block)
 
 
+def adopt(fd: int, device_fd: int, bdf: str, n: int) -> pyvfio.Device:
+    """a device that a launcher with more rights has opened"""
+    group = pyvfio.Group.from_fd(fd, number=n)
+    container = pyvfio.Container.from_fd(fd, groups=[group])
+    assert container.group(n) is group
+    return pyvfio.Device.from_fd(group, bdf, device_fd)
+
+
 def map_own(mapper: pyvfio.DmaMapper, buffer: bytearray, vaddr: pyvfio.Vaddr) -> list[pyvfio.Iova]:
     """the device to reach a buffer of your own"""
     with mapper.map_buffer(buffer) as own, mapper.map_temporary(buffer) as temporary:
@@ -156,6 +164,8 @@ def renew(block: pyvfio.RamBlock, offset: int, size: int) -> None:
 def use_the_kernel(container: pyvfio.Container, vaddr: pyvfio.Vaddr, iova: pyvfio.Iova) -> bool:
     """the kernel's interface as it is"""
     container.map_dma(vaddr=vaddr, iova=iova, size=pyvfio.PAGE_SIZE, flags=pyvfio.ioctls.VFIO_DMA_MAP_FLAG_READ)
+    container.unmap_dma(iova=iova, size=pyvfio.PAGE_SIZE)
+    container.unmap_all()
     return container.get_info().iova_pgsizes & pyvfio.PAGE_SIZE != 0
 
 

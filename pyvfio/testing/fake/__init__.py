@@ -29,8 +29,8 @@ unmodelled` has what a driver asked of it:
 * pinning: where the running kernel is older than 6.11, a shared writable file on a disk may be mapped for writing
   (refused from 6.12 on). Never-written memory mapped for reading is coherent on 6.1 too (a device there goes on reading
   zeros). A process that is not allowed MADV_POPULATE_* (kernels before 5.14) is asked for the rights in /proc/self/maps
-  only. What the process itself locks with mlock is not counted. Addresses between 2^47 and 2^56 are a process's, as
-  with page tables of five levels.
+  only. What the process itself locks with mlock is not counted. A process has addresses below 2^47, as with page
+  tables of four levels.
 * after memory was taken away under a mapping a real device still reaches the old pages; here it reaches what is at the
   address now. The violation is on record.
 * a mapping that ends at 2^64 (virtio, amd) is found by its bytes on every version, and given back; 6.x kernels lose it,

@@ -17,7 +17,7 @@ from pyvfio.units import PAGE_SIZE, U64_MAX
 MAX_BITMAP = 0x1000_0000  # DIRTY_BITMAP_SIZE_MAX
 _MAX_PAGES = (1 << 31) - 1  # DIRTY_BITMAP_PAGES_MAX
 _WORD = 64
-_USER_END = (1 << 56) - PAGE_SIZE  # TASK_SIZE_MAX with page tables of five levels, as QEMU's processor has
+_USER_END = (1 << 47) - PAGE_SIZE  # TASK_SIZE_MAX with page tables of four levels, as the virtual machine has
 
 
 def bitmap_bytes(pages: int) -> int:

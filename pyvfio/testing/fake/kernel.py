@@ -383,15 +383,17 @@ class FakeKernel(MemoryCalls):
         self._descriptors.adopt(fd, group)
 
     @uninterrupted()
-    def close(self, fd: int) -> None:
+    def close(self, fd: int | None = None) -> None:
         """Close a descriptor: of a group and a device, also what hangs on it. It is closed also when the call is made
-        to fail, as on Linux."""
-        if self._descriptors.in_child:
+        to fail, as on Linux. Without a descriptor, `shutdown`."""
+        if fd is None:
+            self.shutdown()
+        elif self._descriptors.in_child:
             os.close(fd)
-            return
-        with self._lock:
-            if not self._descriptors.is_closed_already(fd):
-                self._record.observed("close", (fd,), lambda: self._descriptors.close(fd), always=True)
+        else:
+            with self._lock:
+                if not self._descriptors.is_closed_already(fd):
+                    self._record.observed("close", (fd,), lambda: self._descriptors.close(fd), always=True)
 
     @uninterrupted()
     def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
