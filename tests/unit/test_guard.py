@@ -305,6 +305,8 @@ class TestLocks:
 
         def try_it() -> None:
             free.append(other.guard.lock.acquire(blocking=False))
+            if free[-1]:
+                other.guard.lock.release()
 
         def ask() -> None:
             asker = threading.Thread(target=try_it)
