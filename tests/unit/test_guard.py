@@ -299,6 +299,21 @@ class TestLocks:
             worker.join()
         assert thing.events.index("second") > thing.events.index("end")
 
+    def test_a_close_that_was_put_off_waits_for_the_call_of_another_thread(self) -> None:
+        thing, other, entered, left = Thing(), Thing(), threading.Event(), threading.Event()
+        workers = [
+            threading.Thread(target=lambda: other.change(each(entered.set, left.wait))),
+            threading.Thread(target=lambda: thing.change(other.close)),
+        ]
+        for worker in workers:
+            worker.start()
+            entered.wait()
+        time.sleep(0.05)  # for the close to come too early, if it can
+        left.set()
+        for worker in workers:
+            worker.join()
+        assert other.events == ["begin", "end", "closed"]
+
     def test_a_call_within_a_call_takes_the_lock_of_its_own_object(self) -> None:
         thing, other = Thing(), Thing()
         free = list[bool]()
