@@ -24,8 +24,8 @@ import sys
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
+from types import TracebackType
 
 from pyvfio.blocks import parts
 from pyvfio.blocks.block import RamBlock
@@ -99,6 +99,24 @@ def _remove(block: RamBlock) -> None:
     block.remove()
 
 
+class _Change:
+    """One change of a list at a time, under its lock. It has no state of its own, so a list needs one."""
+
+    __slots__ = ("_blocks",)
+
+    def __init__(self, blocks: RamBlockList) -> None:
+        self._blocks = blocks
+
+    def __enter__(self) -> None:
+        self._blocks.check_unchanging()
+        self._blocks.changing = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._blocks.changing = False
+
+
 class RamBlockList(ContextManager):
     """The RAM blocks of a program and the notifiers that follow them.
 
@@ -115,7 +133,9 @@ class RamBlockList(ContextManager):
         # Sorted by vaddr. Replaced as a whole, never changed in place: it is read without the lock.
         self._blocks: tuple[RamBlock, ...] = ()
         self._notifiers: tuple[RamBlockNotifier, ...] = ()  # newest first, as QLIST_INSERT_HEAD leaves them
-        self._changing = False
+        self.changing = False
+        """Whether a change is being made."""
+        self._change = _Change(self)
         self._handing: object | None = None  # the hand-over of the blocks to another process, while it is under way
         self._closed = False
         self.closing = False
@@ -206,7 +226,7 @@ class RamBlockList(ContextManager):
         _check_options(idstr, settings, callbacks=(progress, resized))
         check_bool(readonly, "readonly")
         threads = check_threads(prealloc, "prealloc")
-        with self._change():
+        with self._change:
             self._check_open()
             if idstr in self:
                 raise ValueError(f"there is a RAM block '{idstr}' already")
@@ -258,7 +278,8 @@ class RamBlockList(ContextManager):
         another list, and the exception of a notifier that refuses. The block then stays, and the notifiers that were
         told are told that it is there.
         """
-        with self._change_of(block):
+        with self._change:
+            self._check_block(block)
             block.state.check_views(0)
 
             def commit() -> None:
@@ -276,7 +297,8 @@ class RamBlockList(ContextManager):
     @guarded
     def resize(self, block: RamBlock, used_length: int) -> OSError | None:
         """As `RamBlock.resize`; returns the error that kept memory from being given back."""
-        with self._change_of(block):
+        with self._change:
+            self._check_block(block)
             old, new = block.used_length, _length(used_length, "used_length", block.page_size)
             if new > block.max_length:
                 raise ValueError(f"used_length {new:#x} is above max_length {block.max_length:#x} of '{block.idstr}'")
@@ -292,19 +314,22 @@ class RamBlockList(ContextManager):
     @guarded
     def discard(self, block: RamBlock, offset: int, size: int) -> list[OSError]:
         """As `RamBlock.discard`; returns the errors that kept memory from being given back."""
-        with self._change_of(block):
+        with self._change:
+            self._check_block(block)
             return parts.discard(block, _part(block, offset, size), self._notifiers, self.discards)
 
     @guarded
     def populate(self, block: RamBlock, offset: int, size: int) -> None:
         """As `RamBlock.populate`."""
-        with self._change_of(block):
+        with self._change:
+            self._check_block(block)
             parts.populate(block, _part(block, offset, size), self._notifiers)
 
     @guarded
     def remap(self, block: RamBlock, offset: int, size: int) -> None:
         """As `RamBlock.remap`."""
-        with self._change_of(block):
+        with self._change:
+            self._check_block(block)
             if (wanted := _part(block, offset, size)).size:
                 parts.remap(block, wanted, self._notifiers)
 
@@ -324,7 +349,7 @@ class RamBlockList(ContextManager):
             raise TypeError(
                 f"{notifier!r} has none of ram_block_added, _removed, _resized, nor both of _discarded and _populated"
             )
-        with self._change():
+        with self._change:
             self._check_open()
             self._check_follows(notifier)
             try:
@@ -353,7 +378,7 @@ class RamBlockList(ContextManager):
         Raises ValueError when the list does not have it, and the notifier's own exception. The notifier then stays, and
         is told again of the blocks that it was told are gone.
         """
-        with self._change():
+        with self._change:
             if not self.knows(notifier):
                 raise ValueError(f"{notifier!r} is not a notifier of this list")
             left = tuple(known for known in self._notifiers if known is not notifier)
@@ -396,7 +421,7 @@ class RamBlockList(ContextManager):
     @guarded
     def suspend(self, by: object) -> None:
         """Refuse all changes until `resume`, as the blocks are being handed to another process."""
-        self._check_unchanging()
+        self.check_unchanging()
         self._handing = by
 
     def resume(self, by: object) -> None:
@@ -406,35 +431,23 @@ class RamBlockList(ContextManager):
 
     # ------------------------------------------------------------------------------------------------- changes
 
-    @contextmanager
-    def _change(self) -> Iterator[None]:
-        """One change at a time, under the lock."""
-        self._check_unchanging()
-        self._changing = True
-        try:
-            yield
-        finally:
-            self._changing = False
-
-    @contextmanager
-    def _change_of(self, block: RamBlock) -> Iterator[None]:
-        """A change of a block of this list."""
+    def _check_block(self, block: RamBlock) -> None:
+        """Raise where it is no block of this list."""
         if not isinstance(block, RamBlock):
             raise TypeError(f"expected a RamBlock, not {block!r}")
-        with self._change():
-            if block.state.removed:
-                raise ClosedError(f"RAM block '{block.idstr}' has been removed")
-            if block not in self:
-                raise ValueError(f"RAM block '{block.idstr}' is not in this list")
-            yield
+        if block.state.removed:
+            raise ClosedError(f"RAM block '{block.idstr}' has been removed")
+        if not block.is_in(self):
+            raise ValueError(f"RAM block '{block.idstr}' is not in this list")
 
-    def _check_unchanging(self) -> None:
+    def check_unchanging(self) -> None:
+        """Raise where a change is being made, or all of them are refused."""
         if self._handing is not None:
             raise HandOverError(
                 "the RAM blocks are being handed to another process, so that none of them can change",
                 hint="cancel() or finish() of the HandOver says who has them from now on",
             )
-        if self._changing:
+        if self.changing:
             raise ReentrancyError(
                 "the list of RAM blocks is being changed, and a notifier or callback tries to change it once more",
                 hint="Let the hook return first, and make the change after that",
@@ -451,7 +464,7 @@ class RamBlockList(ContextManager):
         The memory of a block of which a view lives stays until the last view goes; no device reaches it. Raises the
         exceptions of notifiers that refuse, after all other blocks are removed; `close` may then be called again.
         """
-        self._check_unchanging()
+        self.check_unchanging()
         failures: list[Exception] = []
         self.closing = True
         try:
@@ -464,12 +477,12 @@ class RamBlockList(ContextManager):
         self._closed = True
 
     def _close_block(self, block: RamBlock) -> None:
-        with self._change():
+        with self._change:
             tell_all(Removed(block), self._notifiers, partial(self._drop, block))
             block.state.release()
 
     def _check(self) -> None:
-        assert not self._changing
+        assert not self.changing
         starts = [block.vaddr for block in self._blocks]
         assert starts == sorted(starts)
         assert len({block.idstr for block in self._blocks}) == len(self._blocks)

@@ -233,6 +233,10 @@ class RamBlock:
         holes = f" discarded={total(self.discarded):#x}" if self.discarded else ""
         return f"<RamBlock {self.idstr!r} {where} used={self.used_length:#x} max={self.max_length:#x}{holes}>"
 
+    def is_in(self, blocks: object) -> bool:
+        """Whether the block is, or was before it was removed, in that list. For the library."""
+        return self._list is blocks
+
     def _owner(self) -> _Owner:
         if self.state.removed:
             raise self._closed()

@@ -86,14 +86,3 @@ def test_a_table_is_what_a_dict_says_after_many_changes() -> None:
             model[iova] = pages * 0x1000
         made._check()
         assert {m.iova: m.size for m in made} == model
-
-
-def test_a_change_that_was_interrupted_half_way_is_whole_at_the_next_look() -> None:
-    """What is searched is rebuilt from what is known: a signal handler may have raised between the two."""
-    made = table((0x1000, 0x1000), (0x2000, 0x1000))
-    made._iovas.pop()
-    assert made.at(0x2000) == Mapping(Iova(0x2000), 0x1000, Vaddr(0x2001))
-    made._iovas.insert(0, 0)
-    made.add(iova=0x3000, size=0x1000, vaddr=0)
-    assert [m.iova for m in made] == [0x1000, 0x2000, 0x3000]
-    assert made.at(0x3FFF) == Mapping(Iova(0x3000), 0x1000, Vaddr(0))
