@@ -57,8 +57,8 @@ PLAIN: Mapping[str, object] = {
 OWN = frozenset(
     name
     for names in (
-        "begin begun buffers check_open check_stays close_fd follow forget let_go must_stay note_left receive",
-        "release_fd resume set_aside soil suspend take_back take_in",
+        "begin begun buffers check_open check_stays check_unchanging close_fd follow forget let_go",
+        "must_stay note_left receive release_fd resume set_aside soil suspend take_back take_in",
     )
     for name in names.split()
 )

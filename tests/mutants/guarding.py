@@ -50,7 +50,6 @@ _MUTANTS = (
     # --------------------------------------------------------------------------------------------------------- signals
     Mutant("_Signals.replace", "            self._set(number, self._route)\n", "            pass\n", "signals"),
     Mutant("_make", "                    undo(*made)\n", "                    pass\n", "signals"),
-    Mutant("_make", "        _handle(thread, signals)  # before", "        # before", "signals"),
     Mutant("checkpoint", "        _signals.deliver()\n", "        pass\n", "signals"),
     Mutant("checkpoint", " and get_ident() == _signals.main", "", "signals"),
     Mutant("checkpoint", " and not _thread.undoing", "", "signals"),

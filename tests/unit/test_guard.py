@@ -193,6 +193,26 @@ class TestSignals:
         signal.signal(signal.SIGUSR2, signal.SIG_DFL)
         assert seen == [signal.SIGUSR2]
 
+    def test_each_handler_runs_though_all_of_them_raise(self) -> None:
+        seen: list[int] = []
+
+        def handler(number: int, frame: FrameType | None) -> None:
+            seen.append(number)
+            raise InterruptionError
+
+        numbers = [signal.SIGUSR2, signal.SIGHUP, signal.SIGWINCH, signal.SIGURG, signal.SIGCONT, signal.SIGIO]
+        before = {number: signal.signal(number, handler) for number in numbers}
+        with pytest.raises(InterruptionError):
+            Thing().change(each(*(partial(press, number) for number in numbers)))
+        for number, old in before.items():
+            signal.signal(number, old)
+        assert seen == numbers
+
+    def test_a_signal_that_comes_when_a_replacement_was_left_behind_is_handled_at_once(self) -> None:
+        guard._signals.replace()
+        with pytest.raises(InterruptionError):
+            press()
+
     def test_a_handler_that_the_program_sets_meanwhile_stays(self) -> None:
         def other(number: int, frame: FrameType | None) -> None:
             pass
@@ -279,12 +299,29 @@ class TestLocks:
             worker.join()
         assert thing.events.index("second") > thing.events.index("end")
 
+    def test_a_close_that_was_put_off_waits_for_the_call_of_another_thread(self) -> None:
+        thing, other, entered, left = Thing(), Thing(), threading.Event(), threading.Event()
+        workers = [
+            threading.Thread(target=lambda: other.change(each(entered.set, left.wait))),
+            threading.Thread(target=lambda: thing.change(other.close)),
+        ]
+        for worker in workers:
+            worker.start()
+            entered.wait()
+        time.sleep(0.05)  # for the close to come too early, if it can
+        left.set()
+        for worker in workers:
+            worker.join()
+        assert other.events == ["begin", "end", "closed"]
+
     def test_a_call_within_a_call_takes_the_lock_of_its_own_object(self) -> None:
         thing, other = Thing(), Thing()
         free = list[bool]()
 
         def try_it() -> None:
             free.append(other.guard.lock.acquire(blocking=False))
+            if free[-1]:
+                other.guard.lock.release()
 
         def ask() -> None:
             asker = threading.Thread(target=try_it)

@@ -68,9 +68,9 @@ UNGUARDED = {
         Container.page_size Device.can_reset Device.check_here Device.check_usable Device.check_views Device.closed
         Device.container Device.fd Device.kernel DirtyTracking.page_size DmaMapper.space Group.check_here
         Group.check_usable Group.closed Group.fd Group.kernel Irq.count Irq.fds RamBlock.discarded RamBlock.file
-        RamBlock.max_length RamBlock.populated RamBlock.prealloc RamBlock.settings RamBlock.used_length RamBlock.vaddr
-        RamBlock.whole RamBlockList.block_at RamBlockList.knows RamBlockList.notifiers Region.check_usable
-        Region.check_views Region.kernel Region.mappable Region.size RegionMap.check_views
+        RamBlock.is_in RamBlock.max_length RamBlock.populated RamBlock.prealloc RamBlock.settings RamBlock.used_length
+        RamBlock.vaddr RamBlock.whole RamBlockList.block_at RamBlockList.knows RamBlockList.notifiers
+        Region.check_usable Region.check_views Region.kernel Region.mappable Region.size RegionMap.check_views
     """,
     "a system call of which nothing is recorded": """
         Container.check_extension Container.get_api_version Container.get_info Container.ioctl Container.set_iommu

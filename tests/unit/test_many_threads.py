@@ -317,40 +317,39 @@ def _watch(world: World, over: threading.Event) -> None:
 
 
 class Timer:
-    """A signal every 2 ms, whose handler raises."""
+    """A signal every 2 ms, whose handler raises once each time that it is armed."""
 
     def __init__(self) -> None:
         self.raised = 0
-
-    def __enter__(self) -> Timer:
+        self.armed = False
         signal.signal(signal.SIGALRM, self._handle)
         signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_IGN)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self.raised += 1
-        raise Interrupt(number)
+        if self.armed:
+            self.armed = False
+            self.raised += 1
+            raise Interrupt(number)
 
 
 def _work_interrupted(worker: Worker, count: int) -> int:
-    """In the main thread; how often a handler has raised."""
+    """Work in the main thread. Return how often a handler has raised."""
     done = 0
     timer = Timer()
     while done < count:
         try:
-            with timer:
-                while done < count:
-                    done += 1
-                    worker.step()
+            timer.armed = True
+            while done < count:
+                done += 1
+                worker.step()
+            timer.armed = False
         except Interrupt:
             continue
         except BaseException as error:
+            timer.armed = False
             worker.error = error
             break
+    signal.setitimer(signal.ITIMER_REAL, 0)
     return timer.raised
 
 
