@@ -270,7 +270,8 @@ class Container(Handle):
         """The mappings that this object has put into the kernel. For the library; `mappings` has a copy."""
         self.handing: object | None = None
         """The HandOver that is under way, if one is."""
-        self._lost = False  # whether the last group left while memory was mapped
+        self.lost = False
+        """Whether everything that was mapped has gone with the last group, or with `close`. It stays so."""
         self.entry_limit = DEFAULT_DMA_AVAIL
         """How many mappings the kernel takes in all, as it said with the first group."""
         self._info: IommuInfo | None = None
@@ -411,7 +412,7 @@ class Container(Handle):
         except struct.error as error:
             raise ValueError(f"vaddr, iova and size are of 64 bits, flags of 32: {error}") from error
         try:
-            self._kernel.ioctl(self.fd, ioctls.VFIO_IOMMU_MAP_DMA, argument)
+            self._kernel.ioctl(self._fd if self._fd >= 0 else self.fd, ioctls.VFIO_IOMMU_MAP_DMA, argument)
         except OSError as error:
             raise MapRefusal(
                 error=error,
@@ -582,17 +583,12 @@ class Container(Handle):
         group.guard = Guard(group.guard.what)
         if not self.groups:
             self._info = None
-            self._lost = self._lost or bool(len(self.table))
+            self.lost = self.lost or bool(len(self.table))
             self.table.clear()
             if not self.allocator.reservations:
                 self.allocator = IovaAllocator()  # the next group brings ranges of its own
 
     # ------------------------------------------------------------------------------------------------ address space
-
-    @property
-    def lost(self) -> bool:
-        """Whether everything that was mapped has gone with the last group, or with `close`. It stays so."""
-        return self._lost or (self.closed and not len(self.table))
 
     @property
     def page_size(self) -> int:
@@ -676,14 +672,14 @@ class Container(Handle):
         Cost: the kernel pins every page: some 30 ns each where they are there, and zeroing where they are not.
         """
         vaddr, iova, size = index(vaddr), index(iova), index(size)
-        self._check_range(iova, size)
-        if vaddr < 0 or vaddr & (self.allocator.page_size - 1) or vaddr + size - 1 > U64_MAX:
-            raise ValueError(
-                f"no process has {size:#x} bytes at vaddr {vaddr:#x} in pages of {self.allocator.page_size:#x}"
-            )
+        page, last = self.allocator.page_size, size - 1
+        if last < 0 or iova < 0 or (iova | size) & (page - 1) or iova + last > U64_MAX:
+            raise self._misaligned(iova, size)
+        if vaddr < 0 or vaddr & (page - 1) or vaddr + last > U64_MAX:
+            raise ValueError(f"no process has {size:#x} bytes at vaddr {vaddr:#x} in pages of {page:#x}")
         if not (read or write):
             raise ValueError("the device must be let read or write")
-        self._map_dma(vaddr, iova, size, bool(read) * _READ | bool(write) * _WRITE)
+        self._map_dma(vaddr, iova, size, (_READ if read else 0) | (_WRITE if write else 0))
         self.table.add(iova=iova, size=size, vaddr=vaddr)
         if logger.isEnabledFor(logging.DEBUG):  # each grow passes here
             logger.debug("mapped iova=%#x vaddr=%#x size=%#x", iova, vaddr, size)
@@ -763,6 +759,11 @@ class Container(Handle):
         )
 
     # ------------------------------------------------------------------------------------------------ the end
+
+    def close_fd(self) -> None:
+        """Close the descriptor: everything is unmapped, if the table says so."""
+        super().close_fd()
+        self.lost = self.lost or not len(self.table)
 
     @closing
     def close(self) -> None:

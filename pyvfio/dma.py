@@ -337,12 +337,14 @@ class DmaMapper(BufferMapper, ContextManager):
         block has, until it is resized once more or removed.
         """
         followed = self._window_of(block)
-        if not 0 <= new_length <= followed.window.size:
+        window, granule = followed.window, self.policy.granule
+        if not 0 <= new_length <= window.size:
             raise ValueError(f"{new_length:#x} is not within max_length {block.max_length:#x} of '{block.idstr}'")
-        self.policy.check_length(new_length, "used_length")
+        if granule is not None:
+            self.policy.check_length(new_length, "used_length")
         wanted = block.state.populated_at(new_length)
         if new_length < old_length:
-            followed.window.check_held(wanted)
+            window.check_held(wanted)
         self._change(followed, wanted)
 
     @guarded
@@ -408,7 +410,8 @@ class DmaMapper(BufferMapper, ContextManager):
         return self._followed[position]
 
     def _window_of(self, block: RamBlock) -> _Followed:
-        self.check_open()
+        if self._closed or self._space.lost:
+            self.check_open()
         if (followed := self._search(block)) is None:
             raise ValueError(f"RAM block '{block.idstr}' is not followed by this mapper; it lies at {block.vaddr:#x}")
         return followed

@@ -22,7 +22,8 @@ How signals are put off: for the outermost guarded call of the main thread each 
 replaced by `_Signals.route`, which notes the signal while `inside` is set and calls the handler otherwise. The
 replacement only leads here, and the one assignment to `inside` decides. So half of it never holds, and a replacement
 that an exception left behind is undone by the next signal or call. A signal mask would not do: the kernel then delivers
-a signal to another thread, and Python still runs its handler in the main thread. Real-time signals are left alone.
+a signal to another thread, and Python still runs its handler in the main thread. Ten signals are put off (`_NAMES`),
+those whose handlers raise: a look at all of them would cost more than the rest of the guard.
 
 Cost on one machine, in the main thread: see docs/architecture.md.
 """
@@ -39,6 +40,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from importlib import import_module
 from logging import getLogger
+from os import getpid
 from threading import RLock, get_ident, main_thread
 from types import FrameType, TracebackType
 from typing import Concatenate, ParamSpec, Protocol, Self, TypeAlias, TypeVar
@@ -78,7 +80,7 @@ class Guard:
 
         Inside of a call this process is known: a system call less for each step.
         """
-        here = _signals.process if _thread.inside else os.getpid()
+        here = _signals.process if _thread.place.inside else os.getpid()
         if here != self.pid:
             raise ForkedError(self.what, owner=self.pid, child=here)
 
@@ -123,24 +125,29 @@ class ContextManager:
             error.add_note(f"{type(self).__name__} could not be closed: {failure}")
 
 
-class _Thread(threading.local):
+class _Place:
     """Where a thread is. `inside`: in a guarded call. `busy`: and not in a hook that the call has called. `undoing`: in
-    so many undos."""
+    so many undos. `put_off`: the closes for the end of the call. `signals`: the handlers, in the main thread."""
 
-    inside = False
-    busy = False
-    undoing = 0
+    __slots__ = ("busy", "inside", "put_off", "signals", "undoing")
 
     def __init__(self) -> None:
+        self.signals = _signals if get_ident() == _signals.main else None
+        self.inside = self.busy = False
+        self.undoing = 0
         self.put_off: deque[Callable[[], object]] = deque()
 
 
-_thread = _Thread()
+class _Thread(threading.local):
+    """Each thread's place: a look-up here costs as much as eight in a place."""
+
+    def __init__(self) -> None:
+        self.place = _Place()
 
 
-# A handler in Python is of no use for a fault of the thread's own: Python would return to the faulty instruction.
-_FAULTS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
-_ALL = tuple(sorted(int(n) for n in signal.valid_signals() if n not in _FAULTS and n < signal.SIGRTMIN))
+_NAMES = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGTERM", "SIGVTALRM", "SIGPROF", "SIGXCPU")
+_ALL = tuple(int(getattr(signal, name)) for name in _NAMES)
+"""The signals that are put off: those by which a program is asked to end or told the time, and its own."""
 
 
 class _Signals:
@@ -155,8 +162,7 @@ class _Signals:
         self._set: Callable[[int, _Handler], _Handler] = functions.signal
         self._route: _Handler = self.route
         self._seen: tuple[object, ...] = ()
-        self._functions: tuple[tuple[int, _Handler], ...] = ()  # those of `_seen` that are functions
-        self._replaced: dict[int, _Handler] = {}
+        self._handlers: dict[int, _Handler] = {}  # of the signals that a function handled when it was last looked
         self.noted: dict[int, _Handler] = {}  # in their order, each once, as the kernel keeps them
         self.main: int | None = main_thread().ident
         self.process = os.getpid()
@@ -165,20 +171,25 @@ class _Signals:
         """Let `route` stand in the place of each handler that is a function."""
         seen = tuple(map(self._get, _ALL))
         if seen != self._seen:
-            found = zip(_ALL, seen, strict=True)
-            self._functions = tuple((number, h) for number, h in found if callable(h) and h is not self._route)
-            self._seen = seen
-        for number, handler in self._functions:
-            self._replaced[number] = handler
+            self._look(seen)
+        for number in self._handlers:
             self._set(number, self._route)
+
+    def _look(self, seen: tuple[object, ...]) -> None:
+        known, self._handlers = self._handlers, {}
+        for number, handler in zip(_ALL, seen, strict=True):
+            if handler is self._route and number in known:  # an exception has kept a handler from being put back
+                self._handlers[number] = known[number]
+            elif callable(handler) and handler is not self._route:
+                self._handlers[number] = handler
+        self._seen = seen
 
     def put_back(self) -> None:
         """Give each signal its handler back, unless the program has set another one, and run the handlers due."""
         try:
-            for number, handler in list(self._replaced.items()):
-                if (other := self._set(number, handler)) is not self._route and other is not handler:
+            for number, handler in self._handlers.items():
+                if (other := self._set(number, handler)) is not self._route:
                     self._set(number, other)
-                self._replaced.pop(number, None)  # a finalizer may have made a call of its own meanwhile
         finally:
             if self.noted:
                 try:
@@ -202,8 +213,9 @@ class _Signals:
     def route(self, number: int, frame: FrameType | None) -> None:
         """Note a signal, or handle it at once where no guarded call is under way."""
         del frame
-        self.noted[number] = self._replaced[number]
-        if not _thread.inside:
+        if number in self._handlers:
+            self.noted[number] = self._handlers[number]
+        if not _thread.place.inside:
             self.put_back()
 
     def after_fork(self) -> None:
@@ -214,6 +226,7 @@ class _Signals:
 
 
 _signals = _Signals()
+_thread = _Thread()
 
 
 # --------------------------------------------------------------------------------------------------------- decorators
@@ -241,21 +254,39 @@ def making(
 def _method(
     call: Callable[Concatenate[_Self, _Given], _Result], undo: Callable[[_Result], object] | None
 ) -> Callable[Concatenate[_Self, _Given], _Result]:
+    # As `_run`, but in one piece: each call more would cost a tenth of all of it.
     @wraps(call)
     def wrapper(self: _Self, /, *args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
-        guard, thread = self.guard, _thread
+        guard, thread = self.guard, _thread.place
+        lock = guard.lock
         if thread.busy:
-            with guard.lock:
+            lock.acquire()
+            try:
                 return call(self, *args, **kwargs)
-        guard.check()
-        if not thread.inside:
-            return _run(guard.lock, partial(call, self, *args, **kwargs), undo)
-        try:  # in a hook, where signals are put off already
-            thread.busy = True
-            with guard.lock:
+            finally:
+                lock.release()
+        if getpid() != guard.pid:
+            guard.check()
+        if undo is not None or thread.inside:
+            return _run(lock, partial(call, self, *args, **kwargs), undo)
+        signals = thread.signals
+        try:
+            thread.inside = thread.busy = True
+            if signals is not None:
+                signals.replace()
+            if not lock.acquire(False):  # noqa: FBT003 (a keyword costs as much as the lock)
+                _wait_for(lock)
+            try:
                 return call(self, *args, **kwargs)
+            finally:
+                lock.release()
         finally:
-            thread.busy = False
+            if thread.put_off or _signals.noted:
+                _leave(thread, signals)
+            else:
+                thread.inside = thread.busy = False
+                if signals is not None:
+                    signals.put_back()
 
     return wrapper
 
@@ -268,7 +299,7 @@ def constructing(
     def decorate(call: Callable[Concatenate[_Made, _Given], None]) -> Callable[Concatenate[_Made, _Given], None]:
         @wraps(call)
         def wrapper(self: _Made, /, *args: _Given.args, **kwargs: _Given.kwargs) -> None:
-            if _thread.busy:
+            if _thread.place.busy:
                 return call(self, *args, **kwargs)
             _check_given(args, kwargs)
             return _run(None, partial(call, self, *args, **kwargs), lambda _: undo(self))
@@ -283,7 +314,7 @@ def reading(call: Callable[Concatenate[_Self, _Given], _Result]) -> Callable[Con
 
     @wraps(call)
     def wrapper(self: _Self, /, *args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
-        guard, thread = self.guard, _thread
+        guard, thread = self.guard, _thread.place
         if thread.busy:
             with guard.lock:
                 return call(self, *args, **kwargs)
@@ -342,8 +373,8 @@ def closing_in_hooks(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
         guard = self.guard
         if guard.forked:
             return
-        if _thread.busy:
-            _thread.put_off.append(partial(_close, self, call))
+        if _thread.place.busy:
+            _thread.place.put_off.append(partial(_close, self, call))
         else:
             _run(guard.lock, partial(call, self), None)
 
@@ -359,7 +390,7 @@ def uninterrupted(
     def decorate(call: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
         @wraps(call)
         def wrapper(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
-            if _thread.busy:
+            if _thread.place.busy:
                 return call(*args, **kwargs)
             _check_given(args, kwargs)
             return _run(None, partial(call, *args, **kwargs), undo)
@@ -376,12 +407,12 @@ class _CalledOut:
     """See `called_out`. One for all: it has no state of its own."""
 
     def __enter__(self) -> None:
-        _thread.busy = False
+        _thread.place.busy = False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _thread.busy = True
+        _thread.place.busy = True
 
 
 called_out = _CalledOut()
@@ -392,12 +423,12 @@ class _Undoing:
     """See `undoing`. One for all: it has no state of its own."""
 
     def __enter__(self) -> None:
-        _thread.undoing += 1
+        _thread.place.undoing += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _thread.undoing -= 1
+        _thread.place.undoing -= 1
 
 
 undoing = _Undoing()
@@ -410,7 +441,7 @@ def checkpoint() -> None:
 
     For a guarded call between two pieces of its work, where an exception is undone like any other. Cost: a look-up.
     """
-    if _signals.noted and get_ident() == _signals.main and not _thread.undoing:
+    if _signals.noted and (place := _thread.place).signals is not None and not place.undoing:
         _signals.deliver()
 
 
@@ -419,8 +450,8 @@ def run_outside(step: Callable[[], object]) -> None:
 
     For finalizers. What a step raises that was put off is logged: nobody is there to receive it.
     """
-    if _thread.inside:
-        _thread.put_off.append(step)
+    if _thread.place.inside:
+        _thread.place.put_off.append(step)
     else:
         step()
 
@@ -459,7 +490,7 @@ def _own(thing: Guarded) -> Guard:
 def _close(thing: _Self, call: Callable[[_Self], None], uppermost: Callable[[_Self], Guard] = _own) -> None:
     """Close `thing`, outside of every call or at the end of one, where no lock is held."""
     lock = uppermost(thing).lock
-    if _thread.inside:
+    if _thread.place.inside:
         with lock:
             call(thing)
     else:
@@ -472,14 +503,14 @@ def _nothing() -> None:
 
 def _run(lock: RLock | None, call: Callable[[], _Result], undo: Callable[..., object] | None) -> _Result:
     """Make an outermost call, or one from a hook, which finds the signals put off already."""
-    thread = _thread
+    thread = _thread.place
     if thread.inside:
         try:
             thread.busy = True
             return call() if lock is None else _locked(lock, call)
         finally:
             thread.busy = False
-    signals = _signals if get_ident() == _signals.main else None
+    signals = thread.signals
     if signals is not None and undo is not None:
         return _make(thread, signals, lock, call, undo)
     try:
@@ -488,17 +519,21 @@ def _run(lock: RLock | None, call: Callable[[], _Result], undo: Callable[..., ob
             signals.replace()  # and signals are noted
         return call() if lock is None else _locked(lock, call)
     finally:
-        try:
-            if thread.put_off or _signals.noted:
-                _handle(thread, signals)
-        finally:
-            thread.inside = thread.busy = False  # from here on a handler runs at once
-            if signals is not None:
-                signals.put_back()
+        _leave(thread, signals)
+
+
+def _leave(thread: _Place, signals: _Signals | None) -> None:
+    try:
+        if thread.put_off or _signals.noted:
+            _handle(thread, signals)
+    finally:
+        thread.inside = thread.busy = False  # from here on a handler runs at once
+        if signals is not None:
+            signals.put_back()
 
 
 def _make(
-    thread: _Thread,
+    thread: _Place,
     signals: _Signals,
     lock: RLock | None,
     call: Callable[[], _Result],
@@ -530,7 +565,7 @@ def _make(
             signals.put_back()
 
 
-def _handle(thread: _Thread, signals: _Signals | None) -> None:
+def _handle(thread: _Place, signals: _Signals | None) -> None:
     """Run the handlers of signals, then the closes that finalizers asked for.
 
     Another signal that comes meanwhile is noted, so that each handler runs once.
@@ -545,15 +580,20 @@ def _handle(thread: _Thread, signals: _Signals | None) -> None:
 
 
 def _locked(lock: RLock, call: Callable[[], _Result]) -> _Result:
-    while not (lock.acquire(False) or lock.acquire(timeout=_PATIENCE)):  # noqa: FBT003 (a keyword costs as much again)
-        checkpoint()
+    if not lock.acquire(False):  # noqa: FBT003 (as above)
+        _wait_for(lock)
     try:
         return call()
     finally:
         lock.release()
 
 
-def _catch_up(thread: _Thread) -> None:
+def _wait_for(lock: RLock) -> None:
+    while not lock.acquire(timeout=_PATIENCE):
+        checkpoint()
+
+
+def _catch_up(thread: _Place) -> None:
     while thread.put_off:
         try:
             with undoing:  # a close that is interrupted would never be finished
@@ -563,9 +603,8 @@ def _catch_up(thread: _Thread) -> None:
 
 
 def _after_fork() -> None:
-    _thread.inside = _thread.busy = False
-    _thread.put_off.clear()
     _signals.after_fork()
+    _thread.place = _Place()
 
 
 os.register_at_fork(after_in_child=_after_fork)

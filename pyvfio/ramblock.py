@@ -108,8 +108,10 @@ class _Change:
         self._blocks = blocks
 
     def __enter__(self) -> None:
-        self._blocks.check_unchanging()
-        self._blocks.changing = True
+        blocks = self._blocks
+        if blocks.changing or blocks.handing is not None:
+            blocks.check_unchanging()
+        blocks.changing = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -136,7 +138,8 @@ class RamBlockList(ContextManager):
         self.changing = False
         """Whether a change is being made."""
         self._change = _Change(self)
-        self._handing: object | None = None  # the hand-over of the blocks to another process, while it is under way
+        self.handing: object | None = None
+        """The hand-over of the blocks to another process, while it is under way."""
         self._closed = False
         self.closing = False
         """Whether `close` is removing all blocks: also those of which something is in use."""
@@ -297,16 +300,17 @@ class RamBlockList(ContextManager):
     @guarded
     def resize(self, block: RamBlock, used_length: int) -> OSError | None:
         """As `RamBlock.resize`; returns the error that kept memory from being given back."""
-        with self._change:
+        if not isinstance(block, RamBlock) or block.state.removed or not block.is_in(self):
             self._check_block(block)
-            old, new = block.used_length, _length(used_length, "used_length", block.page_size)
-            if new > block.max_length:
-                raise ValueError(f"used_length {new:#x} is above max_length {block.max_length:#x} of '{block.idstr}'")
-            kept = None
+        state, kept = block.state, None
+        old, new = state.used_length, _length(used_length, "used_length", state.page_size)
+        if new > state.max_length:
+            raise ValueError(f"used_length {new:#x} is above max_length {state.max_length:#x} of '{block.idstr}'")
+        with self._change:
             if new > old:
-                block.state.grow(new, partial(tell_all, Resized(block, old, new), self._notifiers))
+                state.grow(new, partial(tell_all, Resized(block, old, new), self._notifiers))
             elif new < old:
-                kept = block.state.shrink(new, partial(tell_all, Resized(block, old, new), self._notifiers[::-1]))
+                kept = state.shrink(new, partial(tell_all, Resized(block, old, new), self._notifiers[::-1]))
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("resized %s from %#x", block, old)
         return kept
@@ -422,12 +426,12 @@ class RamBlockList(ContextManager):
     def suspend(self, by: object) -> None:
         """Refuse all changes until `resume`, as the blocks are being handed to another process."""
         self.check_unchanging()
-        self._handing = by
+        self.handing = by
 
     def resume(self, by: object) -> None:
         """Allow changes again, if it was `by` that had suspended them. Also in a forked child, where none is made."""
-        if self._handing is by:
-            self._handing = None
+        if self.handing is by:
+            self.handing = None
 
     # ------------------------------------------------------------------------------------------------- changes
 
@@ -442,7 +446,7 @@ class RamBlockList(ContextManager):
 
     def check_unchanging(self) -> None:
         """Raise where a change is being made, or all of them are refused."""
-        if self._handing is not None:
+        if self.handing is not None:
             raise HandOverError(
                 "the RAM blocks are being handed to another process, so that none of them can change",
                 hint="cancel() or finish() of the HandOver says who has them from now on",

@@ -15,7 +15,7 @@ from pyvfio.blocks.block import RamBlock
 from pyvfio.blocks.notifier import RamBlockNotifier, follows_pages, follows_parts
 from pyvfio.errors import RollbackError, as_exception
 from pyvfio.extents import Extent, total
-from pyvfio.guard import called_out, checkpoint, undoing
+from pyvfio.guard import Guard, called_out, checkpoint, undoing
 from pyvfio.units import format_size
 
 # Hooks are looked up by name: isinstance() of a protocol costs a hundred times as much, and each resize would pay it.
@@ -138,39 +138,49 @@ def tell_all(event: Event, notifiers: Sequence[RamBlockNotifier], commit: Callab
 
     When one of these raises, the notifiers that were told are told the reverse, the last one first.
     """
-    _tell([(notifier, event) for notifier in notifiers], event, commit)
-
-
-def tell_each(notifier: RamBlockNotifier, events: Sequence[Event], change: object, commit: Callable[[], None]) -> None:
-    """Tell one notifier of all `events`, as `tell_all`; `change` names the whole, for an error."""
-    _tell([(notifier, event) for event in events], change, commit)
-
-
-_Steps: TypeAlias = Sequence[tuple[RamBlockNotifier, Event]]
-
-
-def _tell(steps: _Steps, change: object, commit: Callable[[], None]) -> None:
     told = 0
     try:
-        for notifier, event in steps:
-            checkpoint()
-            with called_out:
+        for notifier in notifiers:
+            if isinstance(getattr(notifier, "guard", None), Guard):  # the library's own, which each resize tells
                 event.tell(notifier)
+            else:
+                _call_out(event.tell, notifier)
             told += 1
         checkpoint()
         commit()
     except BaseException as error:
-        _undo(steps[:told], error, change)
+        _undo([(notifier, event) for notifier in notifiers[:told]], error, event)
         raise
 
 
-def _undo(told: _Steps, cause: BaseException, change: object) -> None:
+def tell_each(notifier: RamBlockNotifier, events: Sequence[Event], change: object, commit: Callable[[], None]) -> None:
+    """Tell one notifier of all `events`, as `tell_all`; `change` names the whole, for an error."""
+    told = 0
+    try:
+        for event in events:
+            _call_out(event.tell, notifier)
+            told += 1
+        checkpoint()
+        commit()
+    except BaseException as error:
+        _undo([(notifier, event) for event in events[:told]], error, change)
+        raise
+
+
+def _call_out(hook: Callable[[RamBlockNotifier], None], notifier: RamBlockNotifier) -> None:
+    """Call a hook, which may refuse, and so may a signal handler before it."""
+    checkpoint()
+    with called_out:
+        hook(notifier)
+
+
+def _undo(told: Sequence[tuple[RamBlockNotifier, Event]], cause: BaseException, change: object) -> None:
     """Tell all the reverse, also when some of them raise; RollbackError with all of that."""
     failures: list[Exception] = []
     for notifier, event in reversed(told):
         try:
-            with undoing, called_out:
-                event.revoke(notifier)
+            with undoing:
+                _call_out(event.revoke, notifier)
         except BaseException as error:
             failures.append(as_exception(error))
     if failures:

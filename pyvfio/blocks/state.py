@@ -177,14 +177,16 @@ class BlockState:
         """Activate memory up to `length`, tell, and have that length. Raises IoctlError and what `tell` raises."""
         old = self.used_length
         try:
-            self._check_room(old, length)
+            if self.prealloc is not None:
+                self.prealloc.check([(old, length)])
             if self.whole:
                 self.memory.provide(old, length)  # a block that became whole for want of mappings may have no pages
                 self._populate(old, length)
                 self.memory.clear(old, length)
             else:
                 self.memory.activate(length)
-                self._populate(old, length)
+                if self.prealloc is not None:
+                    self.prealloc.populate([(old, length)])
             self._relabel(length, tell)
         except REACH_UNKNOWN:
             if self.memory.length > old and not self.whole:
@@ -228,7 +230,8 @@ class BlockState:
         tell(commit)
         if self.doubtful:
             self.doubtful = tuple(clip(self.doubtful, 0, length))
-        self.memory.let_go()
+        if self.memory.held:
+            self.memory.let_go()
 
     def _take_back(self) -> None:
         """Give back the memory that a refused grow has activated, unless a hook has kept a view of it or a device may

@@ -48,12 +48,14 @@ class MappingTable:
 
     def add(self, *, iova: int, size: int, vaddr: int) -> None:
         """Take a mapping in; the kernel has seen to it that it overlaps none."""
-        position = self._position(iova)
-        if position == len(self._iovas):
+        iovas = self._iovas
+        if not iovas or iova > iovas[-1]:
+            iovas.append(iova)
             self._rows.extend((iova, size, vaddr))
         else:
+            position = bisect_left(iovas, iova)
+            iovas.insert(position, iova)
             self._rows[3 * position : 3 * position] = array("Q", (iova, size, vaddr))
-        self._iovas.insert(position, iova)
 
     def overlapping(self, *, iova: int, size: int) -> list[Mapping]:
         """The mappings that share an address with `[iova, iova + size)`."""

@@ -373,7 +373,7 @@ class BufferMapper:
     # ------------------------------------------------------------------------------------------------ below
 
     def _map(self, *, vaddr: int, iova: int, size: int, access: int = READ | WRITE) -> None:
-        read, write = bool(access & READ), bool(access & WRITE)
+        read, write = access & READ != 0, access & WRITE != 0
         try:
             self._space.map(vaddr=vaddr, iova=iova, size=size, read=read, write=write)
         except IoctlError as error:

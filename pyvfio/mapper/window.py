@@ -178,8 +178,9 @@ class Window:
             if self._attendant is not None:
                 self._attend(self._attendant, plan, without(clip(wanted, *region), *before))
             else:
-                for step in plan:
-                    checkpoint()
+                for number, step in enumerate(plan):
+                    if number:
+                        checkpoint()
                     self._make(step)
         except BaseException as error:
             self._restore(before, region, error)

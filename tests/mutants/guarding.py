@@ -13,30 +13,33 @@ _WITNESSES: dict[str, list[list[str]]] = {
     "signals": [[_GUARD], ["tests/unit/test_interruptions.py", "-k", "map_buffer or granule"]],
     "locks": [[_GUARD], ["tests/unit/test_many_threads.py", "--thread-steps=2000"]],
 }
-_CALL = "_run(guard.lock, partial(call, self, *args, **kwargs), None)"
 
 _MUTANTS = (
     # ----------------------------------------------------------------------------------------------------------- forks
-    Mutant("guarded", "        guard.check()\n", "", "forks"),
-    Mutant("making", "            guard.check()\n", "", "forks"),
+    Mutant("_method", "            guard.check()\n", "            pass\n", "forks"),
     Mutant("reading", "        guard.check()\n", "", "forks"),
     # A child waits for a lock that nobody releases.
     Mutant(
-        "guarded",
-        "        guard.check()\n        return",
-        "        with guard.lock:\n            guard.check()\n        return",
+        "_method",
+        "        if getpid() != guard.pid:\n            guard.check()\n",
+        "        with lock:\n            guard.check()\n",
         "forks",
     ),
     Mutant("closing", "        if not self.guard.forked:\n", "        if True:\n", "forks"),
     Mutant("closing_in_hooks", "        if guard.forked:\n            return\n", "", "forks"),
     # The child of a hook counts as inside of the call.
-    Mutant("_after_fork", "    _thread.inside = _thread.busy = False\n", "", "forks"),
+    Mutant("_after_fork", "    _thread.place = _Place()\n", "", "forks"),
     # The child handles the signals of its parent.
     Mutant("_Signals.after_fork", "        self.noted.clear()\n", "", "forks"),
     # The child of another thread handles no signal.
-    Mutant("_Signals.after_fork", "        self.main = get_ident()\n", "", "forks"),
+    Mutant(
+        "_Signals.after_fork",
+        "        self.main, self.process = get_ident(), os.getpid()\n",
+        "        self.process = os.getpid()\n",
+        "forks",
+    ),
     # ------------------------------------------------------------------------------------------------------ finalizers
-    Mutant("run_outside", "    if _thread.inside:\n", "    if False:\n", "finalizers"),
+    Mutant("run_outside", "    if _thread.place.inside:\n", "    if False:\n", "finalizers"),
     Mutant("closing", "run_outside(partial(_close, self, call))", "_close(self, call)", "finalizers"),
     Mutant("_handle", "        if thread.put_off:\n            _catch_up(thread)\n", "        pass\n", "finalizers"),
     Mutant(
@@ -45,14 +48,19 @@ _MUTANTS = (
         "",
         "finalizers",
     ),
-    Mutant("closing_in_hooks", "if _thread.busy:", "if _thread.inside:", "finalizers"),
+    Mutant("closing_in_hooks", "if _thread.place.busy:", "if _thread.place.inside:", "finalizers"),
     Mutant("_catch_up", "except Exception:", "except ValueError:", "finalizers"),
     # --------------------------------------------------------------------------------------------------------- signals
     Mutant("_Signals.replace", "            self._set(number, self._route)\n", "            pass\n", "signals"),
     Mutant("_make", "                    undo(*made)\n", "                    pass\n", "signals"),
     Mutant("checkpoint", "        _signals.deliver()\n", "        pass\n", "signals"),
-    Mutant("checkpoint", " and get_ident() == _signals.main", "", "signals"),
-    Mutant("checkpoint", " and not _thread.undoing", "", "signals"),
+    Mutant(
+        "checkpoint",
+        "(place := _thread.place).signals is not None and not place.undoing",
+        "not _thread.place.undoing",
+        "signals",
+    ),
+    Mutant("checkpoint", " and not place.undoing", "", "signals"),
     # A handler that raises keeps the next one from running.
     Mutant(
         "_Signals.deliver",
@@ -67,13 +75,12 @@ _MUTANTS = (
     # A handler that is inside of no call waits for the next one.
     Mutant(
         "_Signals.route",
-        "        if not _thread.inside:\n            self.put_back()\n",
+        "        if not _thread.place.inside:\n            self.put_back()\n",
         "",
         "signals",
     ),
     # ----------------------------------------------------------------------------------------------------------- locks
-    Mutant("guarded", _CALL, _CALL.replace("guard.lock", "None"), "locks"),
-    Mutant("guarded", "            with guard.lock:\n", "            if True:\n", "locks"),
+    Mutant("_method", "        lock = guard.lock\n", "        lock = RLock()\n", "locks"),
     Mutant("reading", "                with guard.lock:\n", "                if True:\n", "locks"),
     Mutant("_close", "        with lock:\n", "        if True:\n", "locks"),
 )

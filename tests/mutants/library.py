@@ -71,10 +71,10 @@ _MUTANTS = (
     # A mapping that the kernel refused is in the table.
     Mutant(
         "Container.map",
-        "        self._map_dma(vaddr, iova, size, bool(read) * _READ | bool(write) * _WRITE)\n"
+        "        self._map_dma(vaddr, iova, size, (_READ if read else 0) | (_WRITE if write else 0))\n"
         "        self.table.add(iova=iova, size=size, vaddr=vaddr)\n",
         "        self.table.add(iova=iova, size=size, vaddr=vaddr)\n"
-        "        self._map_dma(vaddr, iova, size, bool(read) * _READ | bool(write) * _WRITE)\n",
+        "        self._map_dma(vaddr, iova, size, (_READ if read else 0) | (_WRITE if write else 0))\n",
         "add",
     ),
     # A mapper that does not come leaves its claim.
@@ -88,8 +88,8 @@ _MUTANTS = (
     # The device is told before the memory is there.
     Mutant(
         "BlockState.grow",
-        "                self.memory.activate(length)\n                self._populate(old, length)\n"
-        "            self._relabel(length, tell)\n",
+        "                self.memory.activate(length)\n                if self.prealloc is not None:\n"
+        "                    self.prealloc.populate([(old, length)])\n            self._relabel(length, tell)\n",
         "                self._relabel(length, tell)\n                self.memory.activate(length)\n",
         "grow",
     ),

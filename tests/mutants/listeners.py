@@ -92,7 +92,7 @@ _MUTANTS = (
     Mutant("Window.check_held", "start + holder.size <= run.end", "start < run.end", "held memory"),
     Mutant(
         "DmaMapper.ram_block_resized",
-        "            followed.window.check_held(wanted)\n",
+        "            window.check_held(wanted)\n",
         "            pass\n",
         "held memory",
     ),

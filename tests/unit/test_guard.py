@@ -200,7 +200,7 @@ class TestSignals:
             seen.append(number)
             raise InterruptionError
 
-        numbers = [signal.SIGUSR2, signal.SIGHUP, signal.SIGWINCH, signal.SIGURG, signal.SIGCONT, signal.SIGIO]
+        numbers = [signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT, signal.SIGPROF, signal.SIGALRM, signal.SIGVTALRM]
         before = {number: signal.signal(number, handler) for number in numbers}
         with pytest.raises(InterruptionError):
             Thing().change(each(*(partial(press, number) for number in numbers)))
@@ -416,7 +416,6 @@ class TestFinalizers:
             thing.change()
             sys.setprofile(None)
             assert signal.getsignal(signal.SIGUSR1) is handler
-            assert not guard._signals._replaced
         assert len(other.events) > 10
         signal.signal(signal.SIGUSR1, before)
 
