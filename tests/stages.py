@@ -52,7 +52,7 @@ FAKES = ("6.1", "6.12", "7.3")
 FAILURES = "tests/unit/test_failures.py"
 LINTERS = "tests/unit/test_linters.py"
 SAMPLES = ("--points=500", "--thread-steps=10000")
-"""With --quick: a tenth of what pytest takes by itself."""
+"""With --quick, and on all interpreters but the first: a tenth of what pytest takes by itself."""
 TOOLS = tuple(
     f"tests/unit/test_{name}.py"
     for name in (
@@ -110,7 +110,7 @@ def quick_stages(pythons: Sequence[str]) -> Iterator[Stage]:
     and not pyright; a tenth of the interruptions, collections and steps of threads."""
     first = pythons[0]
     yield Stage("linters and types", 1000, _pytest(first, LINTERS, "-k", "not pyright", quick=True))
-    yield from (_unit(python, quick=True) for python in pythons)
+    yield from (_unit(python, *SAMPLES, quick=True) for python in pythons)
     yield Stage("each failure of each call", 30, _pytest(first, FAILURES, "-k", "not step_of_the_undo", quick=True))
     yield Stage("testing tools and examples", 60, _pytest(first, *SAMPLES, *TOOLS, quick=True))
     yield from _fakes(first, ("6.12",), quick=True)
@@ -121,9 +121,10 @@ def host_stages(pythons: Sequence[str]) -> Iterator[Stage]:
     first = pythons[0]
     yield Stage("linters and types", 1000, _pytest(first, LINTERS))
     for python in pythons:
-        yield _unit(python, quick=False)
+        samples = () if python == first else SAMPLES
+        yield _unit(python, *samples)
         yield Stage(f"each failure of each call, {_version(python)}", 75, _pytest(python, FAILURES))
-        yield Stage(f"testing tools and examples, {_version(python)}", 60, _pytest(python, *TOOLS))
+        yield Stage(f"testing tools and examples, {_version(python)}", 60, _pytest(python, *samples, *TOOLS))
     lives = ("tests/property/test_random_life.py", f"--random-steps={RANDOM_STEPS}")
     yield Stage(f"random lives of {RANDOM_STEPS} steps", 60, _pytest(first, *lives))
     yield from _fakes(first, FAKES, quick=False)
@@ -135,9 +136,9 @@ def _version(python: str) -> str:
     return done.stdout.strip()
 
 
-def _unit(python: str, *, quick: bool) -> Stage:
-    options = [f"--ignore={name}" for name in (*TOOLS, FAILURES, LINTERS)] + [*SAMPLES] * quick
-    return Stage(f"unit tests, {_version(python)}", 50, _pytest(python, *options, "tests/unit", quick=quick))
+def _unit(python: str, *samples: str, quick: bool = False) -> Stage:
+    left_out = [f"--ignore={name}" for name in (*TOOLS, FAILURES, LINTERS)]
+    return Stage(f"unit tests, {_version(python)}", 50, _pytest(python, *left_out, *samples, "tests/unit", quick=quick))
 
 
 def _fakes(python: str, versions: Sequence[str], *, quick: bool) -> Iterator[Stage]:
