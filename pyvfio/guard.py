@@ -25,8 +25,8 @@ that an exception left behind is undone by the next signal or call. A signal mas
 a signal to another thread, and Python still runs its handler in the main thread. Ten signals are put off (`_NAMES`),
 those whose handlers raise: a look at all of them would cost more than the rest of the guard.
 
-A flag that `signal.siginterrupt` has set for one of them is lost, which Python's own calls do not notice. The cost is in
-docs/architecture.md.
+A flag that `signal.siginterrupt` has set for one of them is lost, which Python's own calls do not notice. The page on
+architecture has the cost.
 """
 
 from __future__ import annotations
