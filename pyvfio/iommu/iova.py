@@ -57,8 +57,13 @@ class IovaAllocator:
         return tuple(IovaRange(Iova(start), Iova(last)) for start, last in sorted(self._reserved.items()))
 
     @property
-    def free(self) -> tuple[IovaRange, ...]:
-        """Everything free, ascending."""
+    def free(self) -> int:
+        """The number of bytes that are not reserved. O(free runs)."""
+        return sum(last - start + 1 for start, last in self._free)
+
+    @property
+    def free_ranges(self) -> tuple[IovaRange, ...]:
+        """The ranges that are not reserved, ascending."""
         return tuple(IovaRange(Iova(start), Iova(last)) for start, last in self._free)
 
     @property
@@ -221,7 +226,7 @@ class IovaAllocator:
 
     def _check(self) -> None:
         taken: Sequence[IovaRange] = self.reservations
-        free: Sequence[IovaRange] = self.free
+        free: Sequence[IovaRange] = self.free_ranges
         everything = sorted([*taken, *free])
         for one, other in itertools.pairwise(everything):
             assert one.last < other.start, (str(one), str(other))

@@ -129,11 +129,11 @@ def test_memory_that_cannot_be_pinned_is_refused_with_what_is_there(rig: Rig) ->
 
 def test_a_full_iova_space_is_refused_before_any_memory_is_mapped(rig: Rig) -> None:
     """A block that no free range is long enough for ends in one error with the numbers, and is not there."""
-    for free in rig.container.allocator.free:
+    for free in rig.container.allocator.free_ranges:
         rig.container.reserve_iova_at(free.start, free.size)
     rig.container.release_iova(rig.container.allocator.reservations[-1].start)
     length = rig.container.allocator.largest_free
-    rig.container.reserve_iova_at(rig.container.allocator.free[0].start, length - GIB)
+    rig.container.reserve_iova_at(rig.container.allocator.free_ranges[0].start, length - GIB)
     with pytest.raises(pyvfio.IovaRangeError, match="the longest free run has 1 GiB") as caught:
         rig.blocks.add("too long", used_length=PAGE_SIZE, max_length=GIB + PAGE_SIZE)
     assert caught.value.ranges == rig.container.iova_ranges

@@ -186,7 +186,7 @@ class Scene:
             "reach": self._reach(),
             "blocks": {block.idstr: self._look_at(block) for block in self.blocks or ()},
             "moved": self._moved(),
-            "free": container.allocator.free if container is not None and usable and self._attached else None,
+            "free": container.allocator.free_ranges if container is not None and usable and self._attached else None,
             "claims": self._claims(),
             "exported": {name: exported(buffer) for name, buffer in self.buffers.items()},
             "descriptors": descriptors() - self.before,

@@ -143,7 +143,9 @@ class AllocatorMachine(RuleBasedStateMachine):
         assert self.allocator.ranges == tuple(map(iova_range, self.ranges))
         assert self.allocator.reservations == tuple(iova_range(self.taken[place]) for place in sorted(self.taken))
         reserved = {page for pages in self.taken.values() for page in pages}
-        free = {page for r in self.allocator.free for page in range(r.start // PAGE_SIZE, (r.last + 1) // PAGE_SIZE)}
+        free = {
+            page for r in self.allocator.free_ranges for page in range(r.start // PAGE_SIZE, (r.last + 1) // PAGE_SIZE)
+        }
         assert not reserved & free
         assert reserved | free == {page for pages in self.ranges for page in pages}
 

@@ -733,7 +733,7 @@ def test_temporary_mappings_are_recycled_when_no_iova_is_left(rig: Rig) -> None:
     given_up, page = _pages(2)
     mapping = rig.mapper.map_temporary(given_up)
     mapping.close()
-    taken = [rig.container.reserve_iova_at(free.start, free.size) for free in rig.container.allocator.free]
+    taken = [rig.container.reserve_iova_at(free.start, free.size) for free in rig.container.allocator.free_ranges]
     assert rig.mapper.map_temporary(page).iova == mapping.iova
     with pytest.raises(pyvfio.IovaRangeError, match="no 4 KiB of IOVA are left"):
         rig.mapper.map_temporary(_pages(1)[0])

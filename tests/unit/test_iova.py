@@ -132,7 +132,7 @@ def test_the_last_page_of_a_u64_is_given_out_and_comes_back() -> None:
     made.release(LAST_PAGE)
     made._check()
     assert made.reserve_at(LAST_PAGE, PAGE) == LAST_PAGE
-    assert made.free == ()
+    assert made.free_ranges == ()
 
 
 def test_all_of_a_u64_is_one_run() -> None:
@@ -152,7 +152,7 @@ def test_ranges_are_cut_to_whole_pages_of_the_iommu() -> None:
 def test_a_range_smaller_than_a_page_gives_nothing() -> None:
     """Nor does one that has a page's size but not its alignment."""
     made = allocator(span(0x1_8000, 0x2_7FFF), page_size=64 * KIB)
-    assert made.free == ()
+    assert made.free_ranges == ()
 
 
 # ------------------------------------------------------------------------------------------------------ alignment
@@ -294,11 +294,11 @@ def test_released_neighbours_are_joined_and_used_again() -> None:
     made = allocator(span(0x1_0000, 0x4_FFFF))
     for order in ((0, 1, 2, 3), (3, 2, 1, 0), (0, 2, 1, 3), (1, 3, 0, 2)):
         taken = [made.reserve(64 * KIB) for _ in range(4)]
-        assert not made.free
+        assert not made.free_ranges
         for position in order:
             made.release(taken[position])
             made._check()
-        assert made.free == (span(0x1_0000, 0x4_FFFF),)
+        assert made.free_ranges == (span(0x1_0000, 0x4_FFFF),)
 
 
 def test_nothing_is_joined_across_a_hole() -> None:
@@ -308,7 +308,7 @@ def test_nothing_is_joined_across_a_hole() -> None:
         made.reserve_at(iova, size)
     made.release(0x4_F000)
     made.release(0x8_0000)
-    assert made.free == THREE
+    assert made.free_ranges == THREE
     made._check()
 
 
@@ -321,7 +321,7 @@ def test_nothing_is_joined_across_two_ranges_of_the_kernel_that_touch(order: tup
     for iova in order:
         made.release(iova)
         made._check()
-    assert made.free == (span(0x1_0000, 0x1_FFFF), span(0x2_0000, 0x2_FFFF))
+    assert made.free_ranges == (span(0x1_0000, 0x1_FFFF), span(0x2_0000, 0x2_FFFF))
     with pytest.raises(IovaRangeError):
         made.reserve(68 * KIB)
     with pytest.raises(IovaRangeError):
@@ -350,7 +350,7 @@ def test_new_ranges_are_taken_over_around_what_is_reserved() -> None:
     made.set_ranges([span(0x8_0000, 0x10_0FFF), span(0x4_0000, 0x4_1FFF)])
     made._check()
     assert made.ranges == (span(0x4_0000, 0x4_1FFF), span(0x8_0000, 0x10_0FFF))
-    assert made.free == (span(0x4_1000, 0x4_1FFF), span(0x8_0000, 0x10_0FFF))
+    assert made.free_ranges == (span(0x4_1000, 0x4_1FFF), span(0x8_0000, 0x10_0FFF))
 
 
 @pytest.mark.parametrize(
@@ -366,11 +366,11 @@ def test_ranges_that_make_a_reservation_unusable_are_refused_and_change_nothing(
     """It lies outside, in part or across two; the tail of a block would fail much later, when it grows."""
     made = allocator(*MSI)
     made.reserve_at(0x2_0000, 2 * PAGE)
-    free = made.free
+    free = made.free_ranges
     with pytest.raises(IovaRangeError, match="have become unusable: 0x20000-0x21fff") as raised:
         made.set_ranges(ranges, page_size=64 * KIB if not ranges else None)
     assert raised.value.ranges == tuple(ranges)
-    assert (made.ranges, made.page_size, made.free) == (MSI, PAGE, free)
+    assert (made.ranges, made.page_size, made.free_ranges) == (MSI, PAGE, free)
     made._check()
 
 
@@ -403,3 +403,11 @@ def test_the_page_size_stays_when_only_ranges_change() -> None:
     made = allocator(*WHOLE, page_size=64 * KIB)
     made.set_ranges(MSI)
     assert made.page_size == 64 * KIB
+
+
+def test_free_counts_the_bytes_of_the_free_ranges() -> None:
+    """Before and after a reservation."""
+    made = IovaAllocator((span(0x1_0000, 0x4_FFFF),))
+    assert made.free == 0x4_0000
+    made.reserve(0x1_0000)
+    assert made.free == 0x3_0000 == sum(found.size for found in made.free_ranges)

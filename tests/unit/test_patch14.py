@@ -145,11 +145,11 @@ def the_iova_of_a_block_never_moves(kernel: FakeKernel, mapper: type[DmaMapper])
         below, block = rig.add("below", used=PAGE_SIZE), rig.add(used=PAGE_SIZE)
         rig.add("neighbour", used=PAGE_SIZE)
         below.remove()
-        iova, free = rig.mapper.iova(block), rig.container.allocator.free
+        iova, free = rig.mapper.iova(block), rig.container.allocator.free_ranges
         for length in (2 * PAGE_SIZE, 0, MIB, PAGE_SIZE):
             block.resize(length)
             assert rig.mapper.iova(block) == iova
-            assert rig.container.allocator.free == free
+            assert rig.container.allocator.free_ranges == free
 
 
 # -------------------------------------------------------------------------------------------------- the defects
