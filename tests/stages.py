@@ -1,4 +1,4 @@
-"""The stages of `scripts/test`, one a processor at a time, the longest first; and where the time went.
+"""The stages of `scripts/test`, a few at a time, the longest first; and where the time went.
 
 `python -m tests.stages [--quick] PYTHON...` runs them with interpreters that have what pyvfio needs; the first also
 runs what does not depend on the interpreter. The exit status is 0 when each stage passed.
@@ -26,8 +26,9 @@ SILENCE = 1800.0
 """A stage that has printed nothing for so many seconds hangs: tests print when they end, and the longest of them takes
 five minutes on a slow machine. There is no other limit to how long a stage takes."""
 
-PLACES = min(len(os.sched_getaffinity(0)), 4)
-"""How many stages run side by side: one a processor, and no more machines of 2 GiB than a usual machine can hold."""
+PLACES = min(len(os.sched_getaffinity(0)) + 1, 4)
+"""How many stages run side by side: one more than there are processors, since a machine waits half of the time for its
+devices, and no more machines of 2 GiB than a usual machine can hold."""
 
 RANDOM_CALLS = 2000
 RANDOM_STEPS = 10000
