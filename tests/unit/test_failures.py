@@ -364,7 +364,10 @@ class Scene:
 
     def renew_buffer(self) -> None:
         """BufferError while whoever holds the exception keeps the one that was not mapped exported."""
+        backing = self.buffers[2].obj
+        assert isinstance(backing, bytearray)
         self.buffers[2].release()
+        backing.append(0)
         self.buffers[2] = page_of_a_bytearray()
 
     def check_memory(self) -> None:
