@@ -177,13 +177,14 @@ class _Signals:
             self._set(number, self._route)
 
     def _look(self, seen: tuple[object, ...]) -> None:
-        known, self._handlers = self._handlers, {}
+        handlers: dict[int, _Handler] = {}
         for number, handler in zip(_ALL, seen, strict=True):
-            if handler is self._route and number in known:  # an exception has kept a handler from being put back
-                self._handlers[number] = known[number]
-            elif callable(handler) and handler is not self._route:
-                self._handlers[number] = handler
-        self._seen = seen
+            if handler is self._route:  # not put back yet
+                if number in self._handlers:
+                    handlers[number] = self._handlers[number]
+            elif callable(handler):
+                handlers[number] = handler
+        self._handlers, self._seen = handlers, seen  # in one step: a signal may come to `route` at any call above
 
     def put_back(self) -> None:
         """Give each signal its handler back, unless the program has set another one, and run the handlers due."""

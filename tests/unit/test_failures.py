@@ -363,12 +363,16 @@ class Scene:
         assert [(place.start, place.size) for place in taken] == self.reserved(), "IOVA is lost"
 
     def renew_buffer(self) -> None:
-        """BufferError while whoever holds the exception keeps the one that was not mapped exported."""
+        """Another one in place of the buffer that was not mapped."""
+        self.buffers[2].release()
+        self.buffers[2] = page_of_a_bytearray()
+
+    def check_buffer(self) -> None:
+        """The buffer that was not mapped is not exported, though the exception is still there."""
         backing = self.buffers[2].obj
         assert isinstance(backing, bytearray)
-        self.buffers[2].release()
+        self.renew_buffer()
         backing.append(0)
-        self.buffers[2] = page_of_a_bytearray()
 
     def check_memory(self) -> None:
         """What blocks are grown by, and what is populated again, reads zeros, whatever was there."""
@@ -498,9 +502,10 @@ def _check_refusal(scene: Scene, before: object, error: BaseException | None, pl
     """What was refused has changed nothing."""
     if error is None or keeps_memory(error):
         return
-    scene.renew_buffer()
     if isinstance(error, Interrupt):
+        scene.renew_buffer()
         return  # it may have come when all was done
+    scene.check_buffer()
     assert scene.blocks() == before, (plans, "the blocks are not as they were")
     if not any(plan.name in MEMORY for plan in plans):
         assert all(block.state.memory.retained == 0 for block in scene.rig.blocks), (plans, "memory is kept")
