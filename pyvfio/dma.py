@@ -449,6 +449,10 @@ class DmaMapper(BufferMapper, ContextManager):
                 f"vaddr {vaddr:#x}-{vaddr + size - 1:#x} reaches into RAM block '{block.idstr}', which has IOVA of its "
                 f"own for all of {block.vaddr:#x}-{block.vaddr + block.max_length - 1:#x}; grow the block instead"
             )
+        blocks = self.blocks
+        for address in (vaddr, vaddr + size - 1) if blocks else ():
+            if blocks is not None and (leaving := blocks.block_at(address)) is not None:
+                raise ValueError(f"vaddr {address:#x} is in RAM block '{leaving.idstr}', which is being removed")
 
     # ------------------------------------------------------------------------------------------------ the end
 

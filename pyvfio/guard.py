@@ -8,7 +8,8 @@ table and the blocks right all the same:
    and a close does nothing: the kernel's object is shared, so the child would act on its parent.
 2. *Finalizers.* A collection can finalize an object in a thread that holds any lock and is in the middle of any change.
    A close that arrives while its thread is inside a guarded call is put off until that call ends. So no structure
-   changes under a search, and no lock is taken in an order that nobody planned. Hooks of notifiers are the program's
+   changes under a search, and no lock is taken in an order that nobody planned. A finalizer must call nothing but a
+   close. Hooks of notifiers are the program's
    own code, called between two steps: `called_out` lets a hook close a mapping at once.
 3. *Signals.* A handler that raises must not come between a change that the kernel made and its record here. Python runs
    handlers in the main thread only. There the handlers that are Python functions are noted for the time of a guarded
@@ -37,7 +38,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
 from importlib import import_module
 from logging import getLogger
@@ -123,7 +124,8 @@ class ContextManager:
         except Exception as failure:
             if error is None:
                 raise
-            error.add_note(f"{type(self).__name__} could not be closed: {failure}")
+            with suppress(Exception):  # an exception may be frozen
+                error.add_note(f"{type(self).__name__} could not be closed: {failure}")
 
 
 class _Place:
@@ -414,7 +416,8 @@ class _CalledOut:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _thread.place.busy = True
+        place = _thread.place
+        place.busy = place.inside  # not in a child that the hook has forked
 
 
 called_out = _CalledOut()
@@ -430,7 +433,8 @@ class _Undoing:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _thread.place.undoing -= 1
+        place = _thread.place
+        place.undoing = max(place.undoing - 1, 0)  # 0 in a child that the undo has forked
 
 
 undoing = _Undoing()

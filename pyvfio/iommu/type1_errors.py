@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -58,7 +59,11 @@ class MapRefusal:
             errno.EOVERFLOW: self._arguments,
             errno.EFAULT: self._fault,
         }.get(self.error.errno or 0)
-        return self._say(IoctlError, f"{self.error.strerror}") if known is None else known()
+        if known is not None:
+            with suppress(OSError):  # no descriptor is left to read /proc with
+                return known()
+        kind = PinLimitError if self.error.errno == errno.ENOMEM else IoctlError
+        return self._say(kind, f"{self.error.strerror}")
 
     def _say(self, kind: type[_Error], message: str, hint: str = "") -> _Error:
         return kind.of(self.error, message, request="VFIO_IOMMU_MAP_DMA", arguments=self._given, hint=hint)

@@ -1065,3 +1065,25 @@ def test_the_close_of_a_mapper_takes_the_lock_of_its_list_first(rig: Rig) -> Non
     changer.join()
     closer.join()
     assert (block.used_length, rig.reached()) == (MIB, [])
+
+
+def test_memory_of_a_block_that_is_being_removed_is_not_mapped_again(rig: Rig) -> None:
+    """A hook that runs when the mapper has left the block finds it refused: the memory is about to go."""
+    found: list[str] = []
+
+    class Late:
+        def ram_block_removed(self, block: pyvfio.RamBlock, used_length: int, max_length: int) -> None:
+            del used_length, max_length
+            try:
+                rig.mapper.map_dma(vaddr=block.state.start, size=PAGE_SIZE)
+            except ValueError as error:
+                found.append(str(error))
+
+    with pyvfio.RamBlockList(kernel=rig.kernel) as blocks:
+        blocks.add_notifier(Late())
+        with pyvfio.DmaMapper(rig.container, blocks) as mapper:
+            rig.mapper, before = mapper, rig.mapper
+            blocks.add("leaving", used_length=PAGE_SIZE, max_length=PAGE_SIZE).remove()
+            rig.mapper = before
+    assert len(found) == 1
+    assert "being removed" in found[0]

@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 
@@ -41,6 +42,13 @@ class InterruptionError(Exception):
 
 def _undo(thing: Thing) -> None:
     thing.events.append("undone")
+
+
+@dataclass(frozen=True)
+class FrozenError(Exception):
+    """An exception with which nothing can be noted."""
+
+    code: int
 
 
 class Thing:
@@ -492,6 +500,24 @@ class TestForks:
         worker.join()
         assert found == status
 
+    def test_a_child_that_returns_from_the_hook_that_forked_it_can_change_nothing(self) -> None:
+        thing, found = Thing(), list[int]()
+
+        def hook() -> None:
+            with called_out:
+                found.append(os.fork())
+
+        thing.change(hook)
+        if found[0] == 0:
+            try:
+                thing.change()
+            except ForkedError:
+                os._exit(0)
+            except BaseException:
+                os._exit(2)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(found[0], 0)[1]) == 0
+
     def test_a_child_that_a_hook_forks_can_change_nothing(self) -> None:
         thing, found = Thing(), list[int]()
         thing.change(lambda: found.append(in_a_child(thing.change)))
@@ -549,3 +575,15 @@ class TestForks:
         for call in (use, User):
             given = partial(call, thing=thing) if by_name else partial(call, thing)
             assert in_a_child(given) == 0
+
+
+def test_an_exception_that_takes_no_note_is_not_replaced() -> None:
+    """A frozen dataclass is one."""
+
+    class Broken(Thing, ContextManager):
+        @closing
+        def close(self) -> None:
+            raise OSError("no")
+
+    with pytest.raises(FrozenError), Broken():
+        raise FrozenError(3)

@@ -230,3 +230,21 @@ def test_what_mlock_holds_is_told_apart_from_the_rest() -> None:
         assert kernel.memlock().address_space > 4 * PAGE_SIZE
 
     assert in_child(child) == 0
+
+
+class BlindKernel(LockingKernel):
+    """Has no descriptor left to read /proc with."""
+
+    def memlock(self) -> Memlock:
+        """EMFILE."""
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def test_a_refusal_that_cannot_be_explained_is_still_the_refusal() -> None:
+    """Of the map, by its own errno, not the one of the explanation."""
+    kernel = BlindKernel()
+    with Rig(kernel) as rig:
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.ENOMEM)
+        with pytest.raises(PinLimitError) as caught:
+            rig.add(used=PAGE_SIZE)
+    assert caught.value.errno == errno.ENOMEM
