@@ -273,11 +273,12 @@ def _method(
             guard.check()
         if undo is not None or thread.inside:
             return _run(lock, partial(call, self, *args, **kwargs), undo)
-        signals = thread.signals
+        signals, ready = thread.signals, False
         try:
             thread.inside = thread.busy = True
             if signals is not None:
                 signals.replace()
+            ready = True
             if not lock.acquire(False):  # noqa: FBT003 (a keyword costs as much as the lock)
                 _wait_for(lock)
             try:
@@ -285,6 +286,8 @@ def _method(
             finally:
                 lock.release()
         finally:
+            if not ready:  # before any call: a handler that is not replaced may raise at the next one
+                thread.inside = thread.busy = False
             if thread.put_off or _signals.noted:
                 _leave(thread, signals)
             else:
@@ -519,12 +522,16 @@ def _run(lock: RLock | None, call: Callable[[], _Result], undo: Callable[..., ob
     signals = thread.signals
     if signals is not None and undo is not None:
         return _make(thread, signals, lock, call, undo)
+    ready = False
     try:
         thread.inside = thread.busy = True  # from here on finalizers are put off: a call of theirs would put back
         if signals is not None:
             signals.replace()  # and signals are noted
+        ready = True
         return call() if lock is None else _locked(lock, call)
     finally:
+        if not ready:  # before any call: a handler that is not replaced may raise at the next one
+            thread.inside = thread.busy = False
         _leave(thread, signals)
 
 
