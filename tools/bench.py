@@ -36,9 +36,8 @@ FLAT = 0.05
 CHEAPER = 200
 """How many times cheaper than a remap that is, at the largest length, if it is at least `CHEAPER_FROM`."""
 CHEAPER_FROM = 512 * MIB
-ADDED = 100.0
-"""Microseconds that pyvfio may add to the system calls of one such resize. 80 is the goal: it was met before calls put
-signals and finalizers off (`guard.py`)."""
+ADDED = 80.0
+"""What pyvfio adds to the system calls of one such resize, at most, in microseconds."""
 
 _WARM_UP = 16
 _REPEAT = 5
