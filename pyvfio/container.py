@@ -51,6 +51,7 @@ _MAP_VADDR = int(ioctls.VFIO_DMA_MAP_FLAG_VADDR)
 _ALL = int(ioctls.VFIO_DMA_UNMAP_FLAG_ALL)
 _UNMAP_VADDR = int(ioctls.VFIO_DMA_UNMAP_FLAG_VADDR)
 _pack_dma_map = struct.Struct("=2I3Q").pack  # vfio_iommu_type1_dma_map, at half of what filling that in costs
+_dma_unmap = struct.Struct("=2I2Q")  # vfio_iommu_type1_dma_unmap
 _NOT_THE_KIND = (errno.EBADF, errno.ENOTTY, errno.EINVAL)
 _Answer = TypeVar("_Answer")
 _INFO_MAX = 1 << 20  # an answer longer than this is no answer
@@ -394,19 +395,14 @@ class Container(Handle):
             size = needed
         raise CapabilityError(f"VFIO_IOMMU_GET_INFO wants a buffer of {size} bytes")
 
-    @guarded
     def map_dma(self, *, vaddr: int, iova: int, size: int, flags: int = _READ | _WRITE) -> None:
         """VFIO_IOMMU_MAP_DMA, as it is; `mappings` shows what it did. Use `map`, which checks its arguments.
 
         Raises TypeError, PinLimitError, EntryLimitError, IovaOverlapError, IovaRangeError or IoctlError.
         """
-        vaddr, iova, size, flags = index(vaddr), index(iova), index(size), index(flags)
-        self._map_dma(vaddr, iova, size, flags)
-        if flags & _MAP_VADDR:
-            self.table.discard(iova=iova, size=size)
-        self.table.add(iova=iova, size=size, vaddr=vaddr)
+        self._map_dma(index(vaddr), index(iova), index(size), index(flags))
 
-    def _map_dma(self, vaddr: int, iova: int, size: int, flags: int) -> None:
+    def _map_unguarded(self, vaddr: int, iova: int, size: int, flags: int) -> None:
         try:
             argument = bytearray(_pack_dma_map(32, flags, vaddr, iova, size))
         except struct.error as error:
@@ -429,6 +425,13 @@ class Container(Handle):
                 page_size=self.page_size,
                 attached=self._info is not None,
             ).explain() from error
+        if flags & _MAP_VADDR:
+            self.table.discard(iova=iova, size=size)
+        self.table.add(iova, size, vaddr)
+        if logger.isEnabledFor(logging.DEBUG):  # each grow passes here
+            logger.debug("mapped iova=%#x vaddr=%#x size=%#x flags=%#x", iova, vaddr, size, flags)
+
+    _map_dma = guarded(_map_unguarded)
 
     @guarded
     def unmap_dma(self, *, iova: int, size: int, flags: int = 0, bitmap: ioctls.vfio_bitmap | None = None) -> int:
@@ -448,8 +451,10 @@ class Container(Handle):
         return unmapped
 
     def _unmap_dma(self, iova: int, size: int, flags: int, bitmap: ioctls.vfio_bitmap | None) -> int:
-        argument = ioctls.vfio_iommu_type1_dma_unmap(24, flags, iova, size)
-        if bitmap is not None:
+        argument: bytearray | ioctls.DmaUnmapWithBitmap
+        if bitmap is None:
+            argument = bytearray(_dma_unmap.pack(24, flags, iova, size))  # a structure costs three times as much
+        else:
             flags |= ioctls.VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP
             argument = ioctls.DmaUnmapWithBitmap(48, flags, iova, size, bitmap)
         try:
@@ -464,7 +469,8 @@ class Container(Handle):
                 arguments={"iova": iova, "size": size, "flags": flags},
                 hint=hint if error.errno == errno.EINVAL else "",
             ) from error
-        return argument.size
+        unmapped: int = _dma_unmap.unpack_from(argument)[3]
+        return unmapped
 
     def _note_unmapped(self, found: list[Mapping], unmapped: int) -> None:
         """Forget the mappings of a range that the kernel has no more: all, if it unmapped just as many bytes."""
@@ -663,7 +669,6 @@ class Container(Handle):
         self.check_usable()
         _ = self.info  # raises where there is no group
 
-    @guarded
     def map(self, *, vaddr: int, iova: int, size: int, read: bool = True, write: bool = True) -> None:
         """Let the devices of the container's groups read and write `[vaddr, vaddr + size)` at `iova`.
 
@@ -672,19 +677,18 @@ class Container(Handle):
         Cost: the kernel pins every page: some 30 ns each where they are there, and zeroing where they are not.
         """
         vaddr, iova, size = index(vaddr), index(iova), index(size)
-        page, last = self.allocator.page_size, size - 1
-        if last < 0 or iova < 0 or (iova | size) & (page - 1) or iova + last > U64_MAX:
+        flags = (_READ if read else 0) | (_WRITE if write else 0)
+        if size <= 0 or iova < 0 or (iova | size) & (self.allocator.page_size - 1) or iova + size - 1 > U64_MAX:
             raise self._misaligned(iova, size)
-        if vaddr < 0 or vaddr & (page - 1) or vaddr + last > U64_MAX:
-            raise ValueError(f"no process has {size:#x} bytes at vaddr {vaddr:#x} in pages of {page:#x}")
-        if not (read or write):
-            raise ValueError("the device must be let read or write")
-        self._map_dma(vaddr, iova, size, (_READ if read else 0) | (_WRITE if write else 0))
-        self.table.add(iova=iova, size=size, vaddr=vaddr)
-        if logger.isEnabledFor(logging.DEBUG):  # each grow passes here
-            logger.debug("mapped iova=%#x vaddr=%#x size=%#x", iova, vaddr, size)
+        if vaddr < 0 or vaddr & (self.allocator.page_size - 1) or vaddr + size - 1 > U64_MAX or not flags:
+            raise self._not_memory(vaddr, size, flags)
+        self._map_dma(vaddr, iova, size, flags)
 
-    @guarded
+    def _not_memory(self, vaddr: int, size: int, flags: int) -> ValueError:
+        if not flags:
+            return ValueError("the device must be let read or write")
+        return ValueError(f"no process has {size:#x} bytes at vaddr {vaddr:#x} in pages of {self.page_size:#x}")
+
     def unmap(self, *, iova: int, size: int, bitmap: ioctls.vfio_bitmap | None = None) -> None:
         """Unmap whole mappings; when it returns, exactly `size` bytes at `iova` are out of the devices' reach.
 
@@ -695,10 +699,19 @@ class Container(Handle):
         Raises IoctlError when the kernel refuses, ValueError for a range that can never be right.
         """
         iova, size = index(iova), index(size)
-        self._check_range(iova, size)
-        if not self.table.is_whole(iova=iova, size=size):
+        page = self.allocator.page_size
+        if size <= 0 or iova < 0 or (iova | size) & (page - 1) or iova + size - 1 > U64_MAX:
+            raise self._misaligned(iova, size)
+        self._unmap(iova, size, bitmap)
+
+    @guarded
+    def _unmap(self, iova: int, size: int, bitmap: ioctls.vfio_bitmap | None) -> None:
+        if not self.table.is_whole(iova, size):
             self._refuse_unmap(iova, size)
             return
+        self._unmap_known(iova, size, bitmap)
+
+    def _unmap_known(self, iova: int, size: int, bitmap: ioctls.vfio_bitmap | None) -> None:
         unmapped = self._unmap_dma(iova, size, 0, bitmap)
         if unmapped == size:
             self.table.discard(iova=iova, size=size)
@@ -708,6 +721,62 @@ class Container(Handle):
             raise UnmapSizeError(iova=iova, asked=size, unmapped=unmapped, known=describe_mappings(found))
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("unmapped iova=%#x size=%#x", iova, size)
+
+    def reserve_and_map(
+        self,
+        *,
+        vaddr: int,
+        size: int,
+        iova: int | None = None,
+        alignment: int = 1,
+        top_down: bool = False,
+        read: bool = True,
+        write: bool = True,
+    ) -> Iova:
+        """Reserve IOVA and map memory there, or neither: one call where `reserve_iova` and `map` are two.
+
+        `iova`: the caller's own, as for `reserve_iova_at`; else one is found as `reserve_iova` does, for that
+        `alignment` and `top_down`. Raises as those, and as `map`.
+        """
+        flags = (_READ if read else 0) | (_WRITE if write else 0)
+        return self._reserve_and_map(index(vaddr), index(size), iova, alignment, top_down, flags)
+
+    @guarded  # by their positions: keywords cost a guarded call as much as its lock
+    def _reserve_and_map(  # noqa: PLR0917
+        self,
+        vaddr: int,
+        size: int,
+        iova: int | None,
+        alignment: int,
+        top_down: bool,  # noqa: FBT001
+        flags: int,
+    ) -> Iova:
+        if self._fd < 0 or self._info is None:
+            self._check_ready()
+        allocator = self.allocator
+        if vaddr < 0 or vaddr & (allocator.page_size - 1) or vaddr + size - 1 > U64_MAX or not flags:
+            raise self._not_memory(vaddr, size, flags)
+        if iova is None:
+            place = allocator.reserve(size, alignment=alignment, offset=vaddr, top_down=top_down)
+        else:
+            place = allocator.reserve_at(iova, size)
+        try:
+            self._map_unguarded(vaddr, place, size, flags)
+        except BaseException:
+            allocator.release(place)
+            raise
+        return place
+
+    def unmap_and_release(self, *, iova: int, size: int, vaddr: int) -> None:
+        """Unmap a mapping, unless somebody else has done so already, and release its IOVA. Raises as `unmap`; nothing
+        has changed then."""
+        self._unmap_and_release(index(iova), index(size), index(vaddr))
+
+    @guarded
+    def _unmap_and_release(self, iova: int, size: int, vaddr: int) -> None:
+        if self.table.has(iova, size, vaddr):
+            self._unmap_known(iova, size, None)
+        self.allocator.release(iova)
 
     def _refuse_unmap(self, iova: int, size: int) -> None:
         """Raise for a range that is not what is mapped, unless everything has gone already."""
@@ -746,11 +815,6 @@ class Container(Handle):
                 failures.append(error)
         raise_collected("unmapping everything", failures)
         return unmapped
-
-    def _check_range(self, iova: int, size: int) -> None:
-        page_size = self.allocator.page_size
-        if size <= 0 or iova < 0 or (iova | size) & (page_size - 1) or iova + size - 1 > U64_MAX:
-            raise self._misaligned(iova, size)
 
     def _misaligned(self, iova: int, size: int) -> ValueError:
         return ValueError(

@@ -19,14 +19,13 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 from pyvfio.blocks.discards import DiscardClaim
 from pyvfio.blocks.progress import LongWork, ProgressCallback
 from pyvfio.errors import REACH_UNKNOWN, EntryLimitError, IoctlError
-from pyvfio.extents import Extent, runs, without
+from pyvfio.extents import Extent, Part, runs, without
 from pyvfio.guard import ContextManager, Guard, close_now, closing_under, constructing, guarded, reading
 from pyvfio.handle import attempt_all
 from pyvfio.iommu.space import AddressSpace
@@ -43,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Followed(NamedTuple):
-    """A block, and the IOVA that is its own for `max_length` bytes; sorted by `vaddr`, which no two share."""
+    """A block, and the IOVA that is its own for `max_length` bytes; in the order of `vaddr`, which no two share."""
 
     vaddr: Vaddr
     block: RamBlock
@@ -132,7 +131,8 @@ class DmaMapper(BufferMapper, ContextManager):
         """The list that it follows."""
         self._progress = progress
         self._place = place or (lambda _block: None)
-        self._followed: list[_Followed] = []  # sorted by vaddr, windows being as long as their blocks
+        self._windows: dict[RamBlock, Window] = {}
+        self._followed: list[_Followed] = []  # the same, sorted by vaddr, windows being as long as their blocks
         self._former: WeakKeyDictionary[RamBlock, _Former] = WeakKeyDictionary()
         self._claim: DiscardClaim | None = None
         self._leaving = False
@@ -175,18 +175,22 @@ class DmaMapper(BufferMapper, ContextManager):
         self._check_parts(block, wanted)  # it may have holes already
         self._check_budget(block, max_length)
         iova = self._find_place(block, self._reserve, self._space.reserve_iova_at)
-        followed = _Followed(block.vaddr, block, self._window(block, iova))
+        window = self._window(block, iova)
         try:
-            self._change(followed, wanted)
+            self._change(window, wanted)
         except REACH_UNKNOWN:
             raise  # and keep the IOVA: the device may reach something there
         except BaseException:
             self._space.release_iova(iova)
             raise
-        insort(self._followed, followed)
+        self._enter(block, window)
         if block in self._former:
-            followed.window.holders = self._former.pop(block).holders
+            window.holders = self._former.pop(block).holders
         logger.debug("added %r at iova=%#x", block, iova)
+
+    def _enter(self, block: RamBlock, window: Window) -> None:
+        self._windows[block] = window
+        insort(self._followed, _Followed(window.vaddr, block, window))
 
     def _window(self, block: RamBlock, iova: Iova) -> Window:
         access = READ if block.readonly else READ | WRITE
@@ -197,7 +201,7 @@ class DmaMapper(BufferMapper, ContextManager):
             vaddr=block.vaddr,
             iova=iova,
             size=block.max_length,
-            map_piece=partial(self._map, access=access),
+            make_room=self._recycle,
             access=access,
             attendant=self._attendant(block),
         )
@@ -212,7 +216,7 @@ class DmaMapper(BufferMapper, ContextManager):
         for block in blocks:
             window = self._window(block, self._space.reserve_iova_at(places[block.idstr], block.max_length))
             window.resume(block.populated)
-            insort(self._followed, _Followed(block.vaddr, block, window))
+            self._enter(block, window)
         blocks.follow(self)
         self.blocks = blocks
 
@@ -220,14 +224,14 @@ class DmaMapper(BufferMapper, ContextManager):
     def forget(self) -> None:
         """Forget blocks and mappings, which are another process's. For live update: no call is made."""
         self._closed = True
-        self._followed, self.blocks = [], None
+        self._windows, self._followed, self.blocks = {}, [], None
         if self._claim is not None:
             close_now(self._claim)
 
     @reading
     def windows(self) -> list[tuple[RamBlock, Window]]:
         """Return each block that is followed, and its pieces, ascending by address."""
-        return [(followed.block, followed.window) for followed in self._followed]
+        return [(block, window) for _vaddr, block, window in self._followed]
 
     def _check_budget(self, block: RamBlock, max_length: int) -> None:
         """EntryLimitError where, with a granule, a block could need more mappings than are left."""
@@ -247,7 +251,7 @@ class DmaMapper(BufferMapper, ContextManager):
         """How many mappings are left when all blocks have those they may need."""
         promised = 0
         if self.policy.granule is not None:
-            promised = sum(self.policy.entries(f.window.size) - len(f.window.pieces()) for f in self._followed)
+            promised = sum(self.policy.entries(each.size) - len(each.pieces()) for each in self._windows.values())
         return self._space.entries_left - promised
 
     @guarded
@@ -272,7 +276,7 @@ class DmaMapper(BufferMapper, ContextManager):
         )
 
     def _check_new(self, shapes: Sequence[BlockShape | RamBlock]) -> None:
-        known = {followed.block.idstr: followed.block for followed in self._followed}
+        known = {block.idstr: block for block in self._windows}
         for shape in shapes:
             followed = known.get(getattr(shape, "idstr", ""))
             if followed is not None and (followed is shape or isinstance(shape, BlockShape)):
@@ -316,15 +320,15 @@ class DmaMapper(BufferMapper, ContextManager):
         UnmapSizeError or IoctlError: the block is then still reached.
         """
         del used_length, max_length
-        followed = self._search(block)
-        if followed is None:
+        window = self._windows.get(block)
+        if window is None:
             return
-        window = followed.window
         if not (self._leaving or (self.blocks is not None and self.blocks.closing)):
             window.check_held([])
         window.change([])
         self._former[block] = _Former(window.iova, window.holders)
-        self._followed.remove(followed)
+        self._followed.remove(_Followed(window.vaddr, block, window))
+        del self._windows[block]
         self._space.release_iova(window.iova)
         logger.debug("removed %r from iova=%#x", block, window.iova)
 
@@ -336,24 +340,22 @@ class DmaMapper(BufferMapper, ContextManager):
         is raised, and all is mapped as before. When that fails too, RollbackError: the device reaches less than the
         block has, until it is resized once more or removed.
         """
-        followed = self._window_of(block)
-        window, granule = followed.window, self.policy.granule
+        window = self._window_of(block)
         if not 0 <= new_length <= window.size:
             raise ValueError(f"{new_length:#x} is not within max_length {block.max_length:#x} of '{block.idstr}'")
-        if granule is not None:
-            self.policy.check_length(new_length, "used_length")
+        self.policy.check_length(new_length, "used_length")
         wanted = block.state.populated_at(new_length)
         if new_length < old_length:
             window.check_held(wanted)
-        self._change(followed, wanted)
+        self._change(window, wanted)
 
     @guarded
     def ram_block_discarded(self, block: RamBlock, parts: Sequence[Extent]) -> None:
         """Unmap parts of the block; as `ram_block_resized`. ValueError: granules do not make them up."""
         self._check_parts(block, parts)
-        followed, wanted = self._window_of(block), without(block.populated, *parts)
-        followed.window.check_held(wanted)
-        self._change(followed, wanted)
+        window, wanted = self._window_of(block), without(block.populated, *parts)
+        window.check_held(wanted)
+        self._change(window, wanted)
 
     @guarded
     def ram_block_populated(self, block: RamBlock, parts: Sequence[Extent]) -> None:
@@ -365,16 +367,16 @@ class DmaMapper(BufferMapper, ContextManager):
     def ram_block_remapping(self, block: RamBlock, parts: Sequence[Extent]) -> None:
         """Unmap the pages of `parts`, and all that is mapped in one piece with them. GapError: that was not allowed,
         and a granule is not in `parts` as a whole."""
-        followed = self._window_of(block)
+        window = self._window_of(block)
         if self.policy.resize == "remap" and parts:
-            self._change(followed, [])  # it would be a piece before and one behind them, and one again
+            self._change(window, [])  # it would be a piece before and one behind them, and one again
             return
         try:
-            self._change(followed, without(block.populated, *self.policy.round_out(parts)))
+            self._change(window, without(block.populated, *self.policy.round_out(parts)))
         except EntryLimitError:
             if self.policy.granule or not self.policy.allow_gap:
                 raise
-            self._change(followed, [])  # the container takes no piece before them and one behind them
+            self._change(window, [])  # the container takes no piece before them and one behind them
 
     @guarded
     def ram_block_remapped(self, block: RamBlock, parts: Sequence[Extent]) -> None:
@@ -382,39 +384,34 @@ class DmaMapper(BufferMapper, ContextManager):
         del parts  # the window knows what it reaches
         self._change(self._window_of(block), block.populated)
 
-    def _check_parts(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        for part in parts:
-            self.policy.check_length(part.start, f"where a part of RAM block '{block.idstr}' begins")
-            self.policy.check_length(part.size, f"a part of RAM block '{block.idstr}'")
+    def _check_parts(self, block: RamBlock, parts: Sequence[Part]) -> None:
+        for start, end in parts:
+            self.policy.check_length(start, f"the start of a part of RAM block '{block.idstr}'")
+            self.policy.check_length(end, f"the end of a part of RAM block '{block.idstr}'")
 
-    def _change(self, followed: _Followed, wanted: Sequence[Extent]) -> None:
+    def _change(self, window: Window, wanted: Sequence[Part]) -> None:
         try:
-            followed.window.change(wanted)
+            window.change(wanted)
         except EntryLimitError:
             if self.policy.resize == "remap" or self.policy.granule or not self.policy.allow_gap:
                 raise
             logger.debug("joining pieces: the container takes no more mappings")
-            self._join(followed, wanted)
+            self._join(window, wanted)
 
-    def _join(self, followed: _Followed, wanted: Sequence[Extent]) -> None:
+    def _join(self, window: Window, wanted: Sequence[Part]) -> None:
         """Where a block of many pieces becomes one, there is room again."""
-        if not followed.window.pieces():
-            most = max(self._followed, key=lambda each: len(each.window.pieces()), default=followed)
-            most.window.change(runs(most.window.pieces()), join=True)
-        followed.window.change(wanted, join=True)
+        if not window.pieces():
+            most = max(self._windows.values(), key=lambda each: len(each.pieces()), default=window)
+            most.change(runs(most.pieces()), join=True)
+        window.change(wanted, join=True)
 
-    def _search(self, block: RamBlock) -> _Followed | None:
-        position = bisect_left(self._followed, (block.state.start,))
-        if position == len(self._followed) or self._followed[position].block is not block:
-            return None
-        return self._followed[position]
-
-    def _window_of(self, block: RamBlock) -> _Followed:
+    def _window_of(self, block: RamBlock) -> Window:
         if self._closed or self._space.lost:
             self.check_open()
-        if (followed := self._search(block)) is None:
+        window = self._windows.get(block)
+        if window is None:
             raise ValueError(f"RAM block '{block.idstr}' is not followed by this mapper; it lies at {block.vaddr:#x}")
-        return followed
+        return window
 
     def _below(self, vaddr: int) -> _Followed | None:
         """The last block that does not begin above `vaddr`."""
@@ -433,12 +430,13 @@ class DmaMapper(BufferMapper, ContextManager):
         """
         if not isinstance(block, RamBlock):
             raise TypeError(f"iova() is asked of a RamBlock, not of {block!r}")
-        return self._window_of(block).window.iova
+        return self._window_of(block).iova
 
     def _find(self, vaddr: int, size: int) -> OwnMemory | Window | None:
-        followed = self._below(vaddr)
-        if followed is not None and followed.window.reaches(vaddr, size):
-            return followed.window
+        if self._followed:
+            followed = self._below(vaddr)
+            if followed is not None and followed.window.reaches(vaddr, size):
+                return followed.window
         return super()._find(vaddr, size)
 
     def _check_no_block(self, vaddr: int, size: int) -> None:
@@ -498,4 +496,5 @@ class DmaMapper(BufferMapper, ContextManager):
             assert self.policy.granule is None or all(p.size == self.policy.granule for p in window.pieces())
         addresses = [followed.vaddr for followed in self._followed]
         assert addresses == sorted(addresses)
+        assert {followed.block: followed.window for followed in self._followed} == self._windows
         super()._check()

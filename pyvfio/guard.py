@@ -37,7 +37,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
 from importlib import import_module
@@ -45,13 +45,14 @@ from logging import getLogger
 from os import getpid
 from threading import RLock, get_ident, main_thread
 from types import FrameType, TracebackType
-from typing import Concatenate, ParamSpec, Protocol, Self, TypeAlias, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeAlias, TypeVar, TypeVarTuple
 
 from pyvfio.errors import ForkedError
 
 _logger = getLogger(__name__)
 
 _Given = ParamSpec("_Given")
+_Arguments = TypeVarTuple("_Arguments")
 _Result = TypeVar("_Result")
 _Handler: TypeAlias = Callable[[int, FrameType | None], object]
 
@@ -152,17 +153,19 @@ _NAMES = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGTE
 _ALL = tuple(int(getattr(signal, name)) for name in _NAMES)
 """The signals that are put off: those by which a program is asked to end or told the time, and its own."""
 
+_functions = import_module("_signal")  # `signal` wraps them to make enums of numbers, at ten times their cost
+_get_handler: Callable[[int], object] = _functions.getsignal
+_set_handler: Callable[[int, _Handler], _Handler] = _functions.signal
+
 
 class _Signals:
     """The handlers of the main thread: which ones `route` stands for, and which signals are to be handled.
 
-    `signal` wraps these two functions to make enums of numbers, at ten times their cost.
+    No loop here is in a `try` whose end matters: CPython 3.12 and 3.13 run handlers where a loop begins anew, and do
+    not count that place as a part of the `try`.
     """
 
     def __init__(self) -> None:
-        functions = import_module("_signal")
-        self._get: Callable[[int], object] = functions.getsignal
-        self._set: Callable[[int, _Handler], _Handler] = functions.signal
         self._route: _Handler = self.route
         self._seen: tuple[object, ...] = ()
         self._handlers: dict[int, _Handler] = {}  # of the signals that a function handled when it was last looked
@@ -172,11 +175,11 @@ class _Signals:
 
     def replace(self) -> None:
         """Let `route` stand in the place of each handler that is a function."""
-        seen = tuple(map(self._get, _ALL))
+        seen = tuple(map(_get_handler, _ALL))
         if seen != self._seen:
             self._look(seen)
         for number in self._handlers:
-            self._set(number, self._route)
+            _set_handler(number, self._route)
 
     def _look(self, seen: tuple[object, ...]) -> None:
         handlers: dict[int, _Handler] = {}
@@ -189,30 +192,16 @@ class _Signals:
         self._handlers, self._seen = handlers, seen  # in one step: a signal may come to `route` at any call above
 
     def put_back(self) -> None:
-        """Give each signal its handler back, unless the program has set another one, and run the handlers due."""
-        try:
-            for number, handler in self._handlers.items():
-                if (other := self._set(number, handler)) is not self._route:
-                    self._set(number, other)
-        finally:
-            if self.noted:
-                try:
-                    self.deliver()
-                finally:
-                    self.deliver()  # another signal's handler may have raised when it was called
+        """Give each signal its handler back, unless the program has set another one. `deliver` has to follow."""
+        for number, handler in self._handlers.items():
+            if (other := _set_handler(number, handler)) is not self._route:
+                _set_handler(number, other)
 
     def deliver(self) -> None:
-        """Run the handlers of the signals that came meanwhile, also those behind one that raises."""
-        frame = sys._getframe(1)
-        try:
-            while self.noted:
-                number = next(iter(self.noted))
-                handler = self.noted[number]
-                del self.noted[number]  # no call lies between, at which another signal's handler could raise
-                handler(number, frame)
-        finally:
-            if self.noted:
-                self.deliver()
+        """Run the handlers of the signals that came until now, also those behind one that raises."""
+        due, self.noted = self.noted, {}
+        if due:
+            _handle_each(list(due.items()), sys._getframe(1))
 
     def route(self, number: int, frame: FrameType | None) -> None:
         """Note a signal, or handle it at once where no guarded call is under way."""
@@ -220,13 +209,25 @@ class _Signals:
         if number in self._handlers:
             self.noted[number] = self._handlers[number]
         if not _thread.place.inside:
-            self.put_back()
+            try:
+                self.put_back()
+            finally:
+                self.deliver()
 
     def after_fork(self) -> None:
         """In a child: this is the main thread, and what the parent had noted is the parent's."""
         self.main, self.process = get_ident(), os.getpid()
         self.noted.clear()
         self.put_back()
+
+
+def _handle_each(due: Sequence[tuple[int, _Handler]], frame: FrameType) -> None:
+    number, handler = due[0]
+    try:
+        handler(number, frame)
+    finally:
+        if len(due) > 1:
+            _handle_each(due[1:], frame)
 
 
 _signals = _Signals()
@@ -238,7 +239,32 @@ _thread = _Thread()
 
 def guarded(call: Callable[Concatenate[_Self, _Given], _Result]) -> Callable[Concatenate[_Self, _Given], _Result]:
     """Decorate a method that changes state: all four rules. Raises ForkedError in a child."""
-    return _method(call, None)
+
+    @wraps(call)
+    def wrapper(*args: Any, **kwargs: Any) -> _Result:  # a tuple that has `self` is handed on at half the cost
+        place, guard = _thread.place, args[0].guard
+        lock = guard.lock
+        if place.inside:  # as `_within`, in one piece: each call more would cost a tenth of all of it
+            busy = place.busy
+            if busy:
+                lock.acquire()
+            elif not lock.acquire(False):  # noqa: FBT003 (a keyword costs as much as the lock)
+                _wait_for(lock)
+            place.busy = True
+            try:
+                return call(*args, **kwargs)
+            finally:
+                place.busy = busy
+                lock.release()
+        if getpid() != guard.pid:
+            guard.check()
+        _enter(place, lock)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            _leave(place, lock)
+
+    return wrapper
 
 
 def making(
@@ -250,52 +276,16 @@ def making(
     def decorate(
         call: Callable[Concatenate[_Self, _Given], _Result],
     ) -> Callable[Concatenate[_Self, _Given], _Result]:
-        return _method(call, undo)
+        @wraps(call)
+        def wrapper(*args: Any, **kwargs: Any) -> _Result:
+            place, guard = _thread.place, args[0].guard
+            if not place.inside and getpid() != guard.pid:
+                guard.check()
+            return _run(place, guard.lock, undo, call, *args, **kwargs)
+
+        return wrapper
 
     return decorate
-
-
-def _method(
-    call: Callable[Concatenate[_Self, _Given], _Result], undo: Callable[[_Result], object] | None
-) -> Callable[Concatenate[_Self, _Given], _Result]:
-    # As `_run`, but in one piece: each call more would cost a tenth of all of it.
-    @wraps(call)
-    def wrapper(self: _Self, /, *args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
-        guard, thread = self.guard, _thread.place
-        lock = guard.lock
-        if thread.busy:
-            lock.acquire()
-            try:
-                return call(self, *args, **kwargs)
-            finally:
-                lock.release()
-        if getpid() != guard.pid:
-            guard.check()
-        if undo is not None or thread.inside:
-            return _run(lock, partial(call, self, *args, **kwargs), undo)
-        signals, ready = thread.signals, False
-        try:
-            thread.inside = thread.busy = True
-            if signals is not None:
-                signals.replace()
-            ready = True
-            if not lock.acquire(False):  # noqa: FBT003 (a keyword costs as much as the lock)
-                _wait_for(lock)
-            try:
-                return call(self, *args, **kwargs)
-            finally:
-                lock.release()
-        finally:
-            if not ready:  # before any call: a handler that is not replaced may raise at the next one
-                thread.inside = thread.busy = False
-            if thread.put_off or _signals.noted:
-                _leave(thread, signals)
-            else:
-                thread.inside = thread.busy = False
-                if signals is not None:
-                    signals.put_back()
-
-    return wrapper
 
 
 def constructing(
@@ -306,10 +296,25 @@ def constructing(
     def decorate(call: Callable[Concatenate[_Made, _Given], None]) -> Callable[Concatenate[_Made, _Given], None]:
         @wraps(call)
         def wrapper(self: _Made, /, *args: _Given.args, **kwargs: _Given.kwargs) -> None:
-            if _thread.place.busy:
-                return call(self, *args, **kwargs)
             _check_given(args, kwargs)
-            return _run(None, partial(call, self, *args, **kwargs), lambda _: undo(self))
+            _run(_thread.place, None, lambda _: undo(self), call, self, *args, **kwargs)
+
+        return wrapper
+
+    return decorate
+
+
+def uninterrupted(
+    undo: Callable[..., object] | None = None,
+) -> Callable[[Callable[_Given, _Result]], Callable[_Given, _Result]]:
+    """Decorate a function that has no guard: all but the lock; forks by the arguments that have one. `undo` as for
+    `making`."""
+
+    def decorate(call: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+        @wraps(call)
+        def wrapper(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+            _check_given(args, kwargs)
+            return _run(_thread.place, None, undo, call, *args, **kwargs)
 
         return wrapper
 
@@ -320,24 +325,19 @@ def reading(call: Callable[Concatenate[_Self, _Given], _Result]) -> Callable[Con
     """Decorate a method that only looks: forks, finalizers and the lock. A signal handler may raise in the middle."""
 
     @wraps(call)
-    def wrapper(self: _Self, /, *args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
-        guard, thread = self.guard, _thread.place
-        if thread.busy:
-            with guard.lock:
-                return call(self, *args, **kwargs)
-        guard.check()
-        was = thread.inside
+    def wrapper(*args: Any, **kwargs: Any) -> _Result:
+        place, guard = _thread.place, args[0].guard
+        inside, busy = place.inside, place.busy
+        if not inside and getpid() != guard.pid:
+            guard.check()
         try:
-            try:
-                thread.inside = thread.busy = True
-                with guard.lock:
-                    return call(self, *args, **kwargs)
-            finally:
-                thread.busy, thread.inside = False, was
-        finally:  # once more: a tracer lets a handler raise between any two lines
-            thread.busy, thread.inside = False, was
-            if thread.put_off and not was:
-                _run(None, _nothing, None)
+            place.inside = place.busy = True
+            with guard.lock:  # no handler can raise between these two words
+                return call(*args, **kwargs)
+        finally:
+            place.inside, place.busy = inside, busy
+            if place.put_off and not inside:
+                _run(place, None, None, _nothing)
 
     return wrapper
 
@@ -348,7 +348,7 @@ def closing(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
     @wraps(call)
     def wrapper(self: _Self, /) -> None:
         if not self.guard.forked:
-            run_outside(partial(_close, self, call))
+            run_outside(partial(_close, self, call, _own))
 
     return wrapper
 
@@ -377,54 +377,30 @@ def closing_in_hooks(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
 
     @wraps(call)
     def wrapper(self: _Self, /) -> None:
-        guard = self.guard
-        if guard.forked:
-            return
-        if _thread.place.busy:
-            _thread.place.put_off.append(partial(_close, self, call))
-        else:
-            _run(guard.lock, partial(call, self), None)
+        place, guard = _thread.place, self.guard
+        if place.busy:
+            if not guard.forked:
+                place.put_off.append(partial(_close, self, call, _own))
+        elif not guard.forked:
+            _run(place, guard.lock, None, call, self)
 
     return wrapper
-
-
-def uninterrupted(
-    undo: Callable[..., object] | None = None,
-) -> Callable[[Callable[_Given, _Result]], Callable[_Given, _Result]]:
-    """Decorate a function that has no guard: all but the lock; forks by the arguments that have one. `undo` as for
-    `making`."""
-
-    def decorate(call: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
-        @wraps(call)
-        def wrapper(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
-            if _thread.place.busy:
-                return call(*args, **kwargs)
-            _check_given(args, kwargs)
-            return _run(None, partial(call, *args, **kwargs), undo)
-
-        return wrapper
-
-    return decorate
 
 
 # ------------------------------------------------------------------------------------------------- inside of a call
 
 
-class _CalledOut:
-    """See `called_out`. One for all: it has no state of its own."""
-
-    def __enter__(self) -> None:
-        _thread.place.busy = False
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        place = _thread.place
-        place.busy = place.inside  # not in a child that the hook has forked
-
-
-called_out = _CalledOut()
-"""Enter it around a call of a notifier's hook, inside of a guarded call, with no lock held but that of the list."""
+def call_out(hook: Callable[[*_Arguments], _Result], arguments: tuple[*_Arguments]) -> _Result:
+    """Call code of the program's, such as a notifier's hook, from inside of a guarded call, with no lock held but that
+    of the list. It is a checkpoint, and the hook may close a mapping at once."""
+    if _signals.noted:
+        checkpoint()
+    place = _thread.place
+    place.busy = False
+    try:
+        return hook(*arguments)
+    finally:
+        place.busy = place.inside
 
 
 class _Undoing:
@@ -487,6 +463,8 @@ def close_now(thing: Guarded) -> None:
 
 def _check_given(args: Iterable[object], kwargs: Mapping[str, object]) -> None:
     """Raise ForkedError where an argument is an object of a parent of this process."""
+    if _thread.place.inside:
+        return
     for given in (*args, *kwargs.values()):
         if isinstance(guard := getattr(given, "guard", None), Guard):
             guard.check()
@@ -496,109 +474,118 @@ def _own(thing: Guarded) -> Guard:
     return thing.guard
 
 
-def _close(thing: _Self, call: Callable[[_Self], None], uppermost: Callable[[_Self], Guard] = _own) -> None:
+def _close(thing: _Self, call: Callable[[_Self], None], uppermost: Callable[[_Self], Guard]) -> None:
     """Close `thing`, outside of every call or at the end of one, where no lock is held."""
-    lock = uppermost(thing).lock
-    if _thread.place.inside:
-        with lock:
-            call(thing)
-    else:
-        _run(lock, partial(call, thing), None)
+    _run(_thread.place, uppermost(thing).lock, None, call, thing)
 
 
 def _nothing() -> None:
     """Do what was put off, and nothing else."""
 
 
-def _run(lock: RLock | None, call: Callable[[], _Result], undo: Callable[..., object] | None) -> _Result:
-    """Make an outermost call, or one from a hook, which finds the signals put off already."""
-    thread = _thread.place
-    if thread.inside:
-        try:
-            thread.busy = True
-            return call() if lock is None else _locked(lock, call)
-        finally:
-            thread.busy = False
-    signals = thread.signals
-    if signals is not None and undo is not None:
-        return _make(thread, signals, lock, call, undo)
-    ready = False
+def _enter(place: _Place, lock: RLock | None) -> None:
+    """Begin an outermost call: nothing of the program's comes into it, but at a checkpoint."""
     try:
-        thread.inside = thread.busy = True  # from here on finalizers are put off: a call of theirs would put back
-        if signals is not None:
-            signals.replace()  # and signals are noted
-        ready = True
-        return call() if lock is None else _locked(lock, call)
-    finally:
-        if not ready:  # before any call: a handler that is not replaced may raise at the next one
-            thread.inside = thread.busy = False
-        _leave(thread, signals)
-
-
-def _leave(thread: _Place, signals: _Signals | None) -> None:
-    try:
-        if thread.put_off or _signals.noted:
-            _handle(thread, signals)
-    finally:
-        thread.inside = thread.busy = False  # from here on a handler runs at once
-        if signals is not None:
-            signals.put_back()
-
-
-def _make(
-    thread: _Place,
-    signals: _Signals,
-    lock: RLock | None,
-    call: Callable[[], _Result],
-    undo: Callable[..., object],
-) -> _Result:
-    """Make an outermost call of the main thread that makes an object, which is undone when a handler raises."""
-    made: tuple[_Result] | None = None
-    try:
-        thread.inside = thread.busy = True
-        signals.replace()
-        made = (call() if lock is None else _locked(lock, call),)
-        _handle(thread, signals)  # before handlers are put back: a signal that comes during the undo is noted
-        signals.put_back()
-        thread.inside = thread.busy = False
-        if thread.put_off:  # a finalizer came while handlers were put back
-            _run(None, _nothing, None)
-        return made[0]
+        place.inside = place.busy = True  # from here on finalizers are put off: a call of theirs would put back
+        if place.signals is not None:
+            place.signals.replace()  # and signals are noted
+        if lock is not None and not lock.acquire(False):  # noqa: FBT003 (a keyword costs as much as the lock)
+            _wait_for(lock)
     except BaseException:
+        place.inside = place.busy = False  # first: a handler that is not replaced may raise at the next call
+        _leave(place, None)
+        raise
+
+
+def _leave(place: _Place, lock: RLock | None) -> None:
+    """End an outermost call: what was put off is done, and the handlers of the signals that came are called."""
+    if lock is not None:
+        lock.release()
+    try:
+        if place.put_off or _signals.noted:
+            _handle(place)
+    finally:
+        place.inside = place.busy = False  # from here on a handler runs at once
+        if place.signals is not None:
+            try:
+                place.signals.put_back()
+            finally:
+                if _signals.noted:
+                    _signals.deliver()
+
+
+def _run(
+    place: _Place,
+    lock: RLock | None,
+    undo: Callable[[_Result], object] | None,
+    call: Callable[_Given, _Result],
+    /,
+    *args: _Given.args,
+    **kwargs: _Given.kwargs,
+) -> _Result:
+    """Make a call, inside of another or as the outermost. `undo` is for what it has made, which nobody receives when a
+    handler raises."""
+    if place.inside:
+        return _within(place, lock, call, *args, **kwargs)
+    made: list[_Result] = []
+    _enter(place, lock)
+    try:
         try:
-            thread.inside = thread.busy = True
-            if made is not None:
-                signals.replace()
-                with undoing:
-                    undo(*made)
-            _handle(thread, signals)
-            raise
+            made.append(call(*args, **kwargs))
         finally:
-            thread.inside = thread.busy = False
-            signals.put_back()
+            if lock is not None:
+                lock.release()
+        if place.put_off or _signals.noted:
+            _handle(place)  # before handlers are put back: a signal that comes during the undo is noted
+        _leave(place, None)
+    except BaseException:
+        _unmake(place, made, undo)
+        raise
+    return made[0]
 
 
-def _handle(thread: _Place, signals: _Signals | None) -> None:
+def _within(
+    place: _Place, lock: RLock | None, call: Callable[_Given, _Result], /, *args: _Given.args, **kwargs: _Given.kwargs
+) -> _Result:
+    busy = place.busy
+    if lock is not None and not lock.acquire(busy):  # a hook has nothing half done: a handler may refuse there
+        _wait_for(lock)
+    place.busy = True
+    try:
+        return call(*args, **kwargs)
+    finally:
+        place.busy = busy
+        if lock is not None:
+            lock.release()
+
+
+def _unmake(place: _Place, made: Sequence[_Result], undo: Callable[[_Result], object] | None) -> None:
+    """End an outermost call that raises, or whose handlers do when it has made something."""
+    if made and undo is not None:
+        if not place.inside:
+            _enter(place, None)
+        try:
+            with undoing:
+                undo(*made)
+        finally:
+            _leave(place, None)
+    elif place.inside:
+        _leave(place, None)
+
+
+def _handle(place: _Place) -> None:
     """Run the handlers of signals, then the closes that finalizers asked for.
 
     Another signal that comes meanwhile is noted, so that each handler runs once.
     """
     try:
-        if signals is not None and signals.noted:
-            with called_out:
-                signals.deliver()
+        if _signals.noted and place.signals is not None:
+            place.busy = False  # as in a hook
+            _signals.deliver()
     finally:
-        if thread.put_off:
-            _catch_up(thread)
-
-
-def _locked(lock: RLock, call: Callable[[], _Result]) -> _Result:
-    if not lock.acquire(False):  # noqa: FBT003 (as above)
-        _wait_for(lock)
-    try:
-        return call()
-    finally:
-        lock.release()
+        place.busy = place.inside
+        if place.put_off:
+            _catch_up(place)
 
 
 def _wait_for(lock: RLock) -> None:
@@ -606,16 +593,17 @@ def _wait_for(lock: RLock) -> None:
         checkpoint()
 
 
-def _catch_up(thread: _Place) -> None:
-    while thread.put_off:
+def _catch_up(place: _Place) -> None:
+    while place.put_off:
         try:
             with undoing:  # a close that is interrupted would never be finished
-                thread.put_off.popleft()()
+                place.put_off.popleft()()
         except Exception:
             _logger.exception("a close that a finalizer had asked for in the middle of another call failed")
 
 
 def _after_fork() -> None:
+    _thread.place.put_off.clear()  # the parent's
     _signals.after_fork()
     _thread.place = _Place()
 

@@ -10,13 +10,15 @@ import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import index
-from typing import NewType, SupportsIndex
+from typing import TYPE_CHECKING, NewType, SupportsIndex
 
-Iova = NewType("Iova", int)
-"""An address as the device uses it (I/O virtual address)."""
-
-Vaddr = NewType("Vaddr", int)
-"""An address in this process."""
+if TYPE_CHECKING:
+    Iova = NewType("Iova", int)
+    """An address as the device uses it (I/O virtual address)."""
+    Vaddr = NewType("Vaddr", int)
+    """An address in this process."""
+else:  # what a type checker tells apart is a number: NewType is a call in Python, and each mapping would make five
+    Iova = Vaddr = int
 
 KIB = 1 << 10
 MIB = 1 << 20

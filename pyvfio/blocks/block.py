@@ -118,7 +118,7 @@ class RamBlock:
     @property
     def populated(self) -> tuple[Extent, ...]:
         """The parts that devices reach: `[0, used_length)` less the discarded parts; (start, end) in bytes."""
-        return tuple(self.state.populated_at(self.state.used_length))
+        return tuple(Extent(*part) for part in self.state.populated_at(self.state.used_length))
 
     @property
     def prealloc(self) -> int:
@@ -149,7 +149,7 @@ class RamBlock:
         Synchronization: takes the list's lock. Cost: some system calls, and the work of the notifiers: O(used_length)
         for a DmaMapper that remaps.
         """
-        kept = self._owner().resize(self, used_length)
+        kept = self._list.resize(self, used_length)
         if kept is not None:
             # Last, since a program may have made warnings errors: by now everything is in order.
             warnings.warn(
@@ -232,10 +232,6 @@ class RamBlock:
         where = "removed" if self.state.removed else f"vaddr={self.state.start:#x}"
         holes = f" discarded={total(self.discarded):#x}" if self.discarded else ""
         return f"<RamBlock {self.idstr!r} {where} used={self.used_length:#x} max={self.max_length:#x}{holes}>"
-
-    def is_in(self, blocks: object) -> bool:
-        """Whether the block is, or was before it was removed, in that list. For the library."""
-        return self._list is blocks
 
     def _owner(self) -> _Owner:
         if self.state.removed:

@@ -1,4 +1,4 @@
-"""A change of a RAM block: the events that notifiers are told, and how all of them accept it, or none.
+"""A change of a RAM block: what notifiers are told of it, and how all of them accept it, or none.
 
 A notifier refuses by raising. The notifiers that were told before it are then told the reverse, the last one first.
 
@@ -8,184 +8,169 @@ notifier can refuse a resize. Here each can.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
 
 from pyvfio.blocks.block import RamBlock
 from pyvfio.blocks.notifier import RamBlockNotifier, follows_pages, follows_parts
 from pyvfio.errors import RollbackError, as_exception
 from pyvfio.extents import Extent, total
-from pyvfio.guard import Guard, called_out, checkpoint, undoing
+from pyvfio.guard import call_out, checkpoint, undoing
 from pyvfio.units import format_size
 
-# Hooks are looked up by name: isinstance() of a protocol costs a hundred times as much, and each resize would pay it.
-_Hook: TypeAlias = Callable[[RamBlock, int, int], None]
 
+class Change:
+    """A change of one block, which `notifiers` are told in their order. As a string it names the change, for an error.
 
-class Event(Protocol):
-    """A change that a notifier is told of, and its reverse. As a string it names the change, for an error."""
+    Calling it tells all of them, and then calls `commit`, which changes nothing where it raises. When one of these
+    raises, the notifiers that were told are told the reverse, the last one first.
+    """
+
+    __slots__ = ("_arguments", "_block", "_notifiers")
+    _arguments: tuple[Any, ...]
+    _hook: ClassVar[str]
+    _reverse: ClassVar[str]
+    """The hooks' names: isinstance() of a protocol costs a hundred times as much as a look-up."""
+
+    def __init__(self, block: RamBlock, notifiers: Iterable[RamBlockNotifier], *arguments: object) -> None:
+        self._block, self._notifiers = block, tuple(notifiers)
+        self._arguments = (block, *arguments)
+
+    def __call__(self, commit: Callable[[], None]) -> None:
+        """Tell, and commit."""
+        told, name, arguments = 0, self._hook, self._arguments
+        try:
+            for notifier in self._notifiers:
+                hook = getattr(notifier, name, None)
+                if hook is not None:
+                    call_out(hook, arguments)
+                told += 1
+            checkpoint()
+            commit()
+        except BaseException as error:
+            _undo([(notifier, self) for notifier in self._notifiers[:told]], error, self)
+            raise
 
     def tell(self, notifier: RamBlockNotifier) -> None:
-        """Say that it happens."""
-        ...
+        """Tell one more."""
+        if (hook := getattr(notifier, self._hook, None)) is not None:
+            call_out(hook, self._arguments)
 
     def revoke(self, notifier: RamBlockNotifier) -> None:
-        """Say that it does not, after all."""
-        ...
+        """Tell one the reverse."""
+        if (hook := getattr(notifier, self._reverse, None)) is not None:
+            call_out(hook, self._reversed())
+
+    def _reversed(self) -> tuple[Any, ...]:
+        return self._arguments
 
 
-class Added:
+class Added(Change):
     """A block comes."""
 
-    def __init__(self, block: RamBlock) -> None:
-        self._block = block
+    __slots__ = ()
+    _hook, _reverse = "ram_block_added", "ram_block_removed"
+
+    def __init__(self, block: RamBlock, notifiers: Iterable[RamBlockNotifier] = ()) -> None:
+        super().__init__(block, notifiers, block.used_length, block.max_length)
 
     def __str__(self) -> str:
         return f"adding RAM block '{self._block.idstr}'"
-
-    def tell(self, notifier: RamBlockNotifier) -> None:
-        """`ram_block_added`."""
-        hook: _Hook | None = getattr(notifier, "ram_block_added", None)
-        if hook is not None:
-            hook(self._block, self._block.used_length, self._block.max_length)
-
-    def revoke(self, notifier: RamBlockNotifier) -> None:
-        """`ram_block_removed`."""
-        hook: _Hook | None = getattr(notifier, "ram_block_removed", None)
-        if hook is not None:
-            hook(self._block, self._block.used_length, self._block.max_length)
 
 
 class Removed(Added):
     """A block goes."""
 
-    tell, revoke = Added.revoke, Added.tell
+    __slots__ = ()
+    _hook, _reverse = Added._reverse, Added._hook
 
     def __str__(self) -> str:
         return f"removing RAM block '{self._block.idstr}'"
 
 
-class Resized:
+class Resized(Change):
     """A block changes its length."""
 
-    def __init__(self, block: RamBlock, old: int, new: int) -> None:
-        self._block, self._old, self._new = block, old, new
+    __slots__ = ()
+    _hook = _reverse = "ram_block_resized"
+
+    def __init__(self, block: RamBlock, old: int, new: int, notifiers: tuple[RamBlockNotifier, ...]) -> None:
+        self._block, self._notifiers, self._arguments = block, notifiers, (block, old, new)
+
+    def _reversed(self) -> tuple[Any, ...]:
+        block, old, new = self._arguments
+        return block, new, old
 
     def __str__(self) -> str:
-        return f"resizing RAM block '{self._block.idstr}' from {format_size(self._old)} to {format_size(self._new)}"
-
-    def tell(self, notifier: RamBlockNotifier) -> None:
-        """`ram_block_resized`."""
-        hook: _Hook | None = getattr(notifier, "ram_block_resized", None)
-        if hook is not None:
-            hook(self._block, self._old, self._new)
-
-    def revoke(self, notifier: RamBlockNotifier) -> None:
-        """`ram_block_resized`."""
-        hook: _Hook | None = getattr(notifier, "ram_block_resized", None)
-        if hook is not None:
-            hook(self._block, self._new, self._old)
+        _block, old, new = self._arguments
+        return f"resizing RAM block '{self._block.idstr}' from {format_size(old)} to {format_size(new)}"
 
 
-class Discarded:
+class Discarded(Change):
     """Parts of a block that were populated go."""
 
-    def __init__(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        self._block, self._parts = block, parts
+    __slots__ = ()
+    _hook, _reverse = "ram_block_discarded", "ram_block_populated"
+    _verb = "discarding"
+
+    def __init__(self, block: RamBlock, parts: Sequence[Extent], notifiers: Iterable[RamBlockNotifier]) -> None:
+        super().__init__(block, filter(follows_parts, notifiers), parts)
 
     def __str__(self) -> str:
-        return f"discarding {format_size(total(self._parts))} of RAM block '{self._block.idstr}'"
-
-    def tell(self, notifier: RamBlockNotifier) -> None:
-        """`ram_block_discarded`."""
-        if follows_parts(notifier):
-            notifier.ram_block_discarded(self._block, self._parts)
-
-    def revoke(self, notifier: RamBlockNotifier) -> None:
-        """`ram_block_populated`."""
-        if follows_parts(notifier):
-            notifier.ram_block_populated(self._block, self._parts)
+        _block, parts = self._arguments
+        return f"{self._verb} {format_size(total(parts))} of RAM block '{self._block.idstr}'"
 
 
 class Populated(Discarded):
     """Parts of a block that were discarded come back."""
 
-    tell, revoke = Discarded.revoke, Discarded.tell
-
-    def __str__(self) -> str:
-        return f"populating {format_size(total(self._parts))} of RAM block '{self._block.idstr}'"
+    __slots__ = ()
+    _hook, _reverse = Discarded._reverse, Discarded._hook
+    _verb = "populating"
 
 
 class Remapping(Discarded):
     """Pages behind parts of a block are replaced."""
 
-    def __str__(self) -> str:
-        return f"putting other pages behind {format_size(total(self._parts))} of RAM block '{self._block.idstr}'"
+    __slots__ = ()
+    _hook, _reverse = "ram_block_remapping", "ram_block_remapped"
+    _verb = "putting other pages behind"
 
-    def tell(self, notifier: RamBlockNotifier) -> None:
-        """`ram_block_remapping`."""
-        if follows_pages(notifier):
-            notifier.ram_block_remapping(self._block, self._parts)
+    def __init__(self, block: RamBlock, parts: Sequence[Extent], notifiers: Iterable[RamBlockNotifier]) -> None:
+        Change.__init__(self, block, filter(follows_pages, notifiers), parts)
 
-    def revoke(self, notifier: RamBlockNotifier) -> None:
-        """`ram_block_remapped`."""
-        if follows_pages(notifier):
-            notifier.ram_block_remapped(self._block, self._parts)
+    def revoke_all(self) -> None:
+        """Tell all the reverse, the last one first."""
+        for notifier in reversed(self._notifiers):
+            self.revoke(notifier)
 
 
-def tell_all(event: Event, notifiers: Sequence[RamBlockNotifier], commit: Callable[[], None]) -> None:
-    """Tell all `notifiers` of `event` and then call `commit`, which changes nothing where it raises.
-
-    When one of these raises, the notifiers that were told are told the reverse, the last one first.
-    """
+def tell_each(notifier: RamBlockNotifier, changes: Sequence[Change], what: object, commit: Callable[[], None]) -> None:
+    """Tell one notifier of all `changes` and then commit, or neither; `what` names the whole, for an error."""
     told = 0
     try:
-        for notifier in notifiers:
-            if isinstance(getattr(notifier, "guard", None), Guard):  # the library's own, which each resize tells
-                event.tell(notifier)
-            else:
-                _call_out(event.tell, notifier)
+        for change in changes:
+            change.tell(notifier)
             told += 1
         checkpoint()
         commit()
     except BaseException as error:
-        _undo([(notifier, event) for notifier in notifiers[:told]], error, event)
+        _undo([(notifier, change) for change in changes[:told]], error, what)
         raise
 
 
-def tell_each(notifier: RamBlockNotifier, events: Sequence[Event], change: object, commit: Callable[[], None]) -> None:
-    """Tell one notifier of all `events`, as `tell_all`; `change` names the whole, for an error."""
-    told = 0
-    try:
-        for event in events:
-            _call_out(event.tell, notifier)
-            told += 1
-        checkpoint()
-        commit()
-    except BaseException as error:
-        _undo([(notifier, event) for event in events[:told]], error, change)
-        raise
-
-
-def _call_out(hook: Callable[[RamBlockNotifier], None], notifier: RamBlockNotifier) -> None:
-    """Call a hook, which may refuse, and so may a signal handler before it."""
-    checkpoint()
-    with called_out:
-        hook(notifier)
-
-
-def _undo(told: Sequence[tuple[RamBlockNotifier, Event]], cause: BaseException, change: object) -> None:
+def _undo(told: Sequence[tuple[RamBlockNotifier, Change]], cause: BaseException, what: object) -> None:
     """Tell all the reverse, also when some of them raise; RollbackError with all of that."""
     failures: list[Exception] = []
-    for notifier, event in reversed(told):
+    for notifier, change in reversed(told):
         try:
             with undoing:
-                _call_out(event.revoke, notifier)
+                change.revoke(notifier)
         except BaseException as error:
             failures.append(as_exception(error))
     if failures:
         raise RollbackError(
-            f"{change} failed, and so did its undo",
+            f"{what} failed, and so did its undo",
             [as_exception(cause), *failures],
             hint="The memory in question is kept, since a device may still reach it",
         ) from cause

@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 
 from pyvfio.blocks.block import RamBlock
-from pyvfio.blocks.change import Discarded, Populated, Remapping, tell_all
+from pyvfio.blocks.change import Discarded, Populated, Remapping
 from pyvfio.blocks.discards import DiscardGuard
 from pyvfio.blocks.notifier import RamBlockNotifier, holds_pages, reaches_whole_blocks
 from pyvfio.errors import DiscardError, RollbackError, UnsupportedError
 from pyvfio.extents import Extent, clip
-from pyvfio.guard import called_out, close_now
+from pyvfio.guard import close_now, undoing
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ def discard(
             raise cannot_follow(notifier, f"so that nothing of RAM block '{block.idstr}' may be")
     claim = claims.require_coordinated()
     try:
-        kept = state.discard(parts, partial(tell_all, Discarded(block, parts), notifiers[::-1]))
+        kept = state.discard(parts, Discarded(block, parts, notifiers[::-1]))
     finally:
         close_now(claim)
     logger.debug("discarded %s of %s", wanted, block)
@@ -64,7 +63,7 @@ def discard(
 def populate(block: RamBlock, wanted: Extent, notifiers: Sequence[RamBlockNotifier]) -> None:
     """Let `wanted` be reached again. As `RamBlock.populate`."""
     if parts := clip(block.discarded, *wanted):
-        block.state.populate(parts, partial(tell_all, Populated(block, parts), notifiers))
+        block.state.populate(parts, Populated(block, parts, notifiers))
         logger.debug("populated %s of %s", wanted, block)
 
 
@@ -79,20 +78,19 @@ def remap(block: RamBlock, wanted: Extent, notifiers: Sequence[RamBlockNotifier]
                 hint="Give it ram_block_remapping and ram_block_remapped, which may do nothing where it pins no pages",
             )
     block.state.check_out_of_reach(gone)
-    event = Remapping(block, parts)
+    # To take the pages again is also the undo, so that a notifier that could not is asked once more there.
+    change = Remapping(block, parts, told[::-1])
 
     def replace() -> None:
         block.state.replace_pages(parts, gone)
-        for notifier in told:
-            with called_out:
-                event.revoke(notifier)
+        with undoing:  # a signal handler comes too late to refuse
+            change.revoke_all()
 
-    # To take the pages again is also the undo, so that a notifier that could not is asked once more there.
     try:
-        tell_all(event, told[::-1], replace)
+        change(replace)
     except RollbackError as error:
         raise RollbackError(
-            f"{event} has failed, and devices reach less of it than it has",
+            f"{change} has failed, and devices reach less of it than it has",
             error.exceptions,
             hint="Remap the part once more, or resize the block, when the cause is gone",
         ) from error

@@ -2,9 +2,9 @@
 
 The library's own. A program has a `RamBlock`, and `pyvfio.ramblock.RamBlockList` orders the steps and tells notifiers.
 
-Each step that listeners are told of takes `tell`: a function that tells them, and then calls its argument, which makes
-the change. When a listener refuses, `tell` raises, the step takes back the memory that it had activated, and the state
-is as before. Three rules hold in each step:
+Each step that listeners are told of takes `tell`: a `pyvfio.blocks.change.Change`, which tells them, and then calls its
+argument, which makes the change. When a listener refuses, `tell` raises, the step takes back the memory that it had
+activated, and the state is as before. Three rules hold in each step:
 
 * memory is activated before anybody is told of it, and given back after everybody was told;
 * after RollbackError or UnmapSizeError a device may reach any of the memory in question, and the memory is kept;
@@ -21,8 +21,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
 from pyvfio.errors import REACH_UNKNOWN, DiscardError, IoctlError
-from pyvfio.extents import Extent, clip, runs, total, without
-from pyvfio.guard import Guard, called_out, closing
+from pyvfio.extents import Extent, Part, clip, runs, total, without
+from pyvfio.guard import Guard, call_out, closing
 from pyvfio.kernel import Kernel
 from pyvfio.memory import Exports, MemoryKind, MemorySettings, Reservation
 from pyvfio.units import format_size
@@ -107,12 +107,10 @@ class BlockState:
 
     # ------------------------------------------------------------------------------------------------- look-ups
 
-    def populated_at(self, length: int) -> list[Extent]:
+    def populated_at(self, length: int) -> Sequence[Part]:
         """The parts that devices reach, or would reach with that `used_length`."""
-        if not self.discarded:
-            # Extent(0, length) costs twice as much, and each resize makes one.
-            return [tuple.__new__(Extent, (0, length))] if length else []
-        return without([Extent(0, length)], *self.discarded)
+        whole = [(0, length)] if length else []
+        return without(whole, *self.discarded) if self.discarded else whole
 
     def view(self) -> memoryview:
         """A view of `[0, used_length)`. While it lives, `check_views` knows it."""
@@ -221,8 +219,7 @@ class BlockState:
             self.used_length = length
             try:
                 if self.resized is not None:
-                    with called_out:
-                        self.resized(self.idstr, length)
+                    call_out(self.resized, (self.idstr, length))
             except BaseException:
                 self.used_length, self.discarded = before
                 raise

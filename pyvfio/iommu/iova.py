@@ -123,25 +123,26 @@ class IovaAllocator:
         use large pages. Where no such place is left, any page-aligned one is taken: a slower mapping is better than
         none. Raises IovaRangeError (ENOMEM) when there is none either.
         """
-        self._check_size(size)
-        alignment = self.page_size if alignment is None else alignment
-        if not is_power_of_two(alignment):
+        page = self.page_size
+        if size <= 0 or size & (page - 1):
+            self._check_size(size)
+        if alignment is not None and not is_power_of_two(alignment):
             raise ValueError(f"alignment must be a power of two, not {alignment}")
-        for stride in (max(alignment, self.page_size), self.page_size):
-            start = self._find(size, stride, offset % stride, top_down=top_down)
-            if start is not None:
-                self._take(start, start + size - 1)
-                return Iova(start)
-        raise self._exhausted(size)
+        stride = page if alignment is None or alignment < page else alignment
+        start = self._find(size, stride, offset, top_down=top_down)
+        if start is None and stride > page:
+            start = self._find(size, page, 0, top_down=top_down)
+        if start is None:
+            raise self._exhausted(size)
+        self._take(start, start + size - 1)
+        return Iova(start)
 
-    def _find(self, size: int, alignment: int, offset: int, *, top_down: bool) -> int | None:
-        offset = align_down(offset, self.page_size)
+    def _find(self, size: int, stride: int, offset: int, *, top_down: bool) -> int | None:
+        offset = offset % stride & -self.page_size
         for first, last in reversed(self._free) if top_down else self._free:
-            first = max(first, IOVA_MIN)  # noqa: PLW2901
-            if top_down:
-                start = align_down(last + 1 - size - offset, alignment) + offset
-            else:
-                start = align_up(first - offset, alignment) + offset
+            first = max(first, IOVA_MIN)  # noqa: PLW2901 (max() costs as much as the rest)
+            # The last, or the first, address there that leaves `offset`: x & -stride rounds down, -(-x & -stride) up.
+            start = (last + 1 - size - offset & -stride if top_down else -(offset - first & -stride)) + offset
             if first <= start and start + size - 1 <= last:
                 return start
         return None
@@ -186,12 +187,18 @@ class IovaAllocator:
         last = self._reserved.pop(iova)
         position = bisect_left(self._free, (iova, last))
         start = iova
-        home = next(r for r in self._ranges if r.start <= iova <= r.last)
+        home = self._range_of(iova)
         if position < len(self._free) and self._free[position][0] == last + 1 <= home.last:
             last = self._free.pop(position)[1]
         if position > 0 and home.start <= self._free[position - 1][1] == start - 1:
             start = self._free.pop(position - 1)[0]
         insort(self._free, (start, last))
+
+    def _range_of(self, iova: int) -> IovaRange:
+        for offered in self._ranges:
+            if offered.start <= iova <= offered.last:
+                return offered
+        raise KeyError(iova)
 
     def _is_free(self, start: int, last: int) -> bool:
         position = bisect_right(self._free, (start, U64_MAX + 1)) - 1

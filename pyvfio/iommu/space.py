@@ -98,6 +98,17 @@ class AddressSpace(Protocol):
         Raises UnmapSizeError or IoctlError."""
         ...
 
+    def reserve_and_map(
+        self, *, vaddr: int, size: int, iova: int | None, alignment: int, top_down: bool, read: bool, write: bool
+    ) -> Iova:
+        """Reserve IOVA, `iova` or else what is found for that `alignment`, and map; or neither. Raises as those."""
+        ...
+
+    def unmap_and_release(self, *, iova: int, size: int, vaddr: int) -> None:
+        """Unmap that mapping, unless somebody has done so already, and release its IOVA. Raises as `unmap`, and then
+        nothing has changed."""
+        ...
+
     def mapping_at(self, iova: int) -> Mapping | None:
         """The mapping that covers `iova`. O(log n)."""
         ...

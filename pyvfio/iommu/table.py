@@ -46,7 +46,7 @@ class MappingTable:
             return len(iovas)
         return bisect_left(iovas, iova)
 
-    def add(self, *, iova: int, size: int, vaddr: int) -> None:
+    def add(self, iova: int, size: int, vaddr: int) -> None:
         """Take a mapping in; the kernel has seen to it that it overlaps none."""
         iovas = self._iovas
         if not iovas or iova > iovas[-1]:
@@ -64,7 +64,7 @@ class MappingTable:
             start -= self._rows[3 * start - 3] + self._rows[3 * start - 2] > iova  # the one before reaches in
         return [self._at(position) for position in range(start, end)]
 
-    def is_whole(self, *, iova: int, size: int) -> bool:
+    def is_whole(self, iova: int, size: int) -> bool:
         """Whether the mappings in `[iova, iova + size)` fill it, without a gap, and none reaches beyond."""
         start, end = self._position(iova), self._position(iova + size)
         if start == end or self._rows[3 * start] != iova:
@@ -73,6 +73,11 @@ class MappingTable:
         return last + length == iova + size and (
             end - start == 1 or sum(self._rows[3 * start + 1 : 3 * end : 3]) == size
         )
+
+    def has(self, iova: int, size: int, vaddr: int) -> bool:
+        """Whether that mapping is there."""
+        rows, row = self._rows, 3 * self._position(iova)
+        return row < len(rows) and rows[row] == iova and rows[row + 1] == size and rows[row + 2] == vaddr
 
     def discard(self, *, iova: int, size: int) -> None:
         """Forget the mappings that begin in `[iova, iova + size)`."""

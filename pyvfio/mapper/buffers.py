@@ -144,7 +144,6 @@ class BufferMapper:
 
     # ------------------------------------------------------------------------------------------------ fixed mappings
 
-    @making(DmaMapping.close)
     def map_dma(
         self,
         *,
@@ -165,9 +164,12 @@ class BufferMapper:
         PinLimitError, EntryLimitError, IoctlError; VfioError where the space has lost its mappings.
         """
         vaddr, size = check_whole_number(vaddr, "vaddr"), check_whole_number(size, "size")
-        return self._map_fixed(vaddr, size, iova, _access(read=read, write=write), None)
+        return self._map_address(vaddr, size, iova, _access(read=read, write=write))
 
     @making(DmaMapping.close)
+    def _map_address(self, vaddr: int, size: int, iova: SupportsIndex | None, access: int) -> DmaMapping:
+        return self._map_fixed(vaddr, size, iova, access, None)
+
     def map_buffer(
         self,
         buffer: Buffer,
@@ -181,9 +183,13 @@ class BufferMapper:
         The buffer must begin and end at a page. It stays exported until the last mapping of it is closed, so it can be
         neither freed nor resized. A view of a RAM block is released at once: the block itself keeps the part.
         """
+        return self._map_exported(buffer, iova, _access(read=read, write=write))
+
+    @making(DmaMapping.close)
+    def _map_exported(self, buffer: Buffer, iova: SupportsIndex | None, access: int) -> DmaMapping:
         view, vaddr = _export(buffer)
         try:
-            return self._map_fixed(vaddr, view.nbytes, iova, _access(read=read, write=write), view)
+            return self._map_fixed(vaddr, view.nbytes, iova, access, view)
         except BaseException:
             view.release()
             raise
@@ -197,11 +203,7 @@ class BufferMapper:
         known = self._known(vaddr, size, wanted, access)
         if known is not None:
             return self._hold(known, vaddr, size, view)
-        if wanted is None:
-            place = self._reserve(size, alignment=_alignment(size), offset=vaddr)
-        else:
-            place = self._space.reserve_iova_at(wanted, size)
-        memory = self._map_own(vaddr, place, size, access, view)
+        memory = self._map(vaddr, size, wanted, access, view)
         self._fixed.insert(bisect_right(self._fixed, vaddr, key=_vaddr), memory)
         return DmaMapping(self, memory, vaddr=vaddr, size=size, view=None)
 
@@ -211,15 +213,6 @@ class BufferMapper:
             view.release()
             view = None
         return DmaMapping(self, memory, vaddr=vaddr, size=size, view=view)
-
-    def _map_own(self, vaddr: int, iova: Iova, size: int, access: int, view: memoryview | None) -> OwnMemory:
-        """Map memory at an IOVA that is reserved, or give the IOVA back."""
-        try:
-            self._map(vaddr=vaddr, iova=iova, size=size, access=access)
-        except BaseException:
-            self._space.release_iova(iova)
-            raise
-        return OwnMemory(vaddr=Vaddr(vaddr), iova=iova, size=size, access=access, view=view)
 
     def _known(self, vaddr: int, size: int, iova: int | None, access: int) -> OwnMemory | Window | None:
         """Find memory that is mapped whole; ValueError where it is mapped in part, or would be later."""
@@ -261,10 +254,8 @@ class BufferMapper:
         position = bisect_right(self._fixed, memory.vaddr, key=_vaddr) - 1
         if position < 0 or self._fixed[position] is not memory:
             return  # temporary, or unmapped with the mapper
-        if self._is_mapped(memory):
-            self._space.unmap(iova=memory.iova, size=memory.size)
+        self._space.unmap_and_release(iova=memory.iova, size=memory.size, vaddr=memory.vaddr)
         del self._fixed[position]
-        self._space.release_iova(memory.iova)
         memory.release()
 
     def _is_mapped(self, memory: OwnMemory) -> bool:
@@ -273,7 +264,6 @@ class BufferMapper:
 
     # -------------------------------------------------------------------------------------------- temporary mappings
 
-    @making(DmaMapping.close)
     def map_temporary(self, buffer: Buffer, *, read: bool = True, write: bool = True) -> DmaMapping:
         """Map a buffer for one transfer, at an IOVA from the top down, so that it does not come between blocks.
 
@@ -282,9 +272,13 @@ class BufferMapper:
         tries once more. Memory of a block, or of a fixed mapping, is mapped already: the result has the IOVA that is
         there, holds it until `close`, and leaves nothing behind. Raises as `map_buffer`.
         """
+        return self._map_for_once(buffer, _access(read=read, write=write))
+
+    @making(DmaMapping.close)
+    def _map_for_once(self, buffer: Buffer, access: int) -> DmaMapping:
         view, vaddr = _export(buffer)
         try:
-            return self._map_once(vaddr, view.nbytes, _access(read=read, write=write), view)
+            return self._map_once(vaddr, view.nbytes, access, view)
         except BaseException:
             view.release()
             raise
@@ -299,8 +293,8 @@ class BufferMapper:
             return self._hold(known, vaddr, size, view)
         elif isinstance(known, Window):
             raise _less_access(known.iova + vaddr - known.vaddr)
-        place = self._reserve(size, alignment=_alignment(size), offset=vaddr, top_down=True)
-        memory = self._temporary[place] = self._map_own(vaddr, place, size, access, view)
+        memory = self._map(vaddr, size, None, access, view, top_down=True)
+        self._temporary[memory.iova] = memory
         return DmaMapping(self, memory, vaddr=vaddr, size=size, view=None)
 
     @guarded
@@ -342,7 +336,8 @@ class BufferMapper:
         is below 1. Temporary mappings are not looked at. O(log n).
         """
         start, length = check_whole_number(vaddr, "vaddr"), _size(size)
-        self.check_open()
+        if self._closed or self._space.lost:
+            self.check_open()
         found = self._find(start, length)
         if found is None:
             raise LookupError(f"{length:#x} bytes at vaddr {start:#x} are not mapped for the device in one piece")
@@ -372,14 +367,28 @@ class BufferMapper:
 
     # ------------------------------------------------------------------------------------------------ below
 
-    def _map(self, *, vaddr: int, iova: int, size: int, access: int = READ | WRITE) -> None:
+    def _map(
+        self, vaddr: int, size: int, wanted: int | None, access: int, view: memoryview | None, *, top_down: bool = False
+    ) -> OwnMemory:
+        """Map memory of the caller's own, at the IOVA that is wanted or at one that is found."""
+        alignment = LARGE_PAGE if size >= LARGE_PAGE else 1
         read, write = access & READ != 0, access & WRITE != 0
-        try:
-            self._space.map(vaddr=vaddr, iova=iova, size=size, read=read, write=write)
-        except IoctlError as error:
-            if not self._recycle(error):
-                raise
-            self._space.map(vaddr=vaddr, iova=iova, size=size, read=read, write=write)
+        while True:
+            try:
+                iova = self._space.reserve_and_map(
+                    vaddr=vaddr,
+                    size=size,
+                    iova=wanted,
+                    alignment=alignment,
+                    top_down=top_down,
+                    read=read,
+                    write=write,
+                )
+            except IoctlError as error:
+                if not self._recycle(error):
+                    raise
+            else:
+                return OwnMemory(vaddr=Vaddr(vaddr), iova=iova, size=size, access=access, view=view)
 
     def _reserve(self, size: int, *, alignment: int, offset: int, top_down: bool = False) -> Iova:
         try:
@@ -436,10 +445,6 @@ def _access(*, read: bool, write: bool) -> int:
     return (READ if read else 0) | (WRITE if write else 0)
 
 
-def _alignment(size: int) -> int:
-    return LARGE_PAGE if size >= LARGE_PAGE else 1
-
-
 def _less_access(iova: int) -> ValueError:
     return ValueError(
         f"the device may not do all that is wanted with the memory that is mapped at IOVA {iova:#x} already: close "
@@ -448,6 +453,8 @@ def _less_access(iova: int) -> ValueError:
 
 
 def _size(size: SupportsIndex) -> int:
+    if type(size) is int and size > 0:
+        return size
     number = check_whole_number(size, "size")
     if number < 1:
         raise ValueError(f"a size must be at least 1 byte, not {number}")

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from pyvfio.errors import GapError
-from pyvfio.extents import Extent, clip, runs, total, without
+from pyvfio.extents import Extent, Part, clip, runs, total, without
 from pyvfio.units import align_down, align_up, check_bool, check_whole_number, format_size, is_power_of_two
 
-Step: TypeAlias = tuple[Literal["map", "unmap"], tuple[int, int]]
+Step: TypeAlias = tuple[Literal["map", "unmap"], Part]
 """One call: a piece that is mapped, or a run of whole pieces that is unmapped; an Extent, or as plain a pair."""
 
 
@@ -59,11 +59,11 @@ class Policy:
         if self.granule is not None and length & (self.granule - 1):
             raise ValueError(f"{what} must be a multiple of the granule {self.granule:#x}, not {length:#x}")
 
-    def round_out(self, parts: Sequence[Extent]) -> list[Extent]:
+    def round_out(self, parts: Sequence[Part]) -> list[Extent]:
         """The whole granules that `parts`, which ascend, have a byte of. GapError: more than that, and not allowed."""
         granule = self.granule
         if granule is None:
-            return list(parts)
+            return [Extent(*part) for part in parts]
         rounded: list[Extent] = []
         for start, end in parts:
             first = max(align_down(start, granule), rounded[-1].end if rounded else 0)
@@ -90,7 +90,7 @@ class Policy:
         return -(-length // self.granule) if self.granule else min(length, 1)
 
 
-def steps(mapped: Sequence[Extent], wanted: Sequence[Extent], policy: Policy) -> list[Step]:
+def steps(mapped: Sequence[Part], wanted: Sequence[Part], policy: Policy) -> list[Step]:
     """The calls that make `mapped`, the pieces there are, cover exactly `wanted`; both ascend and are disjoint.
 
     Raises GapError when bytes of both would be unmapped and `policy` allows no gap.
@@ -101,10 +101,9 @@ def steps(mapped: Sequence[Extent], wanted: Sequence[Extent], policy: Policy) ->
             calls.extend(("unmap", run) for run in runs(mapped))
             calls.extend(("map", extent) for extent in wanted)
         return calls
-    new, gone = list(wanted), []
+    gone: list[Part] = []
     for piece in mapped:
         inside = clip(wanted, *piece)
-        new = without(new, piece)
         if inside == [piece]:
             continue
         if not inside:
@@ -116,14 +115,14 @@ def steps(mapped: Sequence[Extent], wanted: Sequence[Extent], policy: Policy) ->
         calls.append(("unmap", piece))
         calls.extend(("map", extent) for extent in inside)
     calls.extend(("unmap", run) for run in runs(gone))
-    for extent in new:
+    for extent in without(wanted, *mapped):
         calls += policy.maps(*extent)
     return calls
 
 
-def _gap(piece: Extent, inside: Sequence[Extent]) -> GapError:
+def _gap(piece: Part, inside: Sequence[Part]) -> GapError:
     return GapError(
         f"{format_size(total(inside))} that stay would be out of the device's reach for a moment: they are mapped in "
-        f"one piece, bytes {piece.start:#x}-{piece.end - 1:#x} of the block, with what is to go",
+        f"one piece, bytes {piece[0]:#x}-{piece[1] - 1:#x} of the block, with what is to go",
         hint="Shrink to where a piece begins, map with granule=, or let allow_gap be True and quiesce the device",
     )

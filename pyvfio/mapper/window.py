@@ -7,12 +7,12 @@ undone piece by piece.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Literal, Protocol
 
-from pyvfio.errors import RollbackError, as_exception
-from pyvfio.extents import Extent, clip, runs, total, without
+from pyvfio.errors import IoctlError, RollbackError, as_exception
+from pyvfio.extents import Extent, Part, clip, runs, total, without
 from pyvfio.guard import checkpoint
 from pyvfio.iommu.space import AddressSpace, Mapping
 from pyvfio.mapper.policy import Policy, Step, steps
@@ -22,25 +22,19 @@ READ, WRITE = 1, 2
 """What a device may do with memory that is mapped for it."""
 
 
-def _difference(one: Sequence[Extent], other: Sequence[Extent]) -> Extent:
+def _difference(one: Sequence[Part], other: Sequence[Part]) -> Extent:
     """Where two sets of bytes differ, from the first byte to the last. Neither has neighbours, so that each end of an
     extent is an edge of the set; an edge of both is none of the difference."""
     edges = set(chain.from_iterable(one)) ^ set(chain.from_iterable(other))
     return Extent(min(edges), max(edges)) if edges else Extent(0, 0)
 
 
-def _growth(reached: Sequence[Extent], wanted: Sequence[Extent]) -> tuple[int, int] | None:
-    """What a block of which nothing is discarded grows by."""
-    if len(wanted) != 1 or len(reached) != 1:
+def _growth(reached: Sequence[Part], wanted: Sequence[Part]) -> Part | None:
+    """What one run of bytes grows by at its end, if nothing else changes."""
+    if len(reached) != 1 or len(wanted) != 1:
         return None
-    before, after = reached[0], wanted[0]
-    if before.start != after.start or before.end >= after.end:
-        return None
-    return before.end, after.end
-
-
-class _Map(Protocol):
-    def __call__(self, *, vaddr: int, iova: int, size: int) -> None: ...
+    (first, last), (start, end) = reached[0], wanted[0]
+    return (last, end) if first == start and last < end else None
 
 
 class Holder(Protocol):
@@ -53,7 +47,7 @@ class Holder(Protocol):
 class Attendant(Protocol):
     """Looks after a change that may take long. What it raises is taken for a refusal, and the change undone."""
 
-    def prepare(self, parts: Sequence[Extent]) -> None:
+    def prepare(self, parts: Sequence[Part]) -> None:
         """`parts` of the block are about to be mapped, which were not; nothing has happened yet."""
         ...
 
@@ -65,8 +59,9 @@ class Attendant(Protocol):
 class Window:
     """The IOVA of one block: `size` bytes from `iova` on, and the pieces of the block that are mapped there.
 
-    The space knows which pieces are mapped; nothing here repeats that. `map_piece` maps one, `space` unmaps, and an
-    `attendant` follows changes that take long. `access`: READ and WRITE, as far as the device may.
+    The space knows which pieces are mapped; nothing here repeats that. `make_room` is asked when the space refuses a
+    piece, and says whether another try makes sense. An `attendant` follows changes that take long. `access`: READ and
+    WRITE, as far as the device may.
 
     Synchronization: none; its mapper serializes calls.
     """
@@ -74,7 +69,7 @@ class Window:
     __slots__ = (
         "_attendant",
         "_idstr",
-        "_map_piece",
+        "_make_room",
         "_policy",
         "_reached",
         "_space",
@@ -94,17 +89,17 @@ class Window:
         vaddr: Vaddr,
         iova: Iova,
         size: int,
-        map_piece: _Map,
+        make_room: Callable[[IoctlError], bool],
         access: int = READ | WRITE,
         attendant: Attendant | None = None,
     ) -> None:
         self._idstr = idstr
         self._space = space
         self._policy = policy
-        self._map_piece = map_piece
+        self._make_room = make_room
         self._attendant = attendant
         # What the last change has reached; None after one that failed, whose undo may have failed as well.
-        self._reached: Sequence[Extent] | None = []
+        self._reached: Sequence[Part] | None = []
         self.holders: set[Holder] = set()
         self.access = access
         self.vaddr = vaddr
@@ -130,7 +125,7 @@ class Window:
     def _extent(self, mapping: Mapping) -> Extent:
         return Extent(mapping.iova - self.iova, mapping.iova + mapping.size - self.iova)
 
-    def resume(self, reached: Sequence[Extent]) -> None:
+    def resume(self, reached: Sequence[Part]) -> None:
         """Note that `reached`, without neighbours, is mapped already."""
         self._reached = list(reached)
 
@@ -147,11 +142,11 @@ class Window:
         """Undo `hold`. Twice is fine."""
         self.holders.discard(holder)
 
-    def check_held(self, kept: Sequence[Extent]) -> None:
+    def check_held(self, kept: Sequence[Part]) -> None:
         """Raise BufferError where an open mapping has bytes outside `kept`, which has no neighbours."""
         for holder in self.holders:
             start = holder.vaddr - self.vaddr
-            if not any(run.start <= start and start + holder.size <= run.end for run in kept):
+            if not any(first <= start and start + holder.size <= last for first, last in kept):
                 raise BufferError(
                     f"{holder!r} of a part of RAM block '{self._idstr}' is open, and the block would lose bytes of it; "
                     "close that mapping first"
@@ -164,7 +159,7 @@ class Window:
             return False
         return any(run.start <= start and end <= run.end for run in runs(self.pieces(Extent(start, end))))
 
-    def change(self, wanted: Sequence[Extent], *, join: bool = False) -> None:
+    def change(self, wanted: Sequence[Part], *, join: bool = False) -> None:
         """Map exactly `wanted`, which has no neighbours and belongs to the window from now on; with `join` in as few
         pieces as possible.
 
@@ -172,28 +167,31 @@ class Window:
         any call, and the error of a call or of a signal handler at a checkpoint; the pieces are then as before.
         RollbackError where the undo fails, too.
         """
-        region, before, plan = self._plan(wanted, join=join)
+        reached, policy = self._reached, Policy() if join else self._policy
+        before: Sequence[Part] = ()
+        if policy.resize == "extend" and reached is not None and (grown := _growth(reached, wanted)):
+            plan, region = policy.maps(*grown), grown  # nothing is there, and nothing goes
+        else:
+            region, before, plan = self._plan(policy, wanted)
         self._reached = None
         try:
             if self._attendant is not None:
                 self._attend(self._attendant, plan, without(clip(wanted, *region), *before))
+            elif len(plan) == 1:
+                self._make(plan[0])
             else:
-                for number, step in enumerate(plan):
-                    if number:
-                        checkpoint()
+                for step in plan:
+                    checkpoint()
                     self._make(step)
         except BaseException as error:
             self._restore(before, region, error)
             raise
         self._reached = wanted
 
-    def _plan(self, wanted: Sequence[Extent], *, join: bool) -> tuple[tuple[int, int], list[Extent], list[Step]]:
+    def _plan(self, policy: Policy, wanted: Sequence[Part]) -> tuple[Extent, list[Extent], list[Step]]:
         """Where something changes, the pieces that are there, and the steps."""
-        policy = Policy() if join else self._policy
         if policy.resize == "remap" or self._reached is None:
             region = Extent(0, self.size)
-        elif grown := _growth(self._reached, wanted):  # what happens most: nothing is there, and nothing goes
-            return grown, [], policy.maps(grown[0], grown[1])
         else:
             region = _difference(self._reached, wanted)
         before = self.pieces(region)
@@ -201,7 +199,7 @@ class Window:
             region = Extent(min(region.start, before[0].start), max(region.end, before[-1].end))
         return region, before, steps(before, clip(wanted, *region), policy)
 
-    def _attend(self, attendant: Attendant, plan: Sequence[Step], new: Sequence[Extent]) -> None:
+    def _attend(self, attendant: Attendant, plan: Sequence[Step], new: Sequence[Part]) -> None:
         if new:
             attendant.prepare(new)
         totals, made = Counter[str](), Counter[str]()
@@ -218,10 +216,16 @@ class Window:
         call, (start, end) = step
         if call == "unmap":
             self._space.unmap(iova=self.iova + start, size=end - start)
-        else:
-            self._map_piece(vaddr=self.vaddr + start, iova=self.iova + start, size=end - start)
+            return
+        vaddr, iova, size, write = self.vaddr + start, self.iova + start, end - start, self.access & WRITE != 0
+        try:
+            self._space.map(vaddr=vaddr, iova=iova, size=size, write=write)
+        except IoctlError as error:
+            if not self._make_room(error):
+                raise
+            self._space.map(vaddr=vaddr, iova=iova, size=size, write=write)
 
-    def _restore(self, before: Sequence[Extent], region: tuple[int, int], cause: BaseException) -> None:
+    def _restore(self, before: Sequence[Part], region: tuple[int, int], cause: BaseException) -> None:
         """Have the pieces of `before` again, one by one. All new ones are unmapped before an old one is mapped."""
         now = self.pieces(region)
         new, lost = [piece for piece in now if piece not in before], [piece for piece in before if piece not in now]

@@ -63,7 +63,6 @@ class Reservation:
 
     __slots__ = (
         "_guarded",
-        "_held",
         "_kept",
         "_kernel",
         "_length",
@@ -71,6 +70,7 @@ class Reservation:
         "_store",
         "_touched",
         "_unsettled",
+        "held",
         "kind",
         "max_length",
         "vaddr",
@@ -95,7 +95,8 @@ class Reservation:
         self.max_length = max_length
         self._length = 0
         self._touched = 0  # old contents may be found up to here; above _length: not given back
-        self._held = 0  # a device may still reach up to here, unless the next shrink says otherwise
+        self.held = 0
+        """Bytes that a device may still reach, from `vaddr` on, since what should have unmapped them has failed."""
         self._kept = False  # a device may reach any of it for ever
         self._guarded = True  # the page behind max_length is inaccessible
         self._unsettled: tuple[int, int] | None = None  # [start, end) that has lost its settings
@@ -153,11 +154,6 @@ class Reservation:
     def retained(self) -> int:
         """Bytes behind `length` that a failed shrink could not give back; they are zeroed before they are seen."""
         return self._touched - self._length
-
-    @property
-    def held(self) -> int:
-        """Bytes that a device may still reach, from `vaddr` on, since what should have unmapped them has failed."""
-        return self._held
 
     def _reserve(self) -> Vaddr:
         size = self.max_length + PAGE_SIZE
@@ -262,10 +258,21 @@ class Reservation:
             raise self._released()
         if not self._length < length <= self.max_length:
             raise ValueError(f"cannot activate {length:#x} bytes: {self._length:#x} are, of {self.max_length:#x}")
-        stale = self._touched
-        self._open_up(length)
-        if self._length < stale and not self._store.holds_contents:
-            self._clear(self._length, min(length, stale))
+        start, stale = self._length, self._touched
+        if self._unsettled is not None:
+            self._settle(length)
+        store, step = self._store, "fallocate"
+        try:
+            store.provide(start, length)
+            step = "mprotect"
+            self._kernel.mprotect(self.vaddr + start, length - start, store.protection)
+        except OSError as error:
+            self._unprovide(length)
+            raise self._no_memory(error, step, start, length) from error
+        if stale < length:
+            self._touched = length
+        if start < stale and not store.holds_contents:
+            self._clear(start, min(length, stale))
         self._length = length
 
     def resume(self, length: int) -> None:
@@ -285,21 +292,6 @@ class Reservation:
     def disown(self) -> None:
         """Leave the descriptor open, which is somebody else's."""
         self._store.owned = False
-
-    def _open_up(self, length: int) -> None:
-        start = self._length
-        if self._unsettled is not None:
-            self._settle(length)
-        try:
-            if self._store.fd >= 0:
-                self.provide(start, length)
-            self._kernel.mprotect(self.vaddr + start, length - start, self._store.protection)
-        except OSError as error:
-            self._unprovide(length)
-            if isinstance(error, IoctlError):
-                raise
-            raise self._no_memory(error, "mprotect", start, length) from error
-        self._touched = max(self._touched, length)
 
     def activate_whole(self, provided: int) -> None:
         """Make all of `max_length` usable where nothing is yet, with pages at least up to `provided`.
@@ -373,7 +365,7 @@ class Reservation:
         self._length = length
         if self._kept:
             return
-        self._held = min(self._held, length)
+        self.held = min(self.held, length)
         start, stop = self._unsettled or (length, end)
         self._unsettled = (min(start, length), max(stop, end))
         self._map_inaccessible(self.vaddr, length, end)
@@ -449,18 +441,18 @@ class Reservation:
         self._check_open()
         if not 0 <= length <= self._length:
             raise ValueError(f"cannot retain from {length:#x} on: {self._length:#x} bytes are active")
-        self._held = self._touched
+        self.held = self._touched
         self._length = length
 
     def let_go(self) -> None:
         """Say that no device reaches more of it than it was told of, whatever an earlier failure had left."""
         if not self._kept:
-            self._held = 0
+            self.held = 0
 
     def keep(self) -> None:
         """Never give anything back from now on, not by `release` either: a device may reach any of it for ever."""
         self._kept = True
-        self._held = self.max_length
+        self.held = self.max_length
 
     def _settle(self, length: int) -> None:
         if self._unsettled is None or self._unsettled[0] >= length:
@@ -480,7 +472,7 @@ class Reservation:
         """What kept the pages from being dropped."""
         # Pages that a device may reach must stay the ones that this process has; they are written, not dropped.
         failure = OSError(errno.EBUSY, "a device may still reach it")
-        if start >= self._held:
+        if start >= self.held:
             try:
                 self._store.drop(self.vaddr, start, end)
             except OSError as error:
@@ -500,7 +492,7 @@ class Reservation:
             return
         self._kernel.munmap(self.vaddr, self.max_length + PAGE_SIZE)
         self.vaddr = Vaddr(0)
-        self._length = self._touched = self._held = 0
+        self._length = self._touched = self.held = 0
         self._store.close()
 
     def abandon(self) -> None:

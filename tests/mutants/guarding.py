@@ -16,19 +16,22 @@ _WITNESSES: dict[str, list[list[str]]] = {
 
 _MUTANTS = (
     # ----------------------------------------------------------------------------------------------------------- forks
-    Mutant("_method", "            guard.check()\n", "            pass\n", "forks"),
-    Mutant("reading", "        guard.check()\n", "", "forks"),
+    Mutant("guarded", "            guard.check()\n", "            pass\n", "forks"),
+    Mutant("making", "                guard.check()\n", "                pass\n", "forks"),
+    Mutant("reading", "            guard.check()\n", "            pass\n", "forks"),
     # A child waits for a lock that nobody releases.
     Mutant(
-        "_method",
+        "guarded",
         "        if getpid() != guard.pid:\n            guard.check()\n",
         "        with lock:\n            guard.check()\n",
         "forks",
     ),
     Mutant("closing", "        if not self.guard.forked:\n", "        if True:\n", "forks"),
-    Mutant("closing_in_hooks", "        if guard.forked:\n            return\n", "", "forks"),
+    Mutant("closing_in_hooks", "        elif not guard.forked:\n", "        else:\n", "forks"),
     # The child of a hook counts as inside of the call.
     Mutant("_after_fork", "    _thread.place = _Place()\n", "", "forks"),
+    # The child of a hook makes the closes that its parent has put off.
+    Mutant("_after_fork", "    _thread.place.put_off.clear()  # the parent's\n", "", "forks"),
     # The child handles the signals of its parent.
     Mutant("_Signals.after_fork", "        self.noted.clear()\n", "", "forks"),
     # The child of another thread handles no signal.
@@ -40,19 +43,26 @@ _MUTANTS = (
     ),
     # ------------------------------------------------------------------------------------------------------ finalizers
     Mutant("run_outside", "    if _thread.place.inside:\n", "    if False:\n", "finalizers"),
-    Mutant("closing", "run_outside(partial(_close, self, call))", "_close(self, call)", "finalizers"),
-    Mutant("_handle", "        if thread.put_off:\n            _catch_up(thread)\n", "        pass\n", "finalizers"),
+    Mutant("closing", "run_outside(partial(_close, self, call, _own))", "_close(self, call, _own)", "finalizers"),
+    Mutant("_handle", "        if place.put_off:\n            _catch_up(place)\n", "", "finalizers"),
     Mutant(
         "reading",
-        "            if thread.put_off and not was:\n                _run(None, _nothing, None)\n",
+        "            if place.put_off and not inside:\n                _run(place, None, None, _nothing)\n",
         "",
         "finalizers",
     ),
-    Mutant("closing_in_hooks", "if _thread.place.busy:", "if _thread.place.inside:", "finalizers"),
+    Mutant("closing_in_hooks", "if place.busy:", "if place.inside:", "finalizers"),
     Mutant("_catch_up", "except Exception:", "except ValueError:", "finalizers"),
     # --------------------------------------------------------------------------------------------------------- signals
-    Mutant("_Signals.replace", "            self._set(number, self._route)\n", "            pass\n", "signals"),
-    Mutant("_make", "                    undo(*made)\n", "                    pass\n", "signals"),
+    Mutant("_Signals.replace", "            _set_handler(number, self._route)\n", "            pass\n", "signals"),
+    Mutant("_unmake", "                undo(*made)\n", "                pass\n", "signals"),
+    # The handler is lost that a replacement stands for which was left behind.
+    Mutant(
+        "_Signals._look",
+        "        handlers: dict[int, _Handler] = {}\n",
+        "        handlers: dict[int, _Handler] = {}\n        self._handlers = handlers\n",
+        "signals",
+    ),
     Mutant("checkpoint", "        _signals.deliver()\n", "        pass\n", "signals"),
     Mutant(
         "checkpoint",
@@ -63,26 +73,24 @@ _MUTANTS = (
     Mutant("checkpoint", " and not place.undoing", "", "signals"),
     # A handler that raises keeps the next one from running.
     Mutant(
-        "_Signals.deliver",
-        "            if self.noted:\n                self.deliver()\n",
-        "            pass\n",
+        "_handle_each",
+        "        if len(due) > 1:\n            _handle_each(due[1:], frame)\n",
+        "        pass\n",
         "signals",
     ),
     # The handler that the program has set meanwhile is lost.
-    Mutant(
-        "_Signals.put_back", "                    self._set(number, other)\n", "                    pass\n", "signals"
-    ),
+    Mutant("_Signals.put_back", "                _set_handler(number, other)\n", "                pass\n", "signals"),
     # A handler that is inside of no call waits for the next one.
     Mutant(
         "_Signals.route",
-        "        if not _thread.place.inside:\n            self.put_back()\n",
-        "",
+        "        if not _thread.place.inside:\n",
+        "        if False:\n",
         "signals",
     ),
     # ----------------------------------------------------------------------------------------------------------- locks
-    Mutant("_method", "        lock = guard.lock\n", "        lock = RLock()\n", "locks"),
-    Mutant("reading", "                with guard.lock:\n", "                if True:\n", "locks"),
-    Mutant("_close", "        with lock:\n", "        if True:\n", "locks"),
+    Mutant("guarded", "        lock = guard.lock\n", "        lock = RLock()\n", "locks"),
+    Mutant("reading", "            with guard.lock:", "            if True:", "locks"),
+    Mutant("_close", "uppermost(thing).lock", "None", "locks"),
 )
 
 

@@ -70,11 +70,9 @@ _MUTANTS = (
     Mutant("Reservation._reserve", "            self._abort(start, end)\n", "", "add"),
     # A mapping that the kernel refused is in the table.
     Mutant(
-        "Container.map",
-        "        self._map_dma(vaddr, iova, size, (_READ if read else 0) | (_WRITE if write else 0))\n"
-        "        self.table.add(iova=iova, size=size, vaddr=vaddr)\n",
-        "        self.table.add(iova=iova, size=size, vaddr=vaddr)\n"
-        "        self._map_dma(vaddr, iova, size, (_READ if read else 0) | (_WRITE if write else 0))\n",
+        "Container._map_unguarded",
+        "        except OSError as error:\n",
+        "        except OSError as error:\n            self.table.add(iova, size, vaddr)\n",
         "add",
     ),
     # A mapper that does not come leaves its claim.
@@ -105,7 +103,7 @@ _MUTANTS = (
     # What comes back is not zeroed.
     Mutant(
         "Reservation.activate",
-        "        if self._length < stale and not self._store.holds_contents:\n",
+        "        if start < stale and not store.holds_contents:\n",
         "        if False:\n",
         "grow",
     ),
@@ -125,10 +123,10 @@ _MUTANTS = (
         "shrink",
     ),
     # How much the kernel says it unmapped is not looked at.
-    Mutant("Container.unmap", "        if unmapped == size:\n", "        if unmapped <= size:\n", "shrink"),
+    Mutant("Container._unmap_known", "        if unmapped == size:\n", "        if unmapped <= size:\n", "shrink"),
     # A mapping that the kernel refused to unmap is forgotten, or one of which it unmapped nothing.
     Mutant(
-        "Container.unmap",
+        "Container._unmap_known",
         "        unmapped = self._unmap_dma(iova, size, 0, bitmap)\n",
         "        self.table.discard(iova=iova, size=size)\n        unmapped = self._unmap_dma(iova, size, 0, bitmap)\n",
         "shrink",
@@ -164,29 +162,31 @@ _MUTANTS = (
     # ------------------------------------------------------------------------------------------------- replace pages
     # Pages are replaced while a device reaches them.
     Mutant(
-        "Remapping.tell",
-        "            notifier.ram_block_remapping(self._block, self._parts)\n",
-        "            pass\n",
+        "Remapping",
+        '    _hook, _reverse = "ram_block_remapping"',
+        '    _hook, _reverse = "nothing"',
         "replace pages",
     ),
     # Who has let go takes nothing again.
-    Mutant("remap.replace", "            event.revoke(notifier)\n", "            pass\n", "replace pages"),
+    Mutant("remap.replace", "            change.revoke_all()\n", "            pass\n", "replace pages"),
     # -------------------------------------------------------------------------------------------------------- remove
     # Memory goes before the device has lost it.
     Mutant(
         "RamBlockList.remove",
-        "            tell_all(Removed(block), self._notifiers, commit)\n            block.state.release()\n",
-        "            block.state.release()\n            tell_all(Removed(block), self._notifiers, commit)\n",
+        "            Removed(block, self._notifiers)(commit)\n            block.state.release()\n",
+        "            block.state.release()\n            Removed(block, self._notifiers)(commit)\n",
         "remove",
     ),
     # IOVA goes before the mapping.
     Mutant(
         "DmaMapper.ram_block_removed",
         "        window.change([])\n"
-        "        self._former[block] = _Former(window.iova, window.holders)\n        self._followed.remove(followed)\n"
-        "        self._space.release_iova(window.iova)\n",
-        "        self._former[block] = _Former(window.iova, window.holders)\n        self._followed.remove(followed)\n"
-        "        self._space.release_iova(window.iova)\n        window.change([])\n",
+        "        self._former[block] = _Former(window.iova, window.holders)\n"
+        "        self._followed.remove(_Followed(window.vaddr, block, window))\n"
+        "        del self._windows[block]\n        self._space.release_iova(window.iova)\n",
+        "        self._former[block] = _Former(window.iova, window.holders)\n"
+        "        self._followed.remove(_Followed(window.vaddr, block, window))\n"
+        "        del self._windows[block]\n        self._space.release_iova(window.iova)\n        window.change([])\n",
         "remove",
     ),
     Mutant("DmaMapper.ram_block_removed", "        self._space.release_iova(window.iova)\n", "", "remove"),
@@ -210,13 +210,13 @@ _MUTANTS = (
     ),
     # A map that failed leaves its IOVA reserved, or its buffer exported.
     Mutant(
-        "BufferMapper._map_own",
-        "            self._space.release_iova(iova)\n            raise\n",
+        "Container._reserve_and_map",
+        "            allocator.release(place)\n            raise\n",
         "            raise\n",
         "temporary map",
     ),
     Mutant(
-        "BufferMapper.map_temporary",
+        "BufferMapper._map_for_once",
         "            view.release()\n            raise\n",
         "            raise\n",
         "temporary map",

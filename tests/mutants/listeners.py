@@ -71,7 +71,7 @@ _MUTANTS = (
     ),
     # -------------------------------------------------------------------------------------------------- pages replaced
     # The newest lets go first.
-    Mutant("remap", "tell_all(event, told[::-1], replace)", "tell_all(event, told, replace)", "pages replaced"),
+    Mutant("remap", "Remapping(block, parts, told[::-1])", "Remapping(block, parts, told)", "pages replaced"),
     # A granule is cut.
     Mutant("DmaMapper.ram_block_remapping", "*self.policy.round_out(parts)", "*parts", "pages replaced"),
     # ----------------------------------------------------------------------------------------------------- held memory
@@ -89,20 +89,20 @@ _MUTANTS = (
     # The buffer of a part is let go of where nothing else keeps it.
     Mutant("BufferMapper._hold", "isinstance(memory, Window) or memory.view is not None", "memory", "held memory"),
     # A block loses what is held: a page of it, by a shrink, by a discard, when it is removed.
-    Mutant("Window.check_held", "start + holder.size <= run.end", "start < run.end", "held memory"),
+    Mutant("Window.check_held", "start + holder.size <= last", "start < last", "held memory"),
     Mutant(
         "DmaMapper.ram_block_resized",
         "            window.check_held(wanted)\n",
         "            pass\n",
         "held memory",
     ),
-    Mutant("DmaMapper.ram_block_discarded", "        followed.window.check_held(wanted)\n", "", "held memory"),
+    Mutant("DmaMapper.ram_block_discarded", "        window.check_held(wanted)\n", "", "held memory"),
     Mutant("DmaMapper.ram_block_removed", "            window.check_held([])\n", "            pass\n", "held memory"),
     # It is refused after the block has been unmapped.
     Mutant(
         "DmaMapper.ram_block_discarded",
-        "        followed.window.check_held(wanted)\n        self._change(followed, wanted)\n",
-        "        self._change(followed, wanted)\n        followed.window.check_held(wanted)\n",
+        "        window.check_held(wanted)\n        self._change(window, wanted)\n",
+        "        self._change(window, wanted)\n        window.check_held(wanted)\n",
         "held memory",
     ),
     # Holders keep a list, or a mapper, from being closed.
@@ -111,7 +111,7 @@ _MUTANTS = (
     # They are forgotten where the block stays after all.
     Mutant(
         "DmaMapper.ram_block_added",
-        "            followed.window.holders = self._former.pop(block).holders\n",
+        "            window.holders = self._former.pop(block).holders\n",
         "            pass\n",
         "held memory",
     ),

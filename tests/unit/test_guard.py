@@ -21,7 +21,7 @@ from pyvfio.errors import ForkedError
 from pyvfio.guard import (
     ContextManager,
     Guard,
-    called_out,
+    call_out,
     checkpoint,
     close_now,
     closing,
@@ -130,9 +130,8 @@ class TestSignals:
 
     def test_a_checkpoint_in_an_undo_runs_no_handler(self) -> None:
         def undo() -> None:
-            with undoing, called_out:
-                press()
-                thing.change(checkpoint)
+            with undoing:
+                call_out(each(press, partial(thing.change, checkpoint)), ())
             thing.events.append("undone")
 
         thing = Thing()
@@ -218,6 +217,14 @@ class TestSignals:
 
     def test_a_signal_that_comes_when_a_replacement_was_left_behind_is_handled_at_once(self) -> None:
         guard._signals.replace()
+        with pytest.raises(InterruptionError):
+            press()
+
+    def test_a_replacement_that_was_left_behind_is_undone_where_another_handler_is_new(self) -> None:
+        guard._signals.replace()
+        signal.signal(signal.SIGUSR2, lambda _number, _frame: None)
+        Thing().change()
+        signal.signal(signal.SIGUSR2, signal.SIG_DFL)
         with pytest.raises(InterruptionError):
             press()
 
@@ -369,11 +376,10 @@ class TestFinalizers:
         thing = Thing()
 
         def hook() -> None:
-            with called_out:
-                thing.drop()
-                thing.close()
+            thing.drop()
+            thing.close()
 
-        thing.change(hook)
+        thing.change(partial(call_out, hook, ()))
         assert thing.events == ["begin", "dropped", "end", "closed"]
 
     def test_an_owner_closes_its_own_at_once(self) -> None:
@@ -500,14 +506,26 @@ class TestForks:
         worker.join()
         assert found == status
 
+    def test_a_child_that_returns_from_the_hook_that_forked_it_makes_no_close_of_its_parent(self) -> None:
+        thing, other, found = Thing(), Thing(), list[int]()
+
+        def hook() -> None:
+            other.close()
+            found.append(os.fork())
+
+        thing.change(partial(call_out, hook, ()))
+        if found[0] == 0:
+            os._exit(len(other.events))
+        assert os.waitstatus_to_exitcode(os.waitpid(found[0], 0)[1]) == 0
+        assert other.events == ["closed"]
+
     def test_a_child_that_returns_from_the_hook_that_forked_it_can_change_nothing(self) -> None:
         thing, found = Thing(), list[int]()
 
         def hook() -> None:
-            with called_out:
-                found.append(os.fork())
+            found.append(os.fork())
 
-        thing.change(hook)
+        thing.change(partial(call_out, hook, ()))
         if found[0] == 0:
             try:
                 thing.change()
@@ -533,7 +551,7 @@ class TestForks:
 
         before = signal.signal(signal.SIGUSR2, handler)
         found = list[int]()
-        Thing().change(each(partial(press, signal.SIGUSR2), lambda: found.append(in_a_child(lambda: None))))
+        Thing().change(each(partial(press, signal.SIGUSR2), lambda: found.append(in_a_child(lambda: Thing().change()))))
         signal.signal(signal.SIGUSR2, before)
         assert (found, seen) == ([1], [signal.SIGUSR2])
 

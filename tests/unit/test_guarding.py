@@ -68,7 +68,7 @@ UNGUARDED = {
         Container.page_size Device.can_reset Device.check_here Device.check_usable Device.check_views Device.closed
         Device.container Device.fd Device.kernel DirtyTracking.page_size DmaMapper.space Group.check_here
         Group.check_usable Group.closed Group.fd Group.kernel Irq.count Irq.fds RamBlock.discarded RamBlock.file
-        RamBlock.is_in RamBlock.max_length RamBlock.populated RamBlock.prealloc RamBlock.settings RamBlock.used_length
+        RamBlock.max_length RamBlock.populated RamBlock.prealloc RamBlock.settings RamBlock.used_length
         RamBlock.vaddr RamBlock.whole RamBlockList.block_at RamBlockList.knows RamBlockList.notifiers
         Region.check_usable Region.check_views Region.kernel Region.mappable Region.size RegionMap.check_views
     """,
@@ -81,7 +81,9 @@ UNGUARDED = {
     "made once, and the first one stays": "Device.config Device.describe_irqs Device.irq Device.region",
     "waits for a device, with no lock": "Irq.wait",
     "each step of it is guarded": """
+        Container.map Container.map_dma Container.reserve_and_map Container.unmap Container.unmap_and_release
         Device.bus_master Device.bus_master= Device.memory_enabled Device.memory_enabled= DirtyLog.snapshot
+        DmaMapper.map_buffer DmaMapper.map_dma DmaMapper.map_temporary
         RamBlock.discard RamBlock.populate RamBlock.remap RamBlock.remove RamBlock.resize
     """,
 }

@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from types import FrameType
 
@@ -140,6 +140,7 @@ class Worker:
             for call in calls(thing, {**PLAIN, **self._arguments()})
             if call.name.rpartition(".")[2] not in _left_out
         ]
+        self._share = self._calls[number::THREADS]  # so that each is made, however few there are of them
         self._actions: list[Callable[[], object]] = [
             *(self._any,) * 5,
             self._resize,
@@ -191,6 +192,15 @@ class Worker:
             action()
             self._world.done[action.__name__] += 1
 
+    def take_steps(self, left: Iterator[int]) -> None:
+        """As many as are left.
+
+        No `try` is around the loop: CPython 3.12 and 3.13 run signal handlers where a loop begins anew, and do not
+        count that place as a part of a `try` in the same function.
+        """
+        for _ in left:
+            self.step()
+
     def run(self, count: int) -> None:
         """So many; what goes wrong is in `error`."""
         try:
@@ -204,7 +214,7 @@ class Worker:
     # ------------------------------------------------------------------------------------------------ actions
 
     def _any(self) -> None:
-        call = self._chance.choice(self._calls)
+        call = self._share.pop() if self._share else self._chance.choice(self._calls)
         self._world.made[call.name] += 1
         call.make()
 
@@ -334,15 +344,12 @@ class Timer:
 
 def _work_interrupted(worker: Worker, count: int) -> int:
     """Work in the main thread. Return how often a handler has raised."""
-    done = 0
-    timer = Timer()
-    while done < count:
+    left, timer, working = iter(range(count)), Timer(), True
+    while working:
         try:
             timer.armed = True
-            while done < count:
-                done += 1
-                worker.step()
-            timer.armed = False
+            worker.take_steps(left)
+            working = timer.armed = False
         except Interrupt:
             continue
         except BaseException as error:

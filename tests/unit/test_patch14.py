@@ -160,11 +160,11 @@ class SwappedInUnmap(DmaMapper):
 
     def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
         """As there."""
-        window = self._window_of(block).window
+        window = self._window_of(block)
         if old_length:
             self.space.unmap(iova=old_length, size=window.iova)
         if new_length:
-            self._map(vaddr=window.vaddr, iova=window.iova, size=new_length)
+            self.space.map(vaddr=window.vaddr, iova=window.iova, size=new_length)
 
 
 class SwappedInMap(DmaMapper):
@@ -172,9 +172,9 @@ class SwappedInMap(DmaMapper):
 
     def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
         """As there."""
-        window = self._window_of(block).window
+        window = self._window_of(block)
         self.space.unmap(iova=window.iova, size=old_length)
-        self._map(vaddr=window.vaddr, iova=new_length, size=window.iova)
+        self.space.map(vaddr=window.vaddr, iova=new_length, size=window.iova)
 
 
 class LockKept(DmaMapper):
@@ -203,11 +203,11 @@ class ResultIgnored(DmaMapper):
 
     def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
         """As there."""
-        window = self._window_of(block).window
+        window = self._window_of(block)
         if old_length:
             self.space.unmap(iova=window.iova, size=old_length)
         with suppress(pyvfio.IoctlError):
-            self._map(vaddr=window.vaddr, iova=window.iova, size=new_length)
+            self.space.map(vaddr=window.vaddr, iova=window.iova, size=new_length)
 
 
 class NothingIsMapped(DmaMapper):
@@ -215,7 +215,7 @@ class NothingIsMapped(DmaMapper):
 
     def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
         """As there; around what refuses 0 before the kernel can."""
-        window = self._window_of(block).window
+        window = self._window_of(block)
         if old_length:
             self.space.unmap(iova=window.iova, size=old_length)
         assert isinstance(self.space, pyvfio.Container)
