@@ -561,16 +561,17 @@ def _within(
 
 def _unmake(place: _Place, made: Sequence[_Result], undo: Callable[[_Result], object] | None) -> None:
     """End an outermost call that raises, or whose handlers do when it has made something."""
-    if made and undo is not None:
-        if not place.inside:
-            _enter(place, None)
-        try:
-            with undoing:
-                undo(*made)
-        finally:
+    try:
+        if made and undo is not None:
+            try:
+                if not place.inside:
+                    _enter(place, None)  # where another handler raises, the undo is an outermost call of its own
+            finally:
+                with undoing:
+                    undo(*made)
+    finally:
+        if place.inside:
             _leave(place, None)
-    elif place.inside:
-        _leave(place, None)
 
 
 def _handle(place: _Place) -> None:

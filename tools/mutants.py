@@ -2,8 +2,8 @@
 
 A seed gives the same mistakes as long as the sources stay. The tests of a mistake are chosen by the name of its module:
 a file of tests/unit whose name has the module's or its package's, then those of `_TESTS`, then those that run
-everywhere. They run on copies of the checkout. A survivor is printed as one line: either no test holds a sentence, or
-the mistake changes nothing.
+everywhere. What passes all of them is tried on the rest of tests/unit. They run on copies of the checkout. A survivor
+is printed as one line: either no test holds a sentence, or the mistake changes nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tools.mutations import Mutation, sample
 _TESTS = {
     "blocks": ("ramblock", "discards", "remap", "memory", "safety_net"),
     "ramblock": ("memory", "discards", "remap", "safety_net", "listener_models"),
-    "mapper": ("pieces", "dma", "plan"),
+    "mapper": ("pieces", "dma", "plan", "holders"),
     "dma": ("pieces", "plan", "remap"),
     "iommu": ("iova", "space", "container", "dma", "errors"),
     "container": ("device", "dma", "live_update"),
@@ -40,12 +40,14 @@ _TESTS = {
     "kernel": ("fake", "memory", "locking"),
     "errors": ("container", "device", "pci"),
     "extents": ("discards", "pieces"),
-    "guard": ("interruptions",),
+    "guard": ("forks", "collections", "interruptions"),
     "ioctls": ("abi", "container", "device"),
 }
 # These know every operation of a mapper and its blocks. Where the undo fails, too, would take minutes for each mistake.
 _EVERYWHERE = ("tests/unit/test_failures.py", "tests/property")
 _LEFT_OUT = ("-k", "not step_of_the_undo")
+# These look at the checkout as text, or run it elsewhere, and say nothing of what it does.
+_NO_WITNESS = ("linters", "mutants", "random_mutants", "stages", "count", "vm", "series")
 _SLACK = 5.0
 """A test that takes so many times as long as without a mistake, and 30 seconds, hangs: the mistake is noticed."""
 
@@ -59,6 +61,12 @@ def chosen_tests(module: str, root: Path = ROOT) -> list[str]:
     wanted += [unit for unit in _TESTS.get(names[-1], ()) if unit in units]
     found = [str(units[unit].relative_to(root)) for unit in dict.fromkeys(wanted)]
     return list(dict.fromkeys([*found, *(test for test in _EVERYWHERE if (root / test).exists())]))
+
+
+def all_tests(root: Path = ROOT) -> list[str]:
+    """Return the test files of tests/unit that may notice a mistake."""
+    files = sorted(root.glob("tests/unit/test_*.py"))
+    return [str(file.relative_to(root)) for file in files if file.stem.removeprefix("test_") not in _NO_WITNESS]
 
 
 def time_tests(checkout: Path, tests: Sequence[str]) -> float:
@@ -84,14 +92,18 @@ def run(mutations: Sequence[Mutation], tests: Mapping[str, Sequence[str]], *, jo
             with borrowed(queue) as checkout:
                 return time_tests(checkout, [test])
 
-        needed = sorted({test for mutation in mutations for test in tests[mutation.module]})
+        rest = all_tests()
+        needed = sorted({*rest, *(test for mutation in mutations for test in tests[mutation.module])})
         seconds = dict(zip(needed, pool.map(measure, needed), strict=True))
 
         def judge(mutation: Mutation) -> tuple[Mutation, str | None]:
             chosen = tests[mutation.module]
-            timeout = 30 + _SLACK * sum(seconds[test] for test in chosen)
-            with borrowed(queue) as checkout:
-                return mutation, witness_of(checkout, mutation, chosen, timeout)
+            for files in (chosen, [test for test in rest if test not in chosen]):
+                timeout = 30 + _SLACK * sum(seconds[test] for test in files)
+                with borrowed(queue) as checkout:
+                    if witness := witness_of(checkout, mutation, files, timeout):
+                        return mutation, witness
+            return mutation, None
 
         survivors = []
         for mutation, witness in pool.map(judge, mutations):

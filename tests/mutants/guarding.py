@@ -55,7 +55,14 @@ _MUTANTS = (
     Mutant("_catch_up", "except Exception:", "except ValueError:", "finalizers"),
     # --------------------------------------------------------------------------------------------------------- signals
     Mutant("_Signals.replace", "            _set_handler(number, self._route)\n", "            pass\n", "signals"),
-    Mutant("_unmake", "                undo(*made)\n", "                pass\n", "signals"),
+    Mutant("_unmake", "                    undo(*made)\n", "                    pass\n", "signals"),
+    # An undo is skipped where a second handler raises when it begins.
+    Mutant(
+        "_unmake",
+        "            finally:\n                with undoing:\n                    undo(*made)\n",
+        "            except ValueError:\n                raise\n            with undoing:\n                undo(*made)\n",
+        "signals",
+    ),
     # The handler is lost that a replacement stands for which was left behind.
     Mutant(
         "_Signals._look",

@@ -177,6 +177,38 @@ class TestSignals:
             thing.make_one()
         assert thing.made.events == ["undone"]
 
+    def test_an_undo_is_made_though_another_handler_raises_when_it_begins(self) -> None:
+        class Spiteful:
+            """A handler that raises when the guard looks at it for the first time."""
+
+            raised = False
+
+            def __call__(self, number: int, frame: FrameType | None) -> None: ...
+
+            def __eq__(self, other: object) -> bool:
+                if not self.raised:
+                    self.raised = True
+                    raise ValueError
+                return self is other
+
+            __hash__ = object.__hash__
+
+        def first(number: int, frame: FrameType | None) -> None:
+            press()
+
+        def second(number: int, frame: FrameType | None) -> None:
+            signal.signal(signal.SIGUSR2, Spiteful())
+            raise InterruptionError
+
+        before = signal.signal(signal.SIGUSR1, second)
+        signal.signal(signal.SIGUSR2, first)
+        thing = Thing()
+        with pytest.raises(ValueError):  # noqa: PT011 (it is the test's own)
+            thing.make(partial(press, signal.SIGUSR2))
+        signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+        signal.signal(signal.SIGUSR1, before)
+        assert thing.made.events == ["undone"]
+
     def test_a_call_that_makes_nothing_has_its_handlers_run(self) -> None:
         def fail() -> None:
             press()
