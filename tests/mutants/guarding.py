@@ -60,7 +60,7 @@ _MUTANTS = (
     Mutant(
         "_unmake",
         "            finally:\n                with undoing:\n                    undo(*made)\n",
-        "            except ValueError:\n                raise\n            with undoing:\n                undo(*made)\n",
+        "            except ValueError:\n                raise\n            undo(*made)\n",
         "signals",
     ),
     # The handler is lost that a replacement stands for which was left behind.
