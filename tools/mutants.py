@@ -25,12 +25,12 @@ from tools.mutations import Mutation, sample
 
 # Tests whose names do not say which rooms they are about.
 _TESTS = {
-    "blocks": ("ramblock", "discards", "remap", "memory", "safety_net"),
-    "ramblock": ("memory", "discards", "remap", "safety_net", "listener_models"),
+    "blocks": ("ramblock", "discards", "remap", "memory", "safety_net", "cgroup", "prefault", "dirty_log"),
+    "ramblock": ("memory", "discards", "remap", "safety_net", "listener_models", "prefault"),
     "mapper": ("pieces", "dma", "plan", "holders"),
     "dma": ("pieces", "plan", "remap"),
     "iommu": ("iova", "space", "container", "dma", "errors"),
-    "container": ("device", "dma", "live_update"),
+    "container": ("device", "dma", "holders", "live_update"),
     "device": ("container", "dirty"),
     "dirty": ("dirty_log",),
     "info": ("caps", "container", "device"),
@@ -46,6 +46,7 @@ _TESTS = {
 # These know every operation of a mapper and its blocks. Where the undo fails, too, would take minutes for each mistake.
 _EVERYWHERE = ("tests/unit/test_failures.py", "tests/property")
 _LEFT_OUT = ("-k", "not step_of_the_undo")
+_SAMPLES = ("--points=200", "--thread-steps=2000")
 # These look at the checkout as text, or run it elsewhere, and say nothing of what it does.
 _NO_WITNESS = ("linters", "mutants", "random_mutants", "stages", "count", "vm", "series")
 _SLACK = 5.0
@@ -90,7 +91,7 @@ def run(mutations: Sequence[Mutation], tests: Mapping[str, Sequence[str]], *, jo
 
         def measure(test: str) -> float:
             with borrowed(queue) as checkout:
-                return time_tests(checkout, [test])
+                return time_tests(checkout, [test, *_SAMPLES])
 
         rest = all_tests()
         needed = sorted({*rest, *(test for mutation in mutations for test in tests[mutation.module])})
@@ -101,7 +102,7 @@ def run(mutations: Sequence[Mutation], tests: Mapping[str, Sequence[str]], *, jo
             for files in (chosen, [test for test in rest if test not in chosen]):
                 timeout = 30 + _SLACK * sum(seconds[test] for test in files)
                 with borrowed(queue) as checkout:
-                    if witness := witness_of(checkout, mutation, files, timeout):
+                    if witness := witness_of(checkout, mutation, [*files, *_SAMPLES], timeout):
                         return mutation, witness
             return mutation, None
 

@@ -39,9 +39,10 @@ def copies(count: int) -> Iterator[SimpleQueue[Path]]:
     with tempfile.TemporaryDirectory(prefix="pyvfio-mutants-", dir=memory) as directory:
         for number in range(count):
             copy = Path(directory) / str(number)
-            for name in ("pyvfio", "tests", "tools", "examples"):
+            for name in ("pyvfio", "tests", "tools", "examples", "docs", "scripts"):
                 shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-            shutil.copy(ROOT / "pyproject.toml", copy)
+            for page in ("pyproject.toml", *ROOT.glob("*.md")):
+                shutil.copy(ROOT / page, copy)
             queue.put(copy)
         yield queue
 
