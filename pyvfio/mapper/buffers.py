@@ -216,7 +216,7 @@ class BufferMapper:
 
     def _known(self, vaddr: int, size: int, iova: int | None, access: int) -> OwnMemory | Window | None:
         """Find memory that is mapped whole; ValueError where it is mapped in part, or would be later."""
-        memory = self._find(vaddr, size)
+        memory = self._find_mapped(vaddr, size)
         if memory is None:
             self._check_apart(vaddr, size)
             return None
@@ -226,6 +226,11 @@ class BufferMapper:
         if access & ~memory.access:
             raise _less_access(found)
         return memory
+
+    def _find_mapped(self, vaddr: int, size: int) -> OwnMemory | Window | None:
+        """As `_find`, for one more holder: of memory that another user of the space has unmapped there is none."""
+        memory = self._find(vaddr, size)
+        return None if isinstance(memory, OwnMemory) and not self._is_mapped(memory) else memory
 
     def _find(self, vaddr: int, size: int) -> OwnMemory | Window | None:
         """Find memory that is mapped whole, temporary mappings aside."""
@@ -239,7 +244,9 @@ class BufferMapper:
         self._check_no_block(vaddr, size)
         position = bisect_right(self._fixed, vaddr + size - 1, key=_vaddr) - 1
         if position >= 0 and self._fixed[position].vaddr + self._fixed[position].size > vaddr:
-            raise ValueError(f"vaddr {vaddr:#x}-{vaddr + size - 1:#x} overlaps {self._fixed[position]!r}")
+            known = self._fixed[position]
+            lost = "" if self._is_mapped(known) else ", which somebody else has unmapped; close its DmaMapping first"
+            raise ValueError(f"vaddr {vaddr:#x}-{vaddr + size - 1:#x} overlaps {known!r}{lost}")
 
     def _check_no_block(self, vaddr: int, size: int) -> None:
         """ValueError where any of it is a block's; here there are none."""
@@ -286,7 +293,7 @@ class BufferMapper:
     def _map_once(self, vaddr: int, size: int, access: int, view: memoryview) -> DmaMapping:
         self._check_extent(vaddr, size)
         self.check_open()
-        known = self._find(vaddr, size)
+        known = self._find_mapped(vaddr, size)
         if known is None:
             self._check_no_block(vaddr, size)
         elif not access & ~known.access:

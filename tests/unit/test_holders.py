@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -156,6 +157,24 @@ def test_memory_that_somebody_else_has_unmapped_can_be_closed(rig: Rig, *, unsee
         close()
     assert not any(map(is_exported, pages))
     assert not rig.container.allocator.reservations
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_that_somebody_else_has_unmapped_is_not_said_to_be_mapped(rig: Rig, kind: str) -> None:
+    """The device would be stopped there."""
+    memory = mmap.mmap(-1, PAGE_SIZE)
+    vaddr = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    with rig.mapper.map_buffer(memory) as lost:
+        rig.container.unmap(iova=lost.iova, size=PAGE_SIZE)
+        if kind == "map_temporary":  # has a mapping of its own
+            with rig.mapper.map_temporary(memory) as own:
+                assert [iova for iova, _vaddr, _size in rig.reached()] == [own.iova]
+        else:
+            with pytest.raises(ValueError, match="which somebody else has unmapped; close its DmaMapping first"):
+                rig.mapper.map_dma(vaddr=vaddr, size=PAGE_SIZE) if kind == "map_dma" else rig.mapper.map_buffer(memory)
+    rig.mapper.reset_temporary()
+    with rig.mapper.map_dma(vaddr=vaddr, size=PAGE_SIZE) as again:
+        assert [iova for iova, _vaddr, _size in rig.reached()] == [again.iova]
 
 
 def test_a_temporary_mapping_of_a_fixed_one_leaves_nothing_behind(rig: Rig) -> None:
