@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import secrets
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
@@ -20,6 +21,9 @@ from pyvfio.testing.fake import VERSIONS
 from tests import series
 
 pytest.register_assert_rewrite("tests.life")
+
+FEW_POINTS = 2000
+"""With fewer not all operations are interrupted."""
 
 LEFT_OUT = pytest.StashKey[int]()
 OUTCOMES = pytest.StashKey[dict[str, bool]]()
@@ -71,7 +75,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=5000,
         metavar="N",
-        help="about how many points of all operations are interrupted; collections are in proportion (default: 5000)",
+        help="about how many points are interrupted; collections are in proportion. Below 2000 not all operations are "
+        "taken, since to find their points takes as long (default: 5000)",
     )
     group.addoption(
         "--thread-steps",
@@ -98,6 +103,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "one_iommu: what no IOMMU makes a difference to, so that one on a kernel will do"
     )
+    config.addinivalue_line("markers", "each_operation: made for each of tests/interruptions/operations.py")
     config.addinivalue_line("markers", "kvm: what needs a /dev/kvm that this user may open")
 
 
@@ -108,10 +114,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if any(item.get_closest_marker("kvm") for item in items) and not kvm_runs():
         absent.append("kvm")
     left_out = [item for item in items if any(item.get_closest_marker(name) for name in absent)]
+    if not config.getoption("--all-points"):
+        left_out += _other_operations(items, config.getoption("--points"), config.getoption("--hypothesis-seed"))
     config.stash[LEFT_OUT] = sum(item.get_closest_marker("kvm") is not None for item in left_out)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+def _other_operations(items: list[pytest.Item], points: int, seed: str | None) -> list[pytest.Item]:
+    """What is not taken where few points are examined: each operation that is gets a fair number of them."""
+    marked = [item for item in items if item.get_closest_marker("each_operation")]
+    chance = random.Random(seed)  # noqa: S311 (nothing secret)
+    return chance.sample(marked, len(marked) - min(-(-len(marked) * points // FEW_POINTS), len(marked)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

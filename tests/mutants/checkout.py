@@ -41,8 +41,8 @@ def copies(count: int) -> Iterator[SimpleQueue[Path]]:
             copy = Path(directory) / str(number)
             for name in ("pyvfio", "tests", "tools", "examples", "docs", "scripts"):
                 shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-            for page in ("pyproject.toml", *ROOT.glob("*.md")):
-                shutil.copy(ROOT / page, copy)
+            for page in (ROOT / "pyproject.toml", *ROOT.glob("*.md")):
+                shutil.copy(page, copy)
             queue.put(copy)
         yield queue
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import random
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -23,15 +23,15 @@ ENOUGH = 5  # failures of one operation
 class Laboratory:
     """A kernel, a new one where a failure has left something in it, and the cases to examine of each operation."""
 
-    def __init__(self, seed: int, sample: int | None) -> None:
+    def __init__(self, operations: Sequence[Operation], seed: int, sample: int | None) -> None:
         self.kernel = SeenKernel()
         self.chance = random.Random(seed)  # noqa: S311 (nothing secret)
-        self.dry = {operation.name: rehearse(operation, self.kernel) for operation in OPERATIONS}
+        self.dry = {operation.name: rehearse(operation, self.kernel) for operation in operations}
         self._share = 1.0 if sample is None else min(0.8 * sample / self.points, 1)
 
     @property
     def points(self) -> int:
-        """Of all operations."""
+        """Of all these operations."""
         return sum(dry.points for dry in self.dry.values())
 
     def choose(self, dry: Dry) -> list[int]:
@@ -56,15 +56,19 @@ def laboratory(request: pytest.FixtureRequest) -> Iterator[Laboratory]:
     seed = secrets.randbits(32) if given is None else int(given)
     gc.disable()
     option = request.config.getoption
-    made = Laboratory(seed, None if option("--all-points") else option("--points"))
+    items = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
+    wanted = [item.callspec.params["operation"] for item in items]
+    taken = [operation for operation in OPERATIONS if operation in wanted]
+    made = Laboratory(taken, seed, None if option("--all-points") else option("--points"))
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\n{made.points} points of {len(OPERATIONS)} operations: --hypothesis-seed={seed}", flush=True)
+        print(f"\n{made.points} points of {len(taken)} operations: --hypothesis-seed={seed}", flush=True)
     with raising():
         yield made
     made.kernel.shutdown()
     gc.enable()
 
 
+@pytest.mark.each_operation
 @pytest.mark.parametrize("operation", OPERATIONS, ids=str)
 def test_an_operation_that_a_signal_handler_interrupts_is_made_or_not_made(
     laboratory: Laboratory, operation: Operation, capsys: pytest.CaptureFixture[str]
