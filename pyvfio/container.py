@@ -366,7 +366,7 @@ class Container(Handle):
 
     def check_extension(self, extension: ioctls.VfioExtension) -> int:
         """VFIO_CHECK_EXTENSION: 0 where the kernel, or the IOMMU that is set, has it not."""
-        return self.ioctl("VFIO_CHECK_EXTENSION", int(extension), extension=int(extension))
+        return self.ioctl("VFIO_CHECK_EXTENSION", index(extension), extension=index(extension))
 
     def set_iommu(self, iommu_type: ioctls.VfioExtension) -> None:
         """VFIO_SET_IOMMU; `attach` does it with the first group."""
@@ -377,7 +377,7 @@ class Container(Handle):
             errno.ENODEV: "modprobe vfio_iommu_type1",
             errno.EINVAL: "The container has no group, or an IOMMU already, or the group's IOMMU offers no IOVAs",
         }
-        self.ioctl("VFIO_SET_IOMMU", int(iommu_type), hints=hints, iommu=iommu_type.name)
+        self.ioctl("VFIO_SET_IOMMU", index(iommu_type), hints=hints, iommu=iommu_type.name)
 
     def get_info(self) -> IommuInfo:
         """VFIO_IOMMU_GET_INFO, asked again with a larger buffer until all capabilities fit.
