@@ -284,7 +284,6 @@ class _Taking:
             for mapping in () if self._lost else self._told:
                 attempt(partial(give_up_vaddr, container, mapping), failures)
         for block in self._blocks:
-            block.state.leave()
             block.state.memory.disown()
             if failures or self._lost:
                 block.state.memory.keep()  # they may be addresses of it

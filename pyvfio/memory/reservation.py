@@ -392,7 +392,6 @@ class Reservation:
 
     def clear(self, start: int, end: int) -> None:
         """Let `[start, end)`, which is active, read zeros, unless it is a file's whose contents it shows."""
-        self._check_open()
         if not 0 <= start < end <= self._length:
             raise ValueError(f"cannot clear [{start:#x}, {end:#x}): {self._length:#x} bytes are active")
         if not self._store.holds_contents:

@@ -112,6 +112,16 @@ def test_free_swap_is_room_as_far_as_the_group_may_use_it(
     assert tree.room() == room
 
 
+def test_room_says_of_what_it_is_made(tmp_path: Path) -> None:
+    """For the message of a refusal."""
+    tree = Tree(tmp_path, swap=3 * MIB)
+    tree.group("a/b", 64 * MIB, 60 * MIB, "active_file 1048576\ninactive_file 1048576\n")
+    found = memory_room(LinuxKernel(sysfs=tmp_path), proc=tmp_path / "proc")
+    assert str(found).endswith(
+        "memory.max is 64 MiB; 60 MiB are in use, of which 2 MiB can be reclaimed, and 3 MiB can be swapped out"
+    )
+
+
 def test_version_1_has_other_files(tmp_path: Path) -> None:
     """Where the memory controller is version 1's, also beside a version 2 without it."""
     tree = Tree(tmp_path, "4:memory,hugetlb:/a/b\n1:name=systemd:/x\n0::/x", swap=MIB)

@@ -772,6 +772,14 @@ def test_closing_a_group_that_is_not_the_last_unmaps_nothing(
     assert len(kernel.mappings(BDF)) == len(container.mappings) == 1
 
 
+def test_where_no_group_is_nothing_is_unmapped(kernel: SpecialKernel) -> None:
+    """Nor asked for."""
+    with nothing_left(kernel), Container(kernel=kernel) as container:
+        kernel.clear_trace()
+        assert container.unmap_all() == 0
+        assert kernel.trace == []
+
+
 def test_a_kernel_without_unmap_all_is_asked_for_each_mapping(memory: int, kernel: SpecialKernel) -> None:
     """Before 5.12; all are tried, whatever one of them says."""
     with nothing_left(kernel):

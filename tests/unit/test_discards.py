@@ -274,8 +274,9 @@ def test_memory_that_cannot_be_dropped_is_zeroed_and_a_warning_says_so(rig: Rig)
     ctypes.memset(block.vaddr, 7, block.used_length)
     for nth in (1, 2):
         rig.kernel.fail(call="madvise", errno=errno.EINVAL, nth=nth)
-    with pytest.warns(pyvfio.MemoryNotReturnedWarning, match="reads zeros"):
-        discard(block, 0, 1)
+    with pytest.warns(pyvfio.MemoryNotReturnedWarning, match="reads zeros") as caught:
+        block.discard(0, PAGE_SIZE)
+    assert caught[0].filename == __file__
     assert contents(block) == b"\0\7"
     rig.check()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import gc
+import logging
 import mmap
 import sys
 import threading
@@ -416,6 +417,72 @@ def test_the_device_may_do_what_the_mapping_says(rig: Rig, *, read: bool, write:
     with rig.mapper.map_dma(vaddr=memory, size=PAGE_SIZE, read=read, write=write):
         assert rig.kernel.mappings()[0].flags == read + 2 * write
     rig.free(memory)
+
+
+def test_without_a_word_the_device_may_read_and_write(rig: Rig) -> None:
+    """Memory that is mapped in whichever way."""
+    memory, pages = rig.memory(), _pages(2)
+    with (
+        rig.mapper.map_dma(vaddr=memory, size=PAGE_SIZE),
+        rig.mapper.map_buffer(pages[0]),
+        rig.mapper.map_temporary(pages[1]),
+    ):
+        assert [mapping.flags for mapping in rig.kernel.mappings()] == [3, 3, 3]
+    rig.mapper.reset_temporary()
+    rig.free(memory)
+
+
+def test_after_a_change_that_was_made_the_next_one_looks_at_the_difference_alone(rig: Rig) -> None:
+    """What is mapped is known again."""
+    block = rig.add("ring", used=PAGE_SIZE)
+    for pages in (2, 1, 0, 3):
+        block.resize(pages * PAGE_SIZE)
+        assert [window.settled for _block, window in rig.mapper.windows()] == [True]
+
+
+def test_a_debug_log_has_each_mapping_that_is_made_and_taken_away(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    """And nothing else of them is logged."""
+    page = _pages(1)[0]
+    for level, count in ((logging.DEBUG, 1), (logging.INFO, 0)):
+        caplog.clear()
+        with caplog.at_level(level, logger="pyvfio"), rig.mapper.map_buffer(page) as mapping:
+            made = f"mapped iova={mapping.iova:#x} vaddr={mapping.vaddr:#x} size=0x1000"
+        assert sum(made in record.message for record in caplog.records) == count
+        gone = f"unmapped iova={mapping.iova:#x} size=0x1000"
+        assert sum(gone in record.message for record in caplog.records) == count
+
+
+def test_a_buffer_that_does_not_begin_at_a_page_is_refused_with_its_place(rig: Rig) -> None:
+    """Whichever way it is to be mapped."""
+    memory = mmap.mmap(-1, 3 * PAGE_SIZE)
+    vaddr = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    with memoryview(memory)[8 : 8 + PAGE_SIZE] as view:
+        for use in (rig.mapper.map_buffer, rig.mapper.map_temporary):
+            with pytest.raises(ValueError, match=f"vaddr {vaddr + 8:#x} and size {PAGE_SIZE:#x} must be"):
+                use(view)
+
+
+def test_a_mapper_whose_close_was_refused_still_keeps_what_open_mappings_have(rig: Rig) -> None:
+    """It follows its list as before."""
+    block = rig.add("ring", used=2 * PAGE_SIZE)
+    held = rig.mapper.map_dma(vaddr=block.vaddr, size=PAGE_SIZE)
+    rig.kernel.fail(call="ioctl", request="VFIO_IOMMU_UNMAP_DMA", errno=errno.EIO)
+    with pytest.raises(pyvfio.IoctlError):
+        rig.mapper.close()
+    with pytest.raises(BufferError, match="is open"):
+        block.remove()
+    held.close()
+    block.remove()
+
+
+def test_a_block_for_which_temporary_mappings_are_recycled_lies_as_others_do(rig: Rig) -> None:
+    """Congruent to its address modulo 2 MiB, so that the IOMMU can use large pages."""
+    rig.mapper.map_temporary(mmap.mmap(-1, 6 * MIB)).close()
+    taken = [rig.container.reserve_iova_at(free.start, free.size) for free in rig.container.allocator.free_ranges]
+    block = rig.blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB)
+    assert (rig.mapper.iova(block) - block.vaddr) % (2 * MIB) == 0
+    for iova in taken:
+        rig.container.release_iova(iova)
 
 
 def test_memory_that_is_mapped_already_has_the_iova_that_it_has(rig: Rig) -> None:

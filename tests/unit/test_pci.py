@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import resource
@@ -265,8 +266,12 @@ def test_a_file_is_known_by_what_it_is_and_not_by_its_name(tree: SysfsTree, tmp_
 def test_a_device_node_is_known_by_its_number(tree: SysfsTree, tmp_path: Path) -> None:
     alias = tmp_path / "zero"
     alias.symlink_to("/dev/zero")
+    other = tmp_path / "full"
+    other.symlink_to("/dev/full")
     with open("/dev/zero", "rb"):
-        assert os.getpid() in [holder.pid for holder in pci.holders_of(tree.kernel, alias)]
+        (holder,) = [each for each in pci.holders_of(tree.kernel, alias) if each.pid == os.getpid()]
+        assert holder.command == Path("/proc/self/comm").read_text(encoding="utf-8").strip()
+        assert os.getpid() not in [each.pid for each in pci.holders_of(tree.kernel, other)]
 
 
 def test_nothing_holds_a_file_that_is_not_there(tree: SysfsTree, tmp_path: Path) -> None:
@@ -287,6 +292,14 @@ def test_binding_overrides_unbinds_and_probes_in_this_order(tree: SysfsTree) -> 
     ]
     assert (binding.driver, binding.former_driver, binding.former_override) == ("vfio-pci", "e1000e", None)
     assert [str(step.path.relative_to(tree.sysfs)) for step in binding.steps] == [path for path, _value in tree.writes]
+
+
+def test_a_debug_log_has_each_step(tree: SysfsTree, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="pyvfio"):
+        binding = bind(tree)
+    assert [record.message for record in caplog.records if record.message.startswith("echo")] == [
+        str(step) for step in binding.steps
+    ]
 
 
 def test_a_dry_run_plans_the_same_and_writes_nothing(tree: SysfsTree) -> None:
