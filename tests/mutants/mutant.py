@@ -79,8 +79,13 @@ class Mutant(NamedTuple):
         return span.path, before + definition.replace(self.old, self.new) + after
 
 
+@cache
+def _lines(path: Path) -> tuple[str, ...]:
+    return tuple(path.read_text(encoding="utf-8").splitlines(keepends=True))
+
+
 def _cut(span: Span) -> tuple[str, str, str]:
-    lines = span.path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = _lines(span.path)
     return "".join(lines[: span.first]), "".join(lines[span.first : span.end]), "".join(lines[span.end :])
 
 

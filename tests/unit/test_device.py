@@ -613,6 +613,19 @@ def test_what_can_be_mapped_are_the_whole_pages_of_what_the_kernel_lists(
     assert Region(device, info).mappable == expected
 
 
+@pytest.mark.parametrize("write", [True, False])
+def test_a_region_is_mapped_for_what_the_kernel_lets_be_done_with_it(
+    kernel: SpecialKernel, device: pyvfio.Device, *, write: bool
+) -> None:
+    """PROT_READ, and PROT_WRITE where VFIO_REGION_INFO_FLAG_WRITE is."""
+    flags = _MMAP if write else ioctls.VfioRegionInfoFlags(_MMAP & ~ioctls.VFIO_REGION_INFO_FLAG_WRITE)
+    region = Region(device, RegionInfo(0, flags, PAGE_SIZE, device.region(0).info.offset))
+    kernel.clear_trace()
+    with region.mmap():
+        (made,) = [call for call in kernel.trace if call.call == "mmap"]
+    assert made.given[2] == (3 if write else 1)
+
+
 def test_between_the_mappable_parts_registers_are_reached_by_pread(
     kernel: SpecialKernel, device: pyvfio.Device
 ) -> None:

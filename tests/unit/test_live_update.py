@@ -285,6 +285,16 @@ def test_a_cancel_that_the_kernel_refuses_leaves_it_handed_over_and_can_be_made_
     rig.blocks["ring"].resize(8 * PAGE_SIZE)
 
 
+def test_a_mapper_that_follows_no_list_has_nothing_but_its_container_to_hand_over(kernel: SpecialKernel) -> None:
+    """And ends here."""
+    device = pyvfio.open_device(BDF, kernel=kernel)
+    update = hand_over(pyvfio.DmaMapper(device.container))
+    fds = duplicates(kernel, update)
+    update.finish()
+    assert device.closed
+    close(kernel, fds)
+
+
 def test_a_kernel_that_gives_up_more_or_less_than_is_known_is_not_trusted(kernel: SpecialKernel, rig: Rig) -> None:
     """Everything has its address then, as before."""
     kernel.fall_short_at(1)
