@@ -285,6 +285,19 @@ def test_a_cancel_that_the_kernel_refuses_leaves_it_handed_over_and_can_be_made_
     rig.blocks["ring"].resize(8 * PAGE_SIZE)
 
 
+@pytest.mark.parametrize("flag", ["grow", "punch", "pmem"])
+def test_each_flag_of_a_file_is_told_to_the_other_process(rig: Rig, flag: str) -> None:
+    """And no other."""
+    with hand_over(rig.mapper) as update:
+        told = json.loads(update.state)
+    flags = {name: name == flag for name in ("grow", "punch", "pmem")}
+    told["blocks"][0]["memory"] = {"kind": "file", "offset": 0, **flags}
+    kind = State.load(json.dumps(told).encode()).blocks[0].memory
+    assert {name: getattr(kind, name) for name in flags} == flags
+    again = State.load(State.load(json.dumps(told).encode()).dump()).blocks[0].memory
+    assert again == kind
+
+
 def test_a_mapper_that_follows_no_list_has_nothing_but_its_container_to_hand_over(kernel: SpecialKernel) -> None:
     """And ends here."""
     device = pyvfio.open_device(BDF, kernel=kernel)

@@ -348,9 +348,17 @@ def test_a_list_and_its_blocks_show_themselves(blocks: RamBlockList) -> None:
 
 def test_a_block_belongs_to_one_list(blocks: RamBlockList) -> None:
     """Another one refuses it."""
-    block = ram(blocks)
-    with pytest.raises(ValueError, match="not in this list"):
-        RamBlockList().remove(block)
+    block, other = ram(blocks), RamBlockList()
+    uses: list[Callable[[], object]] = [
+        lambda: other.remove(block),
+        lambda: other.resize(block, 0),
+        lambda: other.discard(block, 0, PAGE_SIZE),
+        lambda: other.populate(block, 0, PAGE_SIZE),
+        lambda: other.remap(block, 0, PAGE_SIZE),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match="not in this list"):
+            use()
     block.remove()
 
 
