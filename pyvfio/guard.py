@@ -131,14 +131,16 @@ class ContextManager:
 
 class _Place:
     """Where a thread is. `inside`: in a guarded call. `busy`: and not in a hook that the call has called. `undoing`: in
-    so many undos. `put_off`: the closes for the end of the call. `signals`: the handlers, in the main thread."""
+    so many undos. `lock`: of the outermost call. `put_off`: the closes for its end. `signals`: the handlers, in the
+    main thread."""
 
-    __slots__ = ("busy", "inside", "put_off", "signals", "undoing")
+    __slots__ = ("busy", "inside", "lock", "put_off", "signals", "undoing")
 
     def __init__(self) -> None:
         self.signals = _signals if get_ident() == _signals.main else None
         self.inside = self.busy = False
         self.undoing = 0
+        self.lock: RLock | None = None
         self.put_off: deque[Callable[[], object]] = deque()
 
 
@@ -258,11 +260,11 @@ def guarded(call: Callable[Concatenate[_Self, _Given], _Result]) -> Callable[Con
                 lock.release()
         if getpid() != guard.pid:
             guard.check()
-        _enter(place, lock)
-        try:
+        try:  # around `_enter`, too: what is not put off may raise when it returns
+            _enter(place, lock)
             return call(*args, **kwargs)
         finally:
-            _leave(place, lock)
+            _leave(place)
 
     return wrapper
 
@@ -489,18 +491,20 @@ def _enter(place: _Place, lock: RLock | None) -> None:
         place.inside = place.busy = True  # from here on finalizers are put off: a call of theirs would put back
         if place.signals is not None:
             place.signals.replace()  # and signals are noted
-        if lock is not None and not lock.acquire(False):  # noqa: FBT003 (a keyword costs as much as the lock)
-            _wait_for(lock)
+        if lock is not None:
+            if not lock.acquire(False):  # noqa: FBT003 (a keyword costs as much as the lock)
+                _wait_for(lock)
+            place.lock = lock
     except BaseException:
         place.inside = place.busy = False  # first: a handler that is not replaced may raise at the next call
-        _leave(place, None)
+        _leave(place)
         raise
 
 
-def _leave(place: _Place, lock: RLock | None) -> None:
+def _leave(place: _Place) -> None:
     """End an outermost call: what was put off is done, and the handlers of the signals that came are called."""
-    if lock is not None:
-        lock.release()
+    if place.lock is not None:
+        _unlock(place)
     try:
         if place.put_off or _signals.noted:
             _handle(place)
@@ -528,16 +532,13 @@ def _run(
     if place.inside:
         return _within(place, lock, call, *args, **kwargs)
     made: list[_Result] = []
-    _enter(place, lock)
     try:
-        try:
-            made.append(call(*args, **kwargs))
-        finally:
-            if lock is not None:
-                lock.release()
+        _enter(place, lock)
+        made.append(call(*args, **kwargs))
+        _unlock(place)
         if place.put_off or _signals.noted:
             _handle(place)  # before handlers are put back: a signal that comes during the undo is noted
-        _leave(place, None)
+        _leave(place)
     except BaseException:
         _unmake(place, made, undo)
         raise
@@ -562,6 +563,7 @@ def _within(
 def _unmake(place: _Place, made: Sequence[_Result], undo: Callable[[_Result], object] | None) -> None:
     """End an outermost call that raises, or whose handlers do when it has made something."""
     try:
+        _unlock(place)
         if made and undo is not None:
             try:
                 if not place.inside:
@@ -571,7 +573,13 @@ def _unmake(place: _Place, made: Sequence[_Result], undo: Callable[[_Result], ob
                     undo(*made)
     finally:
         if place.inside:
-            _leave(place, None)
+            _leave(place)
+
+
+def _unlock(place: _Place) -> None:
+    if place.lock is not None:
+        lock, place.lock = place.lock, None
+        lock.release()
 
 
 def _handle(place: _Place) -> None:

@@ -56,6 +56,14 @@ _MUTANTS = (
     # --------------------------------------------------------------------------------------------------------- signals
     Mutant("_Signals.replace", "            _set_handler(number, self._route)\n", "            pass\n", "signals"),
     Mutant("_unmake", "                    undo(*made)\n", "                    pass\n", "signals"),
+    # What nobody puts off leaves the lock behind.
+    Mutant(
+        "guarded",
+        "        try:  # around `_enter`, too: what is not put off may raise when it returns\n"
+        "            _enter(place, lock)\n",
+        "        _enter(place, lock)\n        try:\n",
+        "signals",
+    ),
     # An undo is skipped where a second handler raises when it begins.
     Mutant(
         "_unmake",

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -216,6 +217,31 @@ class TestSignals:
 
         with pytest.raises(InterruptionError):
             Thing().make(fail)
+
+    @pytest.mark.parametrize("name", ["change", "make", "look"])
+    def test_what_raises_where_nothing_is_put_off_leaves_no_lock_behind(self, name: str) -> None:
+        """A signal that is none of the ten, or an exception that another thread has set: when the call has begun."""
+
+        def trace(frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
+            def late(frame: FrameType, event: str, argument: Any) -> Callable[..., Any]:
+                if event == "return" and frame.f_code is guard._enter.__code__:
+                    raise ValueError
+                return late
+
+            return late if frame.f_code is guard._enter.__code__ else None
+
+        thing, free = Thing(), list[bool]()
+        sys.settrace(trace)
+        try:
+            with suppress(ValueError):
+                getattr(thing, name)()
+        finally:
+            sys.settrace(None)
+        asker = threading.Thread(target=lambda: free.append(thing.guard.lock.acquire(timeout=0.1)))
+        asker.start()
+        asker.join()
+        assert free == [True]
+        assert not guard._thread.place.inside
 
     def test_a_signal_that_comes_twice_is_handled_once(self) -> None:
         seen: list[int] = []
