@@ -428,10 +428,12 @@ class Container(Handle):
         if flags & _MAP_VADDR:
             self.table.discard(iova=iova, size=size)
         self.table.add(iova, size, vaddr)
+
+    @guarded
+    def _map_dma(self, vaddr: int, iova: int, size: int, flags: int) -> None:
+        self._map_unguarded(vaddr, iova, size, flags)
         if logger.isEnabledFor(logging.DEBUG):  # each grow passes here
             logger.debug("mapped iova=%#x vaddr=%#x size=%#x flags=%#x", iova, vaddr, size, flags)
-
-    _map_dma = guarded(_map_unguarded)
 
     @guarded
     def unmap_dma(self, *, iova: int, size: int, flags: int = 0, bitmap: ioctls.vfio_bitmap | None = None) -> int:
@@ -765,15 +767,19 @@ class Container(Handle):
         except BaseException:
             allocator.release(place)
             raise
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("mapped iova=%#x vaddr=%#x size=%#x flags=%#x", place, vaddr, size, flags)
         return place
 
     def unmap_and_release(self, *, iova: int, size: int, vaddr: int) -> None:
-        """Unmap a mapping, unless somebody else has done so already, and release its IOVA. Raises as `unmap`; nothing
-        has changed then."""
+        """Unmap a mapping, unless somebody else has done so already, and release its IOVA. Raises as `unmap`, and
+        KeyError where no IOVA is reserved from there on; nothing has changed then."""
         self._unmap_and_release(index(iova), index(size), index(vaddr))
 
     @guarded
     def _unmap_and_release(self, iova: int, size: int, vaddr: int) -> None:
+        if not self.allocator.is_reserved(iova):
+            raise KeyError(f"no IOVA is reserved from {iova:#x} on")
         if self.table.has(iova, size, vaddr):
             self._unmap_known(iova, size, None)
         self.allocator.release(iova)

@@ -130,15 +130,15 @@ class ContextManager:
 
 
 class _Place:
-    """Where a thread is. `inside`: in a guarded call. `busy`: and not in a hook that the call has called. `undoing`: in
-    so many undos. `lock`: of the outermost call. `put_off`: the closes for its end. `signals`: the handlers, in the
-    main thread."""
+    """Where a thread is. `inside`: in a guarded call. `busy`: and not in a hook that the call has called. `looking`: in
+    a look-up that no guarded call makes. `undoing`: in so many undos. `lock`: of the outermost call. `put_off`: the
+    closes for its end. `signals`: the handlers, in the main thread."""
 
-    __slots__ = ("busy", "inside", "lock", "put_off", "signals", "undoing")
+    __slots__ = ("busy", "inside", "lock", "looking", "put_off", "signals", "undoing")
 
     def __init__(self) -> None:
         self.signals = _signals if get_ident() == _signals.main else None
-        self.inside = self.busy = False
+        self.inside = self.busy = self.looking = False
         self.undoing = 0
         self.lock: RLock | None = None
         self.put_off: deque[Callable[[], object]] = deque()
@@ -171,6 +171,7 @@ class _Signals:
         self._route: _Handler = self.route
         self._seen: tuple[object, ...] = ()
         self._handlers: dict[int, _Handler] = {}  # of the signals that a function handled when it was last looked
+        self._known: dict[int, _Handler] = {}  # the last such handler of each: a program may have kept `route` for it
         self.noted: dict[int, _Handler] = {}  # in their order, each once, as the kernel keeps them
         self.main: int | None = main_thread().ident
         self.process = os.getpid()
@@ -186,12 +187,14 @@ class _Signals:
     def _look(self, seen: tuple[object, ...]) -> None:
         handlers: dict[int, _Handler] = {}
         for number, handler in zip(_ALL, seen, strict=True):
-            if handler is self._route:  # not put back yet
-                if number in self._handlers:
-                    handlers[number] = self._handlers[number]
+            if handler is self._route:  # not put back yet, or put there by a handler that found it
+                if number in self._known:
+                    handlers[number] = self._known[number]
             elif callable(handler):
                 handlers[number] = handler
-        self._handlers, self._seen = handlers, seen  # in one step: a signal may come to `route` at any call above
+        # In one step each: a signal may come to `route` at any call above.
+        self._known = {**self._known, **handlers}
+        self._handlers, self._seen = handlers, seen
 
     def put_back(self) -> None:
         """Give each signal its handler back, unless the program has set another one. `deliver` has to follow."""
@@ -208,8 +211,8 @@ class _Signals:
     def route(self, number: int, frame: FrameType | None) -> None:
         """Note a signal, or handle it at once where no guarded call is under way."""
         del frame
-        if number in self._handlers:
-            self.noted[number] = self._handlers[number]
+        if number in self._known:
+            self.noted[number] = self._known[number]
         if not _thread.place.inside:
             try:
                 self.put_back()
@@ -247,6 +250,8 @@ def guarded(call: Callable[Concatenate[_Self, _Given], _Result]) -> Callable[Con
         place, guard = _thread.place, args[0].guard
         lock = guard.lock
         if place.inside:  # as `_within`, in one piece: each call more would cost a tenth of all of it
+            if guard.pid != _signals.process:
+                guard.check()
             busy = place.busy
             if busy:
                 lock.acquire()
@@ -264,7 +269,11 @@ def guarded(call: Callable[Concatenate[_Self, _Given], _Result]) -> Callable[Con
             _enter(place, lock)
             return call(*args, **kwargs)
         finally:
-            _leave(place)
+            try:
+                _leave(place)
+            finally:
+                if place.inside:  # an exception that another thread has set came when it began
+                    _leave(place)  # type: ignore[unreachable]
 
     return wrapper
 
@@ -281,9 +290,9 @@ def making(
         @wraps(call)
         def wrapper(*args: Any, **kwargs: Any) -> _Result:
             place, guard = _thread.place, args[0].guard
-            if not place.inside and getpid() != guard.pid:
+            if guard.pid != (_signals.process if place.inside else getpid()):
                 guard.check()
-            return _run(place, guard.lock, undo, call, *args, **kwargs)
+            return _run(place, guard.lock, undo, call, args, kwargs)
 
         return wrapper
 
@@ -299,7 +308,7 @@ def constructing(
         @wraps(call)
         def wrapper(self: _Made, /, *args: _Given.args, **kwargs: _Given.kwargs) -> None:
             _check_given(args, kwargs)
-            _run(_thread.place, None, lambda _: undo(self), call, self, *args, **kwargs)
+            _run(_thread.place, None, lambda _: undo(self), call, (self, *args), kwargs)
 
         return wrapper
 
@@ -316,7 +325,8 @@ def uninterrupted(
         @wraps(call)
         def wrapper(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
             _check_given(args, kwargs)
-            return _run(_thread.place, None, undo, call, *args, **kwargs)
+            answer: _Result = _run(_thread.place, None, undo, call, args, kwargs)
+            return answer
 
         return wrapper
 
@@ -329,17 +339,17 @@ def reading(call: Callable[Concatenate[_Self, _Given], _Result]) -> Callable[Con
     @wraps(call)
     def wrapper(*args: Any, **kwargs: Any) -> _Result:
         place, guard = _thread.place, args[0].guard
-        inside, busy = place.inside, place.busy
-        if not inside and getpid() != guard.pid:
+        looking = place.looking
+        if guard.pid != (_signals.process if place.inside else getpid()):
             guard.check()
         try:
-            place.inside = place.busy = True
+            place.looking = True
             with guard.lock:  # no handler can raise between these two words
                 return call(*args, **kwargs)
         finally:
-            place.inside, place.busy = inside, busy
-            if place.put_off and not inside:
-                _run(place, None, None, _nothing)
+            place.looking = looking
+            if (place.put_off or _signals.noted) and not (looking or place.inside):
+                _run(place, None, None, _nothing, (), {})
 
     return wrapper
 
@@ -380,11 +390,11 @@ def closing_in_hooks(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
     @wraps(call)
     def wrapper(self: _Self, /) -> None:
         place, guard = _thread.place, self.guard
-        if place.busy:
+        if place.busy or place.looking:
             if not guard.forked:
                 place.put_off.append(partial(_close, self, call, _own))
         elif not guard.forked:
-            _run(place, guard.lock, None, call, self)
+            _run(place, guard.lock, None, call, (self,), {})
 
     return wrapper
 
@@ -437,8 +447,9 @@ def run_outside(step: Callable[[], object]) -> None:
 
     For finalizers. What a step raises that was put off is logged: nobody is there to receive it.
     """
-    if _thread.place.inside:
-        _thread.place.put_off.append(step)
+    place = _thread.place
+    if place.inside or place.looking:
+        place.put_off.append(step)
     else:
         step()
 
@@ -465,7 +476,7 @@ def close_now(thing: Guarded) -> None:
 
 def _check_given(args: Iterable[object], kwargs: Mapping[str, object]) -> None:
     """Raise ForkedError where an argument is an object of a parent of this process."""
-    if _thread.place.inside:
+    if _thread.place.busy:
         return
     for given in (*args, *kwargs.values()):
         if isinstance(guard := getattr(given, "guard", None), Guard):
@@ -478,7 +489,7 @@ def _own(thing: Guarded) -> Guard:
 
 def _close(thing: _Self, call: Callable[[_Self], None], uppermost: Callable[[_Self], Guard]) -> None:
     """Close `thing`, outside of every call or at the end of one, where no lock is held."""
-    _run(_thread.place, uppermost(thing).lock, None, call, thing)
+    _run(_thread.place, uppermost(thing).lock, None, call, (thing,), {})
 
 
 def _nothing() -> None:
@@ -492,9 +503,9 @@ def _enter(place: _Place, lock: RLock | None) -> None:
         if place.signals is not None:
             place.signals.replace()  # and signals are noted
         if lock is not None:
+            place.lock = lock  # before it is had: what raises in between leaves nothing behind
             if not lock.acquire(False):  # noqa: FBT003 (a keyword costs as much as the lock)
                 _wait_for(lock)
-            place.lock = lock
     except BaseException:
         place.inside = place.busy = False  # first: a handler that is not replaced may raise at the next call
         _leave(place)
@@ -522,15 +533,17 @@ def _run(
     place: _Place,
     lock: RLock | None,
     undo: Callable[[_Result], object] | None,
-    call: Callable[_Given, _Result],
-    /,
-    *args: _Given.args,
-    **kwargs: _Given.kwargs,
+    call: Callable[..., _Result],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
 ) -> _Result:
     """Make a call, inside of another or as the outermost. `undo` is for what it has made, which nobody receives when a
-    handler raises."""
+    handler raises.
+
+    Not called with `*args`: CPython 3.11 runs handlers behind such a call, where the result is nobody's yet.
+    """
     if place.inside:
-        return _within(place, lock, call, *args, **kwargs)
+        return _within(place, lock, call, args, kwargs)
     made: list[_Result] = []
     try:
         _enter(place, lock)
@@ -546,7 +559,7 @@ def _run(
 
 
 def _within(
-    place: _Place, lock: RLock | None, call: Callable[_Given, _Result], /, *args: _Given.args, **kwargs: _Given.kwargs
+    place: _Place, lock: RLock | None, call: Callable[..., _Result], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> _Result:
     busy = place.busy
     if lock is not None and not lock.acquire(busy):  # a hook has nothing half done: a handler may refuse there
@@ -578,8 +591,9 @@ def _unmake(place: _Place, made: Sequence[_Result], undo: Callable[[_Result], ob
 
 def _unlock(place: _Place) -> None:
     if place.lock is not None:
-        lock, place.lock = place.lock, None
-        lock.release()
+        with suppress(RuntimeError):  # it was not had yet
+            place.lock.release()
+        place.lock = None
 
 
 def _handle(place: _Place) -> None:
@@ -603,7 +617,7 @@ def _wait_for(lock: RLock) -> None:
 
 
 def _catch_up(place: _Place) -> None:
-    while place.put_off:
+    while place.put_off and not place.looking:
         try:
             with undoing:  # a close that is interrupted would never be finished
                 place.put_off.popleft()()

@@ -194,6 +194,10 @@ class IovaAllocator:
             start = self._free.pop(position - 1)[0]
         insort(self._free, (start, last))
 
+    def is_reserved(self, iova: int) -> bool:
+        """Whether a reservation begins at `iova`."""
+        return iova in self._reserved
+
     def _range_of(self, iova: int) -> IovaRange:
         for offered in self._ranges:
             if offered.start <= iova <= offered.last:

@@ -286,6 +286,49 @@ class TestSignals:
         with pytest.raises(InterruptionError):
             press()
 
+    def test_a_handler_that_keeps_what_it_found_and_sets_it_again_loses_no_signal(self) -> None:
+        """As a program does that ignores Ctrl-C for a moment."""
+        found = list[object]()
+
+        def ignore(number: int, frame: FrameType | None) -> None:
+            found.append(signal.signal(signal.SIGUSR1, signal.SIG_IGN))
+
+        before = signal.getsignal(signal.SIGUSR1)
+        signal.signal(signal.SIGUSR2, ignore)
+        Thing().change(partial(press, signal.SIGUSR2))
+        signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+        Thing().change()
+        signal.signal(signal.SIGUSR1, found[0])  # type: ignore[arg-type]
+        with pytest.raises(InterruptionError):
+            press()
+        with pytest.raises(InterruptionError):
+            Thing().change(press)
+        signal.signal(signal.SIGUSR1, before)
+
+    def test_a_change_that_a_handler_makes_in_a_look_is_not_interrupted(self) -> None:
+        thing, other = Thing(), Thing()
+
+        def handler(number: int, frame: FrameType | None) -> None:
+            other.change(press)
+
+        before = signal.signal(signal.SIGUSR2, handler)
+        with pytest.raises(InterruptionError):
+            thing.look(partial(press, signal.SIGUSR2))
+        signal.signal(signal.SIGUSR2, before)
+        assert other.events == ["begin", "end"]
+
+    def test_a_close_in_a_change_that_a_handler_makes_in_a_look_waits_for_the_look(self) -> None:
+        thing, other, closed = Thing(), Thing(), list[list[str]]()
+
+        def handler(number: int, frame: FrameType | None) -> None:
+            other.change(thing.close)
+            closed.append(list(thing.events))
+
+        before = signal.signal(signal.SIGUSR2, handler)
+        thing.look(partial(press, signal.SIGUSR2))
+        signal.signal(signal.SIGUSR2, before)
+        assert (closed, thing.events) == ([[]], ["looked", "closed"])
+
     def test_a_handler_that_the_program_sets_meanwhile_stays(self) -> None:
         def other(number: int, frame: FrameType | None) -> None:
             pass
@@ -598,6 +641,17 @@ class TestForks:
         thing, found = Thing(), list[int]()
         thing.change(lambda: found.append(in_a_child(thing.change)))
         assert found == [0]
+
+    @pytest.mark.parametrize("call", ["change", "make", "look"])
+    @pytest.mark.parametrize("hook", [True, False])
+    def test_a_call_of_the_childs_own_cannot_change_what_is_its_parents(self, call: str, *, hook: bool) -> None:
+        parents = Thing()
+
+        def change() -> None:
+            use = partial(getattr(parents, call))
+            Thing().change(partial(call_out, use, ()) if hook else use)
+
+        assert in_a_child(change) == 0
 
     def test_a_child_of_a_hook_leaves_the_signals_of_its_parent_to_the_parent(self) -> None:
         parent, seen = os.getpid(), list[int]()
