@@ -428,12 +428,10 @@ class Container(Handle):
         if flags & _MAP_VADDR:
             self.table.discard(iova=iova, size=size)
         self.table.add(iova, size, vaddr)
-
-    @guarded
-    def _map_dma(self, vaddr: int, iova: int, size: int, flags: int) -> None:
-        self._map_unguarded(vaddr, iova, size, flags)
         if logger.isEnabledFor(logging.DEBUG):  # each grow passes here
             logger.debug("mapped iova=%#x vaddr=%#x size=%#x flags=%#x", iova, vaddr, size, flags)
+
+    _map_dma = guarded(_map_unguarded)
 
     @guarded
     def unmap_dma(self, *, iova: int, size: int, flags: int = 0, bitmap: ioctls.vfio_bitmap | None = None) -> int:
@@ -765,10 +763,9 @@ class Container(Handle):
         try:
             self._map_unguarded(vaddr, place, size, flags)
         except BaseException:
-            allocator.release(place)
+            if not self.table.has(place, size, vaddr):  # it is, where a filter of the log has raised
+                allocator.release(place)
             raise
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("mapped iova=%#x vaddr=%#x size=%#x flags=%#x", place, vaddr, size, flags)
         return place
 
     def unmap_and_release(self, *, iova: int, size: int, vaddr: int) -> None:

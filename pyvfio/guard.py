@@ -514,8 +514,13 @@ def _enter(place: _Place, lock: RLock | None) -> None:
 
 def _leave(place: _Place) -> None:
     """End an outermost call: what was put off is done, and the handlers of the signals that came are called."""
-    if place.lock is not None:
-        _unlock(place)
+    lock = place.lock
+    if lock is not None:
+        try:
+            lock.release()
+        except RuntimeError:  # noqa: SIM105 (suppress() costs as much as a call of another object)
+            pass
+        place.lock = None
     try:
         if place.put_off or _signals.noted:
             _handle(place)
@@ -529,7 +534,7 @@ def _leave(place: _Place) -> None:
                     _signals.deliver()
 
 
-def _run(
+def _run(  # noqa: PLR0917 (see below)
     place: _Place,
     lock: RLock | None,
     undo: Callable[[_Result], object] | None,
@@ -590,9 +595,10 @@ def _unmake(place: _Place, made: Sequence[_Result], undo: Callable[[_Result], ob
 
 
 def _unlock(place: _Place) -> None:
-    if place.lock is not None:
-        with suppress(RuntimeError):  # it was not had yet
-            place.lock.release()
+    lock = place.lock
+    if lock is not None:
+        with suppress(RuntimeError):  # as above
+            lock.release()
         place.lock = None
 
 

@@ -16,7 +16,9 @@ _WITNESSES: dict[str, list[list[str]]] = {
 
 _MUTANTS = (
     # ----------------------------------------------------------------------------------------------------------- forks
-    Mutant("guarded", "            guard.check()\n", "            pass\n", "forks"),
+    Mutant("guarded", "        if getpid() != guard.pid:\n            guard.check()\n", "", "forks"),
+    # The child of a hook, in a call of its own.
+    Mutant("guarded", "                guard.check()\n", "                pass\n", "forks"),
     Mutant("making", "                guard.check()\n", "                pass\n", "forks"),
     Mutant("reading", "            guard.check()\n", "            pass\n", "forks"),
     # A child waits for a lock that nobody releases.
@@ -42,16 +44,16 @@ _MUTANTS = (
         "forks",
     ),
     # ------------------------------------------------------------------------------------------------------ finalizers
-    Mutant("run_outside", "    if _thread.place.inside:\n", "    if False:\n", "finalizers"),
+    Mutant("run_outside", "    if place.inside or place.looking:\n", "    if False:\n", "finalizers"),
     Mutant("closing", "run_outside(partial(_close, self, call, _own))", "_close(self, call, _own)", "finalizers"),
     Mutant("_handle", "        if place.put_off:\n            _catch_up(place)\n", "", "finalizers"),
     Mutant(
         "reading",
-        "            if place.put_off and not inside:\n                _run(place, None, None, _nothing)\n",
-        "",
+        "                _run(place, None, None, _nothing, (), {})\n",
+        "                pass\n",
         "finalizers",
     ),
-    Mutant("closing_in_hooks", "if place.busy:", "if place.inside:", "finalizers"),
+    Mutant("closing_in_hooks", "if place.busy or", "if place.inside or", "finalizers"),
     Mutant("_catch_up", "except Exception:", "except ValueError:", "finalizers"),
     # --------------------------------------------------------------------------------------------------------- signals
     Mutant("_Signals.replace", "            _set_handler(number, self._route)\n", "            pass\n", "signals"),
@@ -62,6 +64,15 @@ _MUTANTS = (
         "        try:  # around `_enter`, too: what is not put off may raise when it returns\n"
         "            _enter(place, lock)\n",
         "        _enter(place, lock)\n        try:\n",
+        "signals",
+    ),
+    # What a handler changes in a look-up is taken for a step of it.
+    Mutant("reading", "            place.looking = True\n", "            place.inside = True\n", "signals"),
+    # The handler that a program keeps and sets again is the guard's own, and leads nowhere.
+    Mutant(
+        "_Signals._look",
+        "        self._known = {**self._known, **handlers}\n",
+        "        self._known = handlers\n",
         "signals",
     ),
     # An undo is skipped where a second handler raises when it begins.
