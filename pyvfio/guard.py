@@ -516,9 +516,9 @@ def _leave(place: _Place) -> None:
     """End an outermost call: what was put off is done, and the handlers of the signals that came are called."""
     lock = place.lock
     if lock is not None:
-        try:
+        try:  # noqa: SIM105 (suppress() costs as much as a call of another object)
             lock.release()
-        except RuntimeError:  # noqa: SIM105 (suppress() costs as much as a call of another object)
+        except RuntimeError:  # it was not had yet
             pass
         place.lock = None
     try:
