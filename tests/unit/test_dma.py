@@ -452,6 +452,27 @@ def test_a_debug_log_has_each_mapping_that_is_made_and_taken_away(rig: Rig, capl
         assert sum(gone in record.message for record in caplog.records) == count
 
 
+def test_a_log_that_raises_gives_no_iova_back_that_is_mapped(rig: Rig) -> None:
+    """As a filter of the program's may."""
+
+    def refuse(record: logging.LogRecord) -> bool:
+        raise ValueError(record.msg)
+
+    logger, page = logging.getLogger("pyvfio.container"), _pages(1)[0]
+    level = logger.level
+    logger.setLevel(logging.DEBUG)
+    logger.addFilter(refuse)
+    try:
+        with pytest.raises(ValueError, match="mapped iova"):
+            rig.mapper.map_buffer(page)
+    finally:
+        logger.removeFilter(refuse)
+        logger.setLevel(level)
+    (mapping,), (taken,) = rig.container.mappings, rig.container.reserved_iova
+    assert mapping.iova == taken.start
+    rig.container.unmap_and_release(iova=mapping.iova, size=mapping.size, vaddr=mapping.vaddr)
+
+
 def test_a_buffer_that_does_not_begin_at_a_page_is_refused_with_its_place(rig: Rig) -> None:
     """Whichever way it is to be mapped."""
     memory = mmap.mmap(-1, 3 * PAGE_SIZE)
