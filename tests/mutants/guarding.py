@@ -85,8 +85,8 @@ _MUTANTS = (
     # The handler is lost that a replacement stands for which was left behind.
     Mutant(
         "_Signals._look",
-        "        handlers: dict[int, _Handler] = {}\n",
-        "        handlers: dict[int, _Handler] = {}\n        self._handlers = handlers\n",
+        "                if number in self._known:\n",
+        "                if False:\n",
         "signals",
     ),
     Mutant("checkpoint", "        _signals.deliver()\n", "        pass\n", "signals"),
