@@ -9,13 +9,14 @@ table and the blocks right all the same:
 2. *Finalizers.* A collection can finalize an object in a thread that holds any lock and is in the middle of any change.
    A close that arrives while its thread is inside a guarded call is put off until that call ends. So no structure
    changes under a search, and no lock is taken in an order that nobody planned. A finalizer must call nothing but a
-   close. Hooks of notifiers are the program's
-   own code, called between two steps: `called_out` lets a hook close a mapping at once.
+   close. Hooks of notifiers are the program's own code, called between two steps: `call_out` lets a hook close a
+   mapping at once.
 3. *Signals.* A handler that raises must not come between a change that the kernel made and its record here. Python runs
    handlers in the main thread only. There the handlers that are Python functions are noted for the time of a guarded
    call. They run at `checkpoint`, between the pieces of a long change, and when the call ends. An exception that a
    checkpoint raises is a refusal like any other, and the ordinary undo follows. A call that makes an object names its
-   undo, for the object that nobody receives because a handler raises at the end.
+   undo, for the object that nobody receives because a handler raises at the end. A look-up puts no handler off, since
+   it leaves nothing half done; a change that a handler makes meanwhile is a guarded call of its own.
 4. *Locks.* Each object has one, and they are taken downwards: list of blocks, mapper, container, group, device. A
    guarded call waits for no code of the program's but hooks and progress callbacks. A wait for an interrupt takes none.
 

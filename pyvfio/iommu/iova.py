@@ -140,7 +140,7 @@ class IovaAllocator:
     def _find(self, size: int, stride: int, offset: int, *, top_down: bool) -> int | None:
         offset = offset % stride & -self.page_size
         for first, last in reversed(self._free) if top_down else self._free:
-            first = max(first, IOVA_MIN)  # noqa: PLW2901 (max() costs as much as the rest)
+            first = max(first, IOVA_MIN)  # noqa: PLW2901
             # The last, or the first, address there that leaves `offset`: x & -stride rounds down, -(-x & -stride) up.
             start = (last + 1 - size - offset & -stride if top_down else -(offset - first & -stride)) + offset
             if first <= start and start + size - 1 <= last:
