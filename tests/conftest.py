@@ -91,7 +91,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--report-documented",
         action="store_true",
-        help="print at the end which tests of docs/series.md passed, and on what, for tests/series.py",
+        help="print at the end which tests of docs/series.md and docs/reports.md passed, and on what",
     )
 
 
@@ -137,13 +137,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         )
     if config.getoption("--report-documented"):
         outcomes = config.stash.get(OUTCOMES, {})
-        documented = {test for row in series.read_rows(series.PAGE.read_text(encoding="utf-8")) for test in row.tests}
+        documented = {test for _page, rows in series.documented() for row in rows for test in row.tests}
         for test in sorted(documented & outcomes.keys()):
             terminalreporter.write_line(series.report(test, _where(config), passed=outcomes[test]))
 
 
 def _where(config: pytest.Config) -> str:
-    """What tests/hw and tests/contract run on, as docs/series.md promises it."""
+    """What tests/hw and tests/contract run on, as the pages promise it."""
     if config.getoption("--device"):
         return f"kernel {os.uname().release}"
     return f"fake {fake}" if (fake := config.getoption("--fake")) else "here"

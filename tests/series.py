@@ -1,12 +1,13 @@
-"""What docs/series.md promises, row by row, and whether test runs have kept it.
+"""The promises of docs/series.md and docs/reports.md, row by row, and whether test runs have kept them.
 
-`python -m tests.series FILE...` reads what runs of pytest with `--report-documented` printed, whatever else is in the
-files, and exits with 1 when a test that the page names does not exist, did not run, did not pass, or did not do so on
-each kernel that it is promised on. `scripts/test` ends with it.
+`python -m tests.series FILE...` reads the output of pytest runs with `--report-documented`. The exit status is 1 when a
+test that a page names does not exist, did not run, did not pass, or did not pass on each kernel that the page promises.
+`scripts/test` ends with it.
 
-A row is a heading `## 7. …`; a paragraph that begins with `Code:`, with links to modules and names in them; and a list
-of tests by node id, as code, `(kernels)` behind those that run on each line of `KERNELS`, `(kernels 6.12, 7)` behind
-those that run on these. An item `TODO …` is a test that is still to be written.
+A row of docs/series.md is a heading `## 7. …`; a paragraph that begins with `Code:`, with links to modules and names in
+them; and a list of tests by node id, as code, `(kernels)` behind those that run on each line of `KERNELS`,
+`(kernels 6.12, 7)` behind those that run on these. An item `TODO …` is a test that is still to be written. A row of
+docs/reports.md is a line of a table `| 7 | report | answer | tests |`; `<br>` separates the tests.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from pyvfio.testing.kernels import LINES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/series.md"
+REPORTS = ROOT / "docs/reports.md"
 KERNELS = tuple(LINES)
 ROWS = range(1, 33)
 
 _HEADING = re.compile(r"## (\d+)\. \S.*")
 _ITEM = re.compile(r"\* (?:`(tests/[\w/]+\.py::test_\w+)`|TODO (.+?))(?: \(kernels( [\d., ]+)?\))?")
+_LINE = re.compile(r"\| (\d+) \|.* \| (.*) \|")
 _MENTION = re.compile(r"\* `?tests/|tests/[\w/]+\.py::")
 _LINK = re.compile(r"\[(\w[\w/]*\.py)\]\(\.\./(\w[\w/]*\.py)\)")
 _NAME = re.compile(r"`([\w.]+)`")
@@ -70,6 +73,28 @@ def read_rows(text: str) -> list[Row]:
     if rows:
         rows[0].unclear += stray
     return rows
+
+
+def read_table(text: str) -> list[Row]:
+    """The rows of the tables of a page, in its order. A stray line that names a test is the first's `unclear`."""
+    rows: list[Row] = []
+    stray: list[str] = []
+    for line in text.splitlines():
+        if cells := _LINE.fullmatch(line):
+            rows.append(Row(int(cells[1])))
+            for item in filter(None, cells[2].split("<br>")):
+                _read_line(rows[-1], f"* {item}")
+        elif _MENTION.search(line):
+            stray.append(line)
+    if rows:
+        rows[0].unclear += stray
+    return rows
+
+
+def documented() -> Iterator[tuple[Path, list[Row]]]:
+    """Each page, and its rows."""
+    yield PAGE, read_rows(PAGE.read_text(encoding="utf-8"))
+    yield REPORTS, read_table(REPORTS.read_text(encoding="utf-8"))
 
 
 def _lines(text: str) -> Iterator[str]:
@@ -128,9 +153,26 @@ def exists(test: str) -> bool:
 
 
 def complaints_of_page(rows: Sequence[Row]) -> Iterator[str]:
-    """What is wrong with the page as it stands: rows that are missing, tests, modules and names that do not exist."""
+    """What is wrong with docs/series.md: rows that are missing, tests, modules and names that do not exist."""
     if [row.number for row in rows] != list(ROWS):
         yield f"the rows are not {ROWS[0]} to {ROWS[-1]} in order, but {', '.join(str(row.number) for row in rows)}"
+    yield from complaints_of_tests(rows)
+    for row in rows:
+        if not row.code:
+            yield f"row {row.number}: it does not say where the code is"
+        for modules, names in row.code:
+            yield from (f"row {row.number}: {complaint}" for complaint in _complaints_of_code(modules, names))
+
+
+def complaints_of_table(rows: Sequence[Row]) -> Iterator[str]:
+    """What is wrong with docs/reports.md: rows that are not numbered in order, tests that do not exist."""
+    if not rows or [row.number for row in rows] != list(range(1, len(rows) + 1)):
+        yield f"the rows are not numbered from 1, but {', '.join(str(row.number) for row in rows)}"
+    yield from complaints_of_tests(rows)
+
+
+def complaints_of_tests(rows: Sequence[Row]) -> Iterator[str]:
+    """Rows of which no test is named, or one that does not exist."""
     for row in rows:
         yield from (f"row {row.number}: not understood: {line}" for line in row.unclear)
         yield from (f"row {row.number}: {test} does not exist" for test in row.tests if not exists(test))
@@ -141,10 +183,6 @@ def complaints_of_page(rows: Sequence[Row]) -> Iterator[str]:
         )
         if not row.tests and not row.todo:
             yield f"row {row.number}: no test shows it"
-        if not row.code:
-            yield f"row {row.number}: it does not say where the code is"
-        for modules, names in row.code:
-            yield from (f"row {row.number}: {complaint}" for complaint in _complaints_of_code(modules, names))
 
 
 def _complaints_of_code(modules: Sequence[str], names: Sequence[str]) -> Iterator[str]:
@@ -199,18 +237,19 @@ def _shortcomings(reports: Sequence[Report], kernels: Sequence[str]) -> Iterator
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0 when all that the page promises exists and was shown."""
-    rows = read_rows(PAGE.read_text(encoding="utf-8"))
+    """0 when all that the pages promise exists and was shown."""
     lines = [line for name in arguments for line in Path(name).read_text("utf-8", errors="replace").splitlines()]
-    complaints = [*complaints_of_page(rows), *complaints_of_runs(rows, read_reports(lines))]
-    for complaint in complaints:
-        print(complaint)
-    if complaints:
-        return 1
-    tests = {test: kernels for row in rows for test, kernels in row.tests.items()}
-    real = sum(bool(kernels) for kernels in tests.values())
-    print(f"{len(rows)} rows of docs/series.md are shown by {len(tests)} tests that passed, {real} of them on kernels")
-    return 0
+    status = 0
+    for page, rows in documented():
+        of_page = complaints_of_page if page == PAGE else complaints_of_table
+        complaints = [*of_page(rows), *complaints_of_runs(rows, read_reports(lines))]
+        tests = {test: kernels for row in rows for test, kernels in row.tests.items()}
+        real = sum(bool(kernels) for kernels in tests.values())
+        shown = f"{len(rows)} rows are shown by {len(tests)} tests that passed, {real} of them on kernels"
+        for line in complaints or [shown]:
+            print(f"docs/{page.name}: {line}")
+        status |= bool(complaints)
+    return status
 
 
 if __name__ == "__main__":

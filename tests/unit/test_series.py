@@ -48,6 +48,36 @@ def test_the_page_names_rows_tests_and_code_that_there_are() -> None:
     assert len(rows) == len(series.ROWS) == 32
 
 
+def test_the_table_of_reports_names_tests_that_there_are() -> None:
+    """All rows in order, each with a test at least."""
+    rows = series.read_table(series.REPORTS.read_text(encoding="utf-8"))
+    assert list(series.complaints_of_table(rows)) == []
+    assert rows
+
+
+def test_a_table_is_read_line_by_line() -> None:
+    """Each test with the kernels that it is promised on; what names a test and is no row of the table is found."""
+    one, two = series.read_table(f"| 1 | a | b | `{HW}` (kernels)<br>`{UNIT}` |\n| 2 | a | b | TODO more |\n`{UNIT}`\n")
+    assert one.tests == {HW: ("6.1", "6.12", "7"), UNIT: ()}
+    assert one.unclear == [f"`{UNIT}`"]
+    assert two.todo == ["more"]
+
+
+@pytest.mark.parametrize(
+    ("table", "complaint"),
+    [
+        ("", "the rows are not numbered from 1, but "),
+        (f"| 2 | a | b | `{HW}` (kernels) |", "the rows are not numbered from 1, but 2"),
+        ("| 1 | a | b |  |", "row 1: no test shows it"),
+        (f"| 1 | a | b | `{UNIT}` |", f"row 1: {UNIT} does not exist"),
+        (f"| 1 | a | b | {UNIT} |", f"row 1: not understood: * {UNIT}"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_said_with_its_row(table: str, complaint: str) -> None:
+    """Rows without a test, and tests that there are not."""
+    assert complaint in list(series.complaints_of_table(series.read_table(table)))
+
+
 def test_a_page_is_read_row_by_row() -> None:
     """Each test with the kernels that it is promised on."""
     one, two = series.read_rows(PAGE)
