@@ -19,24 +19,28 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, SupportsIndex
 from weakref import WeakKeyDictionary
 
 from pyvfio.blocks.discards import DiscardClaim
 from pyvfio.blocks.progress import LongWork, ProgressCallback
 from pyvfio.errors import REACH_UNKNOWN, EntryLimitError, IoctlError
-from pyvfio.extents import Extent, Part, runs, without
+from pyvfio.extents import Extent, Part, clip, runs, without
 from pyvfio.guard import ContextManager, Guard, close_now, closing_under, constructing, guarded, reading
 from pyvfio.handle import attempt_all
 from pyvfio.iommu.space import AddressSpace
 from pyvfio.kernel import LinuxKernel
-from pyvfio.mapper.buffers import LARGE_PAGE, BufferMapper, OwnMemory, Reserve
+from pyvfio.mapper.buffers import LARGE_PAGE, BufferMapper, DmaMapping, OwnMemory, Reserve
 from pyvfio.mapper.plan import BlockShape, Budget, Plan, Rehearsal, rehearse
 from pyvfio.mapper.policy import Policy
+from pyvfio.mapper.segments import check_part
 from pyvfio.mapper.window import READ, WRITE, Holder, Window
 from pyvfio.memory.prefault import check_threads
 from pyvfio.ramblock import RamBlock, RamBlockList
 from pyvfio.units import Iova, Vaddr, check_whole_number
+
+if TYPE_CHECKING:  # collections.abc has it from 3.12 on
+    from typing_extensions import Buffer
 
 logger = logging.getLogger(__name__)
 
@@ -423,14 +427,50 @@ class DmaMapper(BufferMapper, ContextManager):
     # ------------------------------------------------------------------------------------------------ look-ups
 
     @reading
-    def iova(self, block: RamBlock) -> Iova:
-        """Return where `block` begins for the device; it stays there until the block is removed.
+    def iova(self, block: RamBlock, offset: SupportsIndex = 0, size: SupportsIndex | None = None) -> Iova:
+        """Return where byte `offset` of `block` is for the device; it stays there until the block is removed.
 
-        Raises ValueError when the block is not followed, ClosedError, and VfioError where nothing is mapped any more.
+        `iova(block)` is where the block begins, whatever its length. With `offset` or `size`, all of
+        `[offset, offset + size)` has to be mapped (`size` None: the one byte), so that the IOVA can be given to a
+        device that reaches `size` bytes from there on.
+
+        Raises ValueError when the block is not followed, when bytes of the range are behind `used_length` or discarded,
+        and for a `size` below 1; LookupError when a failed change has left bytes of it unmapped; TypeError;
+        ClosedError; VfioError where nothing is mapped any more.
         """
         if not isinstance(block, RamBlock):
             raise TypeError(f"iova() is asked of a RamBlock, not of {block!r}")
-        return self._window_of(block).iova
+        window = self._window_of(block)
+        if check_whole_number(offset, "offset") == 0 and size is None:
+            return window.iova
+        start, _count = self._part(block, window, offset, 1 if size is None else size)
+        return Iova(window.iova + start)
+
+    @staticmethod
+    def _part(block: RamBlock, window: Window, offset: SupportsIndex, size: SupportsIndex | None) -> tuple[int, int]:
+        """Return the offset and the size of a part of a block, all of which is mapped; errors as `iova`."""
+        state = block.state
+        start, count = check_part(offset, size, state.used_length, f"RAM block '{block.idstr}' that are in use")
+        if state.discarded and (gone := clip(state.discarded, start, start + count)):
+            raise ValueError(
+                f"bytes {gone[0].start:#x}-{gone[0].end - 1:#x} of RAM block '{block.idstr}' are discarded, so that no "
+                "device reaches them: populate() them first"
+            )
+        if not window.settled and not window.reaches(window.vaddr + start, count):
+            raise LookupError(
+                f"bytes {start:#x}-{start + count - 1:#x} of RAM block '{block.idstr}' are not all mapped since a "
+                "change and its undo failed; resize the block once more"
+            )
+        return start, count
+
+    def _ranges(
+        self, memory: DmaMapping | Buffer, offset: SupportsIndex, size: SupportsIndex | None
+    ) -> list[tuple[int, int]]:
+        if isinstance(memory, RamBlock):
+            window = self._window_of(memory)
+            start, count = self._part(memory, window, offset, size)
+            return [(window.iova + start, count)]
+        return super()._ranges(memory, offset, size)
 
     def _find(self, vaddr: int, size: int) -> OwnMemory | Window | None:
         if self._followed:

@@ -23,6 +23,7 @@ from pyvfio.errors import ClosedError, IoctlError, VfioError
 from pyvfio.guard import ContextManager, Guard, closing_in_hooks, guarded, making, reading
 from pyvfio.handle import attempt_all
 from pyvfio.iommu.space import AddressSpace
+from pyvfio.mapper.segments import Limits, Segment, check_part, cut, join
 from pyvfio.mapper.window import READ, WRITE, Window
 from pyvfio.units import MIB, U64_MAX, Iova, Vaddr, check_whole_number
 
@@ -70,6 +71,11 @@ class OwnMemory:
         if self.holders:
             self.holders -= 1
 
+    def reached_until(self, vaddr: int) -> int:
+        """Return the end, exclusive, of the bytes that are mapped from `vaddr` on, which is one of them."""
+        del vaddr
+        return self.vaddr + self.size
+
     def release(self) -> None:
         """Let go of the buffer: the kernel has unmapped it."""
         if self.view is not None:
@@ -116,6 +122,18 @@ class DmaMapping(ContextManager):
             self._mapper = None
             if self._view is not None:
                 self._view.release()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has been closed. The kernel's mapping of a temporary one stays until `reset_temporary()`."""
+        return self._mapper is None
+
+    def check_made_by(self, mapper: BufferMapper) -> None:
+        """Raise ClosedError when it is closed, ValueError when another mapper has made it. For the library."""
+        if self._mapper is None:
+            raise ClosedError(f"{self!r} has been closed")
+        if self._mapper is not mapper:
+            raise ValueError(f"another mapper has made {self!r}")
 
     def __repr__(self) -> str:
         closed = " closed" if self._mapper is None else ""
@@ -366,6 +384,74 @@ class BufferMapper:
         if reached < start + length or len(apart) != 1:
             raise LookupError(f"{length:#x} bytes at IOVA {start:#x} are not mapped for neighbours in this process")
         return Vaddr(start + apart.pop())
+
+    @reading
+    def segments(
+        self,
+        memory: DmaMapping | Buffer,
+        /,
+        offset: SupportsIndex = 0,
+        size: SupportsIndex | None = None,
+        *,
+        max_segment: SupportsIndex | None = None,
+        boundary: SupportsIndex | None = None,
+    ) -> list[Segment]:
+        """Return `[offset, offset + size)` of mapped memory as (iova, size) pairs, for scatter-gather and PRP lists.
+
+        `memory`: a DmaMapping of this mapper, a RAM block, or a buffer whose memory is mapped (a view of a block, an
+        mmap.mmap, a numpy array). All lengths are in bytes; `size` None means up to the end.
+        `max_segment`: no segment is longer. `boundary`, a power of two: no segment crosses a multiple of it. The list
+        has as few segments as these two allow: neighbours in IOVA are one.
+
+        The IOVAs are valid as long as the memory stays mapped: hold a DmaMapping of it, or do not shrink the block.
+
+        Raises ValueError: not inside `memory`, discarded, a buffer that is read-only or not contiguous, a mapping or
+        block of another mapper; LookupError where bytes are not mapped, or by a temporary mapping alone, which is
+        given as itself; TypeError; ClosedError. Cost: a look-up, O(log n), and 0.1 µs for each segment.
+        """
+        limits = Limits.checked(max_segment, boundary)
+        if self._closed or self._space.lost:
+            self.check_open()
+        ranges = self._ranges(memory, offset, size)
+        if len(ranges) == 1:
+            return cut(*ranges[0], limits)
+        return [segment for each in join(ranges) for segment in cut(*each, limits)]
+
+    def _ranges(
+        self, memory: DmaMapping | Buffer, offset: SupportsIndex, size: SupportsIndex | None
+    ) -> list[tuple[int, int]]:
+        """Find where a part of `memory` is mapped: (iova, size) in the order of its bytes."""
+        if isinstance(memory, DmaMapping):
+            memory.check_made_by(self)
+            start, count = check_part(offset, size, memory.size, repr(memory))
+            found = self._space.mappings_in(iova=memory.iova + start, size=count)
+            if sum(mapping.size for mapping in found) < count:
+                raise LookupError(f"{memory!r} is not mapped any more: another user of the space has unmapped it")
+            return [(memory.iova + start, count)]
+        view, vaddr = _export(memory)
+        try:
+            start, count = check_part(offset, size, view.nbytes, "this buffer")
+        finally:
+            view.release()
+        whole = self._find_mapped(vaddr + start, count)
+        if whole is not None:
+            return [(whole.iova + vaddr + start - whole.vaddr, count)]
+        return self._walk(vaddr + start, count)
+
+    def _walk(self, vaddr: int, size: int) -> list[tuple[int, int]]:
+        """As `_ranges`, for memory that several mappings cover together."""
+        ranges, end = [], vaddr + size
+        while vaddr < end:
+            memory = self._find_mapped(vaddr, 1)
+            if memory is None:
+                raise LookupError(
+                    f"{end - vaddr:#x} bytes at vaddr {vaddr:#x} are not mapped for the device; of a temporary mapping "
+                    "give the DmaMapping itself"
+                )
+            stop = min(end, memory.reached_until(vaddr))
+            ranges.append((memory.iova + vaddr - memory.vaddr, stop - vaddr))
+            vaddr = stop
+        return ranges
 
     @reading
     def buffers(self) -> list[OwnMemory]:

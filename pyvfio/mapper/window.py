@@ -159,6 +159,11 @@ class Window:
             return False
         return any(run.start <= start and end <= run.end for run in runs(self.pieces(Extent(start, end))))
 
+    def reached_until(self, vaddr: int) -> int:
+        """Return the end, exclusive, of the bytes that are mapped without a gap from `vaddr` on, which is one."""
+        start = vaddr - self.vaddr
+        return self.vaddr + runs(self.pieces(Extent(start, self.size)))[0].end
+
     def change(self, wanted: Sequence[Part], *, join: bool = False) -> None:
         """Map exactly `wanted`, which has no neighbours and belongs to the window from now on; with `join` in as few
         pieces as possible.

@@ -57,7 +57,7 @@ PLAIN: Mapping[str, object] = {
 OWN = frozenset(
     name
     for names in (
-        "begin begun buffers check_open check_stays check_unchanging close_fd follow forget let_go",
+        "begin begun buffers check_made_by check_open check_stays check_unchanging close_fd follow forget let_go",
         "must_stay note_left receive release_fd resume set_aside soil suspend take_back take_in",
     )
     for name in names.split()
@@ -145,6 +145,7 @@ class World:
             "container": self.container,
             "group": self.device.group,
             "mapper": self.mapper,
+            "memory": self.mapping,
             "notifier": self.listener,
             "tracking": self.tracking,
             "vaddr": ctypes.addressof(ctypes.c_char.from_buffer(self.memory)),

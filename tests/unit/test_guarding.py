@@ -66,9 +66,10 @@ UNGUARDED = {
         Container.check_here Container.check_usable Container.closed Container.fd Container.group Container.info
         Container.iommu_type Container.iova_pgsizes Container.iova_ranges Container.kernel
         Container.page_size Device.can_reset Device.check_here Device.check_usable Device.check_views Device.closed
-        Device.container Device.fd Device.kernel DirtyTracking.page_size DmaMapper.space Group.check_here
-        Group.check_usable Group.closed Group.fd Group.kernel Irq.count Irq.fds RamBlock.discarded RamBlock.file
-        RamBlock.max_length RamBlock.populated RamBlock.prealloc RamBlock.settings RamBlock.used_length
+        Device.container Device.fd Device.kernel DirtyTracking.page_size DmaMapper.space DmaMapping.closed
+        Group.check_here Group.check_usable Group.closed Group.fd Group.kernel Irq.count Irq.fds
+        RamBlock.discarded RamBlock.file RamBlock.max_length RamBlock.populated RamBlock.prealloc RamBlock.settings
+        RamBlock.used_length
         RamBlock.vaddr RamBlock.whole RamBlockList.block_at RamBlockList.knows RamBlockList.notifiers
         Region.check_usable Region.check_views Region.kernel Region.mappable Region.size RegionMap.check_views
     """,
