@@ -12,7 +12,7 @@ from typing import Protocol
 
 from pyvfio import ioctls
 from pyvfio.errors import ClosedError, IoctlError, UnsupportedError, VfioError
-from pyvfio.guard import ContextManager, Guard, close_now, closing, guarded, making, reading
+from pyvfio.guard import ContextManager, Guard, close_now, closing, guarded, holding, making, reading, uninterrupted
 from pyvfio.handle import attempt_all
 from pyvfio.info import RegionInfo
 from pyvfio.kernel import Kernel, Registers
@@ -22,10 +22,26 @@ from pyvfio.units import PAGE_SIZE, align_down, align_up, is_aligned
 _PROT_READ, _PROT_WRITE, _MAP_SHARED = 1, 2, 1
 
 
+class Dependent(Protocol):
+    """A use of a region that ends before the region goes: its place in the address space of another device, say."""
+
+    @property
+    def guard(self) -> Guard:
+        """Whose lock `close` takes. The lock is above that of any device."""
+        ...
+
+    def close(self) -> None:
+        """End the use, and remove it from `Region.dependents`. Where this raises, the region stays."""
+        ...
+
+
 class _Owner(Protocol):
     """The device that a region is of."""
 
     bdf: str
+
+    @property
+    def guard(self) -> Guard: ...
 
     @property
     def kernel(self) -> Kernel: ...
@@ -108,6 +124,8 @@ class Region:
         self.guard = Guard(self._name)
         self.maps: list[RegionMap] = []
         """The mappings that are open; each keeps the device's group open in the kernel. Read only."""
+        self.dependents: list[Dependent] = []
+        """Uses that end before the region goes. Read only; `add_dependent` adds one."""
 
     @property
     def kernel(self) -> Kernel:
@@ -313,12 +331,40 @@ class Region:
         for mapped in tuple(self.maps):
             mapped.check_views()
 
-    @guarded
-    def close(self) -> None:
-        """Unmap it from this process, all its mappings included; for the device, and before memory decoding ends.
+    @uninterrupted()
+    def add_dependent(self, dependent: Dependent) -> None:
+        """Have `dependent` closed before the region goes. For the library.
 
-        It can be used again. Raises BufferError while a view lives, after the rest has been unmapped.
+        Raises ClosedError, and VfioError where the device does not answer (memory decoding is off).
+        Synchronization: takes the device's lock, under which a reset or a close finds no dependents.
         """
+        with holding(self._device):
+            self._check_decoding()
+            self.dependents.append(dependent)
+
+    @uninterrupted()
+    def end_dependents(self) -> None:
+        """Close all `dependents`. For the library; the caller must hold no lock, for their locks are above.
+
+        Raises what their closes raise, after all were tried.
+        """
+        attempt_all(
+            f"unmapping {self._name} from other devices",
+            [partial(close_now, dependent) for dependent in tuple(self.dependents)],
+        )
+
+    def close(self) -> None:
+        """Unmap it from other devices and from this process, all its mappings included; for the device, and before
+        memory decoding ends.
+
+        It can be used again. Where another device cannot be kept from the region, nothing else is unmapped, and the
+        error is raised. Raises BufferError while a view lives, after the rest has been unmapped.
+        """
+        self.end_dependents()
+        self._unmap()
+
+    @guarded
+    def _unmap(self) -> None:
         windows, self._windows = self._windows, []
         closes = [registers.close for _start, _end, registers in windows]
         attempt_all(f"unmapping {self._name}", [*closes, *(partial(close_now, mapped) for mapped in tuple(self.maps))])

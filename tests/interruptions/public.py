@@ -57,8 +57,9 @@ PLAIN: Mapping[str, object] = {
 OWN = frozenset(
     name
     for names in (
-        "begin begun buffers check_made_by check_open check_stays check_unchanging close_fd follow forget let_go",
-        "must_stay note_left receive release_fd resume set_aside soil suspend take_back take_in",
+        "add_dependent begin begun buffers check_made_by check_open check_stays check_unchanging close_fd",
+        "end_dependents follow forget let_go must_stay note_left receive release_fd resume set_aside soil suspend",
+        "take_back take_in",
     )
     for name in names.split()
 )

@@ -85,7 +85,7 @@ UNGUARDED = {
         Container.map Container.map_dma Container.reserve_and_map Container.unmap Container.unmap_and_release
         Device.bus_master Device.bus_master= Device.memory_enabled Device.memory_enabled= DirtyLog.snapshot
         DmaMapper.map_buffer DmaMapper.map_dma DmaMapper.map_temporary
-        RamBlock.discard RamBlock.populate RamBlock.remap RamBlock.remove RamBlock.resize
+        RamBlock.discard RamBlock.populate RamBlock.remap RamBlock.remove RamBlock.resize Region.close
     """,
 }
 
