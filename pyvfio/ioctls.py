@@ -6,7 +6,8 @@ beside this file. What the header does not have is in CamelCase (the classes tha
 kernel has which part: a caller passes the whole structure, and an older kernel leaves alone what it does not know.
 A flexible array at the end is not part of a structure, so that `ctypes.sizeof` is what C's ``sizeof`` is.
 
-Left out: everything of spapr, EEH, ccw, ap, zPCI and FSL, and the migration interface that was withdrawn before 5.18.
+Left out: everything of spapr, EEH, ccw, ap, zPCI and FSL but what a PCI driver may meet as a number that is taken, and
+the migration interface that was withdrawn before 5.18.
 
 Nothing here calls the kernel. ``tests/unit/test_abi.py`` proves every name, number, size and offset twice: with the C
 compiler on the header of the machine, and against a table that was not made from this file.
@@ -189,6 +190,14 @@ class VfioDeviceFlags(enum.IntFlag):
 ) = VfioDeviceFlags
 
 
+# The kinds of device in sysfs of a mediated device: `mdev_supported_types/*/device_api`.
+VFIO_DEVICE_API_PCI_STRING = "vfio-pci"
+VFIO_DEVICE_API_PLATFORM_STRING = "vfio-platform"
+VFIO_DEVICE_API_AMBA_STRING = "vfio-amba"
+VFIO_DEVICE_API_CCW_STRING = "vfio-ccw"
+VFIO_DEVICE_API_AP_STRING = "vfio-ap"
+
+
 class vfio_device_info(ctypes.Structure):
     """`VFIO_DEVICE_GET_INFO`."""
 
@@ -312,9 +321,17 @@ class VfioRegionInfoCap(enum.IntEnum):
     VFIO_REGION_INFO_CAP_SPARSE_MMAP = 1
     VFIO_REGION_INFO_CAP_TYPE = 2
     VFIO_REGION_INFO_CAP_MSIX_MAPPABLE = 3  # a header and nothing else
+    VFIO_REGION_INFO_CAP_NVLINK2_SSATGT = 4  # in no kernel since 5.13
+    VFIO_REGION_INFO_CAP_NVLINK2_LNKSPD = 5  # in no kernel since 5.13
 
 
-VFIO_REGION_INFO_CAP_SPARSE_MMAP, VFIO_REGION_INFO_CAP_TYPE, VFIO_REGION_INFO_CAP_MSIX_MAPPABLE = VfioRegionInfoCap
+(
+    VFIO_REGION_INFO_CAP_SPARSE_MMAP,
+    VFIO_REGION_INFO_CAP_TYPE,
+    VFIO_REGION_INFO_CAP_MSIX_MAPPABLE,
+    VFIO_REGION_INFO_CAP_NVLINK2_SSATGT,
+    VFIO_REGION_INFO_CAP_NVLINK2_LNKSPD,
+) = VfioRegionInfoCap
 
 
 class vfio_region_sparse_mmap_area(ctypes.Structure):
@@ -343,13 +360,49 @@ class vfio_region_info_cap_type(ctypes.Structure):
     _fields_ = [("header", vfio_info_cap_header), *_u32("type", "subtype")]
 
 
+class vfio_region_info_cap_nvlink2_ssatgt(ctypes.Structure):
+    """Capability `VFIO_REGION_INFO_CAP_NVLINK2_SSATGT`, which no kernel has given since 5.13."""
+
+    header: vfio_info_cap_header
+    tgt: int
+    _fields_ = [("header", vfio_info_cap_header), *_u64("tgt")]
+
+
+class vfio_region_info_cap_nvlink2_lnkspd(ctypes.Structure):
+    """Capability `VFIO_REGION_INFO_CAP_NVLINK2_LNKSPD`, which no kernel has given since 5.13."""
+
+    header: vfio_info_cap_header
+    link_speed: int
+    _fields_ = [("header", vfio_info_cap_header), *_u32("link_speed", "__pad")]
+
+
 VFIO_REGION_TYPE_PCI_VENDOR_TYPE = 1 << 31
 VFIO_REGION_TYPE_PCI_VENDOR_MASK = 0xFFFF
 VFIO_REGION_TYPE_GFX = 1
+VFIO_REGION_TYPE_CCW = 2
+VFIO_REGION_TYPE_MIGRATION_DEPRECATED = 3
 VFIO_REGION_SUBTYPE_INTEL_IGD_OPREGION = 1
 VFIO_REGION_SUBTYPE_INTEL_IGD_HOST_CFG = 2
 VFIO_REGION_SUBTYPE_INTEL_IGD_LPC_CFG = 3
+VFIO_REGION_SUBTYPE_NVIDIA_NVLINK2_RAM = 1
+VFIO_REGION_SUBTYPE_IBM_NVLINK2_ATSD = 1
 VFIO_REGION_SUBTYPE_GFX_EDID = 1
+VFIO_REGION_SUBTYPE_MIGRATION_DEPRECATED = 1
+
+VFIO_DEVICE_GFX_LINK_STATE_UP = 1
+VFIO_DEVICE_GFX_LINK_STATE_DOWN = 2
+
+
+class vfio_region_gfx_edid(ctypes.Structure):
+    """How a region of subtype `VFIO_REGION_SUBTYPE_GFX_EDID` begins; `edid_offset` in bytes from its start."""
+
+    edid_offset: int
+    edid_max_size: int
+    edid_size: int
+    max_xres: int
+    max_yres: int
+    link_state: int
+    _fields_ = _u32("edid_offset", "edid_max_size", "edid_size", "max_xres", "max_yres", "link_state")
 
 
 # ------------------------------------------------------------------------------------------------ device: interrupts
@@ -480,6 +533,54 @@ class vfio_pci_hot_reset(ctypes.Structure):
     flags: int
     count: int
     _fields_ = _u32("argsz", "flags", "count")
+
+
+# ------------------------------------------------------------------------------------------------ device: display
+
+
+class VfioGfxPlaneType(enum.IntFlag):
+    """`vfio_device_gfx_plane_info.flags`: how the device shows its display."""
+
+    VFIO_GFX_PLANE_TYPE_PROBE = 1 << 0
+    VFIO_GFX_PLANE_TYPE_DMABUF = 1 << 1
+    VFIO_GFX_PLANE_TYPE_REGION = 1 << 2
+
+
+VFIO_GFX_PLANE_TYPE_PROBE, VFIO_GFX_PLANE_TYPE_DMABUF, VFIO_GFX_PLANE_TYPE_REGION = VfioGfxPlaneType
+
+
+class _vfio_device_gfx_plane_id(ctypes.Union):
+    _fields_ = _u32("region_index", "dmabuf_id")
+
+
+class vfio_device_gfx_plane_info(ctypes.Structure):
+    """`VFIO_DEVICE_QUERY_GFX_PLANE` of a mediated device; `width`, `height` and positions in pixels, `stride` and
+    `size` in bytes."""
+
+    argsz: int
+    flags: int
+    drm_plane_type: int
+    drm_format: int
+    drm_format_mod: int
+    width: int
+    height: int
+    stride: int
+    size: int
+    x_pos: int
+    y_pos: int
+    x_hot: int
+    y_hot: int
+    region_index: int
+    dmabuf_id: int
+    reserved: int
+    _anonymous_ = ("_id",)
+    _fields_ = [
+        *_u32("argsz", "flags", "drm_plane_type", "drm_format"),
+        *_u64("drm_format_mod"),
+        *_u32("width", "height", "stride", "size", "x_pos", "y_pos", "x_hot", "y_hot"),
+        ("_id", _vfio_device_gfx_plane_id),
+        *_u32("reserved"),  # 6.6; before, padding of the same size
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ device: ioeventfd
@@ -622,6 +723,7 @@ class vfio_device_mig_state(enum.IntEnum):
     VFIO_DEVICE_STATE_PRE_COPY,
     VFIO_DEVICE_STATE_PRE_COPY_P2P,
 ) = vfio_device_mig_state
+VFIO_DEVICE_STATE_NR = len(vfio_device_mig_state)  # 6.8; an enumerator of C, but no state
 
 
 class vfio_device_feature_mig_state(ctypes.Structure):
@@ -660,6 +762,17 @@ class vfio_device_low_power_entry_with_wakeup(ctypes.Structure):
     _fields_ = [*_s32("wakeup_eventfd"), *_u32("reserved")]
 
 
+VFIO_DEVICE_FEATURE_CLEAR_MASTER = 0  # 6.7
+VFIO_DEVICE_FEATURE_SET_MASTER = 1  # 6.7
+
+
+class vfio_device_feature_bus_master(ctypes.Structure):
+    """Feature `VFIO_DEVICE_FEATURE_BUS_MASTER` (6.7)."""
+
+    op: int
+    _fields_ = _u32("op")
+
+
 class vfio_device_feature_dma_logging_range(ctypes.Structure):
     """What `vfio_device_feature_dma_logging_control.ranges` points to."""
 
@@ -696,7 +809,8 @@ class vfio_region_dma_range(ctypes.Structure):
 
 
 class vfio_device_feature_dma_buf(ctypes.Structure):
-    """Feature `VFIO_DEVICE_FEATURE_DMA_BUF` (6.19); `nr_ranges` of `vfio_region_dma_range` follow."""
+    """Feature `VFIO_DEVICE_FEATURE_DMA_BUF` (6.19); `nr_ranges` of `vfio_region_dma_range` follow, see
+    `feature_dma_buf`."""
 
     region_index: int
     open_flags: int
@@ -967,6 +1081,16 @@ def irq_set_eventfds(*, flags: int, index: int, start: int, eventfds: Sequence[i
         flags=flags, index=index, start=start, count=len(eventfds), data=tuple(eventfds)
     )
     answer.argsz = ctypes.sizeof(answer)
+    return answer
+
+
+def feature_dma_buf(
+    *, region_index: int, open_flags: int, ranges: Sequence[tuple[int, int]]
+) -> vfio_device_feature_dma_buf:
+    """A `vfio_device_feature_dma_buf` with its `dma_ranges`: an offset in the region and a length each, in bytes."""
+    answer: vfio_device_feature_dma_buf = _with_array(
+        vfio_device_feature_dma_buf, "dma_ranges", vfio_region_dma_range, len(ranges)
+    )(region_index=region_index, open_flags=open_flags, nr_ranges=len(ranges), dma_ranges=tuple(ranges))
     return answer
 
 

@@ -31,7 +31,12 @@ PYTHON_TYPES: dict[type, str] = {
     ctypes.c_int32: "s32",
     ctypes.c_void_p: "pointer",
 }
-FACTORIES = {"irq_set_eventfds", "pci_hot_reset", "pci_hot_reset_info"}  # each has a test of its own below
+FACTORIES = {
+    "feature_dma_buf",
+    "irq_set_eventfds",
+    "pci_hot_reset",
+    "pci_hot_reset_info",
+}  # each has a test of its own below
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Struct:
 @dataclass(frozen=True)
 class Table:
     constants: dict[str, tuple[int, Life]] = field(default_factory=dict)
+    strings: dict[str, str] = field(default_factory=dict)
     structs: dict[str, Struct] = field(default_factory=dict)
     own: dict[str, int] = field(default_factory=dict)
     joined: dict[str, Struct] = field(default_factory=dict)
@@ -84,6 +90,8 @@ def read_table() -> Table:
             case ["constant", name, value, *rest]:
                 assert name not in table.constants, line
                 table.constants[name] = int(value, 0), life_of(rest)
+            case ["string", name, value]:
+                table.strings[name] = value
             case ["own", name, value]:
                 table.own[name] = int(value, 0)
             case ["struct" | "joined" as kind, name, size, *rest]:
@@ -101,7 +109,7 @@ TABLE = read_table()
 
 def python_constants() -> dict[str, int]:
     """The public numbers of `pyvfio.ioctls`, unsigned; VFIO_TYPE is a character in C and so a number there."""
-    found = {name: value for name, value in vars(ioctls).items() if name.startswith("VFIO_")}
+    found = {n: v for n, v in vars(ioctls).items() if n.startswith("VFIO_") and not n.endswith("_STRING")}
     return {name: ord(value) if isinstance(value, str) else int(value) for name, value in found.items()}
 
 
@@ -145,7 +153,7 @@ def test_every_public_name_is_in_the_table_or_covered_by_its_members() -> None:
         and getattr(value, "__module__", ioctls.__name__) == ioctls.__name__
         and name != "annotations"
     }
-    described = {*TABLE.constants, *TABLE.structs, *TABLE.own, *TABLE.joined}
+    described = {*TABLE.constants, *TABLE.strings, *TABLE.structs, *TABLE.own, *TABLE.joined}
     assert names - described - python_enums().keys() == FACTORIES
     assert described - names == set(), "the table has names that pyvfio.ioctls has not"
 
@@ -153,6 +161,10 @@ def test_every_public_name_is_in_the_table_or_covered_by_its_members() -> None:
 @pytest.mark.parametrize("name", TABLE.constants)
 def test_a_constant_has_the_number_in_the_table(name: str) -> None:
     assert python_constants()[name] == TABLE.constants[name][0]
+
+
+def test_a_string_is_that_in_the_table() -> None:
+    assert {name: getattr(ioctls, name) for name in TABLE.strings} == TABLE.strings
 
 
 def test_the_sizes_before_structures_grew_are_those_in_the_table() -> None:
@@ -196,6 +208,7 @@ class Header:
 
     version: tuple[int, int]
     constants: dict[str, int]
+    strings: dict[str, str]
     structs: dict[tuple[str, str], tuple[int, int, str]]
 
 
@@ -238,6 +251,7 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> Header:
     program = [HEADER, "int main(void) {\n", 'printf("version %d %d\\n", LINUX_VERSION_CODE >> 16, ']
     program += ["(LINUX_VERSION_CODE >> 8) & 255);\n"]
     program += [f'printf("{c} %u\\n", (unsigned)({c}));\n' for c in TABLE.constants if c not in unknown]
+    program += [f'printf("%s %s string\\n", "{name}", {name});\n' for name in TABLE.strings]
     program += [
         f'printf("{name}. 0 %zu size\\n", sizeof({c}));\n' for (name, _), c in sizes.items() if c not in unknown
     ]
@@ -257,22 +271,26 @@ def python_names(struct: str) -> list[str]:
 def read_header(printed: str) -> Header:
     version = (0, 0)
     constants: dict[str, int] = {}
+    strings: dict[str, str] = {}
     structs: dict[tuple[str, str], tuple[int, int, str]] = {}
     for line in printed.splitlines():
         match line.split():
             case ["version", major, minor]:
                 version = int(major), int(minor)
+            case [name, value, "string"]:
+                strings[name] = value
             case [name, value]:
                 constants[name] = int(value)
             case [name, offset, size, type_]:
                 struct, _, member = name.partition(".")
                 structs[struct, member] = int(offset), int(size), type_
-    return Header(version, constants, structs)
+    return Header(version, constants, strings, structs)
 
 
 def test_the_header_has_nothing_of_the_table_in_another_shape(header: Header) -> None:
     expected = {name: value for name, value in python_constants().items() if name in header.constants}
     assert header.constants == expected
+    assert header.strings == TABLE.strings
     for (name, member), there in header.structs.items():
         if member:
             offset, size, type_ = python_fields(python_structs()[name])[member]
@@ -318,6 +336,12 @@ def test_irq_set_eventfds_puts_the_fds_after_the_20_bytes() -> None:
 def test_irq_set_eventfds_of_none_is_the_bare_structure() -> None:
     made = ioctls.irq_set_eventfds(flags=0x21, index=2, start=0, eventfds=[])
     assert bytes(made) == bytes.fromhex("14000000 21000000 02000000 00000000 00000000")
+
+
+def test_feature_dma_buf_puts_the_ranges_after_the_16_bytes() -> None:
+    made = ioctls.feature_dma_buf(region_index=2, open_flags=0x80002, ranges=[(0x1000, 0x2000), (0x8000, 0x1000)])
+    words = "02000000 02000800 00000000 02000000 0010000000000000 0020000000000000 0080000000000000 0010000000000000"
+    assert bytes(made) == bytes.fromhex(words)
 
 
 def test_pci_hot_reset_puts_the_fds_of_the_groups_after_the_12_bytes() -> None:
