@@ -42,6 +42,7 @@ from pyvfio.testing.vm_errors import (
 
 __all__ = [
     "DEVICES",
+    "DISKS",
     "IOMMUS",
     "KernelUnavailableError",
     "MissingToolError",
@@ -101,6 +102,14 @@ DEVICES: Mapping[str, Sequence[str]] = {
         "e1000e,bus=above,romfile=",
     ),
     "virtio-rng": (*_EDU, "virtio-rng-pci,disable-legacy=on,iommu_platform=on,max-bytes=4096,period=100"),
+    "nvme": (
+        *_EDU,
+        "nvme-subsys,id=subsystem,nqn=pyvfio",
+        "pcie-root-port,id=above,addr=10",
+        "nvme,id=controller,bus=above,serial=pyvfio,subsys=subsystem,max_ioqpairs=6,msix_qsize=7,"
+        "sriov_max_vfs=2,sriov_vq_flexible=4,sriov_vi_flexible=2",
+        "nvme-ns,drive=disk,bus=controller,nsid=1",
+    ),
 }
 """Lists of QEMU's devices. ``edu``: two of them, each a group of its own. ``contract``, for ``tests/contract``, begins
 with these, and goes on with
@@ -115,7 +124,25 @@ The ``virtio-rng`` and the root port come with the kernel's drivers, the others 
 
 ``virtio-rng``, for ``examples/virtio_rng.py``, begins with these, and has a ``virtio-rng`` (1af4:1044) of virtio 1.x
 behind the IOMMU, in a group of its own and with the kernel's driver. It is slow, 4096 bytes in 100 ms, so that a driver
-has requests in flight."""
+has requests in flight.
+
+``nvme``, for ``examples/nvme.py``, begins with these, and goes on with an ``nvme`` (1b36:0010) in a group of its own
+below a root port. No driver is bound to it, since the machine does not load the kernel's. It has one namespace of
+512-byte blocks, on the disk that :data:`DISKS` describes, and two virtual functions that a driver can enable."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A disk of one machine: ``size`` bytes, all zero at the start. It completes at most ``iops`` commands a second, so
+    that a driver has commands in flight."""
+
+    size: int
+    iops: int
+
+
+DISKS: Mapping[str, Disk] = {"nvme": Disk(16 << 20, iops=400)}
+"""The disk of a list of devices, which refer to it by ``drive=disk``. The disk is memory without a name in any file
+system, so that nothing of it is left when the machine ends."""
 
 
 @dataclass(frozen=True)
@@ -240,9 +267,17 @@ def check_arguments(command: Sequence[str], kernel: str, machine: Machine, timeo
 
 
 def qemu_command(
-    qemu: str, machine: Machine, image: Path, *, initrd: str, log: str, streams: Sequence[int]
+    qemu: str,
+    machine: Machine,
+    image: Path,
+    *,
+    initrd: str,
+    log: str,
+    streams: Sequence[int],
+    disk: str = "",
 ) -> list[str]:
-    """QEMU's command line. ``streams`` are the sockets of stdout, stderr and status; ``log`` is the kernel's log."""
+    """QEMU's command line. ``streams`` are the sockets of stdout, stderr and status; ``log`` is the kernel's log;
+    ``disk`` is the file of the machine's disk, where its devices have one."""
     iommu = IOMMUS[machine.iommu]
     devices: list[str] = [iommu.device, "virtio-serial-pci"]
     words = [qemu, "-machine", "q35,kernel-irqchip=split", "-accel", "tcg", "-cpu", _CPU]
@@ -256,10 +291,21 @@ def qemu_command(
     for name, descriptor in zip(("stdout", "stderr", "status"), streams, strict=True):
         words += ["-chardev", f"socket,id={name},fd={descriptor}"]
         devices.append(f"virtserialport,chardev={name},name=pyvfio.{name}")
+    if machine.devices in DISKS:
+        words += _disk_words(disk, DISKS[machine.devices])
     devices += DEVICES[machine.devices]
     for device in devices:
         words += ["-device", device]
     return [*words, *machine.qemu_args]
+
+
+def _disk_words(file: str, disk: Disk) -> list[str]:
+    # Only this machine has the file open, so that there is nobody to lock it against.
+    return [
+        *("-object", f"throttle-group,id=pace,x-iops-total={disk.iops}"),
+        *("-blockdev", f"driver=file,node-name=file,filename={file},locking=off"),
+        *("-blockdev", "driver=throttle,node-name=disk,throttle-group=pace,file=file"),
+    ]
 
 
 def kernel_parameters(iommu: Iommu) -> str:
@@ -281,6 +327,8 @@ class _Running:
             self._log = self._memory(stack, "kernel-log", b"")
             self._complaints = self._memory(stack, "qemu-stderr", b"")
             ramdisk = self._memory(stack, "initramfs", initrd)
+            sizes = [DISKS[name].size for name in DISKS if name == machine.devices]
+            disks = [self._memory(stack, "disk", b"", size=size) for size in sizes]
             pairs = [socket.socketpair() for _ in range(3)]
             for pair in pairs:
                 for end in pair:
@@ -294,6 +342,7 @@ class _Running:
                 initrd=f"/dev/fd/{ramdisk}",
                 log=f"/dev/fd/{self._log}",
                 streams=theirs,
+                disk="".join(f"/dev/fd/{disk}" for disk in disks),
             )
             # Killed with this process, whatever ends that.
             words = [find_tool("setpriv", package="util-linux"), "--pdeathsig", "KILL", "--", *words]
@@ -303,7 +352,7 @@ class _Running:
                 stdin=subprocess.DEVNULL,
                 stdout=self._complaints,
                 stderr=self._complaints,
-                pass_fds=[self._log, ramdisk, *theirs],
+                pass_fds=[self._log, ramdisk, *disks, *theirs],
                 start_new_session=True,  # the terminal's Ctrl-C is for us to act on
             )
             stack.callback(self._end)
@@ -314,9 +363,10 @@ class _Running:
             self._stack = stack.pop_all()
 
     @staticmethod
-    def _memory(stack: contextlib.ExitStack, name: str, data: bytes) -> int:
+    def _memory(stack: contextlib.ExitStack, name: str, data: bytes, *, size: int = 0) -> int:
         descriptor = os.memfd_create(name)
         stack.callback(os.close, descriptor)
+        os.ftruncate(descriptor, size)
         with open(descriptor, "wb", closefd=False) as file:
             file.write(data)
         return descriptor

@@ -31,7 +31,8 @@ def machine(
 
 
 def command_line(of: vm.Machine) -> list[str]:
-    return vm.qemu_command("qemu", of, Path("/k/vmlinuz"), initrd="/dev/fd/9", log="/dev/fd/8", streams=(5, 6, 7))
+    files = {"initrd": "/dev/fd/9", "log": "/dev/fd/8", "disk": "/dev/fd/4"}
+    return vm.qemu_command("qemu", of, Path("/k/vmlinuz"), streams=(5, 6, 7), **files)
 
 
 def option(words: list[str], name: str) -> list[str]:
@@ -65,6 +66,20 @@ def test_every_list_of_devices_begins_with_the_two_that_do_dma() -> None:
     for name, devices in vm.DEVICES.items():
         assert list(devices[:2]) == ["edu,dma_mask=0xffffffffffffffff"] * 2
         assert option(command_line(machine(devices=name)), "-device")[-len(devices) :] == list(devices)
+
+
+def test_only_a_machine_whose_devices_refer_to_a_disk_has_one() -> None:
+    for name, devices in vm.DEVICES.items():
+        words = command_line(machine(devices=name))
+        named = [word for word in option(words, "-blockdev") if "node-name=disk," in word]
+        filed = [word for word in option(words, "-blockdev") if "filename=/dev/fd/4" in word]
+        refers = any("drive=disk" in device for device in devices)
+        assert (len(named), len(filed), name in vm.DISKS) == (refers, refers, refers)
+
+
+def test_a_disk_is_there_before_the_devices_that_refer_to_it() -> None:
+    words = command_line(machine(devices="nvme"))
+    assert words.index("-object") < words.index("-blockdev") < words.index("nvme-ns,drive=disk,bus=controller,nsid=1")
 
 
 def test_only_the_intel_iommus_are_switched_on_by_name() -> None:
