@@ -34,7 +34,7 @@ from pyvfio.errors import (
 from pyvfio.guard import Guard, close_now, closing, constructing, guarded, making, reading, uninterrupted
 from pyvfio.handle import Handle, attempt, checked_fd, give_up_fd
 from pyvfio.info import DEFAULT_DMA_AVAIL, IommuInfo, parse_iommu_info
-from pyvfio.iommu.iova import IovaAllocator
+from pyvfio.iommu.iova import DMA_BITS, IovaAllocator, check_dma_bits
 from pyvfio.iommu.space import Mapping
 from pyvfio.iommu.table import MappingTable
 from pyvfio.iommu.type1_errors import MapRefusal, describe_mappings
@@ -245,7 +245,9 @@ def _unmappable_again(offered: IovaRange, page_size: int) -> IovaRange:
 class Container(Handle):
     """A VFIO container: an `AddressSpace` that the devices of its groups share.
 
-    `iommu_type` is VFIO_TYPE1v2_IOMMU where the kernel has it, unless the caller asks for VFIO_TYPE1_IOMMU.
+    `iommu_type` is VFIO_TYPE1v2_IOMMU where the kernel has it, unless the caller asks for VFIO_TYPE1_IOMMU. `dma_bits`,
+    17 to 64: how many address bits its devices have. IOVAs that pyvfio chooses lie below 2^`dma_bits`, unless a
+    DmaMapper has a limit of its own; an IOVA of the caller's may lie above.
 
     Raises UnavailableError (no VFIO on this machine), AccessDeniedError, UnsupportedError (API version, no type1).
 
@@ -254,9 +256,15 @@ class Container(Handle):
     """
 
     @constructing(Handle.close_fd)
-    def __init__(self, *, kernel: Kernel | None = None, iommu_type: ioctls.VfioExtension | None = None) -> None:
-        kernel, wanted = kernel or LinuxKernel(), _checked_type(iommu_type)
-        self._own(kernel, self._open(kernel))
+    def __init__(
+        self,
+        *,
+        kernel: Kernel | None = None,
+        iommu_type: ioctls.VfioExtension | None = None,
+        dma_bits: int = DMA_BITS,
+    ) -> None:
+        kernel, wanted, bits = kernel or LinuxKernel(), _checked_type(iommu_type), check_dma_bits(dma_bits)
+        self._own(kernel, self._open(kernel), bits)
         try:
             self._check_version()
             self._iommu_type = self._choose(wanted)
@@ -264,7 +272,7 @@ class Container(Handle):
             self.close_fd()
             raise
 
-    def _own(self, kernel: Kernel, fd: int) -> None:
+    def _own(self, kernel: Kernel, fd: int, dma_bits: int) -> None:
         self.groups: dict[int, Group] = {}
         """The groups that are attached, by their numbers. Read only."""
         self.table = MappingTable()
@@ -275,6 +283,7 @@ class Container(Handle):
         """Whether everything that was mapped has gone with the last group, or with `close`. It stays so."""
         self.entry_limit = DEFAULT_DMA_AVAIL
         """How many mappings the kernel takes in all, as it said with the first group."""
+        self._dma_bits = dma_bits
         self._info: IommuInfo | None = None
         self._iommu_type = ioctls.VFIO_TYPE1v2_IOMMU
         self.allocator = IovaAllocator()
@@ -289,21 +298,24 @@ class Container(Handle):
         iommu_type: ioctls.VfioExtension | None = None,
         groups: Iterable[Group] = (),
         mapped: int = 0,
+        dma_bits: int = DMA_BITS,
         kernel: Kernel | None = None,
     ) -> Container:
         """Make a container of a descriptor that is open already: a launcher's with more rights, or a former program's.
 
         `groups`: those that are in it, where an IOMMU has been set, and `iommu_type` is the one that was set (type 1v2
-        if not given). `mapped`: how many mappings it has; none of them is in `mappings`. The descriptor is the object's
-        own from then on, and is closed with it; where this raises, it is the caller's as before.
+        if not given). `mapped`: how many mappings it has; none of them is in `mappings`. `dma_bits`: as of `Container`.
+        The descriptor is the object's own from then on, and is closed with it; where this raises, it is the caller's as
+        before.
 
         Raises ValueError where the descriptor is closed or no VFIO container's, or where a group is in no container;
         UnsupportedError; IoctlError (EINVAL: no IOMMU is set). Cost: three ioctls and one for each group.
         Source: VFIO_GET_API_VERSION, VFIO_GROUP_GET_STATUS, VFIO_IOMMU_GET_INFO.
         """
         wanted, groups, mapped = _checked_type(iommu_type), _checked_groups(groups), index(mapped)
+        bits = check_dma_bits(dma_bits)
         container = cls.__new__(cls)
-        container._own(kernel or LinuxKernel(), checked_fd(fd))
+        container._own(kernel or LinuxKernel(), checked_fd(fd), bits)
         check_kind(container, container._check_version, "a VFIO container")
         try:
             container._iommu_type = container._choose(wanted)
@@ -619,6 +631,11 @@ class Container(Handle):
         return self.allocator.ranges
 
     @property
+    def dma_bits(self) -> int:
+        """How many address bits its devices have: IOVAs that pyvfio chooses lie below 2^`dma_bits`."""
+        return self._dma_bits
+
+    @property
     @reading
     def reserved_iova(self) -> tuple[IovaRange, ...]:
         """Of `iova_ranges`, what has been reserved, ascending."""
@@ -649,10 +666,14 @@ class Container(Handle):
         return self.table.overlapping(iova=iova, size=size)
 
     @guarded
-    def reserve_iova(self, size: int, *, alignment: int, offset: int, top_down: bool = False) -> Iova:
-        """Reserve IOVA; as `IovaAllocator.reserve`. Raises VfioError while there is no group."""
+    def reserve_iova(
+        self, size: int, *, alignment: int, offset: int, top_down: bool = False, dma_bits: int | None = None
+    ) -> Iova:
+        """Reserve IOVA; as `IovaAllocator.reserve`. `dma_bits` None: the container's. Raises VfioError while there is
+        no group."""
         self._check_ready()
-        return self.allocator.reserve(size, alignment=alignment, offset=offset, top_down=top_down)
+        bits = self._dma_bits if dma_bits is None else check_dma_bits(dma_bits)
+        return self.allocator.reserve(size, alignment=alignment, offset=offset, top_down=top_down, dma_bits=bits)
 
     @guarded
     def reserve_iova_at(self, iova: int, size: int) -> Iova:
@@ -732,14 +753,16 @@ class Container(Handle):
         top_down: bool = False,
         read: bool = True,
         write: bool = True,
+        dma_bits: int | None = None,
     ) -> Iova:
         """Reserve IOVA and map memory there, or neither: one call where `reserve_iova` and `map` are two.
 
         `iova`: the caller's own, as for `reserve_iova_at`; else one is found as `reserve_iova` does, for that
-        `alignment` and `top_down`. Raises as those, and as `map`.
+        `alignment`, `top_down` and `dma_bits`. Raises as those, and as `map`.
         """
         flags = (_READ if read else 0) | (_WRITE if write else 0)
-        return self._reserve_and_map(index(vaddr), index(size), iova, alignment, top_down, flags)
+        bits = self._dma_bits if dma_bits is None else check_dma_bits(dma_bits)
+        return self._reserve_and_map(index(vaddr), index(size), iova, alignment, top_down, flags, bits)
 
     @guarded  # by their positions: keywords cost a guarded call as much as its lock
     def _reserve_and_map(  # noqa: PLR0917
@@ -750,6 +773,7 @@ class Container(Handle):
         alignment: int,
         top_down: bool,  # noqa: FBT001
         flags: int,
+        dma_bits: int,
     ) -> Iova:
         if self._fd < 0 or self._info is None:
             self._check_ready()
@@ -757,7 +781,7 @@ class Container(Handle):
         if vaddr < 0 or vaddr & (allocator.page_size - 1) or vaddr + size - 1 > U64_MAX or not flags:
             raise self._not_memory(vaddr, size, flags)
         if iova is None:
-            place = allocator.reserve(size, alignment=alignment, offset=vaddr, top_down=top_down)
+            place = allocator.reserve(size, alignment=alignment, offset=vaddr, top_down=top_down, dma_bits=dma_bits)
         else:
             place = allocator.reserve_at(iova, size)
         try:

@@ -92,6 +92,10 @@ class DmaMapper(BufferMapper, ContextManager):
     `allow_gap=False`, with "extend": a resize for which a surviving byte would have to be unmapped is a GapError, or
     EntryLimitError where pieces would have to be joined.
 
+    `dma_bits`, 17 to 64: how many address bits the device has. IOVAs that the mapper chooses lie below 2^`dma_bits`:
+    those of blocks and buffers from the bottom up, of temporary mappings from the top down. None: the limit of `space`,
+    which is 39 bits unless the caller has set another. An IOVA of the caller's own (`place`, `iova=`) may lie above.
+
     `prefault`: how many threads populate a block's memory before it is mapped, which otherwise is the map's work and
     one thread's; 0 for none. `progress` is told of each piece that has been populated, mapped or unmapped; a change
     ends between pieces, with the block as it was, when it raises or a signal handler does. It is given a `Progress`,
@@ -121,13 +125,15 @@ class DmaMapper(BufferMapper, ContextManager):
         place: Callable[[RamBlock], int | None] | None = None,
         prefault: int = 0,
         progress: ProgressCallback | None = None,
+        dma_bits: int | None = None,
     ) -> None:
-        super().__init__(space)
+        policy = Policy(resize, granule, allow_gap)
+        super().__init__(space, dma_bits=dma_bits)
         if not isinstance(blocks, RamBlockList | None):
             raise TypeError(f"blocks must be a RamBlockList, not {type(blocks).__name__}")
         if not all(callback is None or callable(callback) for callback in (progress, place)):
             raise TypeError("progress and place are called, so that they must be callable")
-        self.policy = Policy(resize, granule, allow_gap)
+        self.policy = policy
         """How blocks are mapped."""
         self.prefault = check_threads(prefault, "prefault")
         """How many threads populate memory before it is mapped."""
@@ -291,7 +297,7 @@ class DmaMapper(BufferMapper, ContextManager):
             return self._find_place(shape, rehearsal.reserve_iova, rehearsal.reserve_iova_at)
         if shape.iova is not None:
             return rehearsal.reserve_iova_at(shape.iova, shape.max_length)
-        return rehearsal.reserve_iova(shape.max_length, alignment=LARGE_PAGE, offset=0)
+        return rehearsal.reserve_iova(shape.max_length, alignment=LARGE_PAGE, offset=0, dma_bits=self.dma_bits)
 
     def _attendant(self, block: RamBlock) -> LongWork | None:
         # A device that only reads would have the page of zeros where nothing was written yet, and keep it: kernels pin
@@ -314,7 +320,12 @@ class DmaMapper(BufferMapper, ContextManager):
                 if former.holders:
                     raise
                 logger.debug("iova=%#x of %r has been given to another", former.iova, block)
-        return reserve(block.max_length, alignment=max(LARGE_PAGE, block.page_size), offset=block.vaddr)
+        return reserve(
+            block.max_length,
+            alignment=max(LARGE_PAGE, block.page_size),
+            offset=block.vaddr,
+            dma_bits=self.dma_bits,
+        )
 
     @guarded
     def ram_block_removed(self, block: RamBlock, used_length: int, max_length: int) -> None:

@@ -94,10 +94,12 @@ class IovaOverlapError(IoctlError):
 
 class IovaRangeError(IoctlError):
     """No such I/O virtual addresses, or none left. `ranges` is what the IOMMU offers, `largest_free` the longest run
-    of bytes that is still free in it (0 where that was not the question)."""
+    of bytes that is still free in it, below 2^`dma_bits` where that is a limit, and `largest_free_above` the longest
+    above (0 where that was not the question)."""
 
     ranges: tuple[IovaRange, ...] = ()
     largest_free: int = 0
+    largest_free_above: int = 0
 
 
 class UnmapSizeError(VfioError):

@@ -1,8 +1,10 @@
 """Which I/O virtual addresses are free: an allocator inside the ranges that the kernel reports. Pure.
 
 Blocks are placed from 0x10000 upwards (QEMU_VFIO_IOVA_MIN), temporary mappings from the top down, so that the two do
-not fragment each other. A caller may name an address of its own. What is released is joined with its free neighbours
-and used again; QEMU's allocator (`qemu_vfio_find_fixed_iova`, `qemu_vfio_find_temp_iova`) never does.
+not fragment each other. The top is 2^`dma_bits`, by default 2^39 (QEMU_VFIO_IOVA_MAX): many devices have fewer address
+bits than the IOMMU, and drop the upper bits of an IOVA silently. A caller may name an address of its own, anywhere.
+What is released is joined with its free neighbours and used again; QEMU's allocator (`qemu_vfio_find_fixed_iova`,
+`qemu_vfio_find_temp_iova`) never does.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pyvfio.units import (
     IovaRange,
     align_down,
     align_up,
+    check_whole_number,
     format_ranges,
     format_size,
     is_aligned,
@@ -28,6 +31,22 @@ from pyvfio.units import (
 
 IOVA_MIN = 0x10000
 """Addresses below are given out only to a caller who names them: a device that is told 0 by mistake should fault."""
+
+
+DMA_BITS = 39
+"""How many address bits a device has unless the caller says otherwise, as for QEMU's VFIO helpers."""
+
+MOST_DMA_BITS = 64
+"""As many as an IOVA has: no limit."""
+
+
+def check_dma_bits(value: object) -> int:
+    """Return a number of address bits as an int. Raises ValueError unless there are IOVAs to choose; TypeError."""
+    bits = check_whole_number(value, "dma_bits")
+    least = IOVA_MIN.bit_length()
+    if not least <= bits <= MOST_DMA_BITS:
+        raise ValueError(f"dma_bits must be {least} to {MOST_DMA_BITS}, as IOVAs are chosen from {IOVA_MIN:#x} on")
+    return bits
 
 
 class IovaAllocator:
@@ -69,7 +88,12 @@ class IovaAllocator:
     @property
     def largest_free(self) -> int:
         """The longest run of bytes that `reserve` may still give out."""
-        return max((last - max(start, IOVA_MIN) + 1 for start, last in self._free if last >= IOVA_MIN), default=0)
+        return self._longest(IOVA_MIN, U64_MAX)
+
+    def _longest(self, lowest: int, highest: int) -> int:
+        """The longest free run of bytes in [lowest, highest]."""
+        runs = (min(last, highest) - max(first, lowest) + 1 for first, last in self._free)
+        return max(0, *runs, 0)
 
     def set_ranges(self, ranges: Iterable[IovaRange], *, page_size: int | None = None) -> None:
         """Take over what the kernel reports now; it can change when a group is attached or detached.
@@ -116,8 +140,17 @@ class IovaAllocator:
             if start <= last:
                 yield start, last
 
-    def reserve(self, size: int, *, alignment: int | None = None, offset: int = 0, top_down: bool = False) -> Iova:
-        """Reserve `size` bytes at an address that leaves `offset % alignment` when divided by `alignment`.
+    def reserve(
+        self,
+        size: int,
+        *,
+        alignment: int | None = None,
+        offset: int = 0,
+        top_down: bool = False,
+        dma_bits: int = MOST_DMA_BITS,
+    ) -> Iova:
+        """Reserve `size` bytes below 2^`dma_bits`, at an address that leaves `offset % alignment` when divided by
+        `alignment`.
 
         `alignment` is a power of two (default: the page size). Blocks pass 2 MiB and their vaddr, so that the IOMMU can
         use large pages. Where no such place is left, any page-aligned one is taken: a slower mapping is better than
@@ -129,18 +162,19 @@ class IovaAllocator:
         if alignment is not None and not is_power_of_two(alignment):
             raise ValueError(f"alignment must be a power of two, not {alignment}")
         stride = page if alignment is None or alignment < page else alignment
-        start = self._find(size, stride, offset, top_down=top_down)
+        highest = (1 << dma_bits) - 1
+        start = self._find(size, stride, offset, highest, top_down=top_down)
         if start is None and stride > page:
-            start = self._find(size, page, 0, top_down=top_down)
+            start = self._find(size, page, 0, highest, top_down=top_down)
         if start is None:
-            raise self._exhausted(size)
+            raise self._exhausted(size, dma_bits)
         self._take(start, start + size - 1)
         return Iova(start)
 
-    def _find(self, size: int, stride: int, offset: int, *, top_down: bool) -> int | None:
+    def _find(self, size: int, stride: int, offset: int, highest: int, *, top_down: bool) -> int | None:
         offset = offset % stride & -self.page_size
         for first, last in reversed(self._free) if top_down else self._free:
-            first = max(first, IOVA_MIN)  # noqa: PLW2901
+            first, last = max(first, IOVA_MIN), min(last, highest)  # noqa: PLW2901
             # The last, or the first, address there that leaves `offset`: x & -stride rounds down, -(-x & -stride) up.
             start = (last + 1 - size - offset & -stride if top_down else -(offset - first & -stride)) + offset
             if first <= start and start + size - 1 <= last:
@@ -221,18 +255,32 @@ class IovaAllocator:
         if size <= 0 or not is_aligned(size, self.page_size):
             raise ValueError(f"a size of IOVA must be a positive multiple of {self.page_size:#x} bytes, not {size:#x}")
 
-    def _exhausted(self, size: int) -> IovaRangeError:
+    def _exhausted(self, size: int, dma_bits: int) -> IovaRangeError:
+        limit = 1 << dma_bits
+        below, above = self._longest(IOVA_MIN, limit - 1), self._longest(limit, U64_MAX)
+        where, there, also = "", "", ""
+        hint = (
+            "Choose a smaller max_length or remove blocks; under QEMU an intel-iommu offers more with aw-bits=48, and "
+            "dma_bits=48 lets pyvfio choose it"
+        )
+        if above:
+            where, there = f" below 2^{dma_bits} (dma_bits={dma_bits})", " there"
+            also = f", and {format_size(above)} are free above it"
+        if self.largest_free >= size:
+            hint = (
+                "If the device has more address bits, say so with DmaMapper(…, dma_bits=…) or Container(dma_bits=…), "
+                "or choose an IOVA above with iova= or place="
+            )
         error = IovaRangeError(
             errno.ENOMEM,
-            f"no {format_size(size)} of IOVA are left in one piece: the longest free run has "
-            f"{format_size(self.largest_free)}, {len(self._reserved)} ranges are reserved",
+            f"no {format_size(size)} of IOVA are left in one piece{where}: the longest free run{there} has "
+            f"{format_size(below)}{also}, {len(self._reserved)} ranges are reserved",
             request="reserve",
-            arguments={"size": size},
-            hint=f"{describe_ranges(self._ranges)}. Choose a smaller max_length or remove blocks; under QEMU an "
-            "intel-iommu offers more with aw-bits=48",
+            arguments={"size": size, "dma_bits": dma_bits} if above else {"size": size},
+            hint=f"{describe_ranges(self._ranges)}. {hint}",
         )
         error.ranges = self._ranges
-        error.largest_free = self.largest_free
+        error.largest_free, error.largest_free_above = below, above
         return error
 
     def _check(self) -> None:

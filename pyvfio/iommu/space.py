@@ -64,6 +64,11 @@ class AddressSpace(Protocol):
         ...
 
     @property
+    def dma_bits(self) -> int:
+        """How many address bits its devices have: IOVAs that it chooses lie below 2^`dma_bits`."""
+        ...
+
+    @property
     def reserved_iova(self) -> tuple[IovaRange, ...]:
         """Of `iova_ranges`, what has been reserved, ascending."""
         ...
@@ -73,8 +78,10 @@ class AddressSpace(Protocol):
         """How many more mappings it takes."""
         ...
 
-    def reserve_iova(self, size: int, *, alignment: int, offset: int, top_down: bool = False) -> Iova:
-        """As `IovaAllocator.reserve`."""
+    def reserve_iova(
+        self, size: int, *, alignment: int, offset: int, top_down: bool = False, dma_bits: int | None = None
+    ) -> Iova:
+        """As `IovaAllocator.reserve`. `dma_bits` None: those of the space."""
         ...
 
     def reserve_iova_at(self, iova: int, size: int) -> Iova:
@@ -99,9 +106,19 @@ class AddressSpace(Protocol):
         ...
 
     def reserve_and_map(
-        self, *, vaddr: int, size: int, iova: int | None, alignment: int, top_down: bool, read: bool, write: bool
+        self,
+        *,
+        vaddr: int,
+        size: int,
+        iova: int | None,
+        alignment: int,
+        top_down: bool,
+        read: bool,
+        write: bool,
+        dma_bits: int | None,
     ) -> Iova:
-        """Reserve IOVA, `iova` or else what is found for that `alignment`, and map; or neither. Raises as those."""
+        """Reserve IOVA, `iova` or else what is found for that `alignment` below 2^`dma_bits`, and map; or neither.
+        Raises as those."""
         ...
 
     def unmap_and_release(self, *, iova: int, size: int, vaddr: int) -> None:

@@ -172,6 +172,8 @@ class HandOver(ContextManager):
             devices=tuple(HandedDevice(device.bdf, device.group.number) for device in self._devices),
             policy=self._mapper.policy,
             prefault=self._mapper.prefault,
+            container_bits=self._container.dma_bits,
+            mapper_bits=self._mapper.dma_bits,
             blocks=tuple(_describe(block, window.iova, window.pieces()) for block, window in windows),
             identities=tuple(kernel.file_status(fd).identity for fd in self.fds),
         ).dump()

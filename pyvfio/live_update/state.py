@@ -12,11 +12,12 @@ from dataclasses import dataclass, fields
 
 from pyvfio import ioctls
 from pyvfio.extents import Extent, clip, runs, without
+from pyvfio.iommu.iova import check_dma_bits
 from pyvfio.mapper.policy import Policy
 from pyvfio.memory import File, Memfd, MemoryKind, MemorySettings
 from pyvfio.units import PAGE_SIZE, U64_MAX, is_aligned
 
-FORMAT, VERSION = "pyvfio live update", 1
+FORMAT, VERSION = "pyvfio live update", 2
 _ELSEWHERE = 0  # a descriptor's number is each process's own
 
 
@@ -61,13 +62,16 @@ class HandedBlock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """All of it; `identities` (st_dev, st_ino) tell whether a descriptor is the one that was meant."""
+    """All of it; `identities` (st_dev, st_ino) tell whether a descriptor is the one that was meant. `container_bits`
+    and `mapper_bits`: the `dma_bits` of both."""
 
     iommu_type: ioctls.VfioExtension
     groups: tuple[int, ...]
     devices: tuple[HandedDevice, ...]
     policy: Policy
     prefault: int
+    container_bits: int
+    mapper_bits: int
     blocks: tuple[HandedBlock, ...]
     identities: tuple[tuple[int, int], ...]
 
@@ -93,6 +97,8 @@ class State:
                 "devices": [{"bdf": device.bdf, "group": device.group} for device in self.devices],
                 "policy": {"resize": policy.resize, "granule": policy.granule, "allow_gap": policy.allow_gap},
                 "prefault": self.prefault,
+                "container_bits": self.container_bits,
+                "mapper_bits": self.mapper_bits,
                 "blocks": [_dump_block(block) for block in self.blocks],
                 "identities": self.identities,
             },
@@ -132,6 +138,8 @@ class State:
                 "extend" if resize == "extend" else "remap", policy.number_or_none("granule"), policy.flag("allow_gap")
             ),
             prefault=top.number("prefault"),
+            container_bits=check_dma_bits(top.number("container_bits")),
+            mapper_bits=check_dma_bits(top.number("mapper_bits")),
             blocks=tuple(_load_block(row) for row in top.rows("blocks")),
             identities=tuple(top.pairs("identities")),
         )

@@ -198,6 +198,7 @@ class _Taking:
             place=place,
             prefault=state.prefault,
             progress=progress,
+            dma_bits=state.mapper_bits,
         )
         mapper.take_in(blocks, {described.idstr: described.iova for described in state.blocks})
         for fd in self._fds:
@@ -221,6 +222,7 @@ class _Taking:
             iommu_type=state.iommu_type,
             groups=groups.values(),
             mapped=sum(len(block.pieces) for block in state.blocks),
+            dma_bits=state.container_bits,
             kernel=self._kernel,
         )
         self._handles.append(container)

@@ -19,9 +19,10 @@ from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol, SupportsIndex
 
-from pyvfio.errors import ClosedError, IoctlError, VfioError
+from pyvfio.errors import ClosedError, IoctlError, IovaOverlapError, VfioError
 from pyvfio.guard import ContextManager, Guard, closing_in_hooks, guarded, making, reading
 from pyvfio.handle import attempt_all
+from pyvfio.iommu.iova import check_dma_bits
 from pyvfio.iommu.space import AddressSpace
 from pyvfio.mapper.segments import Limits, Segment, check_part, cut, join
 from pyvfio.mapper.window import READ, WRITE, Window
@@ -41,7 +42,7 @@ LARGE_PAGE = 2 * MIB
 class Reserve(Protocol):
     """Finds a place for `size` bytes of IOVA, as `AddressSpace.reserve_iova` does."""
 
-    def __call__(self, size: int, *, alignment: int, offset: int) -> Iova: ...
+    def __call__(self, size: int, *, alignment: int, offset: int, dma_bits: int) -> Iova: ...
 
 
 class OwnMemory:
@@ -143,14 +144,18 @@ class DmaMapping(ContextManager):
 class BufferMapper:
     """Maps buffers of the caller's own into `space`. `DmaMapper` is one that follows RAM blocks, too.
 
+    `dma_bits`: IOVAs that it chooses lie below 2^`dma_bits`; None: the limit of `space`.
+
     Synchronization: every method may be called from any thread.
     """
 
-    def __init__(self, space: AddressSpace) -> None:
+    def __init__(self, space: AddressSpace, *, dma_bits: int | None = None) -> None:
         if not hasattr(space, "reserve_iova"):
             raise TypeError(f"space must be an AddressSpace, such as device.container, not {type(space).__name__}")
         self.guard = Guard("this DmaMapper")
         self._space = space
+        self.dma_bits = space.dma_bits if dma_bits is None else check_dma_bits(dma_bits)
+        """How many address bits the device has: IOVAs that the mapper chooses lie below 2^`dma_bits`."""
         self._fixed: list[OwnMemory] = []  # of map_dma and map_buffer, sorted by vaddr
         self._temporary: dict[Iova, OwnMemory] = {}  # without a holder: given up
         self._closed = False
@@ -239,8 +244,7 @@ class BufferMapper:
             self._check_apart(vaddr, size)
             return None
         found = memory.iova + vaddr - memory.vaddr
-        if iova is not None and iova != found:
-            raise ValueError(f"vaddr {vaddr:#x} is mapped at IOVA {found:#x}, so it is not mapped at {iova:#x} as well")
+        _check_place(found, vaddr, iova)
         if access & ~memory.access:
             raise _less_access(found)
         return memory
@@ -289,36 +293,44 @@ class BufferMapper:
 
     # -------------------------------------------------------------------------------------------- temporary mappings
 
-    def map_temporary(self, buffer: Buffer, *, read: bool = True, write: bool = True) -> DmaMapping:
-        """Map a buffer for one transfer, at an IOVA from the top down, so that it does not come between blocks.
+    def map_temporary(
+        self, buffer: Buffer, *, iova: SupportsIndex | None = None, read: bool = True, write: bool = True
+    ) -> DmaMapping:
+        """Map a buffer for one transfer, at an IOVA from the top (2^`dma_bits`) down, so that it does not come between
+        blocks.
+
+        `iova`: the caller's own choice, also above the top.
 
         The kernel's mapping, the device's reach and the export of the buffer outlive `close`. They end with
-        `reset_temporary`, or with a later map that finds mappings, memory to lock or IOVA used up: that resets, and
-        tries once more. Memory of a block, or of a fixed mapping, is mapped already: the result has the IOVA that is
-        there, holds it until `close`, and leaves nothing behind. Raises as `map_buffer`.
+        `reset_temporary`, or with a later map that finds mappings, memory to lock or IOVA used up, or the caller's own
+        IOVA taken by them: that resets, and tries once more. Memory of a block, or of a fixed mapping, is mapped
+        already: the result has the IOVA that is there, holds it until `close`, and leaves nothing behind. Raises as
+        `map_buffer`.
         """
-        return self._map_for_once(buffer, _access(read=read, write=write))
+        return self._map_for_once(buffer, iova, _access(read=read, write=write))
 
     @making(DmaMapping.close)
-    def _map_for_once(self, buffer: Buffer, access: int) -> DmaMapping:
+    def _map_for_once(self, buffer: Buffer, iova: SupportsIndex | None, access: int) -> DmaMapping:
         view, vaddr = _export(buffer)
         try:
-            return self._map_once(vaddr, view.nbytes, access, view)
+            return self._map_once(vaddr, view.nbytes, iova, access, view)
         except BaseException:
             view.release()
             raise
 
-    def _map_once(self, vaddr: int, size: int, access: int, view: memoryview) -> DmaMapping:
+    def _map_once(self, vaddr: int, size: int, iova: SupportsIndex | None, access: int, view: memoryview) -> DmaMapping:
+        wanted = None if iova is None else check_whole_number(iova, "iova")
         self._check_extent(vaddr, size)
         self.check_open()
         known = self._find_mapped(vaddr, size)
         if known is None:
             self._check_no_block(vaddr, size)
         elif not access & ~known.access:
+            _check_place(known.iova + vaddr - known.vaddr, vaddr, wanted)
             return self._hold(known, vaddr, size, view)
         elif isinstance(known, Window):
             raise _less_access(known.iova + vaddr - known.vaddr)
-        memory = self._map(vaddr, size, None, access, view, top_down=True)
+        memory = self._map(vaddr, size, wanted, access, view, top_down=True)
         self._temporary[memory.iova] = memory
         return DmaMapping(self, memory, vaddr=vaddr, size=size, view=None)
 
@@ -476,6 +488,7 @@ class BufferMapper:
                     top_down=top_down,
                     read=read,
                     write=write,
+                    dma_bits=self.dma_bits,
                 )
             except IoctlError as error:
                 if not self._recycle(error):
@@ -483,19 +496,22 @@ class BufferMapper:
             else:
                 return OwnMemory(vaddr=Vaddr(vaddr), iova=iova, size=size, access=access, view=view)
 
-    def _reserve(self, size: int, *, alignment: int, offset: int, top_down: bool = False) -> Iova:
+    def _reserve(self, size: int, *, alignment: int, offset: int, dma_bits: int) -> Iova:
         try:
-            return self._space.reserve_iova(size, alignment=alignment, offset=offset, top_down=top_down)
+            return self._space.reserve_iova(size, alignment=alignment, offset=offset, dma_bits=dma_bits)
         except IoctlError as error:
             if not self._recycle(error):
                 raise
-            return self._space.reserve_iova(size, alignment=alignment, offset=offset, top_down=top_down)
+            return self._space.reserve_iova(size, alignment=alignment, offset=offset, dma_bits=dma_bits)
 
     def _recycle(self, error: IoctlError) -> bool:
-        """Reset temporary mappings where there is too little of something. Return whether another try makes sense."""
-        if error.errno not in (errno.ENOSPC, errno.ENOMEM):
-            return False
-        if all(memory.holders for memory in self._temporary.values()):
+        """Reset temporary mappings where there is too little of something, or where those that are given up have the
+        caller's own IOVA. Return whether another try makes sense."""
+        given_up = [memory for memory in self._temporary.values() if not memory.holders]
+        if isinstance(error, IovaOverlapError):
+            if not any(taken.start == memory.iova for memory in given_up for taken in error.existing):
+                return False
+        elif error.errno not in (errno.ENOSPC, errno.ENOMEM) or not given_up:
             return False
         logger.debug("recycling temporary mappings: %s", error)
         self.reset_temporary()
@@ -536,6 +552,12 @@ class BufferMapper:
 
 def _access(*, read: bool, write: bool) -> int:
     return (READ if read else 0) | (WRITE if write else 0)
+
+
+def _check_place(found: int, vaddr: int, wanted: int | None) -> None:
+    """ValueError where memory that is mapped at `found` was to be at another IOVA."""
+    if wanted is not None and wanted != found:
+        raise ValueError(f"vaddr {vaddr:#x} is mapped at IOVA {found:#x}, so it is not mapped at {wanted:#x} as well")
 
 
 def _less_access(iova: int) -> ValueError:

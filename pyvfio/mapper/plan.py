@@ -130,9 +130,9 @@ class Rehearsal:
         for taken in space.reserved_iova:
             self._allocator.reserve_at(taken.start, taken.size)
 
-    def reserve_iova(self, size: int, *, alignment: int, offset: int, top_down: bool = False) -> Iova:
+    def reserve_iova(self, size: int, *, alignment: int, offset: int, dma_bits: int) -> Iova:
         """As `AddressSpace.reserve_iova`."""
-        return self._allocator.reserve(size, alignment=alignment, offset=offset, top_down=top_down)
+        return self._allocator.reserve(size, alignment=alignment, offset=offset, dma_bits=dma_bits)
 
     def reserve_iova_at(self, iova: int, size: int) -> Iova:
         """As `AddressSpace.reserve_iova_at`."""

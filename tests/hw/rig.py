@@ -41,6 +41,7 @@ class Rig:
         resize: Literal["remap", "extend"] = "remap",
         granule: int | None = None,
         memory: MemoryKind | None = None,
+        dma_bits: int | None = None,
     ) -> None:
         with ExitStack() as stack:
             self.device = stack.enter_context(
@@ -58,6 +59,7 @@ class Rig:
                     resize=resize,
                     granule=granule,
                     place=lambda block: place if block.idstr != "desk" else None,
+                    dma_bits=dma_bits,
                 )
             )
             room = granule or PAGE_SIZE

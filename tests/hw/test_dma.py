@@ -221,15 +221,19 @@ def test_a_buffer_of_the_callers_own_is_reached_until_it_is_closed(rig: Rig) -> 
         rig.blocks.kernel.munmap(memory, 2 * PAGE_SIZE)
 
 
-def test_temporary_mappings_come_from_the_top_and_go_with_a_reset(rig: Rig) -> None:
-    """A given-up mapping is reached until the reset, and not after it."""
-    buffer = mmap.mmap(-1, PAGE_SIZE)
-    there = pattern()
-    buffer[:SIZE] = there
-    temporary = rig.mapper.map_temporary(buffer)
-    assert temporary.iova == rig.container.iova_ranges[-1].last + 1 - PAGE_SIZE
-    assert rig.device_reads(temporary.iova) == there
-    temporary.close()
-    assert rig.mapper.reset_temporary() == 0
-    assert rig.device_reads(temporary.iova) is None
-    buffer.close()
+@pytest.mark.parametrize("bits", [None, 32, 64], ids=["39 bits", "32 bits", "limit lifted"])
+def test_temporary_mappings_come_from_the_top_and_go_with_a_reset(
+    engine_bdfs: tuple[str, ...], kernel: Kernel, bits: int | None
+) -> None:
+    """Of the address bits that the device has. A given-up mapping is reached until the reset, and not after it."""
+    with Rig(engine_bdfs[0], kernel=kernel, dma_bits=bits) as rig, mmap.mmap(-1, PAGE_SIZE) as buffer:
+        assert rig.mapper.dma_bits == bits or bits is None
+        buffer[:SIZE] = there = pattern()
+        temporary = rig.mapper.map_temporary(buffer)
+        ranges, limit = rig.container.iova_ranges, 1 << rig.mapper.dma_bits
+        top = max(min(offered.last + 1, limit) for offered in ranges if offered.start < limit)
+        assert temporary.iova == top - PAGE_SIZE
+        assert rig.device_reads(temporary.iova) == there
+        temporary.close()
+        assert rig.mapper.reset_temporary() == 0
+        assert rig.device_reads(temporary.iova) is None

@@ -13,7 +13,7 @@ from pyvfio import ioctls
 from pyvfio.kernel import Kernel
 from pyvfio.testing.world import World
 from pyvfio.units import GIB, MIB, PAGE_SIZE
-from tests.hw.rig import SIZE, Rig
+from tests.hw.rig import SIZE, Rig, pattern
 
 
 def test_a_resize_above_the_memlock_limit_is_refused_with_the_numbers(rig: Rig, world: World) -> None:
@@ -127,15 +127,36 @@ def test_memory_that_cannot_be_pinned_is_refused_with_what_is_there(rig: Rig) ->
     assert caught.value.errno == errno.EFAULT
 
 
-def test_a_full_iova_space_is_refused_before_any_memory_is_mapped(rig: Rig) -> None:
-    """A block that no free range is long enough for ends in one error with the numbers, and is not there."""
-    for free in rig.container.allocator.free_ranges:
-        rig.container.reserve_iova_at(free.start, free.size)
-    rig.container.release_iova(rig.container.allocator.reservations[-1].start)
-    length = rig.container.allocator.largest_free
-    rig.container.reserve_iova_at(rig.container.allocator.free_ranges[0].start, length - GIB)
-    with pytest.raises(pyvfio.IovaRangeError, match="the longest free run has 1 GiB") as caught:
-        rig.blocks.add("too long", used_length=PAGE_SIZE, max_length=GIB + PAGE_SIZE)
-    assert caught.value.ranges == rig.container.iova_ranges
-    assert caught.value.largest_free == GIB
-    assert [block.idstr for block in rig.blocks] == ["desk"]
+def test_a_full_iova_space_is_refused_before_any_memory_is_mapped(engine_bdfs: tuple[str, ...], kernel: Kernel) -> None:
+    """A block that no free range is long enough for ends in one error with the numbers, and is not there. The last
+    range counts because the mapper lifts the limit of 39 bits."""
+    with Rig(engine_bdfs[0], kernel=kernel, dma_bits=64) as rig:
+        for free in rig.container.allocator.free_ranges:
+            rig.container.reserve_iova_at(free.start, free.size)
+        rig.container.release_iova(rig.container.allocator.reservations[-1].start)
+        length = rig.container.allocator.largest_free
+        rig.container.reserve_iova_at(rig.container.allocator.free_ranges[0].start, length - GIB)
+        with pytest.raises(pyvfio.IovaRangeError, match="the longest free run has 1 GiB") as caught:
+            rig.blocks.add("too long", used_length=PAGE_SIZE, max_length=GIB + PAGE_SIZE)
+        assert caught.value.ranges == rig.container.iova_ranges
+        assert caught.value.largest_free == GIB
+        assert [block.idstr for block in rig.blocks] == ["desk"]
+
+
+def test_room_above_the_address_bits_of_a_device_is_named_and_not_used(rig: Rig) -> None:
+    """When all IOVAs of 39 bits are taken, the error has what is free above, which a wider mapper finds."""
+    container, limit = rig.container, 1 << rig.mapper.dma_bits
+    for free in container.allocator.free_ranges:
+        if free.start < limit:
+            container.reserve_iova_at(free.start, min(free.last + 1, limit) - free.start)
+    above = container.allocator.largest_free
+    with pytest.raises(pyvfio.IovaRangeError) as caught:
+        rig.blocks.add("ring", used_length=PAGE_SIZE, max_length=GIB)
+    assert (caught.value.largest_free, caught.value.largest_free_above) == (0, above)
+    assert ("dma_bits=39" in caught.value.message) == (above > 0)
+    if above:
+        with mmap.mmap(-1, PAGE_SIZE) as buffer, pyvfio.DmaMapper(container, dma_bits=64) as wide:
+            buffer[:SIZE] = there = pattern()
+            with wide.map_buffer(buffer) as mapping:
+                assert mapping.iova >= limit
+                assert rig.device_reads(mapping.iova) == there

@@ -20,8 +20,9 @@ from pyvfio.iommu.iova import IOVA_MIN, IovaAllocator
 from pyvfio.units import PAGE_SIZE, U64_MAX, Iova, IovaRange
 
 PAGES_IN_ALL = U64_MAX // PAGE_SIZE + 1
-# Places where something begins: around 0, around 64 KiB, around the hole of x86, at the end of a u64.
-BASES = (0, IOVA_MIN // PAGE_SIZE - 2, 0xFEE00, 0xFEF00 - 4, PAGES_IN_ALL - 24)
+# Places where something begins: around 0, around 64 KiB, around the hole of x86, at the end of a u64. The limits of
+# dma_bits cut them: 17 and 32 bits in the middle of some.
+BASES = (0, IOVA_MIN // PAGE_SIZE - 2, 0xFEE00, 0xFFFF4, PAGES_IN_ALL - 24)
 sizes = st.integers(1, 6)
 places = st.builds(lambda base, step: min(base + step, PAGES_IN_ALL - 1), st.sampled_from(BASES), st.integers(0, 23))
 
@@ -70,27 +71,46 @@ class AllocatorMachine(RuleBasedStateMachine):
             wanted.start < other.stop and other.start < wanted.stop for other in self.taken.values()
         )
 
-    def candidates(self, size: int) -> list[int]:
+    def candidates(self, size: int, bits: int) -> list[int]:
         """Every page where `size` pages could begin that `reserve` may give out."""
-        low = IOVA_MIN // PAGE_SIZE
-        return [page for r in self.ranges for page in r if page >= low and self.fits(page, size)]
+        low, end = IOVA_MIN // PAGE_SIZE, (1 << bits) // PAGE_SIZE
+        return [page for r in self.ranges for page in r if low <= page <= end - size and self.fits(page, size)]
 
-    @rule(target=held, size=sizes, exponent=st.integers(0, 4), offset=st.integers(0, 31), top_down=st.booleans())
-    def reserve(self, *, size: int, exponent: int, offset: int, top_down: bool) -> object:
-        """The lowest or highest congruent place; else the lowest or highest of all; else an error."""
-        candidates = self.candidates(size)
+    @rule(
+        target=held,
+        size=sizes,
+        exponent=st.integers(0, 4),
+        offset=st.integers(0, 31),
+        top_down=st.booleans(),
+        bits=st.sampled_from([17, 32, 63, 64]),
+    )
+    def reserve(self, *, size: int, exponent: int, offset: int, top_down: bool, bits: int) -> object:
+        """The lowest or highest congruent place; else the lowest or highest of all; else an error with what is free
+        below and above the limit."""
+        candidates = self.candidates(size, bits)
         congruent = [page for page in candidates if (page - offset) % (1 << exponent) == 0] or candidates
         try:
             iova = self.allocator.reserve(
-                size * PAGE_SIZE, alignment=PAGE_SIZE << exponent, offset=offset * PAGE_SIZE, top_down=top_down
+                size * PAGE_SIZE,
+                alignment=PAGE_SIZE << exponent,
+                offset=offset * PAGE_SIZE,
+                top_down=top_down,
+                dma_bits=bits,
             )
-        except IovaRangeError:
-            assert not candidates
-            assert self.allocator.largest_free < size * PAGE_SIZE
+        except IovaRangeError as error:
+            self._check_refusal(error, size, bits)
             return multiple()
         assert iova == (max(congruent) if top_down else min(congruent)) * PAGE_SIZE
         self.taken[iova // PAGE_SIZE] = range(iova // PAGE_SIZE, iova // PAGE_SIZE + size)
         return iova // PAGE_SIZE
+
+    def _check_refusal(self, error: IovaRangeError, size: int, bits: int) -> None:
+        assert not self.candidates(size, bits)
+        assert error.largest_free < size * PAGE_SIZE
+        assert (f"dma_bits={bits}" in error.message) == (error.largest_free_above > 0)
+        above = [page for page in self.candidates(size, 64) if page * PAGE_SIZE >= 1 << bits]
+        assert (error.largest_free_above >= size * PAGE_SIZE) == bool(above)
+        assert ("more address bits" in error.hint) == bool(self.candidates(size, 64))
 
     @rule(target=held, place=places, size=sizes)
     def reserve_at(self, *, place: int, size: int) -> object:

@@ -44,6 +44,15 @@ def test_the_demo_holds_on_the_fake(kernel: str) -> None:
     assert done.stdout.count("ok  ") == 13
 
 
+@pytest.mark.parametrize(("iommu", "seen"), [("intel48", "dma_bits=64: DMA at 0xfffffffff000"), ("intel", "")])
+def test_the_demo_lifts_the_limit_of_39_bits_where_the_iommu_has_more(iommu: str, seen: str) -> None:
+    """And says so."""
+    done = demo("--fake", "--iommu", iommu)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert seen in done.stdout
+    assert ("dma_bits" in done.stdout) == bool(seen)
+
+
 def test_the_demo_on_the_fake_tells_programs_which_world_it_is() -> None:
     """JSON on stdout and nothing else."""
     done = demo("--fake", "--json")

@@ -63,8 +63,8 @@ def test_a_lock_is_found_wherever_it_hides(source: str) -> None:
 
 UNGUARDED = {
     "a fact, or one attribute that is replaced as a whole": """
-        Container.check_here Container.check_usable Container.closed Container.fd Container.group Container.info
-        Container.iommu_type Container.iova_pgsizes Container.iova_ranges Container.kernel
+        Container.check_here Container.check_usable Container.closed Container.dma_bits Container.fd Container.info
+        Container.group Container.iommu_type Container.iova_pgsizes Container.iova_ranges Container.kernel
         Container.page_size Device.can_reset Device.check_here Device.check_usable Device.check_views Device.closed
         Device.container Device.fd Device.kernel DirtyTracking.page_size DmaMapper.space DmaMapping.closed
         Group.check_here Group.check_usable Group.closed Group.fd Group.kernel Irq.count Irq.fds

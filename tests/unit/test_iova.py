@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from pyvfio.errors import IovaOverlapError, IovaRangeError
-from pyvfio.iommu.iova import IOVA_MIN, IovaAllocator
+from pyvfio.iommu.iova import IOVA_MIN, IovaAllocator, check_dma_bits
 from pyvfio.units import GIB, KIB, MIB, PAGE_SIZE, U64_MAX, Iova, IovaRange
 
 PAGE = 4096
@@ -31,12 +31,12 @@ def allocator(*ranges: IovaRange, page_size: int = PAGE) -> IovaAllocator:
     return made
 
 
-def take_all(made: IovaAllocator, size: int, *, top_down: bool = False) -> list[int]:
+def take_all(made: IovaAllocator, size: int, *, top_down: bool = False, dma_bits: int = 64) -> list[int]:
     """Reserve until there is nothing left."""
     taken = []
     while True:
         try:
-            taken.append(int(made.reserve(size, top_down=top_down)))
+            taken.append(int(made.reserve(size, top_down=top_down, dma_bits=dma_bits)))
         except IovaRangeError:
             made._check()
             return taken
@@ -93,6 +93,64 @@ def test_without_ranges_nothing_can_be_reserved() -> None:
     """A container has none before its first group."""
     with pytest.raises(IovaRangeError, match="The IOMMU offers none"):
         allocator().reserve(PAGE)
+
+
+# ------------------------------------------------------------------------------------------------ the address bits
+
+
+def test_nothing_is_chosen_above_the_address_bits_of_a_device() -> None:
+    """From the bottom up, and from the top of the limit down: its last page is given out, and none behind."""
+    made = allocator(*WHOLE)
+    assert made.reserve(PAGE, dma_bits=39, top_down=True) == (1 << 39) - PAGE
+    assert made.reserve(2 * PAGE, dma_bits=39, top_down=True) == (1 << 39) - 3 * PAGE
+    assert take_all(allocator(span(0, 0xFFFF_FFFF)), PAGE, dma_bits=17) == list(range(0x1_0000, 0x2_0000, PAGE))
+    assert take_all(allocator(*WHOLE), PAGE, dma_bits=17, top_down=True) == list(range(0x1_F000, 0xF000, -PAGE))
+
+
+def test_a_block_ends_below_the_limit_not_only_begins_there() -> None:
+    """All of its length lies below."""
+    with pytest.raises(IovaRangeError, match="dma_bits=17"):
+        allocator(*WHOLE).reserve(0x1_1000, dma_bits=17)
+    assert allocator(*WHOLE).reserve(0x1_0000, dma_bits=17) == 0x1_0000
+
+
+def test_when_there_is_room_above_the_limit_alone_the_error_says_so_with_both_numbers() -> None:
+    """And names the argument that opens it."""
+    made = allocator(span(0, (1 << 40) - 1))
+    made.reserve_at(0, (1 << 39) - GIB)
+    with pytest.raises(IovaRangeError) as caught:
+        made.reserve(2 * GIB, dma_bits=39)
+    assert str(caught.value).startswith(
+        "reserve(size=0x80000000, dma_bits=0x27): ENOMEM, no 2 GiB of IOVA are left in one piece below 2^39 "
+        "(dma_bits=39): the longest free run there has 1 GiB, and 512 GiB are free above it, 1 ranges are reserved"
+    )
+    assert "DmaMapper(…, dma_bits=…)" in caught.value.hint
+    assert (caught.value.largest_free, caught.value.largest_free_above) == (GIB, 512 * GIB)
+    assert made.reserve(2 * GIB, dma_bits=40) == (1 << 39) - GIB
+
+
+def test_when_more_bits_would_not_help_they_are_not_what_the_hint_says() -> None:
+    """The message has the numbers all the same; where nothing is above, it has none of the limit."""
+    with pytest.raises(IovaRangeError, match=r"dma_bits=39.*512 GiB are free above it") as caught:
+        allocator(span(0, (1 << 40) - 1)).reserve(1 << 41, dma_bits=39)
+    assert "has more address bits" not in caught.value.hint
+    with pytest.raises(IovaRangeError, match="are left in one piece: the longest free run has") as caught:
+        allocator(span(0, (1 << 39) - 1)).reserve(1 << 40, dma_bits=39)
+    assert caught.value.largest_free_above == 0
+
+
+def test_the_callers_own_iova_may_lie_above_every_limit() -> None:
+    """Up to what the IOMMU offers."""
+    made = allocator(*WHOLE)
+    assert made.reserve_at(LAST_PAGE, PAGE) == LAST_PAGE
+
+
+@pytest.mark.parametrize("bits", [16, 65, 0, -1])
+def test_a_number_of_address_bits_leaves_room_and_is_one_of_a_u64(bits: int) -> None:
+    """Below 64 KiB nothing is chosen."""
+    with pytest.raises(ValueError, match="dma_bits must be 17 to 64"):
+        check_dma_bits(bits)
+    assert [check_dma_bits(bits) for bits in (17, 64)] == [17, 64]
 
 
 # ---------------------------------------------------------------------------------------------------- holes, edges

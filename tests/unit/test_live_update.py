@@ -563,7 +563,9 @@ def test_a_block_comes_with_all_that_it_was_made_of(kernel: SpecialKernel) -> No
     settings = pyvfio.MemorySettings(dontdump=True, hugepage=False)
 
     def mapper(space: pyvfio.Container, blocks: pyvfio.RamBlockList) -> pyvfio.DmaMapper:
-        return pyvfio.DmaMapper(space, blocks, resize="extend", granule=2 * PAGE_SIZE, allow_gap=False, prefault=2)
+        return pyvfio.DmaMapper(
+            space, blocks, resize="extend", granule=2 * PAGE_SIZE, allow_gap=False, prefault=2, dma_bits=32
+        )
 
     called: list[int] = []
     with Rig(kernel, mapper=mapper) as rig:
@@ -581,6 +583,7 @@ def test_a_block_comes_with_all_that_it_was_made_of(kernel: SpecialKernel) -> No
             os.close(fd)
             policy = taken.mapper.policy
             assert (policy.resize, policy.granule, policy.allow_gap) == ("extend", 2 * PAGE_SIZE, False)
+            assert (taken.mapper.dma_bits, taken.container.dma_bits) == (32, 39)
             of_file, other = taken.blocks["file"], taken.blocks["other"]
             assert of_file.readonly
             assert (other.settings, other.prealloc, other.readonly) == (settings, 2, False)
@@ -725,8 +728,10 @@ def test_what_was_cancelled_cannot_be_taken_over(kernel: SpecialKernel, rig: Rig
         (lambda _state: b"\xff\0", "not the state"),
         (lambda _state: b"[]", "no JSON object"),
         (lambda _state: b"{}", "something else"),
-        (lambda state: state.replace(b'"version":1', b'"version":2'), "version 2.*one release"),
-        (lambda state: state.replace(b'"version":1', b'"version":[]'), "version"),
+        (lambda state: state.replace(b'"version":2', b'"version":1'), "version 1.*one release"),
+        (lambda state: state.replace(b'"version":2', b'"version":[]'), "version"),
+        (lambda state: state.replace(b'"mapper_bits":39', b'"mapper_bits":65'), "dma_bits must be 17 to 64"),
+        (lambda state: state.replace(b'"container_bits":39', b'"container_bits":null'), "'container_bits'"),
         (lambda state: state.replace(b'"iommu_type":3', b'"iommu_type":7'), "type 7"),
         (lambda state: state.replace(b'"groups":[2]', b'"groups":[3]'), "group that it has not"),
         (lambda state: state.replace(b'"groups":[2]', b'"groups":["2"]'), "'groups'"),
