@@ -175,6 +175,7 @@ class Worker:
             "group": world.sides[0].device.group,
             "iova": RAW,
             "mapper": world.sides[0].mapper,
+            "memory": world.shared[0],
             "notifier": Listener(),
             "used_length": 2 * PAGE_SIZE,
             "vaddr": ctypes.addressof(ctypes.c_char.from_buffer(world.memory)),
