@@ -9,7 +9,7 @@ Source: `RAMBlock` (include/exec/ramblock.h), and RamDiscardManager (include/exe
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, SupportsIndex
 
 from pyvfio.blocks.state import BlockState, ResizedCallback
 from pyvfio.errors import ClosedError, MemoryNotReturnedWarning
@@ -213,15 +213,20 @@ class RamBlock:
         self._owner().remove(self)
 
     @reading
-    def view(self) -> memoryview:
-        """A memoryview of `[0, used_length)`, writable unless the memory is a file that is open for reading only.
+    def view(self, offset: SupportsIndex = 0, size: SupportsIndex | None = None) -> memoryview:
+        """Return a memoryview of `[offset, offset + size)`, writable unless the memory is a file that is open for
+        reading only.
 
-        While the view or an object made from it (a slice, a numpy array) lives, the block can grow, but neither shrink
-        below the end of the view nor be removed: BufferError. `release()` the view, or delete it. Closing the list
-        removes the block all the same, and its memory stays until the last view goes.
+        Both are in bytes; `size` None means up to `used_length`. While the view or an object made from it (a slice, a
+        numpy array) lives, the block can grow, but neither shrink below the end of the view nor be removed:
+        BufferError. So a view of the part that is needed leaves the block free to shrink down to the end of that part,
+        and a slice of a view of the whole does not. `release()` the view, or delete it. Closing the list removes the
+        block all the same, and its memory stays until the last view goes.
+
+        Raises ValueError where bytes of the part are not in use, TypeError, ClosedError.
         """
         self._owner()
-        return self.state.view()
+        return self.state.view(*self.state.check_part(offset, size))
 
     def __buffer__(self, flags: int) -> memoryview:
         """`memoryview(block)` and `numpy.frombuffer(block)`, from Python 3.12 on."""

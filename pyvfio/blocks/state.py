@@ -18,14 +18,14 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
+from typing import Protocol, SupportsIndex, TypeAlias
 
 from pyvfio.errors import REACH_UNKNOWN, DiscardError, IoctlError
 from pyvfio.extents import Extent, Part, clip, runs, total, without
 from pyvfio.guard import Guard, call_out, closing
 from pyvfio.kernel import Kernel
 from pyvfio.memory import Exports, MemoryKind, MemorySettings, Reservation
-from pyvfio.units import format_size
+from pyvfio.units import check_whole_number, format_size
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +112,22 @@ class BlockState:
         whole = [(0, length)] if length else []
         return without(whole, *self.discarded) if self.discarded else whole
 
-    def view(self) -> memoryview:
-        """A view of `[0, used_length)`. While it lives, `check_views` knows it."""
-        view = self._views.view(self.start, self.used_length)
+    def check_part(self, offset: SupportsIndex, size: SupportsIndex | None) -> tuple[int, int]:
+        """Return the offset and size of a part, in bytes; `size` None: up to `used_length`. Raises ValueError where it
+        is not in use, TypeError."""
+        used = self.used_length
+        start = check_whole_number(offset, "offset")
+        count = max(used - start, 0) if size is None else check_whole_number(size, "size")
+        if start < 0 or count < 0 or start + count > used:
+            raise ValueError(
+                f"offset {start} and size {count} are not a part of RAM block '{self.idstr}' that is in use: "
+                f"used_length is {used}"
+            )
+        return start, count
+
+    def view(self, offset: int, size: int) -> memoryview:
+        """A view of `[offset, offset + size)`, which is in use. While it lives, `check_views` knows it."""
+        view = self._views.view(self.start + offset, size)
         return view.toreadonly() if self.memory.readable_only else view
 
     def check_views(self, end: int) -> None:
@@ -122,7 +135,7 @@ class BlockState:
         reached = self._views.end() - self.start
         if reached > end:
             raise BufferError(
-                f"RAM block '{self.idstr}' has a live view of {format_size(reached)}, so it cannot be "
+                f"RAM block '{self.idstr}' has a live view up to {format_size(reached)}, so it cannot be "
                 f"{'shrunk to ' + format_size(end) if end else 'emptied or removed'}; release the view first"
             )
 

@@ -1063,7 +1063,7 @@ def test_a_block_does_not_shrink_or_go_under_a_live_view(kernel: FakeKernel, blo
         block.remove,
     ]
     for refused in changes:
-        with pytest.raises(BufferError, match="live view of 4 MiB"):
+        with pytest.raises(BufferError, match="live view up to 4 MiB"):
             refused()
     assert (notifier.log, kernel.trace, block.used_length) == ([], [], 4 * MIB)
     block.resize(6 * MIB)
@@ -1078,7 +1078,7 @@ def test_a_view_holds_what_it_reaches_and_no_more(blocks: RamBlockList) -> None:
     block = ram(blocks, 2 * MIB)
     view = block.view()
     block.resize(MAX)
-    with block.view(), pytest.raises(BufferError, match="view of 8 MiB"):
+    with block.view(), pytest.raises(BufferError, match="view up to 8 MiB"):
         block.resize(6 * MIB)
     block.resize(2 * MIB)
     with pytest.raises(BufferError, match="shrunk to 1 MiB"):
@@ -1088,6 +1088,65 @@ def test_a_view_holds_what_it_reaches_and_no_more(blocks: RamBlockList) -> None:
     empty = block.view()
     block.remove()
     assert len(empty) == 0
+
+
+@pytest.mark.parametrize("keep", KEEPERS, ids=["view", "slice", "array", "part of array", "cast", "ctypes"])
+def test_a_view_of_a_part_lets_the_block_shrink_to_the_end_of_the_part(blocks: RamBlockList, keep: Keep) -> None:
+    """A queue at the start of a block stays in view while the rest comes and goes. The last part of several decides."""
+    block = ram(blocks)
+    data = filled(block)
+    kept = [keep(block.view(PAGE_SIZE, PAGE_SIZE)), keep(block.view(offset=0, size=PAGE_SIZE))]
+    block.resize(2 * PAGE_SIZE)
+    changes: list[Callable[[], None]] = [lambda: block.resize(PAGE_SIZE), block.remove]
+    for refused in changes:
+        with pytest.raises(BufferError, match="live view up to 8 KiB"):
+            refused()
+    block.resize(4 * MIB)
+    assert contents(block)[: 2 * PAGE_SIZE] == data[: 2 * PAGE_SIZE]
+    del kept[0]
+    block.resize(PAGE_SIZE)
+    with pytest.raises(BufferError, match="live view up to 4 KiB, so it cannot be emptied or removed"):
+        block.resize(0)
+    kept.clear()
+    block.remove()
+
+
+def test_a_view_of_a_part_has_the_bytes_of_the_part(blocks: RamBlockList) -> None:
+    """Also one that begins and ends inside of a page, and one of a part that is empty."""
+    block = ram(blocks)
+    data = filled(block)
+    for start, size in ((0, 1), (5, PAGE_SIZE), (4 * MIB - 3, 3), (4 * MIB, 0), (7, 0)):
+        with block.view(start, size) as view:
+            assert (bytes(view), view.readonly) == (data[start : start + size], False)
+    with block.view(np.int64(4 * MIB - 8)) as view:
+        assert bytes(view) == data[-8:]
+        view[0] = 1
+    assert contents(block)[-8] == 1
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "error"),
+    [
+        (0, 4 * MIB + 1, ValueError),
+        (4 * MIB, 1, ValueError),
+        (4 * MIB + 1, None, ValueError),
+        (-1, 1, ValueError),
+        (0, -1, ValueError),
+        (1 << 70, None, ValueError),
+        ("0", 1, TypeError),
+        (0, 1.0, TypeError),
+        (True, None, TypeError),
+        (0, False, TypeError),
+    ],
+)
+def test_a_view_of_bytes_that_are_not_in_use_is_refused(
+    blocks: RamBlockList, offset: int, size: int | None, error: type[Exception]
+) -> None:
+    """The memory behind used_length cannot be touched."""
+    block = ram(blocks)
+    with pytest.raises(error):
+        block.view(offset, size)
+    block.resize(0)
 
 
 @pytest.mark.parametrize("keep", KEEPERS, ids=["view", "slice", "array", "part of array", "cast", "ctypes"])
@@ -1171,7 +1230,7 @@ def test_a_view_that_a_hook_has_taken_meanwhile_refuses_the_change(
     data = filled(block)
     views: list[memoryview] = []
     notifiers["b"].hook = lambda block: views.append(block.view())
-    with pytest.raises(BufferError, match="live view of 4 MiB"):
+    with pytest.raises(BufferError, match="live view up to 4 MiB"):
         block.remove() if change == "remove" else block.resize(0)
     assert {n.known["ram"] for n in notifiers.values()} == {4 * MIB}
     assert bytes(views[0]) == contents(block) == data
