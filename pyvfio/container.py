@@ -9,26 +9,24 @@ import ctypes
 import errno
 import logging
 import os
-import stat
 import struct
 from collections.abc import Callable, Iterable
 from functools import partial
 from operator import index
+from pathlib import Path
 from typing import TypeVar
 
 from pyvfio import ioctls, pci
 from pyvfio.errors import (
-    AccessDeniedError,
     CapabilityError,
     GroupBusyError,
     GroupNotViableError,
     IoctlError,
-    NotBoundError,
     RollbackError,
-    UnavailableError,
     UnmapSizeError,
     UnsupportedError,
     VfioError,
+    descriptor_hint,
     raise_collected,
 )
 from pyvfio.guard import Guard, close_now, closing, constructing, guarded, making, reading, uninterrupted
@@ -39,6 +37,7 @@ from pyvfio.iommu.space import Mapping
 from pyvfio.iommu.table import MappingTable
 from pyvfio.iommu.type1_errors import MapRefusal, describe_mappings
 from pyvfio.kernel import Kernel, LinuxKernel
+from pyvfio.pci.nodes import explain_container, explain_group
 from pyvfio.units import GIB, U64_MAX, Iova, IovaRange, format_ranges
 
 logger = logging.getLogger(__name__)
@@ -59,24 +58,6 @@ _UNKNOWN_RANGE = IovaRange(Iova(0), Iova(512 * GIB - 1))
 """Assumed where the kernel reports no ranges (before 5.4): 39 bits, the least that an IOMMU of the field has."""
 
 
-def _open_error(error: OSError, path: str) -> VfioError:
-    if error.errno in (errno.EACCES, errno.EPERM):
-        try:
-            status = os.stat(path)
-            mode = f"{stat.filemode(status.st_mode)}, owner {status.st_uid}:{status.st_gid}"
-        except OSError:
-            mode = "of unknown mode"
-        return AccessDeniedError(
-            path,
-            hint=f"It is {mode}; this is user {os.geteuid()} with groups {sorted(os.getgroups())}. Run as root, or let "
-            f'a udev rule give it away: SUBSYSTEM=="vfio", GROUP="vfio", MODE="0660"',
-        )
-    hint = (
-        "Close files, or raise the limit of open ones: ulimit -n" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
-    )
-    return IoctlError.of(error, f"{path} could not be opened", request="open", arguments={"path": path}, hint=hint)
-
-
 class Group(Handle):
     """An open IOMMU group: the smallest set of devices that an IOMMU can keep apart from the rest.
 
@@ -88,9 +69,9 @@ class Group(Handle):
     def __init__(self, number: int, *, kernel: Kernel | None = None) -> None:
         number = _checked_number(number)
         kernel = kernel or LinuxKernel()
-        path = str(pci.group_node(kernel, number))
+        path = pci.group_node(kernel, number)
         try:
-            fd = kernel.open(path, os.O_RDWR)
+            fd = kernel.open(str(path), os.O_RDWR)
         except OSError as error:
             raise self._explain(kernel, number, path, error) from error
         self._own(kernel, fd, number)
@@ -126,16 +107,10 @@ class Group(Handle):
         return f"<Group {self.number} {state}, open devices: {len(self.devices)}>"
 
     @staticmethod
-    def _explain(kernel: Kernel, number: int, path: str, error: OSError) -> VfioError:
+    def _explain(kernel: Kernel, number: int, path: Path, error: OSError) -> VfioError:
         if error.errno == errno.EBUSY:
-            return GroupBusyError(number, pci.holders_of(kernel, pci.group_node(kernel, number)))
-        if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
-            members = " ".join(member.bdf for member in pci.group_members(kernel, number))
-            return NotBoundError(
-                f"there is no {path}: no device of IOMMU group {number} is bound to a VFIO driver",
-                hint=f"Bind one of its devices to vfio-pci: scripts/bind {members}",
-            )
-        return _open_error(error, path)
+            return GroupBusyError(number, pci.holders_of(kernel, path))
+        return explain_group(kernel, number, path, error)
 
     def get_status(self) -> ioctls.VfioGroupFlags:
         """VFIO_GROUP_GET_STATUS: whether the group is viable and in a container."""
@@ -174,7 +149,10 @@ class Group(Handle):
 
     def get_device_fd(self, bdf: str) -> int:
         """VFIO_GROUP_GET_DEVICE_FD: a new descriptor of the device, close-on-exec; the caller closes it."""
-        hints = {errno.ENODEV: f"It is not in group {self.number}, or not bound to vfio-pci: scripts/bind {bdf}"}
+        hints = {
+            errno.ENODEV: f"It is not in group {self.number}, or not bound to vfio-pci: scripts/bind {bdf}",
+            errno.EMFILE: descriptor_hint(errno.EMFILE),
+        }
         name = ctypes.create_string_buffer(bdf.encode("ascii"))
         return self.ioctl("VFIO_GROUP_GET_DEVICE_FD", name, hints=hints, name=bdf)
 
@@ -343,16 +321,11 @@ class Container(Handle):
 
     @staticmethod
     def _open(kernel: Kernel) -> int:
-        path = str(kernel.dev / "vfio" / "vfio")
+        path = kernel.dev / "vfio" / "vfio"
         try:
-            return kernel.open(path, os.O_RDWR)
+            return kernel.open(str(path), os.O_RDWR)
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
-                raise _open_error(error, path) from error
-            raise UnavailableError(
-                f"there is no {path}: this machine has no VFIO, or its module is not loaded",
-                hint="modprobe -a vfio-pci vfio_iommu_type1 as root; in a container, hand in /dev/vfio",
-            ) from error
+            raise explain_container(kernel, path, error) from error
 
     def _check_version(self) -> None:
         if (version := self.get_api_version()) != ioctls.VFIO_API_VERSION:
@@ -386,7 +359,8 @@ class Container(Handle):
             errno.EPERM: "The platform has no interrupt remapping, so a device could forge interrupts. Turn it on in "
             "the firmware (QEMU: intel-iommu,intremap=on), or accept the risk: modprobe vfio_iommu_type1 "
             "allow_unsafe_interrupts=1",
-            errno.ENODEV: "modprobe vfio_iommu_type1",
+            errno.ENODEV: "The module with type1 is not loaded: modprobe vfio_iommu_type1; or the group has no IOMMU "
+            "(its node is /dev/vfio/noiommu-N), and pyvfio maps through an IOMMU only",
             errno.EINVAL: "The container has no group, or an IOMMU already, or the group's IOMMU offers no IOVAs",
         }
         self.ioctl("VFIO_SET_IOMMU", index(iommu_type), hints=hints, iommu=iommu_type.name)

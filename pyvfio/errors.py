@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno as errnos
 import os
+import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -147,11 +148,12 @@ class NotBoundError(VfioError):
 
 
 class AccessDeniedError(VfioError, PermissionError):
-    """This user may not open `path`."""
+    """This user (EACCES) or this process (EPERM) may not open `path`."""
 
-    def __init__(self, path: str, *, hint: str) -> None:
-        PermissionError.__init__(self, errnos.EACCES, os.strerror(errnos.EACCES))
-        self.message = f"{path} may not be opened by this user"
+    def __init__(self, path: str, *, hint: str, number: int = errnos.EACCES) -> None:
+        PermissionError.__init__(self, number, os.strerror(number))
+        who = "process" if number == errnos.EPERM else "user"
+        self.message = f"{path} may not be opened by this {who}"
         self.path = path
         self.hint = hint
 
@@ -192,21 +194,35 @@ class Holder:
 class GroupBusyError(VfioError):
     """The group is open already. `holders` are the processes that have it open, as far as this user may see."""
 
-    def __init__(self, group: int, holders: Sequence[Holder]) -> None:
+    def __init__(self, group: int, holders: Sequence[Holder], *, hint: str = "") -> None:
+        """`hint`: in place of how to open a device of a group that is open."""
         names = ", ".join(
             f"{holder.command} (pid {holder.pid}{', this process' if holder.is_this_process else ''})"
             for holder in holders
         )
         super().__init__(
             f"IOMMU group {group} is already open" + (f" in {names}" if names else ""),
-            hint="A group can be open once at a time: close the devices of it there (in Python an object that was "
-            "forgotten may be open until gc.collect()), or end that process"
-            if names
-            else "A group can be open once at a time; no holder was found: it may be in another PID namespace, "
-            "another user's process, or only a device descriptor of it may still be open",
+            hint=hint or _how_to_share(holders),
         )
         self.group = group
         self.holders = tuple(holders)
+
+
+def _how_to_share(holders: Sequence[Holder]) -> str:
+    """A group can be open once at a time, and its devices have one container."""
+    once = "A group can be open once at a time"
+    if any(holder.is_this_process for holder in holders):
+        return (
+            f"{once}. To open another device of it, or this one again, name the container that it is in: "
+            "open_device(..., container=device.container). Otherwise close its devices first: an object that was "
+            "forgotten may be open until gc.collect()"
+        )
+    if holders:
+        return f"{once}: close its devices there, or end that process"
+    return (
+        f"{once}, and no process was found that has it open: look from outside of this container or PID namespace, "
+        "and as root. A device descriptor that outlived its group's is not seen either"
+    )
 
 
 class ClosedError(VfioError):
@@ -278,6 +294,16 @@ class PersistenceWarning(RuntimeWarning):
 class MemoryNotReturnedWarning(RuntimeWarning):
     """A block shrank, but its memory could not be given back to the system. It stays charged, out of the device's
     reach, and is zeroed before it is seen again."""
+
+
+def descriptor_hint(number: int) -> str:
+    """A hint for EMFILE and ENFILE, with the limit; empty for another errno."""
+    if number == errnos.EMFILE:
+        limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"This process may have {limit} files open: close some, or raise the limit, up to {most}: ulimit -n"
+    if number == errnos.ENFILE:
+        return "The machine has as many files open as it may have: close some, or raise the sysctl fs.file-max"
+    return ""
 
 
 def as_exception(error: BaseException) -> Exception:

@@ -127,6 +127,11 @@ class Kernel(Protocol):
         """Where the device nodes are: `vfio/vfio`, `vfio/<group>`."""
         ...
 
+    @property
+    def proc(self) -> Path:
+        """Where procfs is mounted."""
+        ...
+
     def open(self, path: str, flags: int) -> int:
         """open(2); O_CLOEXEC is always added."""
         ...
@@ -301,11 +306,13 @@ class MappedRegisters:
 
 
 class LinuxKernel:
-    """The running kernel. `sysfs` and `dev` may be elsewhere, for a container that has them mounted elsewhere."""
+    """The running kernel. `sysfs`, `dev` and `proc` may be elsewhere, for a container that has them mounted
+    elsewhere."""
 
-    def __init__(self, *, sysfs: Path | str = "/sys", dev: Path | str = "/dev") -> None:
+    def __init__(self, *, sysfs: Path | str = "/sys", dev: Path | str = "/dev", proc: Path | str = "/proc") -> None:
         self._sysfs = Path(sysfs)
         self._dev = Path(dev)
+        self._proc = Path(proc)
 
     @property
     def sysfs(self) -> Path:
@@ -316,6 +323,11 @@ class LinuxKernel:
     def dev(self) -> Path:
         """Where the device nodes are."""
         return self._dev
+
+    @property
+    def proc(self) -> Path:
+        """Where procfs is mounted."""
+        return self._proc
 
     def open(self, path: str, flags: int) -> int:
         """open(2) with O_CLOEXEC."""

@@ -10,24 +10,60 @@ from pathlib import Path
 
 from pyvfio.errors import DeviceNotFoundError, GroupMember, Holder
 from pyvfio.kernel import Kernel
-from pyvfio.pci.sysfs import PROC, is_vfio_driver, link_name, list_names, read_device, read_text
+from pyvfio.pci.sysfs import (
+    PciDevice,
+    is_vfio_driver,
+    link_name,
+    list_names,
+    printable,
+    read_device,
+    read_text,
+)
 
 # Drivers with `driver_managed_dma` that do not belong to VFIO. Any driver of a bridge was let through until Linux 5.18;
 # since "PCI: portdrv: Set driver_managed_dma" pcieport is, and shpchp is not.
 _HARMLESS_DRIVERS = frozenset({"pcieport", "pci-stub"})
+_AT_BOOT = ("dmar", "ivhd")
 
 
-def group_of(kernel: Kernel, bdf: str, *, proc: Path = PROC) -> int:
+def group_of(kernel: Kernel, bdf: str) -> int:
     """The number of the IOMMU group that a PCI function is in.
 
     Raises DeviceNotFoundError when there is no such device, and when it is in no group; then the error says which of
-    firmware, virtual machine and kernel command line is the cause, as far as sysfs and `proc` show, and what to do.
+    firmware, virtual machine and kernel command line is the cause, as far as sysfs and procfs show, and what to do.
     """
     device = read_device(kernel, bdf)
     if device.iommu_group is None:
-        reason, hint = _why_no_group(kernel, proc)
-        raise DeviceNotFoundError(f"{device.bdf} is in no IOMMU group: {reason}", hint=hint)
+        raise no_group(kernel, device)
     return device.iommu_group
+
+
+def no_group(kernel: Kernel, device: PciDevice, *, tried: bool = False) -> DeviceNotFoundError:
+    """The error for a device that is in no group. `tried`: also after a driver was bound to it."""
+    if not tried and comes_later(kernel, device):
+        return DeviceNotFoundError(
+            f"{device.bdf} is in no IOMMU group yet: its IOMMU makes one when a driver is first bound to it",
+            hint=f"scripts/bind {device.bdf}",
+        )
+    reason, hint = _why_no_group(kernel)
+    return DeviceNotFoundError(f"{device.bdf} is in no IOMMU group: {reason}", hint=hint)
+
+
+def has_iommus(kernel: Kernel) -> bool:
+    """Whether the kernel has taken up an IOMMU, whichever devices that covers."""
+    return bool(list_names(kernel.sysfs / "class/iommu"))
+
+
+def comes_later(kernel: Kernel, device: PciDevice) -> bool:
+    """Whether a device without a group may get one when a driver is first bound to it.
+
+    So it is before Linux 6.15 where firmware's tables say which IOMMU a device is behind: VIOT for virtio-iommu, IORT
+    on arm64 (`acpi_iommu_configure_id`, called by `pci_dma_configure` alone). Those of Intel and AMD, dmar0 and ivhd0,
+    make all groups at boot. A device that has a driver has no group to come.
+    """
+    if device.iommu_group is not None or device.driver is not None or device.is_bridge:
+        return False
+    return any(not name.startswith(_AT_BOOT) for name in list_names(kernel.sysfs / "class/iommu"))
 
 
 def group_members(kernel: Kernel, group: int) -> tuple[GroupMember, ...]:
@@ -40,15 +76,21 @@ def group_members(kernel: Kernel, group: int) -> tuple[GroupMember, ...]:
     directory = kernel.sysfs / "kernel/iommu_groups" / str(group) / "devices"
     names = list_names(directory)
     if not names:
-        known = ", ".join(sorted(list_names(directory.parent.parent), key=int)) or "none"
+        known = ", ".join(map(printable, sorted(list_names(directory.parent.parent), key=_by_number))) or "none"
         raise DeviceNotFoundError(f"there is no IOMMU group {group}", hint=f"The groups are: {known}")
     return tuple(_member(directory / name) for name in sorted(names))
+
+
+def _by_number(name: str) -> tuple[int, str]:
+    return int(name) if name.isdecimal() else -1, name
 
 
 def _member(path: Path) -> GroupMember:
     driver = link_name(path / "driver")
     harmless = driver is None or driver in _HARMLESS_DRIVERS or is_vfio_driver(path, driver)
-    return GroupMember(bdf=path.name, driver=driver, blocks=not harmless)
+    return GroupMember(
+        bdf=printable(path.name), driver=None if driver is None else printable(driver), blocks=not harmless
+    )
 
 
 def group_node(kernel: Kernel, group: int) -> Path:
@@ -64,25 +106,31 @@ def group_node(kernel: Kernel, group: int) -> Path:
 # --- Holders -----------------------------------------------------------------------------------------------------
 
 
-def holders_of(kernel: Kernel, path: Path, *, proc: Path = PROC) -> tuple[Holder, ...]:
+def holders_of(kernel: Kernel, path: Path) -> tuple[Holder, ...]:
     """The processes that have a file open, as far as this user may see; never raises.
 
     A device node is told by its number, so that a node of another name in a container counts; another file by its
-    inode. Not seen: other users' processes unless root asks, other PID namespaces, mappings, and what only holds a
-    device descriptor of a group. Cost: a readlink for each descriptor of each process, some 10 ms on a desktop.
+    inode. Control characters in the name of a process are escaped. Not seen: other users' processes unless root asks,
+    other PID namespaces, mappings, and what only holds a device descriptor of a group. Cost: a readlink for each
+    descriptor of each process, some 10 ms on a desktop.
     """
-    del kernel  # the processes are the running kernel's, whatever stands in for the rest
+    proc = kernel.proc
     try:
         wanted = _identity(os.stat(path))
     except OSError:
         return ()
-    pids = sorted(int(name) for name in list_names(proc) if name.isdigit())
+    pids = process_ids(proc)
     here = _this_process(proc)
     return tuple(
-        Holder(pid, read_text(proc / str(pid) / "comm") or "?", is_this_process=pid == here)
+        Holder(pid, printable(read_text(proc / str(pid) / "comm") or "?"), is_this_process=pid == here)
         for pid in pids
         if _holds(proc, pid, path, wanted)
     )
+
+
+def process_ids(proc: Path) -> list[int]:
+    """The processes that a procfs shows, ascending."""
+    return sorted(int(name) for name in list_names(proc) if name.isdecimal())
 
 
 def _this_process(proc: Path) -> int:
@@ -114,10 +162,10 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
 # --- Why there is no group ---------------------------------------------------------------------------------------
 
 
-def _why_no_group(kernel: Kernel, proc: Path) -> tuple[str, str]:
+def _why_no_group(kernel: Kernel) -> tuple[str, str]:
     units = ", ".join(sorted(list_names(kernel.sysfs / "class/iommu")))
     tables = list_names(kernel.sysfs / "firmware/acpi/tables") & {"DMAR", "IVRS", "IORT", "VIOT"}
-    options = _iommu_options(proc)
+    options = _iommu_options(kernel.proc)
     off = sorted(word for word in options if word.endswith("=off"))
     cases = (
         (
@@ -141,7 +189,7 @@ def _why_no_group(kernel: Kernel, proc: Path) -> tuple[str, str]:
             "See dmesg | grep -i -e dmar -e iommu; its driver may be missing (virtio_iommu is often a module)",
         ),
         (
-            _is_virtual_machine(kernel, proc),
+            _is_virtual_machine(kernel),
             "this virtual machine has no IOMMU of its own",
             "Give it one; of QEMU: -machine q35,kernel-irqchip=split -device intel-iommu,intremap=on,caching-mode=on "
             "(and intel_iommu=on on the guest's command line), or -device virtio-iommu-pci",
@@ -166,6 +214,6 @@ def _iommu_options(proc: Path) -> set[str]:
     return options
 
 
-def _is_virtual_machine(kernel: Kernel, proc: Path) -> bool:
-    flags = re.search(r"^flags\s*:.*\bhypervisor\b", read_text(proc / "cpuinfo") or "", re.MULTILINE)
+def _is_virtual_machine(kernel: Kernel) -> bool:
+    flags = re.search(r"^flags\s*:.*\bhypervisor\b", read_text(kernel.proc / "cpuinfo") or "", re.MULTILINE)
     return flags is not None or read_text(kernel.sysfs / "class/dmi/id/sys_vendor") == "QEMU"

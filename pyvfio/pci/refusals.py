@@ -5,29 +5,37 @@ from __future__ import annotations
 
 import errno as errnos
 import os
-from collections.abc import Iterator
+from collections.abc import Collection
 from pathlib import Path
 
-from pyvfio.errors import GroupBusyError, UnavailableError, VfioError
+from pyvfio.errors import DeviceNotFoundError, GroupBusyError, Holder, UnavailableError, VfioError
 from pyvfio.kernel import Kernel
-from pyvfio.pci.groups import group_node, group_of, holders_of
-from pyvfio.pci.sysfs import NO_DRIVER, PciDevice, device_path, list_names, read_text
+from pyvfio.pci.groups import group_node, has_iommus, holders_of, no_group
+from pyvfio.pci.sysfs import NO_DRIVER, PciDevice, device_path, link_name, list_names, printable, read_device, read_text
+from pyvfio.pci.usage import uses_of
 
-_IFF_UP = 1  # linux/if.h
+_NAME_MAX = 255
+
+
+def checked_name(driver: str) -> str:
+    """The name of a driver. ValueError for text that can be none: a path, or with control characters."""
+    if not isinstance(driver, str):
+        raise TypeError(f"the name of a driver is text, not {type(driver).__name__}")
+    if not driver or driver in {".", ".."} or "/" in driver or not driver.isprintable() or len(driver) > _NAME_MAX:
+        raise ValueError(f"not the name of a driver: {driver[: _NAME_MAX + 1]!r}")
+    return driver
 
 
 def check_loaded(kernel: Kernel, driver: str) -> None:
     """Refuse a driver that is not loaded (UnavailableError), and what is no name of one (ValueError)."""
-    if not driver or "/" in driver:
-        raise ValueError(f"not the name of a driver: {driver!r}")
-    if not (kernel.sysfs / "bus/pci/drivers" / driver).is_dir():
+    if not (kernel.sysfs / "bus/pci/drivers" / checked_name(driver)).is_dir():
         raise UnavailableError(
             f"no PCI driver {driver} is loaded", hint=f"Load the module that has it: modprobe {driver}"
         )
 
 
-def check_driver(kernel: Kernel, device: PciDevice, driver: str, proc: Path) -> None:
-    """Refuse a driver that is not loaded; and VFIO's for a bridge, and for a device that is in no group."""
+def check_driver(kernel: Kernel, device: PciDevice, driver: str) -> None:
+    """Refuse a driver that is not loaded; and VFIO's for a bridge, and for a device that can get no group."""
     if driver == NO_DRIVER:
         return
     check_loaded(kernel, driver)
@@ -39,35 +47,66 @@ def check_driver(kernel: Kernel, device: PciDevice, driver: str, proc: Path) -> 
             hint="A bridge need not be bound to it: pcieport and no driver at all leave its group viable "
             f"(scripts/unbind --driver {NO_DRIVER} {device.bdf} takes any other from it)",
         )
-    unsafe = read_text(kernel.sysfs / "module/vfio/parameters/enable_unsafe_noiommu_mode")
-    if unsafe not in {"Y", "1"}:
-        group_of(kernel, device.bdf, proc=proc)
-
-
-def check_idle(kernel: Kernel, device: PciDevice, *, force: bool, proc: Path) -> None:
-    """Refuse a device whose group is open; and, unless forced, one that the machine itself is using."""
-    if device.iommu_group is not None:
-        _check_group_closed(kernel, device, device.iommu_group, proc)
-    if device.driver is None or device.is_vfio or device.is_bridge or force:
+    if device.iommu_group is not None or _is_unsafe_mode(kernel):
         return
-    reasons = [
-        *_interfaces_up(kernel, device.bdf),
-        *_disks_in_use(kernel, device.bdf, proc),
-        *_shared_file_systems(kernel, device.bdf),
-    ]
-    if reasons:
-        raise VfioError(
-            f"{device.bdf} is in use through {device.driver}: {', '.join(reasons)}",
-            hint="Take the interface down, unmount the disk; or force it, and lose what depends on it",
-        )
+    # A device that has a driver has the group that it gets. Another may get one now, where there is an IOMMU.
+    if device.driver is not None or not has_iommus(kernel):
+        raise no_group(kernel, device)
 
 
-def _check_group_closed(kernel: Kernel, device: PciDevice, group: int, proc: Path) -> None:
+def _is_unsafe_mode(kernel: Kernel) -> bool:
+    """Whether VFIO makes up groups for devices without an IOMMU."""
+    return read_text(kernel.sysfs / "module/vfio/parameters/enable_unsafe_noiommu_mode") in {"Y", "1"}
+
+
+def without_group(kernel: Kernel, bdf: str, driver: str | None) -> DeviceNotFoundError | None:
+    """The reason for which VFIO's driver did not take a device, where that is the group which did not come."""
+    device = read_device(kernel, bdf)
+    if driver is None or "vfio" not in driver or device.iommu_group is not None or _is_unsafe_mode(kernel):
+        return None
+    return no_group(kernel, device, tried=True)
+
+
+def check_idle(kernel: Kernel, device: PciDevice, *, force: bool) -> None:
+    """Refuse a device whose group is open; and, unless forced, one that the machine itself is using.
+
+    A device's virtual functions go when its driver does, so that they are looked at as well.
+    """
+    functions = [read_device(kernel, bdf) for bdf in _virtual_functions(kernel, device.bdf)]
+    for each in (device, *functions):
+        if each.iommu_group is not None:
+            _check_group_closed(kernel, each, each.iommu_group)
+    if force or device.driver is None or device.is_bridge:
+        return
+    for each in (device, *functions):
+        if each.driver is not None and not each.is_vfio and (reasons := uses_of(kernel, each.bdf)):
+            raise VfioError(
+                f"{each.bdf} is in use through {printable(each.driver)}: {', '.join(reasons)}",
+                hint="Take the interface down, unmount the disk; or force it, and lose what depends on it",
+            )
+
+
+def _virtual_functions(kernel: Kernel, bdf: str) -> list[str]:
+    links = device_path(kernel, bdf).glob("virtfn*")
+    return sorted(name for name in map(link_name, links) if name is not None)
+
+
+def _check_group_closed(kernel: Kernel, device: PciDevice, group: int) -> None:
     nodes = [group_node(kernel, group)]
     nodes += [kernel.dev / "vfio/devices" / name for name in list_names(device_path(kernel, device.bdf) / "vfio-dev")]
-    holders = {holder.pid: holder for node in nodes for holder in holders_of(kernel, node, proc=proc)}
+    holders = {holder.pid: holder for node in nodes for holder in holders_of(kernel, node)}
     if holders or _is_open_somewhere(kernel, nodes[0]):
-        raise GroupBusyError(group, tuple(holders.values()))
+        # Taking a device from VFIO would wait in the kernel until its user closes it (`vfio_unregister_group_dev`).
+        raise GroupBusyError(group, tuple(holders.values()), hint=_how_to_free(holders.values()))
+
+
+def _how_to_free(holders: Collection[Holder]) -> str:
+    if holders:
+        return "Its devices keep their drivers meanwhile: close them there, or end that process"
+    return (
+        "Its devices keep their drivers meanwhile. No process was found that has it open: look from outside of this "
+        "container or PID namespace, and as root"
+    )
 
 
 def _is_open_somewhere(kernel: Kernel, node: Path) -> bool:
@@ -80,57 +119,3 @@ def _is_open_somewhere(kernel: Kernel, node: Path) -> bool:
     except OSError as error:
         return error.errno == errnos.EBUSY
     return False
-
-
-def _interfaces_up(kernel: Kernel, bdf: str) -> Iterator[str]:
-    for path in _class_devices(kernel, "net", bdf):
-        if int(read_text(path / "flags") or "0", 16) & _IFF_UP or read_text(path / "operstate") == "up":
-            yield f"network interface {path.name} is up"
-
-
-def _disks_in_use(kernel: Kernel, bdf: str, proc: Path) -> Iterator[str]:
-    mounted = _mounted(proc)
-    swaps = (read_text(proc / "swaps") or "").split()
-    for path in _class_devices(kernel, "block", bdf):
-        where = mounted.get(read_text(path / "dev") or "") or mounted.get(f"/dev/{path.name}")
-        if where is not None:
-            yield f"{path.name} is mounted at {where}"
-        elif f"/dev/{path.name}" in swaps:
-            yield f"{path.name} is swapped to"
-        elif holders := list_names(path / "holders"):
-            yield f"{path.name} is part of {', '.join(sorted(holders))}"
-
-
-def _shared_file_systems(kernel: Kernel, bdf: str) -> Iterator[str]:
-    """Those of a virtual machine's host (9p). While one is mounted, `p9_virtio_remove` waits and cannot be killed; and
-    whether it is cannot be seen: the root may be one, below an overlay, in no mount table of this process."""
-    for path in sorted(device_path(kernel, bdf).glob("virtio*/mount_tag")):
-        tag = (read_text(path) or "").rstrip("\0")
-        yield f"the host shares file system '{tag}' through it, which may be mounted"
-
-
-def _mounted(proc: Path) -> dict[str, str]:
-    """Where block devices are mounted, by number (`8:1`) and by source: btrfs mounts have numbers of their own."""
-    places = {}
-    for line in (read_text(proc / "self/mountinfo") or "").splitlines():
-        before, _, after = line.partition(" - ")
-        fields = before.split()
-        places[fields[2]] = places[after.split()[1]] = fields[4]
-    return places
-
-
-def _class_devices(kernel: Kernel, subsystem: str, bdf: str) -> Iterator[Path]:
-    """The network interfaces or block devices that stand on a PCI function, however deep, partitions included."""
-    root = device_path(kernel, bdf).resolve()
-    for name in sorted(list_names(kernel.sysfs / "class" / subsystem)):
-        path = (kernel.sysfs / "class" / subsystem / name).resolve()
-        if any(root in place.parents for place in (path, *_nvme_controllers(path))):
-            yield path
-
-
-def _nvme_controllers(disk: Path) -> list[Path]:
-    # With native multipath a namespace belongs to its subsystem, below devices/virtual, which links to its controllers.
-    for place in disk.parents:
-        if place.parent.name == "nvme-subsystem":
-            return [(place / name).resolve() for name in list_names(place) if (place / name).is_symlink()]
-    return []

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyvfio.errors import DeviceNotFoundError, VfioError
+from pyvfio.errors import DeviceNotFoundError, VfioError, descriptor_hint
 from pyvfio.kernel import Kernel
 
 _logger = logging.getLogger(__name__)
@@ -19,12 +19,13 @@ _logger = logging.getLogger(__name__)
 NO_DRIVER = "none"
 """As a driver to bind to: none at all. sysfs-bus-pci names this value of `driver_override` as the way to opt out."""
 
-PROC = Path("/proc")
 _RUNNING_SYSFS = Path("/sys")
 _BDF = re.compile(r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}):([01][0-9a-f])\.([0-7])")
 # PCI-to-PCI, CardBus and semi-transparent bridges: what has a header of type 1 or 2. Host and ISA bridges are ordinary
 # devices to the kernel, and their drivers do keep a group from being viable.
 _BRIDGE_CLASSES = frozenset({0x0604, 0x0607, 0x0609})
+_NO_SYSFS = "No kernel writes that: see what is mounted there"
+_SHOWN = 40  # characters of a text that is wrong
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,28 +73,29 @@ def parse_bdf(text: str) -> str:
 def read_device(kernel: Kernel, bdf: str) -> PciDevice:
     """What sysfs says about a PCI function now.
 
-    Raises ValueError for what is no address and DeviceNotFoundError, which names what is near, for what is not there.
+    Raises ValueError for what is no address and DeviceNotFoundError, which names what is near, for what is not there;
+    VfioError, which names the file, where sysfs does not say a number that it should.
     Cost: ten small files, well below a millisecond. Source: Documentation/ABI/testing/sysfs-bus-pci.
     """
     bdf = parse_bdf(bdf)
     path = device_path(kernel, bdf)
-    vendor, device, class_code = (read_text(path / name) for name in ("vendor", "device", "class"))
+    vendor, device, class_code = (read_number(path / name, 16) for name in ("vendor", "device", "class"))
     if vendor is None or device is None or class_code is None:
         raise _not_found(kernel, bdf)
     driver = link_name(path / "driver")
     override = read_text(path / "driver_override")
     group = link_name(path / "iommu_group")
-    node = int(read_text(path / "numa_node") or -1)
+    node = read_number(path / "numa_node", 10)
     return PciDevice(
         bdf=bdf,
-        vendor=int(vendor, 16),
-        device=int(device, 16),
-        class_code=int(class_code, 16),
+        vendor=vendor,
+        device=device,
+        class_code=class_code,
         driver=driver,
         driver_override=None if override in {None, "", "(null)"} else override,
-        iommu_group=None if group is None else int(group),
-        numa_node=None if node < 0 else node,
-        is_bridge=int(class_code, 16) >> 8 in _BRIDGE_CLASSES,
+        iommu_group=None if group is None else parse_number(path / "iommu_group", group, 10),
+        numa_node=None if node is None or node < 0 else node,
+        is_bridge=class_code >> 8 in _BRIDGE_CLASSES,
         is_vfio=is_vfio_driver(path, driver),
     )
 
@@ -116,14 +118,24 @@ def enumerate_devices(kernel: Kernel) -> tuple[PciDevice, ...]:
     """All PCI functions, in the order of their addresses; empty where there is no PCI.
 
     The running machine's sysfs is enumerated by pyudev; any other root by reading the directory, because libudev cannot
-    be given a root, and so is the machine's own where libudev is missing. Cost: some 0.3 ms a device.
+    be given a root, and so is the machine's own where libudev is missing. Raises VfioError, which names the file, where
+    sysfs does not say an address or a number. Cost: some 0.3 ms a device.
     """
     devices = []
-    for bdf in sorted(_udev_names(kernel) or list_names(kernel.sysfs / "bus/pci/devices")):
+    directory = kernel.sysfs / "bus/pci/devices"
+    for bdf in sorted(_udev_names(kernel) or list_names(directory)):
+        _check_address(directory, bdf)
         # A device may go between the listing and the reading of it.
         with suppress(DeviceNotFoundError):
             devices.append(read_device(kernel, bdf))
     return tuple(devices)
+
+
+def _check_address(directory: Path, name: str) -> None:
+    try:
+        parse_bdf(name)
+    except ValueError as error:
+        raise VfioError(f"in {directory} there is {name!r}, which is no PCI address", hint=_NO_SYSFS) from error
 
 
 def is_running(kernel: Kernel) -> bool:
@@ -160,9 +172,7 @@ def is_vfio_driver(path: Path, driver: str | None) -> bool:
 def _check_descriptors(error: OSError) -> None:
     """What could not be read for want of a descriptor may well be there."""
     if error.errno in {errno.EMFILE, errno.ENFILE}:
-        raise VfioError(
-            f"sysfs cannot be read: {error.strerror}", hint="Close files, or raise the limit of open ones: ulimit -n"
-        ) from error
+        raise VfioError(f"sysfs cannot be read: {error.strerror}", hint=descriptor_hint(error.errno)) from error
 
 
 def read_text(path: Path) -> str | None:
@@ -172,6 +182,30 @@ def read_text(path: Path) -> str | None:
     except OSError as error:
         _check_descriptors(error)
         return None
+
+
+def parse_number(path: Path, text: str, base: int) -> int:
+    """The number that sysfs says at `path`. VfioError, which names the file, where `text` is none."""
+    try:
+        return int(text, base)
+    except ValueError as error:
+        raise VfioError(f"{path} says {text[:_SHOWN]!r}, which is no number", hint=_NO_SYSFS) from error
+
+
+def read_number(path: Path, base: int) -> int | None:
+    """What a small file says as a number; None when it cannot be read. VfioError where it says none."""
+    text = read_text(path)
+    return None if text is None else parse_number(path, text, base)
+
+
+def printable(text: str) -> str:
+    """A name as it can be printed: what would move a terminal's cursor, or turn its text around, as an escape.
+
+    Processes, network interfaces and mount points have names that any user may choose.
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 def list_names(path: Path) -> set[str]:

@@ -22,7 +22,7 @@ class SysfsTree:
 
     def __init__(self, root: Path) -> None:
         self.sysfs, self.dev, self.proc = root / "sys", root / "dev", root / "proc"
-        self.kernel = LinuxKernel(sysfs=self.sysfs, dev=self.dev)
+        self.kernel = LinuxKernel(sysfs=self.sysfs, dev=self.dev, proc=self.proc)
         self.writes: list[tuple[str, str]] = []
         self.fail: Callable[[str, str], OSError | None] = lambda _path, _value: None
         self.unwilling: set[str] = set()
@@ -34,6 +34,11 @@ class SysfsTree:
             place.mkdir(parents=True)
         (self.pci / "drivers_probe").touch()
         self.add_driver("vfio-pci")
+
+    def use_real_proc(self) -> None:
+        """The processes are this machine's, this one among them."""
+        self.proc = Path("/proc")
+        self.kernel = LinuxKernel(sysfs=self.sysfs, dev=self.dev, proc=self.proc)
 
     @property
     def pci(self) -> Path:
@@ -93,10 +98,11 @@ class SysfsTree:
         link(self.sysfs / "class/net" / name, directory)
 
     def add_disk(self, directory: Path, name: str, number: str) -> Path:
-        """A block device in `directory`."""
+        """A block device in `directory`, with a node: a file, which O_EXCL opens as it does a disk that is free."""
         disk = directory / name
         (disk / "holders").mkdir(parents=True)
         (disk / "dev").write_text(number + "\n")
+        (self.dev / name).touch()
         link(self.sysfs / "class/block" / name, disk)
         return disk
 
@@ -158,3 +164,23 @@ def link(place: Path, target: Path) -> None:
     """A relative symbolic link, as sysfs has them."""
     place.parent.mkdir(parents=True, exist_ok=True)
     place.symlink_to(os.path.relpath(target, place.parent.resolve()))
+
+
+def place_process(
+    proc: Path,
+    *,
+    user: int = 0,
+    container: bool = False,
+    cgroup: str = "0::/",
+    environ: str = "",
+    uid_map: str = "0 0 4294967295",
+) -> None:
+    """Let a procfs say who this process is, and where it runs."""
+    own = proc / "self"
+    (own / "root").mkdir(parents=True, exist_ok=True)
+    if container:
+        (own / "root/.dockerenv").touch()
+    (own / "status").write_text(f"Name:\tpython\nUid:\t1\t{user}\t1\t1\nGroups:\t{user} 27 \n")
+    (own / "cgroup").write_text(cgroup + "\n")
+    (own / "environ").write_text(environ)
+    (own / "uid_map").write_text(uid_map + "\n")

@@ -12,7 +12,7 @@ import pytest
 from pyvfio.cli import bind, common, unbind
 from pyvfio.cli import list as list_command
 from pyvfio.errors import VfioError
-from tests.unit.sysfs import BRIDGE, DISK, SysfsTree
+from tests.unit.sysfs import BRIDGE, DISK, SysfsTree, place_process
 
 NIC, SOUND, PORT = "0000:01:00.0", "0000:01:00.1", "0000:00:1c.0"
 
@@ -59,6 +59,7 @@ def test_the_table_shows_each_device_and_what_keeps_its_group(
 
 
 def test_the_table_names_who_has_the_group_open(tree: SysfsTree, capsys: pytest.CaptureFixture[str]) -> None:
+    tree.use_real_proc()
     with tree.add_group_node(7).open():
         list_command.main([], kernel=tree.kernel)
     assert f"({os.getpid()})" in capsys.readouterr().out
@@ -166,6 +167,7 @@ def test_one_failure_is_said_and_the_others_are_done(tree: SysfsTree, capsys: py
 def test_programs_are_told_what_was_written_and_what_was_there(
     tree: SysfsTree, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    place_process(tree.proc, user=1000)
     tree.fail = lambda path, _value: PermissionError(errno.EACCES, "") if f"{NIC}/" in path else None
     assert run_unbind(tree, SOUND, "--json") == 0
     (done,) = json.loads(capsys.readouterr().out)

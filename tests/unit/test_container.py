@@ -67,36 +67,6 @@ def memory(kernel: SpecialKernel) -> Iterator[int]:
 # -------------------------------------------------------------------------------------------------------- opening
 
 
-def test_a_machine_without_vfio_is_told_so(kernel: SpecialKernel) -> None:
-    """With what to load."""
-    (kernel.dev / "vfio/vfio").unlink()
-    with pytest.raises(pyvfio.UnavailableError, match=r"there is no .*/vfio/vfio.*modprobe"):
-        Container(kernel=kernel)
-
-
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
-@pytest.mark.parametrize("node", ["vfio", "2"])
-def test_a_node_that_may_not_be_opened_is_named_with_its_mode_and_a_rule(
-    kernel: SpecialKernel, node: str, number: int
-) -> None:
-    """Who it belongs to, who asks, and a ready-made udev rule."""
-    kernel.fail(call="open", errno=number)
-    opened: Callable[[], object] = partial(Container if node == "vfio" else partial(Group, 2), kernel=kernel)
-    with pytest.raises(pyvfio.AccessDeniedError, match=f"-rw.*owner 0:0.*user {os.geteuid()}.*udev rule") as caught:
-        opened()
-    assert caught.value.path == str(kernel.dev / "vfio" / node)
-    assert isinstance(caught.value, PermissionError)
-
-
-def test_a_node_that_fails_to_open_otherwise_is_an_error_with_its_errno(kernel: SpecialKernel) -> None:
-    """Too many open files, for instance."""
-    for opened in (Container, partial(Group, 2)):
-        kernel.fail(call="open", errno=errno.EMFILE)
-        with pytest.raises(pyvfio.IoctlError, match="could not be opened") as caught:
-            opened(kernel=kernel)
-        assert caught.value.errno == errno.EMFILE
-
-
 def test_another_version_of_the_api_is_refused(kernel: SpecialKernel) -> None:
     """With both numbers."""
     kernel.answers["VFIO_GET_API_VERSION"] = 7

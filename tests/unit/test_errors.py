@@ -157,7 +157,7 @@ def test_a_busy_group_names_its_holders_where_they_can_be_seen() -> None:
     """Where none can be seen, it says why that may be."""
     assert "qemu (pid 12)" in str(GroupBusyError(7, [Holder(12, "qemu")]))
     assert "me (pid 13, this process)" in str(GroupBusyError(7, [Holder(13, "me", is_this_process=True)]))
-    assert "no holder was found" in str(GroupBusyError(7, []))
+    assert "no process was found" in str(GroupBusyError(7, []))
 
 
 def test_access_that_is_denied_is_a_permission_error() -> None:

@@ -26,7 +26,7 @@ from pyvfio.errors import (
     VfioError,
 )
 from pyvfio.kernel import LinuxKernel
-from tests.unit.sysfs import BRIDGE, DISK, HOST_BRIDGE, ISA_BRIDGE, SysfsTree, link
+from tests.unit.sysfs import BRIDGE, DISK, HOST_BRIDGE, ISA_BRIDGE, SysfsTree, link, place_process
 
 BDF = "0000:00:02.0"
 OVERRIDE = f"bus/pci/devices/{BDF}/driver_override"
@@ -42,11 +42,11 @@ def tree(tmp_path: Path) -> SysfsTree:
 
 
 def bind(tree: SysfsTree, driver: str = "vfio-pci", *, force: bool = False, patience: float = 0.0) -> pci.Binding:
-    return pci.bind(tree.kernel, BDF, driver, force=force, patience=patience, write=tree.write, proc=tree.proc)
+    return pci.bind(tree.kernel, BDF, driver, force=force, patience=patience, write=tree.write)
 
 
 def unbind(tree: SysfsTree, to: str | None = None) -> pci.Binding:
-    return pci.unbind(tree.kernel, BDF, to=to, patience=0.0, write=tree.write, proc=tree.proc)
+    return pci.unbind(tree.kernel, BDF, to=to, patience=0.0, write=tree.write)
 
 
 def placed(tree: SysfsTree) -> tuple[str | None, str | None]:
@@ -193,7 +193,7 @@ def test_a_device_without_a_group_is_an_error_that_says_why(tmp_path: Path, mach
     (tree.proc / "cmdline").write_text(machine.cmdline + "\n")
     (tree.proc / "cpuinfo").write_text(machine.cpuinfo)
     with pytest.raises(DeviceNotFoundError, match=machine.reason) as caught:
-        pci.group_of(tree.kernel, BDF, proc=tree.proc)
+        pci.group_of(tree.kernel, BDF)
     assert machine.remedy in caught.value.hint
 
 
@@ -249,6 +249,7 @@ def test_a_group_without_an_iommu_has_a_node_that_says_so(tree: SysfsTree) -> No
 
 
 def test_a_process_that_has_a_file_open_is_a_holder_until_it_closes_it(tree: SysfsTree) -> None:
+    tree.use_real_proc()
     node = tree.add_group_node(7)
     with node.open():
         assert [holder.pid for holder in pci.holders_of(tree.kernel, node)] == [os.getpid()]
@@ -264,6 +265,7 @@ def test_a_file_is_known_by_what_it_is_and_not_by_its_name(tree: SysfsTree, tmp_
 
 
 def test_a_device_node_is_known_by_its_number(tree: SysfsTree, tmp_path: Path) -> None:
+    tree.use_real_proc()
     alias = tmp_path / "zero"
     alias.symlink_to("/dev/zero")
     other = tmp_path / "full"
@@ -276,7 +278,7 @@ def test_a_device_node_is_known_by_its_number(tree: SysfsTree, tmp_path: Path) -
 
 def test_nothing_holds_a_file_that_is_not_there(tree: SysfsTree, tmp_path: Path) -> None:
     assert pci.holders_of(tree.kernel, tmp_path / "missing") == ()
-    assert pci.holders_of(tree.kernel, tmp_path, proc=tmp_path / "no-proc") == ()
+    assert pci.holders_of(LinuxKernel(proc=tmp_path / "no-proc"), tmp_path) == ()
 
 
 # --- Binding
@@ -303,7 +305,7 @@ def test_a_debug_log_has_each_step(tree: SysfsTree, caplog: pytest.LogCaptureFix
 
 
 def test_a_dry_run_plans_the_same_and_writes_nothing(tree: SysfsTree) -> None:
-    planned = pci.bind(tree.kernel, BDF, dry_run=True, write=tree.write, proc=tree.proc)
+    planned = pci.bind(tree.kernel, BDF, dry_run=True, write=tree.write)
     assert tree.writes == []
     assert placed(tree) == ("e1000e", None)
     assert planned == bind(tree)
@@ -323,7 +325,7 @@ def test_what_is_bound_already_is_left_alone(tree: SysfsTree) -> None:
 
 def test_restoring_brings_back_the_former_driver_and_override(tree: SysfsTree) -> None:
     binding = bind(tree)
-    back = pci.restore(tree.kernel, binding, write=tree.write, proc=tree.proc)
+    back = pci.restore(tree.kernel, binding, write=tree.write)
     assert placed(tree) == ("e1000e", None)
     assert (back.driver, back.former_driver, back.former_override) == ("e1000e", "vfio-pci", "vfio-pci")
 
@@ -331,7 +333,7 @@ def test_restoring_brings_back_the_former_driver_and_override(tree: SysfsTree) -
 def test_restoring_a_device_that_had_no_driver_leaves_it_without(tmp_path: Path) -> None:
     tree = SysfsTree(tmp_path)
     tree.add_device(BDF, matches="e1000e", override="none", group=7)
-    pci.restore(tree.kernel, bind(tree), write=tree.write, proc=tree.proc)
+    pci.restore(tree.kernel, bind(tree), write=tree.write)
     assert placed(tree) == (None, "none")
 
 
@@ -340,7 +342,7 @@ def test_restoring_when_the_former_driver_is_gone_says_so_and_changes_nothing(tr
     directory = tree.pci / "drivers/e1000e"
     directory.rename(tree.pci / "e1000e")
     with pytest.raises(UnavailableError, match="modprobe e1000e"):
-        pci.restore(tree.kernel, binding, write=tree.write, proc=tree.proc)
+        pci.restore(tree.kernel, binding, write=tree.write)
     assert placed(tree) == ("vfio-pci", "vfio-pci")
 
 
@@ -434,7 +436,7 @@ def test_a_failure_after_the_effect_is_undone_too(tree: SysfsTree) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pci.bind(tree.kernel, BDF, write=write, proc=tree.proc)
+        pci.bind(tree.kernel, BDF, write=write)
     assert placed(tree) == ("e1000e", None)
 
 
@@ -462,11 +464,37 @@ def test_an_undo_that_the_kernel_accepts_and_does_not_do_is_said(tree: SysfsTree
     assert "it has driver None and override None now" in str(caught.value)
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
-def test_without_root_the_error_says_to_be_root(tree: SysfsTree, number: int) -> None:
-    tree.fail = failing(number, "driver_override")
-    with pytest.raises(AccessDeniedError, match=r"driver_override may not be opened.*run as root"):
+@dataclass(frozen=True)
+class Writer:
+    """Who writes to sysfs, and what is to be said."""
+
+    number: int
+    said: str
+    user: int = 0
+    container: bool = False
+    uid_map: str = "0 0 4294967295"
+
+
+WRITERS = [
+    Writer(errno.EACCES, "by root: run as root", user=1000),
+    Writer(errno.EPERM, "by root: run as root", user=1000),
+    Writer(errno.EACCES, "security module"),
+    Writer(errno.EACCES, "user namespace", uid_map="0 1000 1"),
+    Writer(errno.EROFS, "read-only: mount -o remount,rw /sys"),
+    Writer(errno.EROFS, "in this container: bind the device outside", container=True),
+    Writer(errno.EACCES, "in this container: bind the device outside", container=True),
+]
+
+
+@pytest.mark.parametrize("writer", WRITERS, ids=lambda writer: f"{writer.number}-{writer.said}")
+def test_who_may_not_write_to_sysfs_is_told_what_helps_there(tree: SysfsTree, writer: Writer) -> None:
+    """Root is not told to be root."""
+    place_process(tree.proc, user=writer.user, container=writer.container, uid_map=writer.uid_map)
+    tree.fail = failing(writer.number, "driver_override")
+    with pytest.raises(AccessDeniedError, match=f"driver_override may not be opened.*{writer.said}") as caught:
         bind(tree)
+    assert caught.value.errno == writer.number
+    assert ("run as root" in str(caught.value)) == (writer.user != 0)
 
 
 def test_a_value_reaches_the_file(tmp_path: Path) -> None:
@@ -520,7 +548,7 @@ def test_a_device_of_an_open_group_is_refused_with_its_holder(
     tmp_path: Path, change: Callable[[SysfsTree], pci.Binding]
 ) -> None:
     tree = SysfsTree(tmp_path)
-    tree.proc = Path("/proc")
+    tree.use_real_proc()
     tree.add_device(BDF, driver="e1000e" if change is bind else "vfio-pci", override="vfio-pci", group=7)
     with tree.add_group_node(7).open(), pytest.raises(GroupBusyError, match=rf"\(pid {os.getpid()}, this process\)"):
         change(tree)
@@ -534,15 +562,15 @@ def test_an_open_group_is_refused_also_when_its_holder_is_not_seen(tree: SysfsTr
         def open(self, path: str, flags: int) -> int:
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path, flags)
 
-    tree.kernel = Busy(sysfs=tree.sysfs, dev=tree.dev)
+    tree.kernel = Busy(sysfs=tree.sysfs, dev=tree.dev, proc=tree.proc)
     tree.add_group_node(7)
-    refused(tree, GroupBusyError, "no holder was found")
+    refused(tree, GroupBusyError, "No process was found")
 
 
 def test_a_device_that_is_open_by_its_own_node_is_refused(tree: SysfsTree) -> None:
     (tree.pci / "devices" / BDF / "vfio-dev/vfio3").mkdir(parents=True)
     (tree.dev / "vfio/devices").mkdir()
-    tree.proc = Path("/proc")
+    tree.use_real_proc()
     with (tree.dev / "vfio/devices/vfio3").open("w"):
         refused(tree, GroupBusyError, rf"\(pid {os.getpid()}, this process\)", driver=pci.NO_DRIVER)
 

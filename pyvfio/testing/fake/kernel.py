@@ -353,6 +353,11 @@ class FakeKernel(MemoryCalls):
         with self._lock:
             return self._directories().dev
 
+    @property
+    def proc(self) -> Path:
+        """The machine's own: this process is on it."""
+        return self._linux.proc
+
     @uninterrupted()
     def open(self, path: str, flags: int) -> int:
         """A container, a group (EBUSY, `vfio_group_fops_open`), or any other file."""

@@ -57,6 +57,10 @@ def _fill(directory: str, files: Mapping[str, bytes | bytearray]) -> None:
         os.close(fd)
 
 
+def _has_node(group: Group) -> bool:
+    return any(is_vfio_driver(each.driver) for each in group.devices)
+
+
 class Tree:
     """Directories `sys` and `dev` below a new temporary one, which goes with `remove` or with the object.
 
@@ -92,12 +96,15 @@ class Tree:
     def _build(self) -> None:
         self._directory(_UNIT)
         self._directory("bus/pci/devices")
-        self._directory("class/iommu")
+        for name in ("class/iommu", "class/vfio", "class/misc"):
+            self._directory(name)
+        self._class_node("misc", "vfio", b"10:196\n")
         self._link("class/iommu/iommu0", _UNIT)
         for name in ("vfio-pci", "pcieport"):
             self._driver(name)
         for group in self._groups:
             self._group(group, self._model)
+            self._show_group(group)
             for device in group.devices:
                 self._device(group.number, device.declared)
                 self._show_driver(device)
@@ -116,6 +123,19 @@ class Tree:
 
     def _link(self, name: str, target: str) -> None:
         os.symlink("../" * name.count("/") + target, f"{self._sys}/{name}")
+
+    def _class_node(self, kind: str, name: str, number: bytes) -> None:
+        home = f"devices/virtual/{kind}/{name}"
+        _fill(self._directory(home), {"dev": number})
+        self._link(f"class/{kind}/{name}", home)
+
+    def _show_group(self, group: Group) -> None:
+        """The kernel's own record of the group's node."""
+        link = f"{self._sys}/class/vfio/{group.number}"
+        if _has_node(group) and not os.path.islink(link):
+            self._class_node("vfio", str(group.number), f"511:{group.number}\n".encode())
+        elif not _has_node(group) and os.path.islink(link):
+            os.unlink(link)
 
     def _driver(self, driver: str) -> str:
         name = f"bus/pci/drivers/{driver}"
@@ -154,11 +174,12 @@ class Tree:
         """Show the driver that `device` has now; the group's node exists while a VFIO driver has one of its devices."""
         self._show_node(group)
         if self._built:
+            self._show_group(group)
             self._show_driver(device)
 
     def _show_node(self, group: Group) -> None:
         node = self.dev / "vfio" / str(group.number)
-        if any(is_vfio_driver(each.driver) for each in group.devices):
+        if _has_node(group):
             node.touch()
         else:
             node.unlink(missing_ok=True)
