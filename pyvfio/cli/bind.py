@@ -9,6 +9,7 @@ from pyvfio import pci
 from pyvfio.cli.common import (
     FAILED,
     OK,
+    Interruptions,
     Json,
     bdf_argument,
     complain,
@@ -41,31 +42,48 @@ def chosen(kernel: Kernel, parser: argparse.ArgumentParser, options: argparse.Na
         parser.error("name either devices by their BDF or one --group")
     if options.group is None:
         return list(dict.fromkeys(options.bdf))
-    members = {member.bdf for member in pci.group_members(kernel, options.group)}
-    devices = pci.enumerate_devices(kernel)
+    try:
+        members = {member.bdf for member in pci.group_members(kernel, options.group)}
+        devices = pci.enumerate_devices(kernel)
+    except VfioError as error:
+        if options.json:
+            print_json([_failed(None, error)])
+        raise
     return [device.bdf for device in devices if device.bdf in members and not device.is_bridge]
 
 
 def change_each(
     name: str, bdfs: Sequence[str], options: argparse.Namespace, change: Callable[[str], pci.Binding]
 ) -> int:
-    """Change each device, say what came of it, and go on with the next; status 0 when all came true."""
+    """Change each device, say what came of it, and go on with the next; status 0 when all came true.
+
+    When a signal asks for the end, the change that is under way is finished or undone first, and no other is begun. As
+    JSON one document is printed in any case, with a result for each device.
+    """
     results: list[Json] = []
     status = OK
-    for bdf in bdfs:
+    with Interruptions() as asked:
         try:
-            binding = change(bdf)
-        except (VfioError, OSError) as error:
-            complain(name, error)
-            results.append({"bdf": bdf, "done": False, "error": str(error)})
-            status = FAILED
-        else:
-            results.append(_as_json(binding, dry_run=options.dry_run))
-            if not options.json:
-                print(_in_words(binding, dry_run=options.dry_run), flush=True)
-    if options.json:
-        print_json(results)
-    return status
+            for bdf in bdfs:
+                try:
+                    asked.check(bdf)
+                    binding = change(bdf)
+                except (VfioError, OSError) as error:
+                    complain(name, error)
+                    results.append(_failed(bdf, error))
+                    status = FAILED
+                else:
+                    results.append(_as_json(binding, dry_run=options.dry_run))
+                    if not options.json:
+                        print(_in_words(binding, dry_run=options.dry_run), flush=True)
+        finally:
+            if options.json:
+                print_json(results)
+    return asked.status(status)
+
+
+def _failed(bdf: str | None, error: Exception) -> Json:
+    return {"bdf": bdf, "done": False, "error": str(error)}
 
 
 def _as_json(binding: pci.Binding, *, dry_run: bool) -> Json:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pyvfio import pci
-from pyvfio.cli.common import OK, Json, print_json, print_table, run, selector_argument
-from pyvfio.errors import DeviceNotFoundError, GroupMember, Holder
+from pyvfio.cli.common import FAILED, OK, Json, Selector, complain, print_json, print_table, run, selector_argument
+from pyvfio.errors import DeviceNotFoundError, GroupMember, Holder, VfioError
 from pyvfio.kernel import Kernel, LinuxKernel
 
 NAME = "list"
+
+_LATER = "after the first bind"
 
 # pci_ids.h of Linux: classes in words, the more exact (class and subclass) first asked.
 _SUBCLASSES = {
@@ -60,11 +62,18 @@ _CLASSES = {
 
 @dataclass(frozen=True, slots=True)
 class GroupState:
-    """An IOMMU group: who blocks it, its node if there is one, and who has that open."""
+    """An IOMMU group: who blocks it, its node if there is one, and who has that open. `made_up`: VFIO has made it for a
+    device without an IOMMU."""
 
     blockers: tuple[GroupMember, ...]
     node: Path | None
     holders: tuple[Holder, ...]
+    made_up: bool
+
+    @property
+    def viable(self) -> bool:
+        """Whether pyvfio can use it as it is."""
+        return not self.blockers and not self.made_up
 
 
 def class_name(class_code: int) -> str:
@@ -82,17 +91,19 @@ def group_state(kernel: Kernel, group: int | None) -> GroupState | None:
         return None
     node = pci.group_node(kernel, group)
     blockers = tuple(member for member in members if member.blocks)
-    return GroupState(blockers, node if node.exists() else None, pci.holders_of(kernel, node))
+    made_up = node.name.startswith("noiommu-")
+    return GroupState(blockers, node if node.exists() else None, pci.holders_of(kernel, node), made_up)
 
 
-def as_row(device: pci.PciDevice, state: GroupState | None) -> list[str]:
+def as_row(kernel: Kernel, device: pci.PciDevice, state: GroupState | None) -> list[str]:
     """A device as a line of the table."""
+    later = _LATER if pci.comes_later(kernel, device) else ""
     return [
         device.bdf,
         f"{device.vendor:04x}:{device.device:04x}",
         class_name(device.class_code),
         device.driver or "",
-        "" if device.iommu_group is None else str(device.iommu_group),
+        later if device.iommu_group is None else str(device.iommu_group),
         _viable(state),
         "" if device.numa_node is None else str(device.numa_node),
         "" if state is None else ", ".join(f"{holder.command} ({holder.pid})" for holder in state.holders),
@@ -102,10 +113,12 @@ def as_row(device: pci.PciDevice, state: GroupState | None) -> list[str]:
 def _viable(state: GroupState | None) -> str:
     if state is None:
         return ""
+    if state.made_up:
+        return "no: no IOMMU"
     return f"no: {', '.join(member.bdf for member in state.blockers)}" if state.blockers else "yes"
 
 
-def as_json(device: pci.PciDevice, state: GroupState | None) -> Json:
+def as_json(kernel: Kernel, device: pci.PciDevice, state: GroupState | None) -> Json:
     """A device for programs. The keys are kept; new ones may come."""
     return {
         "bdf": device.bdf,
@@ -119,7 +132,8 @@ def as_json(device: pci.PciDevice, state: GroupState | None) -> Json:
         "is_vfio": device.is_vfio,
         "numa_node": device.numa_node,
         "iommu_group": device.iommu_group,
-        "group_viable": None if state is None else not state.blockers,
+        "group_after_bind": pci.comes_later(kernel, device),
+        "group_viable": None if state is None else state.viable,
         "group_blockers": [] if state is None else [member.bdf for member in state.blockers],
         "group_node": None if state is None or state.node is None else str(state.node),
         "group_holders": []
@@ -145,26 +159,56 @@ def _parser() -> argparse.ArgumentParser:
 
 def _selected(device: pci.PciDevice, options: argparse.Namespace) -> bool:
     return (
-        (not options.device or any(matches(device) for matches in options.device))
+        (not options.device or any(selector(device) for selector in options.device))
         and (options.group is None or device.iommu_group == options.group)
         and (options.driver is None or (device.driver or pci.NO_DRIVER) == options.driver)
     )
 
 
 def main(arguments: Sequence[str] | None = None, *, kernel: Kernel | None = None) -> int:
-    """Print what was asked for; status 0 also when that is nothing, but not for a device that was named."""
+    """Print what was asked for; status 1 when a device or group that was asked for does not exist, and 0 also when
+    options that narrow the list leave nothing of it."""
     options = _parser().parse_args(arguments)
     kernel = kernel or LinuxKernel()
-    devices = [device for device in pci.enumerate_devices(kernel) if _selected(device, options)]
-    if options.device and not devices:
-        raise DeviceNotFoundError("there is no such PCI device", hint="Without arguments all are shown")
-    states = {group: group_state(kernel, group) for group in {device.iommu_group for device in devices}}
+    try:
+        every = pci.enumerate_devices(kernel)
+        missing = list(_missing(kernel, every, options.device, options.group))
+        devices = [device for device in every if _selected(device, options)]
+        states = {group: group_state(kernel, group) for group in {device.iommu_group for device in devices}}
+    except VfioError:
+        if options.json:
+            print_json([])
+        raise
     if options.json:
-        print_json([as_json(device, states[device.iommu_group]) for device in devices])
-    else:
+        print_json([as_json(kernel, device, states[device.iommu_group]) for device in devices])
+    elif devices or not missing:
         header = ("BDF", "ID", "CLASS", "DRIVER", "GROUP", "VIABLE", "NUMA", "OPEN BY")
-        print_table(header, [as_row(device, states[device.iommu_group]) for device in devices])
-    return OK
+        print_table(header, [as_row(kernel, device, states[device.iommu_group]) for device in devices])
+    for error in missing:
+        complain(NAME, error)
+    return FAILED if missing else OK
+
+
+def _missing(
+    kernel: Kernel, every: Sequence[pci.PciDevice], selectors: Sequence[Selector], group: int | None
+) -> Iterator[DeviceNotFoundError]:
+    """Each device and group that was asked for and does not exist."""
+    try:
+        if group is not None:
+            pci.group_members(kernel, group)
+    except DeviceNotFoundError as error:
+        yield error
+    for selector in selectors:
+        if any(selector(device) for device in every):
+            continue
+        try:
+            if selector.bdf is not None:
+                pci.read_device(kernel, selector.bdf)
+                continue  # it has come meanwhile
+        except DeviceNotFoundError as error:
+            yield error
+        else:
+            yield DeviceNotFoundError(f"there is no PCI device {selector.text}", hint="Without arguments all are shown")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME[=VALUE]",
         help="a variable that the command gets besides " + ", ".join(vm.PASSED_VARIABLES),
     )
-    add("--qemu-arg", action="append", default=[], metavar="ARG", help="one more argument for QEMU: --qemu-arg=-s")
+    add("--qemu-arg", action="append", default=[], metavar="ARG", help="one more argument for QEMU: --qemu-arg -s")
     add("--modules", type=Path, metavar="DIR", help="the directory with FILE's modules.dep")
     add("--cache", type=Path, metavar="DIR", help="default: $XDG_CACHE_HOME/pyvfio or ~/.cache/pyvfio")
     add("--update", action="store_true", help="fetch the newest kernel of the line, and remove older ones")
@@ -75,13 +75,28 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     words = list(arguments)
     cut = words.index("--") if "--" in words else len(words)
-    options = parser.parse_args(words[:cut])
+    parts = _joined(words[:cut])
+    options = parser.parse_args(["=".join(part) for part in parts])
+    # A command that comes without "--" keeps its own words.
+    options.command = [word for part in parts[len(parts) - len(options.command) :] for word in part]
     options.command += words[cut:] if options.command else words[cut + 1 :]
     if not options.command and not options.list and not options.update:
         parser.error("there is no command; it comes after --")
     if options.json and not options.list:
         parser.error("--json goes with --list")
     return options
+
+
+def _joined(words: Sequence[str]) -> list[tuple[str, ...]]:
+    """``--qemu-arg`` with the word behind it, which is QEMU's and may begin with a dash, as argparse would not take it;
+    each other word by itself."""
+    parts: list[tuple[str, ...]] = []
+    for word in words:
+        if parts and parts[-1] == ("--qemu-arg",):
+            parts[-1] = ("--qemu-arg", word)
+        else:
+            parts.append((word,))
+    return parts
 
 
 def environment(settings: Sequence[str]) -> dict[str, str]:

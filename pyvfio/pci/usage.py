@@ -51,18 +51,21 @@ def _net_directories(device: Path) -> Iterator[str]:
 
 
 def _hidden_in(directory: Path) -> int:
+    visible = len(list_names(directory))
+    try:
+        return hidden_interfaces(links=os.stat(directory).st_nlink, visible=visible)
+    except OSError:  # it has gone meanwhile
+        return 0
+
+
+def hidden_interfaces(*, links: int, visible: int) -> int:
     """How many interfaces a `net` directory has that are in other network namespaces.
 
     The kernel makes the directory with a device's first interface, in whatever namespace, and removes it with the last
     (`get_device_parent` and `cleanup_glue_dir` in drivers/base/core.c). It lists those of sysfs's own namespace, and
-    counts all of them as links (`kernfs_iop_getattr`).
+    counts all of them as links (`kernfs_iop_getattr`); a directory has two of its own.
     """
-    visible = len(list_names(directory))
-    try:
-        counted = os.stat(directory).st_nlink - 2
-    except OSError:  # it has gone meanwhile
-        return 0
-    return max(counted - visible, 0 if visible else 1)
+    return max(links - 2 - visible, 0 if visible else 1)
 
 
 # --- Disks -------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ class SysfsTree:
         self.probes_ignored = 0
         """How many writes to drivers_probe to come do nothing."""
         self._matches: dict[str, str] = {}
+        self._late: dict[str, int] = {}
         for place in (self.pci / "devices", self.pci / "drivers", self.dev / "vfio", self.proc / "self"):
             place.mkdir(parents=True)
         (self.pci / "drivers_probe").touch()
@@ -61,8 +62,10 @@ class SysfsTree:
         override: str | None = None,
         numa_node: int = -1,
         device_id: int = 0x10D3,
+        late_group: int | None = None,
     ) -> Path:
-        """A device that has `driver`, and that `matches` (by default the same) takes when nothing overrides it."""
+        """A device that has `driver`, and that `matches` (by default the same) takes when nothing overrides it. It gets
+        its `late_group` when a driver probes it."""
         directory = self.sysfs / f"devices/pci{bdf[:7]}" / bdf
         directory.mkdir(parents=True)
         files = {
@@ -76,10 +79,9 @@ class SysfsTree:
             (directory / name).write_text(content + "\n")
         link(self.pci / "devices" / bdf, directory)
         if group is not None:
-            members = self.sysfs / "kernel/iommu_groups" / str(group) / "devices"
-            members.mkdir(parents=True, exist_ok=True)
-            link(members / bdf, directory)
-            link(directory / "iommu_group", members.parent)
+            self._join(bdf, group)
+        if late_group is not None:
+            self._late[bdf] = late_group
         own = matches or driver
         if own is not None:
             self.add_driver(own)
@@ -150,7 +152,20 @@ class SysfsTree:
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         self._attach(bdf, driver)
 
+    def _join(self, bdf: str, group: int) -> None:
+        directory = (self.pci / "devices" / bdf).resolve()
+        members = self.sysfs / "kernel/iommu_groups" / str(group) / "devices"
+        members.mkdir(parents=True, exist_ok=True)
+        link(members / bdf, directory)
+        link(directory / "iommu_group", members.parent)
+
     def _attach(self, bdf: str, driver: str) -> None:
+        if bdf in self._late:  # pci_dma_configure, before probe
+            self._join(bdf, self._late.pop(bdf))
+        grouped = (self.pci / "devices" / bdf / "iommu_group").is_symlink()
+        unsafe = (self.sysfs / "module/vfio/parameters/enable_unsafe_noiommu_mode").exists()
+        if driver == "vfio-pci" and not grouped and not unsafe:
+            return  # vfio_group_find_or_alloc: EINVAL
         if driver not in self.unwilling:
             link(self.pci / "devices" / bdf / "driver", self.pci / "drivers" / driver)
 

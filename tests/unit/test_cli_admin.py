@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from pyvfio.cli import bind, common, unbind
 from pyvfio.cli import list as list_command
 from pyvfio.errors import VfioError
-from tests.unit.sysfs import BRIDGE, DISK, SysfsTree, place_process
+from tests.unit.sysfs import BRIDGE, DISK, SysfsTree, link, place_process
 
 NIC, SOUND, PORT = "0000:01:00.0", "0000:01:00.1", "0000:00:1c.0"
 
@@ -80,6 +81,7 @@ def test_a_device_is_told_to_programs_by_these_keys(tree: SysfsTree, capsys: pyt
             "is_vfio": False,
             "numa_node": 0,
             "iommu_group": 7,
+            "group_after_bind": False,
             "group_viable": False,
             "group_blockers": [NIC],
             "group_node": str(node),
@@ -95,13 +97,89 @@ def test_a_device_is_told_to_programs_by_these_keys(tree: SysfsTree, capsys: pyt
         (["--driver", "none"], ["0000:02:00.0"]),
         (["8086:0A54"], ["0000:02:00.0"]),
         (["8086:10d3", "--driver", "vfio-pci"], [SOUND]),
-        (["--group", "3"], []),
+        (["--driver", "nobody"], []),
+        (["--group", "7", "--driver", "none"], []),
     ],
 )
 def test_a_list_can_be_narrowed(
     tree: SysfsTree, capsys: pytest.CaptureFixture[str], arguments: list[str], found: list[str]
 ) -> None:
     assert [device["bdf"] for device in listed(tree, capsys, *arguments)] == found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "found"),
+    [
+        (["--group", "3"], ["no IOMMU group 3. The groups are: 7"], []),
+        (["1234:5678"], ["no PCI device 1234:5678"], []),
+        (["01:00.5", NIC], [r"no PCI device 0000:01:00.5. On bus 0000:01"], [NIC]),
+        (
+            ["09:00.0", "8086:ffff", "8086:0a54"],
+            ["no PCI device 0000:09:00.0", "no PCI device 8086:ffff"],
+            ["0000:02:00.0"],
+        ),
+        (["01:00.5", "--group", "3"], ["no IOMMU group 3", "no PCI device 0000:01:00.5"], []),
+    ],
+)
+def test_what_was_asked_for_and_does_not_exist_is_said_and_status_1(
+    tree: SysfsTree, capsys: pytest.CaptureFixture[str], arguments: list[str], said: list[str], found: list[str]
+) -> None:
+    """What exists is shown all the same."""
+    assert list_command.main([*arguments, "--json"], kernel=tree.kernel) == 1
+    out, err = capsys.readouterr()
+    assert [device["bdf"] for device in json.loads(out)] == found
+    for line, words in zip(err.splitlines(), said, strict=True):
+        assert words in line
+    assert list_command.main(arguments, kernel=tree.kernel) == 1
+    assert all(bdf in capsys.readouterr().out for bdf in found)
+
+
+def test_a_group_that_comes_with_the_first_driver_is_said_to(
+    tree: SysfsTree, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a device that has none yet, where the IOMMU makes groups late."""
+    (tree.sysfs / "class/iommu/0000:00:03.0").mkdir(parents=True)
+    assert list_command.main(["8086:0a54"], kernel=tree.kernel) == 0
+    assert "NVMe controller  -       after the first bind  -" in capsys.readouterr().out
+    assert [device["group_after_bind"] for device in listed(tree, capsys)] == [False, False, False, True]
+
+
+def test_a_group_without_an_iommu_is_not_called_viable(tree: SysfsTree, capsys: pytest.CaptureFixture[str]) -> None:
+    """VFIO has made it up."""
+    (tree.sysfs / "kernel/iommu_groups/7/name").write_text("vfio-noiommu\n")
+    assert list_command.main([SOUND], kernel=tree.kernel) == 0
+    assert "7      no: no IOMMU" in capsys.readouterr().out
+    assert listed(tree, capsys, SOUND)[0]["group_viable"] is False
+
+
+def test_names_are_printed_without_what_moves_a_cursor(
+    tree: SysfsTree, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Anybody may give a process any name."""
+    node = tree.add_group_node(7)
+    link(tree.proc / "5/fd/3", node)
+    (tree.proc / "5/comm").write_text("\x1b[2Jevil\u202e\n")
+    assert list_command.main([NIC], kernel=tree.kernel) == 0
+    out = capsys.readouterr().out
+    assert r"\x1b[2Jevil" in out
+    assert out.replace("\n", "").isprintable()
+    assert run_bind(tree, NIC) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.rstrip().isprintable()
+
+
+@pytest.mark.parametrize("json_too", [False, True])
+def test_garbage_in_sysfs_is_one_line_that_names_the_file(
+    tree: SysfsTree, capsys: pytest.CaptureFixture[str], *, json_too: bool
+) -> None:
+    """And, for programs, a document without devices."""
+    ((tree.pci / "devices" / NIC).resolve() / "class").write_text("???\n")
+    options = ["--json"] if json_too else []
+    assert common.guard(lambda: list_command.main(options, kernel=tree.kernel), name="list") == 1
+    out, err = capsys.readouterr()
+    assert f"{NIC}/class says '???'" in err
+    assert out == ("[]\n" if json_too else "")
 
 
 @pytest.mark.parametrize(
@@ -200,6 +278,76 @@ def test_wrong_usage_ends_with_status_2(
         run_bind(tree, *arguments)
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("usage: bind")
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../x", "a/b"])
+def test_a_driver_that_is_a_path_is_wrong_usage(tree: SysfsTree, name: str) -> None:
+    """Nothing is written."""
+    for run in (run_bind, run_unbind):
+        with pytest.raises(SystemExit) as caught:
+            run(tree, NIC, "--driver", name)
+        assert caught.value.code == 2
+    assert tree.writes == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("json_too", [False, True])
+def test_a_command_that_is_asked_to_end_finishes_a_change_and_begins_no_other(
+    tree: SysfsTree, capsys: pytest.CaptureFixture[str], number: signal.Signals, *, json_too: bool
+) -> None:
+    """However often it is asked. What was done is said, and what was not; handlers are as before then."""
+
+    def write(path: Path, value: str) -> None:
+        tree.write(path, value)
+        for _ in range(2):
+            signal.raise_signal(number)
+
+    former = signal.getsignal(number)
+    arguments = [NIC, SOUND, "0000:02:00.0", *(["--json"] if json_too else [])]
+    assert bind.main(arguments, kernel=tree.kernel, write=write) == 128 + number
+    assert signal.getsignal(number) == former
+    assert (tree.driver_of(NIC), tree.override_of(NIC)) == ("vfio-pci", "vfio-pci")
+    out, err = capsys.readouterr()
+    assert [line.count(f"left as it was: {number.name} came first") for line in err.splitlines()] == [1, 1]
+    if json_too:
+        assert [(each["bdf"], each["done"]) for each in json.loads(out)] == [
+            (NIC, True),
+            (SOUND, False),
+            ("0000:02:00.0", False),
+        ]
+    else:
+        assert out == f"{NIC}: vfio-pci (was: e1000e)\n"
+
+
+def test_a_signal_that_is_ignored_stays_so(tree: SysfsTree) -> None:
+    """As nohup has it for SIGHUP."""
+
+    def write(path: Path, value: str) -> None:
+        tree.write(path, value)
+        signal.raise_signal(signal.SIGHUP)
+
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert bind.main([NIC], kernel=tree.kernel, write=write) == 0
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+def test_programs_get_one_document_whatever_happens(tree: SysfsTree, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of what was done before a mistake of ours, and where nothing could be begun."""
+
+    def write(path: Path, value: str) -> None:
+        if SOUND in str(path):
+            raise ZeroDivisionError
+        tree.write(path, value)
+
+    with pytest.raises(ZeroDivisionError):
+        unbind.main([NIC, SOUND, "--json", "--driver", "none"], kernel=tree.kernel, write=write)
+    assert [(each["bdf"], each["done"]) for each in json.loads(capsys.readouterr().out)] == [(NIC, True)]
+    assert common.guard(lambda: run_bind(tree, "--group", "3", "--json"), name="bind") == 1
+    (failed,) = json.loads(capsys.readouterr().out)
+    assert (failed["bdf"], failed["done"]) == (None, False)
+    assert "no IOMMU group 3" in failed["error"]
 
 
 # --- What the commands share

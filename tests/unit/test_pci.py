@@ -7,8 +7,10 @@ import logging
 import os
 import re
 import resource
+import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from pyvfio.errors import (
     VfioError,
 )
 from pyvfio.kernel import LinuxKernel
+from pyvfio.pci.usage import hidden_interfaces
+from tests.interruptions.points import Walk
 from tests.unit.sysfs import BRIDGE, DISK, HOST_BRIDGE, ISA_BRIDGE, SysfsTree, link, place_process
 
 BDF = "0000:00:02.0"
@@ -522,19 +526,56 @@ def test_a_driver_that_is_not_loaded_is_refused_with_the_command_that_loads_it(t
     refused(tree, UnavailableError, "modprobe vfio-pci")
 
 
-@pytest.mark.parametrize("name", ["", "../devices"])
-def test_what_is_no_name_of_a_driver_is_refused(tree: SysfsTree, name: str) -> None:
-    with pytest.raises(ValueError, match="not the name of a driver"):
-        bind(tree, name)
+@pytest.mark.parametrize("name", ["", ".", "..", "../devices", "vfio-pci/module", "vfio-pci\n", "\x1b[2J", "x" * 256])
+def test_what_is_no_name_of_a_driver_is_refused_before_the_device_is_touched(tree: SysfsTree, name: str) -> None:
+    """`..` is a directory below drivers, too."""
+    for change in (bind, unbind):
+        with pytest.raises(ValueError, match="not the name of a driver"):
+            change(tree, name)
+    assert tree.writes == []
+    assert placed(tree) == ("e1000e", None)
 
 
-def test_vfio_pci_is_not_given_a_device_without_a_group(tmp_path: Path) -> None:
+@pytest.mark.parametrize("iommu", ["dmar0", "0000:00:01.0"])
+def test_vfio_pci_is_not_given_a_device_with_a_driver_and_without_a_group(tmp_path: Path, iommu: str) -> None:
+    """It would have the group by now: its driver keeps it, whatever the IOMMU."""
     tree = SysfsTree(tmp_path)
     tree.add_device(BDF, driver="e1000e")
-    refused(tree, DeviceNotFoundError, "in no IOMMU group")
+    (tree.sysfs / "class/iommu" / iommu).mkdir(parents=True)
+    refused(tree, DeviceNotFoundError, "in no IOMMU group: none of this machine's IOMMUs")
     (tree.sysfs / "module/vfio/parameters").mkdir(parents=True)
     (tree.sysfs / "module/vfio/parameters/enable_unsafe_noiommu_mode").write_text("Y\n")
     assert bind(tree).driver == "vfio-pci"
+
+
+def test_vfio_pci_is_not_tried_where_there_is_no_iommu(tmp_path: Path) -> None:
+    tree = SysfsTree(tmp_path)
+    tree.add_device(BDF, matches="e1000e")
+    refused(tree, DeviceNotFoundError, "in no IOMMU group: the firmware announces no IOMMU")
+
+
+def test_a_group_that_comes_with_the_first_driver_is_had_by_binding(tmp_path: Path) -> None:
+    """As behind virtio-iommu before Linux 6.15; what cannot be opened yet says how."""
+    tree = SysfsTree(tmp_path)
+    tree.add_device(BDF, matches="e1000e", late_group=7)
+    (tree.sysfs / "class/iommu/0000:00:01.0").mkdir(parents=True)
+    assert pci.comes_later(tree.kernel, pci.read_device(tree.kernel, BDF))
+    with pytest.raises(DeviceNotFoundError, match=f"in no IOMMU group yet.*scripts/bind {BDF}"):
+        pci.group_of(tree.kernel, BDF)
+    assert bind(tree).driver == "vfio-pci"
+    assert pci.group_of(tree.kernel, BDF) == 7
+
+
+@pytest.mark.parametrize("override", [None, "none"])
+def test_where_no_group_comes_the_device_is_as_it_was(tmp_path: Path, override: str | None) -> None:
+    """vfio-pci does not take it, and the reason is the group; it is not said to be in another slot before that."""
+    tree = SysfsTree(tmp_path)
+    tree.add_device(BDF, matches="e1000e", override=override)
+    (tree.sysfs / "class/iommu/0000:00:01.0").mkdir(parents=True)
+    with pytest.raises(DeviceNotFoundError, match=r"none of this machine's IOMMUs .* covers it.*another slot"):
+        bind(tree)
+    assert [path for path, _value in tree.writes][:2] == [OVERRIDE, "bus/pci/drivers_probe"]
+    assert placed(tree) == (None, override)
 
 
 def test_vfio_pci_is_not_given_a_bridge(tmp_path: Path) -> None:
@@ -658,6 +699,237 @@ def test_a_disk_that_nothing_uses_does_not_keep_its_device(tmp_path: Path) -> No
     tree = SysfsTree(tmp_path)
     tree.add_disk(tree.add_device(BDF, driver="ahci", group=7) / "ata1/block", "sda", "8:0")
     assert bind(tree).driver == "vfio-pci"
+
+
+def with_disk(tree: SysfsTree, bdf: str = BDF, group: int = 7) -> Path:
+    """A device with a disk."""
+    return tree.add_disk(tree.add_device(bdf, driver="ahci", group=group) / "ata1/block", "sda", "8:0")
+
+
+def test_a_disk_that_is_mounted_in_another_namespace_keeps_its_device(tmp_path: Path) -> None:
+    """Each process's mounts are looked at, once for each namespace; whose it is is said, without its tricks."""
+    tree = SysfsTree(tmp_path)
+    with_disk(tree)
+    link(tree.proc / "self/ns/mnt", Path("mnt:[1]"))
+    for pid, namespace in ((1, "mnt:[1]"), (20, "mnt:[2]"), (21, "mnt:[2]"), (30, "mnt:[3]")):
+        link(tree.proc / str(pid) / "ns/mnt", Path(namespace))
+        (tree.proc / str(pid) / "comm").write_text("evil\x1b[2J\n")
+        mount = MOUNT.format(number="8:0", source="/dev/sda") if pid >= 20 else ""
+        (tree.proc / str(pid) / "mountinfo").write_text(mount)
+    for pid in (1, 21):
+        (tree.proc / str(pid) / "mountinfo").write_text("not looked at")
+    said = r"sda is mounted at /srv in the mount namespace of evil\\x1b\[2J \(pid 20\)"
+    refused(tree, VfioError, said)
+
+
+class ClaimedKernel(LinuxKernel):
+    """Its disks answer with an errno; `asked` has the flags."""
+
+    def __init__(self, tree: SysfsTree, number: int) -> None:
+        super().__init__(sysfs=tree.sysfs, dev=tree.dev, proc=tree.proc)
+        self.number = number
+        self.asked: list[int] = []
+
+    def open(self, path: str, flags: int) -> int:
+        """Refuse."""
+        self.asked.append(flags)
+        raise OSError(self.number, os.strerror(self.number), path)
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (errno.EBUSY, "sda is claimed: it is mounted in a namespace that is not seen from here, swapped to"),
+        (errno.EPERM, "sda may be in use, which cannot be asked: .*/dev/sda cannot be opened"),
+        (errno.ENOMEDIUM, None),
+    ],
+)
+def test_a_disk_is_asked_for_by_opening_it_for_oneself_alone(tmp_path: Path, number: int, reason: str | None) -> None:
+    """O_EXCL is refused while it is mounted anywhere. Where it cannot be asked, it may be in use."""
+    tree = SysfsTree(tmp_path)
+    with_disk(tree)
+    tree.kernel = ClaimedKernel(tree, number)
+    if reason is None:
+        assert bind(tree).driver == "vfio-pci"
+    else:
+        refused(tree, VfioError, reason)
+        assert bind(tree, force=True).driver == "vfio-pci"
+    assert tree.kernel.asked[0] == os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK
+
+
+def test_a_disk_whose_node_is_not_here_may_be_in_use(tmp_path: Path) -> None:
+    """As in a container: what the host does with it is not seen."""
+    tree = SysfsTree(tmp_path)
+    with_disk(tree)
+    (tree.dev / "sda").unlink()
+    refused(tree, VfioError, "sda may be in use, which cannot be asked: .*/dev/sda cannot be opened")
+
+
+def test_a_disk_that_a_process_has_open_keeps_its_device(tmp_path: Path) -> None:
+    """As a virtual machine has a whole disk."""
+    tree = SysfsTree(tmp_path)
+    with_disk(tree)
+    tree.use_real_proc()
+    with (tree.dev / "sda").open("rb"):
+        refused(tree, VfioError, rf"sda is open in .* \(pid {os.getpid()}\)")
+    assert bind(tree).driver == "vfio-pci"
+
+
+def test_a_table_of_mounts_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
+    """Nothing is taken for idle then."""
+    tree = SysfsTree(tmp_path)
+    with_disk(tree)
+    (tree.proc / "self/mountinfo").write_text("36 35 8:0 / /srv rw\n")
+    refused(tree, VfioError, "self/mountinfo has a line that is no mount: '36 35 8:0 / /srv rw'")
+
+
+def test_an_interface_in_another_network_namespace_keeps_its_device_unless_forced(tree: SysfsTree) -> None:
+    """Its directory is there and looks empty: the kernel has one for interfaces of any namespace."""
+    place = (tree.pci / "devices" / BDF).resolve() / "virtio0/net"
+    place.mkdir(parents=True)
+    refused(tree, VfioError, "1 network interface of it is in another network namespace, and may be up")
+    assert bind(tree, force=True).driver == "vfio-pci"
+
+
+@pytest.mark.parametrize(
+    ("links", "visible", "hidden"),
+    [(3, 1, 0), (3, 0, 1), (4, 1, 1), (5, 0, 3), (1, 1, 0), (1, 0, 1)],
+)
+def test_interfaces_that_are_not_seen_are_counted_by_the_links_of_their_directory(
+    links: int, visible: int, hidden: int
+) -> None:
+    """A file system that counts no links (one for each directory) shows that there are some, where none is visible."""
+    assert hidden_interfaces(links=links, visible=visible) == hidden
+
+
+def test_virtual_functions_keep_the_device_that_they_go_with(tmp_path: Path) -> None:
+    """One whose group is open, in any case: the kernel would wait. One whose interface is up, unless forced."""
+    tree = SysfsTree(tmp_path)
+    device = tree.add_device(BDF, driver="e1000e", group=7)
+    function = tree.add_device("0000:00:02.1", driver="igbvf", group=8)
+    link(device / "virtfn0", function)
+    tree.use_real_proc()
+    with tree.add_group_node(8).open():
+        refused(tree, GroupBusyError, "IOMMU group 8 is already open")
+        with pytest.raises(GroupBusyError):
+            bind(tree, force=True)
+    tree.add_interface("0000:00:02.1", "enp0s2v0", up=True)
+    refused(tree, VfioError, r"0000:00:02\.1 is in use through igbvf: network interface enp0s2v0 is up")
+    assert bind(tree, force=True).driver == "vfio-pci"
+
+
+# --- Garbage
+
+
+@pytest.mark.parametrize(
+    ("name", "garbage"),
+    [("vendor", "x"), ("device", ""), ("class", "0x02\x1b[2J"), ("numa_node", "none"), ("vendor", "0x8086 0x1")],
+)
+def test_garbage_in_sysfs_is_an_error_that_names_the_file(tree: SysfsTree, name: str, garbage: str) -> None:
+    """And shows it, without its tricks."""
+    path = (tree.pci / "devices" / BDF).resolve() / name
+    path.write_text(garbage + "\n")
+    for use in (lambda: pci.read_device(tree.kernel, BDF), lambda: pci.enumerate_devices(tree.kernel)):
+        with pytest.raises(VfioError, match=f"{BDF}/{name} says '.*', which is no number") as caught:
+            use()
+        assert str(caught.value).isprintable()
+
+
+def test_a_group_that_is_no_number_is_an_error_that_names_the_link(tree: SysfsTree) -> None:
+    path = (tree.pci / "devices" / BDF).resolve() / "iommu_group"
+    path.unlink()
+    link(path, tree.sysfs / "kernel/iommu_groups/seven")
+    with pytest.raises(VfioError, match=f"{BDF}/iommu_group says 'seven', which is no number"):
+        pci.read_device(tree.kernel, BDF)
+
+
+def test_a_device_that_has_no_address_is_an_error_that_names_the_directory(tree: SysfsTree) -> None:
+    (tree.pci / "devices/lost+found").mkdir()
+    with pytest.raises(VfioError, match="bus/pci/devices there is 'lost\\+found', which is no PCI address"):
+        pci.enumerate_devices(tree.kernel)
+
+
+def test_a_group_without_a_number_does_not_keep_the_others_from_being_named(tree: SysfsTree) -> None:
+    (tree.sysfs / "kernel/iommu_groups/junk").mkdir()
+    (tree.sysfs / "kernel/iommu_groups/10").mkdir()
+    with pytest.raises(DeviceNotFoundError, match="The groups are: junk, 7, 10"):
+        pci.group_members(tree.kernel, 8)
+
+
+def test_the_flags_of_an_interface_are_a_number(tree: SysfsTree) -> None:
+    """Else it might be up."""
+    tree.add_interface(BDF, "enp0s2", up=False)
+    (tree.sysfs / "class/net/enp0s2/flags").write_text("down\n")
+    refused(tree, VfioError, "enp0s2/flags says 'down', which is no number")
+
+
+# --- Signals
+
+
+class HandledError(Exception):
+    """Raised by a handler."""
+
+
+def _handle(_number: int, _frame: object) -> None:
+    raise HandledError
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Those of three signals raise, as Ctrl-C's does."""
+    former = {number: signal.signal(number, _handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)
+
+
+def _changed(tree: SysfsTree, what: str) -> Callable[[], pci.Binding]:
+    """A device of a driver's, and a change of it."""
+    tree.add_device(BDF, driver="e1000e", group=7)
+    if what == "bind":
+        return lambda: bind(tree)
+    bound = bind(tree)
+    return lambda: unbind(tree) if what == "unbind" else pci.restore(tree.kernel, bound, write=tree.write)
+
+
+def _press_all() -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.raise_signal(number)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("what", ["bind", "unbind", "restore"])
+def test_signals_in_the_middle_of_a_change_leave_the_device_as_it_was(tmp_path: Path, what: str) -> None:
+    """Three of them at once, at any point of it: the handlers raise, so that nobody hears of the change."""
+    dry = Walk()
+    dry.run(_changed(SysfsTree(tmp_path / "dry"), what))
+    for point in range(1, dry.count + 1, max(1, dry.count // 100)):
+        tree = SysfsTree(tmp_path / str(point))
+        change = _changed(tree, what)
+        before = placed(tree)
+        walk = Walk({point: _press_all})
+        try:
+            walk.run(change)
+        except HandledError:
+            assert placed(tree) == before, walk.where
+        else:
+            assert not walk.where  # this time it had fewer points
+
+
+def test_a_wait_for_a_driver_can_be_interrupted(tree: SysfsTree) -> None:
+    """Between two looks at it; the device has its former driver then."""
+
+    def write(path: Path, value: str) -> None:
+        tree.write(path, value)
+        if path.name == "drivers_probe":
+            signal.raise_signal(signal.SIGINT)
+
+    tree.probes_ignored = 1
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        pci.bind(tree.kernel, BDF, patience=600.0, write=write)
+    assert placed(tree) == ("e1000e", None)
+    assert time.monotonic() - start < 300
 
 
 def test_want_of_descriptors_is_not_taken_for_want_of_a_device(tree: SysfsTree) -> None:

@@ -381,6 +381,13 @@ def test_the_dashes_may_be_left_out() -> None:
     assert cli.parse(["--cpus", "2", "sh", "-c", "--", "x"]).command == ["sh", "-c", "--", "x"]
 
 
+def test_an_argument_for_qemu_may_begin_with_a_dash() -> None:
+    """In two words as in one; a command without `--` keeps its own words."""
+    options = cli.parse(["--qemu-arg", "-device", "--qemu-arg=edu", "--qemu-arg", "-s", "--cpus", "2", "--", "x"])
+    assert (options.qemu_arg, options.cpus, options.command) == (["-device", "edu", "-s"], 2, ["x"])
+    assert cli.parse(["--qemu-arg", "-s", "sh", "--qemu-arg", "-s"]).command == ["sh", "--qemu-arg", "-s"]
+
+
 @pytest.mark.parametrize("words", [[], ["--iommu", "sparc", "--", "true"], ["--json", "--", "true"], ["--nonsense"]])
 def test_wrong_arguments_end_with_status_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
