@@ -29,7 +29,16 @@ from pyvfio.errors import (
     descriptor_hint,
     raise_collected,
 )
-from pyvfio.guard import Guard, close_now, closing, constructing, guarded, making, reading, uninterrupted
+from pyvfio.guard import (
+    Guard,
+    close_now,
+    closing_after_dependents,
+    constructing,
+    guarded,
+    making,
+    reading,
+    uninterrupted,
+)
 from pyvfio.handle import Handle, attempt, checked_fd, give_up_fd
 from pyvfio.info import DEFAULT_DMA_AVAIL, IommuInfo, parse_iommu_info
 from pyvfio.iommu.iova import DMA_BITS, IovaAllocator, check_dma_bits
@@ -156,7 +165,12 @@ class Group(Handle):
         name = ctypes.create_string_buffer(bdf.encode("ascii"))
         return self.ioctl("VFIO_GROUP_GET_DEVICE_FD", name, hints=hints, name=bdf)
 
-    @closing
+    def close_dependents(self) -> None:
+        """As `Handle.close_dependents`. An error is left to the device: where a dependent stays, its close raises."""
+        for device in tuple(self.devices):
+            attempt(device.close_dependents, [])
+
+    @closing_after_dependents
     def close(self) -> None:
         """Close the group's devices, take it out of its container, close it; twice is fine, and in a forked child
         nothing happens.
@@ -830,7 +844,12 @@ class Container(Handle):
         super().close_fd()
         self.lost = self.lost or not len(self.table)
 
-    @closing
+    def close_dependents(self) -> None:
+        """As `Group.close_dependents`."""
+        for group in tuple(self.groups.values()):
+            group.close_dependents()
+
+    @closing_after_dependents
     def close(self) -> None:
         """Close the devices, unmap everything, take the groups out and close them, close the container.
 

@@ -30,9 +30,10 @@ from pyvfio.guard import ContextManager, Guard, close_now, closing_under, constr
 from pyvfio.handle import attempt_all
 from pyvfio.iommu.space import AddressSpace
 from pyvfio.kernel import LinuxKernel
-from pyvfio.mapper.buffers import LARGE_PAGE, BufferMapper, DmaMapping, OwnMemory, Reserve
+from pyvfio.mapper.buffers import LARGE_PAGE, DmaMapping, OwnMemory, Reserve
 from pyvfio.mapper.plan import BlockShape, Budget, Plan, Rehearsal, rehearse
 from pyvfio.mapper.policy import Policy
+from pyvfio.mapper.regions import RegionMapper
 from pyvfio.mapper.segments import check_part
 from pyvfio.mapper.window import READ, WRITE, Holder, Window
 from pyvfio.memory.prefault import check_threads
@@ -74,8 +75,8 @@ def _uppermost(mapper: DmaMapper) -> Guard:
     return mapper.guard if mapper.blocks is None else mapper.blocks.guard
 
 
-class DmaMapper(BufferMapper, ContextManager):
-    """Maps RAM blocks, and buffers of the caller's own, into an `AddressSpace`.
+class DmaMapper(RegionMapper, ContextManager):
+    """Maps RAM blocks, buffers of the caller's own and other devices' BARs into an `AddressSpace`.
 
     `blocks`: follow that list from now on, blocks that it has included. `place`: asked for the IOVA of each block that
     comes; None leaves it to the mapper. `resize` and what goes with it say how a block's mapping follows its length:

@@ -83,6 +83,15 @@ class Handle(ContextManager):
                 hint=(hints or {}).get(error.errno or 0, ""),
             ) from error
 
+    @property
+    def has_dependents(self) -> bool:
+        """Whether something reaches a region of a device that is open by it, and ends before. For the library."""
+        return False
+
+    def close_dependents(self) -> None:
+        """End what reaches a region of a device that is open by it, before that device is closed. For the library; the
+        caller holds no lock, since those of mappers are above."""
+
     @closing
     def close(self) -> None:
         """Close the descriptor; twice is fine, and in a forked child nothing happens."""

@@ -6,19 +6,19 @@ Source: drivers/vfio/pci/vfio_pci_core.c.
 from __future__ import annotations
 
 import ctypes
-import errno
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from operator import index as as_number
 
 from pyvfio import ioctls, pci
 from pyvfio.container import Container, Group, check_kind
+from pyvfio.device import hot_reset
+from pyvfio.device.hot_reset import DependentDevice
 from pyvfio.device.irq import Irq
 from pyvfio.device.region import Region
 from pyvfio.errors import ClosedError, UnsupportedError, VfioError
-from pyvfio.guard import Guard, close_now, closing, constructing, uninterrupted
-from pyvfio.handle import Handle, attempt_all, checked_fd, give_up_fd
+from pyvfio.guard import Guard, close_now, closing_after_dependents, constructing, guarded, holding, uninterrupted
+from pyvfio.handle import Handle, attempt, attempt_all, checked_fd, give_up_fd
 from pyvfio.info import DeviceInfo, parse_device_info, parse_irq_info, parse_region_info
 
 PCI_COMMAND = 0x04  # linux/pci_regs.h
@@ -26,14 +26,6 @@ PCI_COMMAND_MEMORY = 0x2
 PCI_COMMAND_MASTER = 0x4
 
 _INFO_MAX = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class DependentDevice:
-    """A device that a hot reset reaches besides the one that was asked."""
-
-    group: int
-    bdf: str
 
 
 class Device(Handle):
@@ -184,50 +176,143 @@ class Device(Handle):
         """Whether the device has a reset of its own."""
         return bool(self.info.flags & ioctls.VFIO_DEVICE_FLAGS_RESET)
 
+    @uninterrupted()
     def reset(self) -> None:
         """VFIO_DEVICE_RESET: DMA stops, registers go back; configuration space is kept, and so are DMA mappings.
 
-        Raises UnsupportedError when the device has none.
+        Enabled interrupts stay enabled, and bus mastering stays on. Mappings of its BARs for other devices' DMA are
+        closed before. Raises UnsupportedError when the device has no reset; the error names `hot_reset` where the
+        device's bus can be reset.
         """
         self.check_usable()
         if not self.can_reset:
-            raise UnsupportedError(
-                f"{self.bdf} has no reset of its own", hint="Clear bus_master to stop its DMA, or reset its bus"
-            )
-        self.ioctl("VFIO_DEVICE_RESET")
+            raise UnsupportedError(f"{self.bdf} has no reset of its own", hint=self._instead_of_reset())
+        while not self._reset():
+            pass  # another thread has mapped a BAR meanwhile
+
+    def _instead_of_reset(self) -> str:
+        hint = "Clear bus_master to stop its DMA"
+        try:
+            others = [each.bdf for each in self.get_pci_hot_reset_info() if each.bdf != self.bdf]
+        except VfioError:
+            return hint
+        return f"{hint}, or use hot_reset(), which resets its bus" + f", {', '.join(others)} too" * bool(others)
+
+    def _reset(self) -> bool:
+        self.close_dependents()
+        return self._change_apart([self], partial(self.ioctl, "VFIO_DEVICE_RESET"))
+
+    @guarded
+    def _change_apart(self, devices: Sequence[Device], change: Callable[[], object]) -> bool:
+        """Make a change during which no other device may reach the BARs of `devices`. Return whether it was made."""
+        with holding(*(region for device in devices for region in device.all_regions())):
+            if any(device.has_dependents for device in devices):
+                return False
+            change()
+            return True
 
     def get_pci_hot_reset_info(self) -> tuple[DependentDevice, ...]:
         """VFIO_DEVICE_GET_PCI_HOT_RESET_INFO: all devices that a reset of this one's slot or bus reaches, itself too.
 
         Raises UnsupportedError when neither can be reset (a device on the root bus).
         """
-        count = 0
-        while True:
-            answer = ioctls.pci_hot_reset_info(count=count)
-            try:
-                self.ioctl("VFIO_DEVICE_GET_PCI_HOT_RESET_INFO", answer, count=count)
-            except OSError as error:
-                if error.errno == errno.ENODEV:
-                    raise UnsupportedError(f"neither the slot nor the bus of {self.bdf} can be reset") from error
-                if error.errno != errno.ENOSPC or answer.count <= count:
-                    raise
-                count = answer.count
-                continue
-            found: Sequence[ioctls.vfio_pci_dependent_device] = getattr(answer, "devices", ())
-            return tuple(map(_dependent, found[: answer.count]))
+        return hot_reset.get_info(self, self.bdf)
 
-    @closing
+    @property
+    def hot_reset_groups(self) -> tuple[int, ...]:
+        """The numbers of the IOMMU groups, ascending, that `hot_reset` needs in the device's container.
+
+        Raises as `get_pci_hot_reset_info`. Cost: two ioctls.
+        """
+        return hot_reset.groups_of(self.get_pci_hot_reset_info())
+
+    @uninterrupted()
+    def hot_reset(self) -> None:
+        """VFIO_DEVICE_PCI_HOT_RESET: reset the device's slot or bus, and so all devices of `get_pci_hot_reset_info`.
+
+        All of them must be bound to vfio-pci, with their groups in this device's container. Before the reset, of each
+        Device that is open there: bus mastering is turned off, register windows and mappings of `Region.mmap` are
+        dropped, mappings of its BARs for other devices' DMA are closed. Afterwards registers are as after power-on, and
+        bus mastering is off. Memory decoding, BAR addresses, enabled interrupts and DMA mappings are as before.
+
+        Raises UnsupportedError (a device on a root bus), VfioError with the groups and devices that are missing,
+        BufferError while a view of a mapped region lives: nothing has changed then. IoctlError: the kernel refuses, or
+        the bus did not come back; bus mastering is as before then.
+
+        Synchronization: waits for the container's lock. No other thread may access registers of these devices.
+        Cost: the kernel takes 10 ms to 1 s. Source: `vfio_pci_ioctl_pci_hot_reset`.
+        """
+        self.check_usable()
+        while not self._hot_reset():
+            pass  # another thread has mapped a BAR, or opened a device, meanwhile
+
+    def _hot_reset(self) -> bool:
+        reached = self.get_pci_hot_reset_info()
+        groups = self.container.groups
+        hot_reset.check_complete(self.kernel, self.bdf, reached, attached=groups)
+        devices = self._open_devices(reached)
+        for device in devices:
+            device.check_views()
+        for device in devices:
+            device.close_dependents()
+        fds = [groups[number].fd for number in hot_reset.groups_of(reached)]
+        return self._change_apart(devices, partial(self._reset_bus, devices, fds))
+
+    def _open_devices(self, reached: Sequence[DependentDevice]) -> list[Device]:
+        """The devices that a reset reaches, as far as they are open in this container."""
+        bdfs = {each.bdf for each in reached}
+        there = [device for group in tuple(self.container.groups.values()) for device in tuple(group.devices)]
+        return [device for device in there if isinstance(device, Device) and device.bdf in bdfs]
+
+    def _reset_bus(self, devices: Sequence[Device], group_fds: Sequence[int]) -> None:
+        for device in devices:
+            device.check_views()
+        masters = [device for device in devices if device.bus_master]
+        try:
+            for device in masters:
+                device.bus_master = False  # no transfer may be under way when the bus goes
+            for region in [region for device in devices for region in device.all_regions()]:
+                region.close()
+            hot_reset.reset(self, group_fds)
+        except BaseException:
+            for device in masters:
+                attempt(partial(device.config.change16, PCI_COMMAND, PCI_COMMAND_MASTER, on=True), [])
+            raise
+
+    def all_regions(self) -> tuple[Region, ...]:
+        """The regions that were asked for so far."""
+        return tuple(self._regions.values())
+
+    @property
+    def has_dependents(self) -> bool:
+        """Whether another device's DMA reaches a region of it through a mapping."""
+        return any(region.has_dependents for region in self.all_regions())
+
+    def close_dependents(self) -> None:
+        """As `Handle.close_dependents`. Raises BufferError, before anything is closed, while a view of a mapped region
+        lives; and what the closes raise."""
+        if not self.closed:
+            self.check_views()
+            attempt_all(f"unmapping the BARs of {self.bdf}", [region.close_dependents for region in self.all_regions()])
+        if (container := self.opened_with) is not None:  # closed with it, and so are other devices
+            for device in [each for group in tuple(container.groups.values()) for each in tuple(group.devices)]:
+                if device is not self:
+                    attempt(device.close_dependents, [])
+
+    @closing_after_dependents
     def close(self) -> None:
         """Stop interrupts and DMA, unmap regions, reset, close; then the group and the container, where `open_device`
         opened them for this device.
 
         Twice is fine; in a forked child nothing happens. Raises BufferError while a view of a mapped region lives, and
-        then nothing has been closed; otherwise the errors of the steps, after all of them were tried.
+        then nothing has been closed. The same holds where another device cannot be kept from a BAR that is mapped for
+        its DMA. Otherwise raises the errors of the steps, after all of them were tried.
         """
         steps: list[Callable[[], object]] = []
         if not self.closed:
             self.group.check_here()
             self.check_views()
+            self._check_no_dependents()
             steps += [irq.close for irq in tuple(self._irqs.values())]
             # Nothing may be under way when the mappings go: a device without a reset is kept from the bus.
             steps += [self._stop_dma, *([self.reset] if self.can_reset else [])]
@@ -236,6 +321,13 @@ class Device(Handle):
         if (container := self.opened_with) is not None and not container.closed:
             steps += [partial(close_now, container)]
         attempt_all(f"closing device {self.bdf}", steps)
+
+    def _check_no_dependents(self) -> None:
+        if self.has_dependents:
+            raise VfioError(
+                f"{self.bdf} cannot be closed: a BAR of it is mapped for the DMA of another device",
+                hint="Close that mapping, which map_region returned; where this fails, the error says why",
+            )
 
     def _stop_dma(self) -> None:
         self.bus_master = False
@@ -259,8 +351,3 @@ class Device(Handle):
         steps += [region.close for region in tuple(self._regions.values())]
         steps += [self.close_fd]
         attempt_all(f"forgetting device {self.bdf}", steps)
-
-
-def _dependent(found: ioctls.vfio_pci_dependent_device) -> DependentDevice:
-    slot, function = found.devfn >> 3, found.devfn & 7
-    return DependentDevice(found.group_id, f"{found.segment:04x}:{found.bus:02x}:{slot:02x}.{function}")

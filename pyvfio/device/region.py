@@ -6,13 +6,14 @@ Source: drivers/vfio/pci/vfio_pci_rdwr.c; `vfio_pci_core_mmap`.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from functools import partial
 from operator import index
 from typing import Protocol
 
 from pyvfio import ioctls
 from pyvfio.errors import ClosedError, IoctlError, UnsupportedError, VfioError
-from pyvfio.guard import ContextManager, Guard, close_now, closing, guarded, holding, making, reading, uninterrupted
+from pyvfio.guard import ContextManager, Guard, close_now, closing, guarded, making, reading, uninterrupted
 from pyvfio.handle import attempt_all
 from pyvfio.info import RegionInfo
 from pyvfio.kernel import Kernel, Registers
@@ -22,26 +23,10 @@ from pyvfio.units import PAGE_SIZE, align_down, align_up, is_aligned
 _PROT_READ, _PROT_WRITE, _MAP_SHARED = 1, 2, 1
 
 
-class Dependent(Protocol):
-    """A use of a region that ends before the region goes: its place in the address space of another device, say."""
-
-    @property
-    def guard(self) -> Guard:
-        """Whose lock `close` takes. The lock is above that of any device."""
-        ...
-
-    def close(self) -> None:
-        """End the use, and remove it from `Region.dependents`. Where this raises, the region stays."""
-        ...
-
-
 class _Owner(Protocol):
     """The device that a region is of."""
 
     bdf: str
-
-    @property
-    def guard(self) -> Guard: ...
 
     @property
     def kernel(self) -> Kernel: ...
@@ -124,8 +109,9 @@ class Region:
         self.guard = Guard(self._name)
         self.maps: list[RegionMap] = []
         """The mappings that are open; each keeps the device's group open in the kernel. Read only."""
-        self.dependents: list[Dependent] = []
-        """Uses that end before the region goes. Read only; `add_dependent` adds one."""
+        self.dependents: list[Callable[[], object]] = []
+        """The closes of what must end before the region is unmapped: mappings of the region for another device's DMA.
+        Each removes itself, and is called with no lock held. For the library; `add_dependent` adds one."""
 
     @property
     def kernel(self) -> Kernel:
@@ -331,27 +317,28 @@ class Region:
         for mapped in tuple(self.maps):
             mapped.check_views()
 
-    @uninterrupted()
-    def add_dependent(self, dependent: Dependent) -> None:
-        """Have `dependent` closed before the region goes. For the library.
+    @guarded
+    def add_dependent(self, close: Callable[[], object]) -> None:
+        """Have `close` called before the region goes. For the library.
 
-        Raises ClosedError, and VfioError where the device does not answer (memory decoding is off).
-        Synchronization: takes the device's lock, under which a reset or a close finds no dependents.
+        Raises VfioError where the device does not answer (memory decoding is off), ClosedError.
         """
-        with holding(self._device):
-            self._check_decoding()
-            self.dependents.append(dependent)
+        self._check_decoding()
+        self.dependents.append(close)
+
+    @property
+    def has_dependents(self) -> bool:
+        """Whether another device's DMA reaches the region through a mapping."""
+        return bool(self.dependents)
 
     @uninterrupted()
-    def end_dependents(self) -> None:
-        """Close all `dependents`. For the library; the caller must hold no lock, for their locks are above.
+    def close_dependents(self) -> None:
+        """End the DMA of other devices to the region. For the library; the caller holds no lock, since those of mappers
+        are above.
 
-        Raises what their closes raise, after all were tried.
+        Raises what the closes raise, after all were tried.
         """
-        attempt_all(
-            f"unmapping {self._name} from other devices",
-            [partial(close_now, dependent) for dependent in tuple(self.dependents)],
-        )
+        attempt_all(f"unmapping {self._name} from other devices", tuple(reversed(self.dependents)))
 
     def close(self) -> None:
         """Unmap it from other devices and from this process, all its mappings included; for the device, and before
@@ -360,11 +347,15 @@ class Region:
         It can be used again. Where another device cannot be kept from the region, nothing else is unmapped, and the
         error is raised. Raises BufferError while a view lives, after the rest has been unmapped.
         """
-        self.end_dependents()
-        self._unmap()
+        self.close_dependents()
+        while not self._unmap():
+            self.close_dependents()  # another thread has mapped it meanwhile
 
     @guarded
-    def _unmap(self) -> None:
+    def _unmap(self) -> bool:
+        if self.dependents:
+            return False
         windows, self._windows = self._windows, []
         closes = [registers.close for _start, _end, registers in windows]
         attempt_all(f"unmapping {self._name}", [*closes, *(partial(close_now, mapped) for mapped in tuple(self.maps))])
+        return True

@@ -28,6 +28,12 @@ def find_obstacles(mapper: DmaMapper, blocks: RamBlockList | None, container: Co
         for block, window in mapper.windows()
         if not window.settled
     ]
+    found += [
+        f"a BAR of {device!r} is mapped for the DMA of another device: close that mapping"
+        for group in container.groups.values()
+        for device in group.devices
+        if device.has_dependents
+    ]
     return found or _strangers(mapper, container)
 
 

@@ -98,7 +98,7 @@ DEVICES: Mapping[str, Sequence[str]] = {
         "pcie-pci-bridge,id=bridge,addr=11",
         "pci-testdev,bus=bridge,addr=1",
         "virtio-rng-pci,bus=bridge,addr=2",
-        "pcie-root-port,id=above,addr=12,disable-acs=on",
+        "pcie-root-port,id=above,addr=12,disable-acs=on,x-speed=2_5,x-width=1",
         "e1000e,bus=above,romfile=",
     ),
     "virtio-rng": (*_EDU, "virtio-rng-pci,disable-legacy=on,iommu_platform=on,max-bytes=4096,period=100"),

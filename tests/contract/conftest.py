@@ -22,7 +22,7 @@ from pyvfio.testing.fake import VERSIONS, FakeKernel
 from pyvfio.testing.fake.iommu import iommu_model
 from pyvfio.testing.world import dma_entry_limit
 from tests.contract.devices import FAKE, TO_BIND, Company, Id, fake_groups, find_company
-from tests.contract.world import Attached, World, real_memlock, real_rebind
+from tests.contract.world import Attached, World, real_memlock, real_message, real_rebind
 
 ENTRIES = 64  # a kernel has 65535, which cost seconds to fill
 RUNNING = "running"
@@ -50,6 +50,7 @@ def _fake_world(kernel: FakeKernel) -> World:
         partial(_fake_memlock, kernel),
         kernel.bind,
         kernel.violations.clear,
+        lambda _fd, bdf: kernel.interrupt(bdf),
     )
 
 
@@ -59,7 +60,16 @@ def _running_world(bdf: str) -> World:
     found = re.match(r"(\d+)\.(\d+)", os.uname().release)
     assert found is not None
     version = (int(found[1]), int(found[2]))
-    return World(kernel, bdf, group, version, real_memlock, partial(real_rebind, kernel), lambda: None)
+    return World(
+        kernel,
+        bdf,
+        group,
+        version,
+        real_memlock,
+        partial(real_rebind, kernel),
+        lambda: None,
+        partial(real_message, kernel),
+    )
 
 
 @contextlib.contextmanager

@@ -5,13 +5,24 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import os
 import struct
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 
 from pyvfio import ioctls
 from tests.contract.devices import VFIO, Company, Member
-from tests.contract.world import BAD_ADDRESS, NONE, PAGE, Attached, World, refused
+from tests.contract.world import BAD_ADDRESS, BOTH, NONE, PAGE, Attached, World, refused
+
+CONFIG = ioctls.VFIO_PCI_CONFIG_REGION_INDEX << 40
+BAR4 = ioctls.VFIO_PCI_BAR4_REGION_INDEX << 40
+COMMAND, BARS = CONFIG + 0x04, CONFIG + 0x10
+MEMORY, MASTER, INTX_DISABLE = 0x2, 0x4, 0x400
+BASE = 0x2800  # of an e1000e, in BAR 0: where the receive ring lies, RDBAL; 0 after power-on
+STATUS = BAR4 + 0x14  # of a virtio device, in its common configuration; 0 after power-on
+SHARED = 1  # MAP_SHARED
 
 
 @pytest.fixture
@@ -154,3 +165,101 @@ def test_the_groups_of_a_hot_reset_behind_a_bad_pointer_are_efault(behind: Attac
     ctypes.memmove(page + PAGE - 12, struct.pack("=III", 16, 0, 1), 12)
     with refused(errno.EFAULT):
         behind.world.ioctl(fd, ioctls.VFIO_DEVICE_PCI_HOT_RESET, page + PAGE - 12)
+
+
+# ------------------------------------------------------------------------------------------------ what a reset leaves
+
+
+@pytest.fixture(params=["VFIO_DEVICE_RESET", "VFIO_DEVICE_PCI_HOT_RESET"])
+def reset(request: pytest.FixtureRequest, e1000e: World) -> Reset:
+    """An e1000e that is open, decodes memory and is a bus master; and a reset of it, or of its bus."""
+    group = Attached.of(e1000e, ioctls.VFIO_TYPE1v2_IOMMU).group
+    fd = e1000e.open_device(group)
+    e1000e.kernel.pwrite(fd, struct.pack("<H", MEMORY | MASTER | INTX_DISABLE), COMMAND)
+    if request.param == "VFIO_DEVICE_RESET":
+        return Reset(e1000e, fd, lambda: e1000e.ioctl(fd, ioctls.VFIO_DEVICE_RESET))
+    return Reset(e1000e, fd, lambda: hot_reset(e1000e, fd, group))
+
+
+class Reset(NamedTuple):
+    """What `reset` gives."""
+
+    world: World
+    fd: int
+    make: Callable[[], object]
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Registers or configuration space."""
+        return self.world.kernel.pread(self.fd, size, offset)
+
+
+def test_a_reset_keeps_command_and_where_bars_are(reset: Reset) -> None:
+    command, bars = reset.read(COMMAND, 2), reset.read(BARS, 24)
+    assert command == struct.pack("<H", MEMORY | MASTER | INTX_DISABLE)
+    reset.make()
+    assert (reset.read(COMMAND, 2), reset.read(BARS, 24)) == (command, bars)
+
+
+def test_messages_that_are_enabled_stay_so_through_a_reset(reset: Reset) -> None:
+    kernel = reset.world.kernel
+    eventfd = reset.world.keep(kernel.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+    flags = ioctls.VFIO_IRQ_SET_DATA_EVENTFD | ioctls.VFIO_IRQ_SET_ACTION_TRIGGER
+    index = ioctls.VFIO_PCI_MSI_IRQ_INDEX
+    argument = ioctls.irq_set_eventfds(flags=flags, index=index, start=0, eventfds=[eventfd])
+    reset.world.ioctl(reset.fd, ioctls.VFIO_DEVICE_SET_IRQS, argument)
+    reset.make()
+    assert not kernel.poll(eventfd, 0)
+    reset.world.have_raised(reset.fd, reset.world.bdf)
+    assert kernel.poll(eventfd, 5)
+    assert kernel.eventfd_read(eventfd) == 1
+
+
+def test_a_bar_that_is_mapped_stays_so_through_a_reset(reset: Reset) -> None:
+    kernel = reset.world.kernel
+    vaddr = kernel.mmap(0, 4 * PAGE, BOTH, SHARED, fd=reset.fd, offset=0)
+    try:
+        reset.make()
+        register = ctypes.c_uint32.from_address(vaddr + BASE)
+        register.value = 0x12345000
+        assert reset.read(BASE, 4) == struct.pack("<I", 0x12345000)
+    finally:
+        kernel.munmap(vaddr, 4 * PAGE)
+
+
+def test_a_hot_reset_takes_registers_back_to_what_they_are_after_power_on(e1000e: World) -> None:
+    group = Attached.of(e1000e, ioctls.VFIO_TYPE1v2_IOMMU).group
+    fd = e1000e.open_device(group)
+    e1000e.kernel.pwrite(fd, struct.pack("<H", MEMORY), COMMAND)
+    e1000e.kernel.pwrite(fd, struct.pack("<I", 0x12345000), BASE)
+    assert e1000e.kernel.pread(fd, 4, BASE) == struct.pack("<I", 0x12345000)
+    hot_reset(e1000e, fd, group)
+    assert e1000e.kernel.pread(fd, 4, BASE) == bytes(4)
+
+
+def test_a_hot_reset_does_so_to_each_device_on_the_bus_and_keeps_its_command(
+    behind: Attached, company: Company
+) -> None:
+    world = behind.world
+    fd, sibling = world.open_device(behind.group), world.open_device(behind.group, company.rng.bdf)
+    world.kernel.pwrite(sibling, struct.pack("<H", MEMORY | MASTER), COMMAND)
+    command, bars = world.kernel.pread(sibling, 2, COMMAND), world.kernel.pread(sibling, 24, BARS)
+    for status in (1, 3):  # acknowledged, and driven
+        world.kernel.pwrite(sibling, bytes((status,)), STATUS)
+    assert world.kernel.pread(sibling, 1, STATUS) == b"\x03"
+    hot_reset(world, fd, behind.group)
+    assert world.kernel.pread(sibling, 1, STATUS) == b"\0"
+    assert (world.kernel.pread(sibling, 2, COMMAND), world.kernel.pread(sibling, 24, BARS)) == (command, bars)
+
+
+def test_a_reset_takes_the_mapping_of_a_bar_from_no_other_device(e1000e: World, v2: Attached) -> None:
+    # Nothing tells type1 that a BAR goes: what is mapped stays, until it is unmapped.
+    group = Attached.of(e1000e, ioctls.VFIO_TYPE1v2_IOMMU).group
+    fd = e1000e.open_device(group)
+    e1000e.kernel.pwrite(fd, struct.pack("<H", MEMORY), COMMAND)
+    vaddr = e1000e.kernel.mmap(0, PAGE, BOTH, SHARED, fd=fd, offset=0)
+    v2.map(vaddr=vaddr)
+    hot_reset(e1000e, fd, group)
+    e1000e.kernel.pwrite(fd, bytes(2), COMMAND)
+    assert v2.unmap() == PAGE
+    e1000e.kernel.munmap(vaddr, PAGE)
+    e1000e.forgive()

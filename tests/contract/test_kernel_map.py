@@ -348,6 +348,7 @@ def test_a_bar_needs_the_rights_that_the_device_gets(v2: Attached, bar: int) -> 
     with refused(errno.EFAULT):
         v2.map(vaddr=bar)
     v2.map(vaddr=bar, flags=READ)
+    assert v2.unmap() == PAGE
 
 
 # --------------------------------------------------------------------------------------- memory: what nobody wrote yet

@@ -29,6 +29,7 @@ BASE = 0x10_0000  # an IOVA that every IOMMU has
 PAGE = PAGE_SIZE
 NULL = 0
 BAD_ADDRESS = 0x1000  # below vm.mmap_min_addr: never mapped
+_INTERRUPT_CAUSE_SET, _INTERRUPT_MASK_SET, _LINK_STATUS_CHANGE = 0xC8, 0xD0, 4  # e1000e: ICS, IMS, LSC
 _CAP_IPC_LOCK = 14
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
@@ -40,6 +41,12 @@ def refused(*numbers: int) -> Iterator[None]:
         yield
     got = caught.value.errno or 0
     assert got in numbers, f"{errno.errorcode.get(got)} instead of {[errno.errorcode.get(n) for n in numbers]}"
+
+
+def real_message(kernel: Kernel, fd: int, _bdf: str) -> None:
+    """Have an e1000e, a bus master that is open as `fd`, raise its interrupt: a cause is let through and set."""
+    for register in (_INTERRUPT_MASK_SET, _INTERRUPT_CAUSE_SET):
+        kernel.pwrite(fd, struct.pack("<I", _LINK_STATUS_CHANGE), register)
 
 
 @contextlib.contextmanager
@@ -83,7 +90,8 @@ class World:
     """A kernel and a device. `version` is (major, minor).
 
     What is arranged differently on fakes and kernels: `limit_memlock`; `rebind(bdf, driver)`;
-    `forgive()`, after a test took away memory that is mapped, which a fake takes for a mistake.
+    `forgive()`, after a test took away memory that is mapped, which a fake takes for a mistake;
+    `have_raised(fd, bdf)`, for the message of an e1000e.
     """
 
     kernel: Kernel
@@ -93,6 +101,7 @@ class World:
     limit_memlock: MemlockLimit
     rebind: Callable[[str, str | None], None]
     forgive: Callable[[], None]
+    have_raised: Callable[[int, str], None]
     _fds: list[int] = field(default_factory=list)
     _memory: list[tuple[int, int]] = field(default_factory=list)
     _drivers: dict[str, str | None] = field(default_factory=dict)

@@ -67,9 +67,9 @@ class Rig:
             self._probe = probe.DmaProbe(self.engine, desk=desk, iova=self.mapper.iova(desk))
             self._stack = stack.pop_all()
 
-    def device_reads(self, iova: int) -> bytes | None:
-        """What the device gets when it reads `SIZE` bytes at `iova`; None when it is stopped."""
-        return self._probe.read(iova, SIZE)
+    def device_reads(self, iova: int, size: int = SIZE) -> bytes | None:
+        """What the device gets when it reads `size` bytes at `iova`; None when it is stopped."""
+        return self._probe.read(iova, size)
 
     def device_writes(self, iova: int, data: bytes) -> None:
         """Have the device write `data` at `iova`, whether or not it is stopped."""

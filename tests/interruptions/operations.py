@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, TypeVar
 import pyvfio
 from pyvfio import ioctls
 from pyvfio.units import PAGE_SIZE
-from tests.interruptions.scene import GROUP, MOST, Listener, Scene, Update
+from tests.interruptions.scene import GROUP, HOT_BDFS, MOST, Listener, Scene, Update
 from tests.unit.fakes import BDF
 
 _Thing = TypeVar("_Thing")
@@ -268,6 +268,57 @@ def _buffers() -> Iterator[Operation]:
     yield Operation("close a mapper of buffers", _temporary, lambda s: _got(s.mapper).close())
 
 
+# ------------------------------------------------------------------------------------------------ devices beside it
+
+
+def _beside(scene: Scene) -> None:
+    """A mapper, and another device, with a region."""
+    scene.mapper = pyvfio.DmaMapper(scene.open().container)
+    scene.things["other"] = other = pyvfio.open_device(HOT_BDFS[0], kernel=scene.kernel)
+    other.memory_enabled = True
+
+
+def _other(scene: Scene) -> pyvfio.Device:
+    return _thing(scene, "other", pyvfio.Device)
+
+
+def _map_region(scene: Scene) -> pyvfio.DmaMapping:
+    return _got(scene.mapper).map_region(_other(scene).region(0))
+
+
+def _beside_mapped(scene: Scene) -> None:
+    _beside(scene)
+    scene.things["mapping"] = _map_region(scene)
+
+
+def _hot(scene: Scene) -> None:
+    """Two devices of one bus, both bus masters, of which one reaches a BAR of the other."""
+    scene.things["first"] = first = pyvfio.open_device(HOT_BDFS[0], kernel=scene.kernel)
+    scene.things["second"] = second = pyvfio.open_device(HOT_BDFS[1], container=first.container)
+    scene.mapper = pyvfio.DmaMapper(scene.open().container)
+    for device in (first, second):
+        device.memory_enabled = True
+        device.bus_master = True
+        scene.mapper.map_region(device.region(0))
+
+
+def _beside_each_other() -> Iterator[Operation]:
+    yield Operation("map_region", _beside, _map_region, makes=True)
+    yield Operation("close a mapping of a BAR", _beside_mapped, partial(_close, "mapping"))
+    calls: dict[str, Callable[[Scene], object]] = {
+        "close a device": lambda s: _other(s).close(),
+        "close a group": lambda s: _other(s).group.close(),
+        "close a container": lambda s: _other(s).container.close(),
+        "close a region": lambda s: _other(s).region(0).close(),
+        "reset": lambda s: _other(s).reset(),
+        "close the mapper": lambda s: _got(s.mapper).close(),
+    }
+    for name, call in calls.items():
+        refusals = (pyvfio.ClosedError,) if name == "close a container" else ()
+        yield Operation(f"{name}, with a BAR that is mapped", _beside_mapped, call, refusals=refusals)
+    yield Operation("hot_reset", _hot, lambda s: _thing(s, "first", pyvfio.Device).hot_reset())
+
+
 # ------------------------------------------------------------------------------------------------ dirty pages
 
 
@@ -327,4 +378,4 @@ def _live_update() -> Iterator[Operation]:
     yield Operation("take_over", _sent, _take, makes=True)
 
 
-OPERATIONS = (*_opening(), *_changes(), *_buffers(), *_dirty(), *_live_update())
+OPERATIONS = (*_opening(), *_changes(), *_buffers(), *_beside_each_other(), *_dirty(), *_live_update())

@@ -57,9 +57,9 @@ PLAIN: Mapping[str, object] = {
 OWN = frozenset(
     name
     for names in (
-        "add_dependent begin begun buffers check_made_by check_open check_stays check_unchanging close_fd",
-        "end_dependents follow forget let_go must_stay note_left receive release_fd resume set_aside soil suspend",
-        "take_back take_in",
+        "add_dependent all_regions begin begun buffers check_made_by check_open check_stays check_unchanging",
+        "close_dependents close_fd drop follow forget has_dependents let_go must_stay note_left receive release_fd",
+        "resume set_aside soil suspend take_back take_in",
     )
     for name in names.split()
 )
@@ -148,6 +148,7 @@ class World:
             "mapper": self.mapper,
             "memory": self.mapping,
             "notifier": self.listener,
+            "region": self.device.region(0),
             "tracking": self.tracking,
             "vaddr": ctypes.addressof(ctypes.c_char.from_buffer(self.memory)),
         }

@@ -21,7 +21,9 @@ from tests.unit.fakes import BDF, OTHER_BDF, SpecialKernel
 from tests.unit.processes import open_fds
 
 State: TypeAlias = dict[str, object]
-GROUP, OTHER_GROUP = 2, 3
+GROUP, OTHER_GROUP, HOT_GROUP = 2, 3, 4
+HOT_BDFS = ("0000:01:00.0", "0000:01:00.1")
+"""Two functions of one device, whose bus can be reset."""
 MOST = 16 * PAGE_SIZE
 _START = int(ioctls.VFIO_IOMMU_DIRTY_PAGES_FLAG_START)
 _STOP = int(ioctls.VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP)
@@ -36,11 +38,13 @@ class Closable(Protocol):
 
 
 class SeenKernel(SpecialKernel):
-    """A kernel with two devices, each in a group of its own. `areas` has the memory of devices, too."""
+    """A kernel with two devices, each in a group of its own, and two on one bus. `areas` has the memory of devices,
+    too."""
 
     def __init__(self) -> None:
         devices = [(GROUP, FakeDevice(BDF, resettable=True)), (OTHER_GROUP, FakeDevice(OTHER_BDF, resettable=True))]
-        super().__init__(groups=[(number, [device]) for number, device in devices])
+        groups = [(number, [device]) for number, device in devices]
+        super().__init__(groups=[*groups, (HOT_GROUP, [FakeDevice(bdf, resettable=True) for bdf in HOT_BDFS])])
 
     def mmap(self, vaddr: int, size: int, protection: int, flags: int, *, fd: int = -1, offset: int = 0) -> Vaddr:
         """Note where it is."""
@@ -188,6 +192,7 @@ class Scene:
             "moved": self._moved(),
             "free": container.allocator.free_ranges if container is not None and usable and self._attached else None,
             "claims": self._claims(),
+            "masters": self._masters(),
             "exported": {name: exported(buffer) for name, buffer in self.buffers.items()},
             "descriptors": descriptors() - self.before,
             "told": sorted(listener.known) if (listener := self.listener) is not None else [],
@@ -246,6 +251,11 @@ class Scene:
                 if self.mapper.iova(block) != self.iovas.get(block.idstr, self.mapper.iova(block)):
                     found.append(block.idstr)
         return found
+
+    def _masters(self) -> list[str]:
+        """The devices that may do DMA."""
+        devices = [thing for thing in self.things.values() if isinstance(thing, pyvfio.Device)]
+        return [device.bdf for device in devices if not (device.closed or self.handing) and device.bus_master]
 
     def _claims(self) -> list[str]:
         """The claims on discards that could be made now."""

@@ -118,7 +118,7 @@ _MUTANTS = (
     ),
     Mutant(
         "Pins._free_pages",
-        "of_devices = device_pages(vaddr, size) if self.device_memory_is_mapped else 0",
+        "of_devices = sum(area.size for area in areas) // PAGE_SIZE",
         "of_devices = 0",
     ),
     Mutant(

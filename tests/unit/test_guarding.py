@@ -75,16 +75,16 @@ UNGUARDED = {
     """,
     "a system call of which nothing is recorded": """
         Container.check_extension Container.get_api_version Container.get_info Container.ioctl Container.set_iommu
-        Device.get_pci_hot_reset_info Device.ioctl Device.reset Group.check_viable Group.get_device_fd Group.get_status
-        Group.ioctl Group.set_container Irq.mask Irq.trigger Irq.unmask Region.read Region.read16 Region.read32
-        Region.read64 Region.read8 Region.write Region.write16 Region.write32 Region.write64 Region.write8
+        Device.get_pci_hot_reset_info Device.hot_reset_groups Device.ioctl Group.check_viable Group.get_device_fd
+        Group.get_status Group.ioctl Group.set_container Irq.mask Irq.trigger Irq.unmask Region.read Region.read16
+        Region.read32 Region.read64 Region.read8 Region.write Region.write16 Region.write32 Region.write64 Region.write8
     """,
     "made once, and the first one stays": "Device.config Device.describe_irqs Device.irq Device.region",
     "waits for a device, with no lock": "Irq.wait",
     "each step of it is guarded": """
         Container.map Container.map_dma Container.reserve_and_map Container.unmap Container.unmap_and_release
         Device.bus_master Device.bus_master= Device.memory_enabled Device.memory_enabled= DirtyLog.snapshot
-        DmaMapper.map_buffer DmaMapper.map_dma DmaMapper.map_temporary
+        DmaMapper.map_buffer DmaMapper.map_dma DmaMapper.map_region DmaMapper.map_temporary
         RamBlock.discard RamBlock.populate RamBlock.remap RamBlock.remove RamBlock.resize Region.close
     """,
 }

@@ -46,8 +46,8 @@ LEFT_OUT = {
         unmap_all set_container unset_container set_iommu detach release_iova
     """,
     "each worker makes these with an object of its own": """
-        close add remove add_notifier remove_notifier attach get_device_fd wait map_dma map_buffer map_temporary
-        mmap view disable disable_uncoordinated require require_coordinated reserve_iova reserve_iova_at
+        close add remove add_notifier remove_notifier attach get_device_fd wait map_dma map_buffer map_region
+        map_temporary mmap view disable disable_uncoordinated require require_coordinated reserve_iova reserve_iova_at
     """,
 }
 _left_out = {name for names in LEFT_OUT.values() for name in names.split()}
@@ -148,6 +148,7 @@ class Worker:
             self._shared,
             self._map,
             self._temporary,
+            self._region,
             self._forget,
             self._log,
             self._claim,
@@ -177,6 +178,7 @@ class Worker:
             "mapper": world.sides[0].mapper,
             "memory": world.shared[0],
             "notifier": Listener(),
+            "region": world.sides[0].device.region(0),
             "used_length": 2 * PAGE_SIZE,
             "vaddr": ctypes.addressof(ctypes.c_char.from_buffer(world.memory)),
         }
@@ -260,6 +262,14 @@ class Worker:
         if self._chance.random() < 0.3:
             mapper.reset_temporary()
 
+    def _region(self) -> None:
+        side = self._side
+        side.device.memory_enabled = True
+        with self._side.mapper.map_region(side.device.region(0), 0, PAGE_SIZE) as mapping:
+            assert mapping.size == PAGE_SIZE
+            if self._chance.random() < 0.3:
+                side.device.region(0).close()
+
     def _forget(self) -> None:
         Forgotten(self._side.mapper.map_buffer(mmap.mmap(-1, PAGE_SIZE)))
 
@@ -303,6 +313,7 @@ class Worker:
             device.memory_enabled = True
             with device.region(0).mmap() as mapped, mapped.view() as view:
                 view[0] = 1
+            self._side.mapper.map_region(device.region(0))
             device.group.check_viable()
             kernel.close(device.group.get_device_fd(bdf))
             device.reset()

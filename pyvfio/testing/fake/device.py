@@ -203,6 +203,8 @@ class PciDevice:
         counts = (int(declared.intx), declared.msi, declared.msix, int(has_err), 1)
         self._has_err = has_err
         self.irqs = Irqs(version=version, counts=counts)
+        self.on_bars_gone: Callable[[str, str], object] = lambda _call, _bdf: None
+        """Called with what ends the device's answers in its BARs, and with its address."""
         self.requests: dict[int, tuple[str, Callable[[Argument], int]]] = {
             ioctls.VFIO_DEVICE_GET_INFO: ("VFIO_DEVICE_GET_INFO", self.get_info),
             ioctls.VFIO_DEVICE_GET_REGION_INFO: ("VFIO_DEVICE_GET_REGION_INFO", self.get_region_info),
@@ -225,6 +227,11 @@ class PciDevice:
     def bus_master(self) -> bool:
         """Whether it may do DMA."""
         return bool(self.command & _COMMAND_MASTER)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it answers in its memory BARs."""
+        return bool(self.descriptors and self.command & _COMMAND_MEMORY)
 
     def check_vector(self, vector: int) -> None:
         """ValueError when it has no such interrupt."""
@@ -315,9 +322,14 @@ class PciDevice:
         return 0
 
     def clear(self) -> None:
-        """What any reset does to the device. One that nobody has open is fresh in any case when it is opened."""
+        """What any reset does to the device. One that nobody has open is fresh in any case when it is opened.
+
+        COMMAND, BAR addresses and what signals which interrupt stay (`pci_dev_save_and_disable`, `pci_dev_restore`).
+        """
         if not self.descriptors:
             return
+        self.on_bars_gone("a reset", self.bdf)
+        self.irqs.quieten()
         memory = next(iter(self.descriptors))
         os.ftruncate(memory, 0)
         os.ftruncate(memory, ioctls.VFIO_PCI_NUM_REGIONS << _REGION_SHIFT)
@@ -337,14 +349,15 @@ class PciDevice:
         bar, size = self._accessible(index, position, size)
         answer = b""
         for at, count, is_table in self._pieces(index, position, size):
-            answer += b"\xff" * count if is_table else self._read(fd, bar, offset - position + at, count)
+            wide = self._version.eight_byte_access
+            answer += b"\xff" * count if is_table else self._read(fd, bar, offset - position + at, count, wide=wide)
         return answer
 
-    def _read(self, fd: int, bar: Bar, offset: int, size: int) -> bytes:
+    def _read(self, fd: int, bar: Bar, offset: int, size: int, *, wide: bool) -> bytes:
         if bar.read is None:
             return os.pread(fd, size, offset)
         answer = b""
-        for at, width in self._accesses(self._locate(offset)[1], size):
+        for at, width in _accesses(self._locate(offset)[1], size, wide=wide):
             answer += (bar.read(at, width) & ((1 << 8 * width) - 1)).to_bytes(width, "little")
         return answer
 
@@ -355,23 +368,27 @@ class PciDevice:
         index, position = self._locate(offset)
         if index == _CONFIG:
             self._check_config(position, len(data))
+            decoded = self.decodes
             for at, value in enumerate(data, start=position):
                 if at in _WRITABLE:
                     self.config[at] = value
             self._settle_header()
+            if decoded and not self.decodes:
+                self.on_bars_gone("a write to COMMAND", self.bdf)
             return len(data)
         bar, size = self._accessible(index, position, len(data))
         for at, count, is_table in self._pieces(index, position, size):
             if not is_table:
-                self._write(fd, bar, offset - position + at, data[at - position : at - position + count])
+                piece = data[at - position : at - position + count]
+                self._write(fd, bar, offset - position + at, piece, wide=self._version.eight_byte_access)
         return size
 
-    def _write(self, fd: int, bar: Bar, offset: int, data: bytes) -> None:
+    def _write(self, fd: int, bar: Bar, offset: int, data: bytes, *, wide: bool) -> None:
         if bar.write is None:
             os.pwrite(fd, data, offset)
             return
         start = self._locate(offset)[1]
-        for at, width in self._accesses(start, len(data)):
+        for at, width in _accesses(start, len(data), wide=wide):
             bar.write(at, width, int.from_bytes(data[at - start : at - start + width], "little"))
 
     def _pieces(self, index: int, position: int, size: int) -> Iterator[tuple[int, int, bool]]:
@@ -381,6 +398,17 @@ class PciDevice:
             {position, position + size, *(at for at in (table.start, table.stop) if at - position in range(size))}
         )
         return ((start, end - start, start in table) for start, end in pairwise(cuts))
+
+    def load(self, offset: int, size: int) -> bytes:
+        """What another device reads at `offset` of the device's file, in a BAR that may be mapped."""
+        return self._read(next(iter(self.descriptors)), self._bar_at(offset), offset, size, wide=True)
+
+    def store(self, offset: int, data: bytes) -> None:
+        """What another device writes, as `load`."""
+        self._write(next(iter(self.descriptors)), self._bar_at(offset), offset, data, wide=True)
+
+    def _bar_at(self, offset: int) -> Bar:
+        return self.declared.bars[self._locate(offset)[0]]
 
     def _settle_header(self) -> None:
         # What hardware does with bits that are not there, vfio_bar_fixup with those that say a BAR's size, and
@@ -411,16 +439,6 @@ class PciDevice:
             refuse(errno.EIO)
         return bar, min(size, bar.size - position)
 
-    def _accesses(self, position: int, size: int) -> list[tuple[int, int]]:
-        # vfio_pci_core_do_io_rw takes the widest aligned access that fits.
-        widths = (8, 4, 2, 1) if self._version.eight_byte_access else (4, 2, 1)
-        done, end = [], position + size
-        while position < end:
-            width = next(w for w in widths if position % w == 0 and position + w <= end)
-            done.append((position, width))
-            position += width
-        return done
-
     def check_mmap(self, offset: int, size: int) -> int:
         """`vfio_pci_core_mmap` for a shared mapping: EINVAL unless it lies in a BAR that may be mapped; its index."""
         index, position = self._locate(offset)
@@ -436,3 +454,14 @@ class PciDevice:
             return linux.registers(fd, offset, size)
         start = self._locate(offset)[1]
         return CallbackRegisters(start=start, read=bar.read, write=bar.write)
+
+
+def _accesses(position: int, size: int, *, wide: bool) -> list[tuple[int, int]]:
+    # vfio_pci_core_do_io_rw takes the widest aligned access that fits.
+    widths = (8, 4, 2, 1) if wide else (4, 2, 1)
+    done, end = [], position + size
+    while position < end:
+        width = next(w for w in widths if position % w == 0 and position + w <= end)
+        done.append((position, width))
+        position += width
+    return done

@@ -1,4 +1,4 @@
-"""Accesses of a device to memory: through the IOMMU's table, as far as it lets them."""
+"""Accesses of a device to memory, and to the BARs of others: through the IOMMU's table, as far as it lets them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pyvfio.testing.fake.device import PciDevice
 from pyvfio.testing.fake.group import Group
 from pyvfio.testing.fake.irqs import MSI, MSIX
 from pyvfio.testing.fake.pins import Mapped, Violation
-from pyvfio.testing.fake.process import read_memory, write_memory
+from pyvfio.testing.fake.process import DeviceArea, read_memory, write_memory
 from pyvfio.units import Iova, Vaddr
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ class DmaPath:
 
     def __init__(self, violations: list[Violation]) -> None:
         self._violations = violations
+        self.devices: dict[str, PciDevice] = {}
+        """Whose BARs can be reached, by address."""
         self.faults: list[DmaFault] = []
         self.on_fault: Callable[[DmaFault], object] | None = None
 
@@ -48,7 +50,11 @@ class DmaPath:
     def read(self, group: Group, device: PciDevice, *, iova: int, size: int) -> bytes:
         """DmaFault, AssertionError (the process took the memory away)."""
         parts = []
-        for entry, at, count in self._pieces(group, device, iova=iova, size=size, write=False):
+        for entry, at, count, area in self._pieces(group, device, iova=iova, size=size, write=False):
+            if area is not None:
+                target, offset = self._target(device, area, at - entry.iova, iova=at, write=False)
+                parts.append(target.load(offset, count))
+                continue
             try:
                 parts.append(read_memory(entry.vaddr + at - entry.iova, count))
             except OSError as error:
@@ -57,11 +63,26 @@ class DmaPath:
 
     def write(self, group: Group, device: PciDevice, *, iova: int, data: bytes) -> None:
         """As `read`."""
-        for entry, at, count in self._pieces(group, device, iova=iova, size=len(data), write=True):
+        for entry, at, count, area in self._pieces(group, device, iova=iova, size=len(data), write=True):
+            piece = data[at - iova : at - iova + count]
+            if area is not None:
+                target, offset = self._target(device, area, at - entry.iova, iova=at, write=True)
+                target.store(offset, piece)
+                continue
             try:
-                write_memory(entry.vaddr + at - entry.iova, data[at - iova : at - iova + count])
+                write_memory(entry.vaddr + at - entry.iova, piece)
             except OSError as error:
                 raise self._gone(group, entry, at, count) from error
+
+    def _target(
+        self, device: PciDevice, area: DeviceArea, position: int, *, iova: int, write: bool
+    ) -> tuple[PciDevice, int]:
+        """The device whose BAR is reached, and where. A BAR that is not decoded answers nobody."""
+        target, offset = self.devices[area.bdf], area.offset + position - area.start
+        if not target.decodes:
+            reason = f"{area.bdf} does not decode memory accesses, and its BAR is mapped there"
+            raise self.stop(device, iova=iova, write=write, reason=reason)
+        return target, offset
 
     def _gone(self, group: Group, entry: Mapped, at: int, count: int) -> Exception:
         """What to raise; on record too, since a device's own thread may be where it is raised."""
@@ -79,7 +100,7 @@ class DmaPath:
 
     def _pieces(
         self, group: Group, device: PciDevice, *, iova: int, size: int, write: bool
-    ) -> Iterator[tuple[Mapped, int, int]]:
+    ) -> Iterator[tuple[Mapped, int, int, DeviceArea | None]]:
         iommu = None if group.container is None else group.container.iommu
         end = iova + size
         while iova < end:
@@ -88,9 +109,20 @@ class DmaPath:
                 raise self.stop(device, iova=iova, write=write, reason="nothing is mapped there")
             if not iommu.allows(entry, write=write):
                 raise self.stop(device, iova=iova, write=write, reason="the mapping does not allow it")
-            count = min(end, entry.iova + entry.size) - iova
-            yield entry, iova, count
+            area, limit = _area_at(entry, iova - entry.iova)
+            count = min(end, entry.iova + limit) - iova
+            yield entry, iova, count, area
             iova += count
+
+
+def _area_at(entry: Mapped, position: int) -> tuple[DeviceArea | None, int]:
+    """The BAR that a mapping has at `position`, None for memory; and where in the mapping that ends."""
+    for area in entry.bars:
+        if position < area.start:
+            return None, area.start
+        if position < area.start + area.size:
+            return area, area.start + area.size
+    return None, entry.size
 
 
 class DeviceSlot:

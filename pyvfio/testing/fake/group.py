@@ -310,6 +310,8 @@ class DeviceHandle:
         if not self.device.descriptors:
             self._features.release()
         self.group.device_closed()
+        if not self.device.descriptors:  # what the container has now outlives the device
+            self.device.on_bars_gone("the last close", self.device.bdf)
 
     def live_on(self, fd: int, other: int) -> None:
         """It stays open by the other one."""

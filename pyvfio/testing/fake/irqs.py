@@ -115,6 +115,10 @@ class Irqs:
         self._line = up
         self._deliver_line()
 
+    def quieten(self) -> None:
+        """The device was reset: its line is down. What signals which interrupt stays, and so does a mask."""
+        self._line = self._pending = False
+
     def _deliver_line(self) -> None:
         if self._line and self._enabled == INTX and not self._masked and self._triggers[0] is not None:
             self._masked = True

@@ -84,6 +84,8 @@ class FakeKernel(MemoryCalls):
         # A weak reference: the group must not keep the kernel, or the finalizer would wait for the garbage collector.
         group = Group(number, [PciDevice(device, self._version) for device in declared], weakref.proxy(self))
         for device, live in zip(devices, group.devices, strict=True):
+            live.on_bars_gone = self._pins.bars_gone
+            self._dma.devices[live.bdf] = live
             if isinstance(device, FakePciDevice):
                 device._plug(DeviceSlot(self._dma, group, live, self._lock))
         return group

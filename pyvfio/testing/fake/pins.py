@@ -8,7 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pyvfio.testing.fake.process import FileAreas, MemoryAreas, Pagemap, can_be_pinned, device_pages, refuse
+from pyvfio.testing.fake.process import (
+    DeviceArea,
+    FileAreas,
+    MemoryAreas,
+    Pagemap,
+    can_be_pinned,
+    device_areas,
+    refuse,
+)
 from pyvfio.units import MIB, PAGE_SIZE, Iova, Vaddr, align_up
 
 _WRITE = 2  # VFIO_DMA_MAP_FLAG_WRITE
@@ -18,13 +26,18 @@ _BATCH = 2 * MIB  # VFIO_BATCH_MAX_CAPACITY pages
 
 
 class Mapped(NamedTuple):
-    """A live mapping: sizes in bytes, `flags` as given to VFIO_IOMMU_MAP_DMA; `uncharged` bytes are not locked."""
+    """A live mapping: sizes in bytes, `flags` as given to VFIO_IOMMU_MAP_DMA; `uncharged` bytes are not locked.
+
+    `bars`: what of it is devices' BARs. The mapping keeps them, whatever the process does there later
+    (`follow_fault_pfn` looks once).
+    """
 
     iova: Iova
     size: int
     vaddr: Vaddr
     flags: int
     uncharged: int = 0
+    bars: tuple[DeviceArea, ...] = ()
 
 
 class Violation(NamedTuple):
@@ -119,7 +132,8 @@ class Pins:
             if tracked is not None and can_be_pinned(mapped.vaddr, tracked - mapped.vaddr, write=write):
                 refuse(errno.EFAULT)
         zeros = zero_page_is_free and not write
-        free = zeros or (self.device_memory_is_mapped and device_pages(mapped.vaddr, mapped.size) > 0)
+        bars = tuple(device_areas(mapped.vaddr, mapped.size)) if self.device_memory_is_mapped else ()
+        free = zeros or bool(bars)
         if free and within < mapped.size:
             self._walk(mapped, within, write=write, zeros=zeros)
         elif not can_be_pinned(mapped.vaddr, min(mapped.size, within + PAGE_SIZE), write=write):
@@ -127,13 +141,15 @@ class Pins:
         elif mapped.size > within:
             refuse(errno.ENOMEM)
         if free:
-            mapped = mapped._replace(uncharged=self._free_pages(mapped.vaddr, mapped.size, zeros=zeros) * PAGE_SIZE)
+            uncharged = self._free_pages(mapped.vaddr, mapped.size, zeros=zeros) * PAGE_SIZE
+            mapped = mapped._replace(uncharged=uncharged, bars=bars)
         self.used += mapped.size - mapped.uncharged
         self.index.add(mapped)
         return mapped
 
     def _free_pages(self, vaddr: int, size: int, *, zeros: bool) -> int:
-        of_devices = device_pages(vaddr, size) if self.device_memory_is_mapped else 0
+        areas = device_areas(vaddr, size) if self.device_memory_is_mapped else ()
+        of_devices = sum(area.size for area in areas) // PAGE_SIZE
         return of_devices + (self.pagemap.zero_pages(vaddr, size) if zeros else 0)
 
     def _walk(self, mapped: Mapped, within: int, *, write: bool, zeros: bool) -> None:
@@ -172,6 +188,14 @@ class Pins:
                 continue
             iova = Iova(mapped.iova + first - mapped.vaddr)
             self.violations.append(Violation(call, iova, Vaddr(first), last - first))
+
+    def bars_gone(self, call: str, bdf: str) -> None:
+        """Record that `call` took the BARs of a device away, for each mapping that reaches one."""
+        for mapped in self.index if self.device_memory_is_mapped else ():
+            for area in mapped.bars:
+                if area.bdf == bdf:
+                    iova, vaddr = Iova(mapped.iova + area.start), Vaddr(mapped.vaddr + area.start)
+                    self.violations.append(Violation(call, iova, vaddr, area.size))
 
     def look_at_all(self) -> None:
         """Record memory of mappings that is not there any more, or has lost its rights, by whatever call."""

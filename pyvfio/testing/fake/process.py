@@ -13,7 +13,7 @@ import struct
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 from pyvfio.kernel import WritableBuffer
 from pyvfio.units import PAGE_SIZE, U64_MAX, align_down, align_up
@@ -107,11 +107,27 @@ def _areas(lines: Iterator[str]) -> Iterator[tuple[int, int, str]]:
         yield int(start, 16), int(end, 16), rights
 
 
-def device_pages(vaddr: int, size: int) -> int:
-    """How many pages of a range are mappings of a fake device's BARs."""
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    of_devices = _areas(line for line in lines if f"/memfd:{DEVICE_MEMORY} " in line)
-    return sum(max(0, min(end, vaddr + size) - max(start, vaddr)) for start, end, _rights in of_devices) // PAGE_SIZE
+class DeviceArea(NamedTuple):
+    """A part of a range that is a mapping of a fake device's BAR: where in the range it begins, its size, the device,
+    and where in the device's file it begins."""
+
+    start: int
+    size: int
+    bdf: str
+    offset: int
+
+
+def device_areas(vaddr: int, size: int) -> Iterator[DeviceArea]:
+    """What of a range is mappings of fake devices' BARs, ascending. Source: /proc/self/maps."""
+    mark = f"/memfd:{DEVICE_MEMORY} "
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if mark not in line:
+            continue
+        first, last = (int(part, 16) for part in line.split(" ", 1)[0].split("-"))
+        start, end = max(first, vaddr), min(last, vaddr + size)
+        if start < end:
+            offset = int(line.split(maxsplit=3)[2], 16) + start - first
+            yield DeviceArea(start - vaddr, end - start, line.partition(mark)[2].split()[0], offset)
 
 
 def maps_allow(vaddr: int, size: int, *, write: bool) -> bool:
