@@ -72,11 +72,13 @@ class IoctlError(VfioError, OSError):
 
 class PinLimitError(IoctlError):
     """ENOMEM, or EAGAIN from mmap(2) where mlockall(2) holds what is to come: so much may not be locked. In bytes:
-    `limit` (None: not the limit's doing), `used` of it, of that `mlocked` by mlock and mlockall, `asked`."""
+    `limit` (None: not the limit's doing), `used` of it, of that `mlocked` by mlock and mlockall and `mapped` by the
+    address space in question (None: no space was), `asked`: by the whole change, however many pieces it has."""
 
     limit: int | None = None
     used: int = 0
     mlocked: int = 0
+    mapped: int | None = None
     asked: int = 0
 
 

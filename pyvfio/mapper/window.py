@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Literal, Protocol
 
-from pyvfio.errors import IoctlError, RollbackError, as_exception
+from pyvfio.errors import IoctlError, PinLimitError, RollbackError, as_exception
 from pyvfio.extents import Extent, Part, clip, runs, total, without
 from pyvfio.guard import checkpoint
 from pyvfio.iommu.space import AddressSpace, Mapping
 from pyvfio.mapper.policy import Policy, Step, steps
+from pyvfio.memory.locking import restate
 from pyvfio.units import Iova, Vaddr, format_size
 
 READ, WRITE = 1, 2
@@ -189,7 +190,10 @@ class Window:
                     checkpoint()
                     self._make(step)
         except BaseException as error:
-            self._restore(before, region, error)
+            whole = self._whole_limit(error, plan, before, region)
+            self._restore(before, region, whole or error)
+            if whole is not None:
+                raise whole from error
             raise
         self._reached = wanted
 
@@ -229,6 +233,22 @@ class Window:
             if not self._make_room(error):
                 raise
             self._space.map(vaddr=vaddr, iova=iova, size=size, write=write)
+
+    def _whole_limit(
+        self, error: BaseException, plan: Sequence[Step], before: Sequence[Part], region: Part
+    ) -> PinLimitError | None:
+        """The error for all that a change was to pin, where `error` is the one for a piece. Nothing is undone yet."""
+        maps = [part for call, part in plan if call == "map"]
+        if not isinstance(error, PinLimitError) or error.limit is None or len(maps) < 2:
+            return None
+        known, now = set(before), self.pieces(region)
+        made, unmaps = total([piece for piece in now if piece not in known]), [p for call, p in plan if call == "unmap"]
+        leaving = total(unmaps) - (total(before) - (total(now) - made))
+        size, locked, first = total(maps), made + leaving, maps[0][0]
+        if error.used - locked + size <= error.limit:
+            return None  # it was the piece that was too much: another one was to be unmapped after it
+        arguments = {"vaddr": self.vaddr + first, "iova": self.iova + first, "size": size}
+        return restate(error, kernel=self._space.kernel, size=size, locked=locked, arguments=arguments)
 
     def _restore(self, before: Sequence[Part], region: tuple[int, int], cause: BaseException) -> None:
         """Have the pieces of `before` again, one by one. All new ones are unmapped before an old one is mapped."""

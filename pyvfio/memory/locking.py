@@ -112,7 +112,24 @@ def limit_error(
     )
     refusal = PinLimitError.of(error, message, request=request, arguments=arguments, hint=hint)
     refusal.limit, refusal.used, refusal.mlocked, refusal.asked = lock.limit, lock.used, mlocked, size
+    refusal.mapped = mapped
     return refusal
+
+
+def restate(
+    error: PinLimitError, *, kernel: Kernel, size: int, locked: int, arguments: Mapping[str, int | str]
+) -> PinLimitError:
+    """The error for a change that locks `size` bytes in pieces, in place of that for one piece; of `error.used` the
+    change itself had `locked` bytes when the piece was refused."""
+    return limit_error(
+        error,
+        Memlock(limit=error.limit, used=error.used - locked, privileged=False),
+        size,
+        kernel=kernel,
+        request=error.request,
+        arguments=arguments,
+        mapped=None if error.mapped is None else error.mapped - locked,
+    )
 
 
 def _holders(used: int, mlocked: int, mapped: int | None) -> str:

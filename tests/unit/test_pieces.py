@@ -308,3 +308,75 @@ def test_a_part_and_what_is_without_it_make_up_the_whole(one: list[Extent], star
     parts = sorted(clip(one, *hole) + without(one, hole))
     assert runs(parts) == runs(one)
     assert sum(part.size for part in parts) == sum(extent.size for extent in one)
+
+
+# ------------------------------------------------------------------------------------------- the limit of locked memory
+
+
+def test_the_pin_limit_is_reported_for_the_whole_resize_and_not_for_a_granule(kernel: SpecialKernel) -> None:
+    """What was locked before it, what it asked for in all, and how much is missing."""
+    with Rig(kernel, mapper=GRANULE) as rig:
+        block = rig.add(used=MIB // 2, maximum=16 * MIB)
+        before = rig.reached()
+        kernel.memlock_limit = MIB
+        with pytest.raises(pyvfio.PinLimitError) as caught:
+            block.resize(8 * MIB)
+        error = caught.value
+        assert (error.limit, error.used, error.mapped, error.asked) == (MIB, MIB // 2, MIB // 2, 15 * MIB // 2)
+        assert "7680 KiB were asked for, so 7 MiB are missing" in error.message
+        assert error.arguments["iova"] == rig.mapper.iova(block) + MIB // 2
+        assert error.hint.startswith("ulimit -l 8192 (KiB)")
+        assert error.errno == errno.ENOMEM
+        assert rig.reached() == before
+
+
+def test_the_pin_limit_is_reported_for_a_whole_new_block(kernel: SpecialKernel) -> None:
+    """Of which nothing is locked afterwards."""
+    with Rig(kernel, mapper=GRANULE) as rig:
+        kernel.memlock_limit = MIB
+        with pytest.raises(pyvfio.PinLimitError, match="2 MiB were asked for, so 1 MiB are missing"):
+            rig.add(used=2 * MIB, maximum=4 * MIB)
+        assert kernel.memlock().used == 0
+
+
+def test_the_pin_limit_of_a_remap_counts_what_was_unmapped_and_what_is_mapped_again(kernel: SpecialKernel) -> None:
+    """A block with a hole is two pieces, of which the first fits."""
+    with Rig(kernel) as rig:
+        block = rig.add(used=16 * PAGE_SIZE)
+        block.discard(4 * PAGE_SIZE, 4 * PAGE_SIZE)
+        kernel.memlock_limit = 14 * PAGE_SIZE
+        with pytest.raises(pyvfio.PinLimitError) as caught:
+            block.resize(24 * PAGE_SIZE)
+        assert (caught.value.used, caught.value.asked) == (0, 20 * PAGE_SIZE)
+        assert kernel.memlock().used == 12 * PAGE_SIZE
+
+
+def test_the_pin_limit_counts_what_a_change_has_still_to_unmap_as_gone(kernel: SpecialKernel) -> None:
+    """A change that maps the heads of two pieces, and unmaps a third piece after that."""
+    with Rig(kernel, mapper=EXTEND) as rig:
+        block = rig.add(used=4 * PAGE_SIZE)
+        for pages in (8, 12):
+            block.resize(pages * PAGE_SIZE)
+        window = dict(rig.mapper.windows())[block]
+        for limit, used, asked in ((5, 0, 6), (9, 8, 3)):  # where the whole would fit, the piece is what did not
+            kernel.memlock_limit = limit * PAGE_SIZE
+            with pytest.raises(pyvfio.RollbackError) as caught:
+                window.change([(0, 3 * PAGE_SIZE), (4 * PAGE_SIZE, 7 * PAGE_SIZE)])
+            refusal = caught.value.exceptions[0]
+            assert isinstance(refusal, pyvfio.PinLimitError)
+            assert (refusal.used, refusal.asked) == (used * PAGE_SIZE, asked * PAGE_SIZE)
+            kernel.memlock_limit = None
+            window.change([(0, 12 * PAGE_SIZE)])
+            for pages in (4, 8, 12):
+                block.resize(pages * PAGE_SIZE)
+
+
+def test_a_want_of_memory_that_is_not_the_limits_is_the_kernels_own(kernel: SpecialKernel) -> None:
+    """It has no numbers of a limit to put right."""
+    with Rig(kernel, mapper=GRANULE) as rig:
+        block = rig.add(used=4 * PAGE_SIZE)
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", nth=2, errno=errno.ENOMEM)
+        kernel.privileged = True
+        with pytest.raises(pyvfio.PinLimitError, match="the kernel has no memory to map 8 KiB") as caught:
+            block.resize(12 * PAGE_SIZE)
+        assert caught.value.limit is None
