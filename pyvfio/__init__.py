@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     from pyvfio.mapper.plan import BlockShape as BlockShape
     from pyvfio.mapper.plan import Plan as Plan
     from pyvfio.mapper.plan import PlannedBlock as PlannedBlock
+    from pyvfio.mapper.policy import Policy as Policy
     from pyvfio.memory import Anonymous as Anonymous
     from pyvfio.memory import File as File
     from pyvfio.memory import Memfd as Memfd
@@ -120,6 +121,7 @@ else:
         "live_update": "HandOver TakenOver hand_over take_over",
         "mapper.buffers": "DmaMapping",
         "mapper.plan": "BlockShape Plan PlannedBlock",
+        "mapper.policy": "Policy",
         "memory": "Anonymous File Memfd MemorySettings lock_all_memory unlock_all_memory",
         "ramblock": "RamBlock RamBlockList RamBlockNotifier",
         "units": "GIB KIB MIB PAGE_SIZE TIB Iova IovaRange Vaddr",

@@ -31,7 +31,7 @@ from pyvfio.handle import attempt_all
 from pyvfio.iommu.space import AddressSpace
 from pyvfio.kernel import LinuxKernel
 from pyvfio.mapper.buffers import LARGE_PAGE, DmaMapping, OwnMemory, Reserve
-from pyvfio.mapper.plan import BlockShape, Budget, Plan, Rehearsal, rehearse
+from pyvfio.mapper.plan import BlockShape, Budget, Plan, Rehearsal, check_shape, rehearse
 from pyvfio.mapper.policy import Policy
 from pyvfio.mapper.regions import RegionMapper
 from pyvfio.mapper.segments import check_part
@@ -55,9 +55,11 @@ class _Followed(NamedTuple):
 
 
 class _Former(NamedTuple):
-    """The IOVA of a block that has been removed, and the open mappings of parts of it, for an undo of the removal."""
+    """The IOVA and the policy of a block that has been removed, and the open mappings of parts of it, for an undo of
+    the removal."""
 
     iova: Iova
+    policy: Policy
     holders: set[Holder]
 
 
@@ -93,6 +95,11 @@ class DmaMapper(RegionMapper, ContextManager):
     `allow_gap=False`, with "extend": a resize for which a surviving byte would have to be unmapped is a GapError, or
     EntryLimitError where pieces would have to be joined.
 
+    `policy_of` is asked for the policy of each block that comes, and for shapes that are planned: a `Policy`, for rings
+    that are remapped beside buffers in granules, or None for that of `resize`, `granule` and `allow_gap`. While a block
+    has granules, each block that comes is promised the mappings that it may need (EntryLimitError), one where it has no
+    granules. A block keeps its policy.
+
     `dma_bits`, 17 to 64: how many address bits the device has. IOVAs that the mapper chooses lie below 2^`dma_bits`:
     those of blocks and buffers from the bottom up, of temporary mappings from the top down. None: the limit of `space`,
     which is 39 bits unless the caller has set another. An IOVA of the caller's own (`place`, `iova=`) may lie above.
@@ -127,21 +134,24 @@ class DmaMapper(RegionMapper, ContextManager):
         prefault: int = 0,
         progress: ProgressCallback | None = None,
         dma_bits: int | None = None,
+        policy_of: Callable[[RamBlock | BlockShape], Policy | None] | None = None,
     ) -> None:
         policy = Policy(resize, granule, allow_gap)
         super().__init__(space, dma_bits=dma_bits)
         if not isinstance(blocks, RamBlockList | None):
             raise TypeError(f"blocks must be a RamBlockList, not {type(blocks).__name__}")
-        if not all(callback is None or callable(callback) for callback in (progress, place)):
-            raise TypeError("progress and place are called, so that they must be callable")
+        if not all(callback is None or callable(callback) for callback in (progress, place, policy_of)):
+            raise TypeError("progress, place and policy_of are called, so that they must be callable")
         self.policy = policy
-        """How blocks are mapped."""
+        """How blocks are mapped for which `policy_of` has no policy."""
         self.prefault = check_threads(prefault, "prefault")
         """How many threads populate memory before it is mapped."""
         self.blocks: RamBlockList | None = None
         """The list that it follows."""
         self._progress = progress
         self._place = place or (lambda _block: None)
+        self._policy_of = policy_of or (lambda _block: None)
+        self._promises = granule is not None  # whether a block has, or had, granules: mappings are promised then
         self._windows: dict[RamBlock, Window] = {}
         self._followed: list[_Followed] = []  # the same, sorted by vaddr, windows being as long as their blocks
         self._former: WeakKeyDictionary[RamBlock, _Former] = WeakKeyDictionary()
@@ -181,12 +191,14 @@ class DmaMapper(RegionMapper, ContextManager):
         """Reserve `max_length` of IOVA and map the populated parts, or nothing of it. ValueError: granules do not make
         it up."""
         self.check_open()
-        self.policy.check_length(used_length, "used_length")
+        policy = self._choose_policy(block)
+        self._check_pages(max_length, f"max_length of RAM block '{block.idstr}'")
+        self._check_length(policy, used_length, "used_length")
         wanted = block.state.populated_at(used_length)
-        self._check_parts(block, wanted)  # it may have holes already
-        self._check_budget(block, max_length)
+        self._check_parts(block, policy, wanted)  # it may have holes already
+        self._check_budget(block, policy, max(policy.entries(max_length), len(wanted)))
         iova = self._find_place(block, self._reserve, self._space.reserve_iova_at)
-        window = self._window(block, iova)
+        window = self._window(block, iova, policy)
         try:
             self._change(window, wanted)
         except REACH_UNKNOWN:
@@ -201,13 +213,23 @@ class DmaMapper(RegionMapper, ContextManager):
 
     def _enter(self, block: RamBlock, window: Window) -> None:
         self._windows[block] = window
+        self._promises = self._promises or window.policy.granule is not None
         insort(self._followed, _Followed(window.vaddr, block, window))
 
-    def _window(self, block: RamBlock, iova: Iova) -> Window:
+    def _choose_policy(self, block: RamBlock | BlockShape) -> Policy:
+        former = self._former.get(block) if isinstance(block, RamBlock) else None
+        if former is not None:
+            return former.policy
+        chosen = self._policy_of(block)
+        if not isinstance(chosen, Policy | None):
+            raise TypeError(f"policy_of() returns a Policy or None, not {chosen!r}")
+        return self.policy if chosen is None else chosen
+
+    def _window(self, block: RamBlock, iova: Iova, policy: Policy) -> Window:
         access = READ if block.readonly else READ | WRITE
         return Window(
             self._space,
-            self.policy,
+            policy,
             idstr=block.idstr,
             vaddr=block.vaddr,
             iova=iova,
@@ -218,14 +240,16 @@ class DmaMapper(RegionMapper, ContextManager):
         )
 
     @guarded
-    def take_in(self, blocks: RamBlockList, places: Mapping[str, int]) -> None:
-        """Follow `blocks`, a list that nobody else knows, each of which the space has mapped already at its IOVA.
+    def take_in(self, blocks: RamBlockList, places: Mapping[str, int], policies: Mapping[str, Policy]) -> None:
+        """Follow `blocks`, a list that nobody else knows, each of which the space has mapped already at its IOVA and
+        under its policy.
 
         For live update. No call is made and no notifier is told, so a failure leaves nothing to undo.
         """
         self._claim = blocks.discards.disable_uncoordinated()
         for block in blocks:
-            window = self._window(block, self._space.reserve_iova_at(places[block.idstr], block.max_length))
+            iova = self._space.reserve_iova_at(places[block.idstr], block.max_length)
+            window = self._window(block, iova, policies[block.idstr])
             window.resume(block.populated)
             self._enter(block, window)
         blocks.follow(self)
@@ -244,25 +268,27 @@ class DmaMapper(RegionMapper, ContextManager):
         """Return each block that is followed, and its pieces, ascending by address."""
         return [(block, window) for _vaddr, block, window in self._followed]
 
-    def _check_budget(self, block: RamBlock, max_length: int) -> None:
-        """EntryLimitError where, with a granule, a block could need more mappings than are left."""
-        granule = self.policy.granule
-        if granule is None:
-            return
-        if granule % self._space.page_size:
+    def _check_budget(self, block: RamBlock, policy: Policy, needed: int) -> None:
+        """EntryLimitError where a block could need more mappings than are left, and a block has granules: mappings are
+        promised to each block then."""
+        granule = policy.granule
+        if granule is not None and granule % self._space.page_size:
             raise ValueError(
                 f"a granule must be at least the IOMMU's page, {self._space.page_size:#x}, not {granule:#x}"
             )
-        needed = self.policy.entries(max_length)
-        error = Budget(self.policy, self._entries_left()).take(block.idstr, needed=needed, max_length=max_length)
+        if granule is None and not self._promises:
+            return
+        budget = Budget(self._entries_left(promises=True))
+        error = budget.take(block.idstr, granule, needed=needed, max_length=block.max_length)
         if error is not None:
             raise error
 
-    def _entries_left(self) -> int:
-        """How many mappings are left when all blocks have those they may need."""
+    def _entries_left(self, *, promises: bool) -> int:
+        """How many mappings are left, with `promises` when all blocks have those they may need."""
         promised = 0
-        if self.policy.granule is not None:
-            promised = sum(self.policy.entries(each.size) - len(each.pieces()) for each in self._windows.values())
+        if promises:
+            windows = self._windows.values()
+            promised = sum(max(0, each.policy.entries(each.size) - len(each.pieces())) for each in windows)
         return self._space.entries_left - promised
 
     @guarded
@@ -270,18 +296,21 @@ class DmaMapper(RegionMapper, ContextManager):
         """What `blocks` would need if they were added in that order, against what there is; nothing is touched.
 
         Takes blocks of a list that this mapper does not follow yet, or their shapes. A `place` is asked for blocks, not
-        for shapes, which say themselves where they are to be. Temporary mappings that have been given up count as
-        taken: call `reset_temporary` first. Raises ValueError for lengths that can never be right, and for a block that
-        is there already. Cost: some system calls, and populating 2 MiB.
+        for shapes, which say themselves where they are to be; `policy_of` is asked for both. Temporary mappings that
+        have been given up count as taken: call `reset_temporary` first. Raises ValueError for lengths that can never be
+        right, and for a block that is there already. Cost: some system calls, and populating 2 MiB.
         """
         self.check_open()
-        blocks = list(blocks)
-        self._check_new(blocks)
+        shapes = [check_shape(shape) for shape in blocks]
+        self._check_new(shapes)
+        policies = [self._choose_policy(shape) for shape in shapes]
+        promises = self._promises or any(policy.granule for policy in policies)
         return rehearse(
             self._space,
-            blocks,
-            policy=self.policy,
-            left=self._entries_left(),
+            shapes,
+            policies,
+            promises=promises,
+            left=self._entries_left(promises=promises),
             threads=self.prefault,
             reserve=self._rehearse_iova,
         )
@@ -342,7 +371,7 @@ class DmaMapper(RegionMapper, ContextManager):
         if not (self._leaving or (self.blocks is not None and self.blocks.closing)):
             window.check_held([])
         window.change([])
-        self._former[block] = _Former(window.iova, window.holders)
+        self._former[block] = _Former(window.iova, window.policy, window.holders)
         self._followed.remove(_Followed(window.vaddr, block, window))
         del self._windows[block]
         self._space.release_iova(window.iova)
@@ -359,7 +388,7 @@ class DmaMapper(RegionMapper, ContextManager):
         window = self._window_of(block)
         if not 0 <= new_length <= window.size:
             raise ValueError(f"{new_length:#x} is not within max_length {block.max_length:#x} of '{block.idstr}'")
-        self.policy.check_length(new_length, "used_length")
+        self._check_length(window.policy, new_length, "used_length")
         wanted = block.state.populated_at(new_length)
         if new_length < old_length:
             window.check_held(wanted)
@@ -368,29 +397,31 @@ class DmaMapper(RegionMapper, ContextManager):
     @guarded
     def ram_block_discarded(self, block: RamBlock, parts: Sequence[Extent]) -> None:
         """Unmap parts of the block; as `ram_block_resized`. ValueError: granules do not make them up."""
-        self._check_parts(block, parts)
         window, wanted = self._window_of(block), without(block.populated, *parts)
+        self._check_parts(block, window.policy, parts)
         window.check_held(wanted)
         self._change(window, wanted)
 
     @guarded
     def ram_block_populated(self, block: RamBlock, parts: Sequence[Extent]) -> None:
         """Map parts of the block again; as `ram_block_discarded`."""
-        self._check_parts(block, parts)
-        self._change(self._window_of(block), runs(sorted([*without(block.populated, *parts), *parts])))
+        window = self._window_of(block)
+        self._check_parts(block, window.policy, parts)
+        self._change(window, runs(sorted([*without(block.populated, *parts), *parts])))
 
     @guarded
     def ram_block_remapping(self, block: RamBlock, parts: Sequence[Extent]) -> None:
         """Unmap the pages of `parts`, and all that is mapped in one piece with them. GapError: that was not allowed,
         and a granule is not in `parts` as a whole."""
         window = self._window_of(block)
-        if self.policy.resize == "remap" and parts:
+        policy = window.policy
+        if policy.resize == "remap" and parts:
             self._change(window, [])  # it would be a piece before and one behind them, and one again
             return
         try:
-            self._change(window, without(block.populated, *self.policy.round_out(parts)))
+            self._change(window, without(block.populated, *policy.round_out(parts, self._space.page_size)))
         except EntryLimitError:
-            if self.policy.granule or not self.policy.allow_gap:
+            if not policy.joins:
                 raise
             self._change(window, [])  # the container takes no piece before them and one behind them
 
@@ -400,24 +431,48 @@ class DmaMapper(RegionMapper, ContextManager):
         del parts  # the window knows what it reaches
         self._change(self._window_of(block), block.populated)
 
-    def _check_parts(self, block: RamBlock, parts: Sequence[Part]) -> None:
+    def _check_length(self, policy: Policy, length: int, what: str) -> None:
+        """ValueError before anything is touched where pages of the IOMMU, or granules, do not make up `length`."""
+        if length & (self._space.page_size - 1):
+            self._check_pages(length, what)
+        policy.check_length(length, what)
+
+    def _check_pages(self, length: int, what: str) -> None:
+        page = self._space.page_size
+        if length % page:
+            raise ValueError(
+                f"{what} must be a multiple of the IOMMU's page, {page:#x} bytes, not {length:#x}: this IOMMU maps no "
+                "smaller part"
+            )
+
+    def _check_parts(self, block: RamBlock, policy: Policy, parts: Sequence[Part]) -> None:
         for start, end in parts:
-            self.policy.check_length(start, f"the start of a part of RAM block '{block.idstr}'")
-            self.policy.check_length(end, f"the end of a part of RAM block '{block.idstr}'")
+            self._check_length(policy, start, f"the start of a part of RAM block '{block.idstr}'")
+            self._check_length(policy, end, f"the end of a part of RAM block '{block.idstr}'")
 
     def _change(self, window: Window, wanted: Sequence[Part]) -> None:
         try:
             window.change(wanted)
         except EntryLimitError:
-            if self.policy.resize == "remap" or self.policy.granule or not self.policy.allow_gap:
+            if window.policy.joins:
+                logger.debug("joining pieces: the container takes no more mappings")
+                self._join(window, wanted)
+                return
+            if not (others := self._joinable()):
                 raise
-            logger.debug("joining pieces: the container takes no more mappings")
-            self._join(window, wanted)
+            for other in others:
+                other.change(runs(other.pieces()), join=True)
+            window.change(wanted)
+
+    def _joinable(self) -> list[Window]:
+        """The blocks that would need fewer mappings if their pieces were joined, and whose pieces may be."""
+        windows = [each for each in self._windows.values() if each.policy.joins]
+        return [each for each in windows if len(pieces := each.pieces()) > len(runs(pieces))]
 
     def _join(self, window: Window, wanted: Sequence[Part]) -> None:
         """Where a block of many pieces becomes one, there is room again."""
-        if not window.pieces():
-            most = max(self._windows.values(), key=lambda each: len(each.pieces()), default=window)
+        if not window.pieces() and (others := self._joinable()):
+            most = max(others, key=lambda each: len(each.pieces()))
             most.change(runs(most.pieces()), join=True)
         window.change(wanted, join=True)
 
@@ -545,7 +600,8 @@ class DmaMapper(RegionMapper, ContextManager):
             else:  # a change failed, and so did its undo: what is in reach besides is memory that is kept
                 kept = Extent(0, block.max_length if block.whole else block.state.memory.held)
                 assert not without(reached, *block.populated, kept), (block, reached)
-            assert self.policy.granule is None or all(p.size == self.policy.granule for p in window.pieces())
+            granule = window.policy.granule
+            assert granule is None or all(piece.size == granule for piece in window.pieces())
         addresses = [followed.vaddr for followed in self._followed]
         assert addresses == sorted(addresses)
         assert {followed.block: followed.window for followed in self._followed} == self._windows

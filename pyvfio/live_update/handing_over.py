@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 from pyvfio import ioctls
@@ -13,13 +13,13 @@ from pyvfio.container import Container, Group
 from pyvfio.device import Device
 from pyvfio.dma import DmaMapper
 from pyvfio.errors import ClosedError, HandOverError, RollbackError, UnsupportedError, as_exception
-from pyvfio.extents import Extent
 from pyvfio.guard import ContextManager, Guard, closing, guarded, holding, uninterrupted
 from pyvfio.handle import Handle, attempt_all
 from pyvfio.iommu.space import Mapping
 from pyvfio.live_update.obstacles import find_obstacles
 from pyvfio.live_update.state import HandedBlock, HandedDevice, State
 from pyvfio.live_update.vaddr import give_up_all, give_up_vaddr, set_vaddr
+from pyvfio.mapper.window import Window
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class HandOver(ContextManager):
             prefault=self._mapper.prefault,
             container_bits=self._container.dma_bits,
             mapper_bits=self._mapper.dma_bits,
-            blocks=tuple(_describe(block, window.iova, window.pieces()) for block, window in windows),
+            blocks=tuple(_describe(block, window) for block, window in windows),
             identities=tuple(kernel.file_status(fd).identity for fd in self.fds),
         ).dump()
 
@@ -288,16 +288,17 @@ class HandOver(ContextManager):
             raise ClosedError(f"this hand-over is {self._ended}")
 
 
-def _describe(block: RamBlock, iova: int, pieces: Sequence[Extent]) -> HandedBlock:
+def _describe(block: RamBlock, window: Window) -> HandedBlock:
     return HandedBlock(
         idstr=block.idstr,
         used_length=block.used_length,
         max_length=block.max_length,
-        iova=iova,
+        iova=window.iova,
         memory=block.state.memory.kind,
         readonly=block.readonly,
         prealloc=block.prealloc,
         settings=block.settings,
         discarded=block.discarded,
-        pieces=tuple(pieces),
+        pieces=tuple(window.pieces()),
+        policy=window.policy,
     )

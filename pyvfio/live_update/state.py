@@ -31,8 +31,8 @@ class HandedDevice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandedBlock:
-    """A RAM block that devices reach at `iova`: what it is made of, and which mappings it has, the `pieces`; all
-    extents in bytes of the block, ascending."""
+    """A RAM block that devices reach at `iova`: what it is made of, and which mappings it has, the `pieces`, under its
+    `policy`; all extents in bytes of the block, ascending."""
 
     idstr: str
     used_length: int
@@ -44,6 +44,7 @@ class HandedBlock:
     settings: MemorySettings
     discarded: tuple[Extent, ...]
     pieces: tuple[Extent, ...]
+    policy: Policy
 
     def __post_init__(self) -> None:
         """ValueError for what no block is."""
@@ -87,7 +88,6 @@ class State:
 
     def dump(self) -> bytes:
         """As JSON."""
-        policy = self.policy
         return json.dumps(
             {
                 "format": FORMAT,
@@ -95,7 +95,7 @@ class State:
                 "iommu_type": int(self.iommu_type),
                 "groups": self.groups,
                 "devices": [{"bdf": device.bdf, "group": device.group} for device in self.devices],
-                "policy": {"resize": policy.resize, "granule": policy.granule, "allow_gap": policy.allow_gap},
+                "policy": _dump_policy(self.policy),
                 "prefault": self.prefault,
                 "container_bits": self.container_bits,
                 "mapper_bits": self.mapper_bits,
@@ -128,15 +128,11 @@ class State:
         number = top.number("iommu_type")
         if number not in (ioctls.VFIO_TYPE1_IOMMU, ioctls.VFIO_TYPE1v2_IOMMU):
             raise ValueError(f"the state has an IOMMU of type {number}, which is none of type1")
-        policy = top.inside("policy")
-        resize = policy.text("resize")
         state = cls(
             iommu_type=ioctls.VfioExtension(number),
             groups=tuple(top.numbers("groups")),
             devices=tuple(HandedDevice(row.text("bdf"), row.number("group")) for row in top.rows("devices")),
-            policy=Policy(
-                "extend" if resize == "extend" else "remap", policy.number_or_none("granule"), policy.flag("allow_gap")
-            ),
+            policy=_load_policy(top.inside("policy")),
             prefault=top.number("prefault"),
             container_bits=check_dma_bits(top.number("container_bits")),
             mapper_bits=check_dma_bits(top.number("mapper_bits")),
@@ -171,7 +167,18 @@ def _dump_block(block: HandedBlock) -> dict[str, object]:
         "settings": {field.name: getattr(block.settings, field.name) for field in fields(MemorySettings)},
         "discarded": block.discarded,
         "pieces": block.pieces,
+        "policy": _dump_policy(block.policy),
     }
+
+
+def _dump_policy(policy: Policy) -> dict[str, object]:
+    return {"resize": policy.resize, "granule": policy.granule, "allow_gap": policy.allow_gap}
+
+
+def _load_policy(row: _Fields) -> Policy:
+    return Policy(
+        "extend" if row.text("resize") == "extend" else "remap", row.number_or_none("granule"), row.flag("allow_gap")
+    )
 
 
 def _load_block(row: _Fields) -> HandedBlock:
@@ -187,6 +194,7 @@ def _load_block(row: _Fields) -> HandedBlock:
         settings=MemorySettings(**{field.name: settings.flag(field.name) for field in fields(MemorySettings)}),
         discarded=row.extents("discarded"),
         pieces=row.extents("pieces"),
+        policy=_load_policy(row.inside("policy")),
     )
 
 

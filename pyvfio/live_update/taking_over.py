@@ -23,6 +23,8 @@ from pyvfio.iommu.space import Mapping as DmaRange
 from pyvfio.kernel import HUGETLBFS_MAGIC, FileStatus, Kernel, LinuxKernel
 from pyvfio.live_update.state import HandedBlock, State
 from pyvfio.live_update.vaddr import give_up_vaddr, set_vaddr
+from pyvfio.mapper.plan import BlockShape
+from pyvfio.mapper.policy import Policy
 from pyvfio.memory import File, Memfd, Received
 from pyvfio.ramblock import RamBlockList
 from pyvfio.units import Iova, Vaddr, format_size
@@ -80,13 +82,15 @@ def take_over(
     *,
     kernel: Kernel | None = None,
     place: Callable[[RamBlock], int | None] | None = None,
+    policy_of: Callable[[RamBlock | BlockShape], Policy | None] | None = None,
     progress: ProgressCallback | None = None,
     resized: Mapping[str, ResizedCallback] | None = None,
 ) -> TakenOver:
     """Take over what another process hands over: its `state` and `fds`, in that order. The devices' DMA goes on.
 
     Each block is mapped into this process at a new address, with its settings, and every mapping told that; it is at
-    the IOVA that it had, and the mapper has the policy that it had. `place` and `progress` are as of `DmaMapper` and
+    the IOVA that it had, under the policy that it had, and the mapper has the policy and the `dma_bits` that it had.
+    `place` and `policy_of`, for blocks that come later, and `progress` are as of `DmaMapper` and
     `RamBlockList.add`, `resized` has callbacks of blocks by their id strings. Nothing is opened, mapped for a device,
     unmapped or reset. The descriptors are the new objects' own from then on, and close-on-exec.
 
@@ -105,7 +109,7 @@ def take_over(
     _check_descriptors(kernel, wanted, fds)
     taking = _Taking(kernel, wanted, fds)
     try:
-        return taking.take(place=place, progress=progress, resized=resized or {})
+        return taking.take(place=place, policy_of=policy_of, progress=progress, resized=resized or {})
     except BaseException as error:
         taking.give_back(error)
         raise
@@ -171,6 +175,7 @@ class _Taking:
         self,
         *,
         place: Callable[[RamBlock], int | None] | None,
+        policy_of: Callable[[RamBlock | BlockShape], Policy | None] | None,
         progress: ProgressCallback | None,
         resized: Mapping[str, ResizedCallback],
     ) -> TakenOver:
@@ -196,11 +201,16 @@ class _Taking:
             granule=policy.granule,
             allow_gap=policy.allow_gap,
             place=place,
+            policy_of=policy_of,
             prefault=state.prefault,
             progress=progress,
             dma_bits=state.mapper_bits,
         )
-        mapper.take_in(blocks, {described.idstr: described.iova for described in state.blocks})
+        mapper.take_in(
+            blocks,
+            {described.idstr: described.iova for described in state.blocks},
+            {described.idstr: described.policy for described in state.blocks},
+        )
         for fd in self._fds:
             os.set_inheritable(fd, False)  # noqa: FBT003
         for block in self._blocks:

@@ -15,7 +15,7 @@ import errno
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -142,13 +142,11 @@ class Rehearsal:
 class Budget:
     """The mappings that are left, and who may need how many of them."""
 
-    def __init__(self, policy: Policy, left: int) -> None:
-        self._policy = policy
+    def __init__(self, left: int) -> None:
         self._left = left
 
-    def take(self, idstr: str, *, needed: int, max_length: int) -> EntryLimitError | None:
+    def take(self, idstr: str, granule: int | None, *, needed: int, max_length: int) -> EntryLimitError | None:
         """Have them for one more block; the error where there are too few, with the granule that would fit."""
-        granule = self._policy.granule
         left, self._left = max(self._left, 0), self._left - needed
         if needed <= left:
             return None
@@ -175,32 +173,33 @@ class Budget:
 
 def rehearse(
     space: AddressSpace,
-    blocks: Iterable[BlockShape | RamBlock],
+    wanted: Sequence[BlockShape | RamBlock],
+    policies: Sequence[Policy],
     *,
-    policy: Policy,
+    promises: bool,
     left: int,
     threads: int,
     reserve: Callable[[Rehearsal, BlockShape | RamBlock], Iova],
 ) -> Plan:
-    """What `blocks` will need under `policy`, of `left` mappings; `reserve` finds the IOVA of each. See `Plan`.
+    """What the blocks will need under the policy of each, of `left` mappings; `reserve` finds the IOVA of each. See
+    `Plan`. `promises`: whether a block has granules, so that all are promised the mappings that they may need.
 
     Raises ValueError for lengths that can never be right. Cost: populates 2 MiB of memory of its own, to see how long
     that takes.
     """
-    wanted = [_shape(shape) for shape in blocks]
-    _check_all(wanted, policy, space.page_size)
+    _check_all(wanted, policies, space.page_size)
     shortages: list[VfioError] = []
     grown: list[VfioError] = []
-    now, later, rehearsal = Budget(policy, left), Budget(policy, left), Rehearsal(space)
+    now, later, rehearsal = Budget(left), Budget(left), Rehearsal(space)
     planned = []
-    for shape in wanted:
+    for shape, policy in zip(wanted, policies, strict=True):
         block = _planned(shape, _reserve(reserve, rehearsal, shape, shortages), policy)
         planned.append(block)
-        most = policy.entries(block.max_length)
-        promised = block.entries if policy.granule is None else most
-        _collect(shortages, now.take(block.idstr, needed=promised, max_length=block.max_length))
-        if policy.granule is None:
-            _collect(grown, later.take(block.idstr, needed=max(most, block.entries), max_length=block.max_length))
+        most, length = max(policy.entries(block.max_length), block.entries), block.max_length
+        needed = most if promises else block.entries
+        _collect(shortages, now.take(block.idstr, policy.granule, needed=needed, max_length=length))
+        if not promises:
+            _collect(grown, later.take(block.idstr, None, needed=most, max_length=length))
     memlock = space.kernel.memlock()
     used, most_locked = sum(block.populated for block in planned), sum(block.max_length for block in planned)
     _collect(shortages, _pin_shortage(space.kernel, memlock, used))
@@ -244,8 +243,8 @@ def _reserve(
     return None
 
 
-def _shape(shape: BlockShape | RamBlock) -> BlockShape | RamBlock:
-    """Return `shape`, with lengths that are ints."""
+def check_shape(shape: BlockShape | RamBlock) -> BlockShape | RamBlock:
+    """Return `shape`, with lengths that are ints. TypeError for what is none."""
     if isinstance(shape, RamBlock):
         return shape
     if not isinstance(shape, BlockShape):
@@ -259,8 +258,8 @@ def _shape(shape: BlockShape | RamBlock) -> BlockShape | RamBlock:
     )
 
 
-def _check_all(shapes: Sequence[BlockShape | RamBlock], policy: Policy, page_size: int) -> None:
-    for shape in shapes:
+def _check_all(shapes: Sequence[BlockShape | RamBlock], policies: Sequence[Policy], page_size: int) -> None:
+    for shape, policy in zip(shapes, policies, strict=True):
         _check(shape, policy, page_size)
     names = [shape.idstr for shape in shapes]
     if twice := [name for name in names if names.count(name) > 1]:

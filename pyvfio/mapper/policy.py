@@ -29,8 +29,8 @@ Step: TypeAlias = tuple[Literal["map", "unmap"], Part]
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How a block is mapped; see this module. `granule` in bytes, with "extend" only. `allow_gap`: whether bytes that
-    survive a resize may be out of the device's reach for a moment.
+    """How a block's mapping follows its length; `DmaMapper` says what each option does. `granule` in bytes, with
+    "extend" only. `allow_gap`: whether bytes that survive a resize may be out of the device's reach for a moment.
 
     Raises ValueError for options that exclude each other, TypeError for a value of the wrong class.
     """
@@ -59,11 +59,15 @@ class Policy:
         if self.granule is not None and length & (self.granule - 1):
             raise ValueError(f"{what} must be a multiple of the granule {self.granule:#x}, not {length:#x}")
 
-    def round_out(self, parts: Sequence[Part]) -> list[Extent]:
-        """The whole granules that `parts`, which ascend, have a byte of. GapError: more than that, and not allowed."""
-        granule = self.granule
-        if granule is None:
-            return [Extent(*part) for part in parts]
+    @property
+    def joins(self) -> bool:
+        """Whether the pieces of a block may be joined, where the container takes no more mappings."""
+        return self.resize == "extend" and self.granule is None and self.allow_gap
+
+    def round_out(self, parts: Sequence[Part], page_size: int) -> list[Extent]:
+        """The whole granules, or pages of the IOMMU, that `parts`, which ascend, have a byte of. GapError: more than
+        that, and not allowed."""
+        granule = self.granule or page_size
         rounded: list[Extent] = []
         for start, end in parts:
             first = max(align_down(start, granule), rounded[-1].end if rounded else 0)
@@ -71,10 +75,11 @@ class Policy:
                 rounded.append(Extent(first, align_up(end, granule)))
         rounded = runs(rounded)
         if not self.allow_gap and rounded != runs(parts):
+            piece = "granule" if self.granule else "IOMMU page"
             raise GapError(
                 f"{format_size(total(rounded) - total(parts))} that stay would be out of the device's reach for a "
-                f"moment: they are in one granule of {granule:#x} bytes with pages that are to be replaced",
-                hint="Remap whole granules, whose contents are lost then, or let allow_gap be True",
+                f"moment: they are in one {piece} of {granule:#x} bytes with pages that are to be replaced",
+                hint=f"Remap whole {piece}s, whose contents are lost then, or let allow_gap be True",
             )
         return rounded
 

@@ -71,12 +71,12 @@ class Window:
         "_attendant",
         "_idstr",
         "_make_room",
-        "_policy",
         "_reached",
         "_space",
         "access",
         "holders",
         "iova",
+        "policy",
         "size",
         "vaddr",
     )
@@ -96,7 +96,7 @@ class Window:
     ) -> None:
         self._idstr = idstr
         self._space = space
-        self._policy = policy
+        self.policy = policy
         self._make_room = make_room
         self._attendant = attendant
         # What the last change has reached; None after one that failed, whose undo may have failed as well.
@@ -173,7 +173,7 @@ class Window:
         any call, and the error of a call or of a signal handler at a checkpoint; the pieces are then as before.
         RollbackError where the undo fails, too.
         """
-        reached, policy = self._reached, Policy() if join else self._policy
+        reached, policy = self._reached, Policy() if join else self.policy
         before: Sequence[Part] = ()
         if policy.resize == "extend" and reached is not None and (grown := _growth(reached, wanted)):
             plan, region = policy.maps(*grown), grown  # nothing is there, and nothing goes

@@ -138,7 +138,15 @@ def _opening() -> Iterator[Operation]:
 # ------------------------------------------------------------------------------------------------ blocks
 
 
+def _mixed(block: pyvfio.RamBlock | pyvfio.BlockShape) -> pyvfio.Policy | None:
+    """One block has granules, and all others are remapped."""
+    return pyvfio.Policy("extend", granule=PAGE_SIZE) if block.idstr == "ring" else None
+
+
 def _blocks(scene: Scene, policy: str) -> None:
+    if policy == "mixed":
+        scene.fill(policy_of=_mixed)
+        return
     scene.fill(resize="remap" if policy == "remap" else "extend", granule=PAGE_SIZE if policy == "granule" else None)
 
 
@@ -182,9 +190,9 @@ def _changes() -> Iterator[Operation]:
         "close the mapper": (lambda s: _got(s.mapper).close(), ()),
         "close the list": (lambda s: _got(s.blocks).close(), ()),
     }
-    policies: tuple[Literal["remap", "extend", "granule"], ...] = ("remap", "extend", "granule")
+    policies: tuple[Literal["remap", "extend", "granule", "mixed"], ...] = ("remap", "extend", "granule", "mixed")
     for name, (call, refusals) in calls.items():
-        for policy in policies:
+        for policy in policies if name in ("add", "grow", "shrink", "remove") else policies[:-1]:
             yield Operation(f"{name}, {policy}", partial(_blocks, policy=policy), call, refusals=refusals)
     yield Operation("follow blocks", _unfollowed, _follow, makes=True)
     yield Operation(
@@ -259,6 +267,13 @@ def _buffers() -> Iterator[Operation]:
         "map_temporary",
         _mapper,
         lambda s: _got(s.mapper).map_temporary(s.buffer("buffer")),
+        makes=True,
+        tidy=lambda s: _got(s.mapper).reset_temporary(),
+    )
+    yield Operation(
+        "map_temporary at an IOVA of the caller's own",
+        _mapper,
+        lambda s: _got(s.mapper).map_temporary(s.buffer("buffer"), iova=1 << 38),
         makes=True,
         tidy=lambda s: _got(s.mapper).reset_temporary(),
     )

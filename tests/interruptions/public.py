@@ -20,7 +20,7 @@ STATELESS = {
     "protocols, which have no code": "AddressSpace Kernel RamBlockNotifier",
     "snapshots, which do not change": """
         Anonymous BlockShape DeviceInfo DirtyBlock DirtyPages Extent File GroupMember Holder IommuInfo IovaRange IrqInfo
-        Mapping Memfd Memlock MemorySettings Plan PlannedBlock Progress RegionInfo
+        Mapping Memfd Memlock MemorySettings Plan PlannedBlock Policy Progress RegionInfo
     """,
     "system calls alone, without a state": "LinuxKernel",
     "pure, and documented to be the caller's to lock": "IovaAllocator",

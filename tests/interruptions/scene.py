@@ -6,7 +6,7 @@ import ctypes
 import mmap
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Literal, Protocol, TypeAlias
 
@@ -150,11 +150,12 @@ class Scene:
         resize: Literal["remap", "extend"] = "remap",
         granule: int | None = None,
         memory: MemoryKind | None = None,
+        policy_of: Callable[[pyvfio.RamBlock | pyvfio.BlockShape], pyvfio.Policy | None] | None = None,
     ) -> None:
         """Three blocks, one of them empty and one in pieces with a hole, and a mapper that follows them."""
         container = self.container if self.container is not None else self.open().container
         self.blocks = blocks = pyvfio.RamBlockList(kernel=self.kernel)
-        self.mapper = pyvfio.DmaMapper(container, blocks, resize=resize, granule=granule)
+        self.mapper = pyvfio.DmaMapper(container, blocks, resize=resize, granule=granule, policy_of=policy_of)
         for name, pages in (("ring", 4), ("other", 2), ("empty", 0)):
             blocks.add(name, used_length=pages * PAGE_SIZE, max_length=MOST, memory=memory)
         ring = blocks["ring"]
