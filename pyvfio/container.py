@@ -22,10 +22,12 @@ from pyvfio.errors import (
     GroupBusyError,
     GroupNotViableError,
     IoctlError,
+    IovaRangeError,
     RollbackError,
     UnmapSizeError,
     UnsupportedError,
     VfioError,
+    describe_ranges,
     descriptor_hint,
     raise_collected,
 )
@@ -226,9 +228,8 @@ def check_kind(handle: Handle, question: Callable[[], _Answer], kind: str) -> _A
         raise
 
 
-def _unmappable_again(offered: IovaRange, page_size: int) -> IovaRange:
-    """The range less the last page of all. What ends at 2^64 can be mapped, but up to 6.12 at least not be unmapped
-    again: `vfio_dma_do_unmap` compares with iova + size, which wraps to 0, and finds nothing."""
+def _without_last_page(offered: IovaRange, page_size: int) -> IovaRange:
+    """The range less the last page of all 64 bits."""
     if offered.last < U64_MAX or offered.size <= page_size:
         return offered
     return IovaRange(offered.start, Iova(offered.last - page_size))
@@ -277,6 +278,7 @@ class Container(Handle):
         """How many mappings the kernel takes in all, as it said with the first group."""
         self._dma_bits = dma_bits
         self._info: IommuInfo | None = None
+        self._refuses_last_page = False
         self._iommu_type = ioctls.VFIO_TYPE1v2_IOMMU
         self.allocator = IovaAllocator()
         super().__init__(kernel, fd, "the VFIO container")
@@ -551,8 +553,22 @@ class Container(Handle):
     def _adopt(self, info: IommuInfo) -> None:
         page_size = info.iova_pgsizes & -info.iova_pgsizes
         ranges = (_UNKNOWN_RANGE,) if info.iova_ranges is None else info.iova_ranges
-        self.allocator.set_ranges((_unmappable_again(r, page_size) for r in ranges), page_size=page_size)
-        self._info = info
+        refuses_last_page = any(r.last == U64_MAX for r in ranges) and not self._unmaps_last_page(page_size)
+        if refuses_last_page:
+            ranges = tuple(_without_last_page(r, page_size) for r in ranges)
+        self.allocator.set_ranges(ranges, page_size=page_size)
+        self._info, self._refuses_last_page = info, refuses_last_page
+
+    def _unmaps_last_page(self, page_size: int) -> bool:
+        """Whether the kernel can unmap what ends at 2^64. Up to 6.12 at least it cannot: `vfio_dma_do_unmap` compares
+        with iova + size, which wraps to 0, and finds nothing, not even other mappings with VFIO_DMA_UNMAP_FLAG_ALL.
+        Kernels that can know an overflow by its own errno, so a range that wraps tells; it unmaps nothing on any."""
+        wraps = bytearray(_dma_unmap.pack(_dma_unmap.size, 0, U64_MAX + 1 - page_size, 2 * page_size))
+        try:
+            self._kernel.ioctl(self.fd, ioctls.VFIO_IOMMU_UNMAP_DMA, wraps)
+        except OSError as error:
+            return error.errno == errno.EOVERFLOW
+        return False
 
     @guarded
     def detach(self, group: Group) -> None:
@@ -615,7 +631,8 @@ class Container(Handle):
 
     @property
     def iova_ranges(self) -> tuple[IovaRange, ...]:
-        """Where mappings may lie, ascending: what the kernel reports, less the last page of 2^64."""
+        """Where mappings may lie, ascending: what the kernel reports, less the last page of 2^64 where the kernel could
+        not unmap it again."""
         return self.allocator.ranges
 
     @property
@@ -691,7 +708,21 @@ class Container(Handle):
             raise self._misaligned(iova, size)
         if vaddr < 0 or vaddr & (self.allocator.page_size - 1) or vaddr + size - 1 > U64_MAX or not flags:
             raise self._not_memory(vaddr, size, flags)
+        if self._refuses_last_page and iova + size - 1 == U64_MAX:
+            raise self._no_last_page(iova, size)
         self._map_dma(vaddr, iova, size, flags)
+
+    def _no_last_page(self, iova: int, size: int) -> IovaRangeError:
+        error = IovaRangeError(
+            errno.EINVAL,
+            f"IOVA {iova:#x}-{U64_MAX:#x} ends with the last page of 64 bits, which this kernel maps and cannot unmap "
+            "again: unmap_all() would leave all other mappings, too",
+            request="VFIO_IOMMU_MAP_DMA",
+            arguments={"iova": iova, "size": size},
+            hint=f"{describe_ranges(self.iova_ranges)}. Leave the last page out, or use a newer kernel (7 can)",
+        )
+        error.ranges = self.iova_ranges
+        return error
 
     def _not_memory(self, vaddr: int, size: int, flags: int) -> ValueError:
         if not flags:

@@ -121,6 +121,15 @@ def test_a_range_that_ends_at_2_to_the_64_finds_its_mappings_since_7_3_only(v2: 
     assert v2.unmap() == PAGE - found
 
 
+def test_the_errno_of_a_range_that_wraps_tells_whether_the_last_page_can_be_unmapped(v2: Attached) -> None:
+    v2.map()
+    with pytest.raises(OSError, match=r"Invalid argument|Value too large") as caught:
+        v2.unmap(iova=LAST_PAGE, size=2 * PAGE)
+    found = v2.unmap(iova=BASE, size=U64_MAX - BASE + 1)
+    assert (caught.value.errno == errno.EOVERFLOW) == (found == PAGE)
+    assert v2.unmap() == PAGE - found
+
+
 def test_such_a_range_is_still_not_allowed_to_cut_a_mapping(v2: Attached) -> None:
     v2.map(size=2 * PAGE)
     with refused(errno.EINVAL):
