@@ -48,6 +48,7 @@ from pyvfio.iommu.space import Mapping
 from pyvfio.iommu.table import MappingTable
 from pyvfio.iommu.type1_errors import MapRefusal, describe_mappings
 from pyvfio.kernel import Kernel, LinuxKernel
+from pyvfio.pci.groups import holders_of_group
 from pyvfio.pci.nodes import explain_container, explain_group
 from pyvfio.units import GIB, U64_MAX, Iova, IovaRange, format_ranges
 
@@ -120,7 +121,7 @@ class Group(Handle):
     @staticmethod
     def _explain(kernel: Kernel, number: int, path: Path, error: OSError) -> VfioError:
         if error.errno == errno.EBUSY:
-            return GroupBusyError(number, pci.holders_of(kernel, path))
+            return GroupBusyError(number, holders_of_group(kernel, number))
         return explain_group(kernel, number, path, error)
 
     def get_status(self) -> ioctls.VfioGroupFlags:

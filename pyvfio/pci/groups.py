@@ -128,6 +128,17 @@ def holders_of(kernel: Kernel, path: Path) -> tuple[Holder, ...]:
     )
 
 
+def holders_of_group(kernel: Kernel, group: int) -> tuple[Holder, ...]:
+    """As `holders_of`, of the group's node and of the nodes of its devices: a device that is open by its own keeps the
+    group from being opened (`vfio_group_fops_open`, EBUSY)."""
+    members = kernel.sysfs / "kernel/iommu_groups" / str(group) / "devices"
+    nodes = [group_node(kernel, group)]
+    for member in sorted(list_names(members)):
+        nodes += [kernel.dev / "vfio/devices" / name for name in sorted(list_names(members / member / "vfio-dev"))]
+    found = {holder.pid: holder for node in nodes for holder in holders_of(kernel, node)}
+    return tuple(found[pid] for pid in sorted(found))
+
+
 def process_ids(proc: Path) -> list[int]:
     """The processes that a procfs shows, ascending."""
     return sorted(int(name) for name in list_names(proc) if name.isdecimal())

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from pyvfio.errors import DeviceNotFoundError, GroupBusyError, Holder, UnavailableError, VfioError
 from pyvfio.kernel import Kernel
-from pyvfio.pci.groups import group_node, has_iommus, holders_of, no_group
-from pyvfio.pci.sysfs import NO_DRIVER, PciDevice, device_path, link_name, list_names, printable, read_device, read_text
+from pyvfio.pci.groups import group_node, has_iommus, holders_of_group, no_group
+from pyvfio.pci.sysfs import NO_DRIVER, PciDevice, device_path, link_name, printable, read_device, read_text
 from pyvfio.pci.usage import uses_of
 
 _NAME_MAX = 255
@@ -75,7 +75,7 @@ def check_idle(kernel: Kernel, device: PciDevice, *, force: bool) -> None:
     functions = [read_device(kernel, bdf) for bdf in _virtual_functions(kernel, device.bdf)]
     for each in (device, *functions):
         if each.iommu_group is not None:
-            _check_group_closed(kernel, each, each.iommu_group)
+            _check_group_closed(kernel, each.iommu_group)
     if force or device.driver is None or device.is_bridge:
         return
     for each in (device, *functions):
@@ -91,13 +91,11 @@ def _virtual_functions(kernel: Kernel, bdf: str) -> list[str]:
     return sorted(name for name in map(link_name, links) if name is not None)
 
 
-def _check_group_closed(kernel: Kernel, device: PciDevice, group: int) -> None:
-    nodes = [group_node(kernel, group)]
-    nodes += [kernel.dev / "vfio/devices" / name for name in list_names(device_path(kernel, device.bdf) / "vfio-dev")]
-    holders = {holder.pid: holder for node in nodes for holder in holders_of(kernel, node)}
-    if holders or _is_open_somewhere(kernel, nodes[0]):
+def _check_group_closed(kernel: Kernel, group: int) -> None:
+    holders = holders_of_group(kernel, group)
+    if holders or _is_open_somewhere(kernel, group_node(kernel, group)):
         # Taking a device from VFIO would wait in the kernel until its user closes it (`vfio_unregister_group_dev`).
-        raise GroupBusyError(group, tuple(holders.values()), hint=_how_to_free(holders.values()))
+        raise GroupBusyError(group, holders, hint=_how_to_free(holders))
 
 
 def _how_to_free(holders: Collection[Holder]) -> str:

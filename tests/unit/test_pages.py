@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 
 import pyvfio
+from pyvfio import pci
+from pyvfio.cli import bind, unbind
+from pyvfio.cli import list as list_command
 from pyvfio.testing import FakeKernel
 from tests.mutants.mutant import definitions
+from tests.unit.sysfs import SysfsTree
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -77,3 +81,27 @@ def test_the_programs_of_the_pages_go_on_from_that_of_the_readme(page: str) -> N
         assert isinstance(names["ring"], pyvfio.RamBlock)
         assert kernel.mappings() == ()
         kernel.check()
+
+
+def test_the_commands_and_the_program_of_the_page_on_binding_run(tmp_path: Path) -> None:
+    """One after the other, on a tree that looks like sysfs."""
+    tree = SysfsTree(tmp_path)
+    tree.add_device("0000:00:02.0", driver="e1000e", group=7)
+    mains = {"bind": bind.main, "unbind": unbind.main}
+    page = (ROOT / "docs/binding.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^scripts/(\w+) ?([^#\n]*)", page, re.MULTILINE)
+    assert {name for name, _arguments in lines} == {"list", *mains}
+    for name, words in lines:
+        if name == "list":
+            assert list_command.main(words.split(), kernel=tree.kernel) == 0
+        else:
+            assert mains[name](words.split(), kernel=tree.kernel, write=tree.write) == 0
+    assert tree.driver_of("0000:00:02.0") is None
+    (program,) = programs("docs/binding.md")
+    names: dict[str, object] = {"tree": tree}
+    for before, after in (("pyvfio.LinuxKernel()", "tree.kernel"), ("(kernel, ", "(kernel, write=tree.write, bdf=")):
+        program = program.replace(before, after)
+    exec(program.replace("bdf=binding", "binding=binding"), names)  # noqa: S102
+    assert isinstance(names["binding"], pci.Binding)
+    assert names["binding"].driver == "vfio-pci"
+    assert tree.driver_of("0000:00:02.0") is None

@@ -615,6 +615,15 @@ def test_a_device_that_is_open_by_its_own_node_is_refused(tree: SysfsTree) -> No
         refused(tree, GroupBusyError, rf"\(pid {os.getpid()}, this process\)", driver=pci.NO_DRIVER)
 
 
+def test_a_device_is_refused_also_where_another_of_its_group_is_open_by_its_own_node(tree: SysfsTree) -> None:
+    sibling = tree.add_device("0000:00:02.1", driver="vfio-pci", group=7)
+    (sibling / "vfio-dev/vfio3").mkdir(parents=True)
+    (tree.dev / "vfio/devices").mkdir()
+    tree.use_real_proc()
+    with (tree.dev / "vfio/devices/vfio3").open("w"):
+        refused(tree, GroupBusyError, rf"\(pid {os.getpid()}, this process\)")
+
+
 def test_asking_whether_a_group_is_open_leaves_no_descriptor_behind(tree: SysfsTree) -> None:
     node = tree.add_group_node(7)
     bind(tree)
