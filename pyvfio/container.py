@@ -87,9 +87,12 @@ class Group(Handle):
         except OSError as error:
             raise self._explain(kernel, number, path, error) from error
         self._own(kernel, fd, number)
+        self.has_iommu = not path.name.startswith("noiommu-")
 
     def _own(self, kernel: Kernel, fd: int, number: int) -> None:
         self.number = number
+        self.has_iommu = True
+        """False for a group that VFIO made up for a device without an IOMMU. `from_fd` does not look."""
         self.container: Container | None = None
         self.devices: list[Handle] = []
         self.leaves = False
@@ -376,8 +379,7 @@ class Container(Handle):
             errno.EPERM: "The platform has no interrupt remapping, so a device could forge interrupts. Turn it on in "
             "the firmware (QEMU: intel-iommu,intremap=on), or accept the risk: modprobe vfio_iommu_type1 "
             "allow_unsafe_interrupts=1",
-            errno.ENODEV: "The module with type1 is not loaded: modprobe vfio_iommu_type1; or the group has no IOMMU "
-            "(its node is /dev/vfio/noiommu-N), and pyvfio maps through an IOMMU only",
+            errno.ENODEV: "modprobe vfio_iommu_type1; where that is loaded, the group has no IOMMU (noiommu-N)",
             errno.EINVAL: "The container has no group, or an IOMMU already, or the group's IOMMU offers no IOVAs",
         }
         self.ioctl("VFIO_SET_IOMMU", index(iommu_type), hints=hints, iommu=iommu_type.name)
@@ -512,12 +514,17 @@ class Container(Handle):
     def attach(self, group: Group) -> None:
         """Put a viable group into the container; the first one sets the IOMMU. Ranges are read anew.
 
-        Raises GroupNotViableError, IoctlError, CapabilityError, and IovaRangeError when an IOVA that is reserved could
-        not be used any more; the group is then outside as before (RollbackError: it would not leave). From now on the
-        container closes the group.
+        Raises GroupNotViableError, UnsupportedError for a group without an IOMMU, IoctlError, CapabilityError, and
+        IovaRangeError when an IOVA that is reserved could not be used any more; the group is then outside as before
+        (RollbackError: it would not leave). From now on the container closes the group.
         """
         if not isinstance(group, Group):
             raise TypeError(f"group must be a Group, not {type(group).__name__}")
+        if not group.has_iommu:
+            raise UnsupportedError(
+                f"IOMMU group {group.number} has no IOMMU: VFIO made it up, and its device reaches all of memory",
+                hint="pyvfio maps through an IOMMU only: turn on the machine's, and enable_unsafe_noiommu_mode off",
+            )
         group.check_viable()
         group.set_container(self)
         try:

@@ -150,12 +150,14 @@ class NotBoundError(VfioError):
 
 
 class AccessDeniedError(VfioError, PermissionError):
-    """This user (EACCES) or this process (EPERM) may not open `path`."""
+    """This user (EACCES) or this process (EPERM) may not open `path`, or its file system is read-only (EROFS)."""
 
     def __init__(self, path: str, *, hint: str, number: int = errnos.EACCES) -> None:
         PermissionError.__init__(self, number, os.strerror(number))
         who = "process" if number == errnos.EPERM else "user"
-        self.message = f"{path} may not be opened by this {who}"
+        self.message = (
+            f"{path} cannot be written" if number == errnos.EROFS else f"{path} may not be opened by this {who}"
+        )
         self.path = path
         self.hint = hint
 

@@ -178,7 +178,8 @@ def _check_descriptors(error: OSError) -> None:
 def read_text(path: Path) -> str | None:
     """What a small file says, without the newline; None when it cannot be read."""
     try:
-        return path.read_text(encoding="ascii", errors="replace").rstrip("\n")
+        # Not read_text(), which would take a carriage return in somebody's name for the end of a line.
+        return path.read_bytes().decode("utf-8", errors="replace").rstrip("\n")
     except OSError as error:
         _check_descriptors(error)
         return None

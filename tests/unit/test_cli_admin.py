@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from pyvfio.cli import list as list_command
 from pyvfio.errors import VfioError
 from tests.unit.sysfs import BRIDGE, DISK, SysfsTree, link, place_process
 
+ROOT = Path(__file__).resolve().parents[2]
 NIC, SOUND, PORT = "0000:01:00.0", "0000:01:00.1", "0000:00:1c.0"
 
 
@@ -317,6 +320,45 @@ def test_a_command_that_is_asked_to_end_finishes_a_change_and_begins_no_other(
         ]
     else:
         assert out == f"{NIC}: vfio-pci (was: e1000e)\n"
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from pyvfio.cli import bind, common
+from tests.unit.sysfs import SysfsTree
+
+tree = SysfsTree(Path(sys.argv[1]))
+for bdf in ("0000:01:00.0", "0000:01:00.1"):
+    tree.add_device(bdf, driver="e1000e", group=7)
+
+def write(path, value):
+    tree.write(path, value)
+    print("written", file=sys.stderr, flush=True)
+    sys.stdin.readline()
+
+common.run(lambda: bind.main(["0000:01:00.0", "0000:01:00.1", "--json"], kernel=tree.kernel, write=write), name="bind")
+"""
+
+
+def test_a_process_that_is_told_to_end_again_and_again_ends_with_a_document(tmp_path: Path) -> None:
+    """Real signals, between the writes: the device is bound, and the next is not begun."""
+    words = [sys.executable, "-c", CHILD, str(tmp_path)]
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as child:
+        assert child.stdin is not None
+        assert child.stderr is not None
+        for _ in range(3):
+            assert child.stderr.readline() == "written\n"
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGINT):
+                child.send_signal(number)
+            child.stdin.write("\n")
+            child.stdin.flush()
+        out, err = child.communicate(timeout=600)
+    assert child.returncode - 128 in {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}  # which comes first is chance
+    assert [(each["bdf"], each["done"]) for each in json.loads(out)] == [(NIC, True), (SOUND, False)]
+    assert err.count("\n") == 1
 
 
 def test_a_signal_that_is_ignored_stays_so(tree: SysfsTree) -> None:

@@ -108,6 +108,14 @@ def test_the_group_of_a_device_without_an_iommu_needs_a_capability() -> None:
     assert "--device" not in said
 
 
+def test_a_group_without_an_iommu_is_refused_in_words(kernel: PlacedKernel) -> None:
+    """Before VFIO_SET_IOMMU says ENODEV; nothing is left open."""
+    (kernel.sysfs / "kernel/iommu_groups/2/name").write_text("vfio-noiommu\n")
+    (kernel.dev / "vfio/2").rename(kernel.dev / "vfio/noiommu-2")
+    with pytest.raises(pyvfio.UnsupportedError, match=r"group 2 has no IOMMU.*enable_unsafe_noiommu_mode"):
+        pyvfio.open_device(BDF, kernel=kernel)
+
+
 @pytest.mark.parametrize("node", ["vfio", "2"])
 def test_want_of_descriptors_is_named_with_the_limit(kernel: PlacedKernel, node: str) -> None:
     """The process's own for EMFILE; the machine's for ENFILE."""
