@@ -33,11 +33,6 @@ PYTHON_TYPES: dict[type, str] = {
 }
 # Each has a test of its own below.
 FACTORIES = {"feature_dma_buf", "irq_set_eventfds", "pci_hot_reset", "pci_hot_reset_info"}
-    "feature_dma_buf",
-    "irq_set_eventfds",
-    "pci_hot_reset",
-    "pci_hot_reset_info",
-}  # each has a test of its own below
 
 
 @dataclass(frozen=True)
