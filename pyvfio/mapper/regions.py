@@ -168,7 +168,7 @@ class RegionMapper(BufferMapper):
             close_now(mapped)
             raise
         try:
-            self._check_pages(memory)
+            self._check_whole_pages(memory)
             memory.iova = self._map(memory.vaddr, memory.size, wanted, access, None).iova
         except BaseException:
             self._take_back(memory)
@@ -176,7 +176,7 @@ class RegionMapper(BufferMapper):
         self._fixed.insert(bisect_right(self._fixed, memory.vaddr, key=lambda each: each.vaddr), memory)
         return DmaMapping(self, memory, vaddr=memory.vaddr, size=mapped.size, view=None)
 
-    def _check_pages(self, memory: RegionMemory) -> None:
+    def _check_whole_pages(self, memory: RegionMemory) -> None:
         if (memory.vaddr | memory.size) % self._space.page_size:
             raise UnsupportedError(f"{memory!r} is not whole pages of the IOMMU, {self._space.page_size:#x}")
 
