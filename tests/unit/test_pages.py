@@ -13,6 +13,7 @@ from pyvfio import pci
 from pyvfio.cli import bind, unbind
 from pyvfio.cli import list as list_command
 from pyvfio.testing import FakeKernel
+from pyvfio.testing.fake import FakeDevice
 from tests.mutants.mutant import definitions
 from tests.unit.sysfs import SysfsTree
 
@@ -105,3 +106,16 @@ def test_the_commands_and_the_program_of_the_page_on_binding_run(tmp_path: Path)
     assert isinstance(names["binding"], pci.Binding)
     assert names["binding"].driver == "vfio-pci"
     assert tree.driver_of("0000:00:02.0") is None
+
+
+def test_the_programs_of_the_page_on_resets_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the fake, with the devices that they name."""
+    groups = [(2, ["0000:01:00.0"]), (3, ["0000:01:00.1"]), (4, ["0000:00:03.0"]), (5, ["0000:00:04.0"])]
+    with FakeKernel(groups=[(number, [FakeDevice(bdf) for bdf in bdfs]) for number, bdfs in groups]) as kernel:
+        for program in programs("docs/reset.md"):
+            with_kernel = re.sub(r'open_device\("([^"]+)"\)', r'open_device("\1", kernel=kernel)', program)
+            exec(with_kernel, {"pyvfio": pyvfio, "kernel": kernel})  # noqa: S102
+        assert "VFIO_DEVICE_PCI_HOT_RESET" in [call.request for call in kernel.trace]
+        assert "the card's registers at IOVA 0x" in capsys.readouterr().out
+        assert kernel.mappings() == ()
+        kernel.check()
