@@ -137,6 +137,13 @@ _MUTANTS = (
     Mutant("HotReset.reset", "is_vfio_driver(device.driver) and group in given", "group in given"),
     Mutant("HotReset.reset", "is_vfio_driver(device.driver) and group in given", "is_vfio_driver(device.driver)"),
     Mutant("HotReset.reset", "if not 0 < count <= len(affected):", "if not count:"),
+    Mutant(
+        "HotReset.reset",
+        "        for _group, device in affected:\n            device.clear()\n",
+        "        self._device.clear()\n",
+    ),
+    Mutant("PciDevice.clear", "        self.irqs.quieten()\n", "        self.irqs.release()\n"),
+    Mutant("PciDevice.clear", "        self.irqs.quieten()\n", "        self.config = self.declared.config_space()\n"),
     Mutant("HotReset._groups", "refuse(errno.EINVAL) if number is None", "refuse(errno.EBADF) if number is None"),
     Mutant("HotReset.get_info", "if argsz < _HEAD.size + _DEVICE.size * len(affected):", "if False:"),
     Mutant(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.mutants.mutant import Mutant, Suite
 
+_REGION = "region of another device"
 _HAND_OVER = "tests/unit/test_live_update.py"
 # Which tests have to notice the mistakes in a part. What is noticed soon is asked first; the last is all who may.
 _WITNESSES: dict[str, list[list[str]]] = {
@@ -16,6 +17,8 @@ _WITNESSES: dict[str, list[list[str]]] = {
     "dirty log": [["tests/unit/test_dirty_log.py", "-k", "not never_is_too_little"], ["tests/unit/test_dirty_log.py"]],
     "pages replaced": [["tests/unit/test_remap.py"]],
     "held memory": [["tests/unit/test_holders.py"]],
+    "hot reset": [["tests/unit/test_hot_reset.py"]],
+    _REGION: [["tests/unit/test_beside.py"]],
     "hand-over": [[_HAND_OVER, "-k", "not whichever and not interrupted"], [_HAND_OVER]],
 }
 
@@ -125,6 +128,56 @@ _MUTANTS = (
     # A mapper that has lost everything answers.
     Mutant("BufferMapper.check_open", "self._space.lost", "False", "held memory"),
     # ------------------------------------------------------------------------------------------------------- hand-over
+    # ------------------------------------------------------------------------------------------------------- hot reset
+    # Transfers are under way when the bus goes, or the caller's setting is lost where the kernel refuses.
+    Mutant("Device._reset_bus", "                device.bus_master = False", "                pass", "hot reset"),
+    Mutant(
+        "Device._reset_bus",
+        "attempt(partial(device.config.change16, PCI_COMMAND, PCI_COMMAND_MASTER, on=True), [])",
+        "pass",
+        "hot reset",
+    ),
+    # A mapping of a region outlives the reset of a sibling, or a view of one does not keep the bus.
+    Mutant("Device._reset_bus", "                region.close()\n", "                pass\n", "hot reset"),
+    Mutant(
+        "Device._hot_reset",
+        "        for device in devices:\n            device.check_views()\n        for device",
+        "        for device",
+        "hot reset",
+    ),
+    # Siblings are nobody's affair.
+    Mutant("Device._open_devices", "device.bdf in bdfs]", "device.bdf == self.bdf]", "hot reset"),
+    # The kernel is left to say what is missing.
+    Mutant("check_complete", "        if group not in attached:\n", "        if False:\n", "hot reset"),
+    Mutant("check_complete", "if not _is_vfio(kernel, each.bdf)]", "if False]", "hot reset"),
+    # ---------------------------------------------------------------------------------------- region of another device
+    # The BAR goes while another device reaches it.
+    Mutant("RegionMemory.__init__", "        region.add_dependent(self._close)\n", "        pass\n", _REGION),
+    Mutant("_close_both", "    thing.close_dependents()\n", "", _REGION),
+    Mutant("Device._reset", "        self.close_dependents()\n", "", _REGION),
+    Mutant(
+        "Device._hot_reset",
+        "        for device in devices:\n            device.close_dependents()\n",
+        "",
+        _REGION,
+    ),
+    # And though it could not be unmapped.
+    Mutant("Device.close", "            self._check_no_dependents()\n", "", _REGION),
+    # What was mapped stays, or what was not is known.
+    Mutant(
+        "RegionMapper._map_region",
+        "            self._take_back(memory)\n            raise",
+        "            raise",
+        _REGION,
+    ),
+    Mutant(
+        "RegionMapper._take_back", "            if mapping.vaddr == memory.vaddr:\n", "            if False:\n", _REGION
+    ),
+    Mutant("RegionMemory.release", "            close_now(self._mapped)\n", "            pass\n", _REGION),
+    Mutant("RegionMapper.drop", "        memory.holders = 0\n", "        pass\n", _REGION),
+    # It goes to another process.
+    Mutant("find_obstacles", "        if device.has_dependents\n", "        if False\n", _REGION),
+    # -------------------------------------------------------------------------------------------------------- hand-over
     # It is not known whether addresses were given up when a signal handler ends the call.
     Mutant(
         "HandOver.begin",
