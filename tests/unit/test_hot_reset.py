@@ -192,6 +192,20 @@ def test_a_siblings_bar_that_another_device_reaches_is_unmapped_before(
         assert calls.index("VFIO_IOMMU_UNMAP_DMA") < calls.index(HOT_RESET)
 
 
+def test_where_a_view_refuses_the_reset_no_bar_is_unmapped_from_another_device(
+    kernel: FakeKernel, devices: tuple[pyvfio.Device, ...]
+) -> None:
+    """Nothing has changed."""
+    with pyvfio.open_device(ROOT, kernel=kernel) as root, pyvfio.DmaMapper(root.container) as mapper:
+        mapping = mapper.map_region(devices[0].region(0))
+        with devices[2].region(0).mmap() as mapped:
+            view = mapped.view()
+            with pytest.raises(BufferError):
+                devices[0].hot_reset()
+            assert root.container.mapping_at(mapping.iova) is not None
+            view.release()
+
+
 @pytest.mark.parametrize(
     ("number", "hint"), [(errno.ENOTTY, "x-speed=2_5"), (errno.EAGAIN, "try again"), (errno.EINVAL, "vfio-pci")]
 )
