@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Literal, Self
@@ -42,6 +43,7 @@ class Rig:
         granule: int | None = None,
         memory: MemoryKind | None = None,
         dma_bits: int | None = None,
+        policy_of: Callable[[pyvfio.RamBlock | pyvfio.BlockShape], pyvfio.Policy | None] | None = None,
     ) -> None:
         with ExitStack() as stack:
             self.device = stack.enter_context(
@@ -60,6 +62,7 @@ class Rig:
                     granule=granule,
                     place=lambda block: place if block.idstr != "desk" else None,
                     dma_bits=dma_bits,
+                    policy_of=policy_of,
                 )
             )
             room = granule or PAGE_SIZE

@@ -205,6 +205,41 @@ def test_a_failed_resize_leaves_the_device_what_it_had(rig: Rig) -> None:
     assert rig.reaches(block, 4 * MIB - SIZE)
 
 
+def test_the_device_finds_the_bytes_of_memory_in_its_segments(rig: Rig) -> None:
+    """Of a part of a block that crosses pages, one after the other, as a PRP list has them; and of a buffer."""
+    block = rig.blocks.add("ring", used_length=2 * MIB, max_length=GIB)
+    there, start = pattern(), MIB - SIZE // 2
+    with block.view(start, SIZE) as view:
+        view[:] = there
+    segments = rig.mapper.segments(block, start, SIZE, boundary=PAGE_SIZE)
+    assert [size for _iova, size in segments] == [SIZE // 2, SIZE // 2]
+    found = [rig.device_reads(iova) for iova, _size in segments]
+    assert b"".join(got[: SIZE // 2] for got in found if got is not None) == there
+    with mmap.mmap(-1, 2 * PAGE_SIZE) as buffer, rig.mapper.map_buffer(buffer):
+        buffer[PAGE_SIZE : PAGE_SIZE + SIZE] = there
+        ((iova, size),) = rig.mapper.segments(buffer, PAGE_SIZE, SIZE)
+        assert (rig.device_reads(iova), size) == (there, SIZE)
+
+
+def test_rings_are_remapped_beside_buffers_in_granules(engine_bdfs: tuple[str, ...], kernel: Kernel) -> None:
+    """In one mapper, each under its own policy, and the device reaches both through every length."""
+    granules = pyvfio.Policy("extend", granule=MIB)
+    chosen = {"buffers": granules}
+    with Rig(engine_bdfs[0], kernel=kernel, policy_of=lambda block: chosen.get(block.idstr)) as rig:
+        ring = rig.blocks.add("ring", used_length=PAGE_SIZE, max_length=MIB)
+        buffers = rig.blocks.add("buffers", used_length=2 * MIB, max_length=8 * MIB)
+        ring.resize(3 * PAGE_SIZE)
+        buffers.resize(4 * MIB)
+        assert len(rig.container.mappings) == 1 + 1 + 4
+        assert rig.reaches(ring, 3 * PAGE_SIZE - SIZE)
+        assert rig.reaches(buffers, 4 * MIB - SIZE)
+        with buffers.view(0, MIB) as view:
+            buffers.resize(MIB)  # down to the end of what is in view
+            view[:SIZE] = there = pattern()
+            assert rig.device_reads(rig.mapper.iova(buffers)) == there
+        assert rig.device_reads(rig.mapper.iova(buffers) + MIB) is None
+
+
 def test_a_buffer_of_the_callers_own_is_reached_until_it_is_closed(rig: Rig) -> None:
     """map_buffer, map_dma and a temporary mapping all let the device in, and then no more."""
     memory = rig.blocks.kernel.mmap(0, 2 * PAGE_SIZE, 3, 0x22)

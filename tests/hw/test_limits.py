@@ -12,7 +12,7 @@ import pyvfio
 from pyvfio import ioctls
 from pyvfio.kernel import Kernel
 from pyvfio.testing.world import World
-from pyvfio.units import GIB, MIB, PAGE_SIZE
+from pyvfio.units import GIB, MIB, PAGE_SIZE, U64_MAX
 from tests.hw.rig import SIZE, Rig, pattern
 
 
@@ -31,6 +31,21 @@ def test_a_resize_above_the_memlock_limit_is_refused_with_the_numbers(rig: Rig, 
     assert rig.reaches(block, 2 * MIB - SIZE)
     block.resize(16 * MIB)
     assert rig.reaches(block, 16 * MIB - SIZE)
+
+
+def test_a_resize_in_granules_above_the_memlock_limit_is_refused_with_the_numbers_of_all_of_it(
+    engine_bdfs: tuple[str, ...], world: World
+) -> None:
+    """Some of its granules fit, and are gone again."""
+    with Rig(engine_bdfs[0], kernel=world.kernel, resize="extend", granule=MIB) as rig:
+        block = rig.blocks.add("ring", used_length=2 * MIB, max_length=GIB)
+        before = world.locked_bytes()
+        with world.memlock_limit(8 * MIB):
+            with pytest.raises(pyvfio.PinLimitError, match="RLIMIT_MEMLOCK") as caught:
+                block.resize(16 * MIB)
+            assert (caught.value.limit, caught.value.used, caught.value.asked) == (8 * MIB, before, 14 * MIB)
+        assert world.locked_bytes() == before
+        assert rig.reaches(block, 2 * MIB - SIZE)
 
 
 def test_what_is_mapped_is_locked_and_nothing_else(rig: Rig, world: World) -> None:
@@ -105,6 +120,20 @@ def test_a_mapping_outside_the_ranges_is_refused_with_the_ranges(rig: Rig) -> No
             rig.container.map(vaddr=block.vaddr, iova=iova, size=2 * PAGE_SIZE)
         assert caught.value.ranges == ranges
         assert str(ranges[0]) in str(caught.value)
+
+
+def test_the_last_page_of_64_bits_is_mapped_only_where_it_can_be_unmapped_again(rig: Rig) -> None:
+    """Kernels up to 6.12 map it, and then unmap nothing at all when everything is to go."""
+    block = rig.blocks.add("ring", used_length=PAGE_SIZE, max_length=PAGE_SIZE)
+    container, iova = rig.container, U64_MAX + 1 - PAGE_SIZE
+    if container.iova_ranges[-1].last == U64_MAX:
+        container.map(vaddr=block.vaddr, iova=iova, size=PAGE_SIZE)
+    else:
+        with pytest.raises(pyvfio.IovaRangeError):
+            container.map(vaddr=block.vaddr, iova=iova, size=PAGE_SIZE)
+    asked = sum(mapping.size for mapping in container.mappings)
+    assert container.unmap_all() == asked > PAGE_SIZE
+    assert container.get_info().dma_avail == container.entry_limit, "the kernel has nothing mapped any more"
 
 
 def test_what_lies_between_the_ranges_is_what_the_group_has_reserved(device: pyvfio.Device, kernel: Kernel) -> None:
