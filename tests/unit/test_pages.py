@@ -67,7 +67,7 @@ def test_the_page_on_architecture_names_what_the_package_has() -> None:
             assert f"{owner}.{last}".strip(".") in defined or (owner in defined and last in attributes), name
 
 
-@pytest.mark.parametrize("page", ["docs/memory.md", "docs/resizing.md"])
+@pytest.mark.parametrize("page", ["docs/addresses.md", "docs/memory.md", "docs/resizing.md"])
 def test_the_programs_of_the_pages_go_on_from_that_of_the_readme(page: str) -> None:
     """One after the other, with the objects that they take for granted; the fake in place of the running kernel."""
     first = next(program for program in programs("README.md") if FIRST in program)
