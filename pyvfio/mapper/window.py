@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Literal, Protocol
 
@@ -248,7 +249,9 @@ class Window:
         if error.used - locked + size <= error.limit:
             return None  # it was the piece that was too much: another one was to be unmapped after it
         arguments = {"vaddr": self.vaddr + first, "iova": self.iova + first, "size": size}
-        return restate(error, kernel=self._space.kernel, size=size, locked=locked, arguments=arguments)
+        with suppress(OSError):  # no descriptor is left to read /proc with, and the undo has to follow
+            return restate(error, kernel=self._space.kernel, size=size, locked=locked, arguments=arguments)
+        return None
 
     def _restore(self, before: Sequence[Part], region: tuple[int, int], cause: BaseException) -> None:
         """Have the pieces of `before` again, one by one. All new ones are unmapped before an old one is mapped."""

@@ -110,8 +110,8 @@ _MUTANTS = (
     # What was mapped before a resize that failed is not mapped again.
     Mutant(
         "Window.change",
-        "        except BaseException as error:\n            self._restore(before, region, error)\n            raise\n",
-        "        except BaseException:\n            raise\n",
+        "            self._restore(before, region, whole or error)\n",
+        "",
         "grow",
     ),
     # -------------------------------------------------------------------------------------------------------- shrink
@@ -181,10 +181,10 @@ _MUTANTS = (
     Mutant(
         "DmaMapper.ram_block_removed",
         "        window.change([])\n"
-        "        self._former[block] = _Former(window.iova, window.holders)\n"
+        "        self._former[block] = _Former(window.iova, window.policy, window.holders)\n"
         "        self._followed.remove(_Followed(window.vaddr, block, window))\n"
         "        del self._windows[block]\n        self._space.release_iova(window.iova)\n",
-        "        self._former[block] = _Former(window.iova, window.holders)\n"
+        "        self._former[block] = _Former(window.iova, window.policy, window.holders)\n"
         "        self._followed.remove(_Followed(window.vaddr, block, window))\n"
         "        del self._windows[block]\n        self._space.release_iova(window.iova)\n        window.change([])\n",
         "remove",

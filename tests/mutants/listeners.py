@@ -76,7 +76,9 @@ _MUTANTS = (
     # The newest lets go first.
     Mutant("remap", "Remapping(block, parts, told[::-1])", "Remapping(block, parts, told)", "pages replaced"),
     # A granule is cut.
-    Mutant("DmaMapper.ram_block_remapping", "*self.policy.round_out(parts)", "*parts", "pages replaced"),
+    Mutant(
+        "DmaMapper.ram_block_remapping", "*policy.round_out(parts, self._space.page_size)", "*parts", "pages replaced"
+    ),
     # ----------------------------------------------------------------------------------------------------- held memory
     # The first holder that is closed unmaps it, or the last does not.
     Mutant("BufferMapper.let_go", "memory.holders == 1", "memory.holders", "held memory"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import os
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 import pyvfio
 from pyvfio.extents import Extent, clip, runs, without
+from pyvfio.kernel import Memlock
 from pyvfio.mapper.policy import Policy, steps
 from pyvfio.testing.fake import Call, FakeDevice, FakeKernel
 from pyvfio.units import MIB, PAGE_SIZE
@@ -380,3 +383,35 @@ def test_a_want_of_memory_that_is_not_the_limits_is_the_kernels_own(kernel: Spec
         with pytest.raises(pyvfio.PinLimitError, match="the kernel has no memory to map 8 KiB") as caught:
             block.resize(12 * PAGE_SIZE)
         assert caught.value.limit is None
+
+
+class ForgetfulKernel(SpecialKernel):
+    """A kernel that has a descriptor left for /proc once, and none after that. A page is locked elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__(groups=[(2, [FakeDevice(BDF)])])
+        self.asked = 0
+
+    def memlock(self) -> Memlock:
+        """What VFIO has locked, and a page."""
+        lock = super().memlock()
+        return dataclasses.replace(lock, used=lock.used + PAGE_SIZE)
+
+    def mlocked(self) -> int:
+        """Say it once."""
+        self.asked += 1
+        if self.asked > 1:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return 0
+
+
+def test_a_pin_limit_that_cannot_be_explained_for_the_whole_is_undone_all_the_same() -> None:
+    """The error is that of the piece."""
+    with ForgetfulKernel() as kernel, Rig(kernel, mapper=GRANULE) as rig:
+        block = rig.add(used=4 * PAGE_SIZE)
+        before = rig.reached()
+        kernel.memlock_limit = 6 * PAGE_SIZE
+        with pytest.raises(pyvfio.PinLimitError) as caught:
+            block.resize(12 * PAGE_SIZE)
+        assert (caught.value.asked, kernel.asked) == (2 * PAGE_SIZE, 2)
+        assert rig.reached() == before
