@@ -23,7 +23,6 @@ _MUTANTS = (
     # ---------------------------------------------------------------------------------------------------- address bits
     # A block begins below the limit, and ends above it.
     Mutant("IovaAllocator._find", "min(last, highest)", "last", "address bits"),
-    Mutant("IovaAllocator.reserve", "(1 << dma_bits) - 1", "1 << dma_bits", "address bits"),
     # The mapper's own limit is not asked for: of blocks, of buffers, of plans.
     Mutant(
         "DmaMapper._find_place", "            dma_bits=self.dma_bits,\n", "            dma_bits=64,\n", "address bits"
