@@ -20,7 +20,6 @@ from tests.unit.sysfs import place_process
 pytestmark = [
     pytest.mark.usefixtures("throwaway"),
     pytest.mark.one_iommu,
-    pytest.mark.real_kernel("device cgroups and nodes are the machine's; a fake's nodes are files"),
 ]
 
 
@@ -42,6 +41,7 @@ def device_cgroup(directory: Path, *denied: str) -> Iterator[None]:
         subprocess.run(["umount", str(directory)], check=True)
 
 
+@pytest.mark.real_kernel("device cgroups and nodes are the machine's; a fake's nodes are files")
 def test_root_whom_a_device_cgroup_refuses_is_told_of_the_cgroup(bdf: str, tmp_path: Path) -> None:
     """The kernel says EPERM, of the container's node and of the group's."""
     number = pci.group_of(LinuxKernel(), bdf)
@@ -54,6 +54,7 @@ def test_root_whom_a_device_cgroup_refuses_is_told_of_the_cgroup(bdf: str, tmp_p
     pyvfio.open_device(bdf).close()
 
 
+@pytest.mark.real_kernel("device cgroups and nodes are the machine's; a fake's nodes are files")
 def test_a_node_that_is_not_here_is_made_as_the_hint_says(bdf: str, tmp_path: Path) -> None:
     """In a /dev of one's own, without the nodes of the machine: the device is bound, so that nobody is told to bind
     it. The machine's root file system may be a container's, so that procfs says that this is none."""

@@ -44,12 +44,23 @@ class Interrupt(BaseException):
     """What a signal handler raises; like KeyboardInterrupt no Exception."""
 
 
+class PlacedKernel(FakeKernel):
+    """A fake kernel whose procfs, once `own_proc` is set, says where the program runs: see `sysfs.place_process`."""
+
+    own_proc: Path | None = None
+
+    @property
+    def proc(self) -> Path:
+        """The machine's own unless it is set."""
+        return self.own_proc or super().proc
+
+
 def interrupt(number: int, frame: FrameType | None) -> None:
     """Handle a signal by raising."""
     raise Interrupt
 
 
-class SpecialKernel(FakeKernel):
+class SpecialKernel(PlacedKernel):
     """A fake kernel whose answers can be changed, and in which a signal can arrive.
 
     `answers`: what an ioctl returns, by its name in C, without being made. `top`: the last IOVA that the IOMMU offers,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,7 @@ from tests.unit.fakes import (
     small_iommu,
 )
 from tests.unit.processes import in_child
+from tests.unit.sysfs import place_process
 
 V1, V2 = ioctls.VFIO_TYPE1_IOMMU, ioctls.VFIO_TYPE1v2_IOMMU
 ROOM = 16 * PAGE_SIZE
@@ -65,6 +67,37 @@ def memory(kernel: SpecialKernel) -> Iterator[int]:
 
 
 # -------------------------------------------------------------------------------------------------------- opening
+
+
+def test_a_machine_without_vfio_is_told_so(kernel: SpecialKernel, tmp_path: Path) -> None:
+    """With what to load; on the host, where this is a container. Root is not told to be root."""
+    kernel.own_proc = tmp_path
+    (kernel.dev / "vfio/vfio").unlink()
+    (kernel.sysfs / "class/misc/vfio").unlink()
+    for place, said in (
+        (partial(place_process, tmp_path, user=1000), "modprobe -a vfio-pci vfio_iommu_type1, as root$"),
+        (partial(place_process, tmp_path), "modprobe -a vfio-pci vfio_iommu_type1$"),
+        (partial(place_process, tmp_path, container=True), "on the host, then start the container with --device"),
+    ):
+        place()
+        with pytest.raises(pyvfio.UnavailableError, match=f"there is no .*/vfio/vfio.*has no VFIO.*{said}"):
+            Container(kernel=kernel)
+
+
+@pytest.mark.parametrize("node", ["vfio", "2"])
+def test_a_node_that_may_not_be_opened_is_named_with_its_mode_and_a_rule(
+    kernel: SpecialKernel, tmp_path: Path, node: str
+) -> None:
+    """Who it belongs to, who asks, and a ready-made udev rule. tests/unit/test_nodes.py has other places."""
+    kernel.own_proc = tmp_path
+    place_process(tmp_path, user=1000)
+    kernel.fail(call="open", errno=errno.EACCES)
+    opened: Callable[[], object] = partial(Container if node == "vfio" else partial(Group, 2), kernel=kernel)
+    said = r"-rw.*owner \d+:\d+.*user 1000 with groups \[27, 1000\]\. Run as root, or .*udev rule"
+    with pytest.raises(pyvfio.AccessDeniedError, match=said) as caught:
+        opened()
+    assert caught.value.path == str(kernel.dev / "vfio" / node)
+    assert isinstance(caught.value, PermissionError)
 
 
 def test_another_version_of_the_api_is_refused(kernel: SpecialKernel) -> None:
