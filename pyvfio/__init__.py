@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from pyvfio.blocks.progress import Progress as Progress
     from pyvfio.container import Container as Container
     from pyvfio.container import Group as Group
+    from pyvfio.device import ConfigSpace as ConfigSpace
     from pyvfio.device import Device as Device
     from pyvfio.device import Irq as Irq
     from pyvfio.device import Region as Region
     from pyvfio.device import RegionMap as RegionMap
+    from pyvfio.device import Register as Register
     from pyvfio.device import open_device as open_device
     from pyvfio.dirty.log import DirtyBlock as DirtyBlock
     from pyvfio.dirty.log import DirtyLog as DirtyLog
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from pyvfio.errors import CannotBePinnedWarning as CannotBePinnedWarning
     from pyvfio.errors import CapabilityError as CapabilityError
     from pyvfio.errors import ClosedError as ClosedError
+    from pyvfio.errors import DeviceGoneError as DeviceGoneError
     from pyvfio.errors import DeviceNotFoundError as DeviceNotFoundError
     from pyvfio.errors import DiscardError as DiscardError
     from pyvfio.errors import EntryLimitError as EntryLimitError
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
     from pyvfio.errors import PersistenceWarning as PersistenceWarning
     from pyvfio.errors import PinLimitError as PinLimitError
     from pyvfio.errors import ReentrancyError as ReentrancyError
+    from pyvfio.errors import RegisterTimeoutError as RegisterTimeoutError
     from pyvfio.errors import RollbackError as RollbackError
     from pyvfio.errors import UnavailableError as UnavailableError
     from pyvfio.errors import UnmapSizeError as UnmapSizeError
@@ -103,15 +107,16 @@ else:
     _NAMES = {
         "blocks.progress": "Progress",
         "container": "Container Group",
-        "device": "Device Irq Region RegionMap open_device",
+        "device": "ConfigSpace Device Irq Region RegionMap Register open_device",
         "dirty.log": "DirtyBlock DirtyLog",
         "dirty.tracking": "DirtyPages DirtyTracking",
         "dma": "DmaMapper",
         "errors": """
-            AccessDeniedError CannotBePinnedWarning CapabilityError ClosedError DeviceNotFoundError DiscardError
-            EntryLimitError ForkedError GapError GroupBusyError GroupMember GroupNotViableError HandOverError Holder
-            IoctlError IovaOverlapError IovaRangeError MemoryNotReturnedWarning NotBoundError PersistenceWarning
-            PinLimitError ReentrancyError RollbackError UnavailableError UnmapSizeError UnsupportedError VfioError
+            AccessDeniedError CannotBePinnedWarning CapabilityError ClosedError DeviceGoneError DeviceNotFoundError
+            DiscardError EntryLimitError ForkedError GapError GroupBusyError GroupMember GroupNotViableError
+            HandOverError Holder IoctlError IovaOverlapError IovaRangeError MemoryNotReturnedWarning NotBoundError
+            PersistenceWarning PinLimitError ReentrancyError RegisterTimeoutError RollbackError UnavailableError
+            UnmapSizeError UnsupportedError VfioError
         """,
         "extents": "Extent",
         "info": "DeviceInfo IommuInfo IrqInfo RegionInfo",

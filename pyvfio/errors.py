@@ -143,6 +143,26 @@ class DeviceNotFoundError(VfioError):
     """No such device, or it is in no IOMMU group."""
 
 
+class DeviceGoneError(VfioError):
+    """The device may have gone: its configuration space reads all ones, or is unreadable. Close the device."""
+
+    def __init__(self, bdf: str, why: str) -> None:
+        super().__init__(
+            f"{bdf} may have gone: {why}",
+            hint="A device that was removed, or that has lost its link or its power, reads all ones. Close the device",
+        )
+
+
+class RegisterTimeoutError(VfioError, TimeoutError):
+    """A register did not take the value in time: the `last` value that was read, the `mask`, and the `value` wanted."""
+
+    def __init__(self, message: str, *, last: int, mask: int, value: int) -> None:
+        super().__init__(message)
+        self.last = last
+        self.mask = mask
+        self.value = value
+
+
 class NotBoundError(VfioError):
     """The device is not bound to vfio-pci. `driver` is what it is bound to (None: nothing)."""
 

@@ -47,6 +47,7 @@ from os import getpid
 from threading import RLock, get_ident, main_thread
 from types import FrameType, TracebackType
 from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeAlias, TypeVar, TypeVarTuple
+from weakref import WeakSet
 
 from pyvfio.errors import ForkedError
 
@@ -668,7 +669,25 @@ def _catch_up(place: _Place) -> None:
             _logger.exception("a close that a finalizer had asked for in the middle of another call failed")
 
 
+class Forgettable(Protocol):
+    """An object that a child must not use, and whose calls are too short to ask for the process."""
+
+    def forget(self) -> None:
+        """Raise at each use from now on, without a system call."""
+        ...
+
+
+_forgettable: WeakSet[Forgettable] = WeakSet()
+
+
+def forget_in_child(thing: Forgettable) -> None:
+    """Call `thing.forget()` in each child that is forked while `thing` exists."""
+    _forgettable.add(thing)
+
+
 def _after_fork() -> None:
+    for thing in tuple(_forgettable):
+        thing.forget()
     _thread.place.put_off.clear()  # the parent's
     _signals.after_fork()
     _thread.place = _Place()

@@ -18,10 +18,12 @@ import os
 import resource
 import select
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
+from pyvfio.guard import forget_in_child
 from pyvfio.units import PAGE_SIZE, Vaddr
 
 WritableBuffer: TypeAlias = bytearray | memoryview | ctypes.Structure | ctypes.Array[ctypes.c_char]
@@ -34,6 +36,12 @@ _FCNTL_BUFFER_MAX = 1024  # up to here fcntl.ioctl works on a copy and releases 
 _CAP_IPC_LOCK = 14  # linux/capability.h
 _F_GET_SEALS = 1034  # linux/fcntl.h
 _MINCORE_MOST = 4 << 30  # bytes that are asked for at once: 1 MiB of answer
+_FORMATS: Mapping[int, Literal["B", "H", "I", "Q"]] = {
+    1: "B",
+    2: "H",
+    4: "I",
+    8: "Q",
+}  # of an integer with so many bytes, as `struct` has them
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 MAP_SHARED = 0x1
@@ -94,11 +102,29 @@ class FileStatus:
     identity: tuple[int, int]
 
 
+class Cell(Protocol):
+    """One register of a window, as a memoryview without dimensions has it: `cell[()]` loads, `cell[()] = value` stores.
+
+    Once the window is closed, both raise ValueError.
+    """
+
+    def __getitem__(self, key: tuple[()], /) -> int:
+        """Load it."""
+        ...
+
+    def __setitem__(self, key: tuple[()], value: int, /) -> None:
+        """Store `value`."""
+        ...
+
+
 class Registers(Protocol):
     """A window on device registers, each access exactly as wide as asked for.
 
     `offset` is in bytes from the window's start, `width` is 1, 2, 4 or 8. Nothing is checked here but that the window
-    is still open: `Region` has checked offset and width.
+    is still open: `Region` has checked offset and width. An access of a closed window raises ValueError, and reaches no
+    memory.
+
+    Synchronization: any thread may access; `cell` and `close` are called by one thread at a time.
     """
 
     def read(self, offset: int, width: int) -> int:
@@ -107,6 +133,10 @@ class Registers(Protocol):
 
     def write(self, offset: int, width: int, value: int) -> None:
         """Store `value` in `width` bytes, little-endian."""
+        ...
+
+    def cell(self, offset: int, width: int) -> Cell | None:
+        """One register as an object; None where the window is not memory of this process."""
         ...
 
     def close(self) -> None:
@@ -279,13 +309,18 @@ class MappedRegisters:
 
     A memoryview's item access is a copy of `itemsize` bytes, which the C compiler makes one instruction; an 8-byte
     pwrite into a BAR is cut in two by some kernels (`vfio_pci_core_do_io_rw` before 6.10 has no 8-byte access).
+
+    `close` releases every view before it unmaps. An item access holds the GIL from its look at the view to its copy, so
+    no access is under way then, and each later one is ValueError. A child that is forked has its views released, too.
     """
 
     def __init__(self, kernel: Kernel, vaddr: Vaddr, size: int) -> None:
         self._kernel = kernel
         self._mapping: tuple[Vaddr, int] | None = (vaddr, size)
         window = memoryview((ctypes.c_char * size).from_address(vaddr)).cast("B")
-        self._views = {1: window, 2: window.cast("H"), 4: window.cast("I"), 8: window.cast("Q")}
+        self._views = {width: window.cast(letter) for width, letter in _FORMATS.items()}
+        self._cells: dict[tuple[int, int], memoryview] = {}
+        forget_in_child(self)
 
     def read(self, offset: int, width: int) -> int:
         """Load `width` bytes at `offset`, which is a multiple of `width`."""
@@ -295,14 +330,25 @@ class MappedRegisters:
         """Store `value` in `width` bytes at `offset`, which is a multiple of `width`."""
         self._views[width][offset // width] = value
 
+    def cell(self, offset: int, width: int) -> Cell:
+        """A memoryview of the register, without dimensions: its access is the fastest that Python has."""
+        if (offset, width) not in self._cells:
+            register = self._views[1][offset : offset + width]
+            self._cells[offset, width] = register.cast(_FORMATS[width], [])
+        return self._cells[offset, width]
+
     def close(self) -> None:
         """Unmap the window; twice is fine."""
         if self._mapping is None:
             return
         (vaddr, size), self._mapping = self._mapping, None
-        for width in (8, 4, 2, 1):
-            self._views[width].release()
+        self.forget()
         self._kernel.munmap(vaddr, size)
+
+    def forget(self) -> None:
+        """Let each access raise ValueError, without a system call."""
+        for view in (*self._cells.values(), *self._views.values()):
+            view.release()
 
 
 class LinuxKernel:

@@ -6,24 +6,24 @@ Source: drivers/vfio/pci/vfio_pci_core.c.
 from __future__ import annotations
 
 import ctypes
+import errno
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from operator import index as as_number
 
 from pyvfio import ioctls, pci
 from pyvfio.container import Container, Group, check_kind
 from pyvfio.device import hot_reset
+from pyvfio.device.config import PCI_COMMAND, PCI_COMMAND_MASTER, PCI_COMMAND_MEMORY, ConfigSpace
 from pyvfio.device.hot_reset import DependentDevice
 from pyvfio.device.irq import Irq
 from pyvfio.device.region import Region
-from pyvfio.errors import ClosedError, UnsupportedError, VfioError
+from pyvfio.device.windows import Windows
+from pyvfio.errors import ClosedError, DeviceGoneError, IoctlError, UnsupportedError, VfioError
 from pyvfio.guard import Guard, close_now, closing_after_dependents, constructing, guarded, holding, uninterrupted
 from pyvfio.handle import Handle, attempt, attempt_all, checked_fd, give_up_fd
 from pyvfio.info import DeviceInfo, parse_device_info, parse_irq_info, parse_region_info
-
-PCI_COMMAND = 0x04  # linux/pci_regs.h
-PCI_COMMAND_MEMORY = 0x2
-PCI_COMMAND_MASTER = 0x4
 
 _INFO_MAX = 1 << 20
 
@@ -56,6 +56,8 @@ class Device(Handle):
         self.opened_with: Container | None = None
         """The container that `open_device` opened for this device alone, and that is closed with it."""
         self._regions: dict[int, Region] = {}
+        self.windows = Windows(bdf, self._regions)
+        """The mapped windows of the regions, for a change during which there must be none. For the library."""
         self._irqs: dict[int, Irq] = {}
         what = f"device {bdf}"
         super().__init__(group.kernel, fd, what, guard=Guard(what, lock=group.guard.lock))
@@ -123,13 +125,49 @@ class Device(Handle):
                 raise ValueError(f"{self.bdf} has regions 0 to {self.info.num_regions - 1}, not {index}")
             question = ioctls.vfio_region_info(index=index)
             answer = self._ask("VFIO_DEVICE_GET_REGION_INFO", bytearray(question), index=index)
-            self._regions.setdefault(index, Region(self, parse_region_info(answer)))
+            kind = ConfigSpace if index == ioctls.VFIO_PCI_CONFIG_REGION_INDEX else Region
+            self._regions.setdefault(index, kind(self, parse_region_info(answer)))
         return self._regions[index]
 
+    def all_regions(self) -> tuple[Region, ...]:
+        """The regions that were asked for so far."""
+        return tuple(self._regions.values())
+
     @property
-    def config(self) -> Region:
+    def config(self) -> ConfigSpace:
         """PCI configuration space, as the kernel shows it to users."""
-        return self.region(ioctls.VFIO_PCI_CONFIG_REGION_INDEX)
+        config = self.region(ioctls.VFIO_PCI_CONFIG_REGION_INDEX)
+        if not isinstance(config, ConfigSpace):
+            raise TypeError(f"region {config.info.index} is not configuration space")
+        return config
+
+    def check_decoding(self, what: str) -> None:
+        """Raise VfioError where `what`, a memory BAR, answers no access; DeviceGoneError where the device has gone.
+
+        Cost: two reads of configuration space, and at the first call the capability list.
+        """
+        if why := self.config.why_silent():
+            raise VfioError(
+                f"{self.bdf} {why}, so {what} cannot be reached",
+                hint="device.memory_enabled = True; if it stays off, the device may be in a low-power state"
+                if "decode" in why
+                else "Write 0 to the lowest two bits of its power management control register (PMCSR): D0",
+            )
+
+    def check_present(self) -> None:
+        """Raise DeviceGoneError where the device seems to have gone. Cost: one read of configuration space."""
+        self.config.check_present()
+
+    def drop_windows(self, *, force: bool = False) -> None:
+        """Unmap the BARs from this process: the windows of register accesses, and the mappings of `Region.mmap`.
+
+        For a change that pyvfio does not see, after which a touch would be SIGBUS. The next register access maps
+        another window, so no other thread may access registers from here to that change.
+
+        Raises BufferError, before anything is unmapped, while a view of a mapping lives; with `force=True` that mapping
+        stays. Synchronization: any thread; waits for the lock of the regions.
+        """
+        self.windows.change(_nothing, keep="maps in use" if force else "no maps")
 
     def irq(self, index: int) -> Irq:
         """A kind of interrupt by its index (VFIO_PCI_MSI_IRQ_INDEX …). Raises ValueError for an index that the device
@@ -153,7 +191,7 @@ class Device(Handle):
     @property
     def bus_master(self) -> bool:
         """Whether the device may do DMA (PCI COMMAND, bit 2). Off when the device is opened; set it to use DMA."""
-        return bool(self.config.read16(PCI_COMMAND) & PCI_COMMAND_MASTER)
+        return bool(self.config.read_command() & PCI_COMMAND_MASTER)
 
     @bus_master.setter
     def bus_master(self, on: bool) -> None:
@@ -161,14 +199,15 @@ class Device(Handle):
 
     @property
     def memory_enabled(self) -> bool:
-        """Whether the device answers in its memory BARs (PCI COMMAND, bit 1). A mapped BAR is SIGBUS if not."""
-        return bool(self.config.read16(PCI_COMMAND) & PCI_COMMAND_MEMORY)
+        """Whether the device answers in its memory BARs (PCI COMMAND, bit 1). A mapped BAR is SIGBUS if not.
+
+        To clear it closes what is mapped of the BARs; BufferError while a view of a mapping lives, and then nothing has
+        changed. `config.change16(PCI_COMMAND, PCI_COMMAND_MEMORY, on=False, force=True)` clears it all the same.
+        """
+        return bool(self.config.read_command() & PCI_COMMAND_MEMORY)
 
     @memory_enabled.setter
     def memory_enabled(self, on: bool) -> None:
-        if not on:
-            for region in tuple(self._regions.values()):
-                region.close()
         self.config.change16(PCI_COMMAND, PCI_COMMAND_MEMORY, on=on)
 
     @property
@@ -181,14 +220,14 @@ class Device(Handle):
         """VFIO_DEVICE_RESET: DMA stops, registers go back; configuration space is kept, and so are DMA mappings.
 
         Enabled interrupts stay enabled, and bus mastering stays on. Mappings of its BARs for other devices' DMA are
-        closed before. Raises UnsupportedError when the device has no reset; the error names `hot_reset` where the
-        device's bus can be reset.
+        closed before. The windows of register accesses are dropped before: the next access waits for the end of the
+        reset, and maps another one. Mappings of `Region.mmap` stay. Raises UnsupportedError when the device has no
+        reset; the error names `hot_reset` where the device's bus can be reset.
         """
         self.check_usable()
         if not self.can_reset:
             raise UnsupportedError(f"{self.bdf} has no reset of its own", hint=self._instead_of_reset())
-        while not self._reset():
-            pass  # another thread has mapped a BAR meanwhile
+        self.windows.change(partial(self.ioctl, "VFIO_DEVICE_RESET"), keep="all maps")
 
     def _instead_of_reset(self) -> str:
         hint = "Clear bus_master to stop its DMA"
@@ -198,14 +237,10 @@ class Device(Handle):
             return hint
         return f"{hint}, or use hot_reset(), which resets its bus" + f", {', '.join(others)} too" * bool(others)
 
-    def _reset(self) -> bool:
-        self.close_dependents()
-        return self._change_apart([self], partial(self.ioctl, "VFIO_DEVICE_RESET"))
-
     @guarded
     def _change_apart(self, devices: Sequence[Device], change: Callable[[], object]) -> bool:
         """Make a change during which no other device may reach the BARs of `devices`. Return whether it was made."""
-        with holding(*(region for device in devices for region in device.all_regions())):
+        with holding(*(device.windows for device in devices)):
             if any(device.has_dependents for device in devices):
                 return False
             change()
@@ -279,10 +314,6 @@ class Device(Handle):
                 attempt(partial(device.config.change16, PCI_COMMAND, PCI_COMMAND_MASTER, on=True), [])
             raise
 
-    def all_regions(self) -> tuple[Region, ...]:
-        """The regions that were asked for so far."""
-        return tuple(self._regions.values())
-
     @property
     def has_dependents(self) -> bool:
         """Whether another device's DMA reaches a region of it through a mapping."""
@@ -315,8 +346,8 @@ class Device(Handle):
             self._check_no_dependents()
             steps += [irq.close for irq in tuple(self._irqs.values())]
             # Nothing may be under way when the mappings go: a device without a reset is kept from the bus.
-            steps += [self._stop_dma, *([self.reset] if self.can_reset else [])]
-            steps += [region.close for region in tuple(self._regions.values())]
+            steps += [self._stop_dma, *([self._last_reset] if self.can_reset else [])]
+            steps += [self.windows.end, *(region.close for region in tuple(self._regions.values()))]
             steps += [self.close_fd, self._leave]
         if (container := self.opened_with) is not None and not container.closed:
             steps += [partial(close_now, container)]
@@ -330,7 +361,26 @@ class Device(Handle):
             )
 
     def _stop_dma(self) -> None:
-        self.bus_master = False
+        with suppress(DeviceGoneError):  # it does no DMA any more
+            self.bus_master = False
+
+    def _last_reset(self) -> None:
+        gone = False
+        try:
+            self.check_present()
+        except DeviceGoneError:
+            gone = True  # the reset would take the kernel seconds, and fail
+        finally:
+            if not gone:
+                self._reset_unless_removed()
+
+    def _reset_unless_removed(self) -> None:
+        try:
+            self.reset()
+        except IoctlError as error:
+            # Another task holds the device: a removal waits for this close, after which the kernel resets the device.
+            if error.errno != errno.EAGAIN:
+                raise
 
     def _leave(self) -> None:
         group, container = self.group, self.group.container
@@ -348,6 +398,10 @@ class Device(Handle):
         if self.closed:
             return
         steps: list[Callable[[], object]] = [irq.forget for irq in tuple(self._irqs.values())]
-        steps += [region.close for region in tuple(self._regions.values())]
+        steps += [self.windows.end, *(region.close for region in tuple(self._regions.values()))]
         steps += [self.close_fd]
         attempt_all(f"forgetting device {self.bdf}", steps)
+
+
+def _nothing() -> None:
+    """Change nothing."""

@@ -94,12 +94,14 @@ DEVICES: Mapping[str, Sequence[str]] = {
         *_EDU,
         "nec-usb-xhci",
         "pci-testdev,multifunction=on,addr=10.0",
-        "pci-testdev,addr=10.1",
+        "pci-testdev,addr=10.1,membar=128M",
         "pcie-pci-bridge,id=bridge,addr=11",
         "pci-testdev,bus=bridge,addr=1",
         "virtio-rng-pci,bus=bridge,addr=2",
         "pcie-root-port,id=above,addr=12,disable-acs=on,x-speed=2_5,x-width=1",
         "e1000e,bus=above,romfile=",
+        "pcie-root-port,id=socket,addr=13,chassis=1",
+        "rtl8139,bus=socket,romfile=",
     ),
     "virtio-rng": (*_EDU, "virtio-rng-pci,disable-legacy=on,iommu_platform=on,max-bytes=4096,period=100"),
     "nvme": (
@@ -115,12 +117,15 @@ DEVICES: Mapping[str, Sequence[str]] = {
 with these, and goes on with
 
 * ``nec-usb-xhci`` (1033:0194): 16 vectors of MSI and of MSI-X, no reset, a group of its own;
-* two functions of one ``pci-testdev`` (1b36:0005), which share a group: a page of memory and I/O ports each;
+* two functions of one ``pci-testdev`` (1b36:0005), which share a group: a page of memory and I/O ports each, and
+  128 MiB of memory the second;
 * a conventional bridge, with a ``pci-testdev`` and a ``virtio-rng`` (1af4:1005) behind it, all three one group that the
   driver of the last keeps from being viable;
-* an ``e1000e`` (8086:10d3), which can be reset, in one group with the root port above it.
+* an ``e1000e`` (8086:10d3), which can be reset, in one group with the root port above it;
+* an ``rtl8139`` (10ec:8139) below another root port, which can be taken out of its slot: 256 bytes of memory in a page
+  of their own.
 
-The ``virtio-rng`` and the root port come with the kernel's drivers, the others with none.
+The ``virtio-rng`` and the root ports come with the kernel's drivers, the others with none.
 
 ``virtio-rng``, for ``examples/virtio_rng.py``, begins with these, and has a ``virtio-rng`` (1af4:1044) of virtio 1.x
 behind the IOMMU, in a group of its own and with the kernel's driver. It is slow, 4096 bytes in 100 ms, so that a driver

@@ -12,10 +12,14 @@ from pyvfio import pci
 from pyvfio.kernel import Kernel
 from pyvfio.testing.edu import EDU_ID
 from pyvfio.testing.fake import Bar, FakeDevice, FakeEdu, FakePciDevice
-from pyvfio.units import KIB, PAGE_SIZE
+from pyvfio.units import KIB, MIB, PAGE_SIZE
 
 RNG_DRIVER = "virtio-pci"
 VFIO = "vfio-pci"
+
+
+POWER_MANAGEMENT = {6: b"\x10\x00", 0x34: b"\xc8", 0xC8: b"\x01\x00\x22\x00\x00\x00"}
+"""Configuration space whose one capability is power management, at 0xc8."""
 
 
 class Id(NamedTuple):
@@ -30,6 +34,7 @@ TESTDEV = Id(0x1B36, 0x0005)
 XHCI = Id(0x1033, 0x0194)
 E1000E = Id(0x8086, 0x10D3)
 RNG = Id(0x1AF4, 0x1005)
+NIC = Id(0x10EC, 0x8139)
 BRIDGE = Id(0x1B36, 0x000E)
 ROOT_PORT = Id(0x1B36, 0x000C)
 FAKE = ("0000:00:03.0", 3)
@@ -47,7 +52,8 @@ class Member(NamedTuple):
 
 class Company(NamedTuple):
     """The second edu; the device with many vectors; both functions of one device; a bridge, a device behind it and its
-    sibling there; a root port and the device below it, which can be reset."""
+    sibling there; a root port and the device below it, which can be reset; a slot, and the device in it, which may be
+    taken out."""
 
     edu: Member
     xhci: Member
@@ -57,6 +63,8 @@ class Company(NamedTuple):
     rng: Member
     root_port: Member
     e1000e: Member
+    slot: Member
+    in_slot: Member
 
 
 def find_company(kernel: Kernel) -> Company | None:
@@ -65,14 +73,14 @@ def find_company(kernel: Kernel) -> Company | None:
     for device in pci.enumerate_devices(kernel):
         if device.iommu_group is not None:
             found.setdefault(Id(device.vendor, device.device), []).append(Member(device.bdf, device.iommu_group))
-    match [found.get(each, []) for each in (EDU, XHCI, TESTDEV, BRIDGE, RNG, ROOT_PORT, E1000E)]:
-        case [[_, edu], [xhci], [first, second, bridged], [bridge], [rng], [port], [e1000e]]:
-            return Company(edu, xhci, (first, second), bridge, bridged, rng, port, e1000e)
+    match [found.get(each, []) for each in (EDU, XHCI, TESTDEV, BRIDGE, RNG, ROOT_PORT, E1000E, NIC)]:
+        case [[_, edu], [xhci], [first, second, bridged], [bridge], [rng], [port, slot], [e1000e], [nic]]:
+            return Company(edu, xhci, (first, second), bridge, bridged, rng, port, e1000e, slot, nic)
     return None
 
 
-def _testdev(bdf: str) -> FakeDevice:
-    bars = {0: Bar(PAGE_SIZE), 1: Bar(256, io=True)}
+def _testdev(bdf: str, *, memory: int = 0) -> FakeDevice:
+    bars = {0: Bar(PAGE_SIZE), 1: Bar(256, io=True)} | ({2: Bar(memory)} if memory else {})
     return FakeDevice(bdf, vendor=TESTDEV.vendor, device=TESTDEV.device, bars=bars, intx=False, msi=0)
 
 
@@ -100,6 +108,15 @@ def fake_groups() -> list[tuple[int, Sequence[FakeDevice | FakePciDevice]]]:
         msix_bar=3,
         resettable=True,
         pcie=True,
+        config=POWER_MANAGEMENT,
+    )
+    in_slot = FakeDevice(
+        "0000:03:00.0",
+        vendor=NIC.vendor,
+        device=NIC.device,
+        class_code=0x020000,
+        bars={0: Bar(256, io=True), 1: Bar(256, own_page=True)},
+        msi=0,
     )
     rng = FakeDevice(
         "0000:01:02.0",
@@ -115,9 +132,10 @@ def fake_groups() -> list[tuple[int, Sequence[FakeDevice | FakePciDevice]]]:
         (FAKE[1], [FakeEdu(FAKE[0])]),
         (4, [FakeEdu("0000:00:04.0")]),
         (5, [xhci]),
-        (6, [_testdev("0000:00:10.0"), _testdev("0000:00:10.1")]),
+        (6, [_testdev("0000:00:10.0"), _testdev("0000:00:10.1", memory=128 * MIB)]),
         (7, [_bridge("0000:00:11.0", BRIDGE, None), _testdev("0000:01:01.0"), rng]),
         (8, [_bridge("0000:00:12.0", ROOT_PORT, "pcieport"), e1000e]),
+        (9, [_bridge("0000:00:13.0", ROOT_PORT, "pcieport"), in_slot]),
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import struct
+from functools import partial
 
 import pytest
 
@@ -13,6 +14,7 @@ from pyvfio.units import KIB, MIB
 from tests.contract.world import BAD_ADDRESS, BOTH, PAGE, Attached, World, refused
 
 CONFIG = 7 << 40
+PM = 1
 MSIX_TABLE = 0x3000  # of xhci, in BAR 0
 LIVENESS = 4  # of edu: what is written reads inverted
 MAP_PRIVATE = 2
@@ -159,6 +161,55 @@ def test_a_bar_is_eio_while_memory_decoding_is_off(v2: Attached, device: int) ->
         v2.world.kernel.pread(device, 4, 0)
     with refused(errno.EIO):
         v2.world.kernel.pwrite(device, b"1234", 0)
+
+
+def power_control(world: World, fd: int) -> int:
+    """Where the control register of power management is, in the device's descriptor."""
+    at = world.kernel.pread(fd, 1, CONFIG + 0x34)[0]
+    while (header := world.kernel.pread(fd, 2, CONFIG + at))[0] != PM:
+        at = header[1]
+    return CONFIG + at + 4
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_bar_is_eio_in_d3hot_and_there_again_in_d0_and_after_a_reset(e1000e: World, size: int) -> None:
+    fd = e1000e.open_device(Attached.of(e1000e, ioctls.VFIO_TYPE1v2_IOMMU).group)
+    e1000e.kernel.pwrite(fd, b"\2\0", CONFIG + 4)
+    control = power_control(e1000e, fd)
+    for back in (partial(e1000e.kernel.pwrite, fd, bytes(size), control), partial(reset, e1000e, fd)):
+        e1000e.kernel.pwrite(fd, b"\3".ljust(size, b"\0"), control)
+        assert e1000e.kernel.pread(fd, 1, control)[0] & 3 == 3
+        with refused(errno.EIO):
+            e1000e.kernel.pread(fd, 4, 0)
+        back()
+        assert e1000e.kernel.pread(fd, 1, control)[0] & 3 == 0
+        assert len(e1000e.kernel.pread(fd, 4, 0)) == 4
+
+
+def reset(world: World, fd: int) -> None:
+    """VFIO_DEVICE_RESET."""
+    world.ioctl(fd, ioctls.VFIO_DEVICE_RESET)
+
+
+def test_d1_is_no_state_of_a_device_that_does_not_say_so(e1000e: World) -> None:
+    fd = e1000e.open_device(Attached.of(e1000e, ioctls.VFIO_TYPE1v2_IOMMU).group)
+    e1000e.kernel.pwrite(fd, b"\2\0", CONFIG + 4)
+    control = power_control(e1000e, fd)
+    e1000e.kernel.pwrite(fd, b"\1\0", control)
+    assert e1000e.kernel.pread(fd, 1, control)[0] & 3 == 0
+    assert len(e1000e.kernel.pread(fd, 4, 0)) == 4
+
+
+def test_a_large_bar_is_mapped_where_it_is_asked_for(functions: tuple[World, World]) -> None:
+    world = functions[1]
+    fd = world.open_device(Attached.of(world, ioctls.VFIO_TYPE1v2_IOMMU).group)
+    world.kernel.pwrite(fd, b"\2\0", CONFIG + 4)
+    assert (region(world, fd, 2).flags, region(world, fd, 2).size) == (7, 128 * MIB)
+    window = world.kernel.registers(fd, (2 << 40) + 126 * MIB, 2 * MIB)
+    window.read(2 * MIB - 4, 4)
+    window.close()
+    with refused(errno.EINVAL):
+        world.kernel.registers(fd, (2 << 40) + 127 * MIB, 2 * MIB)
 
 
 def test_registers_and_pread_show_the_same_bar(v2: Attached, device: int) -> None:

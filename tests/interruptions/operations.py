@@ -98,6 +98,16 @@ def _region(scene: Scene) -> None:
     scene.open().memory_enabled = True
 
 
+def _window(scene: Scene) -> None:
+    """A window of a BAR, and a mapping of it."""
+    _region_map(scene)
+    _device(scene).region(0).read32(0)
+
+
+def _end_decoding(scene: Scene) -> None:
+    _device(scene).memory_enabled = False
+
+
 def _region_map(scene: Scene) -> None:
     _region(scene)
     scene.things["map"] = _device(scene).region(0).mmap()
@@ -133,6 +143,10 @@ def _opening() -> Iterator[Operation]:
     )
     yield Operation("disable an interrupt", _interrupts, lambda s: _device(s).irq(MSI).disable())
     yield Operation("reset", _busy, lambda s: _device(s).reset())
+    yield Operation("access a register", _region, lambda s: _device(s).region(0).register32(0).read())
+    yield Operation("access a register again", _window, lambda s: _device(s).region(0).register32(0).read())
+    yield Operation("end memory decoding", _window, _end_decoding)
+    yield Operation("drop windows", _window, lambda s: _device(s).drop_windows())
 
 
 # ------------------------------------------------------------------------------------------------ blocks

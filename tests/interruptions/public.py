@@ -49,6 +49,7 @@ PLAIN: Mapping[str, object] = {
     "places": {},
     "request": "VFIO_GET_API_VERSION",
     "size": PAGE_SIZE,
+    "timeout": 0,
     "stale": (),
     "used_length": PAGE_SIZE,
     "value": 0,
@@ -57,6 +58,7 @@ PLAIN: Mapping[str, object] = {
 OWN = frozenset(
     name
     for names in (
+        "check_decoding check_present in_use read_command why_silent",
         "add_dependent all_regions begin begun buffers check_made_by check_open check_stays check_unchanging",
         "close_dependents close_fd drop follow forget has_dependents let_go must_stay note_left receive release_fd",
         "resume set_aside soil suspend take_back take_in",
@@ -102,6 +104,7 @@ class World:
         self.buffer = mmap.mmap(-1, PAGE_SIZE)
         self.mapping = self.mapper.map_buffer(self.memory)
         self.region_map = device.region(0).mmap()
+        self.register = device.region(0).register32(0)
         self.log = pyvfio.DirtyLog(self.blocks)
         self.tracking = pyvfio.DirtyTracking(self.container)
         self.claim = self.blocks.discards.require_coordinated()
@@ -123,6 +126,7 @@ class World:
         blocks, device = self.blocks, self.device
         group = device.group
         mine: list[object] = [device, self.container, group, self.irq, device.region(0), self.region_map, blocks]
+        mine += [device.config, self.register]
         mine += [self.mapper, self.ring, self.mapping, self.log, self.tracking, blocks.discards, self.claim]
         return [*mine, self.update, self.taken]
 
@@ -156,7 +160,12 @@ class World:
     def calls(self) -> list[Call]:
         """Every public call on each of them, then each function that takes them."""
         arguments = self.arguments()
-        found = [call for thing in self.objects() for call in calls(thing, arguments)]
+        config = {**arguments, "size": 4}  # which is smaller than a page
+        found = [
+            call
+            for thing in self.objects()
+            for call in calls(thing, config if isinstance(thing, pyvfio.ConfigSpace) else arguments)
+        ]
         functions: dict[str, Callable[[], object]] = {
             "open_device": lambda: pyvfio.open_device(BDF, container=self.container),
             "hand_over": lambda: pyvfio.hand_over(self.mapper),

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.mutants import addresses, fake, guarding, library, listeners
+from tests.mutants import addresses, fake, guarding, library, listeners, windows
 from tests.mutants.checkout import borrowed, copies, first_failure, rewritten
 from tests.mutants.mutant import Mutant, Suite
 
@@ -63,7 +63,9 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="WORD", help="those that have this in their line")
     parser.add_argument("--library", action="store_true", help="mistakes in the library, in place of the fake's")
     options = parser.parse_args()
-    suites = (library.SUITE, listeners.SUITE, guarding.SUITE, addresses.SUITE) if options.library else (fake.SUITE,)
+    suites: tuple[Suite, ...] = (fake.SUITE,)
+    if options.library:
+        suites = (library.SUITE, listeners.SUITE, guarding.SUITE, addresses.SUITE, windows.SUITE)
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # the copies go in any case
     count, missed = 0, 0
     for suite in suites:

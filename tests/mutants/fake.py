@@ -155,6 +155,8 @@ _MUTANTS = (
     Mutant("PciDevice.get_region_info", "argsz, cap_offset = _REGION.size + len(capability), 0", "cap_offset = 0"),
     Mutant("PciDevice.pread", 'b"\\xff" * count if is_table', 'b"\\x00" * count if is_table'),
     Mutant("PciDevice._accessible", "return bar, min(size, bar.size - position)", "return bar, size"),
+    Mutant("PciDevice.decodes", "powered = not at or self.config[at] & _D3HOT != _D3HOT", "powered = True"),
+    Mutant("PciDevice.reset", "            self.config[at] &= ~_D3HOT\n", "            pass\n"),
     Mutant("PciDevice.get_info", "flags |= ioctls.VFIO_DEVICE_FLAGS_RESET", "pass"),
     Mutant("DeviceFeatures._check_place", "if position < table.stop and position + width > table.start:", "if False:"),
     Mutant("_IOEVENTFDS", "_IOEVENTFDS = 1000", "_IOEVENTFDS = 1001"),

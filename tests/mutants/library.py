@@ -239,8 +239,8 @@ _MUTANTS = (
     # The device may still do DMA while the mappings go.
     Mutant(
         "Device.close",
-        "            steps += [self._stop_dma, *([self.reset]",
-        "            steps += [*([self.reset]",
+        "            steps += [self._stop_dma, *([self._last_reset]",
+        "            steps += [*([self._last_reset]",
         "close",
     ),
     # The interrupts' descriptors.

@@ -71,18 +71,27 @@ UNGUARDED = {
         RamBlock.discarded RamBlock.file RamBlock.max_length RamBlock.populated RamBlock.prealloc RamBlock.settings
         RamBlock.used_length
         RamBlock.vaddr RamBlock.whole RamBlockList.block_at RamBlockList.knows RamBlockList.notifiers
+        ConfigSpace.check_usable ConfigSpace.check_views ConfigSpace.kernel ConfigSpace.mappable ConfigSpace.size
         Region.check_usable Region.check_views Region.kernel Region.mappable Region.size RegionMap.check_views
     """,
     "a system call of which nothing is recorded": """
+        ConfigSpace.read ConfigSpace.read16 ConfigSpace.read32 ConfigSpace.read64 ConfigSpace.read8
         Container.check_extension Container.get_api_version Container.get_info Container.ioctl Container.set_iommu
         Device.get_pci_hot_reset_info Device.hot_reset_groups Device.ioctl Group.check_viable Group.get_device_fd
         Group.get_status Group.ioctl Group.set_container Irq.mask Irq.trigger Irq.unmask Region.read Region.read16
         Region.read32 Region.read64 Region.read8 Region.write Region.write16 Region.write32 Region.write64 Region.write8
+        Register.read Register.write
+    """,
+    "makes an object, which maps a window when it is used": """
+        ConfigSpace.register16 ConfigSpace.register32 ConfigSpace.register64 ConfigSpace.register8
+        Region.register16 Region.register32 Region.register64 Region.register8
     """,
     "made once, and the first one stays": "Device.config Device.describe_irqs Device.irq Device.region",
-    "waits for a device, with no lock": "Irq.wait",
+    "waits for a device, with no lock": "ConfigSpace.poll32 Irq.wait Region.poll32",
     "each step of it is guarded": """
         Container.map Container.map_dma Container.reserve_and_map Container.unmap Container.unmap_and_release
+        ConfigSpace.change16 ConfigSpace.close ConfigSpace.write ConfigSpace.write16 ConfigSpace.write32
+        ConfigSpace.write64 ConfigSpace.write8 Device.drop_windows Region.close
         Device.bus_master Device.bus_master= Device.memory_enabled Device.memory_enabled= DirtyLog.snapshot
         DmaMapper.map_buffer DmaMapper.map_dma DmaMapper.map_region DmaMapper.map_temporary
         RamBlock.discard RamBlock.populate RamBlock.remap RamBlock.remove RamBlock.resize Region.close

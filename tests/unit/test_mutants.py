@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants import addresses, fake, guarding, library, listeners
+from tests.mutants import addresses, fake, guarding, library, listeners, windows
 from tests.mutants.mutant import ROOT, Mutant, Suite
 
 OPERATIONS = (
@@ -27,7 +27,7 @@ def dump(source: str) -> str:
     ("suite", "mutant"),
     [
         (suite, mutant)
-        for suite in (fake.SUITE, library.SUITE, listeners.SUITE, guarding.SUITE, addresses.SUITE)
+        for suite in (fake.SUITE, library.SUITE, listeners.SUITE, guarding.SUITE, addresses.SUITE, windows.SUITE)
         for mutant in suite.mutants
     ],
     ids=lambda given: given.what[:60] if isinstance(given, Mutant) else "",
@@ -45,6 +45,7 @@ def test_there_are_enough_of_them() -> None:
     assert len(listeners.SUITE.mutants) >= 15
     assert len(guarding.SUITE.mutants) >= 20
     assert len(addresses.SUITE.mutants) >= 15
+    assert len(windows.SUITE.mutants) >= 25
 
 
 def test_each_operation_has_a_mistake_of_its_own() -> None:

@@ -119,3 +119,13 @@ def test_the_programs_of_the_page_on_resets_run(capsys: pytest.CaptureFixture[st
         assert "the card's registers at IOVA 0x" in capsys.readouterr().out
         assert kernel.mappings() == ()
         kernel.check()
+
+
+def test_the_programs_of_the_page_on_registers_run_on_a_device() -> None:
+    """One after the other, on an edu."""
+    with FakeKernel() as kernel, pyvfio.open_device("0000:00:02.0", kernel=kernel) as device:
+        names: dict[str, object] = {"device": device, "pyvfio": pyvfio}
+        for program in programs("docs/registers.md"):
+            exec(program, names)  # noqa: S102
+        assert not device.closed
+        assert device.memory_enabled

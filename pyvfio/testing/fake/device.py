@@ -13,7 +13,9 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 from pyvfio import ioctls
@@ -22,7 +24,7 @@ from pyvfio.testing.fake.irqs import Irqs
 from pyvfio.testing.fake.process import DEVICE_MEMORY, Argument, refuse
 from pyvfio.testing.fake.type1 import info_write_back
 from pyvfio.testing.fake.versions import KernelVersion
-from pyvfio.units import MIB, PAGE_SIZE, is_power_of_two
+from pyvfio.units import MIB, PAGE_SIZE, align_up, is_power_of_two
 
 _BDF = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 _REGION_SHIFT = 40  # VFIO_PCI_OFFSET_SHIFT
@@ -43,6 +45,15 @@ _CAPS = int(ioctls.VFIO_REGION_INFO_FLAG_CAPS)
 _MSIX_ENTRY = 16
 _REGION = struct.Struct("=IIIIQQ")
 _IRQ = struct.Struct("=IIII")
+_SPARSE = struct.Struct("=HHIII")
+_STATUS = 6
+_STATUS_CAP_LIST = 0x10
+_CAPABILITY_LIST = 0x34
+_PM = 1
+_PM_CONTROL = 4
+_D3HOT = 3
+# What the kernel answers itself, and a device that has gone keeps: vendor, device, BARs, the list, the interrupt.
+_VIRTUAL = frozenset((*range(4), *range(0x10, 0x28), *range(0x2C, 0x34), 0x34, 0x3C, 0x3D))
 
 _Read = Callable[[int, int], int]
 _Write = Callable[[int, int, int], None]
@@ -51,16 +62,27 @@ _Write = Callable[[int, int, int], None]
 @dataclass(frozen=True, slots=True)
 class Bar:
     """A BAR of `size` bytes (a power of two), of memory or (`io`) of I/O ports. Plain memory, unless
-    `read(offset, width)` and `write(offset, width, value)` are given: then every register access calls them."""
+    `read(offset, width)` and `write(offset, width, value)` are given: then every register access calls them.
+
+    `own_page`: nothing else is in the page of a BAR that is smaller, so that the kernel maps it. `sparse`: the parts
+    that may be mapped, as (offset, size); None: all of it. Some drivers beside vfio-pci name parts.
+    """
 
     size: int
     read: _Read | None = None
     write: _Write | None = None
     io: bool = False
+    own_page: bool = False
+    sparse: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         if not is_power_of_two(self.size):
             raise ValueError(f"a BAR's size is a power of two, not {self.size:#x}")
+        for offset, size in self.sparse or ():
+            if not 0 <= offset <= self.size - size or size < 0:
+                raise ValueError(f"{size:#x} bytes at {offset:#x} cannot be mapped of a BAR of {self.size:#x}")
+        if self.io and (self.own_page or self.sparse is not None):
+            raise ValueError("I/O ports cannot be mapped")
         if (self.read is None) != (self.write is None):
             raise ValueError("a BAR has both callbacks, read and write, or none")
 
@@ -170,23 +192,41 @@ def is_vfio_driver(driver: str | None) -> bool:
 
 
 class CallbackRegisters:
-    """Registers that call a Bar's callbacks; `start` is where the window begins in the BAR."""
+    """Registers that call a Bar's callbacks; `start` is where the window begins in the BAR.
 
-    def __init__(self, *, start: int, read: _Read, write: _Write) -> None:
+    Synchronization: `lock` is the fake kernel's, so that no access goes on when `close` has returned.
+    """
+
+    def __init__(self, *, start: int, read: _Read, write: _Write, lock: AbstractContextManager[object]) -> None:
         self._start = start
         self._read = read
         self._write = write
+        self._lock = lock
+        self._closed = False
 
     def read(self, offset: int, width: int) -> int:
         """Call the BAR's `read`."""
-        return self._read(self._start + offset, width)
+        with self._lock:
+            self._check_open()
+            return self._read(self._start + offset, width)
 
     def write(self, offset: int, width: int, value: int) -> None:
         """Call the BAR's `write`."""
-        self._write(self._start + offset, width, value)
+        with self._lock:
+            self._check_open()
+            self._write(self._start + offset, width, value)
+
+    def cell(self, offset: int, width: int) -> None:
+        """None: these registers are no memory."""
 
     def close(self) -> None:
-        """Nothing was mapped."""
+        """Nothing was mapped; each later access is ValueError."""
+        with self._lock:
+            self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("operation forbidden on a register window that was closed")
 
 
 class PciDevice:
@@ -198,6 +238,8 @@ class PciDevice:
         self.driver = declared.driver
         self.descriptors: set[int] = set()
         self.config = declared.config_space()
+        self.gone = False
+        """Whether it was pulled out."""
         self._version = version
         has_err = declared.pcie or version.err_irq_always
         counts = (int(declared.intx), declared.msi, declared.msix, int(has_err), 1)
@@ -226,12 +268,34 @@ class PciDevice:
     @property
     def bus_master(self) -> bool:
         """Whether it may do DMA."""
-        return bool(self.command & _COMMAND_MASTER)
+        return bool(self.command & _COMMAND_MASTER) and not self.gone
 
     @property
     def decodes(self) -> bool:
-        """Whether it answers in its memory BARs."""
-        return bool(self.descriptors and self.command & _COMMAND_MEMORY)
+        """Whether it answers in its memory BARs, so that the kernel lets them be accessed
+        (`__vfio_pci_memory_enabled`)."""
+        at = self._power_control()
+        powered = not at or self.config[at] & _D3HOT != _D3HOT
+        return bool(self.descriptors and self.command & _COMMAND_MEMORY) and powered
+
+    def _power_control(self) -> int:
+        """Where the control register of power management is in configuration space; 0 where there is none."""
+        space = self.declared.config_space()
+        at, seen = space[_CAPABILITY_LIST] if space[_STATUS] & _STATUS_CAP_LIST else 0, set[int]()
+        while at and at not in seen:
+            if space[at] == _PM:
+                return at + _PM_CONTROL
+            seen.add(at)
+            at = space[at + 1]
+        return 0
+
+    def pull_out(self) -> None:
+        """The device goes without a word: nothing answers any more."""
+        self.gone = True
+        for fd in tuple(self.descriptors)[:1]:
+            for number, bar in self.declared.bars.items():
+                if bar.read is None:  # what is mapped of it is this memory
+                    os.pwrite(fd, b"\xff" * min(bar.size, 64 * MIB), number << _REGION_SHIFT)
 
     def check_vector(self, vector: int) -> None:
         """ValueError when it has no such interrupt."""
@@ -284,7 +348,7 @@ class PciDevice:
             refuse(errno.EINVAL)
         flags, size = self._region(index)
         if flags & _CAPS:
-            capability = struct.pack("=HHI", ioctls.VFIO_REGION_INFO_CAP_MSIX_MAPPABLE, 1, 0)
+            capability = self._capabilities(index)
             if argsz < _REGION.size + len(capability):
                 argsz, cap_offset = _REGION.size + len(capability), 0
             else:
@@ -300,9 +364,22 @@ class PciDevice:
         if bar is None:
             return 0, 0
         flags = _READ_WRITE
-        if bar.size >= PAGE_SIZE and not bar.io:
-            flags |= _MMAP | (_CAPS if self.declared.msix and self.declared.msix_bar == index else 0)
+        if (bar.size >= PAGE_SIZE or bar.own_page) and not bar.io:  # vfio_pci_probe_mmaps
+            flags |= _MMAP | (_CAPS if self._capabilities(index) else 0)
         return flags, bar.size
+
+    def _capabilities(self, index: int) -> bytes:
+        """The chain behind the fixed structure of a BAR: the parts that may be mapped, and the MSI-X table."""
+        sparse, chain = self.declared.bars[index].sparse, b""
+        has_table = self.declared.msix and self.declared.msix_bar == index
+        if sparse is not None:
+            end = _REGION.size + _SPARSE.size + 16 * len(sparse)
+            number = int(ioctls.VFIO_REGION_INFO_CAP_SPARSE_MMAP)
+            chain += _SPARSE.pack(number, 1, end if has_table else 0, len(sparse), 0)
+            chain += b"".join(struct.pack("=QQ", *area) for area in sparse)
+        if has_table:
+            chain += struct.pack("=HHI", ioctls.VFIO_REGION_INFO_CAP_MSIX_MAPPABLE, 1, 0)
+        return chain
 
     def get_irq_info(self, argument: Argument) -> int:
         """`vfio_pci_ioctl_get_irq_info`: EFAULT, EINVAL."""
@@ -318,7 +395,11 @@ class PciDevice:
         """`vfio_pci_ioctl_reset`: EINVAL. BARs are zero afterwards; mappings and interrupts stay."""
         if not self.declared.resettable:
             refuse(errno.EINVAL)
+        if self.gone:  # no capability tells of a function-level reset; a bus can be reset all the same
+            return refuse(errno.ENOTTY) if self.declared.pcie else 0
         self.clear()
+        if at := self._power_control():  # vfio_pci_ioctl_reset wakes the device
+            self.config[at] &= ~_D3HOT
         return 0
 
     def clear(self) -> None:
@@ -345,7 +426,8 @@ class PciDevice:
         index, position = self._locate(offset)
         if index == _CONFIG:
             self._check_config(position, size)
-            return bytes(self.config[position : position + size])
+            places = range(position, position + size)
+            return bytes(0xFF if self.gone and at not in _VIRTUAL else self.config[at] for at in places)
         bar, size = self._accessible(index, position, size)
         answer = b""
         for at, count, is_table in self._pieces(index, position, size):
@@ -354,6 +436,8 @@ class PciDevice:
         return answer
 
     def _read(self, fd: int, bar: Bar, offset: int, size: int, *, wide: bool) -> bytes:
+        if self.gone:
+            return b"\xff" * size
         if bar.read is None:
             return os.pread(fd, size, offset)
         answer = b""
@@ -372,6 +456,8 @@ class PciDevice:
             for at, value in enumerate(data, start=position):
                 if at in _WRITABLE:
                     self.config[at] = value
+                elif at == self._power_control() and value & _D3HOT in (0, _D3HOT):  # the device has no D1 and no D2
+                    self.config[at] = self.config[at] & ~_D3HOT | value & _D3HOT
             self._settle_header()
             if decoded and not self.decodes:
                 self.on_bars_gone("a write to COMMAND", self.bdf)
@@ -384,6 +470,8 @@ class PciDevice:
         return size
 
     def _write(self, fd: int, bar: Bar, offset: int, data: bytes, *, wide: bool) -> None:
+        if self.gone:
+            return
         if bar.write is None:
             os.pwrite(fd, data, offset)
             return
@@ -435,7 +523,7 @@ class PciDevice:
         bar = self.declared.bars.get(index)
         if bar is None or position >= bar.size:
             refuse(errno.EINVAL)
-        if not bar.io and not self.config[_COMMAND] & _COMMAND_MEMORY:
+        if not bar.io and not self.decodes:
             refuse(errno.EIO)
         return bar, min(size, bar.size - position)
 
@@ -443,17 +531,32 @@ class PciDevice:
         """`vfio_pci_core_mmap` for a shared mapping: EINVAL unless it lies in a BAR that may be mapped; its index."""
         index, position = self._locate(offset)
         flags, region_size = self._region(index)
-        if not flags & _MMAP or position + size > region_size:
+        if not flags & _MMAP:
             refuse(errno.EINVAL)
-        return index
+        areas = self.declared.bars[index].sparse
+        for start, length in ((0, region_size),) if areas is None else areas:
+            if start <= position and position + size <= start + align_up(length, PAGE_SIZE):
+                return index
+        return refuse(errno.EINVAL)
 
-    def registers(self, linux: LinuxKernel, fd: int, offset: int, size: int) -> Registers:
+    def registers(
+        self, linux: LinuxKernel, fd: int, offset: int, size: int, *, lock: AbstractContextManager[object]
+    ) -> Registers:
         """The BAR's callbacks, or a real mapping of its plain memory; EINVAL as mmap."""
         bar = self.declared.bars[self.check_mmap(offset, size)]
         if bar.read is None or bar.write is None:
             return linux.registers(fd, offset, size)
         start = self._locate(offset)[1]
-        return CallbackRegisters(start=start, read=bar.read, write=bar.write)
+        return CallbackRegisters(
+            start=start, read=partial(self._load, bar.read), write=partial(self._store, bar.write), lock=lock
+        )
+
+    def _load(self, read: _Read, offset: int, width: int) -> int:
+        return (1 << 8 * width) - 1 if self.gone else read(offset, width)
+
+    def _store(self, write: _Write, offset: int, width: int, value: int) -> None:
+        if not self.gone:
+            write(offset, width, value)
 
 
 def _accesses(position: int, size: int, *, wide: bool) -> list[tuple[int, int]]:

@@ -139,6 +139,11 @@ class DeviceSlot:
         """PCI COMMAND."""
         return self._device.command
 
+    @property
+    def decodes(self) -> bool:
+        """Whether a memory BAR may be accessed."""
+        return self._device.decodes
+
     def _check_master(self, *, iova: int, write: bool) -> None:
         if not self._device.bus_master:
             raise self._path.stop(self._device, iova=iova, write=write, reason="bus mastering is off")

@@ -157,6 +157,10 @@ class Irqs:
         if vector < len(self._triggers):
             _signal(self._triggers[vector])
 
+    def request(self) -> None:
+        """The kernel asks for the device: VFIO_PCI_REQ_IRQ_INDEX (`vfio_pci_core_request`)."""
+        _signal(self._single[REQ])
+
     # ------------------------------------------------------------------------------------- VFIO_DEVICE_SET_IRQS
 
     def set_irqs(self, argument: Argument) -> int:

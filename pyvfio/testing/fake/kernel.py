@@ -268,6 +268,26 @@ class FakeKernel(MemoryCalls):
                 self._tree.bind(group, device)
 
     @uninterrupted()
+    def pull_out(self, bdf: str) -> None:
+        """Surprise removal: a device goes while it may be open; ValueError when there is no such device.
+
+        Its BARs and most of its configuration space read all ones, writes are lost, and the device does no DMA and
+        raises no interrupt. The kernel answers for the vendor, the BARs and the capability list, and sysfs shows the
+        device, as where no hotplug driver notices.
+        """
+        self._descriptors.check_usable()
+        with self._lock:
+            self._find(bdf)[1].pull_out()
+
+    @uninterrupted()
+    def ask_for(self, bdf: str) -> None:
+        """The kernel wants a device back, as when it is removed or unbound: VFIO_PCI_REQ_IRQ_INDEX is signalled.
+        ValueError when there is no such device."""
+        self._descriptors.check_usable()
+        with self._lock:
+            self._find(bdf)[1].irqs.request()
+
+    @uninterrupted()
     def mappings(self, bdf: str | None = None) -> tuple[Mapped, ...]:
         """What devices can reach, by IOVA: all containers, or what `bdf` can; ValueError when it does not exist."""
         groups = list(self._groups.values()) if bdf is None else [self._find(bdf)[0]]
@@ -283,7 +303,8 @@ class FakeKernel(MemoryCalls):
         with self._lock:
             device = self._find(bdf)[1]
             device.check_vector(vector)
-            device.irqs.raise_interrupt(vector)
+            if not device.gone:
+                device.irqs.raise_interrupt(vector)
 
     @uninterrupted()
     def dma_read(self, bdf: str, iova: int, size: int) -> bytes:
@@ -468,7 +489,7 @@ class FakeKernel(MemoryCalls):
 
     def _map_registers(self, device: PciDevice, fd: int, offset: int, size: int) -> Registers:
         self._pins.device_memory_is_mapped = True
-        return device.registers(self._linux, fd, offset, size)
+        return device.registers(self._linux, fd, offset, size, lock=self._lock)
 
     @uninterrupted()
     def eventfd(self, initial: int, flags: int) -> int:

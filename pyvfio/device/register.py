@@ -1,0 +1,106 @@
+"""One register as an object, and the wait for a value of one."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from operator import index
+
+from pyvfio.errors import RegisterTimeoutError
+from pyvfio.guard import Guard
+from pyvfio.kernel import Cell
+
+_CLOSED = memoryview(b"\0")
+_CLOSED.release()
+
+
+class Register:
+    """One register of a region, from `Region.register32` and its kin: `read()` and `write(value)`, one access each.
+
+    Little-endian, as PCI is. Where the region is mapped, an access is one load or store, without a lock and without a
+    system call; else one pread or pwrite. When the window of the register has been dropped (the device stopped to
+    decode memory, was reset or closed), the next access maps another window or raises what `Region.read32` raises.
+
+    Synchronization: any thread. Cost: at most 1.5 times an item of a ctypes array, and a fifth of `Region.read32`. A
+    mapped register that reads all ones is returned as it is; `Region.read32` looks whether the device has gone.
+    """
+
+    __slots__ = ("_cell", "_load", "_name", "_open", "_store", "guard")
+
+    def __init__(
+        self,
+        name: str,
+        guard: Guard,
+        open_cell: Callable[[], Cell | None],
+        load: Callable[[], int],
+        store: Callable[[int], None],
+    ) -> None:
+        """`guard` is the region's. `open_cell` maps the register, `load` and `store` do without."""
+        self.guard = guard
+        self._name = name
+        self._open = open_cell
+        self._load = load
+        self._store = store
+        self._cell: Cell = _CLOSED
+
+    def __repr__(self) -> str:
+        return f"<Register {self._name}>"
+
+    def read(self) -> int:
+        """Load the register. Raises as `Region.read32`."""
+        try:
+            return self._cell[()]
+        except ValueError:
+            return self._read_anew()
+
+    def write(self, value: int) -> None:
+        """Store `value`. Raises as `Region.write32`."""
+        try:
+            self._cell[()] = value
+        except (ValueError, TypeError):
+            self._write_anew(value)
+
+    def _read_anew(self) -> int:
+        self._find_cell()
+        return self._load()
+
+    def _write_anew(self, value: int) -> None:
+        self._find_cell()
+        self._store(value)
+
+    def _find_cell(self) -> None:
+        # Another thread may drop the window again at once. Then the cell, whatever is asked of it, raises ValueError.
+        cell = self._open()
+        self._cell = _CLOSED if cell is None else cell
+
+
+def poll(read: Callable[[], int], what: str, *, mask: int, value: int, timeout: float | None, interval: float) -> int:
+    """As `Region.poll32`, of any register."""
+    mask, value = index(mask), index(value)
+    if not 0 <= mask <= 0xFFFF_FFFF or value & ~mask:
+        raise ValueError(f"a register of 32 bits & {mask:#x} can never be {value:#x}")
+    seconds, pause = _seconds("timeout", timeout), _seconds("interval", interval)
+    end = time.monotonic() + seconds
+    while True:
+        late = time.monotonic() >= end  # before the read: the last read is after the end
+        last = read()
+        if last & mask == value:
+            return last
+        if late:
+            raise RegisterTimeoutError(
+                f"{what} is {last:#x} after {seconds:g} s: & {mask:#x} it is {last & mask:#x}, not {value:#x}",
+                last=last,
+                mask=mask,
+                value=value,
+            )
+        time.sleep(min(pause, max(end - time.monotonic(), 0)))
+
+
+def _seconds(name: str, seconds: float | None) -> float:
+    if isinstance(seconds, str | bytes):  # which float() would take
+        raise TypeError(f"{name} is a number of seconds, not {type(seconds).__name__}")
+    seconds = math.inf if seconds is None else float(seconds)
+    if not seconds >= 0:
+        raise ValueError(f"{name} is a number of seconds, 0 or more, not {seconds}")
+    return seconds

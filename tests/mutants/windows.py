@@ -1,0 +1,73 @@
+"""Mistakes in how windows of BARs are mapped and dropped: tests/unit/test_windows.py has to notice each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.mutants.mutant import Mutant, Suite
+
+_MUTANTS = (
+    # A write that ends decoding is not known as such.
+    Mutant("ConfigSpace._effect", "offset <= PCI_COMMAND < end", "offset == PCI_COMMAND"),
+    Mutant("ConfigSpace._effect", "            return _Effect.STOP\n", "            return _Effect.NONE\n"),
+    Mutant("ConfigSpace._effect", "offset <= at < end", "offset == at"),
+    Mutant("_BYTES", "(_PM, _PM_CONTROL, _PM_STATE, _Effect.STOP)", "(_PM, _PM_CONTROL + 1, _PM_STATE, _Effect.STOP)"),
+    Mutant("_BYTES", "    (_AF, _AF_CONTROL, _AF_FLR, _Effect.RESET),\n", ""),
+    # Another is taken for one.
+    Mutant("ConfigSpace._effect", "not data[PCI_COMMAND - offset] & PCI_COMMAND_MEMORY", "True"),
+    # Windows go when the device answers no more, or after the views were found too late.
+    Mutant(
+        "Windows._change",
+        '        attempt_all("unmapping registers", [partial(region.drop, keep=keep) for region in regions])\n',
+        "",
+    ),
+    Mutant(
+        "Windows.change",
+        '            if keep == "no maps":\n                self._check_views()\n            #',
+        "            #",
+    ),
+    # A thread maps a window between the drop and the change.
+    Mutant("Windows._change", "    @guarded\n    def _change", "    def _change"),
+    # What was refused is taken for done.
+    Mutant("Windows._change", "            self.low_power = before\n", ""),
+    # Another device reaches a BAR that goes.
+    Mutant("Windows.change", "                region.close_dependents()\n", "                pass\n"),
+    Mutant("Windows._change", "            return []\n", "            pass\n"),
+    # An access that meets a window which is dropped fails.
+    Mutant(
+        "Region._load",
+        "                if window in self._windows:\n                    raise\n",
+        "                raise\n",
+    ),
+    Mutant(
+        "Region._store",
+        "                if window in self._windows:\n                    raise\n",
+        "                raise\n",
+    ),
+    Mutant("Register.read", "        except ValueError:\n", "        except KeyError:\n"),
+    # The wrong part is mapped.
+    Mutant("Region._part", "min(start + size, window + _WINDOW_SIZE) - first", "_WINDOW_SIZE + _WINDOW_SIZE"),
+    Mutant("Region._window", "bisect(windows, offset, key=_start) - 1", "0"),
+    Mutant("Region.mappable", "self.size < PAGE_SIZE and self.info.sparse is None", "False"),
+    # A window is made while a touch is SIGBUS.
+    Mutant("Region._open_window", "        if self._device.windows.low_power:\n            return None\n", ""),
+    Mutant("Region._open_window", "        self._check_decoding()\n", ""),
+    Mutant("ConfigSpace.why_silent", "state := self.read8(power + _PM_CONTROL) & _PM_STATE", "state := 0"),
+    # A child of this process reaches the device.
+    Mutant("_after_fork", "        thing.forget()\n", "        pass\n"),
+    # A window is unmapped under an access.
+    Mutant("MappedRegisters.close", "        self.forget()\n", ""),
+    Mutant("MappedRegisters.forget", "(*self._cells.values(), *self._views.values())", "self._views.values()"),
+    # A device that has gone is taken for one that is there.
+    Mutant("Region._load", "            self._device.check_present()\n", "            pass\n"),
+    Mutant("ConfigSpace.check_present", "status | _STATUS_CAP_LIST == _NO_DEVICE", "status == 0xABCD"),
+    Mutant("Device._reset_unless_removed", "error.errno != errno.EAGAIN", "True"),
+    Mutant("poll", "            raise RegisterTimeoutError(", "            raise ValueError("),
+)
+
+
+def _rounds(_mutant: Mutant) -> list[list[str]]:
+    return [["tests/unit/test_windows.py"]]
+
+
+SUITE = Suite(Path("pyvfio"), _MUTANTS, _rounds)

@@ -1,0 +1,784 @@
+"""Windows of BARs: dropped before the device stops to decode memory, mapped where an access needs them, and raced."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+import pyvfio
+from pyvfio import ioctls
+from pyvfio.device import PCI_COMMAND, PCI_COMMAND_MASTER, PCI_COMMAND_MEMORY
+from pyvfio.device.register import Register
+from pyvfio.kernel import Cell, IoctlArgument, LinuxKernel
+from pyvfio.testing.fake import Bar, FakeDevice, FakeKernel, FakePciDevice
+from pyvfio.testing.fake.declaration import GroupDeclaration
+from pyvfio.testing.fake.process import DEVICE_MEMORY
+from pyvfio.units import KIB, MIB, PAGE_SIZE
+from tests.unit.processes import in_child
+
+BDF = "0000:00:02.0"
+SIBLING = "0000:00:02.1"
+PM = 0xC8
+PMCSR = PM + 4
+LIST = {6: b"\x10\x00", 0x34: bytes([PM]), PM: b"\x01\xd0\x22\x00\x00\x00"}
+EXPRESS = {0xD0: b"\x10\xe0\x02\x00\x00\x00\x00\x10\x00\x00"}
+AF = {0xE0: b"\x13\x00\x06\x03\x00\x00"}
+BIG = 128 * MIB
+
+
+class Nic(FakePciDevice):
+    """A register that counts its reads; memory decoding and power have to be on for each access."""
+
+    bar_sizes: ClassVar = {0: 128 * KIB}
+    config: ClassVar = LIST | EXPRESS | AF
+
+    def reset(self) -> None:
+        """Nothing was read."""
+        self.reads = 0
+
+    def read_register(self, bar: int, offset: int, width: int, /) -> int:
+        """How many reads there were; all ones at 8, whatever the width."""
+        del bar, width
+        self.reads += 1
+        return -1 if offset == 8 else self.reads
+
+    def write_register(self, bar: int, offset: int, width: int, value: int, /) -> None:
+        """Nothing."""
+
+
+def groups() -> list[tuple[int, list[FakeDevice | FakePciDevice]]]:
+    """The NIC, and a device with plain memory: 128 KiB, a page-sized hole, less than a page, and more than 64 MiB."""
+    bars = {
+        0: Bar(128 * KIB),
+        1: Bar(256, own_page=True),
+        2: Bar(BIG),
+        3: Bar(16 * KIB, sparse=((0, PAGE_SIZE), (8 * KIB, 8 * KIB))),
+        4: Bar(256),
+    }
+    plain = FakeDevice(SIBLING, bars=bars, config=LIST, resettable=True)
+    return [(2, [Nic(BDF), plain])]
+
+
+class WatchedKernel(FakeKernel):
+    """A fake kernel that counts what is mapped of its devices at each change."""
+
+    def __init__(self, *, groups: Sequence[GroupDeclaration]) -> None:
+        super().__init__(groups=groups)
+        self.mapped: list[int] = []
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        """Count first."""
+        self.mapped.append(mapped_areas())
+        return super().pwrite(fd, data, offset)
+
+    def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
+        """Count first, at a reset."""
+        if request == ioctls.VFIO_DEVICE_RESET:
+            self.mapped.append(mapped_areas())
+        return super().ioctl(fd, request, argument)
+
+
+def mapped_areas() -> int:
+    """How many mappings of a device this process has."""
+    return Path("/proc/self/maps").read_bytes().count(DEVICE_MEMORY.encode())
+
+
+@pytest.fixture
+def kernel() -> Iterator[WatchedKernel]:
+    """A fake kernel with both."""
+    with WatchedKernel(groups=groups()) as kernel:
+        yield kernel
+        assert kernel.descriptors == ()
+
+
+@pytest.fixture
+def nic(kernel: FakeKernel) -> Iterator[pyvfio.Device]:
+    """The device that is strict: a touch that would be SIGBUS is an AssertionError."""
+    with pyvfio.open_device(BDF, kernel=kernel) as device:
+        yield device
+
+
+@pytest.fixture
+def plain(kernel: FakeKernel) -> Iterator[pyvfio.Device]:
+    """The device with memory in its BARs."""
+    with pyvfio.open_device(SIBLING, kernel=kernel) as device:
+        yield device
+
+
+def made(kernel: FakeKernel) -> list[tuple[int, int]]:
+    """Offset and size of each window that was mapped."""
+    return [(int(call.given[1]), int(call.given[2])) for call in kernel.trace if call.call == "registers"]
+
+
+# ------------------------------------------------------------------------------------------- writes that end decoding
+
+STOPS: dict[str, tuple[int, bytes]] = {
+    "COMMAND, 8 bits": (PCI_COMMAND, b"\0"),
+    "COMMAND, 16 bits": (PCI_COMMAND, b"\4\0"),
+    "COMMAND, 32 bits": (PCI_COMMAND, b"\5\0\0\0"),
+    "COMMAND, from before": (0, bytes(8)),
+    "COMMAND, the last of many": (PCI_COMMAND - 1, bytes(2)),
+    "PMCSR, 8 bits": (PMCSR, b"\3"),
+    "PMCSR, 16 bits": (PMCSR, b"\3\0"),
+    "PMCSR, 32 bits": (PMCSR, b"\3\0\0\0"),
+    "PMCSR, from before": (PM, b"\0\0\0\0\3\0"),
+}
+RESUMES = ((PCI_COMMAND, b"\2\0"), (PMCSR, b"\0\0"))
+
+
+@pytest.mark.parametrize("what", STOPS)
+def test_after_a_write_that_ends_decoding_registers_raise_and_later_work_again(
+    kernel: FakeKernel, nic: pyvfio.Device, what: str
+) -> None:
+    """With any width and offset; the fake raises AssertionError for a touch."""
+    region = nic.region(0)
+    register = region.register32(0)
+    assert (register.read(), region.read32(0)) == (1, 2)
+    nic.config.write(*STOPS[what])
+    why = "does not decode memory" if "COMMAND" in what else "is in power state D3"
+    for access in (register.read, partial(register.write, 1), partial(region.read32, 0), partial(region.write8, 0, 1)):
+        with pytest.raises(pyvfio.VfioError, match=why):
+            access()
+    for write in RESUMES:
+        nic.config.write(*write)
+    assert (register.read(), region.read32(0)) == (3, 4)
+
+
+@pytest.mark.parametrize("width", [8, 16, 32])
+@pytest.mark.parametrize("offset", [PCI_COMMAND, PMCSR])
+def test_each_width_of_a_write_is_looked_at(nic: pyvfio.Device, width: int, offset: int) -> None:
+    """`write8` and its kin, and what they take."""
+    nic.region(0).read32(0)
+    getattr(nic.config, f"write{width}")(offset, 0 if offset == PCI_COMMAND else 3)
+    with pytest.raises(pyvfio.VfioError, match="cannot be reached"):
+        nic.region(0).read32(0)
+    for wrong in (1 << width, -1):
+        with pytest.raises(ValueError, match="does not fit"):
+            getattr(nic.config, f"write{width}")(offset, wrong)
+
+
+HARMLESS: dict[str, tuple[int, bytes]] = {
+    "bus master": (PCI_COMMAND, b"\6\0"),
+    "COMMAND, the upper byte": (PCI_COMMAND + 1, b"\0"),
+    "PMCSR, D0": (PMCSR, b"\0\0"),
+    "PMCSR, the upper byte": (PMCSR + 1, b"\3"),
+    "cache line": (0x0C, b"\0"),
+    "PCI Express, no reset": (0xD0 + 8, b"\0\0"),
+}
+
+
+@pytest.mark.parametrize("what", HARMLESS)
+def test_other_writes_drop_no_window(kernel: FakeKernel, nic: pyvfio.Device, what: str) -> None:
+    """Nor a mapping with a view."""
+    region = nic.region(0)
+    region.read32(0)
+    with region.mmap() as mapped, mapped.view():
+        kernel.clear_trace()
+        nic.config.write(*HARMLESS[what])
+        region.read32(0)
+        assert not made(kernel)
+        assert mapped.vaddr
+
+
+def test_to_set_bus_master_is_one_read_and_one_write(kernel: FakeKernel, nic: pyvfio.Device) -> None:
+    """As before there were windows to drop."""
+    nic.region(0).read32(0)
+    kernel.clear_trace()
+    nic.bus_master = True
+    assert [call.call for call in kernel.trace] == ["pread", "pwrite"]
+
+
+@pytest.mark.parametrize("write", [(0xD0 + 8, b"\0\x80"), (0xE0 + 4, b"\1")], ids=["PCI Express", "AF"])
+def test_a_function_level_reset_through_configuration_space_drops_windows_and_keeps_mappings(
+    kernel: FakeKernel, nic: pyvfio.Device, write: tuple[int, bytes]
+) -> None:
+    """As `reset` does."""
+    region = nic.region(0)
+    region.read32(0)
+    with region.mmap() as mapped, mapped.view() as view:
+        kernel.clear_trace()
+        nic.config.write(*write)
+        region.read32(0)
+        assert made(kernel) == [(0, 128 * KIB)]
+        assert len(view) == mapped.size
+
+
+def test_a_reset_drops_windows_and_keeps_mappings(kernel: WatchedKernel, plain: pyvfio.Device) -> None:
+    """The kernel lets a touch wait for the end of the reset."""
+    region = plain.region(0)
+    register = region.register32(0)
+    register.write(7)
+    with region.mmap() as mapped, mapped.view() as view:
+        kernel.clear_trace()
+        kernel.mapped.clear()
+        plain.reset()
+        assert kernel.mapped == [1]
+        assert (register.read(), view[0]) == (0, 0)
+        assert made(kernel) == [(0, 128 * KIB)]
+
+
+def test_windows_are_dropped_before_the_write(kernel: WatchedKernel, plain: pyvfio.Device) -> None:
+    """All of them, in all BARs."""
+    for index in (0, 1):
+        plain.region(index).read32(0)
+    mapped = plain.region(0).mmap()
+    assert mapped_areas() == 3
+    kernel.mapped.clear()
+    plain.memory_enabled = False
+    assert kernel.mapped == [0]
+    with pytest.raises(pyvfio.ClosedError):
+        mapped.view()
+
+
+def test_a_device_without_capabilities_has_no_power_to_lower() -> None:
+    """A walk that finds nothing; and lists that lead in a circle or nowhere end, too."""
+    circle = {6: b"\x10\0", 0x34: b"\x40", 0x40: b"\x09\x48", 0x48: b"\x09\x50", 0x50: b"\x09\x48"}
+    for config in ({}, {6: b"\x10\0"}, circle):
+        kernel = FakeKernel(groups=[(2, [FakeDevice(BDF, config=config)])])
+        with kernel, pyvfio.open_device(BDF, kernel=kernel) as device:
+            device.region(0).read32(0)
+            device.config.write(0x44, b"\3\3\3\3")
+            kernel.clear_trace()
+            device.region(0).read32(0)
+            assert not kernel.trace
+
+
+# ---------------------------------------------------------------------------------------------------- views that live
+
+
+def changes(device: pyvfio.Device) -> dict[str, Callable[[], object]]:
+    """What ends decoding, unless a view lives."""
+    return {
+        "memory_enabled": lambda: setattr(device, "memory_enabled", False),
+        "write16": lambda: device.config.write16(PCI_COMMAND, 0),
+        "write": lambda: device.config.write(PMCSR, b"\3"),
+        "change16": lambda: device.config.change16(PCI_COMMAND, PCI_COMMAND_MEMORY, on=False),
+        "drop_windows": device.drop_windows,
+    }
+
+
+@pytest.mark.parametrize("what", ["memory_enabled", "write16", "write", "change16", "drop_windows"])
+def test_while_a_view_lives_decoding_cannot_be_ended_and_nothing_changes(
+    kernel: FakeKernel, plain: pyvfio.Device, what: str
+) -> None:
+    """BufferError, and every window is as it was."""
+    region = plain.region(0)
+    register = region.register32(4)
+    register.write(5)
+    other = plain.region(1).mmap()
+    ended: list[object] = []
+    with region.mmap() as mapped, mapped.view() as view:
+        region.dependents.append(partial(ended.append, None))
+        kernel.clear_trace()
+        with pytest.raises(BufferError, match="still alive"):
+            changes(plain)[what]()
+        region.dependents.clear()
+        assert not ended
+        assert not [call for call in kernel.trace if call.call in ("pwrite", "munmap")]
+        assert (register.read(), view[4], plain.memory_enabled) == (5, 5, True)
+    assert other.vaddr
+    changes(plain)[what]()
+    with pytest.raises(pyvfio.ClosedError):
+        _ = other.vaddr
+
+
+FORCED: dict[str, Callable[[pyvfio.ConfigSpace], object]] = {
+    "write8": lambda config: config.write8(PCI_COMMAND, 0, force=True),
+    "write16": lambda config: config.write16(PCI_COMMAND, 0, force=True),
+    "write32": lambda config: config.write32(PCI_COMMAND, 0, force=True),
+    "write64": lambda config: config.write64(0, 0, force=True),
+    "write": lambda config: config.write(PCI_COMMAND, bytes(2), force=True),
+    "change16": lambda config: config.change16(PCI_COMMAND, PCI_COMMAND_MEMORY, on=False, force=True),
+}
+
+
+@pytest.mark.parametrize("what", FORCED)
+def test_by_force_the_mapping_with_a_view_stays_and_is_good_again_later(plain: pyvfio.Device, what: str) -> None:
+    """Windows and other mappings are dropped; what has ended may be written again without force."""
+    region = plain.region(0)
+    other = region.mmap(0, PAGE_SIZE)
+    region.write32(0, 0x55)
+    with region.mmap() as mapped, mapped.view() as view:
+        FORCED[what](plain.config)
+        with pytest.raises(pyvfio.VfioError, match="does not decode"):
+            region.read32(0)
+        with pytest.raises(pyvfio.ClosedError):
+            _ = other.vaddr
+        plain.bus_master = False
+        plain.memory_enabled = False
+        plain.memory_enabled = True
+        assert (view[0], region.read32(0)) == (0x55, 0x55)
+
+
+def test_drop_windows_by_force_keeps_the_mapping_with_a_view(kernel: FakeKernel, plain: pyvfio.Device) -> None:
+    """And nothing else."""
+    region = plain.region(0)
+    region.read32(0)
+    other = region.mmap(0, PAGE_SIZE)
+    with region.mmap() as mapped, mapped.view():
+        plain.drop_windows(force=True)
+        assert mapped.vaddr
+    with pytest.raises(pyvfio.ClosedError):
+        _ = other.vaddr
+    kernel.clear_trace()
+    region.read32(0)
+    assert made(kernel) == [(0, 128 * KIB)]
+
+
+# ------------------------------------------------------------------------------------------------------- low power
+
+
+def test_in_a_low_power_state_registers_are_reached_by_system_calls(kernel: FakeKernel, plain: pyvfio.Device) -> None:
+    """The kernel wakes the device for each; a window would be SIGBUS."""
+    region = plain.region(0)
+    register = region.register32(0)
+    register.write(1)
+    plain.windows.change(lambda: None, low_power=True)
+    kernel.clear_trace()
+    assert (register.read(), region.read32(0)) == (1, 1)
+    register.write(2)
+    assert [call.call for call in kernel.trace] == ["pread", "pread", "pwrite"]
+    with pytest.raises(pyvfio.VfioError, match="low-power state"):
+        region.mmap()
+    plain.windows.change(lambda: None, keep="all maps", low_power=False)
+    kernel.clear_trace()
+    assert register.read() == 2
+    assert made(kernel) == [(0, 128 * KIB)]
+
+
+def test_a_low_power_state_that_was_refused_is_none(kernel: FakeKernel, plain: pyvfio.Device) -> None:
+    """The windows come back."""
+
+    def refuse() -> None:
+        raise OSError(22, "Invalid argument")
+
+    for low_power in (True, False):
+        with pytest.raises(OSError, match="Invalid"):
+            plain.windows.change(refuse, low_power=low_power)
+        assert not plain.windows.low_power
+    plain.region(0).read32(0)
+    assert made(kernel) == [(0, 128 * KIB)]
+
+
+# ------------------------------------------------------------------------------------------------ dependents of a BAR
+
+
+def test_what_depends_on_a_bar_ends_before_its_windows_and_without_its_lock(
+    kernel: FakeKernel, plain: pyvfio.Device
+) -> None:
+    """Each change closes it; another thread may take the lock meanwhile. What was added since is closed, too."""
+    region = plain.region(0)
+    order: list[str] = []
+
+    def end(name: str) -> None:
+        thread = threading.Thread(target=lambda: order.append(f"{name} {region.read32(0)}"))
+        thread.start()
+        thread.join(10)
+        region.dependents.remove(closes[name])
+        if name == "first":
+            region.dependents.append(closes["late"])
+
+    closes = {name: partial(end, name) for name in ("first", "second", "late")}
+    for change in (plain.reset, changes(plain)["memory_enabled"], changes(plain)["change16"], plain.drop_windows):
+        plain.memory_enabled = True
+        order.clear()
+        region.dependents[:] = [closes["first"], closes["second"]]
+        change()
+        assert order == ["second 0", "first 0", "late 0"]
+
+
+# --------------------------------------------------------------------------------------------------------- parts
+
+
+def test_a_bar_below_a_page_is_mapped_where_the_kernel_maps_it(kernel: FakeKernel, plain: pyvfio.Device) -> None:
+    """One page is mapped, and no byte behind the BAR is reached."""
+    region = plain.region(1)
+    assert region.mappable == ((0, 256),)
+    region.write32(0xFC, 0x12345678)
+    assert made(kernel) == [(1 << 40, PAGE_SIZE)]
+    with region.mmap() as mapped, mapped.view() as view:
+        assert (mapped.size, len(view), bytes(view[0xFC:])) == (256, 256, b"\x78\x56\x34\x12")
+    with region.mmap(0, 256):
+        pass
+    for wrong in ((0, 128), (128, 128)):
+        with pytest.raises(ValueError, match="multiples of 4096"):
+            region.mmap(*wrong)
+    with pytest.raises(ValueError, match="0x100 bytes"):
+        region.read32(0x100)
+    kernel.clear_trace()
+    assert plain.region(4).read32(0) == 0
+    with pytest.raises(pyvfio.UnsupportedError, match="cannot be mapped"):
+        plain.region(4).mmap()
+    assert not made(kernel)
+
+
+def test_of_a_bar_above_64_mib_the_2_mib_around_an_access_are_mapped(kernel: FakeKernel, plain: pyvfio.Device) -> None:
+    """Each once; `mmap` is not affected."""
+    region, start = plain.region(2), 2 << 40
+    for offset in (5 * MIB, 5 * MIB + 4, 6 * MIB - 4, 6 * MIB, 0, BIG - 4, 2 * MIB - 4, 5 * MIB):
+        region.write32(offset, offset)
+    windows = [(start + at, 2 * MIB) for at in (4 * MIB, 6 * MIB, 0, BIG - 2 * MIB)]
+    assert made(kernel) == windows
+    for offset in (5 * MIB, 6 * MIB - 4, 6 * MIB, BIG - 4):
+        assert region.read32(offset) == region.register32(offset).read() == offset
+    assert made(kernel) == windows
+    with region.mmap() as mapped:
+        assert mapped.size == BIG
+    plain.drop_windows()
+    kernel.clear_trace()
+    region.read32(6 * MIB)
+    assert made(kernel) == [(start + 6 * MIB, 2 * MIB)]
+
+
+def test_of_a_bar_that_names_its_parts_each_part_is_a_window(kernel: FakeKernel, plain: pyvfio.Device) -> None:
+    """VFIO_REGION_INFO_CAP_SPARSE_MMAP; between them pread."""
+    region, start = plain.region(3), 3 << 40
+    assert region.info.sparse == region.mappable == ((0, PAGE_SIZE), (8 * KIB, 8 * KIB))
+    for offset in (0, PAGE_SIZE, 8 * KIB, 16 * KIB - 4):
+        region.write32(offset, offset + 1)
+        assert region.read32(offset) == region.register32(offset).read() == offset + 1
+    assert made(kernel) == [(start, PAGE_SIZE), (start + 8 * KIB, 8 * KIB)]
+    with pytest.raises(pyvfio.UnsupportedError, match="cannot be mapped"):
+        region.mmap()
+    with pytest.raises(pyvfio.UnsupportedError, match="cannot be mapped at 0x1000-0x1fff"):
+        region.mmap(PAGE_SIZE, PAGE_SIZE)
+    region.mmap(8 * KIB, PAGE_SIZE).close()
+
+
+# --------------------------------------------------------------------------------------------------------- registers
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+@pytest.mark.parametrize("bar", [0, 4], ids=["mapped", "by pread"])
+def test_a_register_is_read_and_written_at_its_width(
+    kernel: FakeKernel, plain: pyvfio.Device, bar: int, width: int
+) -> None:
+    """Little-endian; the first access maps a window, and later ones make no system call."""
+    region = plain.region(bar)
+    register = getattr(region, f"register{8 * width}")(0x10)
+    value = int.from_bytes(bytes(range(1, width + 1)), "little")
+    register.write(value)
+    assert region.read(0x10, 16) == bytes(range(1, width + 1)).ljust(16, b"\0")
+    assert register.read() == value
+    kernel.clear_trace()
+    register.write(value - 1)
+    assert register.read() == value - 1
+    assert len(kernel.trace) == (0 if bar == 0 else 2)
+    assert repr(register) == f"<Register {width} bytes at 0x10 of BAR{bar} (region {bar}) of {SIBLING}>"
+
+
+def test_a_register_takes_numbers_that_fit(plain: pyvfio.Device) -> None:
+    """Others are refused before any access, whether or not its window is there."""
+    register = plain.region(0).register16(0)
+    for _ in range(2):
+        for wrong in (-1, 1 << 16):
+            with pytest.raises(ValueError, match="does not fit 2 bytes"):
+                register.write(wrong)
+        for other in ("1", None, 1.0, b"1"):
+            with pytest.raises(TypeError):
+                register.write(other)  # type: ignore[arg-type]
+        register.write(ctypes.c_uint16(7).value)
+        assert register.read() == 7
+    for offset in (1, 128 * KIB, -2):
+        with pytest.raises(ValueError, match=r"misaligned|bytes"):
+            plain.region(0).register16(offset)
+    with pytest.raises(TypeError):
+        plain.region(0).register16("0")  # type: ignore[arg-type]
+
+
+def test_a_register_whose_window_is_dropped_at_once_is_reached_all_the_same(plain: pyvfio.Device) -> None:
+    """Another thread drops the window when it has just been mapped, each time."""
+    region = plain.region(0)
+
+    def open_cell() -> Cell:
+        cell = memoryview(bytes(4)).cast("I", [])
+        cell.release()
+        return cell
+
+    register = Register(
+        "dropped", region.guard, open_cell, load=partial(region.read32, 0), store=partial(region.write32, 0)
+    )
+    register.write(5)
+    assert register.read() == 5
+
+
+def test_a_register_of_a_closed_device_raises(kernel: FakeKernel) -> None:
+    """And in a child ForkedError, though the child has the mapping."""
+    device = pyvfio.open_device(SIBLING, kernel=kernel)
+    register = device.region(0).register32(0)
+    register.write(1)
+
+    def in_the_child() -> None:
+        for access in (register.read, partial(register.write, 2)):
+            with pytest.raises(pyvfio.ForkedError):
+                access()
+
+    assert in_child(in_the_child) == 0
+    assert register.read() == 1
+    device.close()
+    for access in (register.read, partial(register.write, 1)):
+        with pytest.raises(pyvfio.ClosedError):
+            access()
+
+
+# -------------------------------------------------------------------------------------------------------------- races
+
+
+@pytest.fixture
+def busy_switching() -> Iterator[None]:
+    """Threads take turns often."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("busy_switching")
+@pytest.mark.parametrize("bdf", [BDF, SIBLING], ids=["callbacks", "memory"])
+def test_threads_that_access_registers_while_windows_are_dropped_see_values_or_errors(
+    kernel: FakeKernel, bdf: str
+) -> None:
+    """Never memory that is gone, and never another error."""
+    wrong: list[BaseException] = []
+    done = threading.Event()
+    counts = {"value": 0, "error": 0}
+
+    def access(call: Callable[[], object]) -> None:
+        while not done.is_set():
+            try:
+                call()
+                counts["value"] += 1
+            except pyvfio.VfioError:
+                counts["error"] += 1
+            except BaseException as error:
+                wrong.append(error)
+                return
+
+    with pyvfio.open_device(bdf, kernel=kernel) as device:
+        region = device.region(0)
+        register = region.register32(0)
+        calls = (register.read, partial(register.write, 1), partial(region.read32, 4), partial(region.write32, 4, 1))
+        threads = [threading.Thread(target=access, args=(call,)) for call in calls]
+        for thread in threads:
+            thread.start()
+        for _ in range(50):
+            device.memory_enabled = False
+            device.memory_enabled = True
+            device.reset()
+            device.config.write16(PMCSR, 3)
+            device.config.write16(PMCSR, 0)
+            device.drop_windows()
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong, wrong
+    assert min(counts.values()) > 0, counts
+
+
+def test_no_window_is_mapped_between_the_drop_and_the_change(kernel: FakeKernel, plain: pyvfio.Device) -> None:
+    """A thread that accesses a register meanwhile waits."""
+    region = plain.region(0)
+    region.read32(0)
+    answers: list[int] = []
+    thread = threading.Thread(target=lambda: answers.append(region.read32(0)))
+
+    def change() -> None:
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        assert not answers
+
+    kernel.clear_trace()
+    plain.windows.change(change)
+    thread.join()
+    assert answers == [0]
+    assert made(kernel) == [(0, 128 * KIB)]
+
+
+# ------------------------------------------------------------------------------------------------- a device that goes
+
+
+def test_a_device_that_was_pulled_out_is_told_apart_and_closes(kernel: FakeKernel) -> None:
+    """Registers, configuration space, interrupts, memory: errors, no hang; what is no device's goes on."""
+    device = pyvfio.open_device(SIBLING, kernel=kernel)
+    region = device.region(0)
+    register = region.register32(0)
+    register.write(7)
+    request = device.irq(ioctls.VFIO_PCI_REQ_IRQ_INDEX)
+    request.enable()
+    blocks = pyvfio.RamBlockList(kernel=kernel)
+    mapper = pyvfio.DmaMapper(device.container, blocks)
+    block = blocks.add("data", used_length=PAGE_SIZE, max_length=MIB)
+    kernel.pull_out(SIBLING)
+    kernel.ask_for(SIBLING)
+    assert request.wait(timeout=0) == 1
+    assert register.read() == 0xFFFF_FFFF
+    gone: tuple[Callable[[], object], ...] = (
+        partial(region.read32, 0),
+        partial(region.read64, 0),
+        partial(device.region(4).read32, 0),
+        region.register32(4).read,
+        partial(region.poll32, 0, value=7, timeout=None),
+        lambda: device.config.change16(PCI_COMMAND, PCI_COMMAND_MASTER, on=True),
+        lambda: device.bus_master,
+        lambda: device.memory_enabled,
+        device.check_present,
+        partial(region.mmap),
+    )
+    for access in gone:
+        with pytest.raises(pyvfio.DeviceGoneError, match=f"{SIBLING} may have gone"):
+            access()
+    assert device.config.read16(0) == 0x1234
+    region.write32(0, 1)
+    block.resize(MIB)
+    block.resize(PAGE_SIZE)
+    mapper.close()
+    blocks.close()
+    device.close()
+    assert device.closed
+    with pyvfio.open_device(SIBLING, kernel=kernel) as again, pytest.raises(pyvfio.DeviceGoneError):
+        again.memory_enabled = True
+
+
+def test_a_device_that_goes_in_the_middle_of_accesses_ends_them(kernel: FakeKernel) -> None:
+    """A thread that polls, and one that waits for an interrupt until the device is closed."""
+    ended: list[type[BaseException]] = []
+    waiting = threading.Event()
+
+    def run(call: Callable[[], object]) -> None:
+        try:
+            waiting.set()
+            call()
+        except pyvfio.VfioError as error:
+            ended.append(type(error))
+
+    device = pyvfio.open_device(SIBLING, kernel=kernel)
+    irq = device.irq(ioctls.VFIO_PCI_MSI_IRQ_INDEX)
+    irq.enable()
+    poller = threading.Thread(target=run, args=(partial(device.region(0).poll32, 0, value=7, timeout=None),))
+    waiter = threading.Thread(target=run, args=(irq.wait,))
+    poller.start()
+    waiting.wait()
+    kernel.pull_out(SIBLING)
+    poller.join(10)
+    assert ended == [pyvfio.DeviceGoneError]
+    waiter.start()
+    device.close()
+    waiter.join(10)
+    assert ended[0] is pyvfio.DeviceGoneError
+    assert issubclass(ended[1], pyvfio.VfioError)
+
+
+def test_a_system_call_that_finds_no_device_says_that_it_has_gone(kernel: FakeKernel, plain: pyvfio.Device) -> None:
+    """ENODEV of an access and of the look that follows."""
+    plain.config  # noqa: B018 (its description is asked for once)
+    for number, kind in ((19, pyvfio.DeviceGoneError), (5, pyvfio.IoctlError)):
+        kernel.fail(call="pread", errno=number)
+        kernel.fail(call="pread", errno=number, nth=2)
+        with pytest.raises(kind):
+            plain.region(4).read32(0)
+    kernel.fail(call="pread", errno=5)
+    with pytest.raises(pyvfio.IoctlError, match=rf"device={SIBLING}, region=0x4, offset=0x8, size=0x4.*EIO"):
+        plain.region(4).read32(8)
+    kernel.fail(call="pread", errno=5)
+    with pytest.raises(pyvfio.IoctlError, match=f"whether {SIBLING} has gone is unknown"):
+        plain.check_present()
+
+
+def test_a_close_that_a_removal_waits_for_ignores_that_the_reset_cannot_be_had(kernel: FakeKernel) -> None:
+    """EAGAIN: the removal holds the device. The kernel resets it later."""
+    device = pyvfio.open_device(SIBLING, kernel=kernel)
+    kernel.fail(call="ioctl", request="VFIO_DEVICE_RESET", errno=11)
+    device.close()
+    device = pyvfio.open_device(SIBLING, kernel=kernel)
+    kernel.fail(call="ioctl", request="VFIO_DEVICE_RESET", errno=5)
+    with pytest.raises(pyvfio.IoctlError, match="EIO"):
+        device.close()
+
+
+# ---------------------------------------------------------------------------------------------------------- poll32
+
+
+def test_poll_returns_the_value_that_it_waited_for(nic: pyvfio.Device) -> None:
+    """The whole register, as soon as its masked bits are right; the register counts reads."""
+    region = nic.region(0)
+    assert region.poll32(0, value=3, timeout=10) == 3
+    assert region.poll32(0, mask=0xC, value=0xC, timeout=None, interval=0.0001) == 0xC
+    assert region.poll32(0, mask=0, value=0, timeout=0) == 0xD
+
+
+def test_poll_reads_once_at_least_and_says_what_it_saw(nic: pyvfio.Device) -> None:
+    """A TimeoutError, with the last value read, the mask and the wanted value."""
+    region = nic.region(0)
+    with pytest.raises(TimeoutError) as caught:
+        region.poll32(0, mask=0xF0, value=0x10, timeout=0)
+    error = caught.value
+    assert isinstance(error, pyvfio.RegisterTimeoutError)
+    assert (error.last, error.mask, error.value) == (1, 0xF0, 0x10)
+    assert str(error) == f"BAR0 (region 0) of {BDF}, offset 0x0 is 0x1 after 0 s: & 0xf0 it is 0x0, not 0x10"
+    with pytest.raises(pyvfio.RegisterTimeoutError, match=r"after 0\.01 s"):
+        region.poll32(4, value=0, timeout=0.01, interval=0.001)
+
+
+def test_poll_refuses_what_can_never_be(kernel: FakeKernel, nic: pyvfio.Device) -> None:
+    """Before the first read."""
+    region = nic.region(0)
+    poll = partial(region.poll32, 0, value=0)
+    kernel.clear_trace()
+    for wrong in ({"mask": 1, "value": 2}, {"value": -1}, {"mask": 1 << 32, "value": 0}, {"mask": -1, "value": 0}):
+        with pytest.raises(ValueError, match="can never be"):
+            region.poll32(0, timeout=1, **wrong)
+    for name in ("timeout", "interval"):
+        for seconds in (-1, float("nan")):
+            with pytest.raises(ValueError, match=f"{name} is a number of seconds"):
+                poll(**({"timeout": 1.0} | {name: seconds}))  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=f"{name} is a number of seconds"):
+            poll(**({"timeout": 1} | {name: "1"}))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="misaligned"):
+        region.poll32(1, value=0, timeout=1)
+    with pytest.raises(TypeError):
+        region.poll32(0, value="0", timeout=1)  # type: ignore[arg-type]
+    assert not kernel.trace
+
+
+def test_a_register_that_is_all_ones_is_looked_at_twice_and_returned(kernel: FakeKernel, nic: pyvfio.Device) -> None:
+    """While the device is there: one read of configuration space more."""
+    region = nic.region(0)
+    region.read32(0)
+    kernel.clear_trace()
+    assert (region.read32(8), region.read64(8)) == (0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF)
+    assert [call.call for call in kernel.trace] == ["pread", "pread"]
+    assert region.read16(8) == 0xFFFF
+    assert len(kernel.trace) == 2
+
+
+def test_a_mapped_window_that_was_closed_raises_and_reaches_no_memory() -> None:
+    """Also its cells; twice is fine."""
+    kernel = LinuxKernel()
+    fd = kernel.memfd_create("window", 0)
+    kernel.ftruncate(fd, PAGE_SIZE)
+    window = kernel.registers(fd, 0, PAGE_SIZE)
+    cell = window.cell(8, 4)
+    assert cell is not None
+    assert cell is window.cell(8, 4)
+    cell[()] = 5
+    assert (cell[()], window.read(8, 4)) == (5, 5)
+    window.close()
+    window.close()
+    kernel.close(fd)
+    for access in (lambda: cell[()], lambda: window.read(8, 4), lambda: window.write(8, 4, 1)):
+        with pytest.raises(ValueError, match="released"):
+            access()
+
+
+def test_master_and_memory_are_the_bits_of_the_command_register(nic: pyvfio.Device) -> None:
+    """PCI 3.0, 6.2.2."""
+    nic.config.write16(PCI_COMMAND, PCI_COMMAND_MASTER | PCI_COMMAND_MEMORY)
+    assert (nic.bus_master, nic.memory_enabled) == (True, True)
