@@ -295,7 +295,7 @@ class Region:
     def _window(self, offset: int, width: int) -> _Window | None:
         self.check_usable()  # also where the window would still be there
         if windows := self._windows:
-            window = windows[bisect(windows, offset, key=_start) - 1]
+            window = windows[0 if len(windows) == 1 else bisect(windows, offset, key=_start) - 1]
             if window[0] <= offset and offset + width <= window[1]:
                 return window
         if (part := self._part(offset, width)) is None:
