@@ -198,9 +198,9 @@ class Kernel(Protocol):
         """Add to an eventfd's counter."""
         ...
 
-    def poll(self, fd: int, timeout: float | None, *others: int) -> bool:
-        """Wait until `fd` or one of `others` can be read, `timeout` seconds at most (None: for ever); whether that is
-        so."""
+    def poll(self, fd: int, timeout: float | None, *others: int) -> tuple[int, ...]:
+        """Wait until `fd` or one of `others` can be read, `timeout` seconds at most (None: for ever). Those that can
+        be read; none: the time has passed."""
         ...
 
     def mmap(self, vaddr: int, size: int, protection: int, flags: int, *, fd: int = -1, offset: int = 0) -> Vaddr:
@@ -431,13 +431,14 @@ class LinuxKernel:
         """write(2) of eight bytes."""
         os.eventfd_write(fd, value)
 
-    def poll(self, fd: int, timeout: float | None, *others: int) -> bool:
+    def poll(self, fd: int, timeout: float | None, *others: int) -> tuple[int, ...]:
         """poll(2)."""
         poller = select.poll()
         for each in (fd, *others):
             poller.register(each, select.POLLIN)
         # poll(2) takes milliseconds in an int; 24 days are as good as what is longer.
-        return bool(poller.poll(None if timeout is None else min(timeout * 1000, _INT_MAX)))
+        ready = poller.poll(None if timeout is None else min(timeout * 1000, _INT_MAX))
+        return tuple(number for number, _events in ready)
 
     def mmap(self, vaddr: int, size: int, protection: int, flags: int, *, fd: int = -1, offset: int = 0) -> Vaddr:
         """mmap(2)."""

@@ -8,24 +8,37 @@ from __future__ import annotations
 import ctypes
 import errno
 import math
-import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from operator import index as as_number
-from typing import Protocol
+from typing import Protocol, overload
 
 from pyvfio import ioctls
-from pyvfio.errors import ClosedError, IoctlError, UnsupportedError, VfioError
-from pyvfio.guard import Guard, guarded, run_outside, uninterrupted
-from pyvfio.handle import attempt_all
+from pyvfio.device.eventfds import Eventfd, Making, Row, Vectors, descriptors, numbers, runs_of
+from pyvfio.errors import ClosedError, RollbackError, UnsupportedError, VfioError, as_exception
+from pyvfio.guard import Guard, guarded
+from pyvfio.handle import attempt, attempt_all
 from pyvfio.info import IrqInfo
 from pyvfio.kernel import IoctlArgument, Kernel
+from pyvfio.units import check_whole_number
+
+_ONE_AT_A_TIME = (ioctls.VFIO_PCI_INTX_IRQ_INDEX, ioctls.VFIO_PCI_MSI_IRQ_INDEX, ioctls.VFIO_PCI_MSIX_IRQ_INDEX)
+
+
+class _Group(Protocol):
+    """The group of the device."""
+
+    def check_here(self) -> None: ...
 
 
 class _Owner(Protocol):
     """The device that raises them."""
 
     bdf: str
+
+    @property
+    def group(self) -> _Group: ...
 
     @property
     def kernel(self) -> Kernel: ...
@@ -48,72 +61,17 @@ class _Owner(Protocol):
     ) -> int: ...
 
 
-class _Eventfds:
-    """The eventfds of an interrupt from enable to disable, and one that is raised at the end, for waiting threads.
-
-    While a thread waits, the descriptors stay open, so that no number is another file's: they are closed when the last
-    thread has returned and nothing refers to the object any more.
-    """
-
-    def __init__(self, kernel: Kernel) -> None:
-        self._kernel = kernel
-        self._guard = Guard("the eventfds of an interrupt")
-        self._waiting: set[object] = set()
-        self._ended: VfioError | None = None
-        self.fds: tuple[int, ...] = ()
-        self._end_fd = kernel.eventfd(0, os.EFD_NONBLOCK)
-
-    def open(self, count: int) -> None:
-        """Make `count` eventfds."""
-        for _ in range(count):
-            self.fds += (self._kernel.eventfd(0, os.EFD_NONBLOCK),)
-
-    def end(self, why: VfioError) -> None:
-        """Wake the threads that wait, with that error."""
-        self._ended = why  # before the look at who waits: a thread looks in the other order
-        if self._waiting:
-            self._kernel.eventfd_write(self._end_fd, 1)
-        else:
-            self.close()
-
-    def wait(self, vector: int, timeout: float | None) -> int:
-        """As `Irq.wait`."""
-        me = object()
-        self._waiting.add(me)
-        try:
-            return self._wait(vector, timeout)
-        except BlockingIOError:  # another thread has read it
-            return 0
-        finally:
-            self._waiting.discard(me)
-
-    def _wait(self, vector: int, timeout: float | None) -> int:
-        found = self._ended is not None or self._kernel.poll(self.fds[vector], timeout, self._end_fd)
-        if self._ended is not None:
-            raise type(self._ended)(self._ended.message)
-        return self._kernel.eventfd_read(self.fds[vector]) if found else 0
-
-    @uninterrupted()
-    def close(self) -> None:
-        """Close the descriptors, which no thread uses; twice is fine."""
-        fds, self.fds, self._end_fd = (self._end_fd, *self.fds), (), -1
-        attempt_all("closing eventfds", [partial(self._kernel.close, fd) for fd in fds if fd >= 0])
-
-    def __del__(self) -> None:
-        if getattr(self, "_end_fd", -1) >= 0 and not self._guard.forked:
-            run_outside(self.close)
-
-
 class Irq:
     """One kind of interrupt of a device: INTx, MSI, MSI-X, error or request; signalled through eventfds.
 
-    Synchronization: any thread. `wait` holds no lock, and raises when another thread disables the interrupt or closes
-    the device. Cost: an ioctl each; `wait` polls and reads. Source: `vfio_pci_set_irqs_ioctl`.
+    Synchronization: any thread. `wait` and `wait_any` hold no lock, and raise when another thread disables the
+    interrupt or closes the device. Cost: an ioctl each; `wait` polls and reads. Source: `vfio_pci_set_irqs_ioctl`.
     """
 
     def __init__(self, device: _Owner, info: IrqInfo) -> None:
         self._device = device
-        self._enabled: _Eventfds | None = None
+        self._enabled: Vectors | None = None
+        self._unmask: Eventfd | None = None
         self.info = info
         self.guard = Guard(self._name)
 
@@ -123,71 +81,216 @@ class Irq:
         return self.info.count
 
     @property
-    def fds(self) -> tuple[int, ...]:
-        """The eventfds of the enabled vectors, in their order; `disable` closes them."""
+    def fds(self) -> tuple[int | None, ...]:
+        """The eventfds of the enabled vectors, by vector; None: the vector signals none.
+
+        `disable` closes those that `enable` has made. Those that the program has passed are the program's.
+        """
         enabled = self._enabled
-        return () if enabled is None else enabled.fds
+        return () if enabled is None else numbers(enabled.row)
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether vectors can be added behind those that are enabled: VFIO_IRQ_INFO_NORESIZE is not set.
+
+        Linux 6.5 and later can add MSI-X vectors where the interrupt controller allows that, and no vectors of MSI.
+        """
+        return self.count > 1 and not self.info.flags & ioctls.VFIO_IRQ_INFO_NORESIZE
+
+    # ------------------------------------------------------------------------------------------------------ enabling
+
+    @overload
+    def enable(self, vectors: int = 1, *, start: int = 0) -> tuple[int, ...]: ...
+
+    @overload
+    def enable(self, *, fds: Sequence[int | None], start: int = 0) -> tuple[int | None, ...]: ...
+
+    def enable(
+        self, vectors: int | None = None, *, fds: Sequence[int | None] | None = None, start: int = 0
+    ) -> tuple[int | None, ...]:
+        """Let vectors from `start` on signal eventfds: `vectors` (1) new ones, or `fds`, the program's own.
+
+        Returns the eventfds of these vectors. New eventfds are closed by `disable`. A descriptor in `fds` stays the
+        program's: pyvfio duplicates the descriptor, and never closes the original. None in `fds` is a vector that
+        signals nothing. Make own eventfds with EFD_NONBLOCK, or let one thread alone wait for each.
+
+        Other vectors keep their eventfds, and lose no signal. `fds` replaces the eventfds of the vectors that it names,
+        whose signals can be lost while the kernel makes the change. Vectors can be added behind the enabled ones where
+        `can_grow` says so. Elsewhere the first call has to name as many vectors as will be needed, with None for
+        those that are connected later.
+
+        Where the kernel refuses a change, the vectors have their eventfds as before. Raises TypeError; ValueError for
+        numbers that can never be right, and for descriptors that are closed or no eventfds, before the kernel changes
+        anything; UnsupportedError where the device has fewer vectors, or the kernel cannot add any; VfioError where
+        `vectors` names a vector that has an eventfd; HandOverError while the device is handed over; IoctlError (EINVAL:
+        another kind is enabled; EMFILE: no descriptor is left, with the number of descriptors that are needed);
+        RollbackError where the kernel refuses the old eventfds, too: those vectors then signal nothing, as `fds` says.
+
+        Cost: an ioctl, and for each vector an eventfd(2), or a duplicate and a look at /proc.
+        Source: VFIO_DEVICE_SET_IRQS, `vfio_pci_set_msi_trigger`.
+        """
+        if fds is not None and vectors is not None:
+            raise TypeError("say either how many vectors get new eventfds, or fds=, not both")
+        own = None if fds is None else _checked_fds(fds)
+        count = len(own) if own is not None else as_number(1 if vectors is None else vectors)
+        return self._enable(check_whole_number(start, "start"), count, own)
 
     @guarded
-    def enable(self, vectors: int = 1) -> tuple[int, ...]:
-        """Route the first `vectors` vectors to new eventfds, which are returned and closed by `disable`.
+    def _enable(self, start: int, count: int, own: list[int | None] | None) -> tuple[int | None, ...]:
+        self._check_range(start, count)
+        self._check_changeable()
+        before = self._row
+        if own is None and any(before[start : start + count]):
+            raise VfioError(f"{self._name} is enabled already", hint="Call disable() first, or replace eventfds: fds=")
+        row = self._grown(before, start, own or [0] * count)
+        making = self._making(count)
+        try:
+            new = making.make() if own is None else making.duplicate(own)
+            wake = making.make_one()
+            self._change(_replaced(row, start, new, before), wake)
+        except BaseException:
+            making.close()
+            raise
+        making.close(but=(*self._row, wake))
+        return numbers((self._row + (None,) * count)[start : start + count])
 
-        Raises TypeError and ValueError for less than one, UnsupportedError when the device has fewer, VfioError when
-        the interrupt is enabled already, IoctlError (EINVAL: another kind is enabled; EMFILE: no descriptor is left).
-        """
-        vectors = as_number(vectors)
-        if vectors < 1:
-            raise ValueError(f"at least one vector can be enabled, not {vectors}")
-        if not 1 <= vectors <= self.count or not self.info.flags & ioctls.VFIO_IRQ_INFO_EVENTFD:
+    @property
+    def _row(self) -> Row:
+        enabled = self._enabled
+        return () if enabled is None else enabled.row
+
+    def _check_range(self, start: int, count: int) -> None:
+        if count < 1:
+            raise ValueError(f"at least one vector can be enabled, not {count}")
+        if start < 0:
+            raise ValueError(f"the first vector is 0 or more, not {start}")
+        if start + count > self.count or not self.info.flags & ioctls.VFIO_IRQ_INFO_EVENTFD:
+            which = f"{start} to {start + count - 1}" if start else f"{count}"
             raise UnsupportedError(
-                f"{self._name} has {self.count} vectors, so {vectors} cannot be enabled",
+                f"{self._name} has {self.count} vectors, so {which} cannot be enabled",
                 hint=f"This device has {self._device.describe_irqs()}",
             )
-        if self._enabled is not None:
-            raise VfioError(f"{self._name} is enabled already", hint="Call disable() first")
+
+    def _check_changeable(self) -> None:
         self._device.check_usable()
-        enabled = self._open(vectors)
+        self._device.group.check_here()
+
+    def _making(self, count: int) -> Making:
+        arguments: dict[str, int | str] = {"device": self._device.bdf, "index": self.info.index, "vectors": count}
+        return Making(self._device.kernel, self.guard, what=self._name, count=count, arguments=arguments)
+
+    def _grown(self, before: Row, start: int, wanted: Sequence[int | None]) -> Row:
+        """The old row, with room for what is wanted; None behind it, where nothing is enabled, needs none."""
+        if self._enabled is None:
+            return (None,) * (start + len(wanted))
+        used = [vector for vector, fd in enumerate(wanted, start) if fd is not None]
+        end = max([len(before), *(vector + 1 for vector in used)])
+        if end > len(before) and not self.can_grow:
+            kind = ioctls.VfioPciIrqIndex(self.info.index)
+            why = (
+                "that needs Linux 6.5, and an interrupt controller that allocates MSI-X vectors one by one"
+                if kind == ioctls.VFIO_PCI_MSIX_IRQ_INDEX
+                else "only MSI-X vectors can be added"
+            )
+            raise UnsupportedError(
+                f"{self._name}: {len(before)} of {self.count} vectors are enabled, and vector {end - 1} cannot be "
+                f"added: {why}",
+                hint="Call disable(), and enable all vectors at once: None in fds keeps the place of a vector that "
+                "gets its eventfd later",
+            )
+        return before + (None,) * (end - len(before))
+
+    def _change(self, row: Row, wake: Eventfd) -> None:
+        """Let the vectors signal what `row` says; each vector that stays as it is has no part in the call."""
+        enabled = self._enabled
+        if enabled is None:
+            self._route(range(len(row)), row, first=True)
+            self._enabled = Vectors(self._device.kernel, self.guard, row, wake)
+            return
+        before = enabled.row + (None,) * (len(row) - len(enabled.row))
+        changed = [v for v, new in enumerate(row) if new is not before[v] and not (new and new.is_same_as(before[v]))]
+        tried: list[range] = []
         try:
-            self._route(enabled.fds)
-        except BaseException:
-            enabled.close()
+            for run in runs_of(changed):
+                tried.append(run)
+                self._route(run, row)
+        except BaseException as error:
+            self._put_back(tried, before, wake, error)
             raise
-        self._enabled = enabled
-        return self.fds
+        self._replace(row, wake)
 
-    def _open(self, vectors: int) -> _Eventfds:
-        made: _Eventfds | None = None
-        try:
-            made = _Eventfds(self._device.kernel)
-            made.open(vectors)
-        except OSError as error:
-            if made is not None:
-                made.close()
-            hint = "Close files, or raise the limit of open ones: ulimit -n"
-            raise IoctlError.of(
-                error,
-                f"{self._name}: no eventfds for {vectors} vectors: {error.strerror}",
-                request="eventfd",
-                arguments={"device": self._device.bdf, "index": self.info.index, "vectors": vectors},
-                hint=hint if error.errno in (errno.EMFILE, errno.ENFILE) else "",
-            ) from error
-        return made
+    def _replace(self, row: Row, wake: Eventfd) -> None:
+        old, self._enabled = self._enabled, Vectors(self._device.kernel, self.guard, row, wake)
+        if old is not None:
+            old.end(None, kept=row)
 
-    def _route(self, fds: Sequence[int]) -> None:
+    def _put_back(self, tried: Sequence[range], before: Row, wake: Eventfd, cause: BaseException) -> None:
+        """Give the vectors their old eventfds: a refused call has disconnected those up to the one that it met."""
+        failures: list[Exception] = []
+        lost: set[int] = set()
+        for run in reversed(tried):
+            run_failures: list[Exception] = []
+            attempt(partial(self._route, run, before), run_failures)
+            if run_failures:
+                # Which of them the kernel has connected is not known now; a call without eventfds needs none to be.
+                attempt(partial(self._route, run, (None,) * len(before)), run_failures)
+                lost |= set(run)
+            failures += run_failures
+        if not failures:
+            return
+        row = tuple(None if vector in lost else eventfd for vector, eventfd in enumerate(before))
+        self._replace(row, Eventfd(self._device.kernel, self.guard, wake.release()))
+        raise RollbackError(
+            f"{self._name} could not be changed, and vectors {sorted(lost)} signal nothing now",
+            [as_exception(cause), *failures],
+            hint="Connect them with enable(fds=…, start=…), or disable() the interrupt",
+        ) from cause
+
+    def _route(self, vectors: range, row: Row, *, first: bool = False) -> None:
         argument = ioctls.irq_set_eventfds(
             flags=ioctls.VFIO_IRQ_SET_DATA_EVENTFD | ioctls.VFIO_IRQ_SET_ACTION_TRIGGER,
             index=self.info.index,
-            start=0,
-            eventfds=fds,
+            start=vectors.start,
+            eventfds=descriptors(row[vectors.start : vectors.stop]),
         )
         available = self._set_irqs(argument)
-        if available > 0:  # vfio_msi_enable: how many vectors there are, and none has been enabled
-            raise UnsupportedError(f"{self._name}: only {available} of {len(fds)} vectors are available")
+        if first and available > 0:  # vfio_msi_enable: how many vectors there are, and none has been enabled
+            raise UnsupportedError(f"{self._name}: only {available} of {len(row)} vectors are available")
+
+    # ----------------------------------------------------------------------------------------------------- disabling
 
     @guarded
-    def disable(self) -> None:
-        """Stop all vectors and close the eventfds; twice is fine. Waiting threads are woken with a VfioError."""
-        self._end(VfioError(f"{self._name} was disabled"), stop=True)
+    def disable(self, *vectors: int) -> None:
+        """Stop these vectors, or all of them, and close the eventfds that `enable` has made; twice is fine.
+
+        The other vectors go on, and lose no signal. Threads that wait for a stopped vector are woken with a VfioError.
+        Without arguments the whole interrupt is disabled, so that another kind can be enabled. Raises TypeError;
+        ValueError for a vector that the device does not have; HandOverError; IoctlError (EMFILE: to stop some vectors
+        takes one descriptor), RollbackError.
+        """
+        chosen = {self._checked_vector(vector) for vector in vectors}
+        if self._enabled is None:
+            return
+        self._device.group.check_here()
+        if not vectors or (chosen and self.count == 1):
+            self._end(VfioError(f"{self._name} was disabled"), stop=True)
+            return
+        before = self._row
+        if not any(eventfd is not None and vector in chosen for vector, eventfd in enumerate(before)):
+            return
+        making = self._making(len(chosen))
+        try:
+            row = tuple(None if vector in chosen else eventfd for vector, eventfd in enumerate(before))
+            self._change(row, making.make_one())
+        except BaseException:
+            making.close()
+            raise
+
+    def _checked_vector(self, vector: int) -> int:
+        number = check_whole_number(vector, "vector")
+        if not 0 <= number < self.count:
+            raise ValueError(f"{self._name} has vectors 0 to {self.count - 1}, not {number}")
+        return number
 
     @guarded
     def close(self) -> None:
@@ -201,33 +304,76 @@ class Irq:
 
     def _end(self, why: VfioError, *, stop: bool) -> None:
         enabled, self._enabled = self._enabled, None
+        unmask, self._unmask = self._unmask, None
         if enabled is None:
             return
-        steps = [partial(self._act, ioctls.VFIO_IRQ_SET_ACTION_TRIGGER, start=0, count=0)] if stop else []
-        attempt_all(f"disabling {self._name}", [*steps, partial(enabled.end, why)])
+        # The error and request interrupts without an eventfd are disabled, and cannot be once more (EINVAL).
+        stop = stop and (bool(enabled.connected) or self.info.index in _ONE_AT_A_TIME)
+        steps: list[Callable[[], object]] = [partial(enabled.end, why)]
+        if stop:
+            steps.insert(0, partial(self._act, ioctls.VFIO_IRQ_SET_ACTION_TRIGGER, start=0, count=0))
+        if unmask is not None:
+            steps.append(unmask.close)
+        attempt_all(f"disabling {self._name}", steps)
+
+    # ------------------------------------------------------------------------------------------------------- waiting
 
     def wait(self, vector: int = 0, *, timeout: float | None = None) -> int:
         """Wait until `vector` has been raised; how often since the last time, 0 when the time has passed.
 
         `timeout` in seconds; None or infinity: for ever; 0 or less: do not wait. INTx stays masked by the kernel after
-        each: `unmask()`. Raises VfioError when the interrupt is not enabled or is disabled meanwhile, ClosedError when
+        each: `unmask()`. Raises VfioError when the vector is not enabled or is disabled meanwhile, ClosedError when
         the device is closed meanwhile; ForkedError, TypeError, ValueError.
         """
         seconds = _checked_timeout(timeout)
         self._device.check_usable()
-        return self._wait_for(vector).wait(as_number(vector), seconds)
+        number = as_number(vector)
+        return self._wait((number,), seconds).get(number, 0)
 
-    def _wait_for(self, vector: int) -> _Eventfds:
+    def wait_any(self, vectors: Iterable[int] | None = None, *, timeout: float | None = None) -> dict[int, int]:
+        """Wait until one of `vectors` has been raised, of all that are enabled without it. Return how often each of
+        them was raised since the last time, by vector; nothing when the time has passed.
+
+        Vectors that are added meanwhile are waited for, too, where `vectors` is not given. Vectors that share an
+        eventfd are returned together, each with the count of the eventfd. `timeout` and errors are those of `wait`;
+        ValueError where `vectors` is empty. Cost: a poll, and a read for each vector that was raised.
+        """
+        seconds = _checked_timeout(timeout)
+        self._device.check_usable()
+        chosen = None if vectors is None else tuple(dict.fromkeys(map(as_number, vectors)))
+        if chosen == ():
+            raise ValueError("wait for one vector at least")
+        return self._wait(chosen, seconds)
+
+    def _wait(self, vectors: tuple[int, ...] | None, timeout: float | None) -> dict[int, int]:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            enabled = self._look_up(vectors)
+            times = enabled.wait(enabled.connected if vectors is None else vectors, timeout)
+            if times is not None:
+                return times
+            if deadline is not None:
+                timeout = max(deadline - time.monotonic(), 0.0)
+
+    def _look_up(self, vectors: tuple[int, ...] | None) -> Vectors:
         if (enabled := self._enabled) is None:
             raise VfioError(f"{self._name} is not enabled", hint="Call enable() first")
-        if not 0 <= as_number(vector) < len(enabled.fds):
-            raise ValueError(f"of {self._name} vectors 0 to {len(enabled.fds) - 1} are enabled, not {vector}")
+        for vector in vectors or ():
+            if not 0 <= vector < len(enabled.row):
+                raise ValueError(f"of {self._name} vectors 0 to {len(enabled.row) - 1} are enabled, not {vector}")
+            if enabled.row[vector] is None:
+                raise VfioError(
+                    f"vector {vector} of {self._name} is not enabled",
+                    hint=f"It has no eventfd: enable(fds=[…], start={vector})",
+                )
         return enabled
+
+    # ------------------------------------------------------------------------------------------------------- actions
 
     def trigger(self, vector: int = 0) -> None:
         """Signal the eventfd of `vector` as if the device had raised it. Raises as `wait`."""
         self._device.check_usable()  # in a child, too, whose parent was in the middle of a change
-        self._wait_for(vector)
+        self._look_up((as_number(vector),))
         self._act(ioctls.VFIO_IRQ_SET_ACTION_TRIGGER, start=as_number(vector), count=1)
 
     def mask(self) -> None:
@@ -237,6 +383,38 @@ class Irq:
     def unmask(self) -> None:
         """Unmask INTx, which the kernel masks at each interrupt. Raises IoctlError (ENOTTY) for the other kinds."""
         self._act(ioctls.VFIO_IRQ_SET_ACTION_UNMASK, start=0, count=1)
+
+    @guarded
+    def unmask_by(self, fd: int | None) -> None:
+        """Let the kernel unmask INTx whenever somebody writes to the eventfd `fd`; None: no more.
+
+        So a thread or a process that has nothing but the eventfd ends the handling of an interrupt, without an ioctl.
+        An eventfd that is written to already unmasks at once. The descriptor stays the program's. `disable` ends it,
+        too. Raises TypeError; ValueError for a descriptor that is closed or no eventfd's; VfioError where INTx is not
+        enabled; HandOverError; IoctlError (ENOTTY: another kind than INTx; EBUSY: there is such an eventfd already).
+
+        Source: VFIO_IRQ_SET_ACTION_UNMASK with VFIO_IRQ_SET_DATA_EVENTFD, `vfio_pci_set_intx_unmask`.
+        """
+        number = None if fd is None else check_whole_number(fd, "fd")
+        self._check_changeable()
+        if self._enabled is None:
+            raise VfioError(f"{self._name} is not enabled", hint="Call enable() first")
+        making = self._making(1)
+        try:
+            (new,) = making.duplicate([number])
+            argument = ioctls.irq_set_eventfds(
+                flags=ioctls.VFIO_IRQ_SET_DATA_EVENTFD | ioctls.VFIO_IRQ_SET_ACTION_UNMASK,
+                index=self.info.index,
+                start=0,
+                eventfds=descriptors((new,)),
+            )
+            self._set_irqs(argument)
+        except BaseException:
+            making.close()
+            raise
+        old, self._unmask = self._unmask, new
+        if old is not None:
+            old.close()
 
     @property
     def _name(self) -> str:
@@ -254,6 +432,7 @@ class Irq:
         hints = {
             errno.EINVAL: "Only one kind of interrupt can be enabled at a time, and only what is enabled can act",
             errno.ENOTTY: "Only INTx can be masked",
+            errno.EBUSY: "An eventfd unmasks it already: unmask_by(None) ends that",
         }
         return self._device.ioctl(
             "VFIO_DEVICE_SET_IRQS",
@@ -264,6 +443,22 @@ class Irq:
             start=argument.start,
             count=argument.count,
         )
+
+
+def _checked_fds(fds: Sequence[int | None]) -> list[int | None]:
+    if isinstance(fds, str | bytes | bytearray | memoryview) or not isinstance(fds, Sequence):
+        raise TypeError(f"fds is a list of descriptors and None, not {type(fds).__name__}")
+    return [None if fd is None else check_whole_number(fd, "a descriptor in fds") for fd in fds]
+
+
+def _replaced(row: Row, start: int, new: Row, before: Row) -> Row:
+    """The row with `new` from `start` on; an eventfd that the vector has under that number already stays."""
+    answer = list(row)
+    for vector, eventfd in enumerate(new[: len(row) - start], start):
+        old = before[vector] if vector < len(before) else None
+        stays = eventfd is not None and old is not None and old.number == eventfd.number and eventfd.is_same_as(old)
+        answer[vector] = old if stays else eventfd
+    return tuple(answer)
 
 
 def _checked_timeout(timeout: float | None) -> float | None:

@@ -34,6 +34,7 @@ PLAIN: Mapping[str, object] = {
     "blocks": [],
     "data": bytes(4),
     "discarded": (),
+    "fd": None,
     "extension": ioctls.VFIO_TYPE1v2_IOMMU,
     "idstr": "new",
     "index": 0,
@@ -203,7 +204,10 @@ def _bound(method: Callable[..., object], arguments: Mapping[str, object], what:
     """The method with an argument for each parameter that has no default."""
     keywords, positional = dict[str, object](), list[object]()
     for name, parameter in inspect.signature(method).parameters.items():
-        if parameter.default is not parameter.empty or parameter.kind is parameter.VAR_KEYWORD:
+        if parameter.default is not parameter.empty or parameter.kind in (
+            parameter.VAR_KEYWORD,
+            parameter.VAR_POSITIONAL,
+        ):
             continue
         assert name in arguments, f"{what} takes {name!r}: say which in {__name__}"
         if parameter.kind is parameter.POSITIONAL_ONLY:

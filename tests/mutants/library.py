@@ -245,9 +245,9 @@ _MUTANTS = (
     ),
     # The interrupts' descriptors.
     Mutant(
-        "_Eventfds.close",
-        '        attempt_all("closing eventfds", [partial(self._kernel.close, fd) for fd in fds if fd >= 0])\n',
-        "        for fd in fds:\n            self._kernel.close(fd)\n",
+        "Vectors._close",
+        '        attempt_all("closing eventfds", [eventfd.close for eventfd in gone])\n',
+        "        for eventfd in gone:\n            eventfd.close()\n",
         "close",
     ),
     # Mappings that are left go with the last group, unseen; and are taken for mapped when they are gone.

@@ -278,7 +278,7 @@ def test_a_wrong_class_is_a_type_error(kernel: SpecialKernel, device: pyvfio.Dev
         lambda: device.config.write(4, "ab"),  # type: ignore[arg-type]
         lambda: device.irq(MSI).wait("0"),  # type: ignore[arg-type]
         lambda: device.irq(MSI).wait(timeout="0"),  # type: ignore[arg-type]
-        lambda: device.irq(MSI).enable("1"),  # type: ignore[arg-type]
+        lambda: device.irq(MSI).enable("1"),  # type: ignore[call-overload]
     ]
     device.irq(MSI).enable()
     assert device.config
@@ -835,7 +835,7 @@ def test_while_a_thread_waits_no_other_file_gets_the_number(kernel: SpecialKerne
     class Late(SpecialKernel):
         """Another thread disables the interrupt before each poll, and opens files."""
 
-        def poll(self, fd: int, timeout: float | None, *others: int) -> bool:
+        def poll(self, fd: int, timeout: float | None, *others: int) -> tuple[int, ...]:
             """See above."""
             irq.disable()
             opened = [os.eventfd(1) for _ in range(8)]

@@ -67,8 +67,8 @@ UNGUARDED = {
         Container.group Container.iommu_type Container.iova_pgsizes Container.iova_ranges Container.kernel
         Container.page_size Device.can_reset Device.check_here Device.check_usable Device.check_views Device.closed
         Device.container Device.fd Device.kernel DirtyTracking.page_size DmaMapper.space DmaMapping.closed
-        Group.check_here Group.check_usable Group.closed Group.fd Group.kernel Irq.count Irq.fds
-        RamBlock.discarded RamBlock.file RamBlock.max_length RamBlock.populated RamBlock.prealloc RamBlock.settings
+        Group.check_here Group.check_usable Group.closed Group.fd Group.kernel Irq.can_grow Irq.count
+        Irq.fds RamBlock.discarded RamBlock.file RamBlock.max_length RamBlock.populated RamBlock.prealloc RamBlock.settings
         RamBlock.used_length
         RamBlock.vaddr RamBlock.whole RamBlockList.block_at RamBlockList.knows RamBlockList.notifiers
         ConfigSpace.check_usable ConfigSpace.check_views ConfigSpace.kernel ConfigSpace.mappable ConfigSpace.size
@@ -87,14 +87,14 @@ UNGUARDED = {
         Region.register16 Region.register32 Region.register64 Region.register8
     """,
     "made once, and the first one stays": "Device.config Device.describe_irqs Device.irq Device.region",
-    "waits for a device, with no lock": "ConfigSpace.poll32 Irq.wait Region.poll32",
+    "waits for a device, with no lock": "ConfigSpace.poll32 Irq.wait Irq.wait_any Region.poll32",
     "each step of it is guarded": """
         Container.map Container.map_dma Container.reserve_and_map Container.unmap Container.unmap_and_release
         ConfigSpace.change16 ConfigSpace.close ConfigSpace.write ConfigSpace.write16 ConfigSpace.write32
         ConfigSpace.write64 ConfigSpace.write8 Device.drop_windows Region.close
         Device.bus_master Device.bus_master= Device.memory_enabled Device.memory_enabled= DirtyLog.snapshot
         DmaMapper.map_buffer DmaMapper.map_dma DmaMapper.map_region DmaMapper.map_temporary
-        RamBlock.discard RamBlock.populate RamBlock.remap RamBlock.remove RamBlock.resize Region.close
+        Irq.enable RamBlock.discard RamBlock.populate RamBlock.remap RamBlock.remove RamBlock.resize
     """,
 }
 

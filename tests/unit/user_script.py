@@ -68,7 +68,7 @@ def wait(device: pyvfio.Device) -> tuple[int, tuple[int, ...]]:
     """interrupts"""
     irq: pyvfio.Irq = device.irq(pyvfio.ioctls.VFIO_PCI_MSI_IRQ_INDEX)
     irq.enable(1)
-    return irq.wait(0, timeout=0.5), tuple(irq.fds)
+    return irq.wait(0, timeout=0.5), tuple(fd for fd in irq.fds if fd is not None)
 
 
 class Listener:

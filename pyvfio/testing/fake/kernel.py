@@ -509,7 +509,7 @@ class FakeKernel(MemoryCalls):
         """Of a real one."""
         self._record.observed("eventfd_write", (fd, value), lambda: self._linux.eventfd_write(fd, value))
 
-    def poll(self, fd: int, timeout: float | None, *others: int) -> bool:
+    def poll(self, fd: int, timeout: float | None, *others: int) -> tuple[int, ...]:
         """The real one; may block."""
         return self._record.observed("poll", (fd, *others), lambda: self._linux.poll(fd, timeout, *others))
 

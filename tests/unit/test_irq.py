@@ -1,0 +1,536 @@
+"""Irq on a fake kernel: own eventfds, gaps, vectors that are added and stopped, waiting for several at once."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gc
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+
+import pyvfio
+from pyvfio.testing.fake import FakeDevice, FakeKernel
+from tests.unit.fakes import BDF, SpecialKernel, nothing_left, requests
+from tests.unit.processes import open_fds
+
+INTX, MSI, MSIX, ERR, REQ = range(5)
+OLD, NEW = "6.1", "6.12"
+DEVICE = FakeDevice(BDF, msi=8, msix=16, pcie=True)
+
+
+@contextmanager
+def opened(version: str = NEW) -> Iterator[tuple[SpecialKernel, pyvfio.Device]]:
+    """A device with 8 vectors of MSI and 16 of MSI-X; nothing of it is left at the end."""
+    with (
+        SpecialKernel(version, groups=[(2, [DEVICE])]) as kernel,
+        nothing_left(kernel),
+        pyvfio.open_device(BDF, kernel=kernel) as device,
+    ):
+        yield kernel, device
+
+
+@pytest.fixture
+def kernel(device: pyvfio.Device) -> SpecialKernel:
+    """Linux 6.12."""
+    assert isinstance(device.kernel, SpecialKernel)
+    return device.kernel
+
+
+@pytest.fixture
+def device() -> Iterator[pyvfio.Device]:
+    """On Linux 6.12."""
+    with opened() as (_kernel, made):
+        yield made
+
+
+@pytest.fixture
+def own() -> Iterator[list[int]]:
+    """Eventfds of the program's own, which are open until the test ends, whatever pyvfio does."""
+    fds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(8)]
+    yield fds
+    for fd in fds:
+        os.close(fd)
+
+
+def count(fd: int) -> int:
+    """The counter of an eventfd, which is 0 afterwards."""
+    try:
+        return os.eventfd_read(fd)
+    except BlockingIOError:
+        return 0
+
+
+def set_irqs(kernel: FakeKernel) -> list[tuple[int, int]]:
+    """The vectors that calls of VFIO_DEVICE_SET_IRQS have named: the first, and how many."""
+    calls = [call for call in kernel.trace if call.request == "VFIO_DEVICE_SET_IRQS"]
+    return [(int(call.arguments["start"]), int(call.arguments["count"])) for call in calls]
+
+
+# -------------------------------------------------------------------------------------------------------- several
+
+
+def test_all_vectors_that_were_raised_are_told_and_no_other(kernel: SpecialKernel, device: pyvfio.Device) -> None:
+    """Each with its count, in one call; and then none, when the time has passed."""
+    irq = device.irq(MSIX)
+    irq.enable(4)
+    for vector in (1, 3, 3):
+        kernel.interrupt(BDF, vector)
+    assert irq.wait_any(timeout=10) == {1: 1, 3: 2}
+    assert irq.wait_any(timeout=0) == {}
+    assert irq.wait_any(timeout=0.01) == {}
+
+
+def test_one_waits_for_some_vectors_and_leaves_the_others(kernel: SpecialKernel, device: pyvfio.Device) -> None:
+    """A generator will do."""
+    irq = device.irq(MSIX)
+    irq.enable(4)
+    kernel.interrupt(BDF, 0)
+    kernel.interrupt(BDF, 2)
+    assert irq.wait_any((vector for vector in (2, 3)), timeout=10) == {2: 1}
+    assert irq.wait_any([3, 3], timeout=0) == {}
+    assert irq.wait(0, timeout=0) == 1
+
+
+def in_poll(thread: threading.Thread) -> bool:
+    """Whether it waits."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    return frame is not None and frame.f_code.co_name == "poll"
+
+
+@contextmanager
+def waiting(call: Callable[[], object], heard: list[object]) -> Iterator[None]:
+    """While another thread is in that call; what comes of it is in `heard` at the end."""
+
+    def run() -> None:
+        try:
+            heard.append(call())
+        except pyvfio.VfioError as error:
+            heard.append(error.with_traceback(None))  # which has the frames, and those the eventfds
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    while not in_poll(thread):
+        time.sleep(0.001)
+    yield
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("ended", ["disabled", "closed", "its vectors"])
+def test_a_thread_that_waits_for_several_hears_the_end(device: pyvfio.Device, ended: str) -> None:
+    """As of `wait`."""
+    irq = device.irq(MSIX)
+    irq.enable(4)
+    ends: dict[str, Callable[[], None]] = {
+        "disabled": irq.disable,
+        "closed": device.close,
+        "its vectors": lambda: irq.disable(1),
+    }
+    heard: list[object] = []
+    with waiting(lambda: irq.wait_any([1, 2]), heard):
+        ends[ended]()
+    (error,) = heard
+    assert isinstance(error, pyvfio.VfioError)
+    assert isinstance(error, pyvfio.ClosedError) == (ended == "closed")
+
+
+def test_a_thread_that_waits_for_all_hears_of_a_vector_that_is_added(
+    kernel: SpecialKernel, device: pyvfio.Device
+) -> None:
+    """And one that waits for another vector is not disturbed."""
+    irq = device.irq(MSIX)
+    irq.enable(2)
+    heard: list[object] = []
+    with waiting(irq.wait_any, heard):
+        irq.enable(1, start=5)
+        kernel.interrupt(BDF, 5)
+    with waiting(lambda: irq.wait(1), heard):
+        irq.enable(1, start=3)
+        irq.disable(5)
+        kernel.interrupt(BDF, 1)
+    assert heard == [{5: 1}, 1]
+
+
+def test_vectors_that_share_an_eventfd_are_told_together(
+    kernel: SpecialKernel, device: pyvfio.Device, own: list[int]
+) -> None:
+    """The counter is one; a second read would find nothing, or block."""
+    irq = device.irq(MSIX)
+    blocking = os.eventfd(0)
+    irq.enable(fds=[own[0], blocking, blocking])
+    kernel.interrupt(BDF, 1)
+    kernel.interrupt(BDF, 2)
+    assert irq.wait_any(timeout=10) == {1: 2, 2: 2}
+    os.close(blocking)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "error"), [([], ValueError), ([4], ValueError), ([-1], ValueError), (["0"], TypeError), (3, TypeError)]
+)
+def test_what_cannot_be_waited_for_is_refused(
+    device: pyvfio.Device, vectors: Sequence[int], error: type[Exception]
+) -> None:
+    """It would last for ever."""
+    irq = device.irq(MSIX)
+    irq.enable(4)
+    with pytest.raises(error):
+        irq.wait_any(vectors)
+    with pytest.raises(TypeError):
+        irq.wait_any(timeout="1")  # type: ignore[arg-type]
+
+
+def test_nothing_can_be_waited_for_before_it_is_enabled(device: pyvfio.Device) -> None:
+    """As of `wait`."""
+    with pytest.raises(pyvfio.VfioError, match="is not enabled"):
+        device.irq(MSI).wait_any(timeout=0)
+
+
+# ------------------------------------------------------------------------------------- own eventfds, and which vectors
+
+
+def test_own_eventfds_are_signalled_and_never_closed(
+    kernel: SpecialKernel, device: pyvfio.Device, own: list[int]
+) -> None:
+    """With a gap between them, from the vector on that the program says."""
+    irq = device.irq(MSIX)
+    assert irq.enable(fds=[own[0], None, own[1]], start=2) == (own[0], None, own[1])
+    assert irq.fds == (None, None, own[0], None, own[1])
+    for vector in range(8):
+        kernel.interrupt(BDF, vector)
+    assert irq.wait_any(timeout=0) == {2: 1, 4: 1}
+    kernel.interrupt(BDF, 4)
+    assert count(own[1]) == 1
+    irq.disable()
+    assert set(own) <= set(open_fds())
+    assert len(irq.fds) == 0
+
+
+def test_a_program_may_close_an_own_eventfd_that_is_enabled(kernel: SpecialKernel, device: pyvfio.Device) -> None:
+    """pyvfio waits on a duplicate: the number may be another file's by then."""
+    irq = device.irq(MSIX)
+    fd = os.eventfd(0, os.EFD_NONBLOCK)
+    irq.enable(fds=[fd])
+    os.close(fd)
+    other = os.eventfd(7, os.EFD_NONBLOCK)
+    assert other == fd
+    kernel.interrupt(BDF, 0)
+    assert irq.wait(timeout=10) == 1
+    assert irq.enable(fds=[other]) == (other,)
+    assert irq.wait(timeout=0) == 7
+    os.close(other)
+
+
+def test_a_first_vector_may_be_given_for_new_eventfds_too(kernel: SpecialKernel, device: pyvfio.Device) -> None:
+    """The vectors before it signal nothing."""
+    irq = device.irq(MSIX)
+    first = irq.enable(2, start=3)
+    more = irq.enable(1, start=1)
+    assert irq.fds == (None, more[0], None, *first)
+    kernel.interrupt(BDF, 1)
+    kernel.interrupt(BDF, 3)
+    assert irq.wait_any(timeout=0) == {1: 1, 3: 1}
+    with pytest.raises(pyvfio.VfioError, match="enabled already"):
+        irq.enable(3, start=2)
+
+
+def test_vectors_are_added_and_stopped_without_a_word_about_the_others(
+    kernel: SpecialKernel, device: pyvfio.Device, own: list[int]
+) -> None:
+    """No call names a vector that stays as it is, so that the kernel touches none of them."""
+    irq = device.irq(MSIX)
+    irq.enable(fds=own[:4])
+    kernel.clear_trace()
+    irq.enable(fds=own[4:6], start=4)
+    irq.enable(fds=[*own[:6], None, own[6]])
+    irq.disable(1, 2, 5)
+    irq.disable(1, 2, 5)
+    irq.enable(fds=[None], start=0)
+    irq.enable(fds=[None, None], start=14)
+    assert set_irqs(kernel) == [(4, 2), (7, 1), (1, 2), (5, 1), (0, 1)]
+    assert irq.fds == (None, None, None, own[3], own[4], None, None, own[6])
+    with pytest.raises(pyvfio.VfioError, match=r"vector 1 of VFIO_PCI_MSIX.* is not enabled"):
+        irq.wait(1)
+    for vector in range(8):
+        kernel.interrupt(BDF, vector)
+    assert [count(fd) for fd in own] == [0, 0, 0, 1, 1, 0, 1, 0]
+
+
+def test_no_signal_is_lost_while_vectors_come_and_go(
+    kernel: SpecialKernel, device: pyvfio.Device, own: list[int]
+) -> None:
+    """The device raises two vectors all the while; others are added, replaced and stopped a hundred times."""
+    irq = device.irq(MSIX)
+    irq.enable(2)
+    raised, seen, over = [0, 0], [0, 0], threading.Event()
+
+    def device_works() -> None:
+        while not over.is_set():
+            vector = sum(raised) % 2
+            kernel.interrupt(BDF, vector)
+            raised[vector] += 1
+
+    def driver_waits() -> None:
+        while not over.is_set() or sum(raised) > sum(seen):
+            times = irq.wait_any(timeout=0.05)
+            seen[:] = [seen[vector] + times.get(vector, 0) for vector in (0, 1)]
+
+    threads = [threading.Thread(target=run) for run in (device_works, driver_waits)]
+    for thread in threads:
+        thread.start()
+    for _ in range(100):
+        irq.enable(fds=[own[0], None, own[1]], start=2)
+        irq.enable(fds=[own[2], own[3]], start=4)
+        irq.enable(1, start=9)
+        irq.disable(2, 9)
+        irq.enable(fds=[None, None, None], start=3)
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert raised == seen
+    assert min(raised) > 0
+
+
+# ------------------------------------------------------------------------------------------- what the kernel cannot
+
+
+@pytest.mark.parametrize(("version", "index"), [(OLD, MSI), (NEW, MSI), (OLD, MSIX)])
+def test_where_none_can_be_added_the_error_says_so_before_any_call(version: str, index: int, own: list[int]) -> None:
+    """And what to do, which then works."""
+    with opened(version) as (kernel, device):
+        irq = device.irq(index)
+        irq.enable(fds=[own[0], None])
+        assert not irq.can_grow
+        kernel.clear_trace()
+        why = "2 of .* and vector 3 cannot be added: " + ("only MSI-X" if index == MSI else "that needs Linux 6.5")
+        with pytest.raises(pyvfio.UnsupportedError, match=why) as got:
+            irq.enable(fds=[own[1], own[2], None], start=2)
+        assert "None in fds keeps the place" in str(got.value)
+        assert requests(kernel.trace) == []
+        irq.enable(fds=[own[1], None, None], start=1)
+        kernel.interrupt(BDF, 1)
+        assert count(own[1]) == 1
+        irq.disable()
+        irq.enable(fds=[own[0], None, None, None])
+        irq.enable(fds=[own[3]], start=3)
+        kernel.interrupt(BDF, 3)
+        assert irq.wait_any(timeout=0) == {3: 1}
+
+
+def test_where_they_can_be_added_the_interrupt_says_so(device: pyvfio.Device) -> None:
+    """MSI-X, from 6.5 on."""
+    assert [device.irq(index).can_grow for index in (INTX, MSI, MSIX, ERR, REQ)] == [False, False, True, False, False]
+
+
+# ---------------------------------------------------------------------------------------- what the kernel refuses
+
+
+@pytest.mark.parametrize("refused", [1, 2])
+def test_a_change_that_is_refused_leaves_every_vector_as_it_was(
+    kernel: SpecialKernel, device: pyvfio.Device, own: list[int], refused: int
+) -> None:
+    """The kernel has disconnected those up to the one that it met; they have their eventfds again."""
+    irq = device.irq(MSIX)
+    fds = irq.enable(4)
+    before = open_fds()
+    kernel.fail(call="ioctl", request="VFIO_DEVICE_SET_IRQS", nth=refused, errno=errno.ENOSPC, after=True)
+    with pytest.raises(pyvfio.IoctlError, match="SET_IRQS") as caught:
+        irq.enable(fds=[own[0], own[1], fds[2], own[2], own[3]])
+    assert caught.value.errno == errno.ENOSPC
+    assert (irq.fds, open_fds()) == (fds, before)
+    for vector in range(5):
+        kernel.interrupt(BDF, vector)
+    assert irq.wait_any(timeout=0) == {0: 1, 1: 1, 2: 1, 3: 1}
+    assert [count(fd) for fd in own] == [0] * 8
+
+
+def test_what_can_not_be_put_back_is_said_and_the_others_go_on(
+    kernel: SpecialKernel, device: pyvfio.Device, own: list[int]
+) -> None:
+    """The table then says of these vectors that they signal nothing, as the kernel has it."""
+    irq = device.irq(MSIX)
+    irq.enable(fds=own[:4])
+    kernel.fail(call="ioctl", request="VFIO_DEVICE_SET_IRQS", nth=1, errno=errno.ENOSPC)
+    kernel.fail(call="ioctl", request="VFIO_DEVICE_SET_IRQS", nth=2, errno=errno.ENOMEM)
+    heard: list[object] = []
+    with (
+        waiting(lambda: irq.wait(1), heard),
+        pytest.raises(pyvfio.RollbackError, match=r"vectors \[1, 2\] signal nothing now"),
+    ):
+        irq.enable(fds=own[4:6], start=1)
+    assert isinstance(heard[0], pyvfio.VfioError)
+    assert irq.fds == (own[0], None, None, own[3])
+    for vector in range(4):
+        kernel.interrupt(BDF, vector)
+    assert [count(fd) for fd in own] == [1, 0, 0, 1, 0, 0, 0, 0]
+    irq.enable(fds=own[1:3], start=1)
+    kernel.interrupt(BDF, 2)
+    assert irq.wait_any(timeout=0) == {2: 1}
+    gc.collect()  # the errors have frames, and those the eventfds that a thread waited for
+
+
+def test_a_refused_first_call_enables_nothing(kernel: SpecialKernel, device: pyvfio.Device, own: list[int]) -> None:
+    """Another kind can be enabled then."""
+    kernel.fail(call="ioctl", request="VFIO_DEVICE_SET_IRQS", errno=errno.ENOMEM)
+    with pytest.raises(pyvfio.IoctlError):
+        device.irq(MSIX).enable(fds=own)
+    assert device.irq(MSIX).fds == ()
+    device.irq(MSI).enable(fds=own[:4])
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"fds": 3}, TypeError, "list"),
+        ({"fds": b"\5"}, TypeError, "list"),
+        ({"fds": {5}}, TypeError, "list"),
+        ({"fds": ["5"]}, TypeError, "whole number"),
+        ({"fds": [5.0]}, TypeError, "whole number"),
+        ({"fds": [True]}, TypeError, "whole number"),
+        ({"fds": []}, ValueError, "at least one"),
+        ({"fds": [-1]}, ValueError, "None stands for"),
+        ({"fds": [1 << 31]}, ValueError, "no file descriptor"),
+        ({"fds": [None], "start": "0"}, TypeError, "start"),
+        ({"fds": [None], "start": 1.0}, TypeError, "start"),
+        ({"fds": [None], "start": -1}, ValueError, "first vector"),
+        ({"fds": [None], "start": 16}, pyvfio.UnsupportedError, "has 16 vectors, so 16 to 16"),
+        ({"fds": [None] * 17}, pyvfio.UnsupportedError, "has 16 vectors, so 17"),
+        ({"vectors": 2, "start": 15}, pyvfio.UnsupportedError, "has 16 vectors, so 15 to 16"),
+        ({"vectors": 1, "start": 1 << 70}, pyvfio.UnsupportedError, "has 16 vectors"),
+        ({"vectors": 0, "start": 1}, ValueError, "at least one"),
+        ({"vectors": 1, "fds": [None]}, TypeError, "not both"),
+    ],
+)
+def test_what_can_never_be_right_is_refused_before_any_call(
+    kernel: SpecialKernel, device: pyvfio.Device, arguments: dict[str, object], error: type[Exception], says: str
+) -> None:
+    """Of a wrong class, out of range, too many."""
+    irq = device.irq(MSIX)
+    for index in (INTX, MSI):
+        assert device.irq(index).count
+    enable: Callable[..., object] = irq.enable
+    kernel.clear_trace()
+    with pytest.raises(error, match=says):
+        enable(**arguments)
+    assert kernel.trace == []
+    assert irq.fds == ()
+
+
+def test_a_descriptor_that_is_no_eventfd_is_refused_and_nothing_is_changed(
+    kernel: SpecialKernel, device: pyvfio.Device, own: list[int]
+) -> None:
+    """Closed ones, files, a device of another kernel: the eventfds before them keep their vectors."""
+    irq = device.irq(MSIX)
+    irq.enable(fds=own[:2])
+    with FakeKernel(groups=[(3, [FakeDevice("0000:00:09.0")])]) as other, open(os.devnull) as null:
+        stranger = pyvfio.open_device("0000:00:09.0", kernel=other)
+        read, write = os.pipe()
+        os.close(write)
+        before, kernel_calls = open_fds(), len(set_irqs(kernel))
+        for fd, says in (
+            (null.fileno(), "no eventfd"),
+            (stranger.fd, "no eventfd"),
+            (device.fd, "no eventfd"),
+            (read, "no eventfd"),
+            (write, "is closed"),
+        ):
+            with pytest.raises(ValueError, match=f"descriptor {fd} .*{says}"):
+                irq.enable(fds=[own[2], own[3], fd])
+        assert open_fds() == before
+        assert len(set_irqs(kernel)) == kernel_calls
+        os.close(read)
+        stranger.close()
+    kernel.interrupt(BDF, 0)
+    assert (irq.fds, irq.wait(0, timeout=0)) == (tuple(own[:2]), 1)
+
+
+@contextmanager
+def _descriptors_left(number: int) -> Iterator[int]:
+    """So many can be opened; the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = max(open_fds()) + 1
+    filled = [os.dup(0) for _ in range(limit - len(open_fds()))]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit + number, hard))
+    try:
+        yield limit + number
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in filled:
+            os.close(fd)
+
+
+def test_want_of_descriptors_names_how_many_are_needed_and_how_many_there_can_be(
+    device: pyvfio.Device, own: list[int]
+) -> None:
+    """For new eventfds and for duplicates; nothing is left, and less is had then."""
+    irq = device.irq(MSIX)
+    _ = irq.count
+    calls: tuple[Callable[[], object], ...] = (lambda: irq.enable(8), lambda: irq.enable(fds=own))
+    for call in calls:
+        with _descriptors_left(5) as limit:
+            said = rf"EMFILE.* for 8 vectors.* 9 descriptors are needed.* \d could be had.* can have {limit} open"
+            with pytest.raises(pyvfio.IoctlError, match=said) as caught:
+                call()
+            assert caught.value.arguments == {"device": BDF, "index": MSIX, "vectors": 8}
+            irq.enable(2)
+            irq.disable()
+
+
+@pytest.mark.parametrize(
+    ("vector", "error"), [("0", TypeError), (1.0, TypeError), (True, TypeError), (-1, ValueError), (16, ValueError)]
+)
+def test_a_vector_that_cannot_be_stopped_is_refused(
+    kernel: SpecialKernel, device: pyvfio.Device, vector: int, error: type[Exception]
+) -> None:
+    """Before anything is stopped."""
+    irq = device.irq(MSIX)
+    irq.enable(2)
+    kernel.clear_trace()
+    with pytest.raises(error):
+        irq.disable(0, vector)
+    assert kernel.trace == []
+
+
+@pytest.mark.parametrize("index", [INTX, ERR, REQ])
+def test_kinds_with_one_vector_take_an_own_eventfd_and_end_with_it(
+    kernel: SpecialKernel, device: pyvfio.Device, own: list[int], index: int
+) -> None:
+    """Also where the eventfd was replaced, or taken away, before."""
+    irq = device.irq(index)
+    irq.enable(fds=[own[0]])
+    irq.enable(fds=[own[1]])
+    irq.trigger()
+    assert (count(own[0]), irq.wait(timeout=0)) == (0, 1)
+    irq.disable(0)
+    assert irq.enable(fds=[own[0]]) == (own[0],)
+    assert irq.enable(fds=[None]) == (None,)
+    irq.disable()
+    irq.enable(fds=[None])
+    irq.disable()
+    assert device.irq(MSI).enable(1)
+
+
+def test_asyncio_waits_for_an_interrupt(kernel: SpecialKernel, device: pyvfio.Device) -> None:
+    """By the eventfd, with a wait that does not wait."""
+    irq = device.irq(MSIX)
+    (fd,) = irq.enable(1)
+
+    async def run() -> int:
+        raised = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().add_reader(fd, lambda: raised.set_result(irq.wait(timeout=0)))
+        asyncio.get_running_loop().call_later(0.01, kernel.interrupt, BDF)
+        try:
+            return await asyncio.wait_for(raised, 60)
+        finally:
+            asyncio.get_running_loop().remove_reader(fd)
+
+    assert asyncio.run(run()) == 1
