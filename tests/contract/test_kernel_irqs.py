@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import threading
+import time
 from collections.abc import Sequence
 
 import pytest
 
 from pyvfio import ioctls
+from pyvfio.testing.edu import Edu
 from tests.contract.world import Attached, World, refused
 
 INTX, MSI, MSIX, ERR, REQ = range(5)
@@ -338,4 +341,207 @@ def test_one_eventfd_at_a_time_unmasks_intx(v2: Attached, device: int) -> None:
         set_irqs(v2.world, device, INTX, EVENTFD | UNMASK, count=1, data=struct.pack("=i", 1000))
     with refused(errno.ENOTTY):
         set_irqs(v2.world, device, INTX, EVENTFD | MASK, count=1, data=unmask)
+    set_irqs(v2.world, device, INTX, NONE | TRIGGER)
+
+
+# Vectors that are added, and INTx that an eventfd unmasks.
+
+
+def rising(world: World, fd: int, *, timeout: float = 10) -> int:
+    """The counter of an eventfd, as soon as it is not 0; 0 when the time has passed."""
+    return world.kernel.eventfd_read(fd) if world.kernel.poll(fd, timeout) else 0
+
+
+def is_read(world: World, fd: int) -> bool:
+    """Whether an eventfd is read by the kernel, some moment after it was written to."""
+    deadline = time.monotonic() + 10
+    while world.kernel.poll(fd, 0) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return not world.kernel.poll(fd, 0)
+
+
+def unmask_by(world: World, device: int, eventfd: int) -> None:
+    """Let INTx be unmasked by an eventfd; -1: by none."""
+    set_irqs(world, device, INTX, EVENTFD | UNMASK, count=1, data=struct.pack("=i", eventfd))
+
+
+@pytest.fixture
+def line(v2: Attached, device: int) -> Edu:
+    """The device's INTx line: up from an interrupt until it is acknowledged."""
+    kernel = v2.world.kernel
+    kernel.pwrite(device, struct.pack("<H", 6), (7 << 40) + 4)  # memory and bus master in PCI COMMAND
+
+    class Bar:
+        """BAR 0."""
+
+        def read32(self, offset: int) -> int:
+            """A register."""
+            return int.from_bytes(kernel.pread(device, 4, offset), "little")
+
+        def write32(self, offset: int, value: int) -> None:
+            """A register."""
+            kernel.pwrite(device, value.to_bytes(4, "little"), offset)
+
+        read64, write64 = read32, write32
+
+    return Edu(Bar())
+
+
+@pytest.mark.parametrize("index", [MSI, MSIX])
+def test_a_gap_among_the_first_vectors_keeps_the_place_of_one_that_is_connected_later(
+    xhci: World, vectors: int, index: int
+) -> None:
+    fds = eventfds(xhci, 3)
+    connect(xhci, vectors, index, [fds[0], -1, -1, fds[1]])
+    set_irqs(xhci, vectors, index, NONE | TRIGGER, count=4)
+    assert signalled(xhci, fds) == [1, 1, 0]
+    connect(xhci, vectors, index, [fds[2]], start=2)
+    set_irqs(xhci, vectors, index, NONE | TRIGGER, count=4)
+    assert signalled(xhci, fds) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("index", [MSI, MSIX])
+def test_a_first_call_may_begin_at_any_vector(xhci: World, vectors: int, index: int) -> None:
+    fds = eventfds(xhci, 1)
+    connect(xhci, vectors, index, fds, start=3)
+    set_irqs(xhci, vectors, index, NONE | TRIGGER, count=4)
+    assert signalled(xhci, fds) == [1]
+
+
+def test_a_first_call_may_connect_nothing_and_then_the_kind_is_enabled(xhci: World, vectors: int) -> None:
+    connect(xhci, vectors, MSIX, [-1, -1])
+    with refused(errno.EINVAL):
+        connect(xhci, vectors, MSI, eventfds(xhci, 1))
+    fds = eventfds(xhci, 1)
+    connect(xhci, vectors, MSIX, fds, start=1)
+    set_irqs(xhci, vectors, MSIX, NONE | TRIGGER, start=1, count=1)
+    assert signalled(xhci, fds) == [1]
+
+
+@pytest.mark.parametrize("index", [MSI, MSIX])
+def test_no_signal_of_a_vector_is_lost_while_others_are_connected_and_disconnected(
+    xhci: World, vectors: int, index: int
+) -> None:
+    count = 16 if index == MSIX and xhci.since(6, 5) else 8
+    fds, others = eventfds(xhci, 2), eventfds(xhci, 4)
+    connect(xhci, vectors, index, [*fds, *[-1] * 6])
+    raised, over = [0], threading.Event()
+
+    def device_works() -> None:
+        while not over.is_set():
+            set_irqs(xhci, vectors, index, NONE | TRIGGER, count=2)
+            raised[0] += 1
+
+    thread = threading.Thread(target=device_works)
+    thread.start()
+    for _ in range(20):
+        connect(xhci, vectors, index, others, start=count - 4)
+        connect(xhci, vectors, index, [-1] * 4, start=count - 4)
+    over.set()
+    thread.join()
+    assert signalled(xhci, fds) == raised * 2
+
+
+def test_what_reaches_beyond_the_vectors_of_msi_disconnects_those_before_since_6_5_and_nothing_before(
+    xhci: World, vectors: int
+) -> None:
+    fds = eventfds(xhci, 3)
+    connect(xhci, vectors, MSI, fds[:2])
+    with refused(errno.EINVAL):
+        connect(xhci, vectors, MSI, fds[1:], start=1)
+    set_irqs(xhci, vectors, MSI, NONE | TRIGGER, count=2)
+    assert signalled(xhci, fds) == ([1, 0, 0] if xhci.since(6, 5) else [1, 1, 0])
+
+
+def test_of_nothing_beyond_the_vectors_of_msi_no_word_is_said_since_6_5(xhci: World, vectors: int) -> None:
+    connect(xhci, vectors, MSI, eventfds(xhci, 2))
+    if xhci.since(6, 5):
+        connect(xhci, vectors, MSI, [-1, -1], start=2)
+        return
+    with refused(errno.EINVAL):
+        connect(xhci, vectors, MSI, [-1, -1], start=2)
+
+
+def test_two_vectors_may_signal_one_eventfd(xhci: World, vectors: int) -> None:
+    fds = eventfds(xhci, 1)
+    connect(xhci, vectors, MSIX, fds * 2)
+    set_irqs(xhci, vectors, MSIX, NONE | TRIGGER, count=2)
+    assert signalled(xhci, fds) == [2]
+
+
+def test_intx_is_unmasked_by_each_write_to_an_eventfd_which_the_kernel_reads(
+    v2: Attached, device: int, line: Edu
+) -> None:
+    trigger, unmask = eventfds(v2.world, 2)
+    connect(v2.world, device, INTX, [trigger])
+    unmask_by(v2.world, device, unmask)
+    for _ in range(3):
+        line.raise_interrupt()
+        assert rising(v2.world, trigger) == 1
+        line.acknowledge_interrupt()
+        v2.world.kernel.eventfd_write(unmask, 3)
+        assert is_read(v2.world, unmask)
+    assert v2.world.kernel.poll(trigger, 0.05) == ()
+    set_irqs(v2.world, device, INTX, NONE | TRIGGER)
+
+
+def test_a_line_that_is_still_up_signals_again_when_an_eventfd_unmasks_it(v2: Attached, device: int, line: Edu) -> None:
+    trigger, unmask = eventfds(v2.world, 2)
+    connect(v2.world, device, INTX, [trigger])
+    unmask_by(v2.world, device, unmask)
+    line.raise_interrupt()
+    assert rising(v2.world, trigger) == 1
+    assert v2.world.kernel.poll(trigger, 0.05) == ()
+    v2.world.kernel.eventfd_write(unmask, 1)
+    assert rising(v2.world, trigger) == 1
+    line.acknowledge_interrupt()
+    set_irqs(v2.world, device, INTX, NONE | TRIGGER)
+
+
+def test_an_eventfd_that_was_written_to_before_unmasks_at_once_and_keeps_its_count(
+    v2: Attached, device: int, line: Edu
+) -> None:
+    trigger, unmask = eventfds(v2.world, 2)
+    connect(v2.world, device, INTX, [trigger])
+    line.raise_interrupt()
+    assert rising(v2.world, trigger) == 1
+    v2.world.kernel.eventfd_write(unmask, 2)
+    unmask_by(v2.world, device, unmask)
+    assert rising(v2.world, trigger) == 1
+    assert v2.world.kernel.eventfd_read(unmask) == 2
+    line.acknowledge_interrupt()
+    set_irqs(v2.world, device, INTX, NONE | TRIGGER)
+
+
+def test_without_its_eventfd_intx_stays_masked_and_another_one_may_come(v2: Attached, device: int, line: Edu) -> None:
+    trigger, first, second = eventfds(v2.world, 3)
+    connect(v2.world, device, INTX, [trigger])
+    unmask_by(v2.world, device, first)
+    unmask_by(v2.world, device, -1)
+    line.raise_interrupt()
+    assert rising(v2.world, trigger) == 1
+    v2.world.kernel.eventfd_write(first, 1)
+    assert v2.world.kernel.poll(trigger, 0.05) == ()
+    unmask_by(v2.world, device, second)
+    v2.world.kernel.eventfd_write(second, 1)
+    assert rising(v2.world, trigger) == 1
+    line.acknowledge_interrupt()
+    set_irqs(v2.world, device, INTX, NONE | TRIGGER)
+    with refused(errno.EINVAL):
+        unmask_by(v2.world, device, second)
+
+
+def test_another_eventfd_for_intx_leaves_the_one_that_unmasks_it(v2: Attached, device: int, line: Edu) -> None:
+    old, new, unmask = eventfds(v2.world, 3)
+    connect(v2.world, device, INTX, [old])
+    unmask_by(v2.world, device, unmask)
+    connect(v2.world, device, INTX, [new])
+    for _ in range(2):
+        line.raise_interrupt()
+        assert rising(v2.world, new) == 1
+        line.acknowledge_interrupt()
+        v2.world.kernel.eventfd_write(unmask, 1)
+    with refused(errno.EBUSY):
+        unmask_by(v2.world, device, unmask)
+    assert signalled(v2.world, [old]) == [0]
     set_irqs(v2.world, device, INTX, NONE | TRIGGER)

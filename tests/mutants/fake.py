@@ -17,6 +17,7 @@ _FIRST = {
     "device.py": ("device", "irqs"),
     "kernel.py": ("group", "map"),
     "irqs.py": ("irqs",),
+    "virqfd.py": ("irqs",),
     "iommu.py": ("info",),
     "pins.py": ("map",),
     "versions.py": ("info", "map"),
@@ -166,6 +167,15 @@ _MUTANTS = (
         "        self._triggers[vector] = None\n        self._triggers[vector] =",
         "        self._triggers[vector] =",
     ),
+    # Vectors that are added, and what unmasks INTx.
+    Mutant("Irqs._set_block", "for earlier in range(done):", "for earlier in range(0):"),
+    Mutant("Irqs._set_trigger", "return None if fd < 0 else refuse(errno.EINVAL)", "return None"),
+    Mutant("Irqs._grow", "            self._triggers += [None] * (end - len(self._triggers))", "            pass"),
+    Mutant("Irqs._unmask_by_eventfd", "            if self._unmask.pending:", "            if False:"),
+    Mutant("Irqs._unmask_by_eventfd", "        self._end_unmask()\n", ""),
+    Mutant("Irqs._connect_intx", "        self._let_go(self._triggers[0])\n", "        self._end_unmask()\n"),
+    Mutant("Virqfd._call", "            os.eventfd_read(self._held)\n", "            pass\n"),
+    Mutant("Virqfd.__init__", "select.EPOLLIN | select.EPOLLET", "select.EPOLLIN"),
 )
 
 

@@ -68,10 +68,10 @@ UNGUARDED = {
         Container.page_size Device.can_reset Device.check_here Device.check_usable Device.check_views Device.closed
         Device.container Device.fd Device.kernel DirtyTracking.page_size DmaMapper.space DmaMapping.closed
         Group.check_here Group.check_usable Group.closed Group.fd Group.kernel Irq.can_grow Irq.count
-        Irq.fds RamBlock.discarded RamBlock.file RamBlock.max_length RamBlock.populated RamBlock.prealloc RamBlock.settings
-        RamBlock.used_length
-        RamBlock.vaddr RamBlock.whole RamBlockList.block_at RamBlockList.knows RamBlockList.notifiers
         ConfigSpace.check_usable ConfigSpace.check_views ConfigSpace.kernel ConfigSpace.mappable ConfigSpace.size
+        Irq.fds RamBlock.discarded RamBlock.file RamBlock.max_length RamBlock.populated RamBlock.prealloc
+        RamBlock.settings RamBlock.used_length RamBlock.vaddr RamBlock.whole RamBlockList.block_at RamBlockList.knows
+        RamBlockList.notifiers
         Region.check_usable Region.check_views Region.kernel Region.mappable Region.size RegionMap.check_views
     """,
     "a system call of which nothing is recorded": """

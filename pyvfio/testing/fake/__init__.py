@@ -5,9 +5,9 @@ fake and real kernels to the same sentences. A file for each thing that a kernel
 memory in `memory`, `descriptors` knows who answers for which, and `record` how each call passes and which are to fail;
 `group` has containers and groups, `device`, `irqs` and `feature` PCI devices, `type1` and `dirty` the IOMMU, `pins`
 locked memory, `process` the memory of this process, `tree` sysfs and /dev, `dma` what lies between devices and memory,
-`hot_reset` buses; `unmodelled` knows what the fake only seems to do; `pci_device` is the base class for devices that do
-something, and `edu` QEMU's; `declaration` says how all are declared, and `versions` has all that differs between
-kernels.
+`hot_reset` buses, `virqfd` eventfds that the kernel listens to; `unmodelled` knows what the fake only seems to do;
+`pci_device` is the base class for devices that do something, and `edu` QEMU's; `declaration` says how all are declared,
+and `versions` has all that differs between kernels.
 
 Not modelled. What the fake does not know, it refuses as a kernel refuses what it does not know, and `FakeKernel.
 unmodelled` has what a driver asked of it:
@@ -26,6 +26,7 @@ unmodelled` has what a driver asked of it:
 * a live update: between VFIO_DMA_UNMAP_FLAG_VADDR and VFIO_DMA_MAP_FLAG_VADDR a real device goes on reaching its pages;
   here, DMA is a NotImplementedError once the memory at the old address is gone.
 * dirty pages: every mapped page always is, as with all devices that cannot report what they wrote.
+* an eventfd that unmasks INTx is forgotten by a kernel when its last descriptor is closed; here it stays.
 * pinning: where the running kernel is older than 6.11, a shared writable file on a disk may be mapped for writing
   (refused from 6.12 on). Never-written memory mapped for reading is coherent on 6.1 too (a device there goes on reading
   zeros). A process that is not allowed MADV_POPULATE_* (kernels before 5.14) is asked for the rights in /proc/self/maps

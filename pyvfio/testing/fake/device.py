@@ -12,6 +12,7 @@ import errno
 import os
 import re
 import struct
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -233,7 +234,7 @@ class PciDevice:
     """A device while it is there. Its `descriptors` are one memory file, laid out as VFIO lays out a device, a region
     every 2^40 bytes, so that they can be really mapped, read and written."""
 
-    def __init__(self, declared: FakeDevice, version: KernelVersion) -> None:
+    def __init__(self, declared: FakeDevice, version: KernelVersion, lock: threading.RLock) -> None:
         self.declared = declared
         self.driver = declared.driver
         self.descriptors: set[int] = set()
@@ -244,7 +245,7 @@ class PciDevice:
         has_err = declared.pcie or version.err_irq_always
         counts = (int(declared.intx), declared.msi, declared.msix, int(has_err), 1)
         self._has_err = has_err
-        self.irqs = Irqs(version=version, counts=counts)
+        self.irqs = Irqs(version=version, counts=counts, lock=lock)
         self.on_bars_gone: Callable[[str, str], object] = lambda _call, _bdf: None
         """Called with what ends the device's answers in its BARs, and with its address."""
         self.requests: dict[int, tuple[str, Callable[[Argument], int]]] = {

@@ -9,12 +9,14 @@ import contextlib
 import errno
 import os
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pyvfio import ioctls
 from pyvfio.testing.fake.process import Argument, refuse
 from pyvfio.testing.fake.versions import KernelVersion
+from pyvfio.testing.fake.virqfd import Virqfd
 
 INTX = int(ioctls.VFIO_PCI_INTX_IRQ_INDEX)
 MSI = int(ioctls.VFIO_PCI_MSI_IRQ_INDEX)
@@ -75,8 +77,9 @@ class Irqs:
     """Which eventfd each vector signals. One of INTx, MSI and MSI-X is enabled at a time; `counts` says how many
     vectors the device has of each index."""
 
-    def __init__(self, *, version: KernelVersion, counts: Sequence[int]) -> None:
+    def __init__(self, *, version: KernelVersion, counts: Sequence[int], lock: threading.RLock) -> None:
         self._version = version
+        self._lock = lock
         self._counts = counts
         self._enabled: int | None = None
         self._triggers: list[int | None] = []
@@ -85,7 +88,7 @@ class Irqs:
         self._disabled = False
         self._pending = False
         self._line = False
-        self._unmask: int | None = None  # held, and never looked at
+        self._unmask: Virqfd | None = None
         self._handlers: dict[tuple[int, int], Callable[[_Set], int]] = {
             (INTX, _MASK): self._mask_intx,
             (INTX, _UNMASK): self._mask_intx,
@@ -193,15 +196,17 @@ class Irqs:
     def _disable(self) -> None:
         for held in self._triggers:
             self._let_go(held)
-        self._let_go(self._unmask)
-        self._unmask = None
+        self._end_unmask()
         self._triggers, self._enabled, self._masked, self._pending = [], None, False, False
 
     def _set_trigger(self, vector: int, fd: int) -> None:
         # The old eventfd is let go first, and stays so when the new one is refused (vfio_msi_set_vector_signal).
+        if vector >= len(self._triggers):  # of MSI, which has no more (vfio_msi_alloc_irq)
+            return None if fd < 0 else refuse(errno.EINVAL)
         self._let_go(self._triggers[vector])
         self._triggers[vector] = None
         self._triggers[vector] = hold_eventfd(fd)
+        return None
 
     def _set_intx(self, request: _Set) -> int:
         if self._enabled == INTX and request.disables:
@@ -242,9 +247,21 @@ class Irqs:
         if new is not None and self._unmask is not None:
             os.close(new)
             refuse(errno.EBUSY)
-        self._let_go(self._unmask)
-        self._unmask = new
+        self._end_unmask()
+        if new is not None:
+            self._unmask = Virqfd(new, self._lock, self._unmask_signalled)
+            if self._unmask.pending:
+                self._unmask_signalled()
         return 0
+
+    def _unmask_signalled(self) -> None:
+        # vfio_pci_intx_unmask_handler; where the line is still up, vfio_send_intx_eventfd follows.
+        self._set_masked(masked=False)
+
+    def _end_unmask(self) -> None:
+        if self._unmask is not None:
+            self._unmask.close()
+            self._unmask = None
 
     def _enable(self, index: int, *, vectors: int) -> None:
         if self._enabled is None:
@@ -286,19 +303,16 @@ class Irqs:
         end = request.start + request.count
         if not self._version.dynamic_msix:
             refuse(errno.EINVAL)
-        if request.index == MSI and any(fd >= 0 for fd in request.values[len(self._triggers) - end :]):
-            refuse(errno.EINVAL)
         if request.index == MSIX:
             self._triggers += [None] * (end - len(self._triggers))
 
     def _set_block(self, request: _Set) -> None:
-        vectors = range(request.start, min(request.start + request.count, len(self._triggers)))
-        for done, vector in enumerate(vectors):
+        for done, fd in enumerate(request.values):
             try:
-                self._set_trigger(vector, request.values[done])
+                self._set_trigger(request.start + done, fd)
             except OSError:
-                for earlier in vectors[:done]:
-                    self._set_trigger(earlier, -1)
+                for earlier in range(done):
+                    self._set_trigger(request.start + earlier, -1)
                 raise
 
     def _set_single(self, request: _Set) -> int:

@@ -82,7 +82,9 @@ class FakeKernel(MemoryCalls):
     def _group(self, number: int, devices: Sequence[FakeDevice | FakePciDevice]) -> Group:
         declared = [device.declaration if isinstance(device, FakePciDevice) else device for device in devices]
         # A weak reference: the group must not keep the kernel, or the finalizer would wait for the garbage collector.
-        group = Group(number, [PciDevice(device, self._version) for device in declared], weakref.proxy(self))
+        group = Group(
+            number, [PciDevice(device, self._version, self._lock) for device in declared], weakref.proxy(self)
+        )
         for device, live in zip(devices, group.devices, strict=True):
             live.on_bars_gone = self._pins.bars_gone
             self._dma.devices[live.bdf] = live

@@ -52,13 +52,6 @@ def _region_info(_version: KernelVersion, argument: bytes) -> Unmodelled | None:
     return None
 
 
-def _irqs(_version: KernelVersion, argument: bytes) -> Unmodelled | None:
-    flags = int(ioctls.VFIO_IRQ_SET_DATA_EVENTFD | ioctls.VFIO_IRQ_SET_ACTION_UNMASK)
-    if struct.unpack_from("=II", argument, 4) != (flags, ioctls.VFIO_PCI_INTX_IRQ_INDEX):
-        return None
-    return Unmodelled("VFIO_IRQ_SET_ACTION_UNMASK", "0, and the eventfd unmasks nothing when it is signalled")
-
-
 def _ioeventfd(_version: KernelVersion, _argument: bytes) -> Unmodelled:
     return Unmodelled("VFIO_DEVICE_IOEVENTFD", "0, and nothing is written when the eventfd is signalled")
 
@@ -66,7 +59,6 @@ def _ioeventfd(_version: KernelVersion, _argument: bytes) -> Unmodelled:
 _ASKED: Mapping[str, tuple[int, Callable[[KernelVersion, bytes], Unmodelled | None]]] = {
     "VFIO_DEVICE_FEATURE": (8, _feature),
     "VFIO_DEVICE_GET_REGION_INFO": (12, _region_info),
-    "VFIO_DEVICE_SET_IRQS": (12, _irqs),
     "VFIO_DEVICE_IOEVENTFD": (28, _ioeventfd),
 }
 
