@@ -181,6 +181,11 @@ class Device(Handle):
             self._irqs.setdefault(index, Irq(self, parse_irq_info(answer)))
         return self._irqs[index]
 
+    @property
+    def irqs(self) -> tuple[Irq, ...]:
+        """The kinds of interrupt that have been asked for with `irq`; no other is enabled."""
+        return tuple(self._irqs.values())
+
     def describe_irqs(self) -> str:
         """How many vectors of each of the three usual kinds there are, in words."""
         kinds = (ioctls.VFIO_PCI_INTX_IRQ_INDEX, ioctls.VFIO_PCI_MSI_IRQ_INDEX, ioctls.VFIO_PCI_MSIX_IRQ_INDEX)

@@ -36,6 +36,16 @@ def read_fdinfo(fd: int) -> Mapping[str, str] | None:
     return {name: value.strip() for name, _colon, value in pairs}
 
 
+def find_identity(fd: int) -> int | None:
+    """Return the number that the kernel gives the eventfd of a descriptor; None where /proc does not show it."""
+    return _identity(read_fdinfo(fd))
+
+
+def _identity(lines: Mapping[str, str] | None) -> int | None:
+    found = (lines or {}).get("eventfd-id", "")
+    return int(found) if found.isdecimal() else None
+
+
 class Eventfd:
     """A descriptor of an eventfd, which is closed with this object.
 
@@ -64,8 +74,7 @@ class Eventfd:
     @property
     def identity(self) -> int | None:
         """The number that the kernel gives each eventfd; None where /proc does not show it (before Linux 5.2)."""
-        found = (self._lines or {}).get("eventfd-id", "")
-        return int(found) if found.isdecimal() else None
+        return _identity(self._lines)
 
     def is_same_as(self, other: Eventfd | None) -> bool:
         """Whether both are descriptors of one eventfd, as far as that is known."""

@@ -302,6 +302,33 @@ class Irq:
         """As `close`, but the device goes on signalling the eventfds, which another process has. For the library."""
         self._end(ClosedError(f"device {self._device.bdf} was handed to another process"), stop=False)
 
+    @guarded
+    def held(self) -> tuple[Row, Eventfd | None]:
+        """The eventfds by vector, nothing where the interrupt is not enabled, and the one that unmasks INTx. For the
+        library."""
+        return self._row, self._unmask
+
+    @guarded
+    def adopt(self, fds: Sequence[int | None], unmask: int | None) -> None:
+        """Be enabled with these eventfds, by vector, as another process was, and unmasked by that one. They are closed
+        with the object. Makes no ioctl. For the library. Raises IoctlError (EMFILE)."""
+        making = self._making(len(fds))
+        wake = making.make_one()
+        row = tuple(None if fd is None else self._adopted(fd) for fd in fds)
+        self._enabled = Vectors(self._device.kernel, self.guard, row, wake)
+        self._unmask = None if unmask is None else self._adopted(unmask)
+
+    def _adopted(self, fd: int) -> Eventfd:
+        return Eventfd(self._device.kernel, self.guard, fd, may_be_shared=True)
+
+    @guarded
+    def give_up(self) -> None:
+        """Undo `adopt`: the eventfds stay open, and are the caller's. For the library."""
+        for eventfd in (*self._row, self._unmask):
+            if eventfd is not None:
+                eventfd.release()
+        self.forget()
+
     def _end(self, why: VfioError, *, stop: bool) -> None:
         enabled, self._enabled = self._enabled, None
         unmask, self._unmask = self._unmask, None

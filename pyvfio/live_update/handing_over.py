@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from pyvfio import ioctls
 from pyvfio.blocks.block import RamBlock
 from pyvfio.container import Container, Group
-from pyvfio.device import Device
+from pyvfio.device import Device, Irq
+from pyvfio.device.eventfds import Eventfd
 from pyvfio.dma import DmaMapper
 from pyvfio.errors import ClosedError, HandOverError, RollbackError, UnsupportedError, as_exception
 from pyvfio.guard import ContextManager, Guard, closing, guarded, holding, uninterrupted
-from pyvfio.handle import Handle, attempt_all
+from pyvfio.handle import attempt_all
 from pyvfio.iommu.space import Mapping
 from pyvfio.live_update.obstacles import find_obstacles
-from pyvfio.live_update.state import HandedBlock, HandedDevice, State
+from pyvfio.live_update.state import HandedBlock, HandedDevice, HandedIrq, State
 from pyvfio.live_update.vaddr import give_up_all, give_up_vaddr, set_vaddr
 from pyvfio.mapper.window import Window
 
@@ -85,12 +86,14 @@ class HandOver(ContextManager):
     """A hand-over that is under way: made by `hand_over`. A context manager, whose end cancels unless it is finished.
 
     `state` and `fds` are the arguments of `take_over`: bytes of JSON, and the descriptors of the container, the groups,
-    the devices and the blocks' memory, which stay this process's own. Send them with `socket.send_fds` (253 at most in
-    one message), or let a program inherit them: `make_inheritable`.
+    the devices, the blocks' memory and the interrupts, which stay this process's own. Send them with `socket.send_fds`
+    (253 at most in one message), or let a program inherit them: `make_inheritable`.
 
-    Eventfds of interrupts go on being signalled and are not among `fds`: send `irq.fds` yourself where the new process
-    is to count on in them, or let it `enable` its own, which takes their place. Nor does a DirtyTracking go along: the
-    kernel goes on tracking, and the new process opens one of its own.
+    Enabled interrupts go along: the devices go on signalling the same eventfds, and the new process has descriptors of
+    them, also of those that this program has passed to `enable` and `unmask_by`. A signal stays in the eventfd until
+    somebody reads it. Until the end this process can wait for interrupts, but enable and disable none; a signal that
+    it reads is not told to the new process. A DirtyTracking does not go along: the kernel goes on tracking, and the
+    new process opens one of its own.
 
     Synchronization: any thread.
     """
@@ -139,11 +142,13 @@ class HandOver(ContextManager):
                 device for group in self._groups for device in group.devices if isinstance(device, Device)
             )
             self._check_obstacles()
-            self._describe()
+            fds = [handle.fd for handle in (container, *self._groups, *self._devices)]
+            for group in self._groups:
+                group.set_aside()  # from here on no interrupt can be enabled or disabled
+            self._describe(fds)
             self._given_up = True
             give_up_all(container)
-            for handle in (container, *self._groups):
-                handle.set_aside()
+            container.set_aside()
         logger.debug("handing over %d mappings of %r", len(container.table), container)
 
     def _check_obstacles(self) -> None:
@@ -160,12 +165,13 @@ class HandOver(ContextManager):
                 hint="Nothing has been touched",
             )
 
-    def _describe(self) -> None:
+    def _describe(self, handles: Sequence[int]) -> None:
         kernel = self._container.kernel
         windows = self._mapper.windows()
         files = [block.file for block, _window in windows]
-        handles: list[Handle] = [self._container, *self._groups, *self._devices]
-        self.fds = (*(handle.fd for handle in handles), *(file.fd for file in files if file is not None))
+        irqs = [found for device in self._devices for irq in device.irqs if (found := _describe_irq(device, irq))]
+        eventfds = [eventfd.fd for _irq, held in irqs for eventfd in held]
+        self.fds = (*handles, *(file.fd for file in files if file is not None), *eventfds)
         self.state = State(
             iommu_type=self._container.iommu_type,
             groups=tuple(group.number for group in self._groups),
@@ -175,6 +181,7 @@ class HandOver(ContextManager):
             container_bits=self._container.dma_bits,
             mapper_bits=self._mapper.dma_bits,
             blocks=tuple(_describe(block, window) for block, window in windows),
+            irqs=tuple(irq for irq, _held in irqs),
             identities=tuple(kernel.file_status(fd).identity for fd in self.fds),
         ).dump()
 
@@ -286,6 +293,23 @@ class HandOver(ContextManager):
     def _check_usable(self) -> None:
         if self._ended:
             raise ClosedError(f"this hand-over is {self._ended}")
+
+
+def _describe_irq(device: Device, irq: Irq) -> tuple[HandedIrq, tuple[Eventfd, ...]] | None:
+    """An interrupt that is enabled, and its eventfds."""
+    row, unmask = irq.held()
+    if not row:
+        return None
+    held = tuple(eventfd for eventfd in (*row, unmask) if eventfd is not None)
+    handed = HandedIrq(
+        bdf=device.bdf,
+        index=irq.info.index,
+        count=len(row),
+        vectors=tuple(vector for vector, eventfd in enumerate(row) if eventfd is not None),
+        unmasked=unmask is not None,
+        eventfds=tuple(eventfd.identity for eventfd in held),
+    )
+    return handed, held
 
 
 def _describe(block: RamBlock, window: Window) -> HandedBlock:

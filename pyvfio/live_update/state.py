@@ -1,13 +1,13 @@
 """What one process tells another of memory that it hands over: plain facts, as JSON, which are checked when they come.
 
 Nothing here makes a system call. Descriptors travel beside it, in the order of `State.identities`: the container's,
-those of the groups, of the devices and of the blocks.
+those of the groups, of the devices, of the blocks and of the interrupts.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 from pyvfio import ioctls
@@ -18,6 +18,10 @@ from pyvfio.memory import File, Memfd, MemoryKind, MemorySettings
 from pyvfio.units import PAGE_SIZE, U64_MAX, is_aligned
 
 FORMAT, VERSION = "pyvfio live update", 2
+_INTX = int(ioctls.VFIO_PCI_INTX_IRQ_INDEX)
+_KINDS = int(ioctls.VFIO_PCI_NUM_IRQS)
+_MOST_VECTORS = 2048  # PCI 3.0, 6.8.2: the size of an MSI-X table
+_UNKNOWN = 0  # for the identity of an eventfd; others are the kernel's number of it and 1
 _ELSEWHERE = 0  # a descriptor's number is each process's own
 
 
@@ -62,6 +66,38 @@ class HandedBlock:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HandedIrq:
+    """A kind of interrupt that is enabled, of the device at `bdf`: `vectors` of its `count` signal an eventfd each,
+    ascending; `unmasked`: one more unmasks INTx. `eventfds` has the identity of each of them, in that order."""
+
+    bdf: str
+    index: int
+    count: int
+    vectors: tuple[int, ...]
+    unmasked: bool
+    eventfds: tuple[int | None, ...]
+
+    def __post_init__(self) -> None:
+        """ValueError for what no interrupt is."""
+        if not (
+            0 < self.count <= _MOST_VECTORS
+            and self.index < _KINDS
+            and list(self.vectors) == sorted(set(self.vectors))
+            and all(0 <= vector < self.count for vector in self.vectors)
+            and len(self.eventfds) == len(self.vectors) + self.unmasked
+            and (self.index == _INTX or not self.unmasked)
+        ):
+            raise ValueError(f"the vectors of interrupt {self.index} of {self.bdf} do not go together")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each eventfd is, in words."""
+        kind = ioctls.VfioPciIrqIndex(self.index).name
+        unmask = (f"the eventfd that unmasks {kind} of {self.bdf}",) if self.unmasked else ()
+        return (*(f"the eventfd of vector {vector} of {kind} of {self.bdf}" for vector in self.vectors), *unmask)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class State:
     """All of it; `identities` (st_dev, st_ino) tell whether a descriptor is the one that was meant. `container_bits`
     and `mapper_bits`: the `dma_bits` of both."""
@@ -74,7 +110,20 @@ class State:
     container_bits: int
     mapper_bits: int
     blocks: tuple[HandedBlock, ...]
+    irqs: tuple[HandedIrq, ...]
     identities: tuple[tuple[int, int], ...]
+
+    def block_fds(self, fds: Sequence[int]) -> Sequence[int]:
+        """Those of the blocks' memory, of all descriptors."""
+        first = 1 + len(self.groups) + len(self.devices)
+        return fds[first : first + len(self.blocks)]
+
+    def irq_fds(self, fds: Sequence[int]) -> Iterator[tuple[HandedIrq, Sequence[int]]]:
+        """Those of each interrupt, of all descriptors."""
+        first = 1 + len(self.groups) + len(self.devices) + len(self.blocks)
+        for irq in self.irqs:
+            yield irq, fds[first : first + len(irq.eventfds)]
+            first += len(irq.eventfds)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -84,6 +133,7 @@ class State:
             *(f"IOMMU group {number}" for number in self.groups),
             *(f"device {device.bdf}" for device in self.devices),
             *(f"the memory of RAM block '{block.idstr}'" for block in self.blocks),
+            *(name for irq in self.irqs for name in irq.names),
         )
 
     def dump(self) -> bytes:
@@ -100,6 +150,7 @@ class State:
                 "container_bits": self.container_bits,
                 "mapper_bits": self.mapper_bits,
                 "blocks": [_dump_block(block) for block in self.blocks],
+                "irqs": [_dump_irq(irq) for irq in self.irqs],
                 "identities": self.identities,
             },
             separators=(",", ":"),
@@ -137,10 +188,15 @@ class State:
             container_bits=check_dma_bits(top.number("container_bits")),
             mapper_bits=check_dma_bits(top.number("mapper_bits")),
             blocks=tuple(_load_block(row) for row in top.rows("blocks")),
+            irqs=tuple(_load_irq(row) for row in top.rows("irqs")),
             identities=tuple(top.pairs("identities")),
         )
         if not {device.group for device in state.devices} <= set(state.groups):
             raise ValueError("the state has a device of a group that it has not")
+        if not {irq.bdf for irq in state.irqs} <= {device.bdf for device in state.devices}:
+            raise ValueError("the state has an interrupt of a device that it has not")
+        if len({(irq.bdf, irq.index) for irq in state.irqs}) < len(state.irqs):
+            raise ValueError("the state has one interrupt of a device twice")
         if len({block.idstr for block in state.blocks}) < len(state.blocks):
             raise ValueError("the state has two RAM blocks of one name")
         if len(state.identities) != len(state.names):
@@ -178,6 +234,28 @@ def _dump_policy(policy: Policy) -> dict[str, object]:
 def _load_policy(row: _Fields) -> Policy:
     return Policy(
         "extend" if row.text("resize") == "extend" else "remap", row.number_or_none("granule"), row.flag("allow_gap")
+    )
+
+
+def _dump_irq(irq: HandedIrq) -> dict[str, object]:
+    return {
+        "bdf": irq.bdf,
+        "index": irq.index,
+        "count": irq.count,
+        "vectors": irq.vectors,
+        "unmasked": irq.unmasked,
+        "eventfds": [_UNKNOWN if identity is None else identity + 1 for identity in irq.eventfds],
+    }
+
+
+def _load_irq(row: _Fields) -> HandedIrq:
+    return HandedIrq(
+        bdf=row.text("bdf"),
+        index=row.number("index"),
+        count=row.number("count"),
+        vectors=tuple(row.numbers("vectors")),
+        unmasked=row.flag("unmasked"),
+        eventfds=tuple(None if number == _UNKNOWN else number - 1 for number in row.numbers("eventfds")),
     )
 
 

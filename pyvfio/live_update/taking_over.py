@@ -13,7 +13,8 @@ from pyvfio.blocks.block import RamBlock
 from pyvfio.blocks.progress import ProgressCallback, preallocate
 from pyvfio.blocks.state import ResizedCallback
 from pyvfio.container import Container, Group
-from pyvfio.device import Device
+from pyvfio.device import Device, Irq
+from pyvfio.device.eventfds import find_identity
 from pyvfio.dma import DmaMapper
 from pyvfio.errors import HandOverError, IoctlError, RollbackError, VfioError, as_exception
 from pyvfio.extents import Extent
@@ -21,7 +22,7 @@ from pyvfio.guard import ContextManager, Guard, Guarded, checkpoint, close_now, 
 from pyvfio.handle import Handle, attempt, attempt_all
 from pyvfio.iommu.space import Mapping as DmaRange
 from pyvfio.kernel import HUGETLBFS_MAGIC, FileStatus, Kernel, LinuxKernel
-from pyvfio.live_update.state import HandedBlock, State
+from pyvfio.live_update.state import HandedBlock, HandedIrq, State
 from pyvfio.live_update.vaddr import give_up_vaddr, set_vaddr
 from pyvfio.mapper.plan import BlockShape
 from pyvfio.mapper.policy import Policy
@@ -90,9 +91,10 @@ def take_over(
 
     Each block is mapped into this process at a new address, with its settings, and every mapping told that; it is at
     the IOVA that it had, under the policy that it had, and the mapper has the policy and the `dma_bits` that it had.
-    `place` and `policy_of`, for blocks that come later, and `progress` are as of `DmaMapper` and
-    `RamBlockList.add`, `resized` has callbacks of blocks by their id strings. Nothing is opened, mapped for a device,
-    unmapped or reset. The descriptors are the new objects' own from then on, and close-on-exec.
+    Interrupts that were enabled are enabled with the eventfds that came, which have the signals that nobody has read;
+    no call is made for them. `place` and `policy_of`, for blocks that come later, and `progress` are as of `DmaMapper`
+    and `RamBlockList.add`, `resized` has callbacks of blocks by their id strings. Nothing is opened, mapped for a
+    device, unmapped or reset. The descriptors are the new objects' own from then on, and close-on-exec.
 
     Tell the other process when this returns, and resize nothing before. Raises before any mapping is touched: TypeError
     and ValueError for a state that is none, or of another version; HandOverError for descriptors that are not what the
@@ -129,10 +131,19 @@ def _check_descriptors(kernel: Kernel, state: State, fds: Sequence[int]) -> None
             raise HandOverError(
                 f"descriptor {fd} should be {name}, and is another file", hint="Pass HandOver.fds in their order"
             )
-    for block, name, status in zip(
-        state.blocks, names[len(names) - len(state.blocks) :], statuses[len(names) - len(state.blocks) :], strict=True
-    ):
+    first = 1 + len(state.groups) + len(state.devices)
+    for block, name, status in zip(state.blocks, names[first:], statuses[first:], strict=False):
         _check_memory(block, name, status)
+    for irq, eventfds in state.irq_fds(fds):
+        _check_eventfds(irq, eventfds)
+
+
+def _check_eventfds(irq: HandedIrq, fds: Sequence[int]) -> None:
+    # All eventfds are one file to fstat(2), so that only /proc tells them apart.
+    for fd, name, identity in zip(fds, irq.names, irq.eventfds, strict=True):
+        found = find_identity(fd)
+        if None not in (found, identity) and found != identity:
+            raise HandOverError(f"descriptor {fd} should be {name}, and is another", hint="Pass HandOver.fds in order")
 
 
 def _status(kernel: Kernel, fd: int, name: str) -> FileStatus:
@@ -166,6 +177,7 @@ class _Taking:
         self._state = state
         self._fds = tuple(fds)
         self._handles: list[Handle] = []
+        self._irqs: list[Irq] = []
         self._container: Container | None = None
         self._blocks: list[RamBlock] = []
         self._told: list[DmaRange] = []  # mappings that may have an address of this process
@@ -188,7 +200,7 @@ class _Taking:
         except ValueError as error:
             raise HandOverError(f"these descriptors are not what the state says: {error}") from error
         blocks = RamBlockList(kernel=self._kernel)
-        for described, fd in zip(state.blocks, self._fds[len(self._fds) - len(state.blocks) :], strict=True):
+        for described, fd in zip(state.blocks, state.block_fds(self._fds), strict=True):
             self._receive(blocks, described, fd, progress, resized.get(described.idstr))
         for described, block in zip(state.blocks, self._blocks, strict=True):
             for piece in described.pieces:
@@ -211,6 +223,7 @@ class _Taking:
             {described.idstr: described.iova for described in state.blocks},
             {described.idstr: described.policy for described in state.blocks},
         )
+        self._adopt_irqs(devices)
         for fd in self._fds:
             os.set_inheritable(fd, False)  # noqa: FBT003
         for block in self._blocks:
@@ -241,6 +254,19 @@ class _Taking:
             device = devices[described.bdf] = Device.from_fd(groups[described.group], described.bdf, next(fds))
             self._handles.append(device)
         return container, devices
+
+    def _adopt_irqs(self, devices: Mapping[str, Device]) -> None:
+        for described, fds in self._state.irq_fds(self._fds):
+            irq = devices[described.bdf].irq(described.index)
+            if described.count > irq.count:
+                raise HandOverError(
+                    f"{described.count} vectors of interrupt {described.index} of {described.bdf} should be enabled, "
+                    f"and the device has {irq.count}"
+                )
+            of_vector = dict(zip(described.vectors, fds, strict=False))
+            row = [of_vector.get(vector) for vector in range(described.count)]
+            irq.adopt(row, fds[-1] if described.unmasked else None)
+            self._irqs.append(irq)
 
     def _receive(
         self,
@@ -301,6 +327,8 @@ class _Taking:
                 block.state.memory.keep()  # they may be addresses of it
             else:
                 attempt(block.state.memory.release, failures)
+        for irq in self._irqs:
+            attempt(irq.give_up, failures)
         for handle in self._handles:
             handle.release_fd()
         if failures:

@@ -44,6 +44,15 @@ class Taker:
         """Whether the device is stopped when it reads there."""
         return self._probe.read(self.mapper.iova(self.blocks["ring"]) + offset, SIZE) is None
 
+    def hears(self, raised: int) -> bool:
+        """Whether MSI is enabled, and those interrupts that nobody has read are told, and then one that is new."""
+        irq = self.device.irq(ioctls.VFIO_PCI_MSI_IRQ_INDEX)
+        told = irq.wait(timeout=60)
+        self.engine.raise_interrupt()
+        new = irq.wait_any(timeout=60)
+        self.engine.acknowledge_interrupt()
+        return (told, new) == (raised, {0: 1})
+
     def check(self, iova: int) -> None:
         """That all of the block is where it was, that it grows and shrinks, and the device with it."""
         block = self.blocks["ring"]
@@ -75,5 +84,6 @@ def after_exec() -> None:
         assert not any(os.get_inheritable(fd) for fd in fds)
         said.send(b"%d" % locked())
         assert said.recv(10) == b"go"
+        assert Taker(taken).hears(raised=1)
         Taker(taken).check(iova)
     said.send(b"checked")

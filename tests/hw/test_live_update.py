@@ -157,6 +157,22 @@ def test_a_process_hands_over_to_itself_and_no_transfer_is_lost(rig: Rig, world:
             Taker(taken).check(iova)
 
 
+def test_no_interrupt_is_lost_while_it_is_handed_over(rig: Rig, world: World) -> None:
+    """Those that were raised before, in between and afterwards are told by the new object, which nobody has enabled."""
+    own = enable(rig)
+    add(rig)
+    rig.blocks["ring"].resize(MIB)
+    rig.engine.raise_interrupt()
+    with hand_over(rig.mapper) as update:
+        rig.engine.raise_interrupt()
+        fds = [duplicate(world.kernel, fd) for fd in update.fds]
+        with take_over(update.state, fds, kernel=world.kernel) as taken:
+            rig.engine.raise_interrupt()
+            update.finish()
+            os.close(own)
+            assert Taker(taken).hears(raised=3)
+
+
 def test_a_hand_over_that_is_cancelled_loses_no_transfer(rig: Rig, world: World) -> None:
     """And the block can be resized as before."""
     block = add(rig)
@@ -224,11 +240,19 @@ class Helper:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
+def enable(rig: Rig) -> int:
+    """Enable the interrupt of the device, with an eventfd of the program's own, which is returned."""
+    fd = os.eventfd(0, os.EFD_NONBLOCK)
+    rig.device.irq(ioctls.VFIO_PCI_MSI_IRQ_INDEX).enable(fds=[fd])
+    return fd
+
+
 def _takes_all(helper: Helper, state: bytes, fds: list[int]) -> None:
     assert locked() == 0
     with take_over(state, fds) as taken:
         helper.say(b"%d" % locked())
         iova = int(helper.ask())  # the old process has closed everything
+        assert Taker(taken).hears(raised=2)
         Taker(taken).check(iova)
         helper.say(b"checked")
     assert locked() == 0
@@ -242,7 +266,10 @@ def test_another_process_takes_over_and_no_transfer_is_lost(engine_bdfs: tuple[s
     with Rig(engine_bdfs[0], kernel=world.kernel, resize="extend", memory=Memfd()) as rig:
         block = add(rig)
         iova, locked = rig.mapper.iova(block), world.locked_bytes()
+        own = enable(rig)
+        rig.engine.raise_interrupt()
         with watched(rig, block) as witness, hand_over(rig.mapper) as update:
+            rig.engine.raise_interrupt()
             helper.send(update)
             assert int(helper.hear()) == locked - before
             witness.wait()
@@ -252,6 +279,7 @@ def test_another_process_takes_over_and_no_transfer_is_lost(engine_bdfs: tuple[s
             rig.container.close()
             witness.wait()
             assert witness.stop().lost == 0
+        os.close(own)
         helper.tell(b"%d" % iova)
         assert helper.hear() == b"checked"
     assert helper.ended() == 0
@@ -345,6 +373,8 @@ def _becomes_another_program(bdf: str, said: socket.socket) -> None:
         block = add(rig)
         assert block.file is not None
         iova = rig.mapper.iova(block)
+        enable(rig)
+        rig.engine.raise_interrupt()
         socket.send_fds(said, [b"%d" % iova], [rig.device.fd, block.file.fd])
         assert said.recv(10) == b"go"
         update = stack.enter_context(hand_over(rig.mapper))

@@ -59,10 +59,10 @@ PLAIN: Mapping[str, object] = {
 OWN = frozenset(
     name
     for names in (
-        "check_decoding check_present in_use read_command why_silent",
-        "add_dependent all_regions begin begun buffers check_made_by check_open check_stays check_unchanging",
-        "close_dependents close_fd drop follow forget has_dependents let_go must_stay note_left receive release_fd",
-        "resume set_aside soil suspend take_back take_in",
+        "add_dependent adopt all_regions begin begun buffers check_decoding check_made_by check_open check_present",
+        "check_stays check_unchanging close_dependents close_fd drop follow forget give_up has_dependents held",
+        "in_use let_go must_stay note_left read_command receive release_fd resume set_aside soil suspend take_back",
+        "take_in why_silent",
     )
     for name in names.split()
 )

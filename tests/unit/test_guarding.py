@@ -86,7 +86,7 @@ UNGUARDED = {
         ConfigSpace.register16 ConfigSpace.register32 ConfigSpace.register64 ConfigSpace.register8
         Region.register16 Region.register32 Region.register64 Region.register8
     """,
-    "made once, and the first one stays": "Device.config Device.describe_irqs Device.irq Device.region",
+    "made once, and the first one stays": "Device.config Device.describe_irqs Device.irq Device.irqs Device.region",
     "waits for a device, with no lock": "ConfigSpace.poll32 Irq.wait Irq.wait_any Region.poll32",
     "each step of it is guarded": """
         Container.map Container.map_dma Container.reserve_and_map Container.unmap Container.unmap_and_release

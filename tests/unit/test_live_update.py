@@ -853,3 +853,192 @@ def test_discarded_parts_that_a_device_may_reach_are_not_handed_over(kernel: Spe
         block.populate(2 * PAGE_SIZE, PAGE_SIZE)
         hand_over(rig.mapper).cancel()
         rig.check()
+
+
+# ----------------------------------------------------------------------------------------------------- interrupts
+
+MSI = ioctls.VFIO_PCI_MSI_IRQ_INDEX
+INTX = ioctls.VFIO_PCI_INTX_IRQ_INDEX
+
+
+@pytest.fixture
+def interrupts() -> Iterator[Rig]:
+    """A device with eight vectors of MSI, of which the first signals an eventfd of the library, the third one of the
+    program's, and the others none."""
+    with (
+        SpecialKernel(groups=[(2, [FakeDevice(BDF, msi=8, resettable=True)])]) as kernel,
+        nothing_left(kernel),
+        old(kernel) as rig,
+    ):
+        irq = rig.device.irq(MSI)
+        irq.enable(1)
+        irq.disable()
+        own = os.eventfd(0, os.EFD_NONBLOCK)
+        irq.enable(fds=[None, None, own, None])
+        irq.enable(1)
+        yield rig
+        os.close(own)
+
+
+def test_no_interrupt_is_lost_while_it_is_handed_over_and_the_new_process_has_its_eventfds(
+    interrupts: Rig,
+) -> None:
+    """Raised before, between and after; no call is made for it; the gaps are gaps, and can be filled."""
+    kernel, old_irq = special(interrupts), interrupts.device.irq(MSI)
+    own = old_irq.fds[2]
+    assert own is not None
+    kernel.interrupt(BDF, 0)
+    update = hand_over(interrupts.mapper)
+    kernel.interrupt(BDF, 2)
+    kernel.clear_trace()
+    with take_over(update.state, duplicates(kernel, update), kernel=kernel) as taken:
+        irq = taken.devices[BDF].irq(MSI)
+        assert "VFIO_DEVICE_SET_IRQS" not in requests(kernel.trace)
+        kernel.interrupt(BDF, 2)
+        update.finish()
+        assert own in open_fds()
+        assert [fd is None for fd in irq.fds] == [False, True, False, True]
+        assert not {fd for fd in irq.fds if fd is not None} & {own}
+        kernel.interrupt(BDF, 0)
+        assert irq.wait_any(timeout=0) == {0: 2, 2: 2}
+        irq.enable(1, start=3)
+        kernel.interrupt(BDF, 3)
+        assert irq.wait_any(timeout=0) == {3: 1}
+        with pytest.raises(pyvfio.UnsupportedError, match="4 of 8 vectors are enabled"):
+            irq.enable(1, start=4)
+        irq.disable()
+        assert own in open_fds()
+
+
+def test_vectors_that_share_an_eventfd_share_it_in_the_new_process(interrupts: Rig) -> None:
+    """Descriptors that came are several, of one eventfd."""
+    kernel, irq = special(interrupts), interrupts.device.irq(MSI)
+    irq.enable(fds=[irq.fds[2], irq.fds[2]], start=1)
+    update = hand_over(interrupts.mapper)
+    with take_over(update.state, duplicates(kernel, update), kernel=kernel) as taken:
+        update.finish()
+        kernel.interrupt(BDF, 1)
+        assert taken.devices[BDF].irq(MSI).wait_any(timeout=0) == {1: 1, 2: 1}
+
+
+def test_an_eventfd_that_unmasks_intx_goes_along(kernel: SpecialKernel, rig: Rig) -> None:
+    """And another can take its place in the new process, which knows of it."""
+    unmask = os.eventfd(0, os.EFD_NONBLOCK)
+    rig.device.irq(INTX).enable()
+    rig.device.irq(INTX).unmask_by(unmask)
+    update = hand_over(rig.mapper)
+    with take_over(update.state, duplicates(kernel, update), kernel=kernel) as taken:
+        update.finish()
+        irq = taken.devices[BDF].irq(INTX)
+        for _ in range(2):
+            kernel.interrupt(BDF)
+            assert irq.wait(timeout=60) == 1
+            os.eventfd_write(unmask, 1)
+        with pytest.raises(pyvfio.IoctlError, match="EBUSY"):
+            irq.unmask_by(unmask)
+        irq.unmask_by(None)
+        irq.unmask_by(unmask)
+    os.close(unmask)
+
+
+def test_a_cancelled_hand_over_leaves_interrupts_as_they_were(interrupts: Rig) -> None:
+    """Though the new process had them; until then the old one can wait, and change nothing."""
+    kernel, irq = special(interrupts), interrupts.device.irq(MSI)
+    before = irq.fds
+    with hand_over(interrupts.mapper) as update:
+        fds = duplicates(kernel, update)
+        forget_interrupts(take_over(update.state, fds, kernel=kernel), kernel, fds)
+        changes: tuple[Callable[[], object], ...] = (
+            irq.disable,
+            lambda: irq.disable(0),
+            lambda: irq.enable(1, start=1),
+            lambda: irq.enable(fds=[None]),
+            lambda: interrupts.device.irq(INTX).unmask_by(None),
+            interrupts.device.irq(INTX).enable,
+        )
+        for change in changes:
+            with pytest.raises(HandOverError, match="another process"):
+                change()
+        kernel.interrupt(BDF, 2)
+        assert irq.wait_any(timeout=0) == {2: 1}
+    assert irq.fds == before
+    kernel.interrupt(BDF, 0)
+    assert irq.wait_any(timeout=0) == {0: 1}
+    irq.disable(0)
+
+
+def special(rig: Rig) -> SpecialKernel:
+    """Its kernel."""
+    assert isinstance(rig.kernel, SpecialKernel)
+    return rig.kernel
+
+
+def forget_interrupts(taken: TakenOver, kernel: SpecialKernel, fds: list[int]) -> None:
+    """The new process dies, with interrupts."""
+    for device in taken.devices.values():
+        for irq in device.irqs:
+            irq.give_up()
+    forget(taken, kernel, fds)
+
+
+def test_eventfds_that_came_are_the_callers_again_where_it_could_not_be_taken_over(interrupts: Rig) -> None:
+    """Whichever call fails, also those for the interrupts; and the second time it succeeds."""
+    kernel = special(interrupts)
+    calls = (("eventfd", ""), ("ioctl", "VFIO_DEVICE_GET_IRQ_INFO"), ("ioctl", "VFIO_IOMMU_MAP_DMA"))
+    with hand_over(interrupts.mapper) as update:
+        fds = duplicates(kernel, update)
+        for call, request in calls:
+            before = open_fds()
+            kernel.fail(call=call, request=request or None, errno=errno.EMFILE)
+            with pytest.raises(pyvfio.IoctlError):
+                take_over(update.state, fds, kernel=kernel)
+            assert open_fds() == before
+        kernel.interrupt_at(1, after=True)
+        with pytest.raises(Interrupt):
+            take_over(update.state, fds, kernel=kernel)
+        assert open_fds() == before
+        forget_interrupts(take_over(update.state, fds, kernel=kernel), kernel, fds)
+
+
+def test_eventfds_in_another_order_are_refused(interrupts: Rig) -> None:
+    """All of them are one file to fstat(2)."""
+    kernel = special(interrupts)
+    with hand_over(interrupts.mapper) as update:
+        fds = duplicates(kernel, update)
+        with pytest.raises(HandOverError, match="should be the eventfd of vector 0 of VFIO_PCI_MSI_IRQ_INDEX"):
+            take_over(update.state, [*fds[:-2], fds[-1], fds[-2]], kernel=kernel)
+        with pytest.raises(HandOverError, match="the eventfd of vector 2"):
+            take_over(update.state, fds[:-1], kernel=kernel)
+        close(kernel, fds)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("bdf", "0000:00:07.0", "device that it has not"),
+        ("index", 5, "do not go together"),
+        ("index", -1, "'index'"),
+        ("count", 2, "do not go together"),
+        ("count", 0, "do not go together"),
+        ("count", 1 << 40, "do not go together"),
+        ("vectors", [2, 0], "do not go together"),
+        ("vectors", [0, 0], "do not go together"),
+        ("vectors", "02", "'vectors'"),
+        ("eventfds", [1], "do not go together"),
+        ("unmasked", True, "do not go together"),
+        ("unmasked", 0, "'unmasked'"),
+    ],
+)
+def test_interrupts_that_none_can_have_are_refused(interrupts: Rig, field: str, value: object, says: str) -> None:
+    """Before any call."""
+    with hand_over(interrupts.mapper) as update:
+        told = json.loads(update.state)
+        told["irqs"][0][field] = value
+        interrupts.kernel.clear_trace()
+        with pytest.raises(ValueError, match=says):
+            take_over(json.dumps(told).encode(), update.fds, kernel=interrupts.kernel)
+        told = json.loads(update.state)
+        told["irqs"] *= 2
+        with pytest.raises(ValueError, match="twice"):
+            take_over(json.dumps(told).encode(), update.fds, kernel=interrupts.kernel)
+        assert interrupts.kernel.trace == []
