@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Literal, NamedTuple, TypeVar
@@ -13,7 +14,11 @@ from tests.interruptions.scene import GROUP, HOT_BDFS, MOST, Listener, Scene, Up
 from tests.unit.fakes import BDF
 
 _Thing = TypeVar("_Thing")
-MSI = ioctls.VFIO_PCI_MSI_IRQ_INDEX
+INTX, MSI, MSIX = (
+    ioctls.VFIO_PCI_INTX_IRQ_INDEX,
+    ioctls.VFIO_PCI_MSI_IRQ_INDEX,
+    ioctls.VFIO_PCI_MSIX_IRQ_INDEX,
+)
 
 
 class Operation(NamedTuple):
@@ -117,6 +122,52 @@ def _interrupts(scene: Scene) -> None:
     scene.open().irq(MSI).enable(1)
 
 
+class _Eventfd:
+    """An eventfd of the program's own."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK)
+
+    def close(self) -> None:
+        """The program closes it itself."""
+        os.close(self.fd)
+
+
+def _own_eventfd(scene: Scene) -> None:
+    scene.open()
+    scene.things["eventfd"] = _Eventfd()
+
+
+def _vectors(scene: Scene) -> None:
+    _own_eventfd(scene)
+    _device(scene).irq(MSIX).enable(2)
+
+
+def _line(scene: Scene) -> None:
+    _own_eventfd(scene)
+    _device(scene).irq(INTX).enable(1)
+
+
+def _add_vectors(scene: Scene) -> None:
+    """Two, one of them with an eventfd of the program's own, and in place of one that there is."""
+    _device(scene).irq(MSIX).enable(fds=[_thing(scene, "eventfd", _Eventfd).fd] * 2, start=1)
+
+
+def _unmask(scene: Scene) -> None:
+    _device(scene).irq(INTX).unmask_by(_thing(scene, "eventfd", _Eventfd).fd)
+
+
+def _interrupts_of() -> Iterator[Operation]:
+    yield Operation(
+        "enable an interrupt", Scene.open, lambda s: _device(s).irq(MSI).enable(1), refusals=(pyvfio.VfioError,)
+    )
+    yield Operation("disable an interrupt", _interrupts, lambda s: _device(s).irq(MSI).disable())
+    yield Operation("enable vectors with own eventfds", _own_eventfd, _add_vectors)
+    yield Operation("add vectors", _vectors, _add_vectors)
+    yield Operation("stop a vector", _vectors, lambda s: _device(s).irq(MSIX).disable(1))
+    yield Operation("unmask by an eventfd", _line, _unmask, refusals=(OSError,))
+
+
 def _close(name: str, scene: Scene) -> None:
     scene.things[name].close()
 
@@ -138,10 +189,6 @@ def _opening() -> Iterator[Operation]:
     yield Operation("close a device", _busy, partial(_close, "device"))
     yield Operation("map a region", _region, lambda s: _device(s).region(0).mmap(), makes=True)
     yield Operation("close a mapped region", _region_map, partial(_close, "map"))
-    yield Operation(
-        "enable an interrupt", Scene.open, lambda s: _device(s).irq(MSI).enable(1), refusals=(pyvfio.VfioError,)
-    )
-    yield Operation("disable an interrupt", _interrupts, lambda s: _device(s).irq(MSI).disable())
     yield Operation("reset", _busy, lambda s: _device(s).reset())
     yield Operation("access a register", _region, lambda s: _device(s).region(0).register32(0).read())
     yield Operation("access a register again", _window, lambda s: _device(s).region(0).register32(0).read())
@@ -379,6 +426,7 @@ def _dirty() -> Iterator[Operation]:
 
 def _portable(scene: Scene) -> None:
     scene.fill(resize="extend", memory=pyvfio.Memfd())
+    _device(scene).irq(MSI).enable(1)
     scene.portable = True
 
 
@@ -407,4 +455,12 @@ def _live_update() -> Iterator[Operation]:
     yield Operation("take_over", _sent, _take, makes=True)
 
 
-OPERATIONS = (*_opening(), *_changes(), *_buffers(), *_beside_each_other(), *_dirty(), *_live_update())
+OPERATIONS = (
+    *_opening(),
+    *_interrupts_of(),
+    *_changes(),
+    *_buffers(),
+    *_beside_each_other(),
+    *_dirty(),
+    *_live_update(),
+)

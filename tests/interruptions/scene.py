@@ -42,9 +42,9 @@ class SeenKernel(SpecialKernel):
     too."""
 
     def __init__(self) -> None:
-        devices = [(GROUP, FakeDevice(BDF, resettable=True)), (OTHER_GROUP, FakeDevice(OTHER_BDF, resettable=True))]
-        groups = [(number, [device]) for number, device in devices]
-        super().__init__(groups=[*groups, (HOT_GROUP, [FakeDevice(bdf, resettable=True) for bdf in HOT_BDFS])])
+        first, second = FakeDevice(BDF, msix=4, resettable=True), FakeDevice(OTHER_BDF, resettable=True)
+        hot = [FakeDevice(bdf, resettable=True) for bdf in HOT_BDFS]
+        super().__init__(groups=[(GROUP, [first]), (OTHER_GROUP, [second]), (HOT_GROUP, hot)])
 
     def mmap(self, vaddr: int, size: int, protection: int, flags: int, *, fd: int = -1, offset: int = 0) -> Vaddr:
         """Note where it is."""

@@ -17,12 +17,36 @@ _WITNESSES: dict[str, list[list[str]]] = {
     "dirty log": [["tests/unit/test_dirty_log.py", "-k", "not never_is_too_little"], ["tests/unit/test_dirty_log.py"]],
     "pages replaced": [["tests/unit/test_remap.py"]],
     "held memory": [["tests/unit/test_holders.py"]],
+    "interrupts": [["tests/unit/test_irq.py"]],
     "hot reset": [["tests/unit/test_hot_reset.py"]],
     _REGION: [["tests/unit/test_beside.py"]],
     "hand-over": [[_HAND_OVER, "-k", "not whichever and not interrupted"], [_HAND_OVER]],
 }
 
 _MUTANTS = (
+    # ------------------------------------------------------------------------------------------------------ interrupts
+    # A vector that stays as it is is disconnected for a moment.
+    Mutant("Irq._change", "if new is not before[v] and not", "if True or not", "interrupts"),
+    # What the kernel has disconnected stays so, or the table says that it is connected.
+    Mutant("Irq._change", "            self._put_back(tried, before, wake, error)\n", "", "interrupts"),
+    Mutant("Irq._put_back", "                lost |= set(run)\n", "", "interrupts"),
+    # A program's own descriptor is closed, or waited for when it may be another file's.
+    Mutant("Making._duplicate", "            own = self._kernel.dup(fd)", "            own = fd", "interrupts"),
+    # A duplicate has the number of a descriptor that is closed.
+    Mutant("Making.duplicate", "                self._check_open(fd)\n", "                pass\n", "interrupts"),
+    # Whoever waits does not hear of a vector that was added, or stopped.
+    Mutant("Irq._replace", "            old.end(None, kept=row)\n", "            pass\n", "interrupts"),
+    # The eventfds that stay are closed with the others.
+    Mutant("Irq._replace", "old.end(None, kept=row)", "old.end(None)", "interrupts"),
+    # One that several vectors share is read for each.
+    Mutant("Vectors._read", "if self._may_share else None", "if False else None", "interrupts"),
+    # The duplicates that nobody needs stay open.
+    Mutant("Irq._enable", "            making.close()\n            raise\n", "            raise\n", "interrupts"),
+    # An interrupt is handed over without its gaps, or can be changed meanwhile.
+    Mutant("_Taking._adopt_irqs", "for vector in range(described.count)]", "for vector in of_vector]", "hand-over"),
+    Mutant("HandOver.begin", "                group.set_aside()  #", "                pass  #", "hand-over"),
+    Mutant("_Taking.give_back", "            attempt(irq.give_up, failures)\n", "            pass\n", "hand-over"),
+    Mutant("_check_eventfds", "and found != identity:", "and False:", "hand-over"),
     # ----------------------------------------------------------------------------------------------------- whole block
     # The guard page is a mapping of its own then, of which the process has none left.
     Mutant(

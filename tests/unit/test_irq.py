@@ -114,12 +114,12 @@ def waiting(call: Callable[[], object], heard: list[object]) -> Iterator[None]:
         except pyvfio.VfioError as error:
             heard.append(error.with_traceback(None))  # which has the frames, and those the eventfds
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)  # one that nobody wakes must not keep the process
     thread.start()
     while not in_poll(thread):
         time.sleep(0.001)
     yield
-    thread.join(60)
+    thread.join(20)
     assert not thread.is_alive()
 
 
@@ -161,14 +161,12 @@ def test_a_thread_that_waits_for_all_hears_of_a_vector_that_is_added(
 def test_vectors_that_share_an_eventfd_are_told_together(
     kernel: SpecialKernel, device: pyvfio.Device, own: list[int]
 ) -> None:
-    """The counter is one; a second read would find nothing, or block."""
+    """The counter is one; a second read would find nothing."""
     irq = device.irq(MSIX)
-    blocking = os.eventfd(0)
-    irq.enable(fds=[own[0], blocking, blocking])
+    irq.enable(fds=[own[0], own[1], own[1]])
     kernel.interrupt(BDF, 1)
     kernel.interrupt(BDF, 2)
     assert irq.wait_any(timeout=10) == {1: 2, 2: 2}
-    os.close(blocking)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +266,7 @@ def test_no_signal_is_lost_while_vectors_come_and_go(
     """The device raises two vectors all the while; others are added, replaced and stopped a hundred times."""
     irq = device.irq(MSIX)
     irq.enable(2)
-    raised, seen, over = [0, 0], [0, 0], threading.Event()
+    raised, seen, over, done = [0, 0], [0, 0], threading.Event(), threading.Event()
 
     def device_works() -> None:
         while not over.is_set():
@@ -277,11 +275,11 @@ def test_no_signal_is_lost_while_vectors_come_and_go(
             raised[vector] += 1
 
     def driver_waits() -> None:
-        while not over.is_set() or sum(raised) > sum(seen):
+        while not done.is_set() or sum(raised) > sum(seen):
             times = irq.wait_any(timeout=0.05)
             seen[:] = [seen[vector] + times.get(vector, 0) for vector in (0, 1)]
 
-    threads = [threading.Thread(target=run) for run in (device_works, driver_waits)]
+    threads = [threading.Thread(target=run, daemon=True) for run in (device_works, driver_waits)]
     for thread in threads:
         thread.start()
     for _ in range(100):
@@ -291,8 +289,9 @@ def test_no_signal_is_lost_while_vectors_come_and_go(
         irq.disable(2, 9)
         irq.enable(fds=[None, None, None], start=3)
     over.set()
-    for thread in threads:
-        thread.join()
+    threads[0].join()
+    done.set()
+    threads[1].join(20)
     assert raised == seen
     assert min(raised) > 0
 
@@ -534,3 +533,86 @@ def test_asyncio_waits_for_an_interrupt(kernel: SpecialKernel, device: pyvfio.De
             asyncio.get_running_loop().remove_reader(fd)
 
     assert asyncio.run(run()) == 1
+
+
+# ------------------------------------------------------------------------------------- INTx, unmasked by an eventfd
+
+
+def test_each_write_to_the_eventfd_unmasks_intx(kernel: SpecialKernel, device: pyvfio.Device) -> None:
+    """The descriptor is the program's, which may write to another of the same eventfd; `disable` ends it."""
+    irq = device.irq(INTX)
+    irq.enable()
+    mine = os.eventfd(0, os.EFD_NONBLOCK)
+    theirs = os.dup(mine)
+    irq.unmask_by(mine)
+    for _ in range(3):
+        kernel.interrupt(BDF)
+        kernel.interrupt(BDF)
+        assert irq.wait(timeout=60) == 1
+        assert irq.wait(timeout=0) == 0
+        os.eventfd_write(theirs, 1)
+        assert irq.wait(timeout=60) == 1
+        os.eventfd_write(mine, 1)
+    irq.disable()
+    irq.enable()
+    irq.unmask_by(theirs)
+    for fd in (mine, theirs):
+        os.close(fd)
+
+
+def test_there_is_one_such_eventfd_until_it_is_taken_away(
+    kernel: SpecialKernel, device: pyvfio.Device, own: list[int]
+) -> None:
+    """The second is EBUSY, and the error says what to do; the first works on."""
+    irq = device.irq(INTX)
+    irq.enable()
+    irq.unmask_by(None)
+    irq.unmask_by(own[0])
+    before = open_fds()
+    with pytest.raises(pyvfio.IoctlError, match=r"EBUSY.*unmask_by\(None\)") as caught:
+        irq.unmask_by(own[1])
+    assert caught.value.errno == errno.EBUSY
+    assert open_fds() == before
+    kernel.interrupt(BDF)
+    kernel.interrupt(BDF)
+    assert irq.wait(timeout=60) == 1
+    os.eventfd_write(own[0], 1)
+    assert irq.wait(timeout=60) == 1
+    irq.unmask_by(None)
+    irq.unmask_by(own[1])
+    kernel.interrupt(BDF)
+    os.eventfd_write(own[1], 1)
+    assert irq.wait(timeout=60) == 1
+
+
+def test_what_cannot_unmask_intx_is_refused_and_changes_nothing(
+    kernel: SpecialKernel, device: pyvfio.Device, own: list[int]
+) -> None:
+    """Of a wrong class, closed, no eventfd; another kind is the kernel's ENOTTY, and nothing works before `enable`."""
+    irq = device.irq(INTX)
+    with pytest.raises(pyvfio.VfioError, match="is not enabled"):
+        irq.unmask_by(own[0])
+    irq.enable()
+    unmask_by: Callable[[object], None] = irq.unmask_by  # type: ignore[assignment]
+    with open(os.devnull) as null:
+        closed = os.dup(own[0])
+        os.close(closed)
+        before, calls = open_fds(), set_irqs(kernel)
+        for fd, error, says in (
+            ("3", TypeError, "whole number"),
+            (1.0, TypeError, "whole number"),
+            (True, TypeError, "whole number"),
+            (-1, ValueError, "no file descriptor"),
+            (1 << 40, ValueError, "no file descriptor"),
+            (closed, ValueError, "is closed"),
+            (null.fileno(), ValueError, "no eventfd"),
+            (device.fd, ValueError, "no eventfd"),
+        ):
+            with pytest.raises(error, match=says):
+                unmask_by(fd)
+        assert (open_fds(), set_irqs(kernel)) == (before, calls)
+    irq.disable()
+    device.irq(MSI).enable()
+    with pytest.raises(pyvfio.IoctlError, match="Only INTx") as caught:
+        device.irq(MSI).unmask_by(own[0])
+    assert caught.value.errno == errno.ENOTTY

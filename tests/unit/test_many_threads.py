@@ -46,7 +46,8 @@ LEFT_OUT = {
         unmap_all set_container unset_container set_iommu detach release_iova
     """,
     "each worker makes these with an object of its own": """
-        close add remove add_notifier remove_notifier attach get_device_fd wait map_dma map_buffer map_region
+        close add remove add_notifier remove_notifier attach get_device_fd wait wait_any map_dma
+        map_buffer map_region
         map_temporary mmap view disable disable_uncoordinated require require_coordinated reserve_iova reserve_iova_at
     """,
 }
@@ -301,6 +302,9 @@ class Worker:
         irq.enable(1)
         irq.trigger()
         irq.wait(timeout=0)
+        irq.wait_any(timeout=0)
+        irq.enable(fds=[None])
+        irq.disable(0)
         irq.disable()
 
     def _devices(self) -> None:

@@ -57,7 +57,7 @@ def test_each_part_that_listens_or_hands_over_has_a_mistake_of_its_own() -> None
     """And tests that there are have to notice it."""
     parts = {mutant.operation: listeners.SUITE.rounds(mutant) for mutant in listeners.SUITE.mutants}
     assert set(parts) == {
-        *("whole block", "dirty log", "pages replaced", "held memory"),
+        *("whole block", "dirty log", "pages replaced", "held memory", "interrupts"),
         *("hot reset", "region of another device", "hand-over"),
     }
     assert all((ROOT / arguments[0]).is_file() for rounds in parts.values() for arguments in rounds)

@@ -13,7 +13,7 @@ from pyvfio import pci
 from pyvfio.cli import bind, unbind
 from pyvfio.cli import list as list_command
 from pyvfio.testing import FakeKernel
-from pyvfio.testing.fake import FakeDevice
+from pyvfio.testing.fake import VERSIONS, FakeDevice
 from tests.mutants.mutant import definitions
 from tests.unit.sysfs import SysfsTree
 
@@ -129,3 +129,17 @@ def test_the_programs_of_the_page_on_registers_run_on_a_device() -> None:
             exec(program, names)  # noqa: S102
         assert not device.closed
         assert device.memory_enabled
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_programs_of_the_page_on_interrupts_run_one_after_the_other(version: str) -> None:
+    """On each kernel: what only some can do, they ask first."""
+    program = "".join(programs("docs/interrupts.md")).replace('2.0"', '2.0", kernel=kernel')
+    assert program.count("kernel=kernel") == 1
+    devices = [FakeDevice("0000:00:02.0", msi=0, msix=16)]
+    with FakeKernel(version, groups=[(2, devices)]) as kernel:
+        names: dict[str, object] = {"kernel": kernel}
+        exec(program, names)  # noqa: S102
+        assert isinstance(names["irq"], pyvfio.Irq)
+        assert (names["irq"].can_grow, names["times"]) == (version != "6.1", 1)
+        assert kernel.descriptors == ()
