@@ -102,6 +102,9 @@ DEVICES: Mapping[str, Sequence[str]] = {
         "e1000e,bus=above,romfile=",
         "pcie-root-port,id=socket,addr=13,chassis=1",
         "rtl8139,bus=socket,romfile=",
+        "nvme-subsys,id=functions,nqn=pyvfio",
+        "pcie-root-port,id=beside,addr=14,chassis=2",
+        "nvme,serial=pyvfio,bus=beside,subsys=functions,sriov_max_vfs=2,sriov_vq_flexible=4,sriov_vi_flexible=2",
     ),
     "virtio-rng": (*_EDU, "virtio-rng-pci,disable-legacy=on,iommu_platform=on,max-bytes=4096,period=100"),
     "nvme": (
@@ -123,7 +126,8 @@ with these, and goes on with
   driver of the last keeps from being viable;
 * an ``e1000e`` (8086:10d3), which can be reset, in one group with the root port above it;
 * an ``rtl8139`` (10ec:8139) below another root port, which can be taken out of its slot: 256 bytes of memory in a page
-  of their own.
+  of their own;
+* an ``nvme`` (1b36:0010) without a disk, which makes up to two virtual functions, below a root port of its own.
 
 The ``virtio-rng`` and the root ports come with the kernel's drivers, the others with none.
 

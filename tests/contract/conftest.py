@@ -21,8 +21,17 @@ from pyvfio.kernel import LinuxKernel
 from pyvfio.testing.fake import VERSIONS, FakeKernel
 from pyvfio.testing.fake.iommu import iommu_model
 from pyvfio.testing.world import dma_entry_limit
-from tests.contract.devices import FAKE, TO_BIND, Company, Id, fake_groups, find_company
-from tests.contract.world import Attached, World, real_memlock, real_message, real_rebind
+from tests.contract.devices import (
+    FAKE,
+    TO_BIND,
+    Company,
+    Id,
+    Member,
+    fake_groups,
+    find_company,
+    find_functions,
+)
+from tests.contract.world import Attached, Sriov, World, real_memlock, real_message, real_rebind
 
 ENTRIES = 64  # a kernel has 65535, which cost seconds to fill
 RUNNING = "running"
@@ -143,6 +152,44 @@ def company(world_name: str, request: pytest.FixtureRequest) -> Company:
     """The other devices."""
     found: Company = request.getfixturevalue("running_company" if world_name == RUNNING else "fake_company")
     return found
+
+
+@pytest.fixture(scope="session")
+def running_function(request: pytest.FixtureRequest) -> Iterator[Member]:
+    """A physical function of the running machine, which vfio-pci has and may make virtual ones of."""
+    if not request.config.getoption("--throwaway"):
+        pytest.skip("this makes virtual functions: only in a virtual machine, with --throwaway")
+    kernel = LinuxKernel()
+    found = find_functions(kernel)
+    if not found:
+        pytest.skip("this needs the devices of scripts/vm --devices contract")
+    with ExitStack() as stack:
+        stack.callback(pci.restore, kernel, pci.bind(kernel, found[0].bdf))
+        pci.write_sysfs(kernel.sysfs / "module/vfio_pci/parameters/enable_sriov", "1")
+        yield found[0]
+
+
+@pytest.fixture
+def sriov(world_name: str, world: World, request: pytest.FixtureRequest) -> Iterator[Sriov]:
+    """The world around a physical function, and what makes a virtual one of it.
+
+    A test opens the physical one first, and keeps it open: where its reset comes later, QEMU's virtual functions are
+    gone, and kernels before 7 wait a minute for each.
+    """
+    if world_name != RUNNING:
+        physical, virtual = (world.around(*each) for each in find_functions(world.kernel))
+        yield Sriov(physical, lambda: virtual)
+        return
+    own, member = world.apart(), request.getfixturevalue("running_function")
+    count = own.kernel.sysfs / "bus/pci/devices" / member.bdf / "sriov_numvfs"
+
+    def make() -> World:
+        pci.write_sysfs(count, "1")
+        return own.around(*find_functions(own.kernel)[1])
+
+    yield Sriov(own.around(*member), make)
+    own.end()
+    pci.write_sysfs(count, "0")
 
 
 @pytest.fixture

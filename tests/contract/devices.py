@@ -37,6 +37,7 @@ RNG = Id(0x1AF4, 0x1005)
 NIC = Id(0x10EC, 0x8139)
 BRIDGE = Id(0x1B36, 0x000E)
 ROOT_PORT = Id(0x1B36, 0x000C)
+NVME = Id(0x1B36, 0x0010)
 FAKE = ("0000:00:03.0", 3)
 """The contract's device on the fake: address and group."""
 TO_BIND = (TESTDEV, XHCI, E1000E)
@@ -67,6 +68,12 @@ class Company(NamedTuple):
     in_slot: Member
 
 
+def find_functions(kernel: Kernel) -> list[Member]:
+    """The functions of a device with SR-IOV, the physical one first; each is in a group of its own."""
+    found = [device for device in pci.enumerate_devices(kernel) if Id(device.vendor, device.device) == NVME]
+    return sorted(Member(device.bdf, device.iommu_group) for device in found if device.iommu_group is not None)
+
+
 def find_company(kernel: Kernel) -> Company | None:
     """Who keeps the contract's device company; None where not all are there."""
     found: dict[Id, list[Member]] = {}
@@ -74,7 +81,7 @@ def find_company(kernel: Kernel) -> Company | None:
         if device.iommu_group is not None:
             found.setdefault(Id(device.vendor, device.device), []).append(Member(device.bdf, device.iommu_group))
     match [found.get(each, []) for each in (EDU, XHCI, TESTDEV, BRIDGE, RNG, ROOT_PORT, E1000E, NIC)]:
-        case [[_, edu], [xhci], [first, second, bridged], [bridge], [rng], [port, slot], [e1000e], [nic]]:
+        case [[_, edu], [xhci], [first, second, bridged], [bridge], [rng], [port, slot, *_], [e1000e], [nic]]:
             return Company(edu, xhci, (first, second), bridge, bridged, rng, port, e1000e, slot, nic)
     return None
 
@@ -136,7 +143,43 @@ def fake_groups() -> list[tuple[int, Sequence[FakeDevice | FakePciDevice]]]:
         (7, [_bridge("0000:00:11.0", BRIDGE, None), _testdev("0000:01:01.0"), rng]),
         (8, [_bridge("0000:00:12.0", ROOT_PORT, "pcieport"), e1000e]),
         (9, [_bridge("0000:00:13.0", ROOT_PORT, "pcieport"), in_slot]),
+        (10, [_nvme("0000:04:00.0", pf=None)]),
+        (11, [_nvme("0000:04:00.1", pf="0000:04:00.0")]),
     ]
+
+
+# Status, and the lists of capabilities of QEMU 7.2's nvme: MSI-X, power management, PCI Express; ARI, and SR-IOV of the
+# physical function.
+_NVME_CONFIG = {
+    0x06: b"\x10\x00",
+    0x34: b"\x40",
+    0x60: bytes.fromhex("0100030008000000"),
+    0x80: bytes.fromhex("1060020000800010000000001104000000001100"),
+}
+_NVME_PHYSICAL = {
+    0x40: bytes.fromhex("11803e000020000000300000"),
+    0x100: bytes.fromhex("0e000112"),
+    0x120: bytes.fromhex("10000100"),
+}
+_NVME_VIRTUAL = {0x40: bytes.fromhex("118000000020000000300000"), 0x100: bytes.fromhex("0e000100")}
+
+
+def _nvme(bdf: str, *, pf: str | None) -> FakeDevice:
+    return FakeDevice(
+        bdf,
+        vendor=NVME.vendor,
+        device=NVME.device,
+        class_code=0x010802,
+        bars={0: Bar(16 * KIB)},
+        intx=pf is None,
+        msi=0,
+        msix=63 if pf is None else 1,
+        resettable=True,
+        pcie=True,
+        config=_NVME_CONFIG | (_NVME_PHYSICAL if pf is None else _NVME_VIRTUAL),
+        sriov=pf is None,
+        pf=pf,
+    )
 
 
 def _bridge(bdf: str, identity: Id, driver: str | None) -> FakeDevice:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import time
 
 import pytest
 
 from pyvfio import ioctls
-from tests.contract.world import BAD_ADDRESS, Attached, World, refused
+from tests.contract.world import BAD_ADDRESS, PAGE, Attached, World, refused
 
 GET, SET, PROBE = 1 << 16, 1 << 17, 1 << 18
 ENTRY, ENTRY_WITH_WAKEUP, EXIT, DMA_BUF, PRECOPY = 3, 4, 5, 11, 12
 BAR_END = 1 << 20
+CONFIG = 7 << 40
 MSIX_TABLE, MSIX_TABLE_SIZE = 0x3000, 16 * 16  # of xhci, in BAR 0
 
 
@@ -92,15 +94,90 @@ def test_the_wake_up_needs_an_eventfd(v2: Attached, device: int) -> None:
         feature(v2.world, device, SET | ENTRY_WITH_WAKEUP, argsz=15)
 
 
+def test_in_low_power_registers_are_read_by_system_calls(v2: Attached, device: int) -> None:
+    world = v2.world
+    before = world.kernel.pread(device, 4, 0), world.kernel.pread(device, 4, CONFIG)
+    feature(world, device, SET | ENTRY)
+    for _ in range(2):
+        assert (world.kernel.pread(device, 4, 0), world.kernel.pread(device, 4, CONFIG)) == before
+    with refused(errno.EINVAL):
+        feature(world, device, SET | ENTRY)
+    feature(world, device, SET | EXIT)
+
+
+def test_an_access_wakes_a_device_up_and_tells_an_eventfd_and_then_low_power_is_over(v2: Attached, device: int) -> None:
+    world, event = v2.world, an_eventfd(v2.world)
+    for _ in range(2):
+        feature(world, device, SET | ENTRY_WITH_WAKEUP, argsz=16, data=struct.pack("=iI", event, 0))
+        end = time.monotonic() + 60
+        while not world.kernel.poll(event, 0.1):  # the kernel suspends the device a moment later
+            world.kernel.pread(device, 4, CONFIG)
+            assert time.monotonic() < end
+        assert world.kernel.eventfd_read(event) == 1
+        world.kernel.pread(device, 4, CONFIG)
+        assert not world.kernel.poll(event, 0)
+    feature(world, device, SET | ENTRY)
+    feature(world, device, SET | EXIT)
+
+
+# ----------------------------------------------------------------------------------------------------------- DMA-bufs
+
+
+def dma_buf(
+    world: World, fd: int, *ranges: tuple[int, int], region: int = 0, flags: int = 0, count: int | None = None
+) -> int:
+    """The descriptor of a DMA-buf."""
+    count = len(ranges) if count is None else count
+    data = struct.pack("=IIII", region, os.O_RDWR | os.O_CLOEXEC, flags, count)
+    data += b"".join(struct.pack("=QQ", *each) for each in ranges)
+    argument = bytearray(struct.pack("=II", 8 + len(data), GET | DMA_BUF) + data)
+    return world.keep(world.ioctl(fd, ioctls.VFIO_DEVICE_FEATURE, argument))
+
+
 def test_dma_buf_can_be_probed_since_6_19(v2: Attached, device: int) -> None:
     if not v2.world.since(6, 19):
         with refused(errno.ENOTTY):
             feature(v2.world, device, PROBE | DMA_BUF)
+        with refused(errno.ENOTTY):
+            dma_buf(v2.world, device, (0, PAGE))
         return
     feature(v2.world, device, PROBE | GET | DMA_BUF)
     for flags, argsz in ((SET, 24), (0, 24), (GET, 23), (GET, 24)):
         with refused(errno.EINVAL):
             feature(v2.world, device, flags | DMA_BUF, argsz=argsz)
+
+
+def test_a_dma_buf_is_as_long_as_its_ranges_and_outlives_the_device(v2: Attached, device: int) -> None:
+    if not v2.world.since(6, 19):
+        return
+    made = [dma_buf(v2.world, device, *ranges) for ranges in ([(0, PAGE)], [(0, PAGE), (BAR_END - PAGE, PAGE)])]
+    made.append(dma_buf(v2.world, device, (0, BAR_END)))
+    v2.world.close(device)
+    assert [os.lseek(fd, 0, os.SEEK_END) for fd in made] == [PAGE, 2 * PAGE, BAR_END]
+    assert not any(map(os.get_inheritable, made))
+
+
+def test_a_dma_buf_is_made_of_whole_pages_of_a_bar_of_memory(
+    v2: Attached, device: int, functions: tuple[World, World]
+) -> None:
+    world = v2.world
+    if not world.since(6, 19):
+        return
+    for ranges in ([(0, 100)], [(100, PAGE)], [(0, 0)], [(BAR_END, PAGE)], [(0, 1 << 40)], [(PAGE, 2**64 - PAGE)]):
+        with refused(errno.EINVAL):
+            dma_buf(world, device, *ranges)
+    with refused(errno.EOVERFLOW):
+        dma_buf(world, device, (2**64 - PAGE, PAGE))
+    for given in ({"flags": 1}, {"count": 0}):
+        with refused(errno.EINVAL):
+            dma_buf(world, device, (0, PAGE), **given)
+    for region in (5, 6, 7, 8, 9, 1 << 31):  # without a look at the ranges
+        with refused(errno.ENODEV):
+            dma_buf(world, device, (0, 5), region=region)
+    ports = functions[0].open_device(Attached.of(functions[0], ioctls.VFIO_TYPE1v2_IOMMU).group)
+    for length in (5, PAGE):
+        with refused(errno.EINVAL):
+            dma_buf(world, ports, (0, length), region=1)
 
 
 def test_precopy_is_known_since_7_1_and_then_einval_for_what_cannot_migrate(v2: Attached, device: int) -> None:

@@ -110,6 +110,10 @@ class World:
         """The same world around another device; `end` of either is that of both."""
         return replace(self, bdf=bdf, group=group)
 
+    def apart(self) -> World:
+        """The same world, whose `end` closes what was opened through it alone."""
+        return replace(self, _fds=[], _memory=[], _drivers={})
+
     def memlock(self, limit: int, *, privileged: bool = False) -> contextlib.AbstractContextManager[None]:
         """Limit what may be locked, in all, in bytes; `privileged` may exceed it."""
         return self.limit_memlock(limit, privileged=privileged)
@@ -174,6 +178,14 @@ class World:
         answer = ioctls.vfio_group_status(argsz=8)
         self.ioctl(group, ioctls.VFIO_GROUP_GET_STATUS, answer)
         return answer.flags
+
+
+@dataclass
+class Sriov:
+    """The world around a physical function of SR-IOV; `make_virtual` makes a virtual one, and the world around it."""
+
+    physical: World
+    make_virtual: Callable[[], World]
 
 
 @dataclass

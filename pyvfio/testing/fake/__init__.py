@@ -13,11 +13,12 @@ Not modelled. What the fake does not know, it refuses as a kernel refuses what i
 unmodelled` has what a driver asked of it:
 
 * nested translation: type 6 of an `IommuModel` that nests is type1 v2.
-* devices: no ROM, VGA, capabilities in configuration space but those that a device gives as bytes, virtual functions,
-  DMA-bufs (ENOTTY), MSI-X table in a BAR that is mapped; every bus but bus 0 can be reset; an ioeventfd and an eventfd
-  that unmasks INTx are taken, and do nothing when they are signalled; low power is entered and left, and no more; a raw
-  mapping of a BAR is memory without side effects; a register window keeps its device's memory, but not its group, after
-  the descriptor is closed.
+* devices: no ROM, VGA, capabilities in configuration space but those that a device gives as bytes, MSI-X table in a BAR
+  that is mapped; no virtual functions but those that are declared (sriov_numvfs changes nothing); every bus but bus 0
+  can be reset; an ioeventfd and an eventfd that unmasks INTx are taken, and do nothing when they are signalled; in low
+  power a device keeps its state; a DMA-buf is a file of the right size, and no driver takes it; a raw mapping of a BAR
+  is memory without side effects; a register window keeps its device's memory, but not its group, after the descriptor
+  is closed.
 * configuration space: BARs of memory are 32-bit ones; what `sysfs` shows of it is as after power-on.
 * memory that goes past the seam: `FakeKernel.check` and DMA find what is not there or lost its rights. They cannot see
   memory that was replaced (mmap with MAP_FIXED, mremap onto it) or discarded (MADV_DONTNEED, MADV_FREE) past it, and

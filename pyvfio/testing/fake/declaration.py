@@ -31,6 +31,14 @@ def _check_declaration(declaration: object) -> None:
             raise ValueError(f"{what} did not call super().__init__(bdf)")
 
 
+def _check_functions(groups: Sequence[GroupDeclaration]) -> None:
+    devices = [device for _number, devices in groups for device in devices if isinstance(device, FakeDevice)]
+    physical = {device.bdf for device in devices if device.sriov}
+    for device in devices:
+        if device.pf is not None and (device.sriov or device.pf not in physical):
+            raise ValueError(f"{device.bdf} is a virtual function, and {device.pf} no physical one: FakeDevice(sriov=)")
+
+
 def check_groups(groups: Sequence[GroupDeclaration]) -> None:
     """ValueError for what cannot be."""
     for declaration in groups:
@@ -38,6 +46,7 @@ def check_groups(groups: Sequence[GroupDeclaration]) -> None:
     numbers = [number for number, _devices in groups]
     if twice := {number for number in numbers if numbers.count(number) > 1}:
         raise ValueError(f"IOMMU group {min(twice)} is declared twice")
+    _check_functions(groups)
     home: dict[str, int] = {}
     for number, devices in groups:
         if not devices:

@@ -22,6 +22,7 @@ from itertools import pairwise
 from pyvfio import ioctls
 from pyvfio.kernel import LinuxKernel, Registers
 from pyvfio.testing.fake.irqs import Irqs
+from pyvfio.testing.fake.power import Power
 from pyvfio.testing.fake.process import DEVICE_MEMORY, Argument, refuse
 from pyvfio.testing.fake.type1 import info_write_back
 from pyvfio.testing.fake.versions import KernelVersion
@@ -95,7 +96,8 @@ class FakeDevice:
     `driver` is what it is bound to (None: nothing); `intx` whether it has a pin; `msi` and `msix` count vectors, and
     `msix_bar` is where the MSI-X table lies, at `msix_offset` (None: where no access meets it). `reset` is called after
     VFIO_DEVICE_RESET, and when a `resettable` device is opened, as VFIO does. `config` has read-only bytes of
-    configuration space by offset. ValueError for what no device can be.
+    configuration space by offset. `sriov`: it is a physical function with SR-IOV; `pf`: it is a virtual function of the
+    device at that address. ValueError for what no device can be.
     """
 
     bdf: str
@@ -114,6 +116,8 @@ class FakeDevice:
     pcie: bool = False
     numa_node: int = -1
     config: Mapping[int, bytes] = field(default_factory=dict)
+    sriov: bool = False
+    pf: str | None = None
 
     def __post_init__(self) -> None:
         if not _BDF.fullmatch(self.bdf):
@@ -238,9 +242,12 @@ class PciDevice:
         self.declared = declared
         self.driver = declared.driver
         self.descriptors: set[int] = set()
+        self.power = Power()
         self.config = declared.config_space()
         self.gone = False
         """Whether it was pulled out."""
+        self.vf_token: bytes | None = None
+        self.renew_vf_token()
         self._version = version
         has_err = declared.pcie or version.err_irq_always
         counts = (int(declared.intx), declared.msi, declared.msix, int(has_err), 1)
@@ -298,6 +305,10 @@ class PciDevice:
                 if bar.read is None:  # what is mapped of it is this memory
                     os.pwrite(fd, b"\xff" * min(bar.size, 64 * MIB), number << _REGION_SHIFT)
 
+    def renew_vf_token(self) -> None:
+        """A driver has the device anew: its token, where it has one, is random (`vfio_pci_vf_init`)."""
+        self.vf_token = os.urandom(16) if self.declared.sriov else None
+
     def check_vector(self, vector: int) -> None:
         """ValueError when it has no such interrupt."""
         count = max(self.declared.msi, self.declared.msix, 1)
@@ -325,6 +336,7 @@ class PciDevice:
         self.descriptors.discard(fd)
         if not self.descriptors:
             self.irqs.release()
+            self.power.leave()
             self.config = self.declared.config_space()
 
     # ---------------------------------------------------------------------------------------------------- ioctls
@@ -424,6 +436,7 @@ class PciDevice:
         """`vfio_pci_rw`: EINVAL, EIO (memory decoding is off), EFAULT (behind configuration space)."""
         if not size:
             return b""
+        self.power.resume()
         index, position = self._locate(offset)
         if index == _CONFIG:
             self._check_config(position, size)
@@ -450,6 +463,7 @@ class PciDevice:
         """As `pread`; how many bytes were taken."""
         if not data:
             return 0
+        self.power.resume()
         index, position = self._locate(offset)
         if index == _CONFIG:
             self._check_config(position, len(data))
@@ -553,9 +567,11 @@ class PciDevice:
         )
 
     def _load(self, read: _Read, offset: int, width: int) -> int:
+        self.power.check_touch(f"a BAR of {self.bdf}")
         return (1 << 8 * width) - 1 if self.gone else read(offset, width)
 
     def _store(self, write: _Write, offset: int, width: int, value: int) -> None:
+        self.power.check_touch(f"a BAR of {self.bdf}")
         if not self.gone:
             write(offset, width, value)
 

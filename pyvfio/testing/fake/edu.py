@@ -37,6 +37,7 @@ class FakeEdu(FakePciDevice):
     class_code = 0x00FF00
     bar_sizes = {0: MIB}  # noqa: RUF012 (the base class says that it is a class's)
     resettable = False
+    config = {0x06: b"\x10\x00", 0x34: b"\x40", 0x40: b"\x05\x00\x80\x00"}  # noqa: RUF012 (MSI, of 64 bits)
 
     def reset(self) -> None:
         """All registers and the buffer are zero."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pyvfio import ioctls
-from pyvfio.testing.fake.device import PciDevice
+from pyvfio.testing.fake.device import Bar, PciDevice
 from pyvfio.testing.fake.irqs import hold_eventfd
 from pyvfio.testing.fake.process import Argument, refuse
 from pyvfio.testing.fake.versions import KernelVersion
+from pyvfio.units import PAGE_SIZE, U64_MAX
 
 _GET = int(ioctls.VFIO_DEVICE_FEATURE_GET)
 _SET = int(ioctls.VFIO_DEVICE_FEATURE_SET)
@@ -22,29 +23,33 @@ _PROBE = int(ioctls.VFIO_DEVICE_FEATURE_PROBE)
 _FEATURE = int(ioctls.VFIO_DEVICE_FEATURE_MASK)
 _IOEVENTFD = struct.Struct("=IIQQi")
 _DMA_BUF = struct.Struct("=IIII")
+_UUID = 16
 _IOEVENTFDS = 1000  # VFIO_PCI_IOEVENTFD_MAX
 _REGION_SHIFT = 40
+_DMA_BUF_NUMBER = int(ioctls.VFIO_DEVICE_FEATURE_DMA_BUF)
+_RANGE = 16
+_BAR_ADDRESS = 0xFE00_0000  # on the bus; no fake device says where its BARs are
 _BARS = 6
 
 
 class DeviceFeatures:
-    """What all descriptors of one device share: its ioeventfds and whether it is in low power.
+    """What all descriptors of one device share: its ioeventfds and its features.
 
-    Answers only: nothing is written when an ioeventfd is signalled, and low power changes nothing that can be seen.
+    Nothing is written when an ioeventfd is signalled, and a DMA-buf is a file of the right size that no driver takes.
     """
 
     def __init__(self, device: PciDevice, version: KernelVersion) -> None:
         self._device = device
         self._version = version
         self._ioeventfds: dict[tuple[int, int, int], int] = {}
-        self._low_power = False
         self._features: dict[int, Callable[[Argument, int, int], int]] = {
+            ioctls.VFIO_DEVICE_FEATURE_PCI_VF_TOKEN: self._set_vf_token,
             ioctls.VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY: self._enter_low_power,
             ioctls.VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP: self._enter_low_power_with_wakeup,
             ioctls.VFIO_DEVICE_FEATURE_LOW_POWER_EXIT: self._leave_low_power,
         }
         if version.dma_buf:
-            self._features[ioctls.VFIO_DEVICE_FEATURE_DMA_BUF] = self._dma_buf
+            self._features[_DMA_BUF_NUMBER] = self._dma_buf
         self.requests: dict[int, tuple[str, Callable[[Argument], int]]] = {
             ioctls.VFIO_DEVICE_IOEVENTFD: ("VFIO_DEVICE_IOEVENTFD", self.ioeventfd),
             ioctls.VFIO_DEVICE_FEATURE: ("VFIO_DEVICE_FEATURE", self.feature),
@@ -55,7 +60,6 @@ class DeviceFeatures:
         for held in self._ioeventfds.values():
             os.close(held)
         self._ioeventfds.clear()
-        self._low_power = False
 
     # --------------------------------------------------------------------------------------- VFIO_DEVICE_IOEVENTFD
 
@@ -120,32 +124,62 @@ class DeviceFeatures:
         return True
 
     def _dma_buf(self, argument: Argument, flags: int, size: int) -> int:
-        # vfio_pci_core_feature_dma_buf: what is refused, not what it makes.
-        if self._is_wanted(flags, size, needed=_DMA_BUF.size, operation=_GET):
-            _region, _open_flags, reserved, ranges = _DMA_BUF.unpack(argument.read(_DMA_BUF.size, 8))
-            refuse(errno.EINVAL if reserved or not ranges else errno.ENOTTY)
+        # vfio_pci_core_feature_dma_buf
+        if not self._is_wanted(flags, size, needed=_DMA_BUF.size, operation=_GET):
+            return 0
+        region, open_flags, reserved, count = _DMA_BUF.unpack(argument.read(_DMA_BUF.size, 8))
+        if reserved or not count:
+            refuse(errno.EINVAL)
+        bar = self._device.declared.bars.get(region)
+        if bar is None:
+            refuse(errno.ENODEV)
+        ranges = list(struct.iter_unpack("=QQ", argument.read(_RANGE * count, 8 + _DMA_BUF.size)))
+        self._check_ranges(bar, ranges)
+        fd = os.memfd_create(f"dmabuf of {self._device.bdf}")
+        os.ftruncate(fd, sum(length for _offset, length in ranges))
+        os.set_inheritable(fd, not open_flags & os.O_CLOEXEC)
+        return fd
+
+    @staticmethod
+    def _check_ranges(bar: Bar, ranges: Sequence[tuple[int, int]]) -> None:
+        if any(not length or (offset | length) % PAGE_SIZE for offset, length in ranges):
+            refuse(errno.EINVAL)
+        if sum(length for _offset, length in ranges) > U64_MAX >> 1:
+            refuse(errno.EINVAL)
+        for offset, length in ranges:
+            if _BAR_ADDRESS + offset + length > U64_MAX:
+                refuse(errno.EOVERFLOW)
+            if bar.io or offset + length > bar.size:
+                refuse(errno.EINVAL)
+
+    def _set_vf_token(self, argument: Argument, flags: int, size: int) -> int:
+        # vfio_pci_core_feature_token
+        if self._device.vf_token is None:
+            refuse(errno.ENOTTY)
+        if self._is_wanted(flags, size, needed=_UUID):
+            self._device.vf_token = argument.read(_UUID, 8)
         return 0
 
     def _enter_low_power(self, _argument: Argument, flags: int, size: int) -> int:
         if self._is_wanted(flags, size, needed=0):
-            self._engage()
+            self._device.power.enter()
         return 0
-
-    def _engage(self) -> None:
-        if self._low_power:
-            refuse(errno.EINVAL)
-        self._low_power = True
 
     def _enter_low_power_with_wakeup(self, argument: Argument, flags: int, size: int) -> int:
         if self._is_wanted(flags, size, needed=8):
             (fd,) = struct.unpack("=i", argument.read(8, 8)[:4])
-            held = hold_eventfd(fd) if fd >= 0 else refuse(errno.EINVAL)
-            if held is not None:
-                os.close(held)  # nothing wakes a fake device up
-            self._engage()
+            self._device.power.enter(hold_eventfd(fd) if fd >= 0 else refuse(errno.EINVAL))
         return 0
 
     def _leave_low_power(self, _argument: Argument, flags: int, size: int) -> int:
         if self._is_wanted(flags, size, needed=0):
-            self._low_power = False
+            self._device.power.leave()
         return 0
+
+
+def makes_descriptor(request: str, given: int | bytes) -> bool:
+    """Whether an ioctl on a device makes a descriptor where it succeeds: a DMA-buf."""
+    if request != "VFIO_DEVICE_FEATURE" or isinstance(given, int) or len(given) < 8:
+        return False
+    flags = int.from_bytes(given[4:8], "little")
+    return flags & (_FEATURE | _GET | _PROBE) == _GET | _DMA_BUF_NUMBER

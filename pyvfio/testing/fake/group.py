@@ -21,6 +21,7 @@ from pyvfio.testing.fake.hot_reset import Buses, HotReset
 from pyvfio.testing.fake.iommu import IommuModel
 from pyvfio.testing.fake.pins import Pins
 from pyvfio.testing.fake.process import Argument, BufferArgument, refuse
+from pyvfio.testing.fake.sriov import Functions, check_token, parse_options
 from pyvfio.testing.fake.type1 import Type1
 from pyvfio.testing.fake.versions import KernelVersion
 from pyvfio.units import PAGE_SIZE
@@ -241,7 +242,8 @@ class Group:
         return 0
 
     def get_device_fd(self, argument: Argument) -> int:
-        """`vfio_group_ioctl_get_device_fd`: EFAULT, EINVAL (no end of string), ENODEV, EMFILE, EINVAL (no IOMMU)."""
+        """`vfio_group_ioctl_get_device_fd`: EFAULT, EINVAL (no end of string), ENODEV, EINVAL or EACCES (the token),
+        EMFILE, EINVAL (no IOMMU)."""
         device = self._match(_read_name(argument))
         fd = device.open()
         if self.container is None or self.container.iommu is None:
@@ -257,12 +259,11 @@ class Group:
         return self._features[device.bdf]
 
     def _match(self, text: str) -> PciDevice:
-        # vfio_pci_core_match: a name, and after a space options, of which such a device has none.
-        name, _, options = text.partition(" ")
+        # vfio_pci_core_match: a name, and after a space options.
         for device in self.devices:
-            if device.bdf == name and is_vfio_driver(device.driver):
-                if options.strip(" "):
-                    refuse(errno.EINVAL)
+            name, options = text[: len(device.bdf)], text[len(device.bdf) :]
+            if device.bdf == name and options[:1] in ("", " ") and is_vfio_driver(device.driver):
+                check_token(device, parse_options(options), self._files)
                 return device
         return refuse(errno.ENODEV)
 
@@ -298,7 +299,8 @@ class DeviceHandle:
         return hex(request) if found is None else found[0]
 
     def ioctl(self, request: int, argument: Argument) -> int:
-        """`vfio_pci_core_ioctl`: ENOTTY for what is unknown."""
+        """`vfio_pci_core_ioctl`: ENOTTY for what is unknown. Each of them wakes the device up."""
+        self.device.power.resume()
         found = self._find(request)
         if found is None:
             refuse(errno.ENOTTY)
@@ -326,7 +328,7 @@ def device_behind(handler: Handler) -> PciDevice:
     return handler.device
 
 
-class DescriptorTable(Buses, Protocol):
+class DescriptorTable(Buses, Functions, Protocol):
     """What a group needs of the kernel that it is in: other descriptors, and other devices."""
 
     def container(self, fd: int) -> Container | None:

@@ -19,6 +19,7 @@ from pyvfio.testing.fake.declaration import GroupDeclaration, check_groups, defa
 from pyvfio.testing.fake.descriptors import Descriptors
 from pyvfio.testing.fake.device import FakeDevice, PciDevice
 from pyvfio.testing.fake.dma import DeviceSlot, DmaFault, DmaPath
+from pyvfio.testing.fake.feature import makes_descriptor
 from pyvfio.testing.fake.group import Container, DeviceHandle, Group, Handler, device_behind
 from pyvfio.testing.fake.iommu import IommuModel, iommu_model
 from pyvfio.testing.fake.memory import MemoryCalls
@@ -264,6 +265,7 @@ class FakeKernel(MemoryCalls):
         group, device = self._find(bdf)
         with self._lock:
             device.driver = driver
+            device.renew_vf_token()
             if group.container is not None and not group.viable:
                 device.driver = None
             if self._tree is not None:
@@ -351,6 +353,14 @@ class FakeKernel(MemoryCalls):
         bus = bdf.rpartition(":")[0]
         devices = [(group.number, device) for group in self._groups.values() for device in group.devices]
         return sorted((each for each in devices if each[1].bdf.rpartition(":")[0] == bus), key=lambda each: each[1].bdf)
+
+    def device_at(self, bdf: str) -> PciDevice | None:
+        """The device at that address, if there is one."""
+        return next((each for group in self._groups.values() for each in group.devices if each.bdf == bdf), None)
+
+    def virtual_functions(self, bdf: str) -> list[PciDevice]:
+        """Those of a physical function."""
+        return [each for group in self._groups.values() for each in group.devices if each.declared.pf == bdf]
 
     def adopt(self, fd: int, handler: Handler) -> None:
         """From now on `handler` answers for `fd`."""
@@ -444,14 +454,28 @@ class FakeKernel(MemoryCalls):
         with self._lock:
             name = handler.request_name(number)
             self._record.warn(unmodelled_part(self._version, name, given))
-            return self._record.observed(
+            undo = self._undo_of(handler, number, given)
+            answer = self._record.observed(
                 "ioctl",
                 (fd, request, given),
                 lambda: handler.ioctl(number, seen),
                 number=number,
                 request=name,
-                undo=self._descriptors.close if isinstance(handler, Group) and number == _GET_DEVICE_FD else None,
+                undo=undo,
             )
+            if undo is not None:
+                self._given_out(answer)
+            return answer
+
+    def _given_out(self, fd: int) -> None:
+        if fd not in self._descriptors.files:
+            self._descriptors.given_out(fd)
+
+    def _undo_of(self, handler: Handler, number: int, given: int | bytes) -> Callable[[int], object] | None:
+        """What closes the descriptor that an ioctl has made; None where it has made none."""
+        if isinstance(handler, Group) and number == _GET_DEVICE_FD:
+            return self._descriptors.close
+        return os.close if makes_descriptor(handler.request_name(number), given) else None
 
     @uninterrupted()
     def pread(self, fd: int, size: int, offset: int) -> bytes:

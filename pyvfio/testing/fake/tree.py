@@ -108,6 +108,15 @@ class Tree:
             for device in group.devices:
                 self._device(group.number, device.declared)
                 self._show_driver(device)
+            self._functions(group)
+
+    def _functions(self, group: Group) -> None:
+        """Show how many virtual functions each physical one has."""
+        virtual = [device.declared.pf for each in self._groups for device in each.devices]
+        for device in group.devices:
+            if device.declared.sriov:
+                count = f"{virtual.count(device.bdf)}\n".encode()
+                _fill(f"{self._sys}/{self._home(device.bdf)}", {"sriov_totalvfs": count, "sriov_numvfs": count})
 
     def _group(self, group: Group, model: IommuModel) -> None:
         name = f"kernel/iommu_groups/{group.number}"
@@ -161,6 +170,7 @@ class Tree:
             "enable": "0\n",
             "uevent": f"PCI_ID={device.vendor:04X}:{device.device:04X}\nPCI_SLOT_NAME={device.bdf}\n",
             **({"reset": ""} if device.resettable else {}),
+            **({"sriov_totalvfs": "0\n", "sriov_numvfs": "0\n"} if device.sriov else {}),
         }
         texts = {name: text.encode() for name, text in files.items()}
         _fill(self._directory(home), texts | {"config": device.config_space()})
@@ -169,6 +179,8 @@ class Tree:
         self._link(f"{home}/iommu_group", f"kernel/iommu_groups/{group}")
         self._link(f"bus/pci/devices/{device.bdf}", home)
         self._link(f"kernel/iommu_groups/{group}/devices/{device.bdf}", home)
+        if device.pf is not None:
+            self._link(f"{home}/physfn", self._home(device.pf))
 
     def bind(self, group: Group, device: PciDevice) -> None:
         """Show the driver that `device` has now; the group's node exists while a VFIO driver has one of its devices."""

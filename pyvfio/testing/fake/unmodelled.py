@@ -37,9 +37,9 @@ def _feature(version: KernelVersion, argument: bytes) -> Unmodelled | None:
         if flags & int(ioctls.VFIO_DEVICE_FEATURE_MASK) != number or flags & _PROBE:
             continue
         if name != "VFIO_DEVICE_FEATURE_DMA_BUF":
-            return Unmodelled(name, "0, and nothing that can be seen changes")
+            return Unmodelled(name, "0, and no state of the device is lost")
         if version.dma_buf:
-            return Unmodelled(name, "ENOTTY, where a kernel makes a DMA-buf")
+            return Unmodelled(name, "a file of that size, which no driver takes")
     return None
 
 
