@@ -23,12 +23,22 @@ if TYPE_CHECKING:
     from pyvfio.blocks.progress import Progress as Progress
     from pyvfio.container import Container as Container
     from pyvfio.container import Group as Group
+    from pyvfio.device import Capabilities as Capabilities
+    from pyvfio.device import Capability as Capability
     from pyvfio.device import ConfigSpace as ConfigSpace
     from pyvfio.device import Device as Device
+    from pyvfio.device import DmaBuf as DmaBuf
+    from pyvfio.device import ExtendedVendorCapability as ExtendedVendorCapability
+    from pyvfio.device import Feature as Feature
+    from pyvfio.device import FeatureAnswer as FeatureAnswer
     from pyvfio.device import Irq as Irq
+    from pyvfio.device import MsixCapability as MsixCapability
+    from pyvfio.device import PcieCapability as PcieCapability
+    from pyvfio.device import PowerCapability as PowerCapability
     from pyvfio.device import Region as Region
     from pyvfio.device import RegionMap as RegionMap
     from pyvfio.device import Register as Register
+    from pyvfio.device import VendorCapability as VendorCapability
     from pyvfio.device import open_device as open_device
     from pyvfio.dirty.log import DirtyBlock as DirtyBlock
     from pyvfio.dirty.log import DirtyLog as DirtyLog
@@ -107,7 +117,10 @@ else:
     _NAMES = {
         "blocks.progress": "Progress",
         "container": "Container Group",
-        "device": "ConfigSpace Device Irq Region RegionMap Register open_device",
+        "device": """
+            Capabilities Capability ConfigSpace Device DmaBuf ExtendedVendorCapability Feature FeatureAnswer Irq
+            MsixCapability PcieCapability PowerCapability Region RegionMap Register VendorCapability open_device
+        """,
         "dirty.log": "DirtyBlock DirtyLog",
         "dirty.tracking": "DirtyPages DirtyTracking",
         "dma": "DmaMapper",

@@ -15,6 +15,7 @@ from functools import partial
 from operator import index
 from pathlib import Path
 from typing import TypeVar
+from uuid import UUID
 
 from pyvfio import ioctls, pci
 from pyvfio.errors import (
@@ -162,14 +163,52 @@ class Group(Handle):
         if self.container is not None:
             self.container.note_left(self)
 
-    def get_device_fd(self, bdf: str) -> int:
-        """VFIO_GROUP_GET_DEVICE_FD: a new descriptor of the device, close-on-exec; the caller closes it."""
-        hints = {
-            errno.ENODEV: f"It is not in group {self.number}, or not bound to vfio-pci: scripts/bind {bdf}",
-            errno.EMFILE: descriptor_hint(errno.EMFILE),
-        }
-        name = ctypes.create_string_buffer(bdf.encode("ascii"))
-        return self.ioctl("VFIO_GROUP_GET_DEVICE_FD", name, hints=hints, name=bdf)
+    def get_device_fd(self, bdf: str, *, vf_token: UUID | str | None = None) -> int:
+        """VFIO_GROUP_GET_DEVICE_FD: a new descriptor of the device, close-on-exec; the caller closes it.
+
+        `vf_token`: for a virtual function whose physical function is bound to vfio-pci, the token of that one. For a
+        physical function, the token that its virtual functions ask for from now on, or ask for already while one is
+        open.
+
+        Raises TypeError, and ValueError for a token that is no UUID; IoctlError (ENODEV: not in the group, or not bound
+        to vfio-pci; EACCES: another token is wanted; EINVAL: none is). Source: `vfio_pci_core_match`.
+        """
+        name = bdf if vf_token is None else f"{bdf} vf_token={pci.parse_vf_token(vf_token)}"
+        try:
+            return self._kernel.ioctl(
+                self.fd, ioctls.VFIO_GROUP_GET_DEVICE_FD, ctypes.create_string_buffer(name.encode("ascii"))
+            )
+        except OSError as error:
+            raise IoctlError.of(
+                error,
+                f"{self.guard.what}: {error.strerror}",
+                request="VFIO_GROUP_GET_DEVICE_FD",
+                arguments={"name": bdf, **({} if vf_token is None else {"vf_token": "given"})},
+                hint=self._why_not_opened(bdf, error.errno, has_token=vf_token is not None),
+            ) from error
+
+    def _why_not_opened(self, bdf: str, number: int | None, *, has_token: bool) -> str:
+        if number == errno.ENODEV:
+            return f"It is not in group {self.number}, or not bound to vfio-pci: scripts/bind {bdf}"
+        if number == errno.EINVAL:
+            return self._why_invalid(bdf, has_token=has_token)
+        if number != errno.EACCES:
+            return descriptor_hint(number or 0)
+        physical = pci.physical_function(self.kernel, bdf)
+        if physical is None:
+            return "Virtual functions of it are open: give vf_token, the token that they were opened with"
+        token = "another token than this one" if has_token else "vf_token, a token"
+        return (
+            f"{physical}, whose virtual function it is, is bound to vfio-pci, so it wants {token}: the one that the "
+            f"program with {physical} has set last, by open_device({physical!r}, vf_token=) or set_vf_token()"
+        )
+
+    def _why_invalid(self, bdf: str, *, has_token: bool) -> str:
+        if not has_token or self.container is None:
+            return "Attach the group to a container with an IOMMU first: Container.attach"
+        if (physical := pci.physical_function(self.kernel, bdf)) is not None:
+            return f"Leave vf_token out: {physical}, whose virtual function it is, is not bound to vfio-pci"
+        return "Leave vf_token out: it is neither a virtual function nor a physical one with SR-IOV"
 
     def close_dependents(self) -> None:
         """As `Handle.close_dependents`. An error is left to the device: where a dependent stays, its close raises."""

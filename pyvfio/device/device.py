@@ -7,21 +7,41 @@ from __future__ import annotations
 
 import ctypes
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from operator import index as as_number
+from uuid import UUID
 
 from pyvfio import ioctls, pci
 from pyvfio.container import Container, Group, check_kind
 from pyvfio.device import hot_reset
+from pyvfio.device.capabilities import Capabilities, read_capabilities
 from pyvfio.device.config import PCI_COMMAND, PCI_COMMAND_MASTER, PCI_COMMAND_MEMORY, ConfigSpace
+from pyvfio.device.features import (
+    DmaBuf,
+    Feature,
+    LowPower,
+    checked_number,
+    checked_ranges,
+    drop_dma_buf,
+    enter_low_power,
+)
 from pyvfio.device.hot_reset import DependentDevice
 from pyvfio.device.irq import Irq
 from pyvfio.device.region import Region
 from pyvfio.device.windows import Windows
 from pyvfio.errors import ClosedError, DeviceGoneError, IoctlError, UnsupportedError, VfioError
-from pyvfio.guard import Guard, close_now, closing_after_dependents, constructing, guarded, holding, uninterrupted
+from pyvfio.guard import (
+    Guard,
+    close_now,
+    closing_after_dependents,
+    constructing,
+    guarded,
+    holding,
+    making,
+    uninterrupted,
+)
 from pyvfio.handle import Handle, attempt, attempt_all, checked_fd, give_up_fd
 from pyvfio.info import DeviceInfo, parse_device_info, parse_irq_info, parse_region_info
 
@@ -31,18 +51,18 @@ _INFO_MAX = 1 << 20
 class Device(Handle):
     """An open VFIO PCI device.
 
-    `group` is attached to a container whose IOMMU is set. Raises IoctlError (ENODEV: not bound to vfio-pci), VfioError.
-    `open_device` does all that comes before.
+    `group` is attached to a container whose IOMMU is set. `vf_token`: as for `open_device`, which does all that comes
+    before. Raises IoctlError (ENODEV: not bound to vfio-pci; EACCES: another VF token is wanted), VfioError.
 
     Synchronization: any thread. Closing waits for the container's lock; registers and interrupts do not.
     """
 
     @constructing(Handle.close_fd)
-    def __init__(self, group: Group, bdf: str) -> None:
+    def __init__(self, group: Group, bdf: str, *, vf_token: UUID | str | None = None) -> None:
         bdf = pci.parse_bdf(bdf)
         if not isinstance(group, Group):
             raise TypeError(f"group must be a Group, not {type(group).__name__}")
-        self._own(group, bdf, group.get_device_fd(bdf))
+        self._own(group, bdf, group.get_device_fd(bdf, vf_token=vf_token))
         try:
             self.info = self._get_info()
         except BaseException:
@@ -168,6 +188,75 @@ class Device(Handle):
         stays. Synchronization: any thread; waits for the lock of the regions.
         """
         self.windows.change(_nothing, keep="maps in use" if force else "no maps")
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """The PCI capabilities, standard and extended, as a snapshot of this moment.
+
+        Raises CapabilityError for lists that no device can have, DeviceGoneError, IoctlError.
+        Cost: two reads of configuration space for each capability, and up to four more for MSI-X and its like.
+        """
+        self.check_present()
+        return read_capabilities(self.config, self.bdf)
+
+    def feature(self, number: int) -> Feature:
+        """Return a feature by its number (VFIO_DEVICE_FEATURE_MIGRATION …), to probe, get or set it. No system call.
+
+        Raises TypeError, and ValueError for a number that does not fit 16 bits. Source: VFIO_DEVICE_FEATURE.
+        """
+        return Feature(self, checked_number(number))
+
+    def set_vf_token(self, token: UUID | str) -> None:
+        """Set the token without which no virtual function of this device is opened: see `open_device`.
+
+        Virtual functions that are open stay open. Raises TypeError, and ValueError for text that is no UUID;
+        UnsupportedError for a device that is no physical function with SR-IOV; IoctlError.
+        Source: VFIO_DEVICE_FEATURE_PCI_VF_TOKEN.
+        """
+        self.feature(ioctls.VFIO_DEVICE_FEATURE_PCI_VF_TOKEN).set(pci.parse_vf_token(token).bytes)
+
+    def enter_low_power(self, *, wakeup_fd: int | None = None) -> None:
+        """Let the kernel suspend the device, to D3hot or D3cold where the machine can, until `exit_low_power`.
+
+        The windows of register accesses are dropped before, and mappings of `Region.mmap` are closed. Meanwhile an
+        access of registers or configuration space is a system call, for which the kernel wakes the device and suspends
+        it again; the device may lose its state in between.
+
+        `wakeup_fd`: an eventfd, which the kernel signals when the device wakes up. Any access wakes it then, also one
+        of this program, and low power is over; call `exit_low_power` all the same.
+
+        Raises BufferError, with nothing changed, while a view of a mapping lives; UnsupportedError (before Linux 6.1),
+        IoctlError (EINVAL: in low power already, or no eventfd).
+        Source: VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY, `vfio_pci_core_pm_entry`.
+        """
+        enter_low_power(self, wakeup_fd)
+
+    def exit_low_power(self) -> None:
+        """Wake the device, and keep the kernel from suspending it. Does nothing outside of low power.
+
+        Raises IoctlError (EIO: the device does not wake up). Source: VFIO_DEVICE_FEATURE_LOW_POWER_EXIT.
+        """
+        self.feature(ioctls.VFIO_DEVICE_FEATURE_LOW_POWER_EXIT).set()
+
+    def low_power(self, *, wakeup_fd: int | None = None) -> LowPower:
+        """Return a context manager: `enter_low_power`, and `exit_low_power` when the `with` block ends."""
+        return LowPower(self, wakeup_fd)
+
+    @making(drop_dma_buf)
+    def dma_buf(self, region: Region, ranges: Iterable[tuple[int, int]] | None = None) -> DmaBuf:
+        """Make a DMA-buf of a BAR, or of the parts `ranges` of it: offset and size each, in bytes and whole pages.
+
+        Raises TypeError; ValueError for another device's region, one that is no BAR, or parts that it has not;
+        UnsupportedError (before Linux 6.19); IoctlError (ENODEV, EINVAL: the BAR is not memory).
+        Source: VFIO_DEVICE_FEATURE_DMA_BUF, `vfio_pci_core_feature_dma_buf`.
+        """
+        self.check_usable()
+        if not isinstance(region, Region):
+            raise TypeError(f"region must be a Region, not {type(region).__name__}")
+        bar = region.info.index
+        if self._regions.get(bar) is not region or bar > ioctls.VFIO_PCI_BAR5_REGION_INDEX:
+            raise ValueError(f"{region!r} is no BAR of {self.bdf}")
+        return DmaBuf(self, bar, checked_ranges(ranges, region.size, f"BAR {bar} of {self.bdf}"))
 
     def irq(self, index: int) -> Irq:
         """A kind of interrupt by its index (VFIO_PCI_MSI_IRQ_INDEX …). Raises ValueError for an index that the device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from uuid import UUID
 
 from pyvfio import ioctls, pci
 from pyvfio.container import Container
@@ -21,6 +22,7 @@ def open_device(
     container: Container | None = None,
     kernel: Kernel | None = None,
     iommu_type: ioctls.VfioExtension | None = None,
+    vf_token: UUID | str | None = None,
 ) -> Device:
     """Open a PCI device that is bound to vfio-pci: its group, a container with the IOMMU set, the device itself.
 
@@ -29,13 +31,19 @@ def open_device(
     devices, unless it is the container's last group and memory is mapped. `kernel` is inherited from the container, or
     is the running one.
 
-    Raises TypeError and ValueError (no BDF), DeviceNotFoundError, NotBoundError, GroupNotViableError, GroupBusyError,
-    AccessDeniedError, UnavailableError, UnsupportedError, IoctlError; nothing is left open then.
+    `vf_token`: a UUID, or its text. A virtual function whose physical function is bound to vfio-pci is opened with the
+    token of that one. A physical function takes the token as the new one, unless virtual functions of it are open; then
+    it wants the token that they were opened with.
+
+    Raises TypeError and ValueError (no BDF, no UUID), DeviceNotFoundError, NotBoundError, GroupNotViableError,
+    GroupBusyError, AccessDeniedError, UnavailableError, UnsupportedError, IoctlError (EACCES: another VF token is
+    wanted; EINVAL: none is); nothing is left open then.
 
     Synchronization: any thread; calls that share a container are made one after the other.
     Cost: some twenty system calls.
     """
     bdf = pci.parse_bdf(bdf)
+    token = None if vf_token is None else pci.parse_vf_token(vf_token)
     if not isinstance(container, Container | None):
         raise TypeError(f"container must be a Container, not {type(container).__name__}")
     if container is not None and iommu_type not in (None, container.iommu_type):
@@ -43,11 +51,11 @@ def open_device(
     kernel = container.kernel if container is not None else kernel or LinuxKernel()
     number = _group_of(kernel, bdf)
     if container is not None:
-        device = _open_in(container, number, bdf)
+        device = _open_in(container, number, bdf, token)
     else:
         container = Container(kernel=kernel, iommu_type=iommu_type)
         try:
-            device = _open_in(container, number, bdf)
+            device = _open_in(container, number, bdf, token)
         except BaseException:
             close_now(container)
             raise
@@ -69,14 +77,14 @@ def _group_of(kernel: Kernel, bdf: str) -> int:
 
 
 @guarded
-def _open_in(container: Container, number: int, bdf: str) -> Device:
+def _open_in(container: Container, number: int, bdf: str, token: UUID | None) -> Device:
     """Open a device, and its group unless that is open. One call: the group may not leave in between."""
     opened = container.group(number)
     if opened is not None:
-        return Device(opened, bdf)
+        return Device(opened, bdf, vf_token=token)
     group = container.open_group(number)
     try:
-        device = Device(group, bdf)
+        device = Device(group, bdf, vf_token=token)
     except BaseException:
         close_now(group)
         raise

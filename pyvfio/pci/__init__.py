@@ -14,6 +14,7 @@ time can see each other's half-way states; sysfs has no lock against that.
 from pyvfio.pci.binding import VFIO_PCI, Binding, Step, SysfsWriter, bind, restore, unbind, write_sysfs
 from pyvfio.pci.events import PciEvent, monitor
 from pyvfio.pci.groups import comes_later, group_members, group_node, group_of, holders_of
+from pyvfio.pci.sriov import is_physical_function, parse_vf_token, physical_function
 from pyvfio.pci.sysfs import NO_DRIVER, PciDevice, enumerate_devices, parse_bdf, read_device
 
 __all__ = [
@@ -31,8 +32,11 @@ __all__ = [
     "group_node",
     "group_of",
     "holders_of",
+    "is_physical_function",
     "monitor",
     "parse_bdf",
+    "parse_vf_token",
+    "physical_function",
     "read_device",
     "restore",
     "unbind",

@@ -118,6 +118,11 @@ def _region_map(scene: Scene) -> None:
     scene.things["map"] = _device(scene).region(0).mmap()
 
 
+def _low_power(scene: Scene) -> None:
+    _region(scene)
+    _device(scene).enter_low_power()
+
+
 def _interrupts(scene: Scene) -> None:
     scene.open().irq(MSI).enable(1)
 
@@ -189,6 +194,9 @@ def _opening() -> Iterator[Operation]:
     yield Operation("close a device", _busy, partial(_close, "device"))
     yield Operation("map a region", _region, lambda s: _device(s).region(0).mmap(), makes=True)
     yield Operation("close a mapped region", _region_map, partial(_close, "map"))
+    yield Operation("make a DMA-buf", _region, lambda s: _device(s).dma_buf(_device(s).region(0)), makes=True)
+    yield Operation("enter low power", _region, lambda s: _device(s).enter_low_power(), refusals=(OSError,))
+    yield Operation("leave low power", _low_power, lambda s: _device(s).exit_low_power())
     yield Operation("reset", _busy, lambda s: _device(s).reset())
     yield Operation("access a register", _region, lambda s: _device(s).region(0).register32(0).read())
     yield Operation("access a register again", _window, lambda s: _device(s).region(0).register32(0).read())

@@ -19,10 +19,12 @@ from tests.unit.fakes import BDF, OTHER_BDF
 STATELESS = {
     "protocols, which have no code": "AddressSpace Kernel RamBlockNotifier",
     "snapshots, which do not change": """
-        Anonymous BlockShape DeviceInfo DirtyBlock DirtyPages Extent File GroupMember Holder IommuInfo IovaRange IrqInfo
-        Mapping Memfd Memlock MemorySettings Plan PlannedBlock Policy Progress RegionInfo
+        Anonymous BlockShape Capabilities Capability DeviceInfo DirtyBlock DirtyPages ExtendedVendorCapability Extent
+        FeatureAnswer File GroupMember Holder IommuInfo IovaRange IrqInfo Mapping Memfd Memlock MemorySettings
+        MsixCapability PcieCapability Plan PlannedBlock Policy PowerCapability Progress RegionInfo
+        VendorCapability
     """,
-    "system calls alone, without a state": "LinuxKernel",
+    "system calls alone, without a state": "Feature LinuxKernel",
     "pure, and documented to be the caller's to lock": "IovaAllocator",
     "numbers": "Iova Vaddr",
 }
@@ -49,6 +51,7 @@ PLAIN: Mapping[str, object] = {
     "parts": [Extent(0, PAGE_SIZE)],
     "places": {},
     "request": "VFIO_GET_API_VERSION",
+    "token": "00000000-0000-0000-0000-000000000000",
     "size": PAGE_SIZE,
     "timeout": 0,
     "stale": (),
@@ -104,6 +107,7 @@ class World:
         self.memory = mmap.mmap(-1, 4 * PAGE_SIZE)
         self.buffer = mmap.mmap(-1, PAGE_SIZE)
         self.mapping = self.mapper.map_buffer(self.memory)
+        self.dma_buf = device.dma_buf(device.region(0))
         self.region_map = device.region(0).mmap()
         self.register = device.region(0).register32(0)
         self.log = pyvfio.DirtyLog(self.blocks)
@@ -129,14 +133,14 @@ class World:
         mine: list[object] = [device, self.container, group, self.irq, device.region(0), self.region_map, blocks]
         mine += [device.config, self.register]
         mine += [self.mapper, self.ring, self.mapping, self.log, self.tracking, blocks.discards, self.claim]
-        return [*mine, self.update, self.taken]
+        return [*mine, self.dma_buf, self.update, self.taken]
 
     def close(self) -> None:
         """Everything, whatever has been closed already."""
         self.taken.close()
         self.update.finish()
         closes = (self.tracking, self.log, self.claim, self.region_map, self.mapping, self.mapper, self.blocks)
-        for thing in (*closes, self.old_mapper, self.old_blocks, self.device, self.other):
+        for thing in (self.dma_buf, *closes, self.old_mapper, self.old_blocks, self.device, self.other):
             thing.close()
         self.memory.close()
         self.buffer.close()
@@ -150,10 +154,10 @@ class World:
             "by": self.update,
             "container": self.container,
             "group": self.device.group,
+            "region": self.device.region(0),
             "mapper": self.mapper,
             "memory": self.mapping,
             "notifier": self.listener,
-            "region": self.device.region(0),
             "tracking": self.tracking,
             "vaddr": ctypes.addressof(ctypes.c_char.from_buffer(self.memory)),
         }

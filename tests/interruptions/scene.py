@@ -44,7 +44,7 @@ class SeenKernel(SpecialKernel):
     def __init__(self) -> None:
         first, second = FakeDevice(BDF, msix=4, resettable=True), FakeDevice(OTHER_BDF, resettable=True)
         hot = [FakeDevice(bdf, resettable=True) for bdf in HOT_BDFS]
-        super().__init__(groups=[(GROUP, [first]), (OTHER_GROUP, [second]), (HOT_GROUP, hot)])
+        super().__init__("7.3", groups=[(GROUP, [first]), (OTHER_GROUP, [second]), (HOT_GROUP, hot)])
 
     def mmap(self, vaddr: int, size: int, protection: int, flags: int, *, fd: int = -1, offset: int = 0) -> Vaddr:
         """Note where it is."""

@@ -55,7 +55,7 @@ def _view(scene: Scene) -> Callable[[], object]:
 
 def _region_map(scene: Scene) -> Callable[[], object]:
     device = scene.things.get("device")
-    if not isinstance(device, pyvfio.Device) or scene.handing:
+    if not isinstance(device, pyvfio.Device) or scene.handing or device.windows.low_power:
         device = _other_device(scene)
     device.memory_enabled = True
     return device.region(0).mmap().close

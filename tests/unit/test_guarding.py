@@ -65,7 +65,8 @@ UNGUARDED = {
     "a fact, or one attribute that is replaced as a whole": """
         Container.check_here Container.check_usable Container.closed Container.dma_bits Container.fd Container.info
         Container.group Container.iommu_type Container.iova_pgsizes Container.iova_ranges Container.kernel
-        Container.page_size Device.can_reset Device.check_here Device.check_usable Device.check_views Device.closed
+        Container.page_size DmaBuf.check_here DmaBuf.check_usable DmaBuf.closed DmaBuf.fd DmaBuf.kernel
+        Device.can_reset Device.check_here Device.check_usable Device.check_views Device.closed
         Device.container Device.fd Device.kernel DirtyTracking.page_size DmaMapper.space DmaMapping.closed
         Group.check_here Group.check_usable Group.closed Group.fd Group.kernel Irq.can_grow Irq.count
         ConfigSpace.check_usable ConfigSpace.check_views ConfigSpace.kernel ConfigSpace.mappable ConfigSpace.size
@@ -77,7 +78,8 @@ UNGUARDED = {
     "a system call of which nothing is recorded": """
         ConfigSpace.read ConfigSpace.read16 ConfigSpace.read32 ConfigSpace.read64 ConfigSpace.read8
         Container.check_extension Container.get_api_version Container.get_info Container.ioctl Container.set_iommu
-        Device.get_pci_hot_reset_info Device.hot_reset_groups Device.ioctl Group.check_viable Group.get_device_fd
+        Device.get_pci_hot_reset_info Device.hot_reset_groups Device.ioctl Device.set_vf_token DmaBuf.ioctl
+        Group.check_viable Group.get_device_fd
         Group.get_status Group.ioctl Group.set_container Irq.mask Irq.trigger Irq.unmask Region.read Region.read16
         Region.read32 Region.read64 Region.read8 Region.write Region.write16 Region.write32 Region.write64 Region.write8
         Register.read Register.write
@@ -87,6 +89,7 @@ UNGUARDED = {
         Region.register16 Region.register32 Region.register64 Region.register8
     """,
     "made once, and the first one stays": "Device.config Device.describe_irqs Device.irq Device.irqs Device.region",
+    "a snapshot, or an object without a state of its own": "Device.capabilities Device.feature Device.low_power",
     "waits for a device, with no lock": "ConfigSpace.poll32 Irq.wait Irq.wait_any Region.poll32",
     "each step of it is guarded": """
         Container.map Container.map_dma Container.reserve_and_map Container.unmap Container.unmap_and_release
@@ -94,6 +97,7 @@ UNGUARDED = {
         ConfigSpace.write64 ConfigSpace.write8 Device.drop_windows Region.close
         Device.bus_master Device.bus_master= Device.memory_enabled Device.memory_enabled= DirtyLog.snapshot
         DmaMapper.map_buffer DmaMapper.map_dma DmaMapper.map_region DmaMapper.map_temporary
+        Device.enter_low_power Device.exit_low_power
         Irq.enable RamBlock.discard RamBlock.populate RamBlock.remap RamBlock.remove RamBlock.resize
     """,
 }
