@@ -243,10 +243,13 @@ def _how_to_share(holders: Sequence[Holder]) -> str:
         )
     if holders:
         return f"{once}: close its devices there, or end that process"
-    return (
-        f"{once}, and no process was found that has it open: look from outside of this container or PID namespace, "
-        "and as root. A device descriptor that outlived its group's is not seen either"
-    )
+    return f"{once}, and {nobody_found()}. A device descriptor that outlived its group's is not seen either"
+
+
+def nobody_found() -> str:
+    """Where to look for the process that has a group open, for hints."""
+    others = "" if os.geteuid() == 0 else " as root, or"
+    return f"no process was found that has it open: look{others} from outside of this container or PID namespace"
 
 
 class ClosedError(VfioError):

@@ -8,7 +8,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from pyvfio.errors import DeviceNotFoundError, GroupBusyError, Holder, UnavailableError, VfioError
+from pyvfio.errors import DeviceNotFoundError, GroupBusyError, Holder, UnavailableError, VfioError, nobody_found
 from pyvfio.kernel import Kernel
 from pyvfio.pci.groups import group_node, has_iommus, holders_of_group, no_group
 from pyvfio.pci.sysfs import NO_DRIVER, PciDevice, device_path, link_name, printable, read_device, read_text
@@ -101,10 +101,7 @@ def _check_group_closed(kernel: Kernel, group: int) -> None:
 def _how_to_free(holders: Collection[Holder]) -> str:
     if holders:
         return "Its devices keep their drivers meanwhile: close them there, or end that process"
-    return (
-        "Its devices keep their drivers meanwhile. No process was found that has it open: look from outside of this "
-        "container or PID namespace, and as root"
-    )
+    return f"Its devices keep their drivers meanwhile, and {nobody_found()}"
 
 
 def _is_open_somewhere(kernel: Kernel, node: Path) -> bool:

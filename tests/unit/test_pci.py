@@ -606,7 +606,7 @@ def test_an_open_group_is_refused_also_when_its_holder_is_not_seen(tree: SysfsTr
 
     tree.kernel = Busy(sysfs=tree.sysfs, dev=tree.dev, proc=tree.proc)
     tree.add_group_node(7)
-    refused(tree, GroupBusyError, "No process was found")
+    refused(tree, GroupBusyError, "no process was found")
 
 
 def test_a_device_that_is_open_by_its_own_node_is_refused(tree: SysfsTree) -> None:
