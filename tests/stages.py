@@ -61,6 +61,7 @@ TOOLS = tuple(
         *(
             "example_kvm",
             "virtio_rng",
+            "nvme",
             "series",
             "random_mutants",
             "cli_demo",
