@@ -395,7 +395,7 @@ def test_a_command_that_never_completes_times_out_also_while_others_complete(
     with Nvme(opened(Forgetful(BDF)), timeout=0.2) as disk:
         disk.resize(BUFFER)
         stuck = disk.read(3, 1, offset=0)
-        with pytest.raises(CommandTimeoutError, match="outstanding: .*read of 1 blocks at LBA 3") as it:
+        with pytest.raises(CommandTimeoutError, match=r"outstanding: .*read of 1 blocks at LBA 3") as it:
             meanwhile(disk)
         assert stuck in it.value.outstanding
         disk.reset()
