@@ -652,3 +652,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except (pyvfio.VfioError, OSError) as error:
         sys.exit(f"{NAME}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

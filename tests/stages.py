@@ -170,7 +170,7 @@ def machine_stages(python: str) -> Iterator[Stage]:
         if (kernel, iommu) not in MATRIX:
             command = (*_random_calls(python), "--kernel", kernel, "--iommu", iommu)
             yield Stage(f"{RANDOM_CALLS} random calls, kernel {kernel}, {iommu} IOMMU", 35, command)
-    yield Stage("the virtual machine itself", 150, _pytest(python, "tests/vm"))
+    yield Stage("the virtual machine itself", 210, _pytest(python, "tests/vm"))
     memories = [f"--memory={memory}" for memory in ("anonymous=2,512", "memfd=2", "hugetlb=2", "file=2")]
     yield Stage("what a resize costs", 150, ("scripts/bench", "--kernel", "7", "--check", *memories))
     yield Stage("the demo", 20, ("scripts/demo",))
