@@ -31,7 +31,6 @@ _MUTANTS = (
     # What was refused is taken for done.
     Mutant("Windows._change", "            self.low_power = before\n", ""),
     # Another device reaches a BAR that goes.
-    Mutant("Windows.change", "                region.close_dependents()\n", "                pass\n"),
     Mutant("Windows._change", "            return []\n", "            pass\n"),
     # An access that meets a window which is dropped fails.
     Mutant(
