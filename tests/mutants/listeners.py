@@ -180,13 +180,6 @@ _MUTANTS = (
     # The BAR goes while another device reaches it.
     Mutant("RegionMemory.__init__", "        region.add_dependent(self._close)\n", "        pass\n", _REGION),
     Mutant("_close_both", "    thing.close_dependents()\n", "", _REGION),
-    Mutant("Windows.change", "                region.close_dependents()\n", "                pass\n", _REGION),
-    Mutant(
-        "Device._hot_reset",
-        "        for device in devices:\n            device.close_dependents()\n",
-        "",
-        _REGION,
-    ),
     # And though it could not be unmapped.
     Mutant("Device.close", "            self._check_no_dependents()\n", "", _REGION),
     # What was mapped stays, or what was not is known.
