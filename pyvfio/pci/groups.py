@@ -42,7 +42,7 @@ def no_group(kernel: Kernel, device: PciDevice, *, tried: bool = False) -> Devic
     """The error for a device that is in no group. `tried`: also after a driver was bound to it."""
     if not tried and comes_later(kernel, device):
         return DeviceNotFoundError(
-            f"{device.bdf} is in no IOMMU group yet: its IOMMU makes one when a driver is first bound to it",
+            f"{device.bdf} is in no IOMMU group yet: the IOMMU makes one when a driver is first bound to it",
             hint=f"scripts/bind {device.bdf}",
         )
     reason, hint = _why_no_group(kernel)
@@ -59,9 +59,12 @@ def comes_later(kernel: Kernel, device: PciDevice) -> bool:
 
     So it is before Linux 6.15 where firmware's tables say which IOMMU a device is behind: VIOT for virtio-iommu, IORT
     on arm64 (`acpi_iommu_configure_id`, called by `pci_dma_configure` alone). Those of Intel and AMD, dmar0 and ivhd0,
-    make all groups at boot. A device that has a driver has no group to come.
+    make all groups at boot. A device that has a driver has no group to come, and neither has any device where the
+    kernel has made no group at all: there each bridge's driver would have had one made.
     """
     if device.iommu_group is not None or device.driver is not None or device.is_bridge:
+        return False
+    if not list_names(kernel.sysfs / "kernel/iommu_groups"):
         return False
     return any(not name.startswith(_AT_BOOT) for name in list_names(kernel.sysfs / "class/iommu"))
 
@@ -179,6 +182,11 @@ def _why_no_group(kernel: Kernel) -> tuple[str, str]:
     options = _iommu_options(kernel.proc)
     off = sorted(word for word in options if word.endswith("=off"))
     cases = (
+        (
+            bool(units) and not list_names(kernel.sysfs / "kernel/iommu_groups"),
+            f"the kernel has this machine's IOMMUs ({units}), and has made no group for any device",
+            "It has logged why: dmesg | grep -i iommu",
+        ),
         (
             bool(units),
             f"none of this machine's IOMMUs ({units}) covers it",

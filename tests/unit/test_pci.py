@@ -174,10 +174,12 @@ class Ungrouped:
     tables: str = ""
     cmdline: str = "quiet"
     cpuinfo: str = "flags\t\t: fpu lahf_lm\n"
+    others: bool = True
 
 
 UNGROUPED = [
     Ungrouped(r"IOMMUs \(dmar0\) covers it", "another slot", "dmar0", "DMAR", "intel_iommu=on"),
+    Ungrouped("no group for any device", "dmesg", "0000:00:01.0", "VIOT", others=False),
     Ungrouped("told not to .*intel_iommu=off", "Take that off", tables="DMAR", cmdline="quiet intel_iommu=off"),
     Ungrouped("not told to use it", "Add intel_iommu=on", tables="DMAR", cmdline="quiet intel_iommu=sm_on"),
     Ungrouped("has not taken it up", "dmesg", tables="DMAR", cmdline="intel_iommu=on,sm_on"),
@@ -191,6 +193,8 @@ UNGROUPED = [
 def test_a_device_without_a_group_is_an_error_that_says_why(tmp_path: Path, machine: Ungrouped) -> None:
     tree = SysfsTree(tmp_path)
     tree.add_device(BDF)
+    if machine.others:
+        tree.add_device("0000:00:1c.0", driver="pcieport", group=1, class_code=BRIDGE)
     (tree.sysfs / "class/iommu" / machine.units).mkdir(parents=True)
     (tree.sysfs / "firmware/acpi/tables" / machine.tables).mkdir(parents=True)
     (tree.proc / "cmdline").write_text(machine.cmdline + "\n")
@@ -542,6 +546,7 @@ def test_vfio_pci_is_not_given_a_device_with_a_driver_and_without_a_group(tmp_pa
     """It would have the group by now: its driver keeps it, whatever the IOMMU."""
     tree = SysfsTree(tmp_path)
     tree.add_device(BDF, driver="e1000e")
+    tree.add_device("0000:00:1c.0", driver="pcieport", group=1, class_code=BRIDGE)
     (tree.sysfs / "class/iommu" / iommu).mkdir(parents=True)
     refused(tree, DeviceNotFoundError, "in no IOMMU group: none of this machine's IOMMUs")
     (tree.sysfs / "module/vfio/parameters").mkdir(parents=True)
@@ -559,6 +564,7 @@ def test_a_group_that_comes_with_the_first_driver_is_had_by_binding(tmp_path: Pa
     """As behind virtio-iommu before Linux 6.15; what cannot be opened yet says how."""
     tree = SysfsTree(tmp_path)
     tree.add_device(BDF, matches="e1000e", late_group=7)
+    tree.add_device("0000:00:1c.0", driver="pcieport", group=1, class_code=BRIDGE)
     (tree.sysfs / "class/iommu/0000:00:01.0").mkdir(parents=True)
     assert pci.comes_later(tree.kernel, pci.read_device(tree.kernel, BDF))
     with pytest.raises(DeviceNotFoundError, match=f"in no IOMMU group yet.*scripts/bind {BDF}"):
@@ -572,6 +578,7 @@ def test_where_no_group_comes_the_device_is_as_it_was(tmp_path: Path, override: 
     """vfio-pci does not take it, and the reason is the group; it is not said to be in another slot before that."""
     tree = SysfsTree(tmp_path)
     tree.add_device(BDF, matches="e1000e", override=override)
+    tree.add_device("0000:00:1c.0", driver="pcieport", group=1, class_code=BRIDGE)
     (tree.sysfs / "class/iommu/0000:00:01.0").mkdir(parents=True)
     with pytest.raises(DeviceNotFoundError, match=r"none of this machine's IOMMUs .* covers it.*another slot"):
         bind(tree)
