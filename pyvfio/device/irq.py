@@ -448,7 +448,8 @@ class Irq:
         return f"{ioctls.VfioPciIrqIndex(self.info.index).name} of {self._device.bdf}"
 
     def __repr__(self) -> str:
-        return f"<Irq {self._name} {len(self.fds)} of {self.count} enabled>"
+        enabled = self._enabled
+        return f"<Irq {self._name} {0 if enabled is None else len(enabled.connected)} of {self.count} enabled>"
 
     def _act(self, action: int, *, start: int, count: int) -> None:
         size = ctypes.sizeof(ioctls.vfio_irq_set)

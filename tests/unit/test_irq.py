@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import gc
 import os
 import resource
+import struct
 import sys
 import threading
 import time
@@ -16,6 +18,8 @@ from contextlib import contextmanager
 import pytest
 
 import pyvfio
+from pyvfio import ioctls
+from pyvfio.kernel import IoctlArgument
 from pyvfio.testing.fake import FakeDevice, FakeKernel
 from tests.unit.fakes import BDF, SpecialKernel, nothing_left, requests
 from tests.unit.processes import open_fds
@@ -347,6 +351,37 @@ def test_a_change_that_is_refused_leaves_every_vector_as_it_was(
         kernel.interrupt(BDF, vector)
     assert irq.wait_any(timeout=0) == {0: 1, 1: 1, 2: 1, 3: 1}
     assert [count(fd) for fd in own] == [0] * 8
+
+
+class _Spiteful(SpecialKernel):
+    """The third eventfd of the next call is closed when the kernel looks at it, by another thread of the program."""
+
+    spite = True
+
+    def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
+        """See above."""
+        if request == ioctls.VFIO_DEVICE_SET_IRQS and self.spite and isinstance(argument, ctypes.Structure):
+            self.spite = False
+            struct.pack_into("=i", argument, 20 + 2 * 4, 1 << 20)
+        return super().ioctl(fd, request, argument)
+
+
+def test_of_a_refused_call_the_kernel_keeps_nothing_up_to_the_eventfd_that_it_met(
+    kernel: SpecialKernel, device: pyvfio.Device, own: list[int]
+) -> None:
+    """EBADF at the third of four vectors; each of them signals the eventfd again that it had, as the table says."""
+    irq = device.irq(MSIX)
+    irq.enable(fds=own[:4])
+    assert repr(irq) == f"<Irq VFIO_PCI_MSIX_IRQ_INDEX of {BDF} 4 of 16 enabled>"
+    kernel.__class__ = _Spiteful
+    with pytest.raises(pyvfio.IoctlError) as caught:
+        irq.enable(fds=own[4:])
+    kernel.__class__ = SpecialKernel
+    assert caught.value.errno == errno.EBADF
+    assert irq.fds == tuple(own[:4])
+    for vector in range(4):
+        kernel.interrupt(BDF, vector)
+    assert [count(fd) for fd in own] == [1] * 4 + [0] * 4
 
 
 def test_what_can_not_be_put_back_is_said_and_the_others_go_on(
