@@ -1,4 +1,4 @@
-"""`scripts/bench`: what a resize costs, on a real kernel in a virtual machine whose clock counts instructions."""
+"""`scripts/bench`: the cost of a resize and of a register, in a virtual machine whose clock counts instructions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from pyvfio.testing.edu import EDU_ID
 from pyvfio.testing.fake import VERSIONS, FakeKernel
 from pyvfio.testing.world import FakeWorld, LinuxWorld, World
 from pyvfio.units import MIB, format_size
-from tools import resize_cost
+from tools import register_cost, resize_cost
+from tools.register_cost import RegisterCost
 from tools.resize_cost import MEMORIES, POLICIES, STEP, Cost
 
 NAME = "bench"
@@ -38,7 +39,13 @@ CHEAPER = 200
 CHEAPER_FROM = 512 * MIB
 ADDED = 80.0
 """What pyvfio adds to the system calls of one such resize, at most, in microseconds."""
+REGISTER = 400.0
+"""What an access of a mapped register takes more than that of a ctypes item, at most, in nanoseconds: as many guest
+instructions."""
+REGISTER_PART = 0.2
+"""What part of `Region.read32` it takes, at most."""
 
+_EDU_LIVENESS = 0x04  # holds what was written to it, inverted
 _WARM_UP = 16
 _REPEAT = 5
 _REPEAT_FILE = 15  # longer ones: of so many, one is without the timer's interrupt
@@ -105,6 +112,14 @@ def judge(rows: Sequence[Row], *, memory: str) -> Iterator[Verdict]:
             yield Verdict(what, max(added) <= ADDED, f"{max(added):.1f} µs")
 
 
+def judge_registers(cost: RegisterCost) -> Iterator[Verdict]:
+    """Whether an access of a register object is fast."""
+    what = f"a register takes at most {REGISTER:.0f} ns more than an item of an array"
+    yield Verdict(what, cost.added <= REGISTER, f"{cost.added:.0f} ns")
+    what = f"a register takes at most {REGISTER_PART} of Region.read32"
+    yield Verdict(what, cost.part <= REGISTER_PART, f"{cost.part:.3f}")
+
+
 def _measure(world: World, bdf: str, plan: Plan, bare: Path | None, *, shown: bool | None) -> list[Row]:
     bares: dict[tuple[str, int], Cost] = {}
     if bare is not None:
@@ -169,6 +184,10 @@ def _show(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
         ],
     )
     print()
+    _show_verdicts(verdicts)
+
+
+def _show_verdicts(verdicts: Sequence[Verdict]) -> None:
     for verdict in verdicts:
         print(f"{'ok    ' if verdict.ok else 'MISSED'}  {verdict.what}: {verdict.seen}", flush=True)
 
@@ -239,7 +258,20 @@ def _run_in_guest(options: argparse.Namespace) -> int:
     bdf = found[0].bdf
     with ExitStack() as stack:
         stack.callback(pci.restore, kernel, pci.bind(kernel, bdf))
-        return _run_plans(options, LinuxWorld([bdf]), bdf, iommu=options.iommu or iommu_name(kernel))
+        status = _run_plans(options, LinuxWorld([bdf]), bdf, iommu=options.iommu or iommu_name(kernel))
+        return status if options.json else max(status, _run_registers(options, kernel, bdf))
+
+
+def _run_registers(options: argparse.Namespace, kernel: LinuxKernel, bdf: str) -> int:
+    """Measure a register, and show the figures. The exit status."""
+    with open_device(bdf, kernel=kernel) as device:
+        cost = register_cost.measure(device, _EDU_LIVENESS)
+    verdicts = list(judge_registers(cost))
+    print("nanoseconds of an access of a mapped register\n")
+    print_table(["ITEM, LOAD", "STORE", "REGISTER, LOAD", "STORE", "READ32"], [[f"{each:,.0f}" for each in cost]])
+    print()
+    _show_verdicts(verdicts)
+    return FAILED if options.check and not all(verdict.ok for verdict in verdicts) else OK
 
 
 def _run_on_fake(options: argparse.Namespace) -> int:

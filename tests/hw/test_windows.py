@@ -5,9 +5,7 @@ In a virtual machine these are there with `--devices contract` alone.
 
 from __future__ import annotations
 
-import ctypes
 import threading
-import timeit
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -199,26 +197,6 @@ def test_a_small_bar_is_mapped_and_of_a_large_one_two_mebibytes(kernel: Kernel, 
             region.register32(offset).read()
         assert mapped(kernel) == [2 * MIB] * 2 or mapped(kernel) == [4 * MIB]  # the two may be neighbours
     assert mapped(kernel) == []
-
-
-@pytest.mark.real_kernel("a fake's access of a register is a call in Python")
-def test_a_register_is_as_fast_as_an_array_and_five_times_as_fast_as_read32(nic: pyvfio.Device) -> None:
-    """Each measured in turn, and the best of each counts."""
-    region = nic.region(0)
-    register = region.register32(STATUS)
-    with region.mmap() as mapping:
-        array = (ctypes.c_uint32 * (mapping.size // 4)).from_address(mapping.vaddr)
-        names = {"array": array, "register": register, "region": region, "at": STATUS // 4}
-        statements = ("array[at]", "register.read()", "array[at] = 0", "register.write(0)", f"region.read32({STATUS})")
-        best = dict.fromkeys(statements, float("inf"))
-        for _ in range(20):
-            for statement in statements:
-                best[statement] = min(best[statement], timeit.timeit(statement, number=200, globals=names))
-    print({statement: f"{seconds / 200 * 1e9:.0f} ns" for statement, seconds in best.items()})
-    item, read, stored, write, read32 = best.values()
-    assert read <= 1.5 * item
-    assert write <= 1.5 * stored
-    assert read <= read32 / 5
 
 
 # --------------------------------------------------------------------------------------------------------- removal

@@ -13,8 +13,9 @@ import pytest
 from pyvfio.device import open_device
 from pyvfio.testing import FakeKernel
 from pyvfio.units import MIB
-from tools import bench, resize_cost
-from tools.bench import Row, judge
+from tools import bench, register_cost, resize_cost
+from tools.bench import Row, judge, judge_registers
+from tools.register_cost import RegisterCost
 from tools.resize_cost import Cost
 
 SOURCE = Path(bench.__file__).with_name("bare_resize.c")
@@ -70,6 +71,26 @@ def test_what_must_hold_is_judged_by_the_rows() -> None:
     assert failing(remap=(900.0, 30_000.0)) == [
         f"{policy}: 200 times cheaper than remap at 512 MiB" for policy in ("extend", "granule")
     ]
+
+
+@pytest.mark.parametrize(
+    ("cost", "failing"),
+    [
+        (RegisterCost(400, 500, 800, 900, 4000), [False, False]),
+        (RegisterCost(400, 500, 801, 900, 9000), [True, False]),
+        (RegisterCost(400, 500, 800, 901, 9000), [True, False]),
+        (RegisterCost(400, 500, 800, 900, 3999), [False, True]),
+    ],
+)
+def test_a_register_is_judged_beside_an_item_and_read32(cost: RegisterCost, failing: list[bool]) -> None:
+    """Loads and stores; each limit by itself."""
+    assert [not verdict.ok for verdict in judge_registers(cost)] == failing
+
+
+def test_registers_of_the_fake_can_be_measured_too() -> None:
+    """Which shows that the statements run; the figures say nothing."""
+    with FakeKernel() as kernel, open_device(kernel.bdfs[0], kernel=kernel) as device:
+        assert all(nanoseconds > 0 for nanoseconds in register_cost.measure(device, 4))
 
 
 @pytest.mark.parametrize("memory", ["memfd", "hugetlb", "file"])
