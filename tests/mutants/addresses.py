@@ -36,8 +36,6 @@ _MUTANTS = (
     Mutant("_Taking.take", "            dma_bits=state.mapper_bits,\n", "", "address bits"),
     # A temporary mapping that was closed stays in the way.
     Mutant("BufferMapper._recycle", "taken.start == memory.iova", "False", "address bits"),
-    # Or an open one is taken for closed.
-    Mutant("BufferMapper._recycle", " if not memory.holders]", "]", "address bits"),
     # -------------------------------------------------------------------------------------------------------- segments
     Mutant("cut", "(iova | boundary - 1) + 1", "iova + boundary", "segments"),
     Mutant("cut", "boundary is None or longest < boundary", "boundary is None", "segments"),
