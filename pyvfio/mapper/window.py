@@ -256,7 +256,8 @@ class Window:
     def _restore(self, before: Sequence[Part], region: tuple[int, int], cause: BaseException) -> None:
         """Have the pieces of `before` again, one by one. All new ones are unmapped before an old one is mapped."""
         now = self.pieces(region)
-        new, lost = [piece for piece in now if piece not in before], [piece for piece in before if piece not in now]
+        known, there = set(before), set(now)
+        new, lost = [piece for piece in now if piece not in known], [piece for piece in before if piece not in there]
         try:
             for run in runs(new):
                 self._make(("unmap", run))
