@@ -102,18 +102,23 @@ class ConfigSpace(Region):
     def change16(self, offset: int, bits: int, *, on: bool, force: bool = False) -> None:
         """As `Region.change16`; `force` as for `write`."""
         offset, bits = index(offset), index(bits)
-        regions = self._device.all_regions()
-        if any(region.has_dependents for region in regions):
-            effect = self._effect(offset, self._changed(offset, bits, on=on).to_bytes(2, "little"))
+        while effect := self._change16(offset, bits, on=on, force=force):
+            regions = self._device.all_regions()
             for region in regions if effect is _Effect.STOP and not (force or self._has_ended()) else ():
                 region.check_views()
-            for region in regions if effect else ():  # without the lock, which the write below has
+            for region in regions:  # without the lock, below which a mapper's must not be taken
                 region.close_dependents()
-        self._change16(offset, bits, on=on, force=force)
 
     @guarded
-    def _change16(self, offset: int, bits: int, *, on: bool, force: bool) -> None:
-        self.write16(offset, self._changed(offset, bits, on=on), force=force)
+    def _change16(self, offset: int, bits: int, *, on: bool, force: bool) -> _Effect:
+        """Make the change, unless other devices reach BARs that it takes away: return its effect then, else NONE."""
+        value = self._changed(offset, bits, on=on)
+        if any(region.has_dependents for region in self._device.all_regions()) and (
+            effect := self._effect(offset, value.to_bytes(2, "little"))
+        ):
+            return effect
+        self.write16(offset, value, force=force)
+        return _Effect.NONE
 
     def _changed(self, offset: int, bits: int, *, on: bool) -> int:
         value = self.read_command() if offset == PCI_COMMAND else self.read16(offset)
