@@ -29,7 +29,9 @@ BASE = 0x10_0000  # an IOVA that every IOMMU has
 PAGE = PAGE_SIZE
 NULL = 0
 BAD_ADDRESS = 0x1000  # below vm.mmap_min_addr: never mapped
-_INTERRUPT_CAUSE_SET, _INTERRUPT_MASK_SET, _LINK_STATUS_CHANGE = 0xC8, 0xD0, 4  # e1000e: ICS, IMS, LSC
+# Of an e1000e, in BAR 0: ICR, which is cleared when it is read, ICS, IMS, IMC; and LSC, a cause.
+_INTERRUPT_CAUSE_READ, _INTERRUPT_CAUSE_SET, _INTERRUPT_MASK_SET, _INTERRUPT_MASK_CLEAR = 0xC0, 0xC8, 0xD0, 0xD8
+_LINK_STATUS_CHANGE = 4
 _CAP_IPC_LOCK = 14
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
@@ -44,7 +46,12 @@ def refused(*numbers: int) -> Iterator[None]:
 
 
 def real_message(kernel: Kernel, fd: int, _bdf: str) -> None:
-    """Have an e1000e, a bus master that is open as `fd`, raise its interrupt: a cause is let through and set."""
+    """Have an e1000e, a bus master that is open as `fd`, raise its interrupt: a cause is let through and set.
+
+    A cause that is set already raises none, and a reset by power states leaves it: so all are cleared first.
+    """
+    kernel.pwrite(fd, b"\xff" * 4, _INTERRUPT_MASK_CLEAR)
+    kernel.pread(fd, 4, _INTERRUPT_CAUSE_READ)
     for register in (_INTERRUPT_MASK_SET, _INTERRUPT_CAUSE_SET):
         kernel.pwrite(fd, struct.pack("<I", _LINK_STATUS_CHANGE), register)
 

@@ -153,7 +153,6 @@ _MUTANTS = (
     ),
     # A mapper that has lost everything answers.
     Mutant("BufferMapper.check_open", "self._space.lost", "False", "held memory"),
-    # ------------------------------------------------------------------------------------------------------- hand-over
     # ------------------------------------------------------------------------------------------------------- hot reset
     # Transfers are under way when the bus goes, or the caller's setting is lost where the kernel refuses.
     Mutant("Device._reset_bus", "                device.bus_master = False", "                pass", "hot reset"),
@@ -196,7 +195,7 @@ _MUTANTS = (
     Mutant("RegionMapper.drop", "        memory.holders = 0\n", "        pass\n", _REGION),
     # It goes to another process.
     Mutant("find_obstacles", "        if device.has_dependents\n", "        if False\n", _REGION),
-    # -------------------------------------------------------------------------------------------------------- hand-over
+    # ------------------------------------------------------------------------------------------------------- hand-over
     # It is not known whether addresses were given up when a signal handler ends the call.
     Mutant(
         "HandOver.begin",
