@@ -368,7 +368,7 @@ class Device(Handle):
         BufferError while a view of a mapped region lives: nothing has changed then. IoctlError: the kernel refuses, or
         the bus did not come back; bus mastering is as before then.
 
-        Synchronization: waits for the container's lock. No other thread may access registers of these devices.
+        Synchronization: waits for the container's lock. Register accesses of other threads wait meanwhile.
         Cost: the kernel takes 10 ms to 1 s. Source: `vfio_pci_ioctl_pci_hot_reset`.
         """
         self.check_usable()

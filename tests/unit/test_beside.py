@@ -12,14 +12,17 @@ from typing import NamedTuple
 import pytest
 
 import pyvfio
+from pyvfio.device import PCI_COMMAND
 from pyvfio.testing.edu import Edu
 from pyvfio.testing.fake import Bar, DmaFault, FakeDevice, FakeEdu, FakeKernel
 from pyvfio.units import MIB, PAGE_SIZE
+from tests.contract.devices import POWER_MANAGEMENT
 from tests.unit.fakes import BDF, OTHER_BDF, PRIVATE, READ_WRITE, nothing_left, requests
 from tests.unit.processes import in_child
 
 PLAIN = "0000:01:00.0"
 LIVENESS = 4
+PM_CONTROL, D3HOT = 0xC8 + 4, 3  # of POWER_MANAGEMENT
 UNMAP, RESET, HOT_RESET = "VFIO_IOMMU_UNMAP_DMA", "VFIO_DEVICE_RESET", "VFIO_DEVICE_PCI_HOT_RESET"
 
 
@@ -40,7 +43,8 @@ class Pair(NamedTuple):
 @pytest.fixture
 def kernel() -> Iterator[FakeKernel]:
     """Two edu devices; and a device that can be reset, with memory in BAR 0, I/O ports in BAR 1."""
-    plain = FakeDevice(PLAIN, bars={0: Bar(4 * PAGE_SIZE), 1: Bar(256, io=True)}, resettable=True)
+    bars = {0: Bar(4 * PAGE_SIZE), 1: Bar(256, io=True)}
+    plain = FakeDevice(PLAIN, bars=bars, resettable=True, config=POWER_MANAGEMENT)
     with FakeKernel(groups=[(2, [FakeEdu(BDF)]), (3, [FakeEdu(OTHER_BDF)]), (4, [plain])]) as made, nothing_left(made):
         yield made
 
@@ -291,6 +295,9 @@ def _stop_decoding(pair: Pair) -> None:
 
 ENDS: dict[str, Callable[[Pair], object]] = {
     "decoding stops": _stop_decoding,
+    "COMMAND is written": lambda pair: pair.other.config.write16(PCI_COMMAND, 0),
+    "power is lowered": lambda pair: pair.other.config.write8(PM_CONTROL, D3HOT),
+    "low power is entered": lambda pair: pair.other.enter_low_power(),
     "reset": lambda pair: pair.other.reset(),
     "hot reset": lambda pair: pair.other.hot_reset(),
     "the region closes": lambda pair: pair.other.region(0).close(),
