@@ -19,6 +19,7 @@ from pyvfio.cli.common import (
 )
 from pyvfio.errors import VfioError
 from pyvfio.kernel import Kernel, LinuxKernel
+from pyvfio.pci.sysfs import printable
 
 NAME = "bind"
 
@@ -99,12 +100,12 @@ def _as_json(binding: pci.Binding, *, dry_run: bool) -> Json:
 
 
 def _in_words(binding: pci.Binding, *, dry_run: bool) -> str:
-    driver, former = binding.driver or "no driver", binding.former_driver or "no driver"
+    driver, former = printable(binding.driver or "no driver"), printable(binding.former_driver or "no driver")
     if not binding.steps:
         return f"{binding.bdf}: {driver} already"
     if dry_run:
         return "\n".join([f"# {binding.bdf}, which has {former}", *map(str, binding.steps)])
-    override = f", driver_override {binding.former_override}" if binding.former_override else ""
+    override = f", driver_override {printable(binding.former_override)}" if binding.former_override else ""
     return f"{binding.bdf}: {driver} (was: {former}{override})"
 
 

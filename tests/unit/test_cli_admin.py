@@ -172,6 +172,15 @@ def test_names_are_printed_without_what_moves_a_cursor(
     assert err.rstrip().isprintable()
 
 
+def test_an_override_is_printed_without_what_moves_a_cursor(
+    tree: SysfsTree, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever wrote it."""
+    ((tree.pci / "devices" / SOUND).resolve() / "driver_override").write_text("\x1b[2J\n")
+    assert run_bind(tree, SOUND, "--driver", "e1000e") == 0
+    assert capsys.readouterr().out == f"{SOUND}: e1000e (was: vfio-pci, driver_override \\x1b[2J)\n"
+
+
 @pytest.mark.parametrize("json_too", [False, True])
 def test_garbage_in_sysfs_is_one_line_that_names_the_file(
     tree: SysfsTree, capsys: pytest.CaptureFixture[str], *, json_too: bool
