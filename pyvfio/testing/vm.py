@@ -149,7 +149,7 @@ class Disk:
     iops: int
 
 
-DISKS: Mapping[str, Disk] = {"nvme": Disk(16 << 20, iops=100)}
+DISKS: Mapping[str, Disk] = {"nvme": Disk(16 << 20, iops=40)}
 """The disk of a list of devices, which refer to it by ``drive=disk``. The disk is memory without a name in any file
 system, so that nothing of it is left when the machine ends."""
 

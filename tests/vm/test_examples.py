@@ -54,5 +54,5 @@ def test_the_disk_loses_no_block_through_a_hundred_resizes_of_the_memory_for_its
     assert (remap["lost"], remap["stray"], remap["resizes"]) == (0, 0, 10)
     assert extend["blocks"] >= 10000
     assert remap["blocks"] >= 1000
-    assert extend["at_work"] > 10
+    assert extend["at_work"] > 0
     assert remap["at_work"] == 0
