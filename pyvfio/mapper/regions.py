@@ -137,7 +137,8 @@ class RegionMapper(BufferMapper):
 
         Raises TypeError; ValueError (misaligned, outside, no access, another kernel's device); UnsupportedError where
         the region cannot be mapped; VfioError where the device does not decode memory; ClosedError; otherwise as
-        `map_dma`. Cost: an mmap, an ioctl and three reads of configuration space. Source: `vaddr_get_pfns`, `follow_fault_pfn`.
+        `map_dma`. Cost: an mmap, an ioctl and three reads of configuration space.
+        Source: `vaddr_get_pfns`, `follow_fault_pfn`.
         """
         if not hasattr(region, "add_dependent"):
             raise TypeError(f"region must be a Region, not {type(region).__name__}")
