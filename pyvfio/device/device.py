@@ -441,14 +441,14 @@ class Device(Handle):
             steps += [irq.close for irq in tuple(self._irqs.values())]
             # Nothing may be under way when the mappings go: a device without a reset is kept from the bus.
             steps += [self._stop_dma, *([self._last_reset] if self.can_reset else [])]
-            steps += [self.windows.end, *(region.close for region in tuple(self._regions.values()))]
+            steps += [region.close for region in tuple(self._regions.values())]
             steps += [self.close_fd, self._leave]
         if (container := self.opened_with) is not None and not container.closed:
             steps += [partial(close_now, container)]
         attempt_all(f"closing device {self.bdf}", steps)
 
     def _check_no_dependents(self) -> None:
-        if self.has_dependents:
+        if not self.windows.end():
             raise VfioError(
                 f"{self.bdf} cannot be closed: a BAR of it is mapped for the DMA of another device",
                 hint="Close that mapping, which map_region returned; where this fails, the error says why",

@@ -91,9 +91,10 @@ class Windows:
         return [answer]
 
     @guarded
-    def end(self) -> None:
-        """Let no window be made any more."""
-        self.ended = True
+    def end(self) -> bool:
+        """Let no window be made any more, and no other device reach a region. Return whether none does."""
+        self.ended = self.ended or not any(region.has_dependents for region in self._regions.values())
+        return self.ended
 
     def _check_views(self) -> None:
         for region in tuple(self._regions.values()):

@@ -46,7 +46,6 @@ _MUTANTS = (
     Mutant("Register.read", "        except ValueError:\n", "        except KeyError:\n"),
     # The wrong part is mapped.
     Mutant("Region._part", "min(start + size, window + _WINDOW_SIZE) - first", "_WINDOW_SIZE + _WINDOW_SIZE"),
-    Mutant("Region._window", "bisect(windows, offset, key=_start) - 1", "1"),
     Mutant("Region.mappable", "self.size < PAGE_SIZE and self.info.sparse is None", "False"),
     # A window is made while a touch is SIGBUS.
     Mutant("Region._open_window", "        if self._device.windows.low_power:\n            return None\n", ""),
