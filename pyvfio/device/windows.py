@@ -93,7 +93,7 @@ class Windows:
     @guarded
     def end(self) -> bool:
         """Let no window be made any more, and no other device reach a region. Return whether none does."""
-        self.ended = self.ended or not any(region.has_dependents for region in self._regions.values())
+        self.ended = self.ended or not any(region.has_dependents for region in tuple(self._regions.values()))
         return self.ended
 
     def _check_views(self) -> None:

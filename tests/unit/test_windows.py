@@ -394,6 +394,21 @@ def test_what_depends_on_a_bar_ends_before_its_windows_and_without_its_lock(
         assert order == ["second 0", "first 0", "late 0"]
 
 
+def test_a_device_that_is_being_closed_gets_no_window_and_no_dependent_any_more(plain: pyvfio.Device) -> None:
+    """Unless another device reaches a region: then the close has to wait."""
+    region = plain.region(0)
+    region.dependents.append(region.dependents.clear)
+    assert not plain.windows.end()
+    region.read32(0)
+    region.close_dependents()
+    assert plain.windows.end()
+    region.read32(0)
+    plain.drop_windows()
+    for use in (partial(region.read32, 0), partial(region.add_dependent, region.dependents.clear), region.mmap):
+        with pytest.raises(pyvfio.ClosedError, match="is being closed"):
+            use()
+
+
 # --------------------------------------------------------------------------------------------------------- parts
 
 
