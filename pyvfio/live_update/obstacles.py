@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pyvfio.blocks.block import RamBlock
 from pyvfio.container import Container
+from pyvfio.device import Device
 from pyvfio.dma import DmaMapper
 from pyvfio.iommu.type1_errors import describe_mappings
 from pyvfio.memory import File, Memfd
@@ -33,6 +34,12 @@ def find_obstacles(mapper: DmaMapper, blocks: RamBlockList | None, container: Co
         for group in container.groups.values()
         for device in group.devices
         if device.has_dependents
+    ]
+    found += [
+        f"{device!r} is in low power, which the other process does not know: exit_low_power() first"
+        for group in container.groups.values()
+        for device in group.devices
+        if isinstance(device, Device) and device.windows.low_power
     ]
     return found or _strangers(mapper, container)
 

@@ -57,6 +57,14 @@ def test_a_device_that_wakes_up_tells_its_eventfd(rig: Rig, kernel: Kernel) -> N
         kernel.close(event)
 
 
+def test_a_device_that_is_closed_in_low_power_can_be_opened_again(engine_bdfs: tuple[str, ...], kernel: Kernel) -> None:
+    """It is awake then."""
+    with pyvfio.open_device(engine_bdfs[0], kernel=kernel) as device:
+        device.enter_low_power()
+    with Rig(engine_bdfs[0], kernel=kernel) as rig:
+        assert rig.engine.invert(6) == 0xFFFFFFF9
+
+
 def test_a_dma_buf_of_a_bar_is_made_where_the_kernel_can(device: pyvfio.Device) -> None:
     """Of all of it, or of pages of it; else UnsupportedError says which kernel can."""
     before, bar = open_fds(), device.region(BAR)

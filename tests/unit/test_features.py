@@ -212,8 +212,9 @@ def test_an_error_of_the_block_is_not_replaced_by_that_of_its_end(kernel: Specia
     with pytest.raises(KeyError) as caught:
         raise_in_the_block()
     assert "could not leave low power" in caught.value.__notes__[0]
-    with pytest.raises(pyvfio.IoctlError, match="EINVAL"), device.low_power():
-        pass
+    device.exit_low_power()
+    with pytest.raises(pyvfio.IoctlError, match="EIO"), device.low_power():
+        spoil()
     spoil()
     with pytest.raises(pyvfio.IoctlError, match="EIO"):
         device.exit_low_power()
@@ -264,6 +265,17 @@ def test_where_an_entry_fails_windows_are_made_as_before(kernel: SpecialKernel, 
         device.enter_low_power()
     bar.read32(0)
     assert [call.call for call in kernel.trace if call.call == "registers"] == ["registers", "registers"]
+
+
+def test_a_device_in_low_power_is_not_handed_to_another_process(kernel: SpecialKernel, device: pyvfio.Device) -> None:
+    """The other one would map a window, and a touch of it is SIGBUS."""
+    with pyvfio.RamBlockList(kernel=kernel) as blocks, pyvfio.DmaMapper(device.container, blocks) as mapper:
+        with (
+            device.low_power(),
+            pytest.raises(pyvfio.HandOverError, match=r"in low power, .*: exit_low_power\(\) first"),
+        ):
+            pyvfio.hand_over(mapper)
+        pyvfio.hand_over(mapper).cancel()
 
 
 # ------------------------------------------------------------------------------------------------ DMA-bufs
@@ -371,6 +383,7 @@ def test_eacces_says_whose_token_is_wanted_and_how_it_is_set(kernel: SpecialKern
         pyvfio.open_device(VF, container=container, vf_token=TOKEN)
         with pytest.raises(pyvfio.IoctlError, match=r"EACCES.*Virtual functions of it are open: give vf_token"):
             pyvfio.Device(physical.group, PF)
+        assert pyvfio.open_device(PF, container=container, vf_token=TOKEN).group is physical.group
 
 
 def test_a_token_that_nobody_wants_is_refused_with_the_reason(kernel: SpecialKernel) -> None:
