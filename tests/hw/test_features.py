@@ -21,6 +21,8 @@ from tests.unit.processes import open_fds
 LAUNCHER = Path(__file__).resolve().parents[2] / "examples/launcher.py"
 BAR = ioctls.VFIO_PCI_BAR0_REGION_INDEX
 
+pytestmark = pytest.mark.one_iommu
+
 
 def test_registers_answer_in_low_power_and_after_it_and_dma_goes_on(rig: Rig) -> None:
     """Where a window stayed, the kernel would end this program with SIGBUS."""
