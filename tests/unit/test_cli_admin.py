@@ -158,7 +158,10 @@ def test_a_group_without_an_iommu_is_not_called_viable(tree: SysfsTree, capsys: 
 def test_names_are_printed_without_what_moves_a_cursor(
     tree: SysfsTree, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Anybody may give a process any name."""
+    """Anybody may give a process any name; a driver's is as its module has it."""
+    tree.add_device("0000:03:00.0", driver="odd\x1b[2J")
+    assert list_command.main(["03:00.0"], kernel=tree.kernel) == 0
+    assert r"odd\x1b[2J" in capsys.readouterr().out
     node = tree.add_group_node(7)
     link(tree.proc / "5/fd/3", node)
     (tree.proc / "5/comm").write_text("\x1b[2Jevil\u202e\n")
