@@ -707,6 +707,7 @@ def test_the_tear_down_goes_from_the_top_down(kernel: SpecialKernel, closed: str
                 "close eventfd",
                 "pread device",
                 "pwrite device",
+                "pread device",  # is it still there?
                 "VFIO_DEVICE_RESET",
                 "close device",
                 "VFIO_CHECK_EXTENSION",
