@@ -189,9 +189,8 @@ class RegionMapper(BufferMapper):
         memory.release()
 
     def drop(self, memory: OwnMemory) -> None:
-        """Unmap memory, whoever holds it. For RegionMemory.close."""
+        """Unmap memory, whoever holds it: a holder that is closed later finds that it has gone. For RegionMemory.close."""
         self._unmap(memory)
-        memory.holders = 0
 
 
 def _same_kernel(one: Kernel, other: Kernel) -> bool:

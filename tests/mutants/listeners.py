@@ -192,7 +192,6 @@ _MUTANTS = (
         "RegionMapper._take_back", "            if mapping.vaddr == memory.vaddr:\n", "            if False:\n", _REGION
     ),
     Mutant("RegionMemory.release", "            close_now(self._mapped)\n", "            pass\n", _REGION),
-    Mutant("RegionMapper.drop", "        memory.holders = 0\n", "        pass\n", _REGION),
     # It goes to another process.
     Mutant("find_obstacles", "        if device.has_dependents\n", "        if False\n", _REGION),
     # ------------------------------------------------------------------------------------------------------- hand-over
