@@ -189,7 +189,7 @@ class RegionMapper(BufferMapper):
         memory.release()
 
     def drop(self, memory: OwnMemory) -> None:
-        """Unmap memory, whoever holds it: a holder that is closed later finds that it has gone. For RegionMemory.close."""
+        """Unmap memory, whoever holds it; a holder's close does nothing then. For RegionMemory.close."""
         self._unmap(memory)
 
 
