@@ -6,6 +6,7 @@ The first line of each function's docstring is the row's first column.
 from __future__ import annotations
 
 import sys
+from uuid import UUID
 
 import pyvfio
 
@@ -38,16 +39,44 @@ def adopt(fd: int, device_fd: int, bdf: str, n: int) -> pyvfio.Device:
     return pyvfio.Device.from_fd(group, bdf, device_fd)
 
 
+def open_virtual(physical: pyvfio.Device, bdf: str, token: UUID) -> pyvfio.Device:
+    """a virtual function"""
+    physical.set_vf_token(token)
+    return pyvfio.open_device(bdf, vf_token=token)
+
+
 def map_own(mapper: pyvfio.DmaMapper, buffer: bytearray, vaddr: pyvfio.Vaddr) -> list[pyvfio.Iova]:
     """the device to reach a buffer of your own"""
     with mapper.map_buffer(buffer) as own, mapper.map_temporary(buffer) as temporary:
         return [own.iova, temporary.iova, mapper.map_dma(vaddr=vaddr, size=pyvfio.PAGE_SIZE).iova]
 
 
+def limit_addresses(container: pyvfio.Container, blocks: pyvfio.RamBlockList) -> pyvfio.DmaMapper:
+    """IOVAs below the address bits of a device"""
+    return pyvfio.DmaMapper(container, blocks, dma_bits=32)
+
+
+def gather(mapper: pyvfio.DmaMapper, block: pyvfio.RamBlock, offset: int, size: int) -> list[tuple[pyvfio.Iova, int]]:
+    """entries of a scatter-gather or PRP list"""
+    return mapper.segments(block, offset, size, max_segment=pyvfio.MIB, boundary=4096)
+
+
+def choose_policies(container: pyvfio.Container, blocks: pyvfio.RamBlockList, n: int) -> pyvfio.DmaMapper:
+    """another policy for some blocks"""
+    return pyvfio.DmaMapper(container, blocks, policy_of=lambda block: pyvfio.Policy("extend", granule=n))
+
+
+def reach_other(mapper: pyvfio.DmaMapper, other: pyvfio.Device) -> pyvfio.Iova:
+    """a BAR of another device as the target of DMA"""
+    return mapper.map_region(other.region(0)).iova
+
+
 def use_registers(device: pyvfio.Device, offset: int, value: int) -> memoryview:
     """registers"""
     bar: pyvfio.Region = device.region(0)
     bar.write64(offset, value | bar.read32(offset))
+    doorbell: pyvfio.Register = bar.register32(offset)
+    doorbell.write(bar.poll32(offset, mask=value, value=value, timeout=1.0))
     return bar.mmap().view()
 
 
@@ -58,16 +87,31 @@ def configure(device: pyvfio.Device) -> int:
     return device.config.read16(0)
 
 
+def list_capabilities(device: pyvfio.Device) -> list[int]:
+    """PCI capabilities"""
+    return [capability.offset for capability in device.capabilities.standard]
+
+
+def use_features(device: pyvfio.Device, number: int) -> tuple[int, object]:
+    """low power, DMA-bufs and other features"""
+    with device.low_power():
+        pass
+    return device.dma_buf(device.region(0)).fd, device.feature(number).probe()
+
+
 def reset(device: pyvfio.Device) -> None:
     """a reset"""
     if device.can_reset:
         device.reset()
+    else:
+        device.hot_reset()
 
 
 def wait(device: pyvfio.Device) -> tuple[int, tuple[int, ...]]:
     """interrupts"""
     irq: pyvfio.Irq = device.irq(pyvfio.ioctls.VFIO_PCI_MSI_IRQ_INDEX)
     irq.enable(1)
+    print(irq.wait_any(timeout=0.5))
     return irq.wait(0, timeout=0.5), tuple(fd for fd in irq.fds if fd is not None)
 
 
