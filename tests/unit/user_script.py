@@ -63,7 +63,8 @@ def gather(mapper: pyvfio.DmaMapper, block: pyvfio.RamBlock, offset: int, size: 
 
 def choose_policies(container: pyvfio.Container, blocks: pyvfio.RamBlockList, n: int) -> pyvfio.DmaMapper:
     """another policy for some blocks"""
-    return pyvfio.DmaMapper(container, blocks, policy_of=lambda block: pyvfio.Policy("extend", granule=n))
+    policy = pyvfio.Policy("extend", granule=n)
+    return pyvfio.DmaMapper(container, blocks, policy_of=lambda block: policy if block.idstr == "data" else None)
 
 
 def reach_other(mapper: pyvfio.DmaMapper, other: pyvfio.Device) -> pyvfio.Iova:
