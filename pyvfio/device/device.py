@@ -167,6 +167,7 @@ class Device(Handle):
         Cost: two reads of configuration space, and at the first call the capability list.
         """
         if why := self.config.why_silent():
+            self.check_present()  # the power state of a device that has just gone reads D3
             raise VfioError(
                 f"{self.bdf} {why}, so {what} cannot be reached",
                 hint="device.memory_enabled = True; if it stays off, the device may be in a low-power state"

@@ -85,7 +85,8 @@ def test_each_module_has_tests_of_its_own() -> None:
             assert tests[0].startswith("tests/unit/test_"), path
             assert tests[0] != "tests/unit/test_failures.py", path
             assert all((ROOT / test).exists() for test in tests)
-    assert chosen_tests("device/irq.py")[0] == "tests/unit/test_device.py"
+    assert chosen_tests("device/irq.py")[0] == "tests/unit/test_irq.py"
+    assert chosen_tests("device/region.py")[0] == "tests/unit/test_device.py"
 
 
 def test_a_test_that_notices_is_the_witness(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -67,11 +68,20 @@ def groups() -> list[tuple[int, list[FakeDevice | FakePciDevice]]]:
 
 
 class WatchedKernel(FakeKernel):
-    """A fake kernel that counts what is mapped of its devices at each change."""
+    """A fake kernel that counts what is mapped of its devices at each change, and from which a device is pulled out
+    before a pread of one's choice."""
 
     def __init__(self, *, groups: Sequence[GroupDeclaration]) -> None:
         super().__init__(groups=groups)
         self.mapped: list[int] = []
+        self.preads_left = -1
+
+    def pread(self, fd: int, size: int, offset: int) -> bytes:
+        """Pull the device out first, when it is time for that."""
+        self.preads_left -= 1
+        if self.preads_left == 0:
+            self.pull_out(SIBLING)
+        return super().pread(fd, size, offset)
 
     def pwrite(self, fd: int, data: bytes, offset: int) -> int:
         """Count first."""
@@ -93,6 +103,7 @@ def mapped_areas() -> int:
 @pytest.fixture
 def kernel() -> Iterator[WatchedKernel]:
     """A fake kernel with both."""
+    gc.collect()  # devices of other tests, which nobody has, may still be mapped
     with WatchedKernel(groups=groups()) as kernel:
         yield kernel
         assert kernel.descriptors == ()
@@ -689,6 +700,17 @@ def test_a_device_that_goes_in_the_middle_of_accesses_ends_them(kernel: FakeKern
     waiter.join(10)
     assert ended[0] is pyvfio.DeviceGoneError
     assert issubclass(ended[1], pyvfio.VfioError)
+
+
+@pytest.mark.parametrize("preads", [1, 2])
+def test_a_device_that_goes_while_it_is_asked_for_its_state_has_gone(kernel: WatchedKernel, preads: int) -> None:
+    """COMMAND, and then its power state, which reads D3 of a device that has gone."""
+    with pyvfio.open_device(SIBLING, kernel=kernel) as device:
+        device.memory_enabled = True
+        device.check_decoding("BAR 0")
+        kernel.preads_left = preads
+        with pytest.raises(pyvfio.DeviceGoneError):
+            device.region(0).read32(0)
 
 
 def test_a_system_call_that_finds_no_device_says_that_it_has_gone(kernel: FakeKernel, plain: pyvfio.Device) -> None:

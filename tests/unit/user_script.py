@@ -90,6 +90,8 @@ def configure(device: pyvfio.Device) -> int:
 
 def list_capabilities(device: pyvfio.Device) -> list[int]:
     """PCI capabilities"""
+    if (msix := device.capabilities.msix) is not None:
+        return [msix.vectors]
     return [capability.offset for capability in device.capabilities.standard]
 
 
