@@ -267,7 +267,8 @@ def check_kind(handle: Handle, question: Callable[[], _Answer], kind: str) -> _A
     except BaseException as error:
         fd = handle.release_fd()
         if isinstance(error, IoctlError) and error.errno in _NOT_THE_KIND:
-            raise ValueError(f"descriptor {fd} is not {kind} ({error.request}: {error.strerror})") from error
+            where = " of the running kernel; give kernel= with one of a fake" * isinstance(handle.kernel, LinuxKernel)
+            raise ValueError(f"descriptor {fd} is not {kind}{where} ({error.request}: {error.strerror})") from error
         raise
 
 

@@ -49,7 +49,7 @@ from pyvfio.handle import attempt
 from pyvfio.kernel import Kernel, LinuxKernel
 from pyvfio.memory import Anonymous, MemoryKind, MemorySettings
 from pyvfio.memory.prefault import check_threads
-from pyvfio.units import check_bool
+from pyvfio.units import align_up, check_bool
 
 __all__ = ["RamBlock", "RamBlockList", "RamBlockNotifier", "ResizedCallback"]
 
@@ -72,7 +72,8 @@ def _length(value: int, what: str, page_size: int) -> int:
     except TypeError:
         raise TypeError(f"{what} must be a whole number of bytes, not {value!r}") from None
     if number < 0 or number % page_size:
-        raise ValueError(f"{what} must be a multiple of {page_size} bytes and not negative, not {number}")
+        instead = f"; use {align_up(number, page_size)}" if number > 0 else ""
+        raise ValueError(f"{what} must be a multiple of {page_size} bytes and not negative, not {number}{instead}")
     return number
 
 
@@ -165,7 +166,8 @@ class RamBlockList(ContextManager):
         for block in self._blocks:
             if block.idstr == idstr:
                 return block
-        raise KeyError(idstr)
+        there = ", ".join(repr(block.idstr) for block in self._blocks[:8]) or "none"
+        raise KeyError(f"no RAM block is named {idstr!r}; there are {there}")
 
     def __repr__(self) -> str:
         blocks = ", ".join(

@@ -41,7 +41,10 @@ def get_info(device: Handle, bdf: str) -> tuple[DependentDevice, ...]:
             device.ioctl("VFIO_DEVICE_GET_PCI_HOT_RESET_INFO", answer, count=count)
         except OSError as error:
             if error.errno == errno.ENODEV:
-                raise UnsupportedError(f"neither the slot nor the bus of {bdf} can be reset") from error
+                raise UnsupportedError(
+                    f"neither the slot nor the bus of {bdf} can be reset",
+                    hint="A device on a root bus cannot be: it has no bridge or port above it whose bus is reset",
+                ) from error
             if error.errno != errno.ENOSPC or answer.count <= count:
                 raise
             count = answer.count

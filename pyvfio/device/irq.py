@@ -44,6 +44,9 @@ class _Owner(Protocol):
     def kernel(self) -> Kernel: ...
 
     @property
+    def irqs(self) -> tuple[Irq, ...]: ...
+
+    @property
     def fd(self) -> int: ...
 
     def check_usable(self) -> None: ...
@@ -289,7 +292,8 @@ class Irq:
     def _checked_vector(self, vector: int) -> int:
         number = check_whole_number(vector, "vector")
         if not 0 <= number < self.count:
-            raise ValueError(f"{self._name} has vectors 0 to {self.count - 1}, not {number}")
+            there = f"vectors 0 to {self.count - 1}" if self.count else "no vectors"
+            raise ValueError(f"{self._name} has {there}, not {number}")
         return number
 
     @guarded
@@ -456,9 +460,17 @@ class Irq:
         flags = ioctls.VFIO_IRQ_SET_DATA_NONE | action
         self._set_irqs(ioctls.vfio_irq_set(size, flags, self.info.index, start, count))
 
+    def _hint_at_others(self) -> str:
+        """Name the other kind of interrupt that is enabled, where a device can have one of both."""
+        enabled = [each.info.index for each in self._device.irqs if each is not self and each.fds]
+        others = [ioctls.VfioPciIrqIndex(kind).name for kind in enabled if kind in _ONE_AT_A_TIME]
+        if not others or self.info.index not in _ONE_AT_A_TIME:
+            return ""
+        return f"Only one kind of interrupt can be enabled at a time: device.irq({others[0]}).disable() first"
+
     def _set_irqs(self, argument: ioctls.vfio_irq_set) -> int:
         hints = {
-            errno.EINVAL: "Only one kind of interrupt can be enabled at a time, and only what is enabled can act",
+            errno.EINVAL: self._hint_at_others() or "Only an interrupt that is enabled can act",
             errno.ENOTTY: "Only INTx can be masked",
             errno.EBUSY: "An eventfd unmasks it already: unmask_by(None) ends that",
         }

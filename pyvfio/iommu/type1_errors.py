@@ -104,7 +104,9 @@ class MapRefusal:
     def _overlap(self) -> IovaOverlapError:
         explained = self._say(
             IovaOverlapError,
-            f"part of it is mapped already: {describe_mappings(self.overlapping)}",
+            f"part of it is mapped already: {describe_mappings(self.overlapping)}"
+            if self.overlapping
+            else "part of it is mapped already, by another process, or by another Container of the same descriptor",
             "Unmap that first, or reserve another IOVA",
         )
         explained.existing = tuple(mapping.range for mapping in self.overlapping)

@@ -521,7 +521,8 @@ class BufferMapper:
         if size <= 0 or vaddr < 0 or vaddr + size - 1 > U64_MAX or (vaddr | size) % self._space.page_size:
             raise ValueError(
                 f"vaddr {vaddr:#x} and size {size:#x} must be multiples of {self._space.page_size:#x}, the size above "
-                "0; mmap.mmap(-1, size) and RAM blocks begin at a page, a bytearray or numpy array does not"
+                "0: map whole pages, of mmap.mmap(-1, size) or of a block, as block.view(0, size). A bytearray or "
+                "numpy array does not begin at a page"
             )
 
     def check_open(self) -> None:

@@ -46,9 +46,10 @@ def check_part(offset: SupportsIndex, size: SupportsIndex | None, length: int, w
     count = length - start if size is None else check_whole_number(size, "size")
     if start < 0 or (size is not None and count < 1):
         raise ValueError(f"offset must be at least 0 and size at least 1 byte, not {start} and {count}")
-    if count < 1 or start + count > length:
-        last = "" if size is None else f"-{start + count - 1:#x}"
-        raise ValueError(f"bytes {start:#x}{last} are outside of the {length:#x} bytes of {what}")
+    if size is None and count < 1:
+        raise ValueError(f"offset {start:#x} is behind the last of the {length:#x} bytes of {what}")
+    if start + count > length:
+        raise ValueError(f"bytes {start:#x}-{start + count - 1:#x} are outside of the {length:#x} bytes of {what}")
     return start, count
 
 

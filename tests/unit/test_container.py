@@ -536,6 +536,18 @@ def test_an_overlap_is_told_with_what_is_there(container: Container, memory: int
     assert caught.value.existing == tuple(mapping.range for mapping in container.mappings[:2])
 
 
+def test_an_overlap_with_a_mapping_of_another_object_says_whose_it_can_be(
+    kernel: SpecialKernel, container: Container, memory: int
+) -> None:
+    """A launcher's and a driver's object of one descriptor do not know of each other's mappings."""
+    argument = ioctls.vfio_iommu_type1_dma_map(32, ioctls.VFIO_DMA_MAP_FLAG_READ, memory, MIB, PAGE_SIZE)
+    kernel.ioctl(container.fd, ioctls.VFIO_IOMMU_MAP_DMA, argument)
+    with pytest.raises(pyvfio.IovaOverlapError, match="by another process, or by another Container") as caught:
+        container.map(vaddr=memory, iova=MIB, size=PAGE_SIZE)
+    assert caught.value.existing == ()
+    kernel.ioctl(container.fd, ioctls.VFIO_IOMMU_UNMAP_DMA, ioctls.vfio_iommu_type1_dma_unmap(24, 0, MIB, PAGE_SIZE))
+
+
 @pytest.mark.parametrize("iova", [0xFEE00000, 0xFEDFF000, 1 << 39], ids=["interrupts", "across", "above"])
 def test_addresses_outside_the_ranges_are_told_with_the_ranges(container: Container, memory: int, iova: int) -> None:
     """As attribute and in the text."""
