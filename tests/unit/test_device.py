@@ -1006,7 +1006,7 @@ def test_an_interrupt_is_enabled_once(device: pyvfio.Device) -> None:
     before = open_fds()
     with pytest.raises(pyvfio.VfioError, match=r"enabled already.*disable\(\)"):
         device.irq(MSI).enable(1)
-    with pytest.raises(pyvfio.IoctlError, match=r"Only one kind of .* device.irq\(VFIO_PCI_MSI_IRQ_INDEX\).disable\(\)"):
+    with pytest.raises(pyvfio.IoctlError, match=r"Only one kind .*device.irq\(VFIO_PCI_MSI_IRQ_INDEX\).disable\(\)"):
         device.irq(INTX).enable(1)
     assert open_fds() == before
     assert device.irq(INTX).fds == ()
