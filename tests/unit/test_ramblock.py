@@ -193,7 +193,7 @@ def test_blocks_are_found_by_name_and_by_address(blocks: RamBlockList) -> None:
         assert blocks.block_at(block.vaddr - 1) is not block
         assert blocks.block_at(block.vaddr + MAX) is not block
     assert blocks.block_at(0) is None
-    with pytest.raises(KeyError, match="no RAM block is named .*; there are .*d.*c.*b.*a"):
+    with pytest.raises(KeyError, match=r"no RAM block is named .*; there are .*d.*c.*b.*a"):
         blocks["e"]
     blocks.close()
     assert len(blocks) == 0
