@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -159,3 +162,57 @@ def test_the_programs_of_the_page_on_opening_run_one_after_the_other() -> None:
         made = {call.request for call in kernel.trace}
         assert made >= {"VFIO_DEVICE_FEATURE", "VFIO_GROUP_GET_STATUS", "VFIO_DEVICE_GET_INFO"}
         kernel.check()
+
+
+def run_the_first_driver(directory: Path, *changes: tuple[str, str]) -> subprocess.CompletedProcess[str]:
+    """Write the files of docs/first-driver.md, each under its name and with the changes, and run the program."""
+    text = (ROOT / "docs/first-driver.md").read_text(encoding="utf-8")
+    files = dict(re.findall(r"^`(\w+\.py)`:\n\n```python\n(.*?)```", text, re.DOTALL | re.MULTILINE))
+    assert list(files) == ["inverter.py", "fake_inverter.py", "run.py"]
+    for before, after in changes:
+        assert sum(before in program for program in files.values()) == 1, before
+        files = {name: program.replace(before, after) for name, program in files.items()}
+    for name, program in files.items():
+        (directory / name).write_text(program, encoding="utf-8")
+    command = [sys.executable, "-W", "error", "run.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_first_driver_runs_on_the_fake_device_beside_it(tmp_path: Path, version: str) -> None:
+    """On each kernel, with the output that the page shows."""
+    done = run_the_first_driver(tmp_path, ('"6.12"', f'"{version}"'))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("fff000\n")
+
+
+def test_the_first_driver_gets_no_message_without_bus_mastering(tmp_path: Path) -> None:
+    """The page says where the device may begin to send messages."""
+    done = run_the_first_driver(
+        tmp_path,
+        ("self.device.bus_master = True", "pass"),
+        ("self.irq.wait(0, timeout=1.0)", "self.irq.wait(0, timeout=0)"),
+    )
+    assert done.returncode == 1
+    assert "TimeoutError: 0000:01:00.0 sent no message" in done.stderr
+
+
+def test_the_first_driver_hands_an_entry_over_by_its_last_store(tmp_path: Path) -> None:
+    """The fake does not complete an entry without it."""
+    done = run_the_first_driver(
+        tmp_path,
+        ("words[at // 4 + 3] = OWNED", "pass"),
+        ("self.irq.wait(0, timeout=1.0)", "self.irq.wait(0, timeout=0)"),
+    )
+    assert "TimeoutError: 0000:01:00.0 sent no message" in done.stderr
+
+
+def test_the_first_driver_closes_when_its_device_has_gone(tmp_path: Path) -> None:
+    """Without an error."""
+    done = run_the_first_driver(
+        tmp_path,
+        ("    inverter.data.resize(0)\n", '    kernel.pull_out("0000:01:00.0")\n'),
+        ("except ValueError", "except OSError"),
+    )
+    assert done.returncode == 0, done.stderr
