@@ -16,7 +16,7 @@ from pyvfio import pci
 from pyvfio.cli import bind, unbind
 from pyvfio.cli import list as list_command
 from pyvfio.testing import FakeKernel
-from pyvfio.testing.fake import VERSIONS, FakeDevice, FakeEdu, FakePciDevice
+from pyvfio.testing.fake import VERSIONS, FakeDevice
 from tests.mutants.mutant import definitions
 from tests.unit.sysfs import SysfsTree
 
@@ -149,15 +149,17 @@ def test_the_programs_of_the_page_on_interrupts_run_one_after_the_other(version:
 
 
 def test_the_programs_of_the_page_on_opening_run_one_after_the_other() -> None:
-    """On the newest fake kernel, with a physical and a virtual function beside two edus; all is closed at the end."""
-    devices: list[FakeDevice | FakePciDevice] = [FakeEdu("0000:00:02.0"), FakeEdu("0000:00:03.0")]
-    devices += [FakeDevice("0000:01:00.0", sriov=True), FakeDevice("0000:01:00.1", pf="0000:01:00.0")]
-    groups = [(number, [device]) for number, device in enumerate(devices, start=2)]
-    program = "".join(programs("docs/opening.md"))
+    """On the fake kernel that the page makes, with the changes that it lists; all is closed at the end."""
+    fake, *others = programs("docs/opening.md")
+    names: dict[str, object] = {"pyvfio": pyvfio}
+    exec(fake, names)  # noqa: S102
+    program = "".join(others)
     makers = r"(open_device\(\"[^\"]+\"|Container\(|Container\.from_fd\([^)]+|Group\.from_fd\([^)]+)"
     program = re.sub(makers, lambda made: f"{made[0]}{'' if made[0].endswith('(') else ', '}kernel=kernel", program)
-    with FakeKernel("7.3", groups=groups) as kernel:
-        exec(program, {"kernel": kernel, "pyvfio": pyvfio})  # noqa: S102
+    kernel = names["kernel"]
+    assert isinstance(kernel, FakeKernel)
+    with kernel:
+        exec(program, names)  # noqa: S102
         assert kernel.descriptors == ()
         made = {call.request for call in kernel.trace}
         assert made >= {"VFIO_DEVICE_FEATURE", "VFIO_GROUP_GET_STATUS", "VFIO_DEVICE_GET_INFO"}
