@@ -17,8 +17,13 @@ from pyvfio.testing.world import WorldName
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/testing-without-hardware.md"
 PYTHON = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+(ADDER,) = [text for text in PYTHON if "class Adder" in text]
 EXAMPLES = [text for text in PYTHON if "def test_" in text]
-SCRIPTS = [text for text in PYTHON if "def test_" not in text]
+SCRIPTS = [text for text in PYTHON if "def test_" not in text and text != ADDER]
+OUTPUTS = [
+    "device 0x11e8 of vendor 0x1234\n",
+    "(7, 8)\nbus 0 stays as it is\n",
+]
 
 
 def run_pytest(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -40,19 +45,23 @@ def outcome(directory: Path, test: str, *arguments: str) -> str:
 def test_the_examples_of_the_page_pass_in_an_empty_directory(tmp_path: Path, example: str) -> None:
     """On each version of the fake, and warnings are errors."""
     (tmp_path / "test_it.py").write_text(example, encoding="utf-8")
+    (tmp_path / "adder.py").write_text(ADDER, encoding="utf-8")
     for version in _FAKE_VERSIONS:
         done = run_pytest(tmp_path, "-q", "-W", "error", "--vfio-fake-version", version)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "1 passed" in done.stdout
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=["without pytest"])
-def test_the_scripts_of_the_page_run_as_they_stand_there(tmp_path: Path, script: str) -> None:
+@pytest.mark.parametrize(
+    ("script", "output"), list(zip(SCRIPTS, OUTPUTS, strict=True)), ids=["one device", "three devices"]
+)
+def test_the_scripts_of_the_page_run_as_they_stand_there(tmp_path: Path, script: str, output: str) -> None:
     """In an interpreter that has imported nothing else."""
+    (tmp_path / "adder.py").write_text(ADDER, encoding="utf-8")
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
     command = [sys.executable, "-W", "error", "-c", script]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("device 0x11e8 of vendor 0x1234\n", "")
+    assert (done.stdout, done.stderr) == (output, "")
 
 
 def test_the_page_lists_what_is_left_out_on_a_fake_with_each_reason() -> None:
