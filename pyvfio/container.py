@@ -323,6 +323,7 @@ class Container(Handle):
         self._dma_bits = dma_bits
         self._info: IommuInfo | None = None
         self._refuses_last_page = False
+        self._kept: list[object] = []
         self._iommu_type = ioctls.VFIO_TYPE1v2_IOMMU
         self.allocator = IovaAllocator()
         super().__init__(kernel, fd, "the VFIO container")
@@ -922,6 +923,12 @@ class Container(Handle):
         """Close the descriptor: everything is unmapped, if the table says so."""
         super().close_fd()
         self.lost = self.lost or not len(self.table)
+        if self.lost:
+            self._kept.clear()
+
+    def keep(self, memory: Iterable[object]) -> None:
+        """As `AddressSpace.keep`."""
+        self._kept.extend(memory)
 
     def close_dependents(self) -> None:
         """As `Group.close_dependents`."""

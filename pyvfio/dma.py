@@ -35,7 +35,7 @@ from pyvfio.mapper.plan import BlockShape, Budget, Plan, Rehearsal, check_shape,
 from pyvfio.mapper.policy import Policy
 from pyvfio.mapper.regions import RegionMapper
 from pyvfio.mapper.segments import check_part
-from pyvfio.mapper.window import READ, WRITE, Holder, Window
+from pyvfio.mapper.window import READ, WRITE, Window
 from pyvfio.memory.prefault import check_threads
 from pyvfio.ramblock import RamBlock, RamBlockList
 from pyvfio.units import Iova, Vaddr, check_whole_number
@@ -52,15 +52,6 @@ class _Followed(NamedTuple):
     vaddr: Vaddr
     block: RamBlock
     window: Window
-
-
-class _Former(NamedTuple):
-    """The IOVA and the policy of a block that has been removed, and the open mappings of parts of it, for an undo of
-    the removal."""
-
-    iova: Iova
-    policy: Policy
-    holders: set[Holder]
 
 
 def _same_kernel(blocks: RamBlockList, space: AddressSpace) -> bool:
@@ -154,9 +145,11 @@ class DmaMapper(RegionMapper, ContextManager):
         self._promises = granule is not None  # whether a block has, or had, granules: mappings are promised then
         self._windows: dict[RamBlock, Window] = {}
         self._followed: list[_Followed] = []  # the same, sorted by vaddr, windows being as long as their blocks
-        self._former: WeakKeyDictionary[RamBlock, _Former] = WeakKeyDictionary()
+        self._departing: dict[RamBlock, Window] = {}  # removed, and the list may still have to take that back
+        self._former: WeakKeyDictionary[RamBlock, Iova] = WeakKeyDictionary()  # of blocks that have left
         self._claim: DiscardClaim | None = None
         self._leaving = False
+        self._list_guard: Guard | None = None  # of the list that it follows, or has followed
         if blocks is not None:
             self._follow(blocks)
 
@@ -167,6 +160,7 @@ class DmaMapper(RegionMapper, ContextManager):
                 "both the same kernel="
             )
         self._claim = blocks.discards.disable_uncoordinated()
+        self._list_guard = blocks.guard
         try:
             blocks.add_notifier(self)
         except BaseException:
@@ -188,16 +182,26 @@ class DmaMapper(RegionMapper, ContextManager):
 
     @guarded
     def ram_block_added(self, block: RamBlock, used_length: int, max_length: int) -> None:
-        """Reserve `max_length` of IOVA and map the populated parts, or nothing of it. ValueError: granules do not make
-        it up."""
+        """Reserve `max_length` of IOVA and map the populated parts, or nothing of it.
+
+        Raises ValueError where granules do not make the block up, and for a block of another list than the mapper's.
+        A block that comes back, since its removal was refused, has its place, its policy and its mappings as before.
+        """
         self.check_open()
+        self._check_list(block)
+        departing = self._departing.get(block)
+        if departing is not None:
+            self._change(departing, block.state.populated_at(used_length))
+            del self._departing[block]
+            self._enter(block, departing)
+            return
         policy = self._choose_policy(block)
         self._check_pages(max_length, f"max_length of RAM block '{block.idstr}'")
         self._check_length(policy, used_length, "used_length")
         wanted = block.state.populated_at(used_length)
         self._check_parts(block, policy, wanted)  # it may have holes already
         self._check_budget(block, policy, max(policy.entries(max_length), len(wanted)))
-        iova = self._find_place(block, self._reserve, self._space.reserve_iova_at)
+        iova = self._find_place(block, self._reserve, self._reserve_own)
         window = self._window(block, iova, policy)
         try:
             self._change(window, wanted)
@@ -207,9 +211,14 @@ class DmaMapper(RegionMapper, ContextManager):
             self._space.release_iova(iova)
             raise
         self._enter(block, window)
-        if block in self._former:
-            window.holders = self._former.pop(block).holders
         logger.debug("added %r at iova=%#x", block, iova)
+
+    def _check_list(self, block: RamBlock) -> None:
+        if self._list_guard is None or block.guard.lock is not self._list_guard.lock:
+            raise ValueError(
+                f"RAM block '{block.idstr}' is of another list than this mapper follows: a DmaMapper follows the list "
+                "that it was made with, DmaMapper(space, blocks)"
+            )
 
     def _enter(self, block: RamBlock, window: Window) -> None:
         self._windows[block] = window
@@ -217,9 +226,6 @@ class DmaMapper(RegionMapper, ContextManager):
         insort(self._followed, _Followed(window.vaddr, block, window))
 
     def _choose_policy(self, block: RamBlock | BlockShape) -> Policy:
-        former = self._former.get(block) if isinstance(block, RamBlock) else None
-        if former is not None:
-            return former.policy
         chosen = self._policy_of(block)
         if not isinstance(chosen, Policy | None):
             raise TypeError(f"policy_of() returns a Policy or None, not {chosen!r}")
@@ -247,6 +253,7 @@ class DmaMapper(RegionMapper, ContextManager):
         For live update. No call is made and no notifier is told, so a failure leaves nothing to undo.
         """
         self._claim = blocks.discards.disable_uncoordinated()
+        self._list_guard = blocks.guard
         for block in blocks:
             iova = self._space.reserve_iova_at(places[block.idstr], block.max_length)
             window = self._window(block, iova, policies[block.idstr])
@@ -278,10 +285,15 @@ class DmaMapper(RegionMapper, ContextManager):
             )
         if granule is None and not self._promises:
             return
-        budget = Budget(self._entries_left(promises=True))
-        error = budget.take(block.idstr, granule, needed=needed, max_length=block.max_length)
+        error = self._take_budget(block, granule, needed)
+        if error is not None and self._recycle(error):
+            error = self._take_budget(block, granule, needed)
         if error is not None:
             raise error
+
+    def _take_budget(self, block: RamBlock, granule: int | None, needed: int) -> EntryLimitError | None:
+        budget = Budget(self._entries_left(promises=True))
+        return budget.take(block.idstr, granule, needed=needed, max_length=block.max_length)
 
     def _entries_left(self, *, promises: bool) -> int:
         """How many mappings are left, with `promises` when all blocks have those they may need."""
@@ -343,13 +355,11 @@ class DmaMapper(RegionMapper, ContextManager):
         if wanted is not None:
             return reserve_at(check_whole_number(wanted, "an IOVA that place() returns"), block.max_length)
         former = self._former.get(block)
-        if former is not None:  # a block that comes back, after an undo for instance, finds its IOVA again
+        if former is not None:  # a block that has left with the mapper, and comes again, finds its IOVA again
             try:
-                return reserve_at(former.iova, block.max_length)
+                return reserve_at(former, block.max_length)
             except IoctlError:
-                if former.holders:
-                    raise
-                logger.debug("iova=%#x of %r has been given to another", former.iova, block)
+                logger.debug("iova=%#x of %r has been given to another", former, block)
         return reserve(
             block.max_length,
             alignment=max(LARGE_PAGE, block.page_size),
@@ -357,9 +367,18 @@ class DmaMapper(RegionMapper, ContextManager):
             dma_bits=self.dma_bits,
         )
 
+    def _reserve_own(self, iova: int, size: int) -> Iova:
+        """Reserve the caller's own choice; temporary mappings there that have been closed make room."""
+        try:
+            return self._space.reserve_iova_at(iova, size)
+        except IoctlError as error:
+            if not self._recycle(error):
+                raise
+        return self._space.reserve_iova_at(iova, size)
+
     @guarded
     def ram_block_removed(self, block: RamBlock, used_length: int, max_length: int) -> None:
-        """Unmap the block and release its IOVA.
+        """Unmap the block. Its IOVA stays reserved until `ram_block_gone`: the removal may be refused yet.
 
         Raises BufferError while a mapping of a part of it is open, unless the list or the mapper is being closed.
         UnmapSizeError or IoctlError: the block is then still reached.
@@ -371,11 +390,18 @@ class DmaMapper(RegionMapper, ContextManager):
         if not (self._leaving or (self.blocks is not None and self.blocks.closing)):
             window.check_held([])
         window.change([])
-        self._former[block] = _Former(window.iova, window.policy, window.holders)
+        self._departing[block] = window
         self._followed.remove(_Followed(window.vaddr, block, window))
         del self._windows[block]
-        self._space.release_iova(window.iova)
-        logger.debug("removed %r from iova=%#x", block, window.iova)
+
+    @guarded
+    def ram_block_gone(self, block: RamBlock) -> None:
+        """Release the IOVA of a block that has been removed: no notifier has refused it."""
+        window = self._departing.pop(block, None)
+        if window is not None:
+            self._former[block] = window.iova
+            self._space.release_iova(window.iova)
+            logger.debug("removed %r from iova=%#x", block, window.iova)
 
     @guarded
     def ram_block_resized(self, block: RamBlock, old_length: int, new_length: int) -> None:

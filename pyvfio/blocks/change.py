@@ -56,6 +56,9 @@ class Change:
         if (hook := getattr(notifier, self._hook, None)) is not None:
             call_out(hook, self._arguments)
 
+    def settle(self, notifier: RamBlockNotifier) -> None:
+        """Tell one that the change is final, where that makes a difference."""
+
     def revoke(self, notifier: RamBlockNotifier) -> None:
         """Tell one the reverse."""
         if (hook := getattr(notifier, self._reverse, None)) is not None:
@@ -74,18 +77,42 @@ class Added(Change):
     def __init__(self, block: RamBlock, notifiers: Iterable[RamBlockNotifier] = ()) -> None:
         super().__init__(block, notifiers, block.used_length, block.max_length)
 
+    def revoke(self, notifier: RamBlockNotifier) -> None:
+        """Tell one that the block is gone, which is final."""
+        super().revoke(notifier)
+        _tell_gone(notifier, self._block)
+
     def __str__(self) -> str:
         return f"adding RAM block '{self._block.idstr}'"
 
 
-class Removed(Added):
-    """A block goes."""
+class Removed(Change):
+    """A block goes. `ram_block_gone` is for mappers: until it is called, another notifier may refuse the removal, and
+    the block has to come back to where it was."""
 
     __slots__ = ()
     _hook, _reverse = Added._reverse, Added._hook
 
+    def __init__(self, block: RamBlock, notifiers: Iterable[RamBlockNotifier] = ()) -> None:
+        super().__init__(block, notifiers, block.used_length, block.max_length)
+
+    def __call__(self, commit: Callable[[], None]) -> None:
+        """Tell, commit, and tell that it is final."""
+        super().__call__(commit)
+        for notifier in self._notifiers:
+            self.settle(notifier)
+
+    def settle(self, notifier: RamBlockNotifier) -> None:
+        """Tell one that the block does not come back."""
+        _tell_gone(notifier, self._block)
+
     def __str__(self) -> str:
         return f"removing RAM block '{self._block.idstr}'"
+
+
+def _tell_gone(notifier: RamBlockNotifier, block: RamBlock) -> None:
+    if (hook := getattr(notifier, "ram_block_gone", None)) is not None:
+        call_out(hook, (block,))
 
 
 class Resized(Change):
@@ -157,6 +184,8 @@ def tell_each(notifier: RamBlockNotifier, changes: Sequence[Change], what: objec
     except BaseException as error:
         _undo([(notifier, change) for change in changes[:told]], error, what)
         raise
+    for change in changes:
+        change.settle(notifier)
 
 
 def _undo(told: Sequence[tuple[RamBlockNotifier, Change]], cause: BaseException, what: object) -> None:

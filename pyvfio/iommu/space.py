@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 from pyvfio.kernel import Kernel
@@ -41,6 +42,11 @@ class AddressSpace(Protocol):
     @property
     def closed(self) -> bool:
         """Whether it has been closed; what it had mapped is unmapped then, or `unmap` says otherwise."""
+        ...
+
+    def keep(self, memory: Iterable[object]) -> None:
+        """Keep objects until everything has been unmapped: memory that a mapper has left mapped which nobody has any
+        more. Takes no lock: a finalizer calls it."""
         ...
 
     @property

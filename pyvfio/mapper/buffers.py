@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import logging
+import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import partial
@@ -159,6 +160,16 @@ class BufferMapper:
         self._fixed: list[OwnMemory] = []  # of map_dma and map_buffer, sorted by vaddr
         self._temporary: dict[Iova, OwnMemory] = {}  # without a holder: given up
         self._closed = False
+
+    def __del__(self) -> None:
+        known = self.__dict__
+        mapped = (*known.get("_fixed", ()), *known.get("_temporary", {}).values())
+        left = [memory for memory in mapped if memory.view is not None]
+        if not left or self._closed or self.guard.forked:
+            return
+        # The kernel has it mapped, and nobody is left who could unmap it before the space is closed.
+        self._space.keep(left)
+        warnings.warn(f"{self!r} was never closed: its memory stays mapped", ResourceWarning, stacklevel=2, source=self)
 
     @property
     def space(self) -> AddressSpace:
@@ -437,7 +448,8 @@ class BufferMapper:
             memory.check_made_by(self)
             start, count = check_part(offset, size, memory.size, repr(memory))
             found = self._space.mappings_in(iova=memory.iova + start, size=count)
-            if sum(mapping.size for mapping in found) < count:
+            first, end = memory.iova + start, memory.iova + start + count
+            if sum(min(each.iova + each.size, end) - max(each.iova, first) for each in found) < count:
                 raise LookupError(f"{memory!r} is not mapped any more: another user of the space has unmapped it")
             return [(memory.iova + start, count)]
         view, vaddr = _export(memory)

@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.mutants.mutant import Mutant, Suite
 
 _WITNESSES: dict[str, list[list[str]]] = {
+    "leaving": [["tests/unit/test_leaving.py"]],
     "address bits": [["tests/unit/test_dma_bits.py"], ["tests/unit/test_iova.py", "tests/unit/test_live_update.py"]],
     "segments": [["tests/unit/test_segments.py"]],
     "policies": [["tests/unit/test_policies.py"]],
@@ -46,9 +47,15 @@ _MUTANTS = (
     Mutant("BufferMapper._ranges", "            memory.check_made_by(self)\n", "", "segments"),
     Mutant("check_part", "start + count > length", "start + count > length + 1", "segments"),
     # -------------------------------------------------------------------------------------------------------- policies
-    Mutant(
-        "DmaMapper._choose_policy", "        if former is not None:\n            return former.policy\n", "", "policies"
-    ),
+    # A block that stays after all is placed anew.
+    Mutant("DmaMapper.ram_block_added", "departing = self._departing.get(block)", "departing = None", "leaving"),
+    # Another list is followed; mappings that were given up keep blocks out.
+    Mutant("DmaMapper._check_list", "block.guard.lock is not self._list_guard.lock", "False", "leaving"),
+    Mutant("DmaMapper._check_budget", "if error is not None and self._recycle(error):", "if False:", "leaving"),
+    Mutant("DmaMapper._reserve_own", "if not self._recycle(error):", "if True:", "leaving"),
+    # Memory goes with a mapper that nobody closed; a hole is not seen.
+    Mutant("BufferMapper.__del__", "        self._space.keep(left)\n", "", "leaving"),
+    Mutant("BufferMapper._ranges", "min(each.iova + each.size, end) - max(each.iova, first)", "each.size", "leaving"),
     Mutant("DmaMapper.take_in", "policies[block.idstr]", "self.policy", "policies"),
     # A mapping that is promised to one block is taken by another.
     Mutant("DmaMapper._check_budget", "if granule is None and not self._promises:", "if granule is None:", "policies"),

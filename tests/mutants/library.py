@@ -177,19 +177,21 @@ _MUTANTS = (
         "            block.state.release()\n            Removed(block, self._notifiers)(commit)\n",
         "remove",
     ),
-    # IOVA goes before the mapping.
+    # IOVA goes before the mapping, or before the removal is final, or never.
     Mutant(
         "DmaMapper.ram_block_removed",
-        "        window.change([])\n"
-        "        self._former[block] = _Former(window.iova, window.policy, window.holders)\n"
-        "        self._followed.remove(_Followed(window.vaddr, block, window))\n"
-        "        del self._windows[block]\n        self._space.release_iova(window.iova)\n",
-        "        self._former[block] = _Former(window.iova, window.policy, window.holders)\n"
-        "        self._followed.remove(_Followed(window.vaddr, block, window))\n"
-        "        del self._windows[block]\n        self._space.release_iova(window.iova)\n        window.change([])\n",
+        "        window.change([])\n        self._departing[block] = window\n",
+        "        self._space.release_iova(window.iova)\n        window.change([])\n"
+        "        self._departing[block] = window\n",
         "remove",
     ),
-    Mutant("DmaMapper.ram_block_removed", "        self._space.release_iova(window.iova)\n", "", "remove"),
+    Mutant(
+        "DmaMapper.ram_block_removed",
+        "        del self._windows[block]\n",
+        "        del self._windows[block]\n        self.ram_block_gone(block)\n",
+        "remove",
+    ),
+    Mutant("DmaMapper.ram_block_gone", "            self._space.release_iova(window.iova)\n", "", "remove"),
     # A notifier that refuses to go is told nothing any more.
     Mutant(
         "RamBlockList._replay",

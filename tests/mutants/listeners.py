@@ -140,8 +140,8 @@ _MUTANTS = (
     # They are forgotten where the block stays after all.
     Mutant(
         "DmaMapper.ram_block_added",
-        "            window.holders = self._former.pop(block).holders\n",
-        "            pass\n",
+        "            del self._departing[block]\n",
+        "            del self._departing[block]\n            departing.holders = set()\n",
         "held memory",
     ),
     # A temporary mapping is asked for more than the block allows.

@@ -253,6 +253,7 @@ class ReservedAnew(DmaMapper):
     def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
         """As there."""
         self.ram_block_removed(block, old_length, block.max_length)
+        self.ram_block_gone(block)
         self._former.clear()
         self.ram_block_added(block, new_length, block.max_length)
 
@@ -263,6 +264,7 @@ class RemovedAndAdded(DmaMapper):
     def ram_block_resized(self, block: pyvfio.RamBlock, old_length: int, new_length: int) -> None:
         """As there."""
         self.ram_block_removed(block, old_length, block.max_length)
+        self.ram_block_gone(block)
         self._former.clear()
         self.space.reserve_iova(block.max_length, alignment=PAGE_SIZE, offset=0)
         self.ram_block_added(block, new_length, block.max_length)
