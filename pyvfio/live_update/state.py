@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Literal, cast
 
 from pyvfio import ioctls
 from pyvfio.extents import Extent, clip, runs, without
 from pyvfio.iommu.iova import check_dma_bits
 from pyvfio.mapper.policy import Policy
 from pyvfio.memory import File, Memfd, MemoryKind, MemorySettings
+from pyvfio.memory.prefault import check_threads
 from pyvfio.units import PAGE_SIZE, U64_MAX, is_aligned
 
 FORMAT, VERSION = "pyvfio live update", 2
@@ -184,7 +187,7 @@ class State:
             groups=tuple(top.numbers("groups")),
             devices=tuple(HandedDevice(row.text("bdf"), row.number("group")) for row in top.rows("devices")),
             policy=_load_policy(top.inside("policy")),
-            prefault=top.number("prefault"),
+            prefault=check_threads(top.number("prefault"), "prefault"),
             container_bits=check_dma_bits(top.number("container_bits")),
             mapper_bits=check_dma_bits(top.number("mapper_bits")),
             blocks=tuple(_load_block(row) for row in top.rows("blocks")),
@@ -199,6 +202,9 @@ class State:
             raise ValueError("the state has one interrupt of a device twice")
         if len({block.idstr for block in state.blocks}) < len(state.blocks):
             raise ValueError("the state has two RAM blocks of one name")
+        placed = sorted((block.iova, block.iova + block.max_length) for block in state.blocks)
+        if any(end > start for (_start, end), (start, _end) in pairwise(placed)):
+            raise ValueError("the state has two RAM blocks at one IOVA")
         if len(state.identities) != len(state.names):
             raise ValueError("the state does not tell of each descriptor what it is")
         return state
@@ -232,9 +238,8 @@ def _dump_policy(policy: Policy) -> dict[str, object]:
 
 
 def _load_policy(row: _Fields) -> Policy:
-    return Policy(
-        "extend" if row.text("resize") == "extend" else "remap", row.number_or_none("granule"), row.flag("allow_gap")
-    )
+    resize = cast('Literal["remap", "extend"]', row.text("resize"))  # Policy looks
+    return Policy(resize, row.number_or_none("granule"), row.flag("allow_gap"))
 
 
 def _dump_irq(irq: HandedIrq) -> dict[str, object]:
@@ -268,7 +273,7 @@ def _load_block(row: _Fields) -> HandedBlock:
         iova=row.number("iova"),
         memory=_load_memory(row.inside("memory")),
         readonly=row.flag("readonly"),
-        prealloc=row.number("prealloc"),
+        prealloc=check_threads(row.number("prealloc"), "prealloc"),
         settings=MemorySettings(**{field.name: settings.flag(field.name) for field in fields(MemorySettings)}),
         discarded=row.extents("discarded"),
         pieces=row.extents("pieces"),

@@ -28,7 +28,7 @@ from pyvfio.mapper.plan import BlockShape
 from pyvfio.mapper.policy import Policy
 from pyvfio.memory import File, Memfd, Received
 from pyvfio.ramblock import RamBlockList
-from pyvfio.units import Iova, Vaddr, format_size
+from pyvfio.units import Iova, Vaddr, check_whole_number, format_size
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +96,9 @@ def take_over(
     and `RamBlockList.add`, `resized` has callbacks of blocks by their id strings. Nothing is opened, mapped for a
     device, unmapped or reset. The descriptors are the new objects' own from then on, and close-on-exec.
 
-    Tell the other process when this returns, and resize nothing before. Raises before any mapping is touched: TypeError
-    and ValueError for a state that is none, or of another version; HandOverError for descriptors that are not what the
+    Tell the other process when this returns, and resize nothing before. Raises before any system call: TypeError and
+    ValueError for a state that is none, or of another version, for numbers that no descriptor has, and for callbacks
+    that cannot be called. Raises before any mapping is touched: HandOverError for descriptors that are not what the
     state says. Raises HandOverError where the other process has cancelled, PinLimitError where this process may not
     lock as much, OSError. Then no mapping has an address here, and the descriptors are open and the caller's, so that
     the call can be repeated, and the other process can cancel. Until either, kernels count the mappings that have come
@@ -106,15 +107,46 @@ def take_over(
 
     Cost: an ioctl for each mapping; whatever is in memory stays where it is.
     """
-    wanted = State.load(bytes(state))
+    callbacks = _check_callbacks(resized, place, policy_of, progress)
+    numbers = [_check_number(fd) for fd in fds]
+    wanted = _load(state, callbacks)
     kernel = kernel or LinuxKernel()
-    _check_descriptors(kernel, wanted, fds)
-    taking = _Taking(kernel, wanted, fds)
+    _check_descriptors(kernel, wanted, numbers)
+    taking = _Taking(kernel, wanted, numbers)
     try:
-        return taking.take(place=place, policy_of=policy_of, progress=progress, resized=resized or {})
+        return taking.take(place=place, policy_of=policy_of, progress=progress, resized=callbacks)
     except BaseException as error:
         taking.give_back(error)
         raise
+
+
+def _check_callbacks(resized: Mapping[str, ResizedCallback] | None, *others: object) -> Mapping[str, ResizedCallback]:
+    """Return a copy of `resized`. Raises TypeError where something that is to be called cannot be."""
+    if not isinstance(resized, Mapping | None):
+        raise TypeError(f"resized must be a mapping of id strings to callbacks, not {resized!r}")
+    found = dict(resized or {})
+    if not all(callback is None or callable(callback) for callback in (*found.values(), *others)):
+        raise TypeError("place, policy_of, progress and all of resized are called, so that they must be callable")
+    return found
+
+
+def _check_number(fd: object) -> int:
+    number = check_whole_number(fd, "a descriptor")
+    if not 0 <= number < 1 << 31:
+        raise ValueError(f"no descriptor has the number {number}")
+    return number
+
+
+def _load(state: bytes, resized: Mapping[str, ResizedCallback]) -> State:
+    """Return the state of which `resized` has callbacks. Raises TypeError and ValueError."""
+    try:
+        data = bytes(memoryview(state))
+    except TypeError as error:
+        raise TypeError(f"state must be bytes, as HandOver.state has them, not {type(state).__name__}") from error
+    wanted = State.load(data)
+    if unknown := set(resized) - {block.idstr for block in wanted.blocks}:
+        raise ValueError(f"there is no RAM block '{min(unknown, key=str)}' among those that are handed over")
+    return wanted
 
 
 def _check_descriptors(kernel: Kernel, state: State, fds: Sequence[int]) -> None:
@@ -193,8 +225,6 @@ class _Taking:
     ) -> TakenOver:
         """Everything, or `give_back`."""
         state = self._state
-        if unknown := set(resized) - {block.idstr for block in state.blocks}:
-            raise ValueError(f"there is no RAM block '{min(unknown)}' among those that are handed over")
         try:
             container, devices = self._adopt()
         except ValueError as error:

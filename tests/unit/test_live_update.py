@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Literal
 
+import numpy as np
 import pytest
 
 import pyvfio
@@ -722,6 +723,14 @@ def test_what_was_cancelled_cannot_be_taken_over(kernel: SpecialKernel, rig: Rig
     assert rig.reached() == before
 
 
+def one_iova(state: bytes) -> bytes:
+    """The second block reaches into the first one."""
+    told = json.loads(state)
+    first, second = told["blocks"]
+    second["iova"] = first["iova"] + first["max_length"] - PAGE_SIZE
+    return json.dumps(told).encode()
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -744,6 +753,13 @@ def test_what_was_cancelled_cannot_be_taken_over(kernel: SpecialKernel, rig: Rig
         (lambda state: state.replace(b'"readonly":false', b'"readonly":0'), "'readonly'"),
         (lambda state: state.replace(b'"identities":[', b'"identities":[[1,2],'), "of each descriptor"),
         (lambda state: state.replace(b'"granule":null', b'"granule":3'), "power of two"),
+        (
+            lambda state: state.replace(b'"resize":"extend"', b'"resize":"rubbish"'),
+            "'remap' or 'extend', not 'rubbish'",
+        ),
+        (lambda state: state.replace(b'"prefault":0', b'"prefault":1000000'), "prefault is a number of threads"),
+        (lambda state: state.replace(b'"prealloc":0', b'"prealloc":1000000'), "prealloc is a number of threads"),
+        (one_iova, "two RAM blocks at one IOVA"),
     ],
 )
 def test_a_state_that_is_none_is_refused_with_what_is_wrong_with_it(
@@ -759,6 +775,40 @@ def test_a_state_that_is_none_is_refused_with_what_is_wrong_with_it(
         assert kernel.trace == []
         with pytest.raises(ValueError, match="no RAM block 'other'"):
             take_over(update.state, update.fds, kernel=kernel, resized={"other": lambda _idstr, _length: None})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "reason"),
+    [
+        ({"state": 10}, TypeError, "state must be bytes.*not int"),
+        ({"state": 1 << 63}, TypeError, "state must be bytes.*not int"),
+        ({"state": "{}"}, TypeError, "state must be bytes.*not str"),
+        ({"fds": [1.5]}, TypeError, "a descriptor must be a whole number, not 1.5"),
+        ({"fds": [1 << 70]}, ValueError, "no descriptor has the number 1180591620717411303424"),
+        ({"fds": [-1]}, ValueError, "no descriptor has the number -1"),
+        ({"fds": 3}, TypeError, "int"),
+        ({"place": 5}, TypeError, "must be callable"),
+        ({"policy_of": "x"}, TypeError, "must be callable"),
+        ({"progress": 5}, TypeError, "must be callable"),
+        ({"resized": {"ring": 5}}, TypeError, "must be callable"),
+        ({"resized": ["ring"]}, TypeError, "resized must be a mapping"),
+        ({"resized": 0}, TypeError, "resized must be a mapping"),
+        ({"resized": {"ring": print, 5: print}}, ValueError, "no RAM block '5'"),
+    ],
+)
+def test_arguments_that_can_never_be_right_are_told_before_any_call(
+    kernel: SpecialKernel, rig: Rig, wrong: dict[str, object], error: type[Exception], reason: str
+) -> None:
+    """Then the same descriptors can be taken over by a call that is right, numpy's numbers among them."""
+    with hand_over(rig.mapper) as update:
+        fds = duplicates(kernel, update)
+        kernel.clear_trace()
+        right: dict[str, object] = {"state": update.state, "fds": fds, "kernel": kernel}
+        with pytest.raises(error, match=reason):
+            take_over(**(right | wrong))  # type: ignore[arg-type]
+        assert kernel.trace == []
+        numbers: list[int] = list(np.array(fds))
+        forget(take_over(update.state, numbers, kernel=kernel), kernel, fds)
 
 
 def test_a_state_says_the_same_after_it_has_travelled(kernel: SpecialKernel, rig: Rig) -> None:
