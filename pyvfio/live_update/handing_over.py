@@ -13,13 +13,13 @@ from pyvfio.container import Container, Group
 from pyvfio.device import Device, Irq
 from pyvfio.device.eventfds import Eventfd
 from pyvfio.dma import DmaMapper
-from pyvfio.errors import ClosedError, HandOverError, RollbackError, UnsupportedError, as_exception
+from pyvfio.errors import ClosedError, HandOverError, RollbackError, UnsupportedError, as_exception, raise_collected
 from pyvfio.guard import ContextManager, Guard, closing, guarded, holding, uninterrupted
-from pyvfio.handle import attempt_all
+from pyvfio.handle import attempt, attempt_all
 from pyvfio.iommu.space import Mapping
 from pyvfio.live_update.obstacles import find_obstacles
 from pyvfio.live_update.state import HandedBlock, HandedDevice, HandedIrq, State
-from pyvfio.live_update.vaddr import give_up_all, give_up_vaddr, set_vaddr
+from pyvfio.live_update.vaddr import give_up_all, give_up_vaddr, join_limits, set_vaddr
 from pyvfio.mapper.window import Window
 
 logger = logging.getLogger(__name__)
@@ -206,9 +206,9 @@ class HandOver(ContextManager):
 
         Call it when the other process has died, or has said that it could not take over. Twice is fine, and after
         `finish` nothing happens. Raises ForkedError; IoctlError or RollbackError where the kernel refuses
-        (PinLimitError: the memory was charged to the other process already, and may not be to this one again; ENOENT:
-        the other has taken it over and unmapped some of it): the hand-over is then still under way, the device reaches
-        what it did, and `cancel` may be called again.
+        (PinLimitError, one for all mappings: the memory was charged to the other process already, and may not be to
+        this one again; ENOENT: the other has taken it over and unmapped some of it): the hand-over is then still under
+        way, the device reaches what it did, and `cancel` may be called again.
 
         Cost: two ioctls for each mapping.
         """
@@ -241,10 +241,11 @@ class HandOver(ContextManager):
             handle.take_back()
         if not self._given_up:
             return
+        failures: list[Exception] = []
         try:
-            # Without an address first: the other process may have given it one of its own.
-            steps = [partial(self._restore_one, mapping) for mapping in self._container.mappings]
-            attempt_all("cancelling a hand-over", steps)
+            for mapping in self._container.mappings:
+                attempt(partial(self._restore_one, mapping), failures)
+            raise_collected("cancelling a hand-over", join_limits(failures, self._container))
         except BaseException:
             for handle in handles:
                 handle.set_aside()
@@ -252,6 +253,7 @@ class HandOver(ContextManager):
         self._given_up = False
 
     def _restore_one(self, mapping: Mapping) -> None:
+        # Without an address first: the other process may have given it one of its own.
         give_up_vaddr(self._container, mapping)
         set_vaddr(self._container, mapping)
 

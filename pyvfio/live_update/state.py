@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Literal, cast
 
 from pyvfio import ioctls
-from pyvfio.extents import Extent, clip, runs, without
+from pyvfio.extents import Extent, clip, runs, total, without
 from pyvfio.iommu.iova import check_dma_bits
 from pyvfio.mapper.policy import Policy
 from pyvfio.memory import File, Memfd, MemoryKind, MemorySettings
@@ -127,6 +127,11 @@ class State:
         for irq in self.irqs:
             yield irq, fds[first : first + len(irq.eventfds)]
             first += len(irq.eventfds)
+
+    @property
+    def mapped(self) -> int:
+        """How many bytes devices reach."""
+        return sum(total(block.pieces) for block in self.blocks)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -16,14 +16,14 @@ from pyvfio.container import Container, Group
 from pyvfio.device import Device, Irq
 from pyvfio.device.eventfds import find_identity
 from pyvfio.dma import DmaMapper
-from pyvfio.errors import HandOverError, IoctlError, RollbackError, VfioError, as_exception
+from pyvfio.errors import HandOverError, IoctlError, PinLimitError, RollbackError, VfioError, as_exception
 from pyvfio.extents import Extent
 from pyvfio.guard import ContextManager, Guard, Guarded, checkpoint, close_now, closing, uninterrupted
 from pyvfio.handle import Handle, attempt, attempt_all
 from pyvfio.iommu.space import Mapping as DmaRange
 from pyvfio.kernel import HUGETLBFS_MAGIC, FileStatus, Kernel, LinuxKernel
 from pyvfio.live_update.state import HandedBlock, HandedIrq, State
-from pyvfio.live_update.vaddr import give_up_vaddr, set_vaddr
+from pyvfio.live_update.vaddr import explain_limit, give_up_vaddr, set_vaddr
 from pyvfio.mapper.plan import BlockShape
 from pyvfio.mapper.policy import Policy
 from pyvfio.memory import File, Memfd, Received
@@ -326,6 +326,9 @@ class _Taking:
         self._told.append(mapping)
         try:
             set_vaddr(container, mapping)
+        except PinLimitError as error:
+            size, locked = self._state.mapped, sum(told.size for told in self._told[:-1])
+            raise explain_limit(error, container, size=size, locked=locked) from error
         except IoctlError as error:
             if error.errno in (errno.EINVAL, errno.ENOENT):
                 self._lost = True

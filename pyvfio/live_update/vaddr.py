@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 
 from pyvfio import ioctls
 from pyvfio.container import Container
-from pyvfio.errors import HandOverError, IoctlError
+from pyvfio.errors import HandOverError, IoctlError, PinLimitError
 from pyvfio.iommu.space import Mapping
+from pyvfio.memory.locking import limit_error
 from pyvfio.units import format_size
 
 _UNMAP_VADDR = int(ioctls.VFIO_DMA_UNMAP_FLAG_VADDR)
@@ -27,6 +31,37 @@ def give_up_vaddr(container: Container, mapping: Mapping) -> None:
 def set_vaddr(container: Container, mapping: Mapping) -> None:
     """It has that address, in this process, which is charged for it from now on. IoctlError, PinLimitError."""
     container.map_dma(vaddr=mapping.vaddr, iova=mapping.iova, size=mapping.size, flags=_MAP_VADDR)
+
+
+def explain_limit(error: PinLimitError, container: Container, *, size: int, locked: int) -> PinLimitError:
+    """Return the error for a change that has `size` bytes charged to this process, in place of that for one mapping.
+    This process is charged for `locked` of them already."""
+    if error.limit is None:
+        return error
+    kernel = container.kernel
+    with suppress(OSError):  # no descriptor is left to read /proc with
+        now = kernel.memlock()
+        return limit_error(
+            error,
+            replace(now, limit=error.limit, used=max(0, now.used - locked)),
+            size,
+            kernel=kernel,
+            request=error.request,
+            arguments=error.arguments,
+            mapped=0,
+        )
+    return error
+
+
+def join_limits(failures: Sequence[Exception], container: Container) -> list[Exception]:
+    """Return `failures` of a change that has all mappings charged to this process, with one PinLimitError for all."""
+    limits = [each for each in failures if isinstance(each, PinLimitError) and each.limit is not None]
+    if not limits:
+        return list(failures)
+    size = container.table.mapped
+    refused = sum(each.asked for each in limits)
+    whole = explain_limit(limits[-1], container, size=size, locked=size - refused)
+    return [whole, *(each for each in failures if each not in limits)]
 
 
 def give_up_all(container: Container) -> None:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -285,6 +286,34 @@ def test_a_cancel_that_the_kernel_refuses_leaves_it_handed_over_and_can_be_made_
     assert rig.reached() == before
     has_addresses(rig)
     rig.blocks["ring"].resize(8 * PAGE_SIZE)
+
+
+def test_a_cancel_that_may_not_lock_as_much_names_all_of_it(kernel: SpecialKernel) -> None:
+    """In one error, however many mappings are refused: the limit that it advises is enough for the rest."""
+    with granules(kernel) as rig, hand_over(rig.mapper) as update:
+        kernel.memlock_limit = 4 * PAGE_SIZE
+        for nth in (5, 7, 16):
+            kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.ENOMEM, nth=nth)
+        with pytest.raises(pyvfio.PinLimitError, match=r"64 KiB were asked for.*ulimit -l 76 ") as caught:
+            update.cancel()
+        # The fake charges this process for the three, too: 12 KiB by others, and so 76 KiB in all.
+        assert (caught.value.asked, caught.value.used) == (16 * PAGE_SIZE, 3 * PAGE_SIZE)
+        kernel.clear_failures()
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.ENOMEM, nth=1)
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.EIO, nth=2)
+        with pytest.raises(pyvfio.RollbackError) as both:
+            update.cancel()
+        assert [(type(each), getattr(each, "errno", 0)) for each in both.value.exceptions] == [
+            (pyvfio.PinLimitError, errno.ENOMEM),
+            (pyvfio.IoctlError, errno.EIO),
+        ]
+
+
+def granules(kernel: SpecialKernel) -> Rig:
+    """A block in 16 mappings."""
+    rig = Rig(kernel, memory=Memfd(), mapper=partial(pyvfio.DmaMapper, resize="extend", granule=PAGE_SIZE))
+    rig.add(used=16 * PAGE_SIZE)
+    return rig
 
 
 @pytest.mark.parametrize("flag", ["grow", "punch", "pmem"])
@@ -684,6 +713,23 @@ def test_pins_that_the_new_process_may_not_have_are_told_with_the_limit(kernel: 
             take_over(update.state, fds, kernel=kernel)
         close(kernel, fds)
     assert rig.reached() == before
+
+
+def test_pins_that_the_new_process_may_not_have_are_told_for_the_whole_change(kernel: SpecialKernel) -> None:
+    """Not for the one mapping that was refused: a limit for that one would be too small for the next."""
+    with granules(kernel) as rig, hand_over(rig.mapper) as update:
+        fds = duplicates(kernel, update)
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.ENOMEM, nth=5)
+        kernel.memlock_limit = 4 * PAGE_SIZE
+        with pytest.raises(pyvfio.PinLimitError, match="64 KiB were asked for") as caught:
+            take_over(update.state, fds, kernel=kernel)
+        # Of the 16 pages that the fake has charged, four have come before the fifth was refused.
+        assert (caught.value.asked, caught.value.used) == (16 * PAGE_SIZE, 12 * PAGE_SIZE)
+        kernel.memlock_limit = None
+        kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.ENOMEM, nth=5)
+        with pytest.raises(pyvfio.PinLimitError, match="the kernel has no memory to map 4 KiB"):
+            take_over(update.state, fds, kernel=kernel)
+        close(kernel, fds)
 
 
 def test_descriptors_that_are_not_what_they_should_be_are_refused(kernel: SpecialKernel, rig: Rig) -> None:
