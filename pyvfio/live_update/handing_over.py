@@ -39,10 +39,10 @@ def hand_over(mapper: DmaMapper) -> HandOver:
 
     Raises before anything is touched: UnsupportedError where the kernel has no VFIO_UPDATE_VADDR; HandOverError, with
     the names of the obstacles: memory that is private to this process (`Anonymous`, `File(shared=False)`; use `Memfd`),
-    buffers and temporary mappings, other notifiers of the list, mappings of others, a change that failed, another
-    thread that has only begun to hand over; ReentrancyError from inside a hook; ForkedError. Raises IoctlError, and
-    everything is as it was; RollbackError: the hand-over is under way, and a second `hand_over` returns it, so that it
-    can be cancelled.
+    buffers and temporary mappings, other notifiers of the list, mappings of others, IOVA that is reserved for anything
+    but blocks of `mapper`, a change that failed, another thread that has only begun to hand over; ReentrancyError from
+    inside a hook; ForkedError. Raises IoctlError, and everything is as it was; RollbackError: the hand-over is under
+    way, and a second `hand_over` returns it, so that it can be cancelled.
 
     Synchronization: any thread may call it; it waits for changes of the blocks that are being made.
     Cost: one ioctl, and two small calls for each descriptor.

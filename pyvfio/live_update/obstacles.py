@@ -9,6 +9,7 @@ from pyvfio.dma import DmaMapper
 from pyvfio.iommu.type1_errors import describe_mappings
 from pyvfio.memory import File, Memfd
 from pyvfio.ramblock import RamBlockList
+from pyvfio.units import IovaRange, format_ranges
 
 
 def find_obstacles(mapper: DmaMapper, blocks: RamBlockList | None, container: Container) -> list[str]:
@@ -41,7 +42,7 @@ def find_obstacles(mapper: DmaMapper, blocks: RamBlockList | None, container: Co
         for device in group.devices
         if isinstance(device, Device) and device.windows.low_power
     ]
-    return found or _strangers(mapper, container)
+    return found or _strangers(mapper, container) or _reservations(mapper, container)
 
 
 def _strangers(mapper: DmaMapper, container: Container) -> list[str]:
@@ -56,6 +57,18 @@ def _strangers(mapper: DmaMapper, container: Container) -> list[str]:
     if there != len(mappings):
         return [f"the container has {there} mappings, of which {len(mappings)} are known here: unmap the others"]
     return []
+
+
+def _reservations(mapper: DmaMapper, container: Container) -> list[str]:
+    """IOVA that the other process would give out again: the caller's own, and that of another mapper's blocks."""
+    ours = {IovaRange.of(iova=window.iova, size=window.size) for _block, window in mapper.windows()}
+    others = [reserved for reserved in container.reserved_iova if reserved not in ours]
+    if not others:
+        return []
+    return [
+        f"IOVA {format_ranges(others[:8])}{', …' if others[8:] else ''} is reserved outside of this mapper: "
+        "release_iova() it, or remove the block of another mapper that has it"
+    ]
 
 
 def _obstacles_of(block: RamBlock) -> list[str]:

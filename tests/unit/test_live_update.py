@@ -559,6 +559,25 @@ def test_buffers_listeners_and_mappings_of_others_are_refused_by_name(kernel: Sp
     rig.free(memory)
 
 
+def test_iova_that_is_reserved_for_others_is_refused_by_name(kernel: SpecialKernel, rig: Rig) -> None:
+    """The new process would give it out again: the caller's own, and that of an empty block of another mapper."""
+    own = rig.container.reserve_iova(MIB, alignment=PAGE_SIZE, offset=0)
+    refused(rig, f"IOVA {own:#x}-{own + MIB - 1:#x} is reserved outside of this mapper.*release_iova")
+    others = pyvfio.RamBlockList(kernel=kernel)
+    with others, pyvfio.DmaMapper(rig.container, others) as mapper:
+        empty = mapper.iova(others.add("empty", used_length=0, max_length=MIB))
+        for iova in sorted((own, empty)):
+            refused(rig, f"{iova:#x}-{iova + MIB - 1:#x}.* is reserved outside")
+        rig.container.release_iova(own)
+        refused(rig, f"IOVA {empty:#x}-{empty + MIB - 1:#x} is reserved outside of this mapper")
+    more = [rig.container.reserve_iova(PAGE_SIZE, alignment=2 * PAGE_SIZE, offset=0) for _ in range(9)]
+    refused(rig, f"{more[7]:#x}-{more[7] + PAGE_SIZE - 1:#x}, … is reserved outside")
+    for iova in more:
+        rig.container.release_iova(iova)
+    with hand_over(rig.mapper), pytest.raises(HandOverError):
+        rig.container.reserve_iova(MIB, alignment=PAGE_SIZE, offset=0)
+
+
 def test_a_kernel_without_it_is_told_apart(kernel: SpecialKernel, rig: Rig) -> None:
     """VFIO_UPDATE_VADDR says so."""
     kernel.answers["VFIO_CHECK_EXTENSION"] = 0
