@@ -102,8 +102,8 @@ def take_over(
     state says. Raises HandOverError where the other process has cancelled, PinLimitError where this process may not
     lock as much, OSError. Then no mapping has an address here, and the descriptors are open and the caller's, so that
     the call can be repeated, and the other process can cancel. Until either, kernels count the mappings that have come
-    so far as locked by this process. Raises RollbackError where some mapping may have an address here; the other
-    process can cancel nevertheless.
+    so far as locked by this process. Raises RollbackError where some mapping may have an address here, as when the
+    other process cancels meanwhile or the state is of an earlier hand-over; the other process can cancel nevertheless.
 
     Cost: an ioctl for each mapping; whatever is in memory stays where it is.
     """
@@ -331,6 +331,7 @@ class _Taking:
             raise explain_limit(error, container, size=size, locked=locked) from error
         except IoctlError as error:
             if error.errno in (errno.EINVAL, errno.ENOENT):
+                self._told.pop()  # the kernel has changed nothing
                 self._lost = True
             raise self._explain(error, mapping) from error
 
@@ -339,7 +340,8 @@ class _Taking:
         if error.errno not in (errno.EINVAL, errno.ENOENT):
             return error
         hint = (
-            "The other process has cancelled, or somebody has taken over before; hand over once more"
+            "The other process has cancelled, somebody has taken over before, or the state is of an earlier hand-over; "
+            "hand over once more"
             if error.errno == errno.EINVAL
             else "The other process has unmapped it, or is gone with all descriptors"
         )
@@ -351,12 +353,13 @@ class _Taking:
     def give_back(self, cause: BaseException) -> None:
         """No mapping has an address here, this process's memory of them goes, and the descriptors are the caller's."""
         failures: list[Exception] = []
+        unknown = self._lost and bool(self._told)
         if (container := self._container) is not None:
-            for mapping in () if self._lost else self._told:
+            for mapping in () if unknown else self._told:
                 attempt(partial(give_up_vaddr, container, mapping), failures)
         for block in self._blocks:
             block.state.memory.disown()
-            if failures or self._lost:
+            if failures or unknown:
                 block.state.memory.keep()  # they may be addresses of it
             else:
                 attempt(block.state.memory.release, failures)
@@ -364,7 +367,7 @@ class _Taking:
             attempt(irq.give_up, failures)
         for handle in self._handles:
             handle.release_fd()
-        if failures:
+        if failures or unknown:
             raise RollbackError(
                 "what was handed over could not be taken over, and some of it is said to be here",
                 [as_exception(cause), *failures],

@@ -201,7 +201,7 @@ def test_whichever_call_of_a_take_over_fails_the_device_reaches_the_same_and_it_
                 taken = take_over(update.state, fds, kernel=kernel)
                 forget(taken, kernel, fds)  # a setting that may be missing
                 fds = []
-            except HandOverError:
+            except (HandOverError, pyvfio.RollbackError):
                 lost = case.name == "VFIO_IOMMU_MAP_DMA"  # as after a cancel, which leaves nothing to take over
             except (OSError, pyvfio.VfioError, Interrupt):
                 pass
@@ -794,6 +794,36 @@ def one_iova(state: bytes) -> bytes:
     first, second = told["blocks"]
     second["iova"] = first["iova"] + first["max_length"] - PAGE_SIZE
     return json.dumps(told).encode()
+
+
+@pytest.mark.parametrize("gone", [True, False], ids=["unmapped since", "mapped in other pieces since"])
+def test_a_state_of_an_earlier_hand_over_is_refused_and_what_has_come_is_told(
+    kernel: SpecialKernel, rig: Rig, *, gone: bool
+) -> None:
+    """The first mappings have an address here by then, and the other process may have given them one of its own."""
+    stale = hand_over(rig.mapper)
+    fds = duplicates(kernel, stale)
+    stale.cancel()
+    last = rig.blocks["holes"] if rig.blocks["holes"].vaddr > rig.blocks["ring"].vaddr else rig.blocks["ring"]
+    last.discard(last.used_length - PAGE_SIZE, PAGE_SIZE)
+    if gone:
+        last.discard(0, last.used_length - PAGE_SIZE)
+    before = rig.reached()
+    with hand_over(rig.mapper) as update:
+        with pytest.raises(pyvfio.RollbackError, match="some of it is said to be here") as caught:
+            take_over(stale.state, fds, kernel=kernel)
+        (cause,) = caught.value.exceptions
+        assert isinstance(cause, HandOverError)
+        assert ("is not mapped" in str(cause)) == gone
+        assert set(fds) <= set(open_fds())
+        close(kernel, fds)
+        assert [each[::2] for each in rig.reached()] == [each[::2] for each in before]
+        kept = {vaddr for _iova, vaddr, _size in rig.reached()} - {vaddr for _iova, vaddr, _size in before}
+        assert kept
+        assert all(map(proc_maps_has, kept))
+        assert update.fds
+    assert rig.reached() == before
+    rig.check()
 
 
 @pytest.mark.parametrize(
