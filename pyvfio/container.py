@@ -723,22 +723,25 @@ class Container(Handle):
     def reserve_iova(
         self, size: int, *, alignment: int, offset: int, top_down: bool = False, dma_bits: int | None = None
     ) -> Iova:
-        """Reserve IOVA; as `IovaAllocator.reserve`. `dma_bits` None: the container's. Raises VfioError while there is
-        no group."""
-        self._check_ready()
+        """Reserve IOVA; as `IovaAllocator.reserve`. `dma_bits` None: the container's. Raises TypeError, and VfioError
+        while there is no group."""
+        size, alignment, offset = index(size), index(alignment), index(offset)
         bits = self._dma_bits if dma_bits is None else check_dma_bits(dma_bits)
+        self._check_ready()
         return self.allocator.reserve(size, alignment=alignment, offset=offset, top_down=top_down, dma_bits=bits)
 
     @guarded
     def reserve_iova_at(self, iova: int, size: int) -> Iova:
-        """Reserve the caller's own IOVA; as `IovaAllocator.reserve_at`. Raises VfioError while there is no group."""
+        """Reserve the caller's own IOVA; as `IovaAllocator.reserve_at`. Raises TypeError, and VfioError while there is
+        no group."""
+        iova, size = index(iova), index(size)
         self._check_ready()
         return self.allocator.reserve_at(iova, size)
 
     @guarded
     def release_iova(self, iova: int) -> None:
-        """Give a reservation back; as `IovaAllocator.release`."""
-        self.allocator.release(iova)
+        """Give a reservation back; as `IovaAllocator.release`. Raises TypeError."""
+        self.allocator.release(index(iova))
 
     def _check_ready(self) -> None:
         self.check_usable()
@@ -830,7 +833,8 @@ class Container(Handle):
         """
         flags = (_READ if read else 0) | (_WRITE if write else 0)
         bits = self._dma_bits if dma_bits is None else check_dma_bits(dma_bits)
-        return self._reserve_and_map(index(vaddr), index(size), iova, alignment, top_down, flags, bits)
+        place = None if iova is None else index(iova)
+        return self._reserve_and_map(index(vaddr), index(size), place, index(alignment), top_down, flags, bits)
 
     @guarded  # by their positions: keywords cost a guarded call as much as its lock
     def _reserve_and_map(  # noqa: PLR0917

@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import pyvfio
@@ -402,6 +403,37 @@ def test_nothing_can_be_reserved_before_there_is_a_group(kernel: SpecialKernel) 
                 use()
         with pytest.raises(pyvfio.IoctlError, match="attach one first"):
             container.map(vaddr=MIB, iova=MIB, size=PAGE_SIZE)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint32, np.uint64])
+def test_numbers_of_numpy_are_numbers(container: Container, memory: int, kind: Callable[[int], int]) -> None:
+    """Whatever their width: what is done with an IOVA of 39 bits does not overflow."""
+    container.reserve_iova_at(0x10000, container.iova_ranges[0].size - 0x10000)
+    iova = container.reserve_iova(kind(MIB), alignment=kind(1 << 30), offset=kind(PAGE_SIZE), top_down=True)
+    assert iova == (1 << 39) - GIB + PAGE_SIZE
+    own = container.reserve_iova_at(kind(2 * PAGE_SIZE), kind(PAGE_SIZE))
+    assert [type(each) for each in (iova, own, container.reserved_iova[0].start)] == [int, int, int]
+    mapped = container.reserve_and_map(vaddr=memory, size=PAGE_SIZE, iova=kind(PAGE_SIZE), alignment=kind(1))
+    container.unmap_and_release(iova=mapped, size=PAGE_SIZE, vaddr=memory)
+    container.release_iova(kind(2 * PAGE_SIZE))
+    assert {type(start) for start, _last in container.allocator._free} == {int}
+
+
+def test_numbers_of_another_class_are_told_before_anything_is_reserved(container: Container, memory: int) -> None:
+    """Also where there is no group."""
+    for use in (
+        partial(container.reserve_iova, 4096.0, alignment=PAGE_SIZE, offset=0),  # type: ignore[arg-type]
+        partial(container.reserve_iova, PAGE_SIZE, alignment="4096", offset=0),  # type: ignore[arg-type]
+        partial(container.reserve_iova, PAGE_SIZE, alignment=PAGE_SIZE, offset=None),  # type: ignore[arg-type]
+        partial(container.reserve_iova_at, 4096.0, PAGE_SIZE),  # type: ignore[arg-type]
+        partial(container.reserve_iova_at, MIB, "4096"),  # type: ignore[arg-type]
+        partial(container.release_iova, "4096"),  # type: ignore[arg-type]
+        partial(container.reserve_and_map, vaddr=memory, size=PAGE_SIZE, iova=4096.0),  # type: ignore[arg-type]
+        partial(container.reserve_and_map, vaddr=memory, size=PAGE_SIZE, alignment=1.0),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError):
+            use()
+    assert container.reserved_iova == ()
 
 
 # -------------------------------------------------------------------------------------------------------- mapping
