@@ -305,13 +305,19 @@ def _undo(kernel: Kernel, former: PciDevice, write: SysfsWriter) -> list[Excepti
 
 def _plan_back(kernel: Kernel, now: PciDevice, then: PciDevice) -> list[Step]:
     plan = []
-    if now.driver_override != then.driver_override:
-        plan.append(_override_step(kernel, now.bdf, then.driver_override))
+    override = now.driver_override
     if now.driver != then.driver:
+        if then.driver is not None and override != then.driver:
+            # The kernel binds a device with an override to the named driver only (`pci_match_device`). Without an
+            # override, the former driver may not match: the override that bound the driver was cleared later.
+            override = then.driver
+            plan.append(_override_step(kernel, now.bdf, override))
         plan += _unbind_steps(kernel, now)
         if then.driver is not None:
             # Not drivers_probe: of several drivers that match, this one had it.
             plan.append(Step(kernel.sysfs / "bus/pci/drivers" / then.driver / "bind", now.bdf))
+    if override != then.driver_override:
+        plan.append(_override_step(kernel, now.bdf, then.driver_override))
     return plan
 
 

@@ -436,6 +436,37 @@ def test_a_step_that_fails_leaves_the_device_as_it_was(tmp_path: Path, place: st
     assert placed(tree) == ("e1000e", override)
 
 
+@pytest.mark.parametrize("override", [None, "vfio-pci", "e1000e", "none"])
+@pytest.mark.parametrize("driver", ["e1000e", "uio_pci_generic", "vfio-pci", None])
+def test_a_device_is_as_it_was_whatever_its_override_names(
+    tmp_path: Path, driver: str | None, override: str | None
+) -> None:
+    """The override may be written or cleared after the driver was bound. The undo and `restore` bring both back."""
+    tree = SysfsTree(tmp_path)
+    tree.add_device(BDF, driver=driver, matches="e1000e", override=override, group=7)
+    tree.add_driver("igb")
+    binding = bind(tree, "igb")
+    assert placed(tree) == ("igb", "igb")
+    pci.restore(tree.kernel, binding, write=tree.write)
+    assert placed(tree) == (driver, override)
+    tree.unwilling.add("igb")
+    with pytest.raises(VfioError, match="igb, and no driver took it") as caught:
+        bind(tree, "igb")
+    assert not isinstance(caught.value, RollbackError)
+    assert placed(tree) == (driver, override)
+
+
+def test_a_failed_unbind_from_a_driver_whose_override_was_cleared_is_undone(tmp_path: Path) -> None:
+    """As dpdk-devbind clears it: the driver does not match the device by itself."""
+    tree = SysfsTree(tmp_path)
+    tree.add_device(BDF, driver="vfio-pci", matches="e1000e", group=7)
+    tree.fail = failing(errno.EIO, "drivers_probe")
+    with pytest.raises(VfioError, match="EIO") as caught:
+        unbind(tree)
+    assert not isinstance(caught.value, RollbackError)
+    assert placed(tree) == ("vfio-pci", None)
+
+
 def test_a_failure_after_the_effect_is_undone_too(tree: SysfsTree) -> None:
     def write(path: Path, value: str) -> None:
         tree.write(path, value)
@@ -459,8 +490,8 @@ def test_what_could_not_be_undone_is_said_and_the_rest_is_undone(tree: SysfsTree
     with pytest.raises(RollbackError) as caught:
         bind(tree)
     assert re.search(f"EIO.*then.*{place}: EBUSY", str(caught.value))
-    # With its override in the way, the former driver is not taken either.
-    assert len(caught.value.exceptions) == (3 if place == "driver_override" else 2)
+    # With its override in the way, the former driver is not taken either; and the override is written twice.
+    assert len(caught.value.exceptions) == (4 if place == "driver_override" else 2)
     assert placed(tree) == (None, "vfio-pci" if place == "driver_override" else None)
 
 
