@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, SupportsFloat, SupportsIndex, TypeAlias
 
 from pyvfio.errors import AccessDeniedError, RollbackError, VfioError
 from pyvfio.guard import checkpoint, uninterrupted
@@ -72,6 +72,18 @@ class _Options(NamedTuple):
     write: SysfsWriter
 
 
+def _checked_patience(patience: object) -> float:
+    """Return `patience` in seconds as a float."""
+    if isinstance(patience, str | bytes) or not isinstance(
+        patience, SupportsFloat | SupportsIndex
+    ):  # float() takes text
+        raise TypeError(f"patience is a number of seconds, not {type(patience).__name__}")
+    seconds = float(patience)
+    if not seconds >= 0:
+        raise ValueError(f"patience is a number of seconds, 0 or more, not {seconds}")
+    return seconds
+
+
 class _Change(NamedTuple):
     """A change that came true, and the call that undoes it when nobody receives it."""
 
@@ -102,7 +114,8 @@ def bind(
     A device that has no IOMMU group yet is bound all the same where the kernel has an IOMMU: some make the group of a
     device when a driver is first bound to it. Where none comes, the driver does not take the device.
 
-    Raises ValueError for what is no address or no name; DeviceNotFoundError, also where there is no IOMMU group for the
+    Raises ValueError for what is no address or no name, and for `patience` below 0 or not a number; TypeError for an
+    argument of another class; DeviceNotFoundError, also where there is no IOMMU group for the
     device; UnavailableError when the driver is not loaded; GroupBusyError when the group is open (taking a device from
     VFIO would then wait in the kernel until its user closes it: `vfio_unregister_group_dev`); AccessDeniedError without
     root; VfioError when the device is a bridge, when the driver does not take it, when sysfs says no number where it
@@ -114,7 +127,7 @@ def bind(
     signal ends meanwhile, because it has no handler, leaves the device as it is at that moment.
     Cost: the two drivers' remove and probe.
     """
-    return _bind(kernel, bdf, driver, _Options(dry_run, force, patience, write)).binding
+    return _bind(kernel, bdf, driver, _Options(dry_run, force, _checked_patience(patience), write)).binding
 
 
 @uninterrupted(_take_back)
@@ -149,7 +162,7 @@ def unbind(
     """
     if to is not None:
         return bind(kernel, bdf, to, dry_run=dry_run, force=force, patience=patience, write=write)
-    return _unbind(kernel, bdf, _Options(dry_run, force, patience, write)).binding
+    return _unbind(kernel, bdf, _Options(dry_run, force, _checked_patience(patience), write)).binding
 
 
 @uninterrupted(_take_back)

@@ -14,14 +14,14 @@ from pyvfio.pci.groups import group_node, has_iommus, holders_of_group, no_group
 from pyvfio.pci.sysfs import NO_DRIVER, PciDevice, device_path, link_name, printable, read_device, read_text
 from pyvfio.pci.usage import uses_of
 
-_NAME_MAX = 255
+_NAME_MAX = 255  # bytes: NAME_MAX of linux/limits.h
 
 
 def checked_name(driver: str) -> str:
     """The name of a driver. ValueError for text that can be none: a path, or with control characters."""
     if not isinstance(driver, str):
         raise TypeError(f"the name of a driver is text, not {type(driver).__name__}")
-    if not driver or driver in {".", ".."} or "/" in driver or not driver.isprintable() or len(driver) > _NAME_MAX:
+    if driver in {"", ".", ".."} or "/" in driver or not driver.isprintable() or len(driver.encode()) > _NAME_MAX:
         raise ValueError(f"not the name of a driver: {driver[: _NAME_MAX + 1]!r}")
     return driver
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import uuid
 
 from pyvfio.kernel import Kernel
+from pyvfio.pci.sysfs import device_path, parse_bdf
 
 
 def parse_vf_token(token: uuid.UUID | str) -> uuid.UUID:
@@ -26,11 +27,17 @@ def parse_vf_token(token: uuid.UUID | str) -> uuid.UUID:
 
 
 def physical_function(kernel: Kernel, bdf: str) -> str | None:
-    """Return the address of the physical function that `bdf` is a virtual function of; None for any other device."""
-    link = kernel.sysfs / "bus/pci/devices" / bdf / "physfn"
+    """Return the address of the physical function that `bdf` is a virtual function of; None for any other device.
+
+    Raises ValueError for text that is no PCI address, TypeError for anything else.
+    """
+    link = device_path(kernel, parse_bdf(bdf)) / "physfn"
     return link.resolve().name if link.is_symlink() else None
 
 
 def is_physical_function(kernel: Kernel, bdf: str) -> bool:
-    """Return whether the device has SR-IOV."""
-    return (kernel.sysfs / "bus/pci/devices" / bdf / "sriov_totalvfs").is_file()
+    """Return whether the device has SR-IOV.
+
+    Raises ValueError for text that is no PCI address, TypeError for anything else.
+    """
+    return (device_path(kernel, parse_bdf(bdf)) / "sriov_totalvfs").is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import re
 import resource
@@ -562,7 +563,9 @@ def test_a_driver_that_is_not_loaded_is_refused_with_the_command_that_loads_it(t
     refused(tree, UnavailableError, "modprobe vfio-pci")
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../devices", "vfio-pci/module", "vfio-pci\n", "\x1b[2J", "x" * 256])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../devices", "vfio-pci/module", "vfio-pci\n", "\x1b[2J", "x" * 256, "é" * 128]
+)
 def test_what_is_no_name_of_a_driver_is_refused_before_the_device_is_touched(tree: SysfsTree, name: str) -> None:
     """`..` is a directory below drivers, too."""
     for change in (bind, unbind):
@@ -570,6 +573,28 @@ def test_what_is_no_name_of_a_driver_is_refused_before_the_device_is_touched(tre
             change(tree, name)
     assert tree.writes == []
     assert placed(tree) == ("e1000e", None)
+
+
+def test_a_name_of_255_bytes_is_looked_for(tree: SysfsTree) -> None:
+    with pytest.raises(UnavailableError, match=r"no PCI driver é+x is loaded"):
+        bind(tree, "é" * 127 + "x")
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    ("patience", "error"),
+    [("1", TypeError), (b"1", TypeError), (None, TypeError), ([], TypeError), (math.nan, ValueError), (-1, ValueError)],
+)
+def test_a_wrong_patience_is_refused_before_the_device_is_touched(
+    tree: SysfsTree, patience: float, error: type[Exception], *, dry_run: bool
+) -> None:
+    tree.unwilling.add("vfio-pci")
+    with pytest.raises(error, match="patience is a number of seconds"):
+        pci.bind(tree.kernel, BDF, patience=patience, dry_run=dry_run, write=tree.write)
+    for to in ("vfio-pci", None):
+        with pytest.raises(error, match="patience is a number of seconds"):
+            pci.unbind(tree.kernel, BDF, to=to, patience=patience, dry_run=dry_run, write=tree.write)
+    assert tree.writes == []
 
 
 @pytest.mark.parametrize("iommu", ["dmar0", "0000:00:01.0"])
@@ -918,6 +943,29 @@ def test_the_flags_of_an_interface_are_a_number(tree: SysfsTree) -> None:
     tree.add_interface(BDF, "enp0s2", up=False)
     (tree.sysfs / "class/net/enp0s2/flags").write_text("down\n")
     refused(tree, VfioError, "enp0s2/flags says 'down', which is no number")
+
+
+# --- SR-IOV
+
+
+def test_functions_of_sriov_take_an_address_in_every_way_it_is_written(tmp_path: Path) -> None:
+    tree = SysfsTree(tmp_path)
+    physical = tree.add_device(BDF, group=7)
+    (physical / "sriov_totalvfs").write_text("4\n")
+    link(tree.add_device("0000:0a:02.1", group=8) / "physfn", physical)
+    for text in (BDF, "00:02.0", " 0000:00:02.0"):
+        assert pci.is_physical_function(tree.kernel, text)
+        assert pci.physical_function(tree.kernel, text) is None
+    for text in ("0000:0a:02.1", "0a:02.1", "0A:02.1\n"):
+        assert pci.physical_function(tree.kernel, text) == BDF
+        assert not pci.is_physical_function(tree.kernel, text)
+
+
+@pytest.mark.parametrize("text", ["", "../devices", "a" * 5000, "\0"])
+def test_functions_of_sriov_refuse_text_that_is_no_address(tree: SysfsTree, text: str) -> None:
+    for ask in (pci.is_physical_function, pci.physical_function):
+        with pytest.raises(ValueError, match="not a PCI address"):
+            ask(tree.kernel, text)
 
 
 # --- Signals
