@@ -54,9 +54,10 @@ def chosen(kernel: Kernel, parser: argparse.ArgumentParser, options: argparse.Na
 
 
 def change_each(
-    name: str, bdfs: Sequence[str], options: argparse.Namespace, change: Callable[[str], pci.Binding]
+    name: str, choose: Callable[[], Sequence[str]], options: argparse.Namespace, change: Callable[[str], pci.Binding]
 ) -> int:
-    """Change each device, say what came of it, and go on with the next; status 0 when all came true.
+    """Change each device that `choose` names, say what came of it, and go on with the next; status 0 when all came
+    true.
 
     When a signal asks for the end, the change that is under way is finished or undone first, and no other is begun. As
     JSON one document is printed in any case, with a result for each device.
@@ -64,6 +65,7 @@ def change_each(
     results: list[Json] = []
     status = OK
     with Interruptions() as asked:
+        bdfs = choose()
         try:
             for bdf in bdfs:
                 try:
@@ -138,12 +140,16 @@ def main(
     )
     options = parser.parse_args(arguments)
     kernel = kernel or LinuxKernel()
-    bdfs = chosen(kernel, parser, options)
+    bdfs: list[str] = []
+
+    def choose() -> list[str]:
+        bdfs.extend(chosen(kernel, parser, options))
+        return bdfs
 
     def change(bdf: str) -> pci.Binding:
         return pci.bind(kernel, bdf, options.driver, dry_run=options.dry_run, force=options.force, write=write)
 
-    status = change_each(NAME, bdfs, options, change)
+    status = change_each(NAME, choose, options, change)
     if status == OK and options.driver == pci.VFIO_PCI and not options.dry_run:
         warn_of_blockers(kernel, bdfs)
     return status

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import NoReturn, Self, TypeAlias
@@ -34,15 +35,32 @@ def run(main: Callable[[], int], *, name: str) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that has no µ shows something else
     try:
-        status = guard(main, name=name)
-        sys.stdout.flush()
+        status = guard(lambda: _written(main()), name=name)
     except BrokenPipeError:
-        # The interpreter would complain again when it flushes stdout at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
+    for stream in (sys.stdout, sys.stderr):
+        _drop_unwritable(stream)
     sys.exit(status)
+
+
+def _written(status: int) -> int:
+    """Write the rest of the output, and return `status`."""
+    if sys.stdout is not None:  # None where the caller closed stdout
+        sys.stdout.flush()
+    return status
+
+
+def _drop_unwritable(stream: object) -> None:
+    """Drop the text that a stream cannot write: the interpreter would complain when it flushes the stream at its end,
+    and exit with status 120."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def guard(main: Callable[[], int], *, name: str) -> int:
@@ -57,8 +75,11 @@ def guard(main: Callable[[], int], *, name: str) -> int:
 
 
 def complain(name: str, what: object) -> None:
-    """One line on stderr, as other commands write theirs."""
-    print(f"{name}: {printable(' '.join(str(what).split()))}", file=sys.stderr, flush=True)
+    """Write one line to stderr, as other commands write theirs. The command goes on where stderr cannot be written."""
+    if sys.stderr is None:  # the caller closed stderr: print() would write to stdout
+        return
+    with suppress(OSError):
+        print(f"{name}: {printable(' '.join(str(what).split()))}", file=sys.stderr, flush=True)
 
 
 class Interruptions:
@@ -141,8 +162,9 @@ def driver_argument(text: str) -> str:
 
 
 def print_json(value: Json) -> None:
-    """A value for programs, indented so that a person can read it too."""
-    print(json.dumps(value, indent=2))
+    """A value for programs, indented so that a person can read it too. It is written when this returns: a signal that
+    ends the process later loses nothing."""
+    print(json.dumps(value, indent=2), flush=True)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -36,7 +36,7 @@ def main(
     def change(bdf: str) -> pci.Binding:
         return pci.unbind(kernel, bdf, to=options.driver, dry_run=options.dry_run, force=options.force, write=write)
 
-    return change_each(NAME, chosen(kernel, parser, options), options, change)
+    return change_each(NAME, lambda: chosen(kernel, parser, options), options, change)
 
 
 if __name__ == "__main__":

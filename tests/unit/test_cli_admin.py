@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from pyvfio.cli import bind, common, unbind
 from pyvfio.cli import list as list_command
 from pyvfio.errors import VfioError
+from pyvfio.kernel import LinuxKernel
 from tests.unit.sysfs import BRIDGE, DISK, SysfsTree, link, place_process
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -404,7 +406,79 @@ def test_programs_get_one_document_whatever_happens(tree: SysfsTree, capsys: pyt
     assert "no IOMMU group 3" in failed["error"]
 
 
+class Interrupting(LinuxKernel):
+    """Its process is told to end at the first look at sysfs."""
+
+    asked = False
+
+    @property
+    def sysfs(self) -> Path:
+        if not self.asked:
+            self.asked = True
+            signal.raise_signal(signal.SIGHUP)
+        return super().sysfs
+
+
+@pytest.mark.parametrize("command", [bind, unbind])
+def test_a_signal_while_devices_are_looked_up_leaves_a_document(
+    tree: SysfsTree, capsys: pytest.CaptureFixture[str], command: ModuleType
+) -> None:
+    kernel = Interrupting(sysfs=tree.sysfs, dev=tree.dev, proc=tree.proc)
+    former = signal.signal(signal.SIGHUP, signal.default_int_handler)
+    try:
+        status = command.main(["--group", "7", "--json"], kernel=kernel, write=tree.write)
+    finally:
+        signal.signal(signal.SIGHUP, former)
+    assert status == 128 + signal.SIGHUP
+    assert [(each["bdf"], each["done"]) for each in json.loads(capsys.readouterr().out)] == [
+        (NIC, False),
+        (SOUND, False),
+    ]
+    assert tree.writes == []
+
+
+def test_a_document_is_written_before_signals_can_end_the_process() -> None:
+    script = f"import os\nfrom pyvfio.cli import bind\nbind.main({MISSING})\nos._exit(7)"
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=False, cwd=ROOT)
+    assert done.returncode == 7
+    assert len(json.loads(done.stdout)) == 2
+
+
 # --- What the commands share
+
+
+MISSING = ["--json", "--dry-run", "0000:ff:1f.7", "0000:ff:1f.6"]
+"""Arguments of `bind`: two devices that no machine under test has."""
+
+
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full", "2>&0"])
+def test_a_document_does_not_depend_on_stderr(stderr: str) -> None:
+    """Closed, full, or a pipe that nobody reads: each device is tried, and the status is the same."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = ["sh", "-c", f'exec "$@" {stderr}', "-", sys.executable, "-m", "pyvfio.cli.bind", *MISSING]
+    try:
+        done = subprocess.run(words, stdin=writer, stdout=subprocess.PIPE, check=False, cwd=ROOT)
+    finally:
+        os.close(writer)
+    assert done.returncode == 1
+    assert [each["bdf"] for each in json.loads(done.stdout)] == ["0000:ff:1f.7", "0000:ff:1f.6"]
+
+
+@pytest.mark.parametrize(
+    ("stdout", "status", "said"), [(">&-", 0, ""), (">/dev/full", 1, "list: [Errno 28] "), (">&0", 128 + 13, "")]
+)
+def test_a_command_whose_stdout_cannot_be_written_ends_without_a_traceback(stdout: str, status: int, said: str) -> None:
+    """Closed, full, or a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = ["sh", "-c", f'exec "$@" {stdout}', "-", sys.executable, "-m", "pyvfio.cli.list", "--json"]
+    try:
+        done = subprocess.run(words, stdin=writer, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr.count("\n")) == (status, int(bool(said)))
+    assert done.stderr.startswith(said)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), VfioError("first\nsecond")])
