@@ -59,7 +59,7 @@ def _run_in_vm(options: argparse.Namespace) -> int:
     words = [sys.executable, "-m", "pyvfio.cli.demo", "--guest", "--iommu", iommu]
     words += ["--resize", options.resize] if options.resize else []
     time = "a minute" if options.resize else "some ten seconds"
-    print(f"{NAME}: booting kernel {kernel} with {iommu} IOMMU in QEMU; {time}", file=sys.stderr, flush=True)
+    complain(NAME, f"booting kernel {kernel} with {iommu} IOMMU in QEMU; {time}")
     try:
         result = vm.run(
             [*words, *(["--json"] if options.json else [])],
@@ -119,7 +119,7 @@ def _has_machine() -> bool:
     try:
         vm_errors.find_tool("qemu-system-x86_64", package="qemu-system-x86")
     except vm_errors.MissingToolError as error:
-        print(f"{NAME}: {error}; so this is the fake kernel. {error.hint}", file=sys.stderr, flush=True)
+        complain(NAME, f"{error}; so this is the fake kernel. {error.hint}")
         return False
     return True
 

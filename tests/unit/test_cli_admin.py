@@ -419,12 +419,20 @@ class Interrupting(LinuxKernel):
         return super().sysfs
 
 
+def buffered_environment() -> dict[str, str]:
+    """The environment in which Python buffers its output, as it does by default."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
 @pytest.mark.parametrize("command", [bind, unbind])
 def test_a_signal_while_devices_are_looked_up_leaves_a_document(
     tree: SysfsTree, capsys: pytest.CaptureFixture[str], command: ModuleType
 ) -> None:
+    def end(_number: int, _frame: object) -> None:
+        raise RuntimeError
+
     kernel = Interrupting(sysfs=tree.sysfs, dev=tree.dev, proc=tree.proc)
-    former = signal.signal(signal.SIGHUP, signal.default_int_handler)
+    former = signal.signal(signal.SIGHUP, end)
     try:
         status = command.main(["--group", "7", "--json"], kernel=kernel, write=tree.write)
     finally:
@@ -439,7 +447,9 @@ def test_a_signal_while_devices_are_looked_up_leaves_a_document(
 
 def test_a_document_is_written_before_signals_can_end_the_process() -> None:
     script = f"import os\nfrom pyvfio.cli import bind\nbind.main({MISSING})\nos._exit(7)"
-    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=False, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, check=False, cwd=ROOT, env=buffered_environment()
+    )
     assert done.returncode == 7
     assert len(json.loads(done.stdout)) == 2
 
@@ -458,7 +468,9 @@ def test_a_document_does_not_depend_on_stderr(stderr: str) -> None:
     os.close(reader)
     words = ["sh", "-c", f'exec "$@" {stderr}', "-", sys.executable, "-m", "pyvfio.cli.bind", *MISSING]
     try:
-        done = subprocess.run(words, stdin=writer, stdout=subprocess.PIPE, check=False, cwd=ROOT)
+        done = subprocess.run(
+            words, stdin=writer, stdout=subprocess.PIPE, check=False, cwd=ROOT, env=buffered_environment()
+        )
     finally:
         os.close(writer)
     assert done.returncode == 1
@@ -474,7 +486,9 @@ def test_a_command_whose_stdout_cannot_be_written_ends_without_a_traceback(stdou
     os.close(reader)
     words = ["sh", "-c", f'exec "$@" {stdout}', "-", sys.executable, "-m", "pyvfio.cli.list", "--json"]
     try:
-        done = subprocess.run(words, stdin=writer, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
+        done = subprocess.run(
+            words, stdin=writer, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT, env=buffered_environment()
+        )
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr.count("\n")) == (status, int(bool(said)))

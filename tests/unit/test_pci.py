@@ -588,7 +588,7 @@ def test_a_name_of_255_bytes_is_looked_for(tree: SysfsTree) -> None:
 def test_a_wrong_patience_is_refused_before_the_device_is_touched(
     tree: SysfsTree, patience: float, error: type[Exception], *, dry_run: bool
 ) -> None:
-    tree.unwilling.add("vfio-pci")
+    tree.fail = failing(errno.EIO, "driver_override")
     with pytest.raises(error, match="patience is a number of seconds"):
         pci.bind(tree.kernel, BDF, patience=patience, dry_run=dry_run, write=tree.write)
     for to in ("vfio-pci", None):
