@@ -71,6 +71,13 @@ def test_without_qemu_the_demo_runs_on_the_fake_and_says_so(tmp_path: Path) -> N
     assert "qemu-system-x86" in asked.stderr
 
 
+def test_a_demo_without_qemu_prints_nothing_but_its_document_where_stderr_is_closed(tmp_path: Path) -> None:
+    words = ["/bin/sh", "-c", 'exec "$@" 2>&-', "-", sys.executable, "-m", "pyvfio.cli.demo", "--json"]
+    done = subprocess.run(words, cwd=ROOT, env={"PATH": str(tmp_path)}, stdout=subprocess.PIPE, check=False)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["world"] == "fake"
+
+
 def test_the_fake_goes_by_the_names_that_the_virtual_machine_has_for_kernels() -> None:
     """The same `--kernel 7` with QEMU and without."""
     done = demo("--fake", "--kernel", "7", "--iommu", "amd")
