@@ -52,7 +52,8 @@ class Device(Handle):
     """An open VFIO PCI device.
 
     `group` is attached to a container whose IOMMU is set. `vf_token`: as for `open_device`, which does all that comes
-    before. Raises IoctlError (ENODEV: not bound to vfio-pci; EACCES: another VF token is wanted), VfioError.
+    before. Raises IoctlError (ENODEV: not bound to vfio-pci; EACCES: another VF token is wanted); VfioError, also where
+    the group has an open Device of that address.
 
     Synchronization: any thread. Closing waits for the container's lock; registers and interrupts do not.
     """
@@ -62,13 +63,14 @@ class Device(Handle):
         bdf = pci.parse_bdf(bdf)
         if not isinstance(group, Group):
             raise TypeError(f"group must be a Group, not {type(group).__name__}")
+        _check_not_open(group, bdf)
         self._own(group, bdf, group.get_device_fd(bdf, vf_token=vf_token))
         try:
             self.info = self._get_info()
+            self._join()
         except BaseException:
             self.close_fd()
             raise
-        group.devices.append(self)
 
     def _own(self, group: Group, bdf: str, fd: int) -> None:
         self.bdf = bdf
@@ -90,18 +92,31 @@ class Device(Handle):
         `group` is attached, and `bdf` is the device's address. The descriptor is the object's own from then on, and is
         closed with it; where this raises, it is the caller's as before.
 
-        Raises ValueError where the descriptor is closed or no VFIO device's, TypeError, IoctlError.
+        Raises ValueError where the descriptor is closed or no VFIO device's, TypeError, IoctlError; VfioError where the
+        group has an open Device of that address.
         Cost: one ioctl. Source: VFIO_DEVICE_GET_INFO.
         """
         if not isinstance(group, Group):
             raise TypeError(f"group must be a Group, not {type(group).__name__}")
         if group.container is None:
             raise ValueError(f"IOMMU group {group.number} is in no Container: attach() it, or Container.from_fd()")
+        bdf = pci.parse_bdf(bdf)
+        _check_not_open(group, bdf)
         device = cls.__new__(cls)
-        device._own(group, pci.parse_bdf(bdf), checked_fd(fd))
+        device._own(group, bdf, checked_fd(fd))
         device.info = check_kind(device, device._get_info, "a VFIO device")
-        group.devices.append(device)
+        try:
+            device._join()
+        except BaseException:
+            device.release_fd()
+            raise
         return device
+
+    def _join(self) -> None:
+        """Enter the device in its group, under the lock: no reset of the bus is under way then."""
+        with holding(self.group):
+            _check_not_open(self.group, self.bdf)
+            self.group.devices.append(self)
 
     def release_fd(self) -> int:
         """As `Handle.release_fd`; the group has one device less."""
@@ -496,6 +511,16 @@ class Device(Handle):
         steps += [self.windows.end, *(region.close for region in tuple(self._regions.values()))]
         steps += [self.close_fd]
         attempt_all(f"forgetting device {self.bdf}", steps)
+
+
+def _check_not_open(group: Group, bdf: str) -> None:
+    """Raise VfioError where the group has an open Device of that address: neither would see what the other changes."""
+    group.check_here()
+    if any(isinstance(device, Device) and device.bdf == bdf for device in tuple(group.devices)):
+        raise VfioError(
+            f"device {bdf} is open already in IOMMU group {group.number}",
+            hint="Use that Device, which group.devices has, or close() it first",
+        )
 
 
 def _nothing() -> None:

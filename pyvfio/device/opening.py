@@ -37,7 +37,7 @@ def open_device(
 
     Raises TypeError and ValueError (no BDF, no UUID), DeviceNotFoundError, NotBoundError, GroupNotViableError,
     GroupBusyError, AccessDeniedError, UnavailableError, UnsupportedError, IoctlError (EACCES: another VF token is
-    wanted; EINVAL: none is); nothing is left open then.
+    wanted; EINVAL: none is), VfioError (the container has an open Device of that address); nothing is left open then.
 
     Synchronization: any thread; calls that share a container are made one after the other.
     Cost: some twenty system calls.

@@ -33,9 +33,10 @@ _MUTANTS = (
     ),
     Mutant(
         "Device.__init__",
-        "            self.info = self._get_info()\n"
+        "            self.info = self._get_info()\n            self._join()\n"
         "        except BaseException:\n            self.close_fd()\n            raise\n",
-        "            self.info = self._get_info()\n        except BaseException:\n            raise\n",
+        "            self.info = self._get_info()\n            self._join()\n"
+        "        except BaseException:\n            raise\n",
         "open",
     ),
     Mutant("_open_in", "        close_now(group)\n        raise\n", "        raise\n", "open"),

@@ -153,17 +153,37 @@ def test_several_devices_of_a_group_share_its_descriptor(kernel: SpecialKernel) 
     with nothing_left(kernel), pyvfio.Container(kernel=kernel) as container:
         one = pyvfio.open_device(BDF, container=container)
         two = pyvfio.open_device(SIBLING, container=container)
-        again = pyvfio.open_device(BDF, container=container)
-        assert one.group is two.group is again.group
+        assert one.group is two.group
         one.close()
-        assert two.config.read16(0) == again.config.read16(0) == 0x1234
+        assert two.config.read16(0) == 0x1234
+        assert container.group(2) is two.group
         two.close()
-        assert container.group(2) is again.group
-        again.close()
         assert container.group(2) is None
-        assert again.group.closed
+        assert two.group.closed
         pyvfio.Group(2, kernel=kernel).close()
         pyvfio.open_device(OTHER_BDF, container=container)
+
+
+def test_a_device_is_opened_once_at_a_time(kernel: SpecialKernel) -> None:
+    """Neither of two objects would see what the other changes. The descriptor stays the caller's, and is open."""
+    with nothing_left(kernel), pyvfio.Container(kernel=kernel) as container:
+        device = pyvfio.open_device(BDF, container=container)
+        fd = kernel.dup(device.fd)
+        kernel.clear_trace()
+        again: list[Callable[[], object]] = [
+            lambda: pyvfio.open_device(BDF, container=container),
+            lambda: pyvfio.Device(device.group, BDF),
+            lambda: pyvfio.Device.from_fd(device.group, BDF, fd),
+        ]
+        for call in again:
+            with pytest.raises(pyvfio.VfioError, match=r"open already in IOMMU group 2\. Use that Device, which"):
+                call()
+        assert not requests(kernel.trace)
+        assert device.group.devices == [device]
+        device.close()
+        kernel.close(fd)
+        with pyvfio.open_device(BDF, container=container) as other:
+            assert other.config.read16(0) == 0x1234
 
 
 def test_a_group_that_the_caller_opened_stays_when_its_last_device_goes(kernel: SpecialKernel) -> None:

@@ -381,9 +381,10 @@ def test_eacces_says_whose_token_is_wanted_and_how_it_is_set(kernel: SpecialKern
     with pyvfio.Container(kernel=kernel) as container:
         physical = pyvfio.open_device(PF, container=container, vf_token=TOKEN)
         pyvfio.open_device(VF, container=container, vf_token=TOKEN)
+        physical.close()
         with pytest.raises(pyvfio.IoctlError, match=r"EACCES.*Virtual functions of it are open: give vf_token"):
-            pyvfio.Device(physical.group, PF)
-        assert pyvfio.open_device(PF, container=container, vf_token=TOKEN).group is physical.group
+            pyvfio.open_device(PF, container=container)
+        assert pyvfio.open_device(PF, container=container, vf_token=TOKEN).bdf == PF
 
 
 def test_a_token_that_nobody_wants_is_refused_with_the_reason(kernel: SpecialKernel) -> None:
