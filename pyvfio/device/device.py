@@ -348,8 +348,13 @@ class Device(Handle):
         return f"{hint}, or use hot_reset(), which resets its bus" + f", {', '.join(others)} too" * bool(others)
 
     @guarded
-    def _change_apart(self, devices: Sequence[Device], change: Callable[[], object]) -> bool:
-        """Make a change during which no other device may reach the BARs of `devices`. Return whether it was made."""
+    def _change_apart(
+        self, reached: Sequence[DependentDevice], devices: Sequence[Device], change: Callable[[], object]
+    ) -> bool:
+        """Make a change during which no other device may reach the BARs of `devices`. Return whether it was made: not
+        where another thread has opened or closed one of those that are `reached`."""
+        if self._open_devices(reached) != devices:
+            return False
         with holding(*(device.windows for device in devices)):
             if any(device.has_dependents for device in devices):
                 return False
@@ -401,7 +406,7 @@ class Device(Handle):
         for device in devices:
             device.close_dependents()
         fds = [groups[number].fd for number in hot_reset.groups_of(reached)]
-        return self._change_apart(devices, partial(self._reset_bus, devices, fds))
+        return self._change_apart(reached, devices, partial(self._reset_bus, devices, fds))
 
     def _open_devices(self, reached: Sequence[DependentDevice]) -> list[Device]:
         """The devices that a reset reaches, as far as they are open in this container."""

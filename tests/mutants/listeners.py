@@ -172,6 +172,13 @@ _MUTANTS = (
     ),
     # Siblings are nobody's affair.
     Mutant("Device._open_devices", "device.bdf in bdfs]", "device.bdf == self.bdf]", "hot reset"),
+    # Nor is one that another thread has opened meanwhile.
+    Mutant(
+        "Device._change_apart",
+        "        if self._open_devices(reached) != devices:\n",
+        "        if False:\n",
+        "hot reset",
+    ),
     # The kernel is left to say what is missing.
     Mutant("check_complete", "        if group not in attached:\n", "        if False:\n", "hot reset"),
     Mutant("check_complete", "if not _is_vfio(kernel, each.bdf)]", "if False]", "hot reset"),

@@ -6,13 +6,15 @@ import ctypes
 import errno
 import mmap
 import struct
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
 import pyvfio
 from pyvfio import ioctls
 from pyvfio.device import PCI_COMMAND
+from pyvfio.kernel import IoctlArgument
 from pyvfio.testing.fake import FakeDevice, FakeEdu, FakeKernel, FakePciDevice
 from pyvfio.units import PAGE_SIZE
 from tests.unit.fakes import nothing_left, requests
@@ -190,6 +192,68 @@ def test_a_siblings_bar_that_another_device_reaches_is_unmapped_before(
         assert root.container.mapping_at(mapping.iova) is None
         calls = requests(kernel.trace)
         assert calls.index("VFIO_IOMMU_UNMAP_DMA") < calls.index(HOT_RESET)
+
+
+def test_a_device_that_another_thread_opens_meanwhile_is_made_ready_too(kernel: FakeKernel) -> None:
+    """It is opened when the devices have been listed: while a mapping of a BAR of the first one is closed."""
+    with (
+        pyvfio.open_device(FIRST, kernel=kernel) as first,
+        pyvfio.open_device(ROOT, kernel=kernel) as root,
+        pyvfio.DmaMapper(root.container) as mapper,
+    ):
+        first.memory_enabled = True
+        first.container.open_group(5)
+        dependents = first.region(0).dependents
+        mapped: list[pyvfio.DmaMapping] = []
+
+        def another_thread() -> None:
+            dependents.remove(another_thread)
+            third = pyvfio.open_device(THIRD, container=first.container)
+            third.memory_enabled = third.bus_master = True
+            mapped.append(mapper.map_region(third.region(0)))
+
+        dependents.append(another_thread)
+        first.hot_reset()
+        assert root.container.mapping_at(mapped[0].iova) is None
+        (third,) = first.container.groups[5].devices
+        assert isinstance(third, pyvfio.Device)
+        assert not third.bus_master
+        kernel.check()
+        calls = requests(kernel.trace)
+        assert calls.index("VFIO_IOMMU_UNMAP_DMA") < calls.index(HOT_RESET)
+        third.close()
+
+
+class _Resetting(FakeKernel):
+    """Calls `between` while the bus is reset."""
+
+    between: Callable[[], object] = staticmethod(lambda: None)
+
+    def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0, /) -> int:
+        if request == ioctls.VFIO_DEVICE_PCI_HOT_RESET:
+            self.between()
+        return super().ioctl(fd, request, argument)
+
+
+def test_a_device_that_another_thread_opens_during_the_reset_is_had_after_it() -> None:
+    """Nobody maps a BAR of it while the bus is being reset."""
+    groups = [(4, [FakeDevice(FIRST)]), (5, [FakeDevice(THIRD)])]
+    with _Resetting(groups=groups) as kernel, nothing_left(kernel), pyvfio.Container(kernel=kernel) as container:
+        first = pyvfio.open_device(FIRST, container=container)
+        group = container.open_group(5)
+        opened: list[pyvfio.Device] = []
+        thread = threading.Thread(target=lambda: opened.append(pyvfio.Device(group, THIRD)))
+
+        def another_thread() -> None:
+            thread.start()
+            thread.join(0.3)
+            assert not opened
+            assert not group.devices
+
+        kernel.between = another_thread
+        first.hot_reset()
+        thread.join(20)
+        assert group.devices == opened
 
 
 def test_where_a_view_refuses_the_reset_no_bar_is_unmapped_from_another_device(
