@@ -16,6 +16,7 @@ from typing import Protocol, overload
 
 from pyvfio import ioctls
 from pyvfio.device.eventfds import Eventfd, Making, Row, Vectors, descriptors, numbers, runs_of
+from pyvfio.device.windows import Windows
 from pyvfio.errors import ClosedError, RollbackError, UnsupportedError, VfioError, as_exception
 from pyvfio.guard import Guard, guarded
 from pyvfio.handle import attempt, attempt_all
@@ -48,6 +49,9 @@ class _Owner(Protocol):
 
     @property
     def fd(self) -> int: ...
+
+    @property
+    def windows(self) -> Windows: ...
 
     def check_usable(self) -> None: ...
 
@@ -176,6 +180,8 @@ class Irq:
 
     def _check_changeable(self) -> None:
         self._device.check_usable()
+        if self._device.windows.ended:  # its interrupts were disabled, or will be next: nobody would do it again
+            raise ClosedError(f"device {self._device.bdf} is being closed")
         self._device.group.check_here()
 
     def _making(self, count: int) -> Making:

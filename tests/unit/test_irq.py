@@ -127,6 +127,39 @@ def waiting(call: Callable[[], object], heard: list[object]) -> Iterator[None]:
     assert not thread.is_alive()
 
 
+class _Resetting(SpecialKernel):
+    """Calls `between` in the middle of a reset, as another thread would."""
+
+    between: Callable[[], object] = staticmethod(lambda: None)
+
+    def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0, /) -> int:
+        if request == ioctls.VFIO_DEVICE_RESET:
+            self.between()
+        return super().ioctl(fd, request, argument)
+
+
+def test_a_device_that_is_being_closed_enables_no_interrupt_any_more() -> None:
+    """Those that are enabled have been disabled by then, and nobody would wake a thread that waits for another."""
+    with (
+        _Resetting(groups=[(2, [FakeDevice(BDF, msi=8, msix=16, resettable=True)])]) as kernel,
+        nothing_left(kernel),
+        pyvfio.open_device(BDF, kernel=kernel) as device,
+    ):
+        device.irq(MSI).enable(2)
+        refused: list[BaseException] = []
+
+        def between() -> None:
+            for irq in (device.irq(MSI), device.irq(MSIX)):
+                with pytest.raises(pyvfio.ClosedError, match="is being closed") as caught:
+                    irq.enable()
+                refused.append(caught.value)
+
+        kernel.between = between
+        device.close()
+        assert len(refused) == 2
+        assert device.irqs[0].fds == ()
+
+
 @pytest.mark.parametrize("ended", ["disabled", "closed", "its vectors"])
 def test_a_thread_that_waits_for_several_hears_the_end(device: pyvfio.Device, ended: str) -> None:
     """As of `wait`."""
