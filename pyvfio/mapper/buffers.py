@@ -50,9 +50,10 @@ class OwnMemory:
     """Memory of the caller's own that the mapper has mapped, and how many open mappings hold it.
 
     `view` keeps the buffer exported; it is None where the caller keeps the memory alive. `access`: READ and WRITE.
+    `ended`: whether it was unmapped whoever held it.
     """
 
-    __slots__ = ("access", "holders", "iova", "size", "vaddr", "view")
+    __slots__ = ("access", "ended", "holders", "iova", "size", "vaddr", "view")
 
     def __init__(self, *, vaddr: Vaddr, iova: Iova, size: int, access: int, view: memoryview | None) -> None:
         self.vaddr = vaddr
@@ -61,6 +62,7 @@ class OwnMemory:
         self.access = access
         self.view = view
         self.holders = 0
+        self.ended = False
 
     def hold(self, holder: object) -> None:
         """Count one more holder."""
@@ -127,18 +129,19 @@ class DmaMapping(ContextManager):
 
     @property
     def closed(self) -> bool:
-        """Whether it has been closed. The kernel's mapping of a temporary one stays until `reset_temporary()`."""
-        return self._mapper is None
+        """Whether it has been closed, or has ended because the BAR that it maps has gone. The kernel's mapping of a
+        temporary one stays until `reset_temporary()`."""
+        return self._mapper is None or (isinstance(self._memory, OwnMemory) and self._memory.ended)
 
     def check_made_by(self, mapper: BufferMapper) -> None:
         """Raise ClosedError when it is closed, ValueError when another mapper has made it. For the library."""
-        if self._mapper is None:
+        if self.closed:
             raise ClosedError(f"{self!r} has been closed")
         if self._mapper is not mapper:
             raise ValueError(f"another mapper has made {self!r}")
 
     def __repr__(self) -> str:
-        closed = " closed" if self._mapper is None else ""
+        closed = " closed" if self.closed else ""
         return f"<DmaMapping vaddr={self.vaddr:#x} iova={self.iova:#x} size={self.size:#x}{closed}>"
 
 

@@ -104,6 +104,7 @@ class RegionMemory(OwnMemory):
 
     def release(self) -> None:
         """Unmap it from this process: other devices reach it no more."""
+        self.ended = True
         if self._close in self._region.dependents:
             self._region.dependents.remove(self._close)
             close_now(self._mapped)

@@ -316,6 +316,8 @@ def test_a_bar_is_unmapped_before_it_goes(pair: Pair, end: Callable[[Pair], obje
     assert pair.reach == []
     assert pair.device.container.reserved_iova == ()
     pair.kernel.check()
+    assert first.closed
+    assert second.closed
     pair.kernel.clear_trace()
     first.close()
     second.close()
