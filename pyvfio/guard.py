@@ -58,6 +58,7 @@ _Arguments = TypeVarTuple("_Arguments")
 _Result = TypeVar("_Result")
 _Handler: TypeAlias = Callable[[int, FrameType | None], object]
 
+_TURNS = 16  # of closing dependents before the close of what they depend on gives up
 _PATIENCE = 0.05  # seconds between two checkpoints of the main thread while it waits for a lock
 
 
@@ -104,6 +105,10 @@ class Source(Guarded, Protocol):
 
     def close_dependents(self) -> None:
         """Close them, with no lock held."""
+        ...
+
+    def end_dependents(self) -> bool:
+        """Let none come any more, under the lock. Return whether there is none."""
         ...
 
 
@@ -477,6 +482,15 @@ def run_outside(step: Callable[[], object]) -> None:
         step()
 
 
+def run_outside_or_in_hook(step: Callable[[], object]) -> None:
+    """As `run_outside`, but a hook has it done at once."""
+    place = _thread.place
+    if place.busy or place.looking:
+        place.put_off.append(step)
+    else:
+        step()
+
+
 @contextmanager
 def holding(*things: Guarded) -> Iterator[None]:
     """Hold the locks of several objects, in the order of rule 4; inside of a guarded call."""
@@ -520,14 +534,17 @@ def _close_after_dependents(thing: _Source, call: Callable[[_Source], None]) -> 
 
 
 def _close_both(thing: _Source, call: Callable[[_Source], None]) -> None:
-    thing.close_dependents()
     lock = thing.guard.lock
-    if not lock.acquire(blocking=False):
-        _wait_for(lock)
-    try:
-        call(thing)
-    finally:
-        lock.release()
+    for turn in range(_TURNS):
+        thing.close_dependents()
+        if not lock.acquire(blocking=False):
+            _wait_for(lock)
+        try:
+            if thing.end_dependents() or turn == _TURNS - 1:  # else another thread has made one meanwhile
+                call(thing)
+                return
+        finally:
+            lock.release()
 
 
 def _nothing() -> None:

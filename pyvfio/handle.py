@@ -92,6 +92,10 @@ class Handle(ContextManager):
         """End what reaches a region of a device that is open by it, before that device is closed. For the library; the
         caller holds no lock, since those of mappers are above."""
 
+    def end_dependents(self) -> bool:
+        """Let nothing reach a region of it any more. Return whether nothing does. For the library."""
+        return True
+
     @closing
     def close(self) -> None:
         """Close the descriptor; twice is fine, and in a forked child nothing happens."""

@@ -422,7 +422,7 @@ class Device(Handle):
             for device in masters:
                 device.bus_master = False  # no transfer may be under way when the bus goes
             for region in [region for device in devices for region in device.all_regions()]:
-                region.close()
+                region.drop(keep="no maps")
             hot_reset.reset(self, group_fds)
         except BaseException:
             for device in masters:
@@ -456,20 +456,31 @@ class Device(Handle):
         """
         steps: list[Callable[[], object]] = []
         if not self.closed:
-            self.group.check_here()
-            self.check_views()
             self._check_no_dependents()
             steps += [irq.close for irq in tuple(self._irqs.values())]
             # Nothing may be under way when the mappings go: a device without a reset is kept from the bus.
             steps += [self._stop_dma, *([self._last_reset] if self.can_reset else [])]
-            steps += [region.close for region in tuple(self._regions.values())]
+            steps += self._drops()
             steps += [self.close_fd, self._leave]
         if (container := self.opened_with) is not None and not container.closed:
             steps += [partial(close_now, container)]
         attempt_all(f"closing device {self.bdf}", steps)
 
+    def end_dependents(self) -> bool:
+        """As `Handle.end_dependents`; from then on the device is being closed. Raises BufferError while a view of a
+        mapped region lives, HandOverError."""
+        if self.closed or self.windows.ended:
+            return True
+        self.group.check_here()
+        self.check_views()
+        return self.windows.end()
+
+    def _drops(self) -> list[Callable[[], object]]:
+        """The steps that unmap the regions, which no other device reaches any more, from this process."""
+        return [partial(region.drop, keep="no maps") for region in self.all_regions()]
+
     def _check_no_dependents(self) -> None:
-        if not self.windows.end():
+        if not self.end_dependents():
             raise VfioError(
                 f"{self.bdf} cannot be closed: a BAR of it is mapped for the DMA of another device",
                 hint="Close that mapping, which map_region returned; where this fails, the error says why",
@@ -513,8 +524,7 @@ class Device(Handle):
         if self.closed:
             return
         steps: list[Callable[[], object]] = [irq.forget for irq in tuple(self._irqs.values())]
-        steps += [self.windows.end, *(region.close for region in tuple(self._regions.values()))]
-        steps += [self.close_fd]
+        steps += [self.windows.end, *self._drops(), self.close_fd]
         attempt_all(f"forgetting device {self.bdf}", steps)
 
 

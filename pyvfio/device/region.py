@@ -17,7 +17,17 @@ from pyvfio import ioctls
 from pyvfio.device.register import Register, poll
 from pyvfio.device.windows import Keep, Windows
 from pyvfio.errors import ClosedError, IoctlError, UnsupportedError, VfioError
-from pyvfio.guard import ContextManager, Guard, close_now, closing, guarded, making, reading, uninterrupted
+from pyvfio.guard import (
+    ContextManager,
+    Guard,
+    close_now,
+    closing,
+    guarded,
+    making,
+    reading,
+    run_outside_or_in_hook,
+    uninterrupted,
+)
 from pyvfio.handle import attempt_all
 from pyvfio.info import RegionInfo
 from pyvfio.kernel import Cell, Kernel, Registers
@@ -478,12 +488,16 @@ class Region:
         attempt_all(f"unmapping {self._name} from other devices", tuple(reversed(self.dependents)))
 
     def close(self) -> None:
-        """Unmap it from other devices and from this process, all its mappings included; for the device, and before
-        memory decoding ends.
+        """Unmap it from other devices and from this process, all its mappings included.
 
         It can be used again. Where another device cannot be kept from the region, nothing else is unmapped, and the
         error is raised. Raises BufferError while a view lives, after the rest has been unmapped.
+
+        Synchronization: any thread, and a finalizer, whose close is put off until the call that it came into ends.
         """
+        run_outside_or_in_hook(self._close)
+
+    def _close(self) -> None:
         self.close_dependents()
         while not self._drop_unless_reached():
             self.close_dependents()  # another thread has mapped it meanwhile

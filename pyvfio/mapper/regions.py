@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol, SupportsIndex
 
-from pyvfio.errors import UnsupportedError
+from pyvfio.errors import UnsupportedError, VfioError
 from pyvfio.guard import Guard, close_now, closing, making
 from pyvfio.kernel import Kernel, LinuxKernel
 from pyvfio.mapper.buffers import BufferMapper, DmaMapping, OwnMemory
@@ -101,6 +101,11 @@ class RegionMemory(OwnMemory):
     def close(self) -> None:
         """Unmap it for the other devices, whoever holds it, and from this process."""
         self._mapper.drop(self)
+        if self._close in self._region.dependents:  # a caller that waits for its end would try for ever
+            raise VfioError(
+                f"{self!r} is just being mapped, and cannot be unmapped",
+                hint="Close the region when map_region has ended",
+            )
 
     def release(self) -> None:
         """Unmap it from this process: other devices reach it no more."""

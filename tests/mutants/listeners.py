@@ -163,7 +163,7 @@ _MUTANTS = (
         "hot reset",
     ),
     # A mapping of a region outlives the reset of a sibling, or a view of one does not keep the bus.
-    Mutant("Device._reset_bus", "                region.close()\n", "                pass\n", "hot reset"),
+    Mutant("Device._reset_bus", '                region.drop(keep="no maps")\n', "                pass\n", "hot reset"),
     Mutant(
         "Device._hot_reset",
         "        for device in devices:\n            device.check_views()\n        for device",
@@ -185,7 +185,13 @@ _MUTANTS = (
     # ---------------------------------------------------------------------------------------- region of another device
     # The BAR goes while another device reaches it.
     Mutant("RegionMemory.__init__", "        region.add_dependent(self._close)\n", "        pass\n", _REGION),
-    Mutant("_close_both", "    thing.close_dependents()\n", "", _REGION),
+    Mutant("_close_both", "        thing.close_dependents()\n", "", _REGION),
+    # A close gives up where another thread maps it meanwhile.
+    Mutant("_close_both", "range(_TURNS)", "range(_TURNS - 15)", _REGION),
+    # A finalizer closes it in the middle of a change.
+    Mutant("Region.close", "        run_outside_or_in_hook(self._close)\n", "        self._close()\n", _REGION),
+    # A mapping that has ended says that it is open.
+    Mutant("RegionMemory.release", "        self.ended = True\n", "        pass\n", _REGION),
     # And though it could not be unmapped.
     Mutant("Device.close", "            self._check_no_dependents()\n", "", _REGION),
     # What was mapped stays, or what was not is known.

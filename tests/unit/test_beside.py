@@ -12,7 +12,9 @@ from typing import NamedTuple
 import pytest
 
 import pyvfio
+from pyvfio import ioctls
 from pyvfio.device import PCI_COMMAND
+from pyvfio.kernel import IoctlArgument, Registers
 from pyvfio.testing.edu import Edu
 from pyvfio.testing.fake import Bar, DmaFault, FakeDevice, FakeEdu, FakeKernel
 from pyvfio.units import MIB, PAGE_SIZE
@@ -26,10 +28,34 @@ PM_CONTROL, D3HOT = 0xC8 + 4, 3  # of POWER_MANAGEMENT
 UNMAP, RESET, HOT_RESET = "VFIO_IOMMU_UNMAP_DMA", "VFIO_DEVICE_RESET", "VFIO_DEVICE_PCI_HOT_RESET"
 
 
+class Between(FakeKernel):
+    """Calls `between` once, in the ioctl `at` (a map for DMA) or where registers are mapped.
+
+    Another thread may come there, and a finalizer that a collection calls.
+    """
+
+    between: Callable[[], object] | None = None
+    at = int(ioctls.VFIO_IOMMU_MAP_DMA)
+
+    def _call(self) -> None:
+        call, self.between = self.between, None
+        if call is not None:
+            call()
+
+    def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0, /) -> int:
+        if request == self.at:
+            self._call()
+        return super().ioctl(fd, request, argument)
+
+    def registers(self, fd: int, offset: int, size: int) -> Registers:
+        self._call()
+        return super().registers(fd, offset, size)
+
+
 class Pair(NamedTuple):
     """A device and its mapper; and another device, in a container of its own."""
 
-    kernel: FakeKernel
+    kernel: Between
     device: pyvfio.Device
     mapper: pyvfio.DmaMapper
     other: pyvfio.Device
@@ -41,15 +67,15 @@ class Pair(NamedTuple):
 
 
 @pytest.fixture
-def kernel() -> Iterator[FakeKernel]:
+def kernel() -> Iterator[Between]:
     """Two edu devices; and a device that can be reset, with memory in BAR 0, I/O ports in BAR 1."""
     bars = {0: Bar(4 * PAGE_SIZE), 1: Bar(256, io=True)}
     plain = FakeDevice(PLAIN, bars=bars, resettable=True, config=POWER_MANAGEMENT)
-    with FakeKernel(groups=[(2, [FakeEdu(BDF)]), (3, [FakeEdu(OTHER_BDF)]), (4, [plain])]) as made, nothing_left(made):
+    with Between(groups=[(2, [FakeEdu(BDF)]), (3, [FakeEdu(OTHER_BDF)]), (4, [plain])]) as made, nothing_left(made):
         yield made
 
 
-def _pair(kernel: FakeKernel, bdf: str) -> Iterator[Pair]:
+def _pair(kernel: Between, bdf: str) -> Iterator[Pair]:
     with (
         pyvfio.open_device(BDF, kernel=kernel) as device,
         pyvfio.open_device(bdf, kernel=kernel) as other,
@@ -62,13 +88,13 @@ def _pair(kernel: FakeKernel, bdf: str) -> Iterator[Pair]:
 
 
 @pytest.fixture
-def edus(kernel: FakeKernel) -> Iterator[Pair]:
+def edus(kernel: Between) -> Iterator[Pair]:
     """Both edu devices."""
     yield from _pair(kernel, OTHER_BDF)
 
 
 @pytest.fixture
-def pair(kernel: FakeKernel) -> Iterator[Pair]:
+def pair(kernel: Between) -> Iterator[Pair]:
     """An edu, and the device that can be reset."""
     yield from _pair(kernel, PLAIN)
 
@@ -385,6 +411,87 @@ def test_a_view_of_the_region_keeps_device_and_mapping(pair: Pair) -> None:
         assert pair.reach == [mapping.iova]
         view.release()
     pair.other.close()
+
+
+def test_a_mapping_that_has_ended_has_no_segments_though_its_addresses_are_used_again(pair: Pair) -> None:
+    """Those of a buffer are the buffer's."""
+    ended = pair.mapper.map_region(pair.other.region(0), 0, PAGE_SIZE)
+    pair.other.memory_enabled = False
+    with mmap.mmap(-1, PAGE_SIZE) as memory, pair.mapper.map_buffer(memory, iova=ended.iova) as buffer:
+        assert pair.mapper.segments(buffer) == [(ended.iova, PAGE_SIZE)]
+        with pytest.raises(pyvfio.ClosedError, match="has been closed"):
+            pair.mapper.segments(ended)
+    assert "closed" in repr(ended)
+
+
+def test_a_device_closes_though_its_bar_is_mapped_once_more_meanwhile(pair: Pair) -> None:
+    """By another thread, when the mappings that there were have been closed."""
+    region = pair.other.region(0)
+    mapped: list[pyvfio.DmaMapping] = []
+
+    def another_thread() -> None:
+        region.dependents.remove(another_thread)
+        mapped.append(pair.mapper.map_region(region))
+
+    region.dependents.append(another_thread)
+    pair.other.close()
+    assert pair.other.closed
+    assert mapped[0].closed
+    assert pair.reach == []
+
+
+def test_a_device_whose_bar_is_mapped_again_and_again_stays_open(pair: Pair) -> None:
+    """The close ends, with an error."""
+    region = pair.other.region(0)
+    turns: list[int] = []
+    region.dependents.append(lambda: turns.append(1))
+    with pytest.raises(pyvfio.VfioError, match="cannot be closed: a BAR of it is mapped"):
+        pair.other.close()
+    assert not pair.other.closed
+    assert len(turns) > 1
+    region.dependents.clear()
+
+
+# ------------------------------------------------------------------------------------------------- in finalizers
+
+
+def test_a_region_that_a_finalizer_closes_while_it_is_mapped_goes_when_that_call_ends(pair: Pair) -> None:
+    """Nothing is half done then; until that, no lock is taken that is above."""
+    region = pair.other.region(0)
+    open_then: list[int] = []
+
+    def finalizer() -> None:
+        region.close()
+        open_then.append(len(region.dependents))
+
+    pair.kernel.between = finalizer
+    mapping = pair.mapper.map_region(region)
+    assert mapping.closed
+    mapping = pair.mapper.map_region(region)
+    pair.kernel.between = finalizer
+    region.read32(0)
+    assert mapping.closed
+    assert open_then == [1, 1]
+    assert pair.reach == []
+    assert region.read32(0) == 0
+
+
+def test_what_is_just_being_mapped_cannot_be_unmapped(pair: Pair) -> None:
+    """Whoever waits for its end hears of it, and does not wait for ever."""
+    region = pair.other.region(0)
+    refused: list[str] = []
+
+    def close_at_once() -> None:
+        try:
+            region.close_dependents()
+        except pyvfio.VfioError as error:
+            refused.append(str(error))
+
+    pair.kernel.between = close_at_once
+    with pair.mapper.map_region(region) as mapping:
+        (error,) = refused
+        assert "is just being mapped" in error
+        assert pair.reach == [mapping.iova]
 
 
 def test_a_container_that_has_lost_its_mappings_is_no_obstacle(pair: Pair) -> None:
