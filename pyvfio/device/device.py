@@ -78,7 +78,7 @@ class Device(Handle):
         self.opened_with: Container | None = None
         """The container that `open_device` opened for this device alone, and that is closed with it."""
         self._regions: dict[int, Region] = {}
-        self.windows = Windows(bdf, self._regions)
+        self.windows = Windows(bdf, self._regions, check_here=group.check_here)
         """The mapped windows of the regions, for a change during which there must be none. For the library."""
         self._irqs: dict[int, Irq] = {}
         what = f"device {bdf}"
@@ -241,8 +241,8 @@ class Device(Handle):
         `wakeup_fd`: an eventfd, which the kernel signals when the device wakes up. Any access wakes it then, also one
         of this program, and low power is over; call `exit_low_power` all the same.
 
-        Raises BufferError, with nothing changed, while a view of a mapping lives; UnsupportedError (before Linux 6.1),
-        IoctlError (EINVAL: in low power already, or no eventfd).
+        Raises BufferError, with nothing changed, while a view of a mapping lives; HandOverError while the device is
+        handed over; UnsupportedError (before Linux 6.1), IoctlError (EINVAL: in low power already, or no eventfd).
         Source: VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY, `vfio_pci_core_pm_entry`.
         """
         enter_low_power(self, wakeup_fd)

@@ -42,10 +42,19 @@ _GONE = (errno.EIO, errno.ENODEV, errno.ENXIO)
 _Window: TypeAlias = tuple[int, int, Registers]  # start and end in the region
 
 
+class _Group(Protocol):
+    """The group of the device."""
+
+    def check_here(self) -> None: ...
+
+
 class RegionOwner(Protocol):
     """The device that a region is of."""
 
     bdf: str
+
+    @property
+    def group(self) -> _Group: ...
 
     @property
     def kernel(self) -> Kernel: ...
@@ -468,8 +477,10 @@ class Region:
     def add_dependent(self, close: Callable[[], object]) -> None:
         """Have `close` called before the region goes. For the library.
 
-        Raises VfioError where the device does not answer (memory decoding is off), ClosedError.
+        Raises VfioError where the device does not answer (memory decoding is off), ClosedError; HandOverError while the
+        device is handed over, since the other process would not know.
         """
+        self._device.group.check_here()
         self._check_decoding()
         self.dependents.append(close)
 

@@ -41,13 +41,15 @@ class Windows:
     Synchronization: `guard` has the lock of all regions of the device, below that of the container.
     """
 
-    def __init__(self, bdf: str, regions: Mapping[int, _Mapped]) -> None:
+    def __init__(self, bdf: str, regions: Mapping[int, _Mapped], *, check_here: Callable[[], None]) -> None:
+        """`check_here` raises where the device is being handed to another process."""
         self.guard = Guard(f"the register windows of {bdf}")
         self.low_power = False
         """Whether the kernel may have suspended the device: a window would be SIGBUS, and a system call wakes it."""
         self.ended = False
         """Whether no window is made any more: the device is being closed."""
         self._regions = regions
+        self._check_here = check_here
 
     def change(
         self,
@@ -59,8 +61,8 @@ class Windows:
         """Drop the windows of all regions, then call `change`; no window is made before `change` returns.
 
         `keep`: which mappings stay. `low_power`: what `low_power` is when `change` has succeeded (None: as before).
-        Raises BufferError, before anything is dropped, where a mapping that would go has a view; and what `change`
-        raises.
+        Raises BufferError, before anything is dropped, where a mapping that would go has a view; HandOverError for low
+        power while the device is handed over; and what `change` raises.
         """
         while True:
             if keep == "no maps":
@@ -77,6 +79,8 @@ class Windows:
         regions = tuple(self._regions.values())
         if any(region.has_dependents for region in regions):  # of another thread, meanwhile
             return []
+        if low_power:
+            self._check_here()  # the other process would not know
         if keep == "no maps":
             self._check_views()
         attempt_all("unmapping registers", [partial(region.drop, keep=keep) for region in regions])

@@ -141,10 +141,11 @@ class HandOver(ContextManager):
             self._devices = tuple(
                 device for group in self._groups for device in group.devices if isinstance(device, Device)
             )
-            self._check_obstacles()
             fds = [handle.fd for handle in (container, *self._groups, *self._devices)]
-            for group in self._groups:
-                group.set_aside()  # from here on no interrupt can be enabled or disabled
+            with holding(*(device.windows for device in self._devices)):
+                self._check_obstacles()
+                for group in self._groups:
+                    group.set_aside()  # from here on no interrupt changes, no BAR is mapped, no device enters low power
             self._describe(fds)
             self._given_up = True
             give_up_all(container)

@@ -142,8 +142,9 @@ class RegionMapper(BufferMapper):
         and is not made. Closing a mapping that has ended does nothing.
 
         Raises TypeError; ValueError (misaligned, outside, no access, another kernel's device); UnsupportedError where
-        the region cannot be mapped; VfioError where the device does not decode memory; ClosedError; otherwise as
-        `map_dma`. Cost: an mmap, an ioctl and three reads of configuration space.
+        the region cannot be mapped; VfioError where the device does not decode memory; HandOverError while its device
+        is handed over; ClosedError; otherwise as `map_dma`.
+        Cost: an mmap, an ioctl and three reads of configuration space.
         Source: `vaddr_get_pfns`, `follow_fault_pfn`.
         """
         if not hasattr(region, "add_dependent"):

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import logging
 import mmap
+import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -530,6 +531,58 @@ def test_devices_whose_bars_are_reached_are_not_handed_over(kernel: FakeKernel) 
                 pyvfio.hand_over(mapper)
             with pytest.raises(pyvfio.HandOverError, match=f"a BAR of <Device {OTHER_BDF}.*close that mapping"):
                 pyvfio.hand_over(others)
+
+
+def test_what_is_handed_over_enters_no_low_power_and_lends_no_bar(kernel: FakeKernel) -> None:
+    """Until it is taken back: the other process would know of neither."""
+    with (
+        pyvfio.open_device(OTHER_BDF, kernel=kernel) as device,
+        pyvfio.open_device(PLAIN, kernel=kernel) as other,
+        pyvfio.DmaMapper(device.container) as mapper,
+        pyvfio.DmaMapper(other.container) as others,
+    ):
+        device.memory_enabled = True
+        uses: list[Callable[[], object]] = [
+            device.enter_low_power,
+            device.low_power().__enter__,
+            device.feature(ioctls.VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY).set,
+            lambda: others.map_region(device.region(0)),
+        ]
+        with pyvfio.hand_over(mapper):
+            for use in uses:
+                with pytest.raises(pyvfio.HandOverError, match="handed to another process"):
+                    use()
+            assert not device.windows.low_power
+            assert kernel.mappings(PLAIN) == ()
+            assert device.config.read16(0) == 0x1234
+        others.map_region(device.region(0)).close()
+        with device.low_power():
+            assert device.windows.low_power
+
+
+def test_no_device_enters_low_power_once_it_was_looked_at_for_a_hand_over(kernel: Between) -> None:
+    """A thread that tries meanwhile waits, and is refused."""
+    refused: list[str] = []
+    with pyvfio.open_device(OTHER_BDF, kernel=kernel) as device, pyvfio.DmaMapper(device.container) as mapper:
+
+        def enter() -> None:
+            try:
+                device.enter_low_power()
+            except pyvfio.HandOverError as error:
+                refused.append(str(error))
+
+        thread = threading.Thread(target=enter)
+
+        def meanwhile() -> None:
+            thread.start()
+            thread.join(0.3)
+            assert thread.is_alive()
+
+        kernel.at, kernel.between = int(ioctls.VFIO_IOMMU_GET_INFO), meanwhile  # of the last obstacle
+        with pyvfio.hand_over(mapper):
+            thread.join(20)
+            assert refused
+            assert not device.windows.low_power
 
 
 def test_the_registers_of_the_mapping_are_those_of_the_process(pair: Pair) -> None:
