@@ -89,7 +89,6 @@ UNGUARDED = {
         Region.register16 Region.register32 Region.register64 Region.register8
     """,
     "made once, and the first one stays": "Device.config Device.describe_irqs Device.irq Device.irqs Device.region",
-    "called by a finalizer, adds to a list": "Container.keep",
     "a snapshot, or an object without a state of its own": "Device.capabilities Device.feature Device.low_power",
     "waits for a device, with no lock": "ConfigSpace.poll32 Irq.wait Irq.wait_any Region.poll32",
     "each step of it is guarded": """
