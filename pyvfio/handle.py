@@ -140,7 +140,7 @@ def give_up_fd(handle: Handle) -> int:
 
 def checked_fd(fd: int) -> int:
     """A descriptor's number that the caller has given. Raises TypeError, and ValueError for one that is none."""
-    if (number := index(fd)) < 0:
+    if not 0 <= (number := index(fd)) < 1 << 31:  # an int in C
         raise ValueError(f"{number} is no file descriptor")
     return number
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 from enum import IntEnum
 from functools import partial
-from operator import index
 
 from pyvfio.device.region import Region
 from pyvfio.errors import DeviceGoneError, IoctlError
@@ -101,7 +100,7 @@ class ConfigSpace(Region):
 
     def change16(self, offset: int, bits: int, *, on: bool, force: bool = False) -> None:
         """As `Region.change16`; `force` as for `write`."""
-        offset, bits = index(offset), index(bits)
+        offset, bits = self._check_value(offset, 2, bits)
         while effect := self._change16(offset, bits, on=on, force=force):
             regions = self._device.all_regions()
             for region in regions if effect is _Effect.STOP and not (force or self._has_ended()) else ():

@@ -241,8 +241,9 @@ class Device(Handle):
         `wakeup_fd`: an eventfd, which the kernel signals when the device wakes up. Any access wakes it then, also one
         of this program, and low power is over; call `exit_low_power` all the same.
 
+        Raises TypeError, and ValueError for a `wakeup_fd` that is closed or no eventfd's, before any change.
         Raises BufferError, with nothing changed, while a view of a mapping lives; HandOverError while the device is
-        handed over; UnsupportedError (before Linux 6.1), IoctlError (EINVAL: in low power already, or no eventfd).
+        handed over; UnsupportedError (before Linux 6.1), IoctlError (EINVAL: in low power already).
         Source: VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY, `vfio_pci_core_pm_entry`.
         """
         enter_low_power(self, wakeup_fd)

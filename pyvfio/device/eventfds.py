@@ -41,6 +41,31 @@ def find_identity(fd: int) -> int | None:
     return _identity(read_fdinfo(fd))
 
 
+def check_open(fd: int, what: str) -> None:
+    """Raise ValueError, with `what` in it, for a number that no open descriptor of this process has."""
+    if not 0 <= fd <= _INT_MAX:
+        raise ValueError(f"{fd} is no file descriptor; None stands for no eventfd")
+    try:
+        os.fstat(fd)
+    except OSError as error:
+        raise ValueError(f"descriptor {fd} is closed, so {what} cannot have it") from error
+
+
+def check_eventfd(fd: int, what: str) -> None:
+    """As `check_open`, and for the descriptor of another file. Where /proc shows nothing, the kernel refuses that."""
+    check_open(fd, what)
+    if not _may_be_eventfd(read_fdinfo(fd)):
+        raise _no_eventfd(fd)
+
+
+def _may_be_eventfd(lines: Mapping[str, str] | None) -> bool:
+    return lines is None or "eventfd-count" in lines
+
+
+def _no_eventfd(fd: int) -> ValueError:
+    return ValueError(f"descriptor {fd} is no eventfd: make one with os.eventfd(0, os.EFD_NONBLOCK)")
+
+
 def _identity(lines: Mapping[str, str] | None) -> int | None:
     found = (lines or {}).get("eventfd-id", "")
     return int(found) if found.isdecimal() else None
@@ -69,7 +94,7 @@ class Eventfd:
     @property
     def may_be_one(self) -> bool:
         """False where /proc shows another kind of file. Where it shows nothing, the kernel refuses other files."""
-        return self._lines is None or "eventfd-count" in self._lines
+        return _may_be_eventfd(self._lines)
 
     @property
     def identity(self) -> int | None:
@@ -213,16 +238,8 @@ class Making:
         """
         for fd in fds:  # before the first duplicate, which would get the number of one that is closed
             if fd is not None:
-                self._check_open(fd)
+                check_open(fd, self._what)
         return tuple(None if fd is None else self._duplicate(fd) for fd in fds)
-
-    def _check_open(self, fd: int) -> None:
-        if not 0 <= fd <= _INT_MAX:
-            raise ValueError(f"{fd} is no file descriptor; None stands for no eventfd")
-        try:
-            os.fstat(fd)
-        except OSError as error:
-            raise ValueError(f"descriptor {fd} is closed, so {self._what} cannot have it") from error
 
     def _duplicate(self, fd: int) -> Eventfd:
         try:
@@ -232,7 +249,7 @@ class Making:
         made = Eventfd(self._kernel, self._guard, own, number=fd, may_be_shared=True)
         self._made.append(made)
         if not made.may_be_one:
-            raise ValueError(f"descriptor {fd} is no eventfd: make one with os.eventfd(0, os.EFD_NONBLOCK)")
+            raise _no_eventfd(fd)
         return made
 
     def _explain(self, error: OSError, request: str) -> IoctlError:

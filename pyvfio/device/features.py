@@ -18,12 +18,13 @@ from types import TracebackType
 from typing import Generic, Protocol, TypeVar, overload
 
 from pyvfio import ioctls
+from pyvfio.device.eventfds import check_eventfd
 from pyvfio.device.windows import Windows
 from pyvfio.errors import IoctlError, UnsupportedError, VfioError
 from pyvfio.guard import Guard
-from pyvfio.handle import Handle, checked_fd
+from pyvfio.handle import Handle
 from pyvfio.kernel import IoctlArgument, Kernel
-from pyvfio.units import PAGE_SIZE, is_aligned
+from pyvfio.units import PAGE_SIZE, check_whole_number, is_aligned
 
 _GET = ioctls.VFIO_DEVICE_FEATURE_GET
 _SET = ioctls.VFIO_DEVICE_FEATURE_SET
@@ -202,11 +203,14 @@ def checked_number(number: int) -> int:
 
 def enter_low_power(device: FeatureOwner, wakeup_fd: int | None) -> None:
     """Enter low power: see `Device.enter_low_power`."""
+    if wakeup_fd is not None:  # before windows are dropped; ctypes would cut a number that is too large
+        wakeup_fd = check_whole_number(wakeup_fd, "wakeup_fd")
+        check_eventfd(wakeup_fd, f"the low power of {device.bdf}")
     try:
         if wakeup_fd is None:
             device.feature(_ENTRY).set()
         else:
-            argument = ioctls.vfio_device_low_power_entry_with_wakeup(wakeup_eventfd=checked_fd(wakeup_fd))
+            argument = ioctls.vfio_device_low_power_entry_with_wakeup(wakeup_eventfd=wakeup_fd)
             device.feature(_ENTRY_WITH_WAKEUP).set(argument)
     except IoctlError as error:
         if error.errno not in (errno.EINVAL, errno.EBADF):

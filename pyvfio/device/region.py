@@ -279,6 +279,7 @@ class Region:
     @guarded
     def change16(self, offset: int, bits: int, *, on: bool) -> None:
         """Set or clear bits of two bytes: a read and a write, between which no other `change16` comes."""
+        offset, bits = self._check_value(offset, 2, bits)
         value = self.read16(offset)
         self.write16(offset, value | bits if on else value & ~bits)
 

@@ -33,7 +33,7 @@ _MUTANTS = (
     # A program's own descriptor is closed, or waited for when it may be another file's.
     Mutant("Making._duplicate", "            own = self._kernel.dup(fd)", "            own = fd", "interrupts"),
     # A duplicate has the number of a descriptor that is closed.
-    Mutant("Making.duplicate", "                self._check_open(fd)\n", "                pass\n", "interrupts"),
+    Mutant("Making.duplicate", "                check_open(fd, self._what)\n", "                pass\n", "interrupts"),
     # Whoever waits does not hear of a vector that was added, or stopped.
     Mutant("Irq._replace", "            old.end(None, kept=row)\n", "            pass\n", "interrupts"),
     # The eventfds that stay are closed with the others.

@@ -1160,3 +1160,30 @@ def test_a_device_that_asks_for_more_and_more_room_is_refused(kernel: SpecialKer
 
     with Greedy() as greedy, nothing_left(greedy), pytest.raises(pyvfio.VfioError, match="wants a buffer of"):
         pyvfio.open_device(BDF, kernel=greedy)
+
+
+@pytest.mark.parametrize("fd", [1 << 31, 1 << 64, -1])
+def test_a_number_that_no_descriptor_has_is_a_value_error(device: pyvfio.Device, fd: int) -> None:
+    """Before any system call: the kernel takes an int in C."""
+    kernel = device.kernel
+    for call in (
+        lambda: pyvfio.Container.from_fd(fd, kernel=kernel),
+        lambda: pyvfio.Group.from_fd(fd, number=2, kernel=kernel),
+        lambda: pyvfio.Device.from_fd(device.group, BDF, fd),
+    ):
+        with pytest.raises(ValueError, match=f"{fd} is no file descriptor"):
+            call()
+
+
+@pytest.mark.parametrize("bits", [-1, 1 << 16])
+@pytest.mark.parametrize("index", [0, ioctls.VFIO_PCI_CONFIG_REGION_INDEX])
+def test_bits_that_do_not_fit_are_refused_before_a_system_call(
+    kernel: SpecialKernel, device: pyvfio.Device, bits: int, index: int
+) -> None:
+    """Set or cleared."""
+    region = device.region(index)
+    kernel.clear_trace()
+    for on in (True, False):
+        with pytest.raises(ValueError, match="does not fit 2 bytes"):
+            region.change16(4, bits, on=on)
+    assert not kernel.trace

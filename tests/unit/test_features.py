@@ -243,17 +243,24 @@ def test_an_access_of_the_programs_own_ends_low_power_where_it_wants_to_be_told(
 
 
 def test_a_wakeup_fd_that_is_no_eventfd_is_refused_with_the_reason(device: pyvfio.Device) -> None:
-    """EBADF where it is closed, EINVAL where it is another file."""
-    with (
-        open(os.devnull, encoding="utf-8") as file,
-        pytest.raises(pyvfio.IoctlError, match=f"EINVAL.*wakeup_fd, {file.fileno()}, is no eventfd"),
-    ):
-        device.enter_low_power(wakeup_fd=file.fileno())
-    with pytest.raises(pyvfio.IoctlError, match=r"EBADF.*is no eventfd"):
-        device.enter_low_power(wakeup_fd=10_000)
+    """One that is closed, another file's, a number that ctypes would cut to that of an eventfd. Mappings stay."""
+    event = os.eventfd(0)
+    with device.region(2).mmap() as mapped, open(os.devnull, encoding="utf-8") as file:
+        for wrong, why in (
+            (file.fileno(), f"descriptor {file.fileno()} is no eventfd"),
+            (10_000, "descriptor 10000 is closed, so the low power"),
+            ((1 << 32) + event, "is no file descriptor"),
+            (1 << 64, "is no file descriptor"),
+        ):
+            with pytest.raises(ValueError, match=why):
+                device.enter_low_power(wakeup_fd=wrong)
+        with pytest.raises(TypeError, match="wakeup_fd must be a whole number, not True"):
+            device.enter_low_power(wakeup_fd=True)
+        assert mapped.vaddr
     device.enter_low_power()
-    with open(os.devnull, encoding="utf-8") as file, pytest.raises(pyvfio.IoctlError, match=r"no eventfd|already"):
-        device.enter_low_power(wakeup_fd=file.fileno())
+    with pytest.raises(pyvfio.IoctlError, match="already"):
+        device.enter_low_power(wakeup_fd=event)
+    os.close(event)
 
 
 def test_where_an_entry_fails_windows_are_made_as_before(kernel: SpecialKernel, device: pyvfio.Device) -> None:
