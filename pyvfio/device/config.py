@@ -11,6 +11,7 @@ from enum import IntEnum
 from functools import partial
 
 from pyvfio.device.region import Region
+from pyvfio.device.windows import Keep
 from pyvfio.errors import DeviceGoneError, IoctlError
 from pyvfio.guard import guarded
 
@@ -38,9 +39,11 @@ class _Effect(IntEnum):
     """What a write does to accesses of BARs."""
 
     NONE = 0
-    RESET = 1
+    START = 1
+    """They may begin again."""
+    RESET = 2
     """They wait, and go on."""
-    STOP = 2
+    STOP = 3
     """They end, until another write."""
 
 
@@ -59,7 +62,7 @@ class ConfigSpace(Region):
     width and offset, first drops the windows of all BARs and closes the mappings of `Region.mmap`. Where one of these
     has a view, the write raises BufferError, and nothing has changed; with `force=True` that mapping stays, and a touch
     of the view is SIGBUS, which ends the program, until the device decodes memory again. A write that starts a
-    function-level reset drops the windows alone. Other writes cost nothing more.
+    function-level reset drops the windows alone. Other writes drop nothing.
     """
 
     _capabilities: dict[int, int] | None = None  # offsets by number
@@ -70,13 +73,38 @@ class ConfigSpace(Region):
         effect = self._effect(offset, data)
         if effect is _Effect.NONE:
             super().write(offset, data)
-            return
-        change = partial(super().write, offset, data)
-        if effect is _Effect.RESET:
-            self._device.windows.change(change, keep="all maps")
+        elif effect is _Effect.START:
+            self._start(offset, data)
+        elif effect is _Effect.RESET:
+            self._device.windows.change(partial(super().write, offset, data), keep="all maps")
         else:
-            force = force or self._has_ended()
-            self._device.windows.change(change, keep="maps in use" if force else "no maps")
+            while not self._stop(offset, data, force=force):
+                self._close_dependents(effect, force=force)
+
+    @guarded
+    def _start(self, offset: int, data: bytes) -> None:
+        """Write what may begin decoding: not between the look of a `_stop` and its write."""
+        super().write(offset, data)
+
+    @guarded
+    def _stop(self, offset: int, data: bytes, *, force: bool) -> bool:
+        """Write what ends decoding, unless other devices reach BARs that it takes away. Return whether it was written.
+
+        The regions' lock is held from the look at the device to the write.
+        """
+        if any(region.has_dependents for region in self._device.all_regions()):
+            return False
+        keep: Keep = "maps in use" if force or self._has_ended() else "no maps"
+        self._device.windows.change(partial(super().write, offset, data), keep=keep)
+        return True
+
+    def _close_dependents(self, effect: _Effect, *, force: bool) -> None:
+        """Keep other devices from the BARs; without the lock, below which a mapper's must not be taken."""
+        regions = self._device.all_regions()
+        for region in regions if effect is _Effect.STOP and not (force or self._has_ended()) else ():
+            region.check_views()
+        for region in regions:
+            region.close_dependents()
 
     def _has_ended(self) -> bool:
         """Whether views live, and the device does not decode memory: a write that ends decoding ends nothing then."""
@@ -102,18 +130,15 @@ class ConfigSpace(Region):
         """As `Region.change16`; `force` as for `write`."""
         offset, bits = self._check_value(offset, 2, bits)
         while effect := self._change16(offset, bits, on=on, force=force):
-            regions = self._device.all_regions()
-            for region in regions if effect is _Effect.STOP and not (force or self._has_ended()) else ():
-                region.check_views()
-            for region in regions:  # without the lock, below which a mapper's must not be taken
-                region.close_dependents()
+            self._close_dependents(effect, force=force)
 
     @guarded
     def _change16(self, offset: int, bits: int, *, on: bool, force: bool) -> _Effect:
         """Make the change, unless other devices reach BARs that it takes away: return its effect then, else NONE."""
         value = self._changed(offset, bits, on=on)
-        if any(region.has_dependents for region in self._device.all_regions()) and (
-            effect := self._effect(offset, value.to_bytes(2, "little"))
+        if (
+            any(region.has_dependents for region in self._device.all_regions())
+            and (effect := self._effect(offset, value.to_bytes(2, "little"))) >= _Effect.RESET
         ):
             return effect
         self.write16(offset, value, force=force)
@@ -130,15 +155,16 @@ class ConfigSpace(Region):
     def _effect(self, offset: int, data: bytes) -> _Effect:
         """What a write of `data` at `offset` does to accesses of BARs."""
         end = offset + len(data)
-        if offset <= PCI_COMMAND < end and not data[PCI_COMMAND - offset] & PCI_COMMAND_MEMORY:
-            return _Effect.STOP
-        if end <= _CAPABILITIES_AT or offset >= _CAPABILITIES_END:
-            return _Effect.NONE
         effect = _Effect.NONE
+        if offset <= PCI_COMMAND < end:
+            effect = _Effect.START if data[PCI_COMMAND - offset] & PCI_COMMAND_MEMORY else _Effect.STOP
+        if end <= _CAPABILITIES_AT or offset >= _CAPABILITIES_END:
+            return effect
         for number, byte, bits, its_effect in _BYTES:
             at = self._find(number) + byte
-            if at > byte and offset <= at < end and data[at - offset] & bits and effect is not _Effect.STOP:
-                effect = its_effect
+            if at > byte and offset <= at < end:
+                otherwise = _Effect.START if number == _PM else _Effect.NONE
+                effect = max(effect, its_effect if data[at - offset] & bits else otherwise)
         return effect
 
     def _find(self, number: int) -> int:

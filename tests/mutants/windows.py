@@ -9,12 +9,14 @@ from tests.mutants.mutant import Mutant, Suite
 _MUTANTS = (
     # A write that ends decoding is not known as such.
     Mutant("ConfigSpace._effect", "offset <= PCI_COMMAND < end", "offset == PCI_COMMAND"),
-    Mutant("ConfigSpace._effect", "            return _Effect.STOP\n", "            return _Effect.NONE\n"),
+    Mutant("ConfigSpace._effect", "else _Effect.STOP\n", "else _Effect.NONE\n"),
     Mutant("ConfigSpace._effect", "offset <= at < end", "offset == at"),
     Mutant("_BYTES", "(_PM, _PM_CONTROL, _PM_STATE, _Effect.STOP)", "(_PM, _PM_CONTROL + 1, _PM_STATE, _Effect.STOP)"),
     Mutant("_BYTES", "    (_AF, _AF_CONTROL, _AF_FLR, _Effect.RESET),\n", ""),
     # Another is taken for one.
-    Mutant("ConfigSpace._effect", "not data[PCI_COMMAND - offset] & PCI_COMMAND_MEMORY", "True"),
+    Mutant("ConfigSpace._effect", "data[PCI_COMMAND - offset] & PCI_COMMAND_MEMORY", "False"),
+    # Decoding begins between the look at the device and the write.
+    Mutant("ConfigSpace.write", "            self._start(offset, data)\n", "            super().write(offset, data)\n"),
     # Windows go when the device answers no more, or after the views were found too late.
     Mutant(
         "Windows._change",

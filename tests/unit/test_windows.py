@@ -819,3 +819,38 @@ def test_master_and_memory_are_the_bits_of_the_command_register(nic: pyvfio.Devi
     """PCI 3.0, 6.2.2."""
     nic.config.write16(PCI_COMMAND, PCI_COMMAND_MASTER | PCI_COMMAND_MEMORY)
     assert (nic.bus_master, nic.memory_enabled) == (True, True)
+
+
+class EnablingKernel(WatchedKernel):
+    """In which a thread makes `step` when COMMAND is read the first time after that was set."""
+
+    step: Callable[[], object] | None = None
+    thread: threading.Thread | None = None
+
+    def pread(self, fd: int, size: int, offset: int) -> bytes:
+        """Read first."""
+        data = super().pread(fd, size, offset)
+        if self.step is not None and offset & 0xFFFF == PCI_COMMAND:
+            self.thread, self.step = threading.Thread(target=self.step), None
+            self.thread.start()
+            self.thread.join(0.1)  # as far as it comes
+        return data
+
+
+@pytest.mark.parametrize("how", ["change", "write"])
+def test_no_thread_begins_decoding_between_the_look_and_the_write_that_ends_it(how: str) -> None:
+    """A view stays where decoding has ended already, and must not where another thread has begun decoding again."""
+    with EnablingKernel(groups=groups()) as kernel, pyvfio.open_device(SIBLING, kernel=kernel) as device:
+        device.memory_enabled = True
+        config = device.config
+        with device.region(0).mmap() as mapped, mapped.view():
+            config.write16(PCI_COMMAND, 0, force=True)
+            begin = {
+                "change": partial(config.change16, PCI_COMMAND, PCI_COMMAND_MEMORY, on=True),
+                "write": partial(config.write16, PCI_COMMAND, PCI_COMMAND_MEMORY),
+            }
+            kernel.step = begin[how]
+            config.write16(PCI_COMMAND, 0)
+            assert kernel.thread is not None
+            kernel.thread.join()
+            assert device.memory_enabled
