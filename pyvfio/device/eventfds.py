@@ -8,11 +8,12 @@ from __future__ import annotations
 import errno
 import os
 import resource
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
+from typing import TypeAlias
 
 from pyvfio.errors import IoctlError, VfioError
-from pyvfio.guard import Guard, run_outside, uninterrupted
+from pyvfio.guard import Guard, guarded, run_outside, uninterrupted
 from pyvfio.handle import attempt_all
 from pyvfio.kernel import Kernel
 
@@ -122,8 +123,20 @@ class Eventfd:
             run_outside(self.close)
 
 
+class ReplacedError(Exception):
+    """Other `Vectors` have taken the place of these: look again."""
+
+
 Row = tuple[Eventfd | None, ...]
 """The eventfds of an interrupt by vector; None: the vector signals none."""
+
+
+_Taken: TypeAlias = "tuple[dict[int, int], Vectors, list[tuple[Eventfd, int]]]"
+"""How often vectors were raised; and what was read of which eventfds."""
+
+
+def _put_back(taken: _Taken) -> None:
+    taken[1].put_back(taken[2])
 
 
 class Vectors:
@@ -135,7 +148,7 @@ class Vectors:
 
     def __init__(self, kernel: Kernel, guard: Guard, row: Row, wake: Eventfd) -> None:
         self._kernel = kernel
-        self._guard = guard
+        self.guard = guard
         self._waiting: set[object] = set()
         self._error: VfioError | None = None
         self._over = False
@@ -160,17 +173,25 @@ class Vectors:
         gone = [self._wake, *(eventfd for eventfd in self.row if eventfd is not None and eventfd not in kept)]
         attempt_all("closing eventfds", [eventfd.close for eventfd in gone])
 
-    def wait(self, vectors: Sequence[int], timeout: float | None) -> dict[int, int] | None:
-        """Wait for some of `connected`. Return how often each was raised that was; None: look again, these are
-        replaced. Raises the error of `end`."""
-        me = object()
-        self._waiting.add(me)
-        try:
-            return self._wait(vectors, timeout)
-        finally:
-            self._waiting.discard(me)
+    def wait(self, vectors: Sequence[int], timeout: float | None) -> dict[int, int]:
+        """Wait for some of `connected`. Return how often each was raised that was. Raises the error of `end`, and
+        ReplacedError.
 
-    def _wait(self, vectors: Sequence[int], timeout: float | None) -> dict[int, int] | None:
+        A signal handler that raises loses no count. From the read to the program, Python looks for signals nowhere but
+        in the guard: a caller returns the answer without a call.
+        """
+        me = object()
+        try:
+            self._waiting.add(me)
+            if ready := self._poll(vectors, timeout):
+                return self._take(me, ready)[0]
+        except BaseException:
+            self._waiting.discard(me)
+            raise
+        self._waiting.discard(me)
+        return {}
+
+    def _poll(self, vectors: Sequence[int], timeout: float | None) -> dict[int, Eventfd]:
         eventfds = {vector: eventfd for vector in vectors if (eventfd := self.row[vector]) is not None}
         ready: Collection[int] = ()
         if not self._over:
@@ -179,20 +200,33 @@ class Vectors:
         if self._over:
             if self._error is not None:
                 raise type(self._error)(self._error.message)
-            return None
-        return self._read({vector: eventfd for vector, eventfd in eventfds.items() if eventfd.fd in ready})
+            raise ReplacedError
+        return {vector: eventfd for vector, eventfd in eventfds.items() if eventfd.fd in ready} if ready else {}
 
-    def _read(self, ready: Mapping[int, Eventfd]) -> dict[int, int]:
+    @uninterrupted(_put_back)
+    def _take(self, me: object, ready: Mapping[int, Eventfd]) -> _Taken:
         times: dict[int, int] = {}
+        read: list[tuple[Eventfd, int]] = []
         shared: dict[int, int] = {}  # by the identity of eventfds that several vectors may have: each is read once
         for vector, eventfd in ready.items():
             identity = eventfd.identity if self._may_share else None
-            count = self._read_one(eventfd.fd) if identity not in shared else shared[identity or 0]
+            if identity is not None and identity in shared:
+                count = shared[identity]
+            elif count := self._read_one(eventfd.fd):
+                read.append((eventfd, count))
             if identity is not None:
                 shared[identity] = count
             if count:
                 times[vector] = count
-        return times
+        self._waiting.discard(me)
+        return times, self, read
+
+    @guarded
+    def put_back(self, read: Iterable[tuple[Eventfd, int]]) -> None:
+        """Add to eventfds what was read of them and nobody has received. The lock keeps them open meanwhile."""
+        for eventfd, count in read:
+            if eventfd.fd >= 0:
+                self._kernel.eventfd_write(eventfd.fd, count)
 
     def _read_one(self, fd: int) -> int:
         try:

@@ -15,7 +15,7 @@ from operator import index as as_number
 from typing import Protocol, overload
 
 from pyvfio import ioctls
-from pyvfio.device.eventfds import Eventfd, Making, Row, Vectors, descriptors, numbers, runs_of
+from pyvfio.device.eventfds import Eventfd, Making, ReplacedError, Row, Vectors, descriptors, numbers, runs_of
 from pyvfio.device.windows import Windows
 from pyvfio.errors import ClosedError, RollbackError, UnsupportedError, VfioError, as_exception
 from pyvfio.guard import Guard, guarded
@@ -360,12 +360,13 @@ class Irq:
 
         `timeout` in seconds; None or infinity: for ever; 0 or less: do not wait. INTx stays masked by the kernel after
         each: `unmask()`. Raises VfioError when the vector is not enabled or is disabled meanwhile, ClosedError when
-        the device is closed meanwhile; ForkedError, TypeError, ValueError.
+        the device is closed meanwhile; ForkedError, TypeError, ValueError. Where a signal handler raises, what was read
+        is added to the eventfd again, and the next call returns it.
         """
         seconds = _checked_timeout(timeout)
         self._device.check_usable()
         number = as_number(vector)
-        return self._wait((number,), seconds).get(number, 0)
+        return times[number] if number in (times := self._wait((number,), seconds)) else 0
 
     def wait_any(self, vectors: Iterable[int] | None = None, *, timeout: float | None = None) -> dict[int, int]:
         """Wait until one of `vectors` has been raised, of all that are enabled without it. Return how often each of
@@ -386,11 +387,11 @@ class Irq:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             enabled = self._look_up(vectors)
-            times = enabled.wait(enabled.connected if vectors is None else vectors, timeout)
-            if times is not None:
-                return times
-            if deadline is not None:
-                timeout = max(deadline - time.monotonic(), 0.0)
+            try:
+                return enabled.wait(enabled.connected if vectors is None else vectors, timeout)
+            except ReplacedError:
+                if deadline is not None:
+                    timeout = max(deadline - time.monotonic(), 0.0)
 
     def _look_up(self, vectors: tuple[int, ...] | None) -> Vectors:
         if (enabled := self._enabled) is None:

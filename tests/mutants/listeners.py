@@ -39,7 +39,10 @@ _MUTANTS = (
     # The eventfds that stay are closed with the others.
     Mutant("Irq._replace", "old.end(None, kept=row)", "old.end(None)", "interrupts"),
     # One that several vectors share is read for each.
-    Mutant("Vectors._read", "if self._may_share else None", "if False else None", "interrupts"),
+    Mutant("Vectors._take", "if self._may_share else None", "if False else None", "interrupts"),
+    # A signal handler that raises loses what was read, or its undo writes to a descriptor that is closed.
+    Mutant("_put_back", "    taken[1].put_back(taken[2])\n", "    del taken\n", "interrupts"),
+    Mutant("Vectors.put_back", "eventfd.fd >= 0", "True", "interrupts"),
     # The duplicates that nobody needs stay open.
     Mutant("Irq._enable", "            making.close()\n            raise\n", "            raise\n", "interrupts"),
     # An interrupt is handed over without its gaps, or can be changed meanwhile.

@@ -8,20 +8,24 @@ import errno
 import gc
 import os
 import resource
+import signal
 import struct
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 
 import pyvfio
 from pyvfio import ioctls
+from pyvfio.device import Irq
 from pyvfio.kernel import IoctlArgument
 from pyvfio.testing.fake import FakeDevice, FakeKernel
-from tests.unit.fakes import BDF, SpecialKernel, nothing_left, requests
+from tests.interruptions.points import Walk
+from tests.unit.fakes import BDF, Interrupt, SpecialKernel, nothing_left, requests
 from tests.unit.processes import open_fds
 
 INTX, MSI, MSIX, ERR, REQ = range(5)
@@ -686,3 +690,72 @@ def test_what_cannot_unmask_intx_is_refused_and_changes_nothing(
     with pytest.raises(pyvfio.IoctlError, match="Only INTx") as caught:
         device.irq(MSI).unmask_by(own[0])
     assert caught.value.errno == errno.ENOTTY
+
+
+def _wait_for_first(irq: Irq) -> dict[int, int]:
+    return {0: irq.wait(0, timeout=0)}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("wait", [_wait_for_first, lambda irq: irq.wait_any(timeout=0)], ids=["wait", "wait_any"])
+def test_a_signal_handler_that_raises_in_a_wait_loses_no_interrupt(
+    device: pyvfio.Device, own: Sequence[int], wait: Callable[[Irq], dict[int, int]], *, shared: bool
+) -> None:
+    """At whatever point it comes: what was read is in the eventfd again, or the program has received it."""
+
+    def handler(*_: object) -> None:
+        raise Interrupt
+
+    irq = device.irq(MSIX)
+    irq.enable(fds=[own[0], own[0] if shared else own[1]])
+    before = signal.signal(signal.SIGUSR1, handler)
+    put_back = 0
+    try:
+        walk = Walk()
+        for at in range(1, 1000):
+            for vector in (0, 0, 1):
+                irq.trigger(vector)
+            expected = irq.wait_any(timeout=0)
+            for vector in (0, 0, 1):
+                irq.trigger(vector)
+            walk = Walk({at: partial(signal.raise_signal, signal.SIGUSR1)})
+            received: dict[int, int] = {}
+            try:
+                received = walk.run(partial(wait, irq))
+            except Interrupt:
+                put_back += 1
+            rest = irq.wait_any(timeout=0)
+            for vector in (0,) if shared else (0, 1):
+                assert (received.get(vector) or rest.get(vector)) == expected[vector], walk.where
+            if walk.count < at:
+                break
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert walk.count > 20
+    assert put_back > 20
+
+
+def test_where_a_handler_disables_the_interrupt_and_raises_nothing_is_put_back(device: pyvfio.Device) -> None:
+    """The eventfds are closed then, and their numbers may be other files'."""
+    irq = device.irq(MSIX)
+
+    def handler(*_: object) -> None:
+        irq.disable()
+        raise Interrupt
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        walk, at = Walk(), 0
+        while at <= walk.count:
+            at += 1
+            irq.enable(2)
+            irq.trigger(1)
+            walk = Walk({at: partial(signal.raise_signal, signal.SIGUSR1)})
+            try:
+                assert walk.run(partial(irq.wait_any, timeout=0)) == {1: 1}
+            except Interrupt:
+                assert irq.fds == ()
+            irq.disable()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert at > 20
