@@ -210,9 +210,8 @@ class ConfigSpace(Region):
 
         The vendor would not tell: the kernel answers for it from what it has read when the device was opened.
         """
-        kernel, fd = self._device.kernel, self._device.fd
         try:
-            status = int.from_bytes(kernel.pread(fd, 2, self.info.offset + _STATUS), "little")
+            data = self._device.use_fd(self._device.kernel.pread, 2, self.info.offset + _STATUS)
         except OSError as error:
             if error.errno in (errno.ENODEV, errno.ENXIO):
                 why = f"its STATUS register is unreadable: {error.strerror}"
@@ -223,5 +222,6 @@ class ConfigSpace(Region):
                 request="pread",
                 arguments={"device": self._device.bdf, "region": self.info.index, "offset": _STATUS, "size": 2},
             ) from error
+        status = int.from_bytes(data, "little")
         if status | _STATUS_CAP_LIST == _NO_DEVICE:
             raise DeviceGoneError(self._device.bdf, f"its STATUS register reads {status:#x}")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from operator import index
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeVar, TypeVarTuple
 
 from pyvfio import ioctls
 from pyvfio.device.register import Register, poll
@@ -39,6 +39,8 @@ _WHOLE_MAX = 64 * MIB
 _WINDOW_SIZE = 2 * MIB  # of a larger region, mapped where an access needs it: an entry of a middle page table
 _ALL_ONES = (0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF)  # what a load gets that no device answers
 _GONE = (errno.EIO, errno.ENODEV, errno.ENXIO)
+_Arguments = TypeVarTuple("_Arguments")
+_Result = TypeVar("_Result")
 _Window: TypeAlias = tuple[int, int, Registers]  # start and end in the region
 
 
@@ -64,6 +66,8 @@ class RegionOwner(Protocol):
 
     @property
     def windows(self) -> Windows: ...
+
+    def use_fd(self, call: Callable[[int, *_Arguments], _Result], /, *arguments: *_Arguments) -> _Result: ...
 
     def check_usable(self) -> None: ...
 
@@ -179,9 +183,8 @@ class Region:
         """`size` bytes, in accesses whose width the kernel chooses."""
         offset, size = index(offset), index(size)
         self._check_span(offset, size)
-        fd, kernel = self._device.fd, self._device.kernel
         try:
-            data = kernel.pread(fd, size, self.info.offset + offset)
+            data = self._device.use_fd(self._device.kernel.pread, size, self.info.offset + offset)
         except OSError as error:
             raise self._explain(error, "pread", offset, size) from error
         if len(data) != size:
@@ -191,9 +194,8 @@ class Region:
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """All of `data`, in accesses whose width the kernel chooses."""
         offset, data = self._checked(offset, data)
-        fd, kernel = self._device.fd, self._device.kernel
         try:
-            written = kernel.pwrite(fd, data, self.info.offset + offset)
+            written = self._device.use_fd(self._device.kernel.pwrite, data, self.info.offset + offset)
         except OSError as error:
             raise self._explain(error, "pwrite", offset, len(data)) from error
         if written != len(data):

@@ -65,7 +65,7 @@ OWN = frozenset(
         "add_dependent adopt all_regions begin begun buffers check_decoding check_made_by check_open check_present",
         "check_stays check_unchanging close_dependents close_fd drop end_dependents follow forget give_up",
         "has_dependents held in_use keep let_go must_stay note_left read_command receive release_fd resume",
-        "set_aside soil suspend take_back take_in why_silent",
+        "set_aside soil suspend take_back take_in use_fd why_silent",
     )
     for name in names.split()
 )

@@ -235,8 +235,8 @@ _MUTANTS = (
     # A descriptor is closed twice where closing reports an error.
     Mutant(
         "Handle.close_fd",
-        "        fd = self.release_fd()\n        if fd >= 0:\n            self._kernel.close(fd)\n",
-        "        self._kernel.close(max(self._fd, self._aside))\n        self.release_fd()\n",
+        "        fd = self.release_fd()\n",
+        "        fd = max(self._fd, self._aside)\n",
         "close",
     ),
     # The device may still do DMA while the mappings go.

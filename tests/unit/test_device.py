@@ -1162,6 +1162,61 @@ def test_a_device_that_asks_for_more_and_more_room_is_refused(kernel: SpecialKer
         pyvfio.open_device(BDF, kernel=greedy)
 
 
+class PausingKernel(SpecialKernel):
+    """A kernel in which a system call of the thread "driver" goes on when `go_on` says so. `seen`: whether the
+    descriptor was open then."""
+
+    def __init__(self) -> None:
+        super().__init__(groups=[(2, [FakeDevice(BDF, bars={4: Bar(256, io=True)})])])
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.seen: list[bool] = []
+
+    def _pause(self, fd: int) -> None:
+        if threading.current_thread().name == "driver":
+            self.begun.set()
+            self.go_on.wait(10)
+            self.seen.append(os.path.exists(f"/proc/self/fd/{fd}"))
+
+    def pread(self, fd: int, size: int, offset: int) -> bytes:
+        """Wait first."""
+        self._pause(fd)
+        return super().pread(fd, size, offset)
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        """Wait first."""
+        self._pause(fd)
+        return super().pwrite(fd, data, offset)
+
+    def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
+        """Wait first."""
+        self._pause(fd)
+        return super().ioctl(fd, request, argument)
+
+
+@pytest.mark.parametrize("access", ["read", "write", "check", "ioctl"])
+def test_a_close_waits_for_an_access_that_is_a_system_call(access: str) -> None:
+    """A descriptor that is closed meanwhile could be another file's, and the access would reach that."""
+    with PausingKernel() as kernel, pyvfio.open_device(BDF, kernel=kernel) as device:
+        ports = device.region(4)
+        calls: dict[str, Callable[[], object]] = {
+            "read": lambda: ports.read32(0),
+            "write": lambda: ports.write32(0, 1),
+            "check": device.config.check_present,
+            "ioctl": lambda: device.ioctl("VFIO_DEVICE_GET_INFO", ioctls.vfio_device_info(argsz=20)),
+        }
+        driver = threading.Thread(target=calls[access], name="driver")
+        closer = threading.Thread(target=device.close)
+        driver.start()
+        kernel.begun.wait(10)
+        closer.start()
+        closer.join(0.1)
+        kernel.go_on.set()
+        driver.join()
+        closer.join()
+        assert kernel.seen == [True]
+        assert device.closed
+
+
 @pytest.mark.parametrize("fd", [1 << 31, 1 << 64, -1])
 def test_a_number_that_no_descriptor_has_is_a_value_error(device: pyvfio.Device, fd: int) -> None:
     """Before any system call: the kernel takes an int in C."""

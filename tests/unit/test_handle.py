@@ -6,16 +6,22 @@ import errno
 import gc
 import os
 import sys
+import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from types import FrameType
 
 import pytest
 
 import pyvfio
+from pyvfio import handle as handle_module
 from pyvfio import ioctls
 from pyvfio.handle import Handle, attempt, attempt_all
 from pyvfio.testing.fake import FakeKernel
-from tests.unit.fakes import BDF, nothing_left
+from tests.unit.fakes import BDF, Interrupt, nothing_left
 from tests.unit.processes import in_child, open_fds
 
 
@@ -160,3 +166,100 @@ def test_all_steps_of_a_tear_down_are_tried() -> None:
 
 def _interrupts() -> None:
     raise KeyboardInterrupt
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def test_a_close_waits_for_the_system_calls_of_other_threads(kernel: FakeKernel) -> None:
+    """So that none of them meets another file that got the number."""
+    handle = _handle(kernel)
+    begun, go_on = threading.Event(), threading.Event()
+    seen: list[bool] = []
+
+    def call(fd: int) -> None:
+        begun.set()
+        go_on.wait(10)
+        seen.append(_is_open(fd))
+
+    user, closer = (threading.Thread(target=step) for step in (lambda: handle.use_fd(call), handle.close))
+    user.start()
+    begun.wait(10)
+    closer.start()
+    closer.join(0.1)
+    waits = closer.is_alive()
+    with pytest.raises(pyvfio.ClosedError):
+        handle.use_fd(_is_open)
+    go_on.set()
+    user.join()
+    closer.join()
+    assert (waits, seen, handle.closed, kernel.descriptors) == (True, [True], True, ())
+
+
+def test_a_close_in_a_system_call_of_its_own_thread_waits_for_nothing(kernel: FakeKernel) -> None:
+    """Such as that of a signal handler."""
+    handle = _handle(kernel)
+    begin = time.monotonic()
+    handle.use_fd(lambda _fd: handle.close())
+    assert time.monotonic() - begin < 0.9
+    assert kernel.descriptors == ()
+
+
+def test_a_close_that_a_system_call_waits_for_leaves_the_descriptor_to_it(kernel: FakeKernel) -> None:
+    """After a second: a finalizer in that thread may wait for a lock of the thread that closes."""
+    handle = _handle(kernel)
+    closer = threading.Thread(target=handle.close)
+
+    def call(fd: int) -> bool:
+        closer.start()
+        closer.join(10)
+        return _is_open(fd)
+
+    assert handle.use_fd(call)
+    assert not closer.is_alive()
+    assert kernel.descriptors == ()
+
+
+def _interrupted_at(nth: int, call: Callable[[], object]) -> int:
+    """Make a call; at the nth place of handle.py at which Python looks for signals one comes, whose handler raises.
+    Return how many there were."""
+    count = 0
+
+    def profile(frame: FrameType, event: str, _argument: object) -> None:
+        nonlocal count
+        if event in {"call", "c_return"} and frame.f_code.co_filename == handle_module.__file__:
+            count += 1
+            if count == nth:
+                sys.setprofile(None)
+                raise Interrupt
+
+    sys.setprofile(profile)
+    try:
+        with suppress(Interrupt):
+            call()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_a_system_call_that_a_signal_handler_ends_keeps_no_close_waiting(kernel: FakeKernel) -> None:
+    """Wherever the handler raises."""
+    at = 1
+    while True:
+        handle = _handle(kernel)
+        count = _interrupted_at(at, partial(handle.use_fd, kernel.pread, 1, 0))
+        closer = threading.Thread(target=handle.close)
+        begin = time.monotonic()
+        closer.start()
+        closer.join()
+        assert time.monotonic() - begin < 0.9, at
+        if count < at:
+            break
+        at += 1
+    assert at > 5
+    assert kernel.descriptors == ()
