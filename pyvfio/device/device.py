@@ -100,10 +100,10 @@ class Device(Handle):
             raise TypeError(f"group must be a Group, not {type(group).__name__}")
         if group.container is None:
             raise ValueError(f"IOMMU group {group.number} is in no Container: attach() it, or Container.from_fd()")
-        bdf = pci.parse_bdf(bdf)
+        bdf, number = pci.parse_bdf(bdf), checked_fd(fd)
         _check_not_open(group, bdf)
         device = cls.__new__(cls)
-        device._own(group, bdf, checked_fd(fd))
+        device._own(group, bdf, number)
         device.info = check_kind(device, device._get_info, "a VFIO device")
         try:
             device._join()
