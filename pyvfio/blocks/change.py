@@ -111,8 +111,9 @@ class Removed(Change):
 
 
 def _tell_gone(notifier: RamBlockNotifier, block: RamBlock) -> None:
-    if (hook := getattr(notifier, "ram_block_gone", None)) is not None:
-        call_out(hook, (block,))
+    # Not by `call_out`: the change is made, so no signal handler may raise here. This is no hook of a program's own.
+    if (settle := getattr(notifier, "ram_block_gone", None)) is not None:
+        settle(block)
 
 
 class Resized(Change):

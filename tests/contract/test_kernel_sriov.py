@@ -139,10 +139,12 @@ def test_pyvfio_opens_a_virtual_function_with_a_token_and_says_whose_is_wanted(s
         for token in (None, OTHER):
             with pytest.raises(pyvfio.IoctlError, match=rf"EACCES, .*{physical}, whose virtual function it is"):
                 pyvfio.open_device(virtual, container=container, vf_token=token)
-        assert pyvfio.open_device(virtual, container=container, vf_token=str(TOKEN)).config.read32(0) == 0x00101B36
+        device = pyvfio.open_device(virtual, container=container, vf_token=str(TOKEN))
+        assert device.config.read32(0) == 0x00101B36
         with pytest.raises(pyvfio.IoctlError, match=r"EACCES, .*Virtual functions of it are open: give vf_token"):
-            pyvfio.open_device(physical, container=container)
+            opened.group.get_device_fd(physical)
         opened.set_vf_token(OTHER)
+        device.close()
         pyvfio.open_device(virtual, container=container, vf_token=OTHER)
 
 
