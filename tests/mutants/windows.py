@@ -17,16 +17,11 @@ _MUTANTS = (
     Mutant("ConfigSpace._effect", "data[PCI_COMMAND - offset] & PCI_COMMAND_MEMORY", "False"),
     # Decoding begins between the look at the device and the write.
     Mutant("ConfigSpace.write", "            self._start(offset, data)\n", "            super().write(offset, data)\n"),
-    # Windows go when the device answers no more, or after the views were found too late.
+    # Windows go when the device answers no more.
     Mutant(
         "Windows._change",
         '        attempt_all("unmapping registers", [partial(region.drop, keep=keep) for region in regions])\n',
         "",
-    ),
-    Mutant(
-        "Windows.change",
-        '            if keep == "no maps":\n                self._check_views()\n            #',
-        "            #",
     ),
     # A thread maps a window between the drop and the change.
     Mutant("Windows._change", "    @guarded\n    def _change", "    def _change"),
