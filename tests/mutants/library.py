@@ -178,18 +178,12 @@ _MUTANTS = (
         "            block.state.release()\n            Removed(block, self._notifiers)(commit)\n",
         "remove",
     ),
-    # IOVA goes before the mapping, or before the removal is final, or never.
+    # IOVA goes before the mapping, or never.
     Mutant(
         "DmaMapper.ram_block_removed",
         "        window.change([])\n        self._departing[block] = window\n",
         "        self._space.release_iova(window.iova)\n        window.change([])\n"
         "        self._departing[block] = window\n",
-        "remove",
-    ),
-    Mutant(
-        "DmaMapper.ram_block_removed",
-        "        del self._windows[block]\n",
-        "        del self._windows[block]\n        self.ram_block_gone(block)\n",
         "remove",
     ),
     Mutant("DmaMapper.ram_block_gone", "            self._space.release_iova(window.iova)\n", "", "remove"),
