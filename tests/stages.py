@@ -131,7 +131,7 @@ def host_stages(pythons: Sequence[str]) -> Iterator[Stage]:
     lives = ("tests/property/test_random_life.py", f"--random-steps={RANDOM_STEPS}")
     yield Stage(f"random lives of {RANDOM_STEPS} steps", 60, _pytest(first, *lives))
     yield from _fakes(first, FAKES, quick=False)
-    yield Stage("seeded bugs", 200, (first, "-m", "tests.mutants", "--library", "--jobs=1"))
+    yield Stage("seeded bugs", 450, (first, "-m", "tests.mutants", "--library", "--jobs=1"))
 
 
 def _version(python: str) -> str:
