@@ -147,11 +147,11 @@ def opened(options: argparse.Namespace) -> Iterator[pyvfio.Device]:
             yield stack.enter_context(pyvfio.open_device(fake.bdfs[0], kernel=fake))
             return
         kernel = LinuxKernel()
-        found = [device.bdf for device in pci.enumerate_devices(kernel) if options.device(device)]
+        found = [device.bdf for device in pci.devices(kernel=kernel) if options.device(device)]
         if not found:
-            raise pyvfio.DeviceNotFoundError("there is no such device", hint="scripts/list shows all there are")
+            raise pyvfio.DeviceNotFoundError("there is no such device", hint="pyvfio list shows all there are")
         if options.bind:
-            stack.callback(pci.restore, kernel, pci.bind(kernel, found[0]))
+            stack.callback(pci.restore, pci.bind(found[0], kernel=kernel), kernel=kernel)
         yield stack.enter_context(pyvfio.open_device(found[0], kernel=kernel))
 
 

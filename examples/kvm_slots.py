@@ -221,7 +221,7 @@ class KvmSlots:
     def _find_place(self, block: pyvfio.RamBlock, size: int) -> Gpa:
         taken = [followed.reserved for followed in self._followed.values()]
         former = self._former.get(block)  # after an undone removal: no address of a block ever moves
-        if former is not None and not clip(taken, former, former + size):
+        if former is not None and not clip(sorted(taken), former, former + size):
             return former
         for free in without(GUEST_PHYSICAL, *taken):
             start = align_up(free.start, LARGE_PAGE)  # as the block's vaddr is, so that KVM can use large pages
@@ -324,7 +324,7 @@ class Story:
         self.vm, self.probes, self.kernel = vm, probes, kernel
         device = stack.enter_context(pyvfio.open_device("0000:00:02.0", kernel=kernel))
         blocks = stack.enter_context(pyvfio.RamBlockList(kernel=kernel))
-        self.mapper = stack.enter_context(pyvfio.DmaMapper(device.container, blocks))
+        self.mapper = stack.enter_context(pyvfio.DmaMapper(device.space, blocks))
         self.slots = stack.enter_context(KvmSlots(vm, blocks))
         self.block = blocks.add("ram", used_length=self.used, max_length=self.maximum)
         self.gpa, self.iova = self.slots.gpa(self.block), self.mapper.iova(self.block)

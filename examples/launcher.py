@@ -134,7 +134,7 @@ def drive(device: pyvfio.Device) -> Report:
     engine = Edu(device.region(ioctls.VFIO_PCI_BAR0_REGION_INDEX))
     with (
         pyvfio.RamBlockList(kernel=device.kernel) as blocks,
-        pyvfio.DmaMapper(device.container, blocks, resize="extend") as mapper,
+        pyvfio.DmaMapper(device.space, blocks, resize="extend") as mapper,
     ):
         ring = blocks.add("ring", used_length=USED, max_length=MOST)
         sent = probe.pattern(LIMIT)
@@ -188,18 +188,18 @@ def parser() -> argparse.ArgumentParser:
 def opened(options: argparse.Namespace) -> Iterator[pyvfio.Device]:
     """The device that the command line means."""
     kernel = LinuxKernel()
-    found = [device.bdf for device in pci.enumerate_devices(kernel) if options.device(device)]
+    found = [device.bdf for device in pci.devices(kernel=kernel) if options.device(device)]
     if not found:
-        raise pyvfio.DeviceNotFoundError("there is no such device", hint="scripts/list shows all there are")
+        raise pyvfio.DeviceNotFoundError("there is no such device", hint="pyvfio list shows all there are")
     with ExitStack() as stack:
         if options.bind:
-            stack.callback(pci.restore, kernel, pci.bind(kernel, found[0]))
-        yield stack.enter_context(pyvfio.open_device(found[0], kernel=kernel))
+            stack.callback(pci.restore, pci.bind(found[0], kernel=kernel), kernel=kernel)
+        yield stack.enter_context(pyvfio.open_device(found[0], iommu="type1", kernel=kernel))
 
 
 def play(memlock: int) -> Report:
     """Both parts on a fake kernel, whose descriptors no other process can use."""
-    with FakeKernel() as kernel, pyvfio.open_device(kernel.bdfs[0], kernel=kernel) as device:
+    with FakeKernel() as kernel, pyvfio.open_device(kernel.bdfs[0], iommu="type1", kernel=kernel) as device:
         kernel.memlock_limit = memlock
         message, fds = offer(device)
         driven = accept(message, [kernel.dup(fd) for fd in fds], kernel=kernel)

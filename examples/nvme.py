@@ -8,6 +8,7 @@ disk reads and writes it. Each queue has an MSI-X vector of its own. § is "NVM 
     examples/nvme.py 0000:01:00.0                 show the disk, which is bound to vfio-pci; nothing is written
     examples/nvme.py 0000:01:00.0 --overwrite     write blocks, read them back, compare: destroys the disk's data
     scripts/vm --devices nvme -- .venv/3.11/bin/python examples/nvme.py --bind --overwrite
+    scripts/vm --kernel 7+iommufd --devices nvme -- .venv/3.11/bin/python examples/nvme.py --bind --iommu iommufd
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ class Nvme:
             blocks = stack.enter_context(pyvfio.RamBlockList(kernel=device.kernel))
             # The queues keep their length, so that one mapping will do.
             self._mapper = pyvfio.DmaMapper(
-                device.container, blocks, policy_of=lambda block: policy if block.idstr == "data" else None
+                device.space, blocks, policy_of=lambda block: policy if block.idstr == "data" else None
             )
             stack.enter_context(self._mapper)
             length = QueueLayout.of(queues).end + PAGE  # the last page is for answers to "identify"
@@ -590,6 +591,7 @@ def parser() -> argparse.ArgumentParser:
     add("--policy", choices=POLICIES, default="extend", help="of the mapper; default: %(default)s")
     add("--seed", type=int, default=1, metavar="N", help="of lengths, places and sizes; default: %(default)s")
     add("--bind", action="store_true", help="bind the device to vfio-pci first, and to its former driver at the end")
+    add("--iommu", choices=["type1", "iommufd"], help="the address space; default: as open_device() chooses")
     add("--fake", action="store_true", help="on the fake kernel, with a fake controller")
     add("--json", action="store_true", help="for programs")
     return made
@@ -600,14 +602,14 @@ def opened(options: argparse.Namespace) -> Iterator[pyvfio.Device]:
     """Open the device of the command line."""
     with ExitStack() as stack:
         if options.fake:
-            fake = stack.enter_context(FakeKernel(groups=[(4, [FakeNvme("0000:01:00.0")])]))
-            yield stack.enter_context(pyvfio.open_device(fake.bdfs[0], kernel=fake))
+            fake = stack.enter_context(FakeKernel("7.3", groups=[(4, [FakeNvme("0000:01:00.0")])], iommufd=True))
+            yield stack.enter_context(pyvfio.open_device(fake.bdfs[0], iommu=options.iommu, kernel=fake))
             return
         kernel = pyvfio.LinuxKernel()
-        bdf = options.device or find(pci.enumerate_devices(kernel))
+        bdf = options.device or find(pci.devices(kernel=kernel))
         if options.bind:
-            stack.callback(pci.restore, kernel, pci.bind(kernel, bdf))
-        yield stack.enter_context(pyvfio.open_device(bdf, kernel=kernel))
+            stack.callback(pci.restore, pci.bind(bdf, kernel=kernel), kernel=kernel)
+        yield stack.enter_context(pyvfio.open_device(bdf, iommu=options.iommu, kernel=kernel))
 
 
 def find(devices: Iterable[pci.PciDevice]) -> str:

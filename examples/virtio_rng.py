@@ -7,6 +7,8 @@ and an MSI-X vector wakes it through an eventfd. § is "Virtual I/O Device (VIRT
     examples/virtio_rng.py --fake                            without any device: on the fake kernel, with a fake of it
     examples/virtio_rng.py --bind                            as root, on this machine's virtio-rng
     scripts/vm --devices virtio-rng -- .venv/3.11/bin/python examples/virtio_rng.py --bind
+    scripts/vm --kernel 7+iommufd --devices virtio-rng -- .venv/3.11/bin/python examples/virtio_rng.py --bind \
+        --iommu iommufd
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ class VirtioRng:
             self._irq.enable(1)
             stack.callback(self._irq.disable)
             blocks = stack.enter_context(pyvfio.RamBlockList(kernel=device.kernel))
-            self._mapper = pyvfio.DmaMapper(device.container, blocks, resize="extend", granule=BUFFER)
+            self._mapper = pyvfio.DmaMapper(device.space, blocks, resize="extend", granule=BUFFER)
             stack.enter_context(self._mapper)
             ring = blocks.add("ring", used_length=PAGE_SIZE, max_length=PAGE_SIZE)
             self._queue = virtio.Queue(ring, min(self._registers.queue_size(0), 64))
@@ -232,6 +234,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--bytes", type=positive, default=64 * KIB, metavar="N", help="default: %(default)s")
     made.add_argument("--output", metavar="FILE", help="write them there; default: nowhere")
     made.add_argument("--bind", action="store_true", help="bind the device to vfio-pci first, and give it back after")
+    made.add_argument(
+        "--iommu", choices=["type1", "iommufd"], help="the address space; default: as open_device() chooses"
+    )
     made.add_argument("--fake", action="store_true", help="on the fake kernel, with a fake device")
     made.add_argument("--json", action="store_true", help="for programs")
     return made
@@ -242,16 +247,16 @@ def opened(options: argparse.Namespace) -> Iterator[pyvfio.Device]:
     """The device that the command line means."""
     with ExitStack() as stack:
         if options.fake:
-            fake = stack.enter_context(FakeKernel(groups=[(4, [FakeVirtioRng("0000:00:04.0")])]))
-            yield stack.enter_context(pyvfio.open_device(fake.bdfs[0], kernel=fake))
+            fake = stack.enter_context(FakeKernel("7.3", groups=[(4, [FakeVirtioRng("0000:00:04.0")])], iommufd=True))
+            yield stack.enter_context(pyvfio.open_device(fake.bdfs[0], iommu=options.iommu, kernel=fake))
             return
         kernel = LinuxKernel()
-        found = [device.bdf for device in pci.enumerate_devices(kernel) if options.device(device)]
+        found = [device.bdf for device in pci.devices(kernel=kernel) if options.device(device)]
         if not found:
-            raise pyvfio.DeviceNotFoundError("there is no such device", hint="scripts/list shows all there are")
+            raise pyvfio.DeviceNotFoundError("there is no such device", hint="pyvfio list shows all there are")
         if options.bind:
-            stack.callback(pci.restore, kernel, pci.bind(kernel, found[0]))
-        yield stack.enter_context(pyvfio.open_device(found[0], kernel=kernel))
+            stack.callback(pci.restore, pci.bind(found[0], kernel=kernel), kernel=kernel)
+        yield stack.enter_context(pyvfio.open_device(found[0], iommu=options.iommu, kernel=kernel))
 
 
 def main() -> int:

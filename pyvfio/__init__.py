@@ -1,14 +1,14 @@
-"""Linux VFIO for Python: resizable RAM blocks that a real device reaches exactly as far as it may.
+"""Linux VFIO for Python: resizable RAM blocks, of which a device reaches exactly the part in use.
 
     with pyvfio.open_device("0000:00:02.0") as device, pyvfio.RamBlockList() as blocks:
-        with pyvfio.DmaMapper(device.container, blocks) as mapper:
+        with pyvfio.DmaMapper(device.space, blocks) as mapper:
             ring = blocks.add("ring", used_length=2 * pyvfio.MIB, max_length=pyvfio.GIB)
             device.bus_master = True
             program(device, mapper.iova(ring))
             ring.resize(4 * pyvfio.MIB)
 
-Importing it needs neither root nor VFIO, and costs nothing before the first name is used. `linux/vfio.h` in its own
-names is in `pyvfio.ioctls`.
+The import needs neither root nor VFIO, and loads no module before the first use of a name. `pyvfio.ioctls` and
+`pyvfio.iommufd_ioctls` have `linux/vfio.h` and `linux/iommufd.h` with C names.
 """
 
 from importlib import import_module
@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from pyvfio import ioctls as ioctls
+    from pyvfio import iommufd_ioctls as iommufd_ioctls
     from pyvfio import pci as pci
     from pyvfio import testing as testing
     from pyvfio.blocks.progress import Progress as Progress
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from pyvfio.device import Register as Register
     from pyvfio.device import VendorCapability as VendorCapability
     from pyvfio.device import open_device as open_device
+    from pyvfio.diagnosis import Diagnosis as Diagnosis
+    from pyvfio.diagnosis import doctor as doctor
     from pyvfio.dirty.log import DirtyBlock as DirtyBlock
     from pyvfio.dirty.log import DirtyLog as DirtyLog
     from pyvfio.dirty.tracking import DirtyPages as DirtyPages
@@ -72,16 +75,22 @@ if TYPE_CHECKING:
     from pyvfio.errors import RollbackError as RollbackError
     from pyvfio.errors import UnavailableError as UnavailableError
     from pyvfio.errors import UnmapSizeError as UnmapSizeError
+    from pyvfio.errors import UnsafeNoIommuWarning as UnsafeNoIommuWarning
     from pyvfio.errors import UnsupportedError as UnsupportedError
     from pyvfio.errors import VfioError as VfioError
     from pyvfio.extents import Extent as Extent
+    from pyvfio.findings import Command as Command
+    from pyvfio.findings import Finding as Finding
     from pyvfio.info import DeviceInfo as DeviceInfo
     from pyvfio.info import IommuInfo as IommuInfo
     from pyvfio.info import IrqInfo as IrqInfo
     from pyvfio.info import RegionInfo as RegionInfo
+    from pyvfio.ioas import Ioas as Ioas
     from pyvfio.iommu.iova import IovaAllocator as IovaAllocator
     from pyvfio.iommu.space import AddressSpace as AddressSpace
     from pyvfio.iommu.space import Mapping as Mapping
+    from pyvfio.iommufd import HwInfo as HwInfo
+    from pyvfio.iommufd import Iommufd as Iommufd
     from pyvfio.kernel import Kernel as Kernel
     from pyvfio.kernel import LinuxKernel as LinuxKernel
     from pyvfio.kernel import Memlock as Memlock
@@ -100,6 +109,8 @@ if TYPE_CHECKING:
     from pyvfio.memory import MemorySettings as MemorySettings
     from pyvfio.memory import lock_all_memory as lock_all_memory
     from pyvfio.memory import unlock_all_memory as unlock_all_memory
+    from pyvfio.noiommu import PhysicalMemory as PhysicalMemory
+    from pyvfio.noiommu import PhysicalRange as PhysicalRange
     from pyvfio.ramblock import RamBlock as RamBlock
     from pyvfio.ramblock import RamBlockList as RamBlockList
     from pyvfio.ramblock import RamBlockNotifier as RamBlockNotifier
@@ -112,8 +123,8 @@ if TYPE_CHECKING:
     from pyvfio.units import IovaRange as IovaRange
     from pyvfio.units import Vaddr as Vaddr
 else:
-    # pytest imports this package whenever it starts, since the plugin is in it. So no module is imported before one
-    # of its names is used.
+    # pytest imports this package at every start, since the package has a plugin. Therefore a module is imported only
+    # when one of its names is used.
     _NAMES = {
         "blocks.progress": "Progress",
         "container": "Container Group",
@@ -121,6 +132,7 @@ else:
             Capabilities Capability ConfigSpace Device DmaBuf ExtendedVendorCapability Feature FeatureAnswer Irq
             MsixCapability PcieCapability PowerCapability Region RegionMap Register VendorCapability open_device
         """,
+        "diagnosis": "Diagnosis doctor",
         "dirty.log": "DirtyBlock DirtyLog",
         "dirty.tracking": "DirtyPages DirtyTracking",
         "dma": "DmaMapper",
@@ -129,23 +141,27 @@ else:
             DiscardError EntryLimitError ForkedError GapError GroupBusyError GroupMember GroupNotViableError
             HandOverError Holder IoctlError IovaOverlapError IovaRangeError MemoryNotReturnedWarning NotBoundError
             PersistenceWarning PinLimitError ReentrancyError RegisterTimeoutError RollbackError UnavailableError
-            UnmapSizeError UnsupportedError VfioError
+            UnmapSizeError UnsafeNoIommuWarning UnsupportedError VfioError
         """,
         "extents": "Extent",
+        "findings": "Command Finding",
         "info": "DeviceInfo IommuInfo IrqInfo RegionInfo",
+        "ioas": "Ioas",
         "iommu.iova": "IovaAllocator",
         "iommu.space": "AddressSpace Mapping",
+        "iommufd": "HwInfo Iommufd",
         "kernel": "Kernel LinuxKernel Memlock",
         "live_update": "HandOver TakenOver hand_over take_over",
         "mapper.buffers": "DmaMapping",
         "mapper.plan": "BlockShape Plan PlannedBlock",
         "mapper.policy": "Policy",
         "memory": "Anonymous File Memfd MemorySettings lock_all_memory unlock_all_memory",
+        "noiommu": "PhysicalMemory PhysicalRange",
         "ramblock": "RamBlock RamBlockList RamBlockNotifier",
         "units": "GIB KIB MIB PAGE_SIZE TIB Iova IovaRange Vaddr",
     }
     _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
-    _MODULES = ("ioctls", "pci", "testing")
+    _MODULES = ("ioctls", "iommufd_ioctls", "pci", "testing")
     __all__ = sorted(_HOMES)  # noqa: PLE0605 (type checkers do not read this branch)
 
     def __getattr__(name):

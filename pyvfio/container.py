@@ -1,4 +1,4 @@
-"""A VFIO container with a type1 IOMMU: opening it, attaching groups, mapping memory for their devices.
+"""A VFIO container with a type1 IOMMU: open a container, attach groups, and map memory for their devices.
 
 Source: Documentation/driver-api/vfio.rst; drivers/vfio/container.c, group.c and vfio_iommu_type1.c.
 """
@@ -10,12 +10,11 @@ import errno
 import logging
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from operator import index
 from pathlib import Path
-from typing import TypeVar
-from uuid import UUID
+from typing import TYPE_CHECKING
 
 from pyvfio import ioctls, pci
 from pyvfio.errors import (
@@ -25,13 +24,14 @@ from pyvfio.errors import (
     IoctlError,
     IovaRangeError,
     RollbackError,
-    UnmapSizeError,
     UnsupportedError,
     VfioError,
     describe_ranges,
     descriptor_hint,
     raise_collected,
 )
+from pyvfio.extent_set import ExtentSet
+from pyvfio.extents import Extent
 from pyvfio.guard import (
     Guard,
     close_now,
@@ -42,16 +42,23 @@ from pyvfio.guard import (
     reading,
     uninterrupted,
 )
-from pyvfio.handle import Handle, attempt, checked_fd, give_up_fd
-from pyvfio.info import DEFAULT_DMA_AVAIL, IommuInfo, parse_iommu_info
+from pyvfio.handle import Handle, attempt, check_kind, checked_fd, give_up_fd
+from pyvfio.info import DEFAULT_DMA_AVAIL, IommuInfo, MigrationCapability, parse_iommu_info
+from pyvfio.iommu.dirty_bitmap import dirty_extents
 from pyvfio.iommu.iova import DMA_BITS, IovaAllocator, check_dma_bits
+from pyvfio.iommu.iova_space import IovaSpace
+from pyvfio.iommu.iova_space import logger as map_logger
 from pyvfio.iommu.space import Mapping
-from pyvfio.iommu.table import MappingTable
-from pyvfio.iommu.type1_errors import MapRefusal, describe_mappings
+from pyvfio.iommu.table import describe_mappings
+from pyvfio.iommu.type1_errors import Type1MapRefusal
 from pyvfio.kernel import Kernel, LinuxKernel
 from pyvfio.pci.groups import holders_of_group
 from pyvfio.pci.nodes import explain_container, explain_group
-from pyvfio.units import GIB, U64_MAX, Iova, IovaRange, format_ranges
+from pyvfio.units import GIB, U64_MAX, Iova, IovaRange, align_up, format_ranges
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
 
 logger = logging.getLogger(__name__)
 
@@ -59,30 +66,35 @@ IommuType = ioctls.VfioExtension
 
 _READ = int(ioctls.VFIO_DMA_MAP_FLAG_READ)
 _WRITE = int(ioctls.VFIO_DMA_MAP_FLAG_WRITE)
+_READ_WRITE = _READ | _WRITE
 _MAP_VADDR = int(ioctls.VFIO_DMA_MAP_FLAG_VADDR)
 _ALL = int(ioctls.VFIO_DMA_UNMAP_FLAG_ALL)
 _UNMAP_VADDR = int(ioctls.VFIO_DMA_UNMAP_FLAG_VADDR)
-_pack_dma_map = struct.Struct("=2I3Q").pack  # vfio_iommu_type1_dma_map, at half of what filling that in costs
-_dma_unmap = struct.Struct("=2I2Q")  # vfio_iommu_type1_dma_unmap
-_NOT_THE_KIND = (errno.EBADF, errno.ENOTTY, errno.EINVAL)
-_Answer = TypeVar("_Answer")
-_INFO_MAX = 1 << 20  # an answer longer than this is no answer
+# vfio_iommu_type1_dma_map and vfio_iommu_type1_dma_unmap. Filling in a ctypes structure would cost twice as much.
+_dma_map = struct.Struct("=2I3Q")
+_dma_unmap = struct.Struct("=2I2Q")
+_fill_map, _fill_unmap = _dma_map.pack_into, _dma_unmap.pack_into
+_unmapped_of = struct.Struct("=16xQ").unpack_from
+_END = 1 << 64
+_MAP, _UNMAP = int(ioctls.VFIO_IOMMU_MAP_DMA), int(ioctls.VFIO_IOMMU_UNMAP_DMA)
+_INFO_MAX = 1 << 20  # the longest answer to VFIO_IOMMU_GET_INFO that is accepted, in bytes
 _UNKNOWN_RANGE = IovaRange(Iova(0), Iova(512 * GIB - 1))
-"""Assumed where the kernel reports no ranges (before 5.4): 39 bits, the least that an IOMMU of the field has."""
+"""Assumed if the kernel reports no ranges (before 5.4): 39 bits, the smallest width of common IOMMUs."""
 
 
 class Group(Handle):
-    """An open IOMMU group: the smallest set of devices that an IOMMU can keep apart from the rest.
+    """An open IOMMU group: the smallest set of devices that an IOMMU can isolate from other devices.
 
-    Raises UnavailableError or NotBoundError when there is no node for it, GroupBusyError when it is open already,
-    AccessDeniedError. Source: `vfio_group_fops_open`.
+    Raises UnavailableError or NotBoundError if the group has no node, GroupBusyError if the group is already open, and
+    AccessDeniedError.
+    Source: `vfio_group_fops_open`.
     """
 
     @constructing(Handle.close_fd)
     def __init__(self, number: int, *, kernel: Kernel | None = None) -> None:
         number = _checked_number(number)
         kernel = kernel or LinuxKernel()
-        path = pci.group_node(kernel, number)
+        path = pci.group_node(number, kernel=kernel)
         try:
             fd = kernel.open(str(path), os.O_RDWR)
         except OSError as error:
@@ -93,24 +105,25 @@ class Group(Handle):
     def _own(self, kernel: Kernel, fd: int, number: int) -> None:
         self.number = number
         self.has_iommu = True
-        """False for a group that VFIO made up for a device without an IOMMU. `from_fd` does not look."""
+        """False for a group that VFIO created for a device without an IOMMU. Always True after `from_fd`."""
         self.container: Container | None = None
         self.devices: list[Handle] = []
         self.leaves = False
-        """Whether the group leaves its container and is closed with its last device, because `open_device` opened it.
-        It stays while it is the container's last group and memory is mapped."""
+        """Whether the close of the last device also detaches and closes the group: `open_device` opened the group.
+
+        The last group of a container stays while memory is mapped."""
         super().__init__(kernel, fd, f"IOMMU group {number}")
 
     @classmethod
     @uninterrupted(give_up_fd)
     def from_fd(cls, fd: int, *, number: int, kernel: Kernel | None = None) -> Group:
-        """Make a group of a descriptor that is open already: a launcher's with more rights, or a former program's.
+        """Make a group of an open descriptor, received from a privileged launcher or from a previous process.
 
-        `number`: as its node has it, /dev/vfio/<number>. The descriptor is the object's own from then on, and is closed
-        with it; where this raises, it is the caller's as before. `Container.attach` comes next, or
-        `Container.from_fd(..., groups=[group])` where the group is in that container already.
+        `number`: the N of /dev/vfio/N. The object owns the descriptor from then on, and closes it. If `from_fd` raises,
+        the caller still owns the descriptor. Next, call `Container.attach`. If the group is already in a container,
+        pass the group to `Container.from_fd(..., groups=[group])` instead.
 
-        Raises ValueError where the descriptor is closed or no IOMMU group's. Cost: one ioctl.
+        Raises ValueError if the descriptor is closed, or does not belong to an IOMMU group. Cost: one ioctl.
         Source: VFIO_GROUP_GET_STATUS.
         """
         group = cls.__new__(cls)
@@ -129,34 +142,34 @@ class Group(Handle):
         return explain_group(kernel, number, path, error)
 
     def get_status(self) -> ioctls.VfioGroupFlags:
-        """VFIO_GROUP_GET_STATUS: whether the group is viable and in a container."""
+        """Return the flags of VFIO_GROUP_GET_STATUS: whether the group is viable, and whether it has a container."""
         status = ioctls.vfio_group_status(argsz=ctypes.sizeof(ioctls.vfio_group_status))
         self.ioctl("VFIO_GROUP_GET_STATUS", status)
         return ioctls.VfioGroupFlags(status.flags)
 
     def check_viable(self) -> None:
-        """Raises GroupNotViableError, with the members that block it, when a kernel driver owns one of its devices."""
+        """Raise GroupNotViableError, which lists the devices of the group, if a kernel driver owns one of them."""
         if not self.get_status() & ioctls.VFIO_GROUP_FLAGS_VIABLE:
-            raise GroupNotViableError(self.number, pci.group_members(self.kernel, self.number))
+            raise GroupNotViableError(self.number, pci.group_members(self.number, kernel=self.kernel))
 
-    def set_container(self, container: Container) -> None:
-        """VFIO_GROUP_SET_CONTAINER, as it is. Use `Container.attach`, which also sets the IOMMU."""
+    def set_container(self, container: Handle) -> None:
+        """Make the raw ioctl VFIO_GROUP_SET_CONTAINER. Use `Container.attach`, which also sets the IOMMU."""
         hints = {
-            errno.EPERM: "A device of the group is not isolated: it belongs to a kernel driver, or the platform has no "
-            "interrupt remapping and vfio_iommu_type1 was loaded without allow_unsafe_interrupts=1",
-            errno.EINVAL: "The group is in a container already, or its IOMMU does not offer the IOVAs that are mapped "
-            "there; attach all groups before memory is mapped, or use a container for each",
-            errno.EBUSY: "The group's IOMMU domain is in other hands, or memory is being handed to another process",
+            errno.EPERM: "A device of the group is not isolated: a kernel driver owns the device, or the platform has "
+            "no interrupt remapping and vfio_iommu_type1 was loaded without allow_unsafe_interrupts=1",
+            errno.EINVAL: "The group already has a container, or the group's IOMMU does not offer the IOVAs that are "
+            "mapped in this container. Attach all groups before memory is mapped, or use one container for each group",
+            errno.EBUSY: "Another user owns the group's IOMMU domain, or memory is being handed to another process",
         }
         argument = (ctypes.c_char * 4).from_buffer_copy(struct.pack("=i", container.fd))
         self.ioctl("VFIO_GROUP_SET_CONTAINER", argument, hints=hints, fd=container.fd)
 
     @guarded
     def unset_container(self) -> None:
-        """VFIO_GROUP_UNSET_CONTAINER, as it is. Use `Container.detach`, which refuses while memory would be unmapped.
+        """Make the raw ioctl VFIO_GROUP_UNSET_CONTAINER. Use `Container.detach`, which never unmaps memory.
 
-        With a container's last group the kernel unmaps everything: the container is `lost` then. Raises IoctlError
-        (EBUSY while a device of the group is open).
+        When the last group leaves a container, the kernel unmaps everything: the container is then `lost`.
+        Raises IoctlError (EBUSY while a device of the group is open).
         """
         hints = {errno.EBUSY: "Close the group's devices first"}
         self.ioctl("VFIO_GROUP_UNSET_CONTAINER", hints=hints)
@@ -164,14 +177,15 @@ class Group(Handle):
             self.container.note_left(self)
 
     def get_device_fd(self, bdf: str, *, vf_token: UUID | str | None = None) -> int:
-        """VFIO_GROUP_GET_DEVICE_FD: a new descriptor of the device, close-on-exec; the caller closes it.
+        """Return a new descriptor of the device `bdf`, close-on-exec: VFIO_GROUP_GET_DEVICE_FD. The caller closes it.
 
-        `vf_token`: for a virtual function whose physical function is bound to vfio-pci, the token of that one. For a
-        physical function, the token that its virtual functions ask for from now on, or ask for already while one is
-        open.
+        `vf_token`, for a virtual function: the token of the physical function, if vfio-pci drives that function too.
+        For a physical function: the token that users of the virtual functions must pass from now on. While a virtual
+        function is open, this must be the token in use.
 
-        Raises TypeError, and ValueError for a token that is no UUID; IoctlError (ENODEV: not in the group, or not bound
-        to vfio-pci; EACCES: another token is wanted; EINVAL: none is). Source: `vfio_pci_core_match`.
+        Raises TypeError, and ValueError for a token that is not a UUID. Raises IoctlError with ENODEV (the device is
+        not in the group, or not bound to vfio-pci), EACCES (wrong token) or EINVAL (no token expected).
+        Source: `vfio_pci_core_match`.
         """
         name = bdf if vf_token is None else f"{bdf} vf_token={pci.parse_vf_token(vf_token)}"
         try:
@@ -189,40 +203,40 @@ class Group(Handle):
 
     def _why_not_opened(self, bdf: str, number: int | None, *, has_token: bool) -> str:
         if number == errno.ENODEV:
-            return f"It is not in group {self.number}, or not bound to vfio-pci: scripts/bind {bdf}"
+            return f"{bdf} is not in group {self.number}, or not bound to vfio-pci: pyvfio bind {bdf}"
         if number == errno.EINVAL:
             return self._why_invalid(bdf, has_token=has_token)
         if number != errno.EACCES:
             return descriptor_hint(number or 0)
-        physical = pci.physical_function(self.kernel, bdf)
+        physical = pci.physical_function(bdf, kernel=self.kernel)
         if physical is None:
-            return "Virtual functions of it are open: give vf_token, the token that they were opened with"
-        token = "another token than this one" if has_token else "vf_token, a token"
+            return f"Virtual functions of {bdf} are open: pass the token with which they were opened as vf_token"
+        token = "another vf_token" if has_token else "a vf_token"
         return (
-            f"{physical}, whose virtual function it is, is bound to vfio-pci, so it wants {token}: the one that the "
-            f"program with {physical} has set last, by open_device({physical!r}, vf_token=) or set_vf_token()"
+            f"vfio-pci also drives {physical}, the physical function of {bdf}, and so asks for {token}: the token that "
+            f"the program with {physical} set last, by open_device({physical!r}, vf_token=) or set_vf_token()"
         )
 
     def _why_invalid(self, bdf: str, *, has_token: bool) -> str:
         if not has_token or self.container is None:
             return "Attach the group to a container with an IOMMU first: Container.attach"
-        if (physical := pci.physical_function(self.kernel, bdf)) is not None:
-            return f"Leave vf_token out: {physical}, whose virtual function it is, is not bound to vfio-pci"
-        return "Leave vf_token out: it is neither a virtual function nor a physical one with SR-IOV"
+        if (physical := pci.physical_function(bdf, kernel=self.kernel)) is not None:
+            return f"Leave vf_token out: {physical}, the physical function of {bdf}, is not bound to vfio-pci"
+        return f"Leave vf_token out: {bdf} is neither a virtual function nor a physical function with SR-IOV"
 
     def close_dependents(self) -> None:
-        """As `Handle.close_dependents`. An error is left to the device: where a dependent stays, its close raises."""
+        """Close the dependents of all devices. Errors are not raised here, but by the close of the device."""
         for device in tuple(self.devices):
             attempt(device.close_dependents, [])
 
     @closing_after_dependents
     def close(self) -> None:
-        """Close the group's devices, take it out of its container, close it; twice is fine, and in a forked child
-        nothing happens.
+        """Close the devices of the group, remove the group from the container, and close the group.
 
-        Raises VfioError, and does nothing, while the group is the container's last one and memory is mapped: the kernel
-        would unmap it. Otherwise raises the errors of the steps, after all of them were tried. A device that cannot be
-        closed (BufferError: a view of a region lives) keeps the group open; close it again then.
+        Does nothing if already closed, or in a forked child. Raises VfioError, and does nothing, if the group is the
+        last one of a container with mapped memory, which the kernel would unmap. Otherwise all steps are tried, and
+        their errors are raised afterwards. A device that cannot be closed (BufferError: a view of a region exists)
+        keeps the group open. Release the view, and close the group again.
         """
         if self.closed:
             return
@@ -243,11 +257,11 @@ def _close_devices(groups: Iterable[Group], failures: list[Exception]) -> None:
 
 
 def _end(group: Group, failures: list[Exception]) -> None:
-    """Take a group without devices out of its container, and close it."""
+    """Remove a group without open devices from the container, and close the group."""
     if (container := group.container) is not None:
         try:
             group.unset_container()
-        except VfioError:  # EBUSY: another process has a device open, and the group leaves when that one closes
+        except VfioError:  # EBUSY: another process has a device open. The kernel removes the group after the close
             container.groups.pop(group.number, None)
             group.container = None
     attempt(group.close_fd, failures)
@@ -255,41 +269,43 @@ def _end(group: Group, failures: list[Exception]) -> None:
 
 def _checked_number(number: int) -> int:
     if (number := index(number)) < 0:
-        raise ValueError(f"an IOMMU group has a number of 0 or more, not {number}")
+        raise ValueError(f"the number of an IOMMU group is 0 or more, not {number}")
     return number
 
 
-def check_kind(handle: Handle, question: Callable[[], _Answer], kind: str) -> _Answer:
-    """The answer to an ioctl that only the descriptors of one kind answer. ValueError, and the descriptor is given up,
-    for one of another kind; for the library."""
-    try:
-        return question()
-    except BaseException as error:
-        fd = handle.release_fd()
-        if isinstance(error, IoctlError) and error.errno in _NOT_THE_KIND:
-            where = " of the running kernel; give kernel= with one of a fake" * isinstance(handle.kernel, LinuxKernel)
-            raise ValueError(f"descriptor {fd} is not {kind}{where} ({error.request}: {error.strerror})") from error
-        raise
-
-
 def _without_last_page(offered: IovaRange, page_size: int) -> IovaRange:
-    """The range less the last page of all 64 bits."""
+    """Return the range without the last page of the 64-bit address space."""
     if offered.last < U64_MAX or offered.size <= page_size:
         return offered
     return IovaRange(offered.start, Iova(offered.last - page_size))
 
 
-class Container(Handle):
-    """A VFIO container: an `AddressSpace` that the devices of its groups share.
+class Container(IovaSpace):
+    """A VFIO container: an `AddressSpace` that the devices of all attached groups share.
 
-    `iommu_type` is VFIO_TYPE1v2_IOMMU where the kernel has it, unless the caller asks for VFIO_TYPE1_IOMMU. `dma_bits`,
-    17 to 64: how many address bits its devices have. IOVAs that pyvfio chooses lie below 2^`dma_bits`, unless a
-    DmaMapper has a limit of its own; an IOVA of the caller's may lie above.
+    `iommu_type`: VFIO_TYPE1v2_IOMMU or VFIO_TYPE1_IOMMU. None: the first of these that the kernel supports.
+    `dma_bits`, 17 to 64: the number of address bits of the devices. pyvfio chooses IOVAs below 2^`dma_bits`, unless a
+    DmaMapper has another limit. An IOVA that the caller chooses can lie above.
 
-    Raises UnavailableError (no VFIO on this machine), AccessDeniedError, UnsupportedError (API version, no type1).
+    Raises UnavailableError (the machine has no VFIO), AccessDeniedError, UnsupportedError (API version, no type1).
 
-    Synchronization: every method may be called from any thread; they take the container's lock, which a long map holds.
-    Cost: a map or unmap is one ioctl and 24 bytes.
+    Synchronization: any thread may call any method. Methods take the container's lock, which a long map holds.
+    Cost: a map or unmap is one ioctl and 24 bytes of memory.
+
+    Example:
+        >>> import pyvfio
+        >>> kernel = pyvfio.testing.FakeKernel()
+        >>> container = pyvfio.Container(kernel=kernel)
+        >>> first = pyvfio.open_device("0000:00:02.0", container=container)
+        >>> second = pyvfio.open_device("0000:00:03.0", container=container)
+        >>> sorted(container.groups)
+        [2, 3]
+        >>> blocks = pyvfio.RamBlockList(kernel=kernel)
+        >>> ring = blocks.add("ring", used_length=pyvfio.MIB, max_length=pyvfio.MIB)
+        >>> container.map(vaddr=ring.vaddr, iova=0x100000, size=ring.used_length)
+        >>> [(hex(mapping.iova), hex(mapping.size)) for mapping in container.mappings]
+        [('0x100000', '0x100000')]
+        >>> container.unmap(iova=0x100000, size=ring.used_length)
     """
 
     @constructing(Handle.close_fd)
@@ -311,22 +327,16 @@ class Container(Handle):
 
     def _own(self, kernel: Kernel, fd: int, dma_bits: int) -> None:
         self.groups: dict[int, Group] = {}
-        """The groups that are attached, by their numbers. Read only."""
-        self.table = MappingTable()
-        """The mappings that this object has put into the kernel. For the library; `mappings` has a copy."""
-        self.handing: object | None = None
-        """The HandOver that is under way, if one is."""
-        self.lost = False
-        """Whether everything that was mapped has gone with the last group, or with `close`. It stays so."""
+        """The attached groups, by number. Read only."""
         self.entry_limit = DEFAULT_DMA_AVAIL
-        """How many mappings the kernel takes in all, as it said with the first group."""
-        self._dma_bits = dma_bits
+        """The limit of mappings in the container, as the kernel reported when the first group was attached."""
         self._info: IommuInfo | None = None
         self._refuses_last_page = False
-        self._kept: list[object] = []
+        # The arguments of map and unmap, filled in for each call, under the lock.
+        self._map_argument = bytearray(_dma_map.size)
+        self._unmap_argument = bytearray(_dma_unmap.size)
         self._iommu_type = ioctls.VFIO_TYPE1v2_IOMMU
-        self.allocator = IovaAllocator()
-        super().__init__(kernel, fd, "the VFIO container")
+        self._begin(kernel, fd, "the VFIO container", dma_bits)
 
     @classmethod
     @uninterrupted(give_up_fd)
@@ -340,15 +350,16 @@ class Container(Handle):
         dma_bits: int = DMA_BITS,
         kernel: Kernel | None = None,
     ) -> Container:
-        """Make a container of a descriptor that is open already: a launcher's with more rights, or a former program's.
+        """Make a container of an open descriptor, received from a privileged launcher or from a previous process.
 
-        `groups`: those that are in it, where an IOMMU has been set, and `iommu_type` is the one that was set (type 1v2
-        if not given). `mapped`: how many mappings it has; none of them is in `mappings`. `dma_bits`: as of `Container`.
-        The descriptor is the object's own from then on, and is closed with it; where this raises, it is the caller's as
-        before.
+        `groups`: the groups in the container, if an IOMMU has been set; `iommu_type` is then the type that was set
+        (None: type 1v2). `mapped`: the number of existing mappings, which are not in `mappings`. `dma_bits`: as for
+        `Container`. The object owns the descriptor from then on, and closes it. If `from_fd` raises, the caller still
+        owns the descriptor.
 
-        Raises ValueError where the descriptor is closed or no VFIO container's, or where a group is in no container;
-        UnsupportedError; IoctlError (EINVAL: no IOMMU is set). Cost: three ioctls and one for each group.
+        Raises ValueError if the descriptor is closed or does not belong to a VFIO container, or if a group has no
+        container. Raises UnsupportedError, and IoctlError (EINVAL: no IOMMU is set).
+        Cost: three ioctls, and one for each group.
         Source: VFIO_GET_API_VERSION, VFIO_GROUP_GET_STATUS, VFIO_IOMMU_GET_INFO.
         """
         wanted, groups, mapped = _checked_type(iommu_type), _checked_groups(groups), index(mapped)
@@ -368,7 +379,7 @@ class Container(Handle):
     def _resume(self, groups: list[Group], mapped: int) -> None:
         for group in groups:
             if not group.get_status() & ioctls.VFIO_GROUP_FLAGS_CONTAINER_SET:
-                raise ValueError(f"IOMMU group {group.number} is in no container: attach() it")
+                raise ValueError(f"IOMMU group {group.number} is in no container: use attach()")
         info = self.get_info()
         self._adopt(info)
         self.entry_limit = info.dma_avail + mapped
@@ -378,7 +389,7 @@ class Container(Handle):
     def _enter(self, group: Group) -> None:
         self.groups[group.number] = group
         group.container = self
-        group.guard = Guard(group.guard.what, lock=self.guard.lock)  # so that no two locks have to be taken upwards
+        group.guard = Guard(group.guard.what, lock=self.guard.lock)  # one lock: no call has to take locks upwards
 
     @staticmethod
     def _open(kernel: Kernel) -> int:
@@ -391,7 +402,7 @@ class Container(Handle):
     def _check_version(self) -> None:
         if (version := self.get_api_version()) != ioctls.VFIO_API_VERSION:
             raise UnsupportedError(
-                f"the kernel speaks version {version} of the VFIO API, and pyvfio version {ioctls.VFIO_API_VERSION}"
+                f"the kernel has version {version} of the VFIO API; pyvfio needs version {ioctls.VFIO_API_VERSION}"
             )
 
     def _choose(self, wanted: ioctls.VfioExtension | None) -> ioctls.VfioExtension:
@@ -401,39 +412,39 @@ class Container(Handle):
                 return iommu_type
         names = " nor ".join(iommu_type.name for iommu_type in preferred)
         raise UnsupportedError(
-            f"the kernel has no {names}", hint="modprobe vfio_iommu_type1; pyvfio needs that IOMMU driver"
+            f"the kernel has no {names}", hint="pyvfio needs this IOMMU driver: modprobe vfio_iommu_type1"
         )
 
     # ------------------------------------------------------------------------------------------------ ioctls
 
     def get_api_version(self) -> int:
-        """VFIO_GET_API_VERSION."""
+        """Return the answer to VFIO_GET_API_VERSION."""
         return self.ioctl("VFIO_GET_API_VERSION")
 
     def check_extension(self, extension: ioctls.VfioExtension) -> int:
-        """VFIO_CHECK_EXTENSION: 0 where the kernel, or the IOMMU that is set, has it not."""
+        """Return the answer to VFIO_CHECK_EXTENSION: 0 if the kernel, or the IOMMU that is set, lacks the extension."""
         return self.ioctl("VFIO_CHECK_EXTENSION", index(extension), extension=index(extension))
 
     def set_iommu(self, iommu_type: ioctls.VfioExtension) -> None:
-        """VFIO_SET_IOMMU; `attach` does it with the first group."""
+        """Make the raw ioctl VFIO_SET_IOMMU. `attach` makes this call for the first group."""
         hints = {
-            errno.EPERM: "The platform has no interrupt remapping, so a device could forge interrupts. Turn it on in "
-            "the firmware (QEMU: intel-iommu,intremap=on), or accept the risk: modprobe vfio_iommu_type1 "
-            "allow_unsafe_interrupts=1",
-            errno.ENODEV: "modprobe vfio_iommu_type1; where that is loaded, the group has no IOMMU (noiommu-N)",
-            errno.EINVAL: "The container has no group, or an IOMMU already, or the group's IOMMU offers no IOVAs",
+            errno.EPERM: "The platform has no interrupt remapping, so a device could forge interrupts. Enable "
+            "interrupt remapping in the firmware (QEMU: intel-iommu,intremap=on), or accept the risk: modprobe "
+            "vfio_iommu_type1 allow_unsafe_interrupts=1",
+            errno.ENODEV: "modprobe vfio_iommu_type1. If the module is loaded, the group has no IOMMU (noiommu-N)",
+            errno.EINVAL: "The container has no group or already has an IOMMU, or the group's IOMMU offers no IOVAs",
         }
         self.ioctl("VFIO_SET_IOMMU", index(iommu_type), hints=hints, iommu=iommu_type.name)
 
     def get_info(self) -> IommuInfo:
-        """VFIO_IOMMU_GET_INFO, asked again with a larger buffer until all capabilities fit.
+        """Return the answer to VFIO_IOMMU_GET_INFO. Repeats the call with a larger buffer until all capabilities fit.
 
         Raises CapabilityError for a malformed answer.
         """
         size = ctypes.sizeof(ioctls.vfio_iommu_type1_info)
         while size <= _INFO_MAX:
             buffer = bytearray(size)
-            struct.pack_into("=I", buffer, 0, size)  # never more than the buffer holds
+            struct.pack_into("=I", buffer, 0, size)  # argsz, never above the length of the buffer
             self.ioctl("VFIO_IOMMU_GET_INFO", buffer, argsz=size)
             (needed,) = struct.unpack_from("=I", buffer)
             if needed <= size:
@@ -442,72 +453,81 @@ class Container(Handle):
         raise CapabilityError(f"VFIO_IOMMU_GET_INFO wants a buffer of {size} bytes")
 
     def map_dma(self, *, vaddr: int, iova: int, size: int, flags: int = _READ | _WRITE) -> None:
-        """VFIO_IOMMU_MAP_DMA, as it is; `mappings` shows what it did. Use `map`, which checks its arguments.
+        """Make the raw ioctl VFIO_IOMMU_MAP_DMA, and add the mapping to `mappings`. Use `map`, which checks arguments.
 
         Raises TypeError, PinLimitError, EntryLimitError, IovaOverlapError, IovaRangeError or IoctlError.
         """
-        self._map_dma(index(vaddr), index(iova), index(size), index(flags))
+        self._map(index(vaddr), index(iova), index(size), index(flags))
 
-    def _map_unguarded(self, vaddr: int, iova: int, size: int, flags: int) -> None:
+    def map_locked(self, vaddr: int, iova: int, size: int, access: int) -> None:
+        """As `AddressSpace.map_locked`. `access` can be any flags of VFIO_IOMMU_MAP_DMA."""
+        argument = self._map_argument
         try:
-            argument = bytearray(_pack_dma_map(32, flags, vaddr, iova, size))
+            _fill_map(argument, 0, 32, access, vaddr, iova, size)
         except struct.error as error:
-            raise ValueError(f"vaddr, iova and size are of 64 bits, flags of 32: {error}") from error
+            raise ValueError(f"vaddr, iova and size have 64 bits, flags has 32: {error}") from error
         try:
-            self._kernel.ioctl(self._fd if self._fd >= 0 else self.fd, ioctls.VFIO_IOMMU_MAP_DMA, argument)
+            self._kernel.ioctl(self._fd if self._fd >= 0 else self.fd, _MAP, argument)
         except OSError as error:
-            raise MapRefusal(
+            raise Type1MapRefusal(
                 error=error,
                 vaddr=vaddr,
                 iova=iova,
                 size=size,
-                flags=flags,
+                flags=access,
                 kernel=self._kernel,
-                overlapping=self.table.overlapping(iova=iova, size=size),
-                made_here=len(self.table),
+                table=self.table,
                 entry_limit=self.entry_limit,
-                mapped=self.table.mapped,
                 ranges=self.iova_ranges,
                 page_size=self.page_size,
                 attached=self._info is not None,
             ).explain() from error
-        if flags & _MAP_VADDR:
+        if access & _MAP_VADDR:
             self.table.discard(iova=iova, size=size)
         self.table.add(iova, size, vaddr)
-        if logger.isEnabledFor(logging.DEBUG):  # each grow passes here
-            logger.debug("mapped iova=%#x vaddr=%#x size=%#x flags=%#x", iova, vaddr, size, flags)
+        if map_logger.isEnabledFor(logging.DEBUG):  # checked first, since each grow makes this call
+            map_logger.debug("mapped iova=%#x vaddr=%#x size=%#x flags=%#x", iova, vaddr, size, access)
 
-    _map_dma = guarded(_map_unguarded)
+    if not TYPE_CHECKING:  # the checkers would have `self` be an IovaSpace
+        _map = guarded(map_locked)
 
     @guarded
     def unmap_dma(self, *, iova: int, size: int, flags: int = 0, bitmap: ioctls.vfio_bitmap | None = None) -> int:
-        """VFIO_IOMMU_UNMAP_DMA, as it is: how many bytes the kernel unmapped, which `mappings` shows. Use `unmap`,
-        which checks that it was all of them.
+        """Make the raw ioctl VFIO_IOMMU_UNMAP_DMA, update `mappings`, and return how many bytes the kernel unmapped.
 
-        `bitmap`: for the pages that may have been written until then (VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP).
+        Use `unmap`, which checks that the kernel unmapped the whole range. `bitmap`: receives the pages that may have
+        been written up to the unmap (VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP).
+
         Raises TypeError, ValueError, IoctlError.
         """
         iova, size, flags = index(iova), index(size), index(flags)
         if not (0 <= iova <= U64_MAX and 0 <= size <= U64_MAX and 0 <= flags < 1 << 32):
-            raise ValueError(f"iova and size are of 64 bits, flags of 32: {iova:#x}, {size:#x}, {flags:#x}")
-        found = list(self.table) if flags & _ALL else self.table.overlapping(iova=iova, size=size)
+            raise ValueError(f"iova and size have 64 bits, flags has 32: {iova:#x}, {size:#x}, {flags:#x}")
         unmapped = self._unmap_dma(iova, size, flags, bitmap)
-        if not flags & _UNMAP_VADDR:
-            self._note_unmapped(found, unmapped)
+        if flags & _UNMAP_VADDR:
+            return unmapped
+        if flags & _ALL and unmapped == self.table.mapped:
+            self.table.clear()
+        else:
+            self._note_unmapped(*((0, _END) if flags & _ALL else (iova, size)), unmapped)
         return unmapped
+
+    def _unmap_in_kernel(self, iova: int, size: int) -> int:
+        return self._unmap_dma(iova, size, 0, None)
 
     def _unmap_dma(self, iova: int, size: int, flags: int, bitmap: ioctls.vfio_bitmap | None) -> int:
         argument: bytearray | ioctls.DmaUnmapWithBitmap
         if bitmap is None:
-            argument = bytearray(_dma_unmap.pack(24, flags, iova, size))  # a structure costs three times as much
+            argument = self._unmap_argument
+            _fill_unmap(argument, 0, 24, flags, iova, size)
         else:
             flags |= ioctls.VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP
             argument = ioctls.DmaUnmapWithBitmap(48, flags, iova, size, bitmap)
         try:
-            self._kernel.ioctl(self.fd, ioctls.VFIO_IOMMU_UNMAP_DMA, argument)
+            self._kernel.ioctl(self._fd if self._fd >= 0 else self.fd, _UNMAP, argument)
         except OSError as error:
             found = describe_mappings(self.table.overlapping(iova=iova, size=max(size, 1)))
-            hint = f"The range must cover mappings whole; here are: {found}"
+            hint = f"The range must cover whole mappings. The mappings in this range are: {found}"
             raise IoctlError.of(
                 error,
                 f"{self.guard.what}: {error.strerror}",
@@ -515,21 +535,17 @@ class Container(Handle):
                 arguments={"iova": iova, "size": size, "flags": flags},
                 hint=hint if error.errno == errno.EINVAL else "",
             ) from error
-        unmapped: int = _dma_unmap.unpack_from(argument)[3]
+        unmapped: int
+        (unmapped,) = _unmapped_of(argument)
         return unmapped
 
-    def _note_unmapped(self, found: list[Mapping], unmapped: int) -> None:
-        """Forget the mappings of a range that the kernel has no more: all, if it unmapped just as many bytes."""
-        if found and unmapped == sum(mapping.size for mapping in found):
-            self.table.discard(iova=found[0].iova, size=found[-1].range.last - found[0].iova + 1)
-            return
-        for mapping in filter(self._is_gone, found):
-            self.table.discard(iova=mapping.iova, size=mapping.size)
-
     def _is_gone(self, mapping: Mapping) -> bool:
-        """Ask the kernel, which refuses a new address for a mapping that it has not with ENOENT, and for one whose
-        address is valid with EINVAL (`vfio_dma_do_map`)."""
-        argument = bytearray(_pack_dma_map(32, _MAP_VADDR, mapping.vaddr, mapping.iova, mapping.size))
+        """Return whether the kernel no longer has the mapping.
+
+        The kernel refuses a new vaddr: with ENOENT if the mapping does not exist, and with EINVAL if the mapping has a
+        valid vaddr (`vfio_dma_do_map`).
+        """
+        argument = bytearray(_dma_map.pack(32, _MAP_VADDR, mapping.vaddr, mapping.iova, mapping.size))
         try:
             self._kernel.ioctl(self.fd, ioctls.VFIO_IOMMU_MAP_DMA, argument)
         except OSError as error:
@@ -540,7 +556,7 @@ class Container(Handle):
 
     @property
     def iommu_type(self) -> ioctls.VfioExtension:
-        """The IOMMU type that is set with the first group."""
+        """The IOMMU type, which is set when the first group is attached."""
         return self._iommu_type
 
     def __repr__(self) -> str:
@@ -548,23 +564,25 @@ class Container(Handle):
         return f"<Container {self._iommu_type.name} {state}>"
 
     def group(self, number: int) -> Group | None:
-        """The group with that number, if it is attached."""
+        """Return the attached group with that number, or None."""
         return self.groups.get(index(number))
 
     @guarded
     def attach(self, group: Group) -> None:
-        """Put a viable group into the container; the first one sets the IOMMU. Ranges are read anew.
+        """Add a viable group to the container. The first group sets the IOMMU; each group updates the IOVA ranges.
 
-        Raises GroupNotViableError, UnsupportedError for a group without an IOMMU, IoctlError, CapabilityError, and
-        IovaRangeError when an IOVA that is reserved could not be used any more; the group is then outside as before
-        (RollbackError: it would not leave). From now on the container closes the group.
+        From now on the container closes the group.
+
+        Raises GroupNotViableError; UnsupportedError for a group without an IOMMU; IoctlError; CapabilityError;
+        IovaRangeError if a reserved IOVA is outside the new ranges. After an error the group is not in the container.
+        If the removal of the group fails too, RollbackError is raised.
         """
         if not isinstance(group, Group):
             raise TypeError(f"group must be a Group, not {type(group).__name__}")
         if not group.has_iommu:
             raise UnsupportedError(
-                f"IOMMU group {group.number} has no IOMMU: VFIO made it up, and its device reaches all of memory",
-                hint="pyvfio maps through an IOMMU only: turn on the machine's, and enable_unsafe_noiommu_mode off",
+                f"IOMMU group {group.number} has no IOMMU (noiommu mode): its device can access all of memory",
+                hint="pyvfio maps through an IOMMU only: enable the IOMMU, and disable enable_unsafe_noiommu_mode",
             )
         group.check_viable()
         group.set_container(self)
@@ -578,9 +596,9 @@ class Container(Handle):
             attempt(group.unset_container, failures)
             if failures and isinstance(error, Exception):
                 raise RollbackError(
-                    f"IOMMU group {group.number} cannot be used, and could not be taken out of the container",
+                    f"IOMMU group {group.number} cannot be used, and could not be removed from the container",
                     [error, *failures],
-                    hint="Close the group: that takes it out",
+                    hint="Close the group: the close removes the group from the container",
                 ) from error
             raise
         if not self.groups:
@@ -590,7 +608,7 @@ class Container(Handle):
 
     @making(Group.close)
     def open_group(self, number: int) -> Group:
-        """Open an IOMMU group and attach it. Raises as `Group` and `attach`, and then the group is closed."""
+        """Open an IOMMU group and attach the group. Raises as `Group` and `attach`; the group is then closed."""
         group = Group(number, kernel=self._kernel)
         try:
             self.attach(group)
@@ -606,12 +624,15 @@ class Container(Handle):
         if refuses_last_page:
             ranges = tuple(_without_last_page(r, page_size) for r in ranges)
         self.allocator.set_ranges(ranges, page_size=page_size)
-        self._info, self._refuses_last_page = info, refuses_last_page
+        self._info, self._refuses_last_page, self._ready = info, refuses_last_page, True
 
     def _unmaps_last_page(self, page_size: int) -> bool:
-        """Whether the kernel can unmap what ends at 2^64. Up to 6.12 at least it cannot: `vfio_dma_do_unmap` compares
-        with iova + size, which wraps to 0, and finds nothing, not even other mappings with VFIO_DMA_UNMAP_FLAG_ALL.
-        Kernels that can know an overflow by its own errno, so a range that wraps tells; it unmaps nothing on any."""
+        """Return whether the kernel can unmap a range that ends at 2^64.
+
+        Kernels up to at least 6.12 cannot. `vfio_dma_do_unmap` compares with iova + size, which wraps to 0. The call
+        then finds no mapping, and with VFIO_DMA_UNMAP_FLAG_ALL also misses all other mappings. Newer kernels return
+        EOVERFLOW for a range that wraps, which identifies them. Such a range unmaps nothing on any kernel.
+        """
         wraps = bytearray(_dma_unmap.pack(_dma_unmap.size, 0, U64_MAX + 1 - page_size, 2 * page_size))
         try:
             self._kernel.ioctl(self.fd, ioctls.VFIO_IOMMU_UNMAP_DMA, wraps)
@@ -621,9 +642,11 @@ class Container(Handle):
 
     @guarded
     def detach(self, group: Group) -> None:
-        """Take a group out of the container. Its devices must be closed (EBUSY).
+        """Remove a group, whose devices must be closed, from the container.
 
-        Raises VfioError when the group is the last one and memory is mapped, which the kernel would unmap.
+        Raises VfioError if the group is the last one and memory is mapped, since the kernel would unmap the memory.
+        Raises IoctlError (EBUSY) while a device of the group is open; ValueError for a group of another container;
+        TypeError.
         """
         self.check_usable()
         if not isinstance(group, Group):
@@ -636,274 +659,79 @@ class Container(Handle):
             self._adopt(self.get_info())
 
     def must_stay(self, group: Group) -> bool:
-        """Whether the group is the last one, and memory is mapped, which the kernel would unmap with it."""
-        return bool(len(self.table)) and list(self.groups.values()) == [group]
+        """Return whether the group is the last one while memory is mapped: without a group the kernel unmaps all."""
+        return bool(self.table) and list(self.groups.values()) == [group]
 
     def check_stays(self, group: Group) -> None:
-        """Raise VfioError where `must_stay`."""
+        """Raise VfioError if `must_stay(group)`."""
         if self.must_stay(group):
+            mappings = f"{len(self.table)} mapping{'s' * (len(self.table) != 1)}"
             raise VfioError(
-                f"IOMMU group {group.number} is the container's last one, and {len(self.table)} mappings are left",
-                hint="Unmap them first (close the mappers, or unmap_all()): with the last group the kernel unmaps all",
+                f"IOMMU group {group.number} is the last group of the container, with {mappings} left",
+                hint="Close the mappers, or call unmap_all(), first: without a group the kernel unmaps all memory",
             )
 
     def note_left(self, group: Group) -> None:
-        """Forget a group that the kernel has taken out, and everything mapped with the last one. For the library."""
+        """Record that the kernel removed a group, and unmapped everything with the last one. For the library."""
         self.groups.pop(group.number, None)
         group.container = None
         group.guard = Guard(group.guard.what)
         if not self.groups:
-            self._info = None
-            self.lost = self.lost or bool(len(self.table))
+            self._info, self._ready = None, False
+            self.lost = self.lost or bool(self.table)
             self.table.clear()
             if not self.allocator.reservations:
-                self.allocator = IovaAllocator()  # the next group brings ranges of its own
+                self.allocator = IovaAllocator()  # the next group has other ranges
 
     # ------------------------------------------------------------------------------------------------ address space
 
     @property
-    def page_size(self) -> int:
-        """The smallest page of the IOMMU, in bytes."""
-        return self.allocator.page_size
-
-    @property
     def info(self) -> IommuInfo:
-        """What the kernel said of the IOMMU when the last group was attached. Raises VfioError before the first."""
+        """The answer to VFIO_IOMMU_GET_INFO when the last group was attached. Raises VfioError without a group."""
         if self._info is None:
-            raise VfioError("the container has no group yet", hint="Attach a group first; it brings the IOMMU")
+            raise VfioError("the container has no group yet", hint="Attach a group first: the group sets the IOMMU")
         return self._info
 
     @property
     def iova_pgsizes(self) -> int:
-        """Bitmap of the page sizes that the IOMMU knows."""
+        """A bitmap of the page sizes that the IOMMU supports."""
         return self.info.iova_pgsizes
-
-    @property
-    def iova_ranges(self) -> tuple[IovaRange, ...]:
-        """Where mappings may lie, ascending: what the kernel reports, less the last page of 2^64 where the kernel could
-        not unmap it again."""
-        return self.allocator.ranges
-
-    @property
-    def dma_bits(self) -> int:
-        """How many address bits its devices have: IOVAs that pyvfio chooses lie below 2^`dma_bits`."""
-        return self._dma_bits
-
-    @property
-    @reading
-    def reserved_iova(self) -> tuple[IovaRange, ...]:
-        """Of `iova_ranges`, what has been reserved, ascending."""
-        return self.allocator.reservations
 
     @property
     @reading
     def entries_left(self) -> int:
-        """How many more mappings the kernel takes. One ioctl. Raises VfioError while there is no group."""
+        """How many more mappings the kernel accepts. Raises VfioError without a group. Cost: one ioctl."""
         self._check_ready()
-        # Kernels before 5.10 do not say (DEFAULT_DMA_AVAIL stands in) and stop at the same number.
+        # Kernels before 5.10 do not report the number; DEFAULT_DMA_AVAIL is their limit.
         return min(self.get_info().dma_avail, self.entry_limit - len(self.table))
-
-    @property
-    @reading
-    def mappings(self) -> tuple[Mapping, ...]:
-        """What has been mapped through this object, ascending. O(n)."""
-        return tuple(self.table)
-
-    @reading
-    def mapping_at(self, iova: int) -> Mapping | None:
-        """The mapping that covers `iova`. O(log n)."""
-        return self.table.at(iova)
-
-    @reading
-    def mappings_in(self, *, iova: int, size: int) -> list[Mapping]:
-        """The mappings that share an address with `[iova, iova + size)`, ascending. O(log n) and their number."""
-        return self.table.overlapping(iova=iova, size=size)
-
-    @guarded
-    def reserve_iova(
-        self, size: int, *, alignment: int, offset: int, top_down: bool = False, dma_bits: int | None = None
-    ) -> Iova:
-        """Reserve IOVA; as `IovaAllocator.reserve`. `dma_bits` None: the container's. Raises TypeError, and VfioError
-        while there is no group."""
-        size, alignment, offset = index(size), index(alignment), index(offset)
-        bits = self._dma_bits if dma_bits is None else check_dma_bits(dma_bits)
-        self._check_ready()
-        return self.allocator.reserve(size, alignment=alignment, offset=offset, top_down=top_down, dma_bits=bits)
-
-    @guarded
-    def reserve_iova_at(self, iova: int, size: int) -> Iova:
-        """Reserve the caller's own IOVA; as `IovaAllocator.reserve_at`. Raises TypeError, and VfioError while there is
-        no group."""
-        iova, size = index(iova), index(size)
-        self._check_ready()
-        return self.allocator.reserve_at(iova, size)
-
-    @guarded
-    def release_iova(self, iova: int) -> None:
-        """Give a reservation back; as `IovaAllocator.release`. Raises TypeError."""
-        self.allocator.release(index(iova))
 
     def _check_ready(self) -> None:
         self.check_usable()
-        _ = self.info  # raises where there is no group
+        _ = self.info  # raises without a group
 
-    def map(self, *, vaddr: int, iova: int, size: int, read: bool = True, write: bool = True) -> None:
-        """Let the devices of the container's groups read and write `[vaddr, vaddr + size)` at `iova`.
-
-        Raises TypeError and ValueError before any system call for arguments that can never be right; otherwise as
-        `map_dma`. All or nothing.
-        Cost: the kernel pins every page: some 30 ns each where they are there, and zeroing where they are not.
-        """
-        vaddr, iova, size = index(vaddr), index(iova), index(size)
-        flags = (_READ if read else 0) | (_WRITE if write else 0)
-        if size <= 0 or iova < 0 or (iova | size) & (self.allocator.page_size - 1) or iova + size - 1 > U64_MAX:
-            raise self._misaligned(iova, size)
-        if vaddr < 0 or vaddr & (self.allocator.page_size - 1) or vaddr + size - 1 > U64_MAX or not flags:
-            raise self._not_memory(vaddr, size, flags)
-        if self._refuses_last_page and iova + size - 1 == U64_MAX:
+    def _check_place(self, iova: int, size: int) -> None:
+        if self._refuses_last_page and iova + size == _END:
             raise self._no_last_page(iova, size)
-        self._map_dma(vaddr, iova, size, flags)
+
+    def _drawn_as(self) -> str:
+        groups = " and ".join(map(str, sorted(self.groups)))
+        return f"container of IOMMU group{'s' * (len(self.groups) != 1)} {groups}"
 
     def _no_last_page(self, iova: int, size: int) -> IovaRangeError:
         error = IovaRangeError(
             errno.EINVAL,
-            f"IOVA {iova:#x}-{U64_MAX:#x} ends with the last page of 64 bits, which this kernel maps and cannot unmap "
-            "again: unmap_all() would leave all other mappings, too",
+            f"IOVA {iova:#x}-{U64_MAX:#x} ends with the last page of 64 bits, which this kernel can map but not unmap: "
+            "unmap_all() would then unmap no mapping at all",
             request="VFIO_IOMMU_MAP_DMA",
             arguments={"iova": iova, "size": size},
-            hint=f"{describe_ranges(self.iova_ranges)}. Leave the last page out, or use a newer kernel (7 can)",
+            hint=f"{describe_ranges(self.iova_ranges)}. Leave the last page out, or use a newer kernel (7 works)",
         )
         error.ranges = self.iova_ranges
         return error
 
-    def _not_memory(self, vaddr: int, size: int, flags: int) -> ValueError:
-        if not flags:
-            return ValueError("the device must be let read or write")
-        return ValueError(f"no process has {size:#x} bytes at vaddr {vaddr:#x} in pages of {self.page_size:#x}")
-
-    def unmap(self, *, iova: int, size: int, bitmap: ioctls.vfio_bitmap | None = None) -> None:
-        """Unmap whole mappings; when it returns, exactly `size` bytes at `iova` are out of the devices' reach.
-
-        `bitmap`: as `unmap_dma`; `pyvfio.dirty.tracking` makes one.
-
-        Raises UnmapSizeError before any call where the mappings there are others, or reach beyond the range, and
-        UnmapSizeError after the call when the kernel says another number; then `mappings` has what the kernel has.
-        Raises IoctlError when the kernel refuses, ValueError for a range that can never be right.
-        """
-        iova, size = index(iova), index(size)
-        page = self.allocator.page_size
-        if size <= 0 or iova < 0 or (iova | size) & (page - 1) or iova + size - 1 > U64_MAX:
-            raise self._misaligned(iova, size)
-        self._unmap(iova, size, bitmap)
-
-    @guarded
-    def _unmap(self, iova: int, size: int, bitmap: ioctls.vfio_bitmap | None) -> None:
-        if not self.table.is_whole(iova, size):
-            self._refuse_unmap(iova, size)
-            return
-        self._unmap_known(iova, size, bitmap)
-
-    def _unmap_known(self, iova: int, size: int, bitmap: ioctls.vfio_bitmap | None) -> None:
-        unmapped = self._unmap_dma(iova, size, 0, bitmap)
-        if unmapped == size:
-            self.table.discard(iova=iova, size=size)
-        else:
-            found = self.table.overlapping(iova=iova, size=size)
-            self._note_unmapped(found, unmapped)
-            raise UnmapSizeError(iova=iova, asked=size, unmapped=unmapped, known=describe_mappings(found))
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("unmapped iova=%#x size=%#x", iova, size)
-
-    def reserve_and_map(
-        self,
-        *,
-        vaddr: int,
-        size: int,
-        iova: int | None = None,
-        alignment: int = 1,
-        top_down: bool = False,
-        read: bool = True,
-        write: bool = True,
-        dma_bits: int | None = None,
-    ) -> Iova:
-        """Reserve IOVA and map memory there, or neither: one call where `reserve_iova` and `map` are two.
-
-        `iova`: the caller's own, as for `reserve_iova_at`; else one is found as `reserve_iova` does, for that
-        `alignment`, `top_down` and `dma_bits`. Raises as those, and as `map`.
-        """
-        flags = (_READ if read else 0) | (_WRITE if write else 0)
-        bits = self._dma_bits if dma_bits is None else check_dma_bits(dma_bits)
-        place = None if iova is None else index(iova)
-        return self._reserve_and_map(index(vaddr), index(size), place, index(alignment), top_down, flags, bits)
-
-    @guarded  # by their positions: keywords cost a guarded call as much as its lock
-    def _reserve_and_map(  # noqa: PLR0917
-        self,
-        vaddr: int,
-        size: int,
-        iova: int | None,
-        alignment: int,
-        top_down: bool,  # noqa: FBT001
-        flags: int,
-        dma_bits: int,
-    ) -> Iova:
-        if self._fd < 0 or self._info is None:
-            self._check_ready()
-        allocator = self.allocator
-        if vaddr < 0 or vaddr & (allocator.page_size - 1) or vaddr + size - 1 > U64_MAX or not flags:
-            raise self._not_memory(vaddr, size, flags)
-        if iova is None:
-            place = allocator.reserve(size, alignment=alignment, offset=vaddr, top_down=top_down, dma_bits=dma_bits)
-        else:
-            place = allocator.reserve_at(iova, size)
-        try:
-            self._map_unguarded(vaddr, place, size, flags)
-        except BaseException:
-            if not self.table.has(place, size, vaddr):  # it is, where a filter of the log has raised
-                allocator.release(place)
-            raise
-        return place
-
-    def unmap_and_release(self, *, iova: int, size: int, vaddr: int) -> None:
-        """Unmap a mapping, unless somebody else has done so already, and release its IOVA. Raises as `unmap`, and
-        KeyError where no IOVA is reserved from there on; nothing has changed then."""
-        self._unmap_and_release(index(iova), index(size), index(vaddr))
-
-    @guarded
-    def _unmap_and_release(self, iova: int, size: int, vaddr: int) -> None:
-        if not self.allocator.is_reserved(iova):
-            raise KeyError(f"no IOVA is reserved from {iova:#x} on")
-        if self.table.has(iova, size, vaddr):
-            self._unmap_known(iova, size, None)
-        self.allocator.release(iova)
-
-    def _refuse_unmap(self, iova: int, size: int) -> None:
-        """Raise for a range that is not what is mapped, unless everything has gone already."""
-        found = self.table.overlapping(iova=iova, size=size)
-        if found:
-            self.check_usable()
-        elif self.lost:
-            return
-        raise UnmapSizeError(iova=iova, asked=size, unmapped=0, known=describe_mappings(found), refused=True)
-
-    @guarded
-    def unmap_all(self) -> int:
-        """Unmap everything that is mapped in the container, also by other processes; how many bytes that was.
-
-        IOVA stays reserved. Raises UnmapSizeError when the kernel unmapped less than was mapped through this object,
-        IoctlError when it refuses. Cost: one ioctl, where the kernel has VFIO_UNMAP_ALL (5.12), else one a mapping.
-        Source: VFIO_DMA_UNMAP_FLAG_ALL.
-        """
-        self.check_usable()
+    def _unmap_everything(self) -> int:
         if self._info is None:
             return 0
-        asked, known = self.table.mapped, describe_mappings(list(self.table))
-        unmapped = self._unmap_everything()
-        if unmapped < asked:
-            raise UnmapSizeError(iova=0, asked=asked, unmapped=unmapped, known=known)
-        return unmapped
-
-    def _unmap_everything(self) -> int:
         if self.check_extension(ioctls.VFIO_UNMAP_ALL):
             return self.unmap_dma(iova=0, size=0, flags=_ALL)
         unmapped, failures = 0, list[Exception]()
@@ -915,37 +743,81 @@ class Container(Handle):
         raise_collected("unmapping everything", failures)
         return unmapped
 
-    def _misaligned(self, iova: int, size: int) -> ValueError:
-        return ValueError(
-            f"addresses and size must be multiples of {self.page_size:#x}, the size above 0 and the end within 64 "
-            f"bits: iova {iova:#x}, size {size:#x}"
-        )
+    # ------------------------------------------------------------------------------------------------ dirty pages
+
+    @property
+    def dirty_page_size(self) -> int:
+        """As `DirtyRecord.dirty_page_size`. Raises VfioError without a group."""
+        sizes = self._dirty_capability.pgsize_bitmap
+        return sizes & -sizes
+
+    @property
+    def _dirty_capability(self) -> MigrationCapability:
+        if (capability := self.info.migration) is None:
+            raise UnsupportedError(
+                "this IOMMU does not track writes of devices", hint="VFIO_TYPE1v2_IOMMU does so from Linux 5.8 on"
+            )
+        return capability
+
+    @guarded
+    def start_dirty_tracking(self) -> None:
+        """As `DirtyRecord.start_dirty_tracking`. Source: VFIO_IOMMU_DIRTY_PAGES_FLAG_START."""
+        _ = self._dirty_capability
+        self._dirty_pages(ioctls.vfio_iommu_type1_dirty_bitmap(8, ioctls.VFIO_IOMMU_DIRTY_PAGES_FLAG_START))
+        self._kept_dirty = ExtentSet()
+
+    @guarded
+    def stop_dirty_tracking(self) -> None:
+        """As `DirtyRecord.stop_dirty_tracking`. Source: VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP."""
+        if not self.lost:
+            self._dirty_pages(ioctls.vfio_iommu_type1_dirty_bitmap(8, ioctls.VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP))
+
+    def _read_dirty(self, iova: int, size: int, *, clear: bool) -> list[Extent]:
+        """Return the dirty pages of one mapping, which the kernel forgets in any case.
+
+        If several mappings are read at once, kernels write whole words into the bitmap, and a bit that one call left
+        behind the end of a mapping appears in a later call (`update_user_bitmap`).
+        """
+        bits, bitmap = self._make_bitmap(iova, size)
+        argument = ioctls.DirtyBitmapWithRange(48, ioctls.VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP)
+        argument.get = ioctls.vfio_iommu_type1_dirty_bitmap_get(iova, size, bitmap)
+        self._dirty_pages(argument)
+        found = dirty_extents(bytes(bits), iova=iova, size=size, page_size=self.dirty_page_size)
+        if not clear:
+            self._keep_dirty(found)
+        return found
+
+    def _unmap_dirty(self, iova: int, size: int) -> list[Extent]:
+        """Unmap one mapping, and return the dirty pages. Source: VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP."""
+        bits, bitmap = self._make_bitmap(iova, size)
+        self._note_unmap(iova, size, self.table.find(iova, size), self._unmap_dma(iova, size, 0, bitmap))
+        return dirty_extents(bytes(bits), iova=iova, size=size, page_size=self.dirty_page_size)
+
+    def _make_bitmap(self, iova: int, size: int) -> tuple[ctypes.Array[ctypes.c_uint8], ioctls.vfio_bitmap]:
+        capability, page = self._dirty_capability, self.dirty_page_size
+        bits = (ctypes.c_uint8 * align_up(-(-size // page // 8) or 8, 8))()
+        if len(bits) > capability.max_dirty_bitmap_size:
+            mapping = IovaRange.of(iova=iova, size=size)
+            raise ValueError(f"mapping {mapping} is too long for a dirty bitmap: map shorter pieces")
+        return bits, ioctls.vfio_bitmap(page, len(bits), ctypes.addressof(bits))
+
+    def _dirty_pages(self, argument: ioctls.vfio_iommu_type1_dirty_bitmap) -> None:
+        self.ioctl("VFIO_IOMMU_DIRTY_PAGES", argument, flags=argument.flags)
 
     # ------------------------------------------------------------------------------------------------ the end
 
-    def close_fd(self) -> None:
-        """Close the descriptor: everything is unmapped, if the table says so."""
-        super().close_fd()
-        self.lost = self.lost or not len(self.table)
-        if self.lost:
-            self._kept.clear()
-
-    def keep(self, memory: Iterable[object]) -> None:
-        """As `AddressSpace.keep`."""
-        self._kept.extend(memory)
-
     def close_dependents(self) -> None:
-        """As `Group.close_dependents`."""
+        """Close the dependents of all groups. Errors are not raised here, but by the close of the device."""
         for group in tuple(self.groups.values()):
             group.close_dependents()
 
     @closing_after_dependents
     def close(self) -> None:
-        """Close the devices, unmap everything, take the groups out and close them, close the container.
+        """Close the devices, unmap all memory, remove and close the groups, and close the container.
 
-        Twice is fine; in a forked child nothing happens. Raises the errors of the steps, after all of them were tried.
-        A device that cannot be closed (BufferError: a view of a region lives) keeps its group and the container open,
-        with everything mapped; close it again then.
+        Does nothing if already closed, or in a forked child. All steps are tried, and their errors are raised
+        afterwards. A device that cannot be closed (BufferError: a view of a region exists) keeps the group and the
+        container open, with all mappings. Release the view, and close the container again.
         """
         if self.closed:
             return
@@ -953,19 +825,14 @@ class Container(Handle):
         failures: list[Exception] = []
         groups = tuple(self.groups.values())
         _close_devices(groups, failures)
-        # Else it was closed with the device that it was opened for: `open_device`.
+        # A container that `open_device` made is already closed here, together with its device.
         if not self.closed and not any(group.devices for group in groups):
-            if len(self.table):
+            if self.table:
                 attempt(self._unmap_everything, failures)
             for group in tuple(self.groups.values()):
                 _end(group, failures)
             attempt(self.close_fd, failures)
         raise_collected("closing the VFIO container", failures)
-
-    @reading
-    def _check(self) -> None:
-        self.table._check()
-        self.allocator._check()
 
 
 def _checked_type(iommu_type: ioctls.VfioExtension | None) -> ioctls.VfioExtension | None:
@@ -982,5 +849,5 @@ def _checked_groups(groups: Iterable[Group]) -> list[Group]:
         if not isinstance(group, Group):
             raise TypeError(f"groups must be Groups, not {type(group).__name__}")
         if group.container is not None:
-            raise ValueError(f"IOMMU group {group.number} is in another Container")
+            raise ValueError(f"IOMMU group {group.number} is in another container")
     return given

@@ -1,44 +1,57 @@
-"""Keeps what a device can reach equal to what RAM blocks hold, through every resize, at an IOVA that never moves.
+"""The DMA mapper: map RAM blocks for devices, and keep the mappings right through every resize, at a fixed IOVA.
 
-A `DmaMapper` is a notifier of a `RamBlockList`. When a block comes, `max_length` of IOVA is reserved for it and its
-`used_length` is mapped; when it is resized, the old mapping is taken away and the new one made at the same IOVA; when
-it goes, both go. At every instant, also after any failure:
+A `DmaMapper` is a notifier of a `RamBlockList`. When a block is added, the mapper reserves `max_length` of IOVA and
+maps `used_length`. When a block is resized, the mapper changes the mapping at the same IOVA. When a block is removed,
+the mapper unmaps the block and releases the IOVA. At every instant, also after any failure:
 
-    what the device can reach  ⊆  [0, used_length), and what is just being changed
+    memory that the device can reach  ⊆  the union of [0, used_length) and the range being changed
 
-`pyvfio.mapper.policy` decides how. "remap" unmaps and remaps the block. DMA to the block fails until the remap
-completes. This is what `qemu_vfio_dma_map_resize` does (patch 14 of the series "Ram blocks with resizable anonymous
-allocations under POSIX", QEMU 2020), less the defects of the posted code: swapped arguments, a lock that is kept, a
-failing map that counts as a mapping, a length of 0 that is lost, a new length that is not checked, an address in the
-unmapped tail that is not recognised. "extend" maps and unmaps the difference, so everything that stays is in reach
-throughout.
+If an undo fails, the range stays in the second set: the list keeps that memory until the device cannot reach it.
+
+`pyvfio.mapper.policy` chooses the steps. "remap" unmaps and remaps the block. DMA to the block fails until the remap
+completes. `qemu_vfio_dma_map_resize` does the same (patch 14 of the series "Ram blocks with resizable anonymous
+allocations under POSIX", QEMU 2020), but the posted code has defects that are avoided here:
+
+* arguments are swapped, and a lock is not released;
+* a failed map counts as a mapping, and a length of 0 is lost;
+* the new length is not checked, and addresses in the unmapped tail are not recognised.
+
+"extend" maps and unmaps only the difference. With granules, the device can access the rest of the block throughout.
+Without granules there are two exceptions: see `DmaMapper`.
 """
 
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple, SupportsIndex
 from weakref import WeakKeyDictionary
 
 from pyvfio.blocks.discards import DiscardClaim
 from pyvfio.blocks.progress import LongWork, ProgressCallback
-from pyvfio.errors import REACH_UNKNOWN, EntryLimitError, IoctlError
-from pyvfio.extents import Extent, Part, clip, runs, without
+from pyvfio.errors import REACH_UNKNOWN, EntryLimitError, IoctlError, UnsupportedError
+from pyvfio.extent_set import NOTHING
+from pyvfio.extents import Extent, Part, added, removed, runs, without
 from pyvfio.guard import ContextManager, Guard, close_now, closing_under, constructing, guarded, reading
 from pyvfio.handle import attempt_all
 from pyvfio.iommu.space import AddressSpace
 from pyvfio.kernel import LinuxKernel
-from pyvfio.mapper.buffers import LARGE_PAGE, DmaMapping, OwnMemory, Reserve
-from pyvfio.mapper.plan import BlockShape, Budget, Plan, Rehearsal, check_shape, rehearse
+from pyvfio.mapper.buffers import LARGE_PAGE, DmaMapping, Reserve
+from pyvfio.mapper.by_address import ByAddress
+from pyvfio.mapper.lookups import TranslatingMapper
+from pyvfio.mapper.plan import BlockShape, Plan, Rehearsal, check_shape, rehearse
 from pyvfio.mapper.policy import Policy
-from pyvfio.mapper.regions import RegionMapper
+from pyvfio.mapper.promises import Promises
+from pyvfio.mapper.runs import Piece
 from pyvfio.mapper.segments import check_part
 from pyvfio.mapper.window import READ, WRITE, Window
 from pyvfio.memory.prefault import check_threads
 from pyvfio.ramblock import RamBlock, RamBlockList
 from pyvfio.units import Iova, Vaddr, check_whole_number
+
+if TYPE_CHECKING:
+    from pyvfio.picture import Picture
 
 if TYPE_CHECKING:  # collections.abc has it from 3.12 on
     from typing_extensions import Buffer
@@ -47,11 +60,16 @@ logger = logging.getLogger(__name__)
 
 
 class _Followed(NamedTuple):
-    """A block, and the IOVA that is its own for `max_length` bytes; in the order of `vaddr`, which no two share."""
+    """A block, with the window of `max_length` bytes of IOVA that is reserved for the block."""
 
     vaddr: Vaddr
     block: RamBlock
     window: Window
+
+
+def _altered(block: RamBlock, parts: Sequence[Part], *, gains: bool) -> Sequence[Part]:
+    """Return the extents of a block that devices reach after `parts` are mapped (`gains`) or unmapped."""
+    return (added if gains else removed)(block.populated, parts)
 
 
 def _same_kernel(blocks: RamBlockList, space: AddressSpace) -> bool:
@@ -64,52 +82,68 @@ def _end(mapper: DmaMapper) -> None:
 
 
 def _uppermost(mapper: DmaMapper) -> Guard:
-    """The guard whose lock a close takes first: the list's lock is above the mapper's."""
+    """Return the guard whose lock a close takes first: the lock of the list is above the mapper's."""
     return mapper.guard if mapper.blocks is None else mapper.blocks.guard
 
 
-class DmaMapper(RegionMapper, ContextManager):
-    """Maps RAM blocks, buffers of the caller's own and other devices' BARs into an `AddressSpace`.
+class DmaMapper(TranslatingMapper, ContextManager):
+    """Map RAM blocks, buffers of the caller and BARs of other devices into an `AddressSpace`.
 
-    `blocks`: follow that list from now on, blocks that it has included. `place`: asked for the IOVA of each block that
-    comes; None leaves it to the mapper. `resize` and what goes with it say how a block's mapping follows its length:
+    `blocks`: the list to follow, including existing blocks. `place`: a function that returns the IOVA for a new block,
+    or None to let the mapper choose. `resize` and `granule` determine how a mapping follows the length of a block:
 
-    * "remap": unmapped, and mapped anew in one piece. DMA into the block that is under way meanwhile is stopped, so
-      the caller quiesces the device. One mapping a block.
-    * "extend": the difference is mapped, or unmapped in whole pieces; at most the head of the one piece that straddles
-      the new end is unmapped and mapped again. A mapping for each grow; when the container takes no more, a block's
-      pieces are joined by a remap.
-    * "extend" with `granule` bytes (a power of two, at least `space.page_size`): all pieces are that long, lengths are
-      multiples of it (ValueError), and no byte that survives is ever unmapped. A block that could need more mappings
-      than there are is refused when it is added (EntryLimitError).
+    * "remap": the block is unmapped, and mapped again as one piece. DMA to the block fails until the remap completes,
+      so the caller must quiesce the device. A block needs one mapping.
+    * "extend": only the difference is mapped, or unmapped in whole pieces. If a shrink ends inside a piece, the head
+      of that piece is unmapped and mapped again. Each grow adds a mapping. When the container takes no more mappings,
+      the pieces of a block are joined by a remap.
+    * "extend" with `granule` bytes (a power of two, at least `space.page_size`): all pieces have that size, and all
+      lengths are multiples of `granule` (ValueError). Memory that stays in use is never unmapped. A block that could
+      exceed the mappings of the container is refused when added (EntryLimitError).
+    * "cut", on an `Ioas` made with `cut`: a grow maps the difference, and a shrink or discard cuts the bytes
+      that leave out of the mappings. The rest stays in reach throughout, at any multiple of `space.page_size`.
 
-    `allow_gap=False`, with "extend": a resize for which a surviving byte would have to be unmapped is a GapError, or
-    EntryLimitError where pieces would have to be joined.
+    `allow_gap=False`, with "extend": a resize that would unmap memory that stays in use raises GapError. A resize that
+    would join pieces raises EntryLimitError.
 
-    `policy_of` is asked for the policy of each block that comes, and for shapes that are planned: a `Policy`, for rings
-    that are remapped beside buffers in granules, or None for that of `resize`, `granule` and `allow_gap`. While a block
-    has granules, each block that comes is promised the mappings that it may need (EntryLimitError), one where it has no
-    granules. A block keeps its policy.
+    `policy_of`: a function that returns the `Policy` of a new block, or of a shape for `plan`. None: the policy of
+    `resize`, `granule` and `allow_gap`. Rings can thus be remapped while buffers use granules. The policy of a block
+    never changes. While any block has granules, each new block sets mappings of the container aside: as many as the
+    block can need with granules, one without. If too few are left, EntryLimitError is raised.
 
-    `dma_bits`, 17 to 64: how many address bits the device has. IOVAs that the mapper chooses lie below 2^`dma_bits`:
-    those of blocks and buffers from the bottom up, of temporary mappings from the top down. None: the limit of `space`,
-    which is 39 bits unless the caller has set another. An IOVA of the caller's own (`place`, `iova=`) may lie above.
+    `dma_bits`, 17 to 64: the number of address bits of the device. The mapper chooses IOVAs below 2^`dma_bits`: for
+    blocks and buffers from the bottom up, for temporary mappings from the top down. None: the limit of `space`, 39 bits
+    unless set otherwise. An IOVA that the caller chooses (`place`, `iova=`) can lie above.
 
-    `prefault`: how many threads populate a block's memory before it is mapped, which otherwise is the map's work and
-    one thread's; 0 for none. `progress` is told of each piece that has been populated, mapped or unmapped; a change
-    ends between pieces, with the block as it was, when it raises or a signal handler does. It is given a `Progress`,
-    by the thread that makes the change and under the lock of the list, so that it must return soon.
+    `prefault`: the number of threads that populate the memory of a block before the map. 0: the map allocates the pages
+    in a single thread. `progress`: called with a `Progress` after each piece is populated, mapped or unmapped. The
+    changing thread makes the call under the lock of the list, so the function must return soon. If `progress` or a
+    signal handler raises, the change ends between two pieces and is undone.
 
-    A block keeps the parts of it that `map_dma`, `map_buffer` and `map_temporary` have given out: it cannot shrink
-    below them, discard them or be removed (BufferError) until those mappings are closed. Closing the list or the mapper
-    ends them all.
+    A block cannot lose a part while a mapping of the part by `map_dma`, `map_buffer` or `map_temporary` is open. A
+    shrink below the part, a discard of the part, and a removal of the block raise BufferError. Closing the list or the
+    mapper closes all these mappings.
 
-    Raises what mapping the existing blocks raises; then it follows nothing. ValueError: options that do not go
-    together, or a list that is on another kernel than `space`.
+    If an existing block cannot be mapped, the error is raised, and the list has no new notifier. Raises ValueError for
+    options that exclude each other, and for a list whose kernel is not the kernel of `space`.
 
-    Synchronization: every method may be called from any thread. A block's hooks are called under the list's lock.
-    Cost: a resize that remaps unmaps the old length and maps the new one, whatever the difference; one that extends
-    costs what the difference does.
+    Synchronization: any thread may call any method. Hooks are called under the lock of the list.
+    Cost: a resize by "remap" unmaps the old length and maps the new length. A resize by "extend" costs as much as the
+    difference, and without granules sometimes a remap of one piece or of the block.
+
+    Example:
+        >>> import pyvfio
+        >>> kernel = pyvfio.testing.FakeKernel()
+        >>> device = pyvfio.open_device("0000:00:02.0", kernel=kernel)
+        >>> blocks = pyvfio.RamBlockList(kernel=kernel)
+        >>> mapper = pyvfio.DmaMapper(device.space, blocks, resize="extend", granule=pyvfio.MIB)
+        >>> ring = blocks.add("ring", used_length=2 * pyvfio.MIB, max_length=pyvfio.GIB)
+        >>> iova = mapper.iova(ring)
+        >>> ring.resize(4 * pyvfio.MIB)
+        >>> mapper.iova(ring) == iova
+        True
+        >>> sum(mapping.size for mapping in device.space.mappings) == 4 * pyvfio.MIB
+        True
     """
 
     @constructing(_end)
@@ -118,7 +152,7 @@ class DmaMapper(RegionMapper, ContextManager):
         space: AddressSpace,
         blocks: RamBlockList | None = None,
         *,
-        resize: Literal["remap", "extend"] = "remap",
+        resize: Literal["remap", "extend", "cut"] = "remap",
         granule: int | None = None,
         allow_gap: bool = True,
         place: Callable[[RamBlock], int | None] | None = None,
@@ -132,32 +166,34 @@ class DmaMapper(RegionMapper, ContextManager):
         if not isinstance(blocks, RamBlockList | None):
             raise TypeError(f"blocks must be a RamBlockList, not {type(blocks).__name__}")
         if not all(callback is None or callable(callback) for callback in (progress, place, policy_of)):
-            raise TypeError("progress, place and policy_of are called, so that they must be callable")
+            raise TypeError("progress, place and policy_of must be callable or None")
+        self._check_policy(policy)
         self.policy = policy
-        """How blocks are mapped for which `policy_of` has no policy."""
+        """The policy of blocks for which `policy_of` returns None."""
         self.prefault = check_threads(prefault, "prefault")
-        """How many threads populate memory before it is mapped."""
+        """The number of threads that populate memory before a map."""
         self.blocks: RamBlockList | None = None
-        """The list that it follows."""
+        """The list that the mapper follows, or None."""
         self._progress = progress
         self._place = place or (lambda _block: None)
         self._policy_of = policy_of or (lambda _block: None)
-        self._promises = granule is not None  # whether a block has, or had, granules: mappings are promised then
+        self._promises = Promises(space, made=granule is not None)
         self._windows: dict[RamBlock, Window] = {}
-        self._followed: list[_Followed] = []  # the same, sorted by vaddr, windows being as long as their blocks
-        self._departing: dict[RamBlock, Window] = {}  # removed, and the list may still have to take that back
-        self._former: WeakKeyDictionary[RamBlock, Iova] = WeakKeyDictionary()  # of blocks that have left
+        self._followed = ByAddress[_Followed]()  # the same windows by address; a window has the block's max_length
+        self._departing: dict[RamBlock, Window] = {}  # unmapped for a removal that the list may still undo
+        self._stranded: list[Window] = []  # of blocks whose addition failed, and whose undo could not unmap
+        self._former: WeakKeyDictionary[RamBlock, Iova] = WeakKeyDictionary()  # the IOVAs of removed blocks
         self._claim: DiscardClaim | None = None
         self._leaving = False
-        self._list_guard: Guard | None = None  # of the list that it follows, or has followed
+        self._list_guard: Guard | None = None  # of the current or the last list
         if blocks is not None:
             self._follow(blocks)
 
     def _follow(self, blocks: RamBlockList) -> None:
         if not _same_kernel(blocks, self._space):
             raise ValueError(
-                f"the list of blocks is on {blocks.kernel!r} and the address space on {self._space.kernel!r}; give "
-                "both the same kernel="
+                f"the list of blocks uses {blocks.kernel!r}, and the address space uses {self._space.kernel!r}: pass "
+                "the same kernel= to both"
             )
         self._claim = blocks.discards.disable_uncoordinated()
         self._list_guard = blocks.guard
@@ -172,41 +208,46 @@ class DmaMapper(RegionMapper, ContextManager):
         if self._closed:
             return "<DmaMapper closed>"
         granule = "" if self.policy.granule is None else f" granule={self.policy.granule:#x}"
+        return f"<DmaMapper {self.policy.resize}{granule}: {self._contents()}>"
+
+    def _contents(self) -> str:
         blocks, buffers = len(self._followed), len(self._fixed)
         return (
-            f"<DmaMapper {self.policy.resize}{granule}: {blocks} block{'s' * (blocks != 1)}, {buffers} "
-            f"buffer{'s' * (buffers != 1)}, {len(self._temporary)} temporary>"
+            f"{blocks} block{'s' * (blocks != 1)}, {buffers} buffer{'s' * (buffers != 1)}, "
+            f"{len(self._temporary) + len(self._given_up)} temporary"
         )
 
     # ------------------------------------------------------------------------------------------------ RAM blocks
 
     @guarded
     def ram_block_added(self, block: RamBlock, used_length: int, max_length: int) -> None:
-        """Reserve `max_length` of IOVA and map the populated parts, or nothing of it.
+        """Reserve `max_length` of IOVA and map the populated parts, or do neither.
 
-        Raises ValueError where granules do not make the block up, and for a block of another list than the mapper's.
-        A block that comes back, since its removal was refused, has its place, its policy and its mappings as before.
+        Raises ValueError if the lengths of the block are not multiples of the granule, and for a block of another list.
+        The list calls this also to undo a refused removal: the block keeps IOVA and policy, and is mapped again.
         """
         self.check_open()
         self._check_list(block)
         departing = self._departing.get(block)
         if departing is not None:
-            self._change(departing, block.state.populated_at(used_length))
             del self._departing[block]
-            self._enter(block, departing)
+            self._enter(block, departing)  # first: the block stays in the list even if the map fails
+            self._change(departing, block.state.populated_at(used_length))
             return
         policy = self._choose_policy(block)
         self._check_pages(max_length, f"max_length of RAM block '{block.idstr}'")
         self._check_length(policy, used_length, "used_length")
         wanted = block.state.populated_at(used_length)
-        self._check_parts(block, policy, wanted)  # it may have holes already
-        self._check_budget(block, policy, max(policy.entries(max_length), len(wanted)))
+        self._check_parts(block, policy, wanted)  # parts of the block can be discarded already
+        needed = max(policy.entries(max_length), len(wanted))
+        self._promises.check(block.idstr, policy, needed=needed, max_length=max_length, make_room=self._recycle)
         iova = self._find_place(block, self._reserve, self._reserve_own)
         window = self._window(block, iova, policy)
         try:
             self._change(window, wanted)
         except REACH_UNKNOWN:
-            raise  # and keep the IOVA: the device may reach something there
+            self._stranded.append(window)  # the IOVA stays reserved: the device may still reach memory there
+            raise
         except BaseException:
             self._space.release_iova(iova)
             raise
@@ -216,20 +257,31 @@ class DmaMapper(RegionMapper, ContextManager):
     def _check_list(self, block: RamBlock) -> None:
         if self._list_guard is None or block.guard.lock is not self._list_guard.lock:
             raise ValueError(
-                f"RAM block '{block.idstr}' is of another list than this mapper follows: a DmaMapper follows the list "
-                "that it was made with, DmaMapper(space, blocks)"
+                f"RAM block '{block.idstr}' is in another list: a DmaMapper follows only the list that was passed to "
+                "DmaMapper(space, blocks)"
             )
 
     def _enter(self, block: RamBlock, window: Window) -> None:
         self._windows[block] = window
-        self._promises = self._promises or window.policy.granule is not None
-        insort(self._followed, _Followed(window.vaddr, block, window))
+        window.enter(self._promises)
+        self._promises.made = self._promises.made or window.policy.granule is not None
+        self._followed.add(_Followed(window.vaddr, block, window))
 
     def _choose_policy(self, block: RamBlock | BlockShape) -> Policy:
         chosen = self._policy_of(block)
         if not isinstance(chosen, Policy | None):
             raise TypeError(f"policy_of() returns a Policy or None, not {chosen!r}")
-        return self.policy if chosen is None else chosen
+        policy = self.policy if chosen is None else chosen
+        self._check_policy(policy)
+        return policy
+
+    def _check_policy(self, policy: Policy) -> None:
+        if policy.resize == "cut" and not self._space.can_cut:
+            raise UnsupportedError(
+                "resize='cut' needs an address space that can unmap part of a mapping",
+                hint="Make the space with pyvfio.Ioas(cut='pages'), and pass it to open_device(space=); or use "
+                "resize='extend' with granule=",
+            )
 
     def _window(self, block: RamBlock, iova: Iova, policy: Policy) -> Window:
         access = READ if block.readonly else READ | WRITE
@@ -242,15 +294,16 @@ class DmaMapper(RegionMapper, ContextManager):
             size=block.max_length,
             make_room=self._recycle,
             access=access,
+            file=block.state.memory.shared_file if self._space.maps_files else None,
             attendant=self._attendant(block),
         )
 
     @guarded
     def take_in(self, blocks: RamBlockList, places: Mapping[str, int], policies: Mapping[str, Policy]) -> None:
-        """Follow `blocks`, a list that nobody else knows, each of which the space has mapped already at its IOVA and
-        under its policy.
+        """Follow `blocks`, whose memory the space has already mapped at `places` and under `policies`.
 
-        For live update. No call is made and no notifier is told, so a failure leaves nothing to undo.
+        For live update. The list has no other user. No system call is made and no notifier is called, so that a failure
+        leaves nothing to undo.
         """
         self._claim = blocks.discards.disable_uncoordinated()
         self._list_guard = blocks.guard
@@ -264,65 +317,75 @@ class DmaMapper(RegionMapper, ContextManager):
 
     @guarded
     def forget(self) -> None:
-        """Forget blocks and mappings, which are another process's. For live update: no call is made."""
+        """Forget blocks and mappings, which another process owns now. For live update: makes no system call."""
         self._closed = True
-        self._windows, self._followed, self.blocks = {}, [], None
+        for window in self._windows.values():
+            window.leave()
+        self._windows, self.blocks = {}, None
+        self._stranded.clear()
+        self._followed.clear()
         if self._claim is not None:
             close_now(self._claim)
 
     @reading
     def windows(self) -> list[tuple[RamBlock, Window]]:
-        """Return each block that is followed, and its pieces, ascending by address."""
+        """Return each followed block with its window, ascending by address."""
         return [(block, window) for _vaddr, block, window in self._followed]
 
-    def _check_budget(self, block: RamBlock, policy: Policy, needed: int) -> None:
-        """EntryLimitError where a block could need more mappings than are left, and a block has granules: mappings are
-        promised to each block then."""
-        granule = policy.granule
-        if granule is not None and granule % self._space.page_size:
-            raise ValueError(
-                f"a granule must be at least the IOMMU's page, {self._space.page_size:#x}, not {granule:#x}"
-            )
-        if granule is None and not self._promises:
-            return
-        error = self._take_budget(block, granule, needed)
-        if error is not None and self._recycle(error):
-            error = self._take_budget(block, granule, needed)
-        if error is not None:
-            raise error
+    @reading
+    def picture(self) -> Picture:
+        """Return a `Picture` of the container's IOVA space, with the blocks and buffers of this mapper by name.
 
-    def _take_budget(self, block: RamBlock, granule: int | None, needed: int) -> EntryLimitError | None:
-        budget = Budget(self._entries_left(promises=True))
-        return budget.take(block.idstr, granule, needed=needed, max_length=block.max_length)
+        Raises ClosedError when the mapper is closed. O(n log n), n mappings of the container.
+        """
+        from pyvfio.picture import Span, picture_of  # noqa: PLC0415 (few programs draw)
 
-    def _entries_left(self, *, promises: bool) -> int:
-        """How many mappings are left, with `promises` when all blocks have those they may need."""
-        promised = 0
-        if promises:
-            windows = self._windows.values()
-            promised = sum(max(0, each.policy.entries(each.size) - len(each.pieces())) for each in windows)
-        return self._space.entries_left - promised
+        self.check_open()
+        spans = [
+            Span("block", block.idstr, window.iova, window.size, block.used_length, tuple(window.pieces()))
+            for _vaddr, block, window in self._followed
+        ]
+        for memory in self._own():
+            kind: Literal["temporary", "buffer"] = "temporary" if memory.temporary else "buffer"
+            spans.append(Span(kind, "", memory.iova, memory.size, memory.size, (Extent(0, memory.size),)))
+        return picture_of(self._space, f"DmaMapper: {self._contents()}", spans)
+
+    def _repr_svg_(self) -> str | None:
+        return None if self._closed else self.picture().svg()
 
     @guarded
     def plan(self, blocks: Iterable[BlockShape | RamBlock]) -> Plan:
-        """What `blocks` would need if they were added in that order, against what there is; nothing is touched.
+        """Return a `Plan`: the resources that `blocks` would need, in that order, and the resources that are available.
 
-        Takes blocks of a list that this mapper does not follow yet, or their shapes. A `place` is asked for blocks, not
-        for shapes, which say themselves where they are to be; `policy_of` is asked for both. Temporary mappings that
-        have been given up count as taken: call `reset_temporary` first. Raises ValueError for lengths that can never be
-        right, and for a block that is there already. Cost: some system calls, and populating 2 MiB.
+        Changes nothing. `blocks`: shapes, or blocks of a list that this mapper does not follow yet. `place` is called
+        for blocks only, since a shape has its own `iova`; `policy_of` is called for both. Closed temporary mappings
+        count as taken: call `reset_temporary` first.
+
+        Raises ValueError for invalid lengths, and for a block that the mapper already follows. Cost: some system calls,
+        and populating 2 MiB.
+
+        Example:
+            >>> import pyvfio
+            >>> kernel = pyvfio.testing.FakeKernel()
+            >>> device = pyvfio.open_device("0000:00:02.0", kernel=kernel)
+            >>> blocks = pyvfio.RamBlockList(kernel=kernel)
+            >>> mapper = pyvfio.DmaMapper(device.space, blocks)
+            >>> shape = pyvfio.BlockShape("ring", used_length=2 * pyvfio.MIB, max_length=pyvfio.GIB)
+            >>> plan = mapper.plan([shape])
+            >>> plan.fits, plan.entries
+            (True, 1)
         """
         self.check_open()
         shapes = [check_shape(shape) for shape in blocks]
         self._check_new(shapes)
         policies = [self._choose_policy(shape) for shape in shapes]
-        promises = self._promises or any(policy.granule for policy in policies)
+        promises = self._promises.made or any(policy.granule for policy in policies)
         return rehearse(
             self._space,
             shapes,
             policies,
             promises=promises,
-            left=self._entries_left(promises=promises),
+            left=self._promises.left(made=promises),
             threads=self.prefault,
             reserve=self._rehearse_iova,
         )
@@ -332,7 +395,7 @@ class DmaMapper(RegionMapper, ContextManager):
         for shape in shapes:
             followed = known.get(getattr(shape, "idstr", ""))
             if followed is not None and (followed is shape or isinstance(shape, BlockShape)):
-                raise ValueError(f"there is a RAM block '{shape.idstr}' already, and this mapper follows it")
+                raise ValueError(f"this mapper already follows a RAM block '{shape.idstr}'")
 
     def _rehearse_iova(self, rehearsal: Rehearsal, shape: BlockShape | RamBlock) -> Iova:
         if isinstance(shape, RamBlock):
@@ -342,8 +405,8 @@ class DmaMapper(RegionMapper, ContextManager):
         return rehearsal.reserve_iova(shape.max_length, alignment=LARGE_PAGE, offset=0, dma_bits=self.dma_bits)
 
     def _attendant(self, block: RamBlock) -> LongWork | None:
-        # A device that only reads would have the page of zeros where nothing was written yet, and keep it: kernels pin
-        # what is there (`vaddr_get_pfns` without FOLL_WRITE).
+        # A read-only map of untouched memory would pin the shared zero page, and the device would keep reading that
+        # page: `vaddr_get_pfns` without FOLL_WRITE pins the pages that exist.
         must = block.readonly and not block.state.memory.readable_only and not block.prealloc
         if not (must or self.prefault or self._progress is not None):
             return None
@@ -355,11 +418,11 @@ class DmaMapper(RegionMapper, ContextManager):
         if wanted is not None:
             return reserve_at(check_whole_number(wanted, "an IOVA that place() returns"), block.max_length)
         former = self._former.get(block)
-        if former is not None:  # a block that has left with the mapper, and comes again, finds its IOVA again
+        if former is not None:  # a block that is added again gets its former IOVA, if free
             try:
                 return reserve_at(former, block.max_length)
             except IoctlError:
-                logger.debug("iova=%#x of %r has been given to another", former, block)
+                logger.debug("iova=%#x of %r is taken", former, block)
         return reserve(
             block.max_length,
             alignment=max(LARGE_PAGE, block.page_size),
@@ -368,7 +431,7 @@ class DmaMapper(RegionMapper, ContextManager):
         )
 
     def _reserve_own(self, iova: int, size: int) -> Iova:
-        """Reserve the caller's own choice; temporary mappings there that have been closed make room."""
+        """Reserve the IOVA that the caller chose. Closed temporary mappings there are unmapped."""
         try:
             return self._space.reserve_iova_at(iova, size)
         except IoctlError as error:
@@ -378,20 +441,21 @@ class DmaMapper(RegionMapper, ContextManager):
 
     @guarded
     def ram_block_removed(self, block: RamBlock, used_length: int, max_length: int) -> None:
-        """Unmap the block. Its IOVA stays reserved until `ram_block_gone`: the removal may be refused yet.
+        """Unmap the block. The IOVA stays reserved until `ram_block_gone`, since the removal can still be refused.
 
-        Raises BufferError while a mapping of a part of it is open, unless the list or the mapper is being closed.
-        UnmapSizeError or IoctlError: the block is then still reached.
+        Raises BufferError while a mapping of a part of the block is open, unless the list or the mapper is being
+        closed. Raises UnmapSizeError or IoctlError; the device then still reaches the block.
         """
         del used_length, max_length
         window = self._windows.get(block)
         if window is None:
             return
         if not (self._leaving or (self.blocks is not None and self.blocks.closing)):
-            window.check_held([])
+            window.check_held([(0, window.size)])
         window.change([])
         self._departing[block] = window
-        self._followed.remove(_Followed(window.vaddr, block, window))
+        window.leave()
+        self._followed.remove(window.vaddr)
         del self._windows[block]
 
     @guarded
@@ -405,60 +469,94 @@ class DmaMapper(RegionMapper, ContextManager):
 
     @guarded
     def ram_block_resized(self, block: RamBlock, old_length: int, new_length: int) -> None:
-        """Map `new_length` in place of `old_length`, at the same IOVA.
+        """Map `new_length` instead of `old_length`, at the same IOVA.
 
-        Raises BufferError while a mapping of a part behind `new_length` is open. When the kernel refuses, the refusal
-        is raised, and all is mapped as before. When that fails too, RollbackError: the device reaches less than the
-        block has, until it is resized once more or removed.
+        Raises BufferError while a mapping of a part beyond `new_length` is open. If the kernel refuses a step, the
+        error is raised and the old mapping is restored. If that fails too, RollbackError is raised. The device then
+        reaches less than the block holds, until the block is resized again or removed.
         """
-        window = self._window_of(block)
+        window = self._windows.get(block)
+        if window is None or self._closed or self._space.lost:
+            window = self._window_of(block)  # raises
         if not 0 <= new_length <= window.size:
             raise ValueError(f"{new_length:#x} is not within max_length {block.max_length:#x} of '{block.idstr}'")
-        self._check_length(window.policy, new_length, "used_length")
-        wanted = block.state.populated_at(new_length)
-        if new_length < old_length:
-            window.check_held(wanted)
-        self._change(window, wanted)
+        if new_length & ((window.policy.granule or self._space.page_size) - 1):
+            self._check_length(window.policy, new_length, "used_length")
+        gains, discarded = new_length > old_length, block.state.discarded
+        tail = (old_length, new_length) if gains else (new_length, old_length)
+        parts: Sequence[Part] = [tail] if new_length != old_length else []
+        if discarded is not NOTHING:  # `if discarded` would cost a call of Python
+            parts = without(parts, *discarded.clip(*tail))
+        self._alter(block, window, parts, gains=gains)
 
     @guarded
     def ram_block_discarded(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        """Unmap parts of the block; as `ram_block_resized`. ValueError: granules do not make them up."""
-        window, wanted = self._window_of(block), without(block.populated, *parts)
+        """Unmap parts of the block. Raises as `ram_block_resized`; ValueError for parts of no whole granules."""
+        window = self._window_of(block)
         self._check_parts(block, window.policy, parts)
-        window.check_held(wanted)
-        self._change(window, wanted)
+        self._alter(block, window, parts, gains=False)
 
     @guarded
     def ram_block_populated(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        """Map parts of the block again; as `ram_block_discarded`."""
+        """Map parts of the block again. Raises as `ram_block_discarded`."""
         window = self._window_of(block)
         self._check_parts(block, window.policy, parts)
-        self._change(window, runs(sorted([*without(block.populated, *parts), *parts])))
+        self._alter(block, window, parts, gains=True)
 
     @guarded
     def ram_block_remapping(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        """Unmap the pages of `parts`, and all that is mapped in one piece with them. GapError: that was not allowed,
-        and a granule is not in `parts` as a whole."""
+        """Unmap the pieces that contain `parts`, whose pages will be replaced.
+
+        Raises GapError if the policy allows no gap and a granule lies only partly in `parts`.
+        """
         window = self._window_of(block)
-        policy = window.policy
-        if policy.resize == "remap" and parts:
-            self._change(window, [])  # it would be a piece before and one behind them, and one again
+        if window.policy.resize == "remap" and parts:
+            window.change([])  # unmap all: otherwise a piece before and a piece after `parts` would be mapped
             return
+        lost = self._replaced(block, window.policy, parts)
         try:
-            self._change(window, without(block.populated, *policy.round_out(parts, self._space.page_size)))
+            if window.follows(block.state, lost, gains=False):
+                window.unmap(lost)
+            else:
+                window.change(without(block.populated, *lost))
         except EntryLimitError:
-            if not policy.joins:
+            if not window.policy.joins:
                 raise
-            self._change(window, [])  # the container takes no piece before them and one behind them
+            window.unmap([(0, window.size)])  # the container has no mapping left for a second piece
 
     @guarded
     def ram_block_remapped(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        """Map the pages that there are now. As `ram_block_resized`."""
-        del parts  # the window knows what it reaches
-        self._change(self._window_of(block), block.populated)
+        """Map the new pages of `parts`. Raises as `ram_block_resized`."""
+        window = self._window_of(block)
+        lost = self._replaced(block, window.policy, parts)
+        if window.has_just_lost(lost):
+            self._alter(block, window, lost, gains=True)
+        else:
+            self._change(window, block.populated)
+
+    def _replaced(self, block: RamBlock, policy: Policy, parts: Sequence[Extent]) -> list[Extent]:
+        """Return the extents that devices cannot reach during a replacement of `parts`, rounded out to pieces."""
+        rounded = policy.round_out(parts, self._space.page_size)
+        return [found for part in rounded for found in block.state.populated_in(*part)]
+
+    def _alter(self, block: RamBlock, window: Window, parts: Sequence[Part], *, gains: bool) -> None:
+        """Map (`gains`) or unmap `parts`. Other parts change only if the policy requires."""
+        try:
+            if not window.follows(block.state, parts, gains=gains):
+                wanted = _altered(block, parts, gains=gains)
+                if not gains:
+                    window.check_held(without([(0, window.size)], *wanted))
+                window.change(wanted)
+            elif gains:
+                window.map(parts)
+            else:
+                window.check_held(parts)
+                window.unmap(parts)
+        except EntryLimitError:
+            self._join_for(window, _altered(block, parts, gains=gains))
 
     def _check_length(self, policy: Policy, length: int, what: str) -> None:
-        """ValueError before anything is touched where pages of the IOMMU, or granules, do not make up `length`."""
+        """Raise ValueError, before any change, unless `length` is a multiple of the IOMMU's page and of the granule."""
         if length & (self._space.page_size - 1):
             self._check_pages(length, what)
         policy.check_length(length, what)
@@ -467,8 +565,8 @@ class DmaMapper(RegionMapper, ContextManager):
         page = self._space.page_size
         if length % page:
             raise ValueError(
-                f"{what} must be a multiple of the IOMMU's page, {page:#x} bytes, not {length:#x}: this IOMMU maps no "
-                "smaller part"
+                f"{what} must be a multiple of the IOMMU's page, {page:#x} bytes, not {length:#x}: this IOMMU has no "
+                "smaller pages"
             )
 
     def _check_parts(self, block: RamBlock, policy: Policy, parts: Sequence[Part]) -> None:
@@ -480,24 +578,31 @@ class DmaMapper(RegionMapper, ContextManager):
         try:
             window.change(wanted)
         except EntryLimitError:
-            if window.policy.joins:
-                logger.debug("joining pieces: the container takes no more mappings")
-                self._join(window, wanted)
-                return
-            if not (others := self._joinable()):
-                raise
-            for other in others:
-                other.change(runs(other.pieces()), join=True)
-            window.change(wanted)
+            self._join_for(window, wanted)
+
+    def _join_for(self, window: Window, wanted: Sequence[Part]) -> None:
+        """Handle an EntryLimitError: join pieces of this window, or of others, and map `wanted`.
+
+        Raises the EntryLimitError again if no pieces can be joined. Call this in an `except` block.
+        """
+        logger.debug("joining pieces: the container takes no more mappings")
+        if window.policy.joins:
+            self._join(window, wanted)
+            return
+        if not (others := self._joinable()):
+            raise  # noqa: PLE0704
+        for other in others:
+            other.change(runs(other.pieces()), join=True)
+        window.change(wanted)
 
     def _joinable(self) -> list[Window]:
-        """The blocks that would need fewer mappings if their pieces were joined, and whose pieces may be."""
-        windows = [each for each in self._windows.values() if each.policy.joins]
+        """Return the windows whose pieces can be joined into fewer mappings, and whose policies permit that."""
+        windows = [each for each in self._windows.values() if each.in_pieces and each.policy.joins]
         return [each for each in windows if len(pieces := each.pieces()) > len(runs(pieces))]
 
     def _join(self, window: Window, wanted: Sequence[Part]) -> None:
-        """Where a block of many pieces becomes one, there is room again."""
-        if not window.pieces() and (others := self._joinable()):
+        """Map `wanted` as few pieces. A window without pieces first gets room by joining those of another block."""
+        if not window.reached and (others := self._joinable()):
             most = max(others, key=lambda each: len(each.pieces()))
             most.change(runs(most.pieces()), join=True)
         window.change(wanted, join=True)
@@ -507,32 +612,38 @@ class DmaMapper(RegionMapper, ContextManager):
             self.check_open()
         window = self._windows.get(block)
         if window is None:
-            raise ValueError(f"RAM block '{block.idstr}' is not followed by this mapper; it lies at {block.vaddr:#x}")
+            raise ValueError(f"this mapper does not follow RAM block '{block.idstr}' at {block.vaddr:#x}")
         return window
-
-    def _below(self, vaddr: int) -> _Followed | None:
-        """The last block that does not begin above `vaddr`."""
-        if not self._followed:
-            return None
-        position = bisect_left(self._followed, (vaddr + 1,))
-        return self._followed[position - 1] if position else None
 
     # ------------------------------------------------------------------------------------------------ look-ups
 
     @reading
     def iova(self, block: RamBlock, offset: SupportsIndex = 0, size: SupportsIndex | None = None) -> Iova:
-        """Return where byte `offset` of `block` is for the device; it stays there until the block is removed.
+        """Return the IOVA of byte `offset` of `block`. The IOVA is fixed until the block is removed.
 
-        `iova(block)` is where the block begins, whatever its length. With `offset` or `size`, all of
-        `[offset, offset + size)` has to be mapped (`size` None: the one byte), so that the IOVA can be given to a
-        device that reaches `size` bytes from there on.
+        `iova(block)` is the start of the block, for any length. With `offset` or `size`, all of
+        `[offset, offset + size)` must be mapped (`size` None: one byte). The device can then access `size` bytes from
+        the returned IOVA.
 
-        Raises ValueError when the block is not followed, when bytes of the range are behind `used_length` or discarded,
-        and for a `size` below 1; LookupError when a failed change has left bytes of it unmapped; TypeError;
-        ClosedError; VfioError where nothing is mapped any more.
+        Raises ValueError if the mapper does not follow the block, or if `size` is below 1. Raises ValueError if the
+        range extends beyond `used_length`, or contains discarded bytes. Raises LookupError if a failed change left
+        bytes of the range unmapped, and VfioError if all mappings of the space were lost. Raises TypeError and
+        ClosedError.
+
+        Example:
+            >>> import pyvfio
+            >>> kernel = pyvfio.testing.FakeKernel()
+            >>> device = pyvfio.open_device("0000:00:02.0", kernel=kernel)
+            >>> blocks = pyvfio.RamBlockList(kernel=kernel)
+            >>> mapper = pyvfio.DmaMapper(device.space, blocks)
+            >>> ring = blocks.add("ring", used_length=2 * pyvfio.MIB, max_length=pyvfio.GIB)
+            >>> f"{mapper.iova(ring):#x}"
+            '0x200000'
+            >>> f"{mapper.iova(ring, 0x3000, 0x1000):#x}"
+            '0x203000'
         """
         if not isinstance(block, RamBlock):
-            raise TypeError(f"iova() is asked of a RamBlock, not of {block!r}")
+            raise TypeError(f"iova() takes a RamBlock, not {block!r}")
         window = self._window_of(block)
         if check_whole_number(offset, "offset") == 0 and size is None:
             return window.iova
@@ -541,18 +652,21 @@ class DmaMapper(RegionMapper, ContextManager):
 
     @staticmethod
     def _part(block: RamBlock, window: Window, offset: SupportsIndex, size: SupportsIndex | None) -> tuple[int, int]:
-        """Return the offset and the size of a part of a block, all of which is mapped; errors as `iova`."""
+        """Return the offset and the size of a part that is fully mapped. Raises as `iova`."""
         state = block.state
+        if type(offset) is not int or not (size is None or type(size) is int):  # before the block's length is read
+            offset = check_whole_number(offset, "offset")
+            size = None if size is None else check_whole_number(size, "size")
         start, count = check_part(offset, size, state.used_length, f"RAM block '{block.idstr}' that are in use")
-        if state.discarded and (gone := clip(state.discarded, start, start + count)):
+        if state.discarded and (gone := state.discarded.clip(start, start + count)):
             raise ValueError(
-                f"bytes {gone[0].start:#x}-{gone[0].end - 1:#x} of RAM block '{block.idstr}' are discarded, so that no "
-                "device reaches them: populate() them first"
+                f"bytes {gone[0].start:#x}-{gone[0].end - 1:#x} of RAM block '{block.idstr}' are discarded and not "
+                "mapped: populate() them first"
             )
         if not window.settled and not window.reaches(window.vaddr + start, count):
             raise LookupError(
-                f"bytes {start:#x}-{start + count - 1:#x} of RAM block '{block.idstr}' are not all mapped since a "
-                "change and its undo failed; resize the block once more"
+                f"bytes {start:#x}-{start + count - 1:#x} of RAM block '{block.idstr}' are not all mapped, because a "
+                "change and its undo failed; resize the block again"
             )
         return start, count
 
@@ -565,20 +679,34 @@ class DmaMapper(RegionMapper, ContextManager):
             return [(window.iova + start, count)]
         return super()._ranges(memory, offset, size)
 
-    def _find(self, vaddr: int, size: int) -> OwnMemory | Window | None:
-        if self._followed:
-            followed = self._below(vaddr)
-            if followed is not None and followed.window.reaches(vaddr, size):
-                return followed.window
-        return super()._find(vaddr, size)
+    def _find_block(self, vaddr: int, size: int) -> Window | None:
+        if not self._windows:
+            return None
+        followed = self._followed.below(vaddr)
+        return followed.window if followed is not None and followed.window.reaches(vaddr, size) else None
+
+    def _glance_at_block(self, vaddr: int, size: int) -> Window | None:
+        followed = self._followed.peek(vaddr)
+        return followed.window if followed is not None and followed.window.has_seen(vaddr, size) else None
+
+    def _changes(self) -> tuple[int, ...]:
+        return *super()._changes(), self._followed.changes
+
+    def _mapped_pieces(self) -> Iterator[Piece]:
+        yield from super()._mapped_pieces()
+        for vaddr, _block, window in self._followed:
+            for start, end in window.pieces():
+                yield vaddr + start, end - start, window.iova + start, vaddr
 
     def _check_no_block(self, vaddr: int, size: int) -> None:
-        followed = self._below(vaddr + size - 1)
+        if not self._windows and self.blocks is None:
+            return
+        followed = self._followed.below(vaddr + size - 1)
         if followed is not None and followed.window.end > vaddr:
             block = followed.block
             raise ValueError(
-                f"vaddr {vaddr:#x}-{vaddr + size - 1:#x} reaches into RAM block '{block.idstr}', which has IOVA of its "
-                f"own for all of {block.vaddr:#x}-{block.vaddr + block.max_length - 1:#x}; grow the block instead"
+                f"vaddr {vaddr:#x}-{vaddr + size - 1:#x} reaches into RAM block '{block.idstr}', which has reserved "
+                f"IOVA for all of {block.vaddr:#x}-{block.vaddr + block.max_length - 1:#x}; grow the block instead"
             )
         blocks = self.blocks
         for address in (vaddr, vaddr + size - 1) if blocks else ():
@@ -589,20 +717,20 @@ class DmaMapper(RegionMapper, ContextManager):
 
     @closing_under(_uppermost)
     def close(self) -> None:
-        """Leave the list of blocks and unmap everything. Twice is fine, and in a forked child nothing happens.
+        """Stop following the list, and unmap everything. Does nothing if already closed, or in a forked child.
 
-        Mappings that are open end with it. Raises what the steps raise, after all of them were tried; memory that could
-        not be unmapped stays known, and `close` may be called again.
+        Open mappings of buffers and parts are closed. All steps are tried, and their errors are raised afterwards. The
+        mapper keeps track of memory that could not be unmapped, and `close` can be called again.
         """
         if not self._closed:
             attempt_all("closing the DmaMapper", [self._leave, self._finish])
 
     def _leave(self) -> None:
-        """Under the list's lock, which is above the mapper's."""
+        """Stop following the list. The caller holds the list's lock, which is above the mapper's."""
         if self.blocks is not None:
             self._leaving = True
             try:
-                if self.blocks.knows(self):  # else it was taken out
+                if self.blocks.knows(self):  # otherwise the program removed the notifier
                     self.blocks.remove_notifier(self)
             finally:
                 self._leaving = False
@@ -612,23 +740,35 @@ class DmaMapper(RegionMapper, ContextManager):
 
     @guarded
     def _finish(self) -> None:
-        self._unmap_all()
+        steps: list[Callable[[], object]] = [self._unmap_all]
+        if self.blocks is None:  # windows that are left are of blocks whose addition and undo both failed
+            for _vaddr, block, window in list(self._followed):
+                window.leave()
+                self._followed.remove(window.vaddr)
+                del self._windows[block]
+                self._stranded.append(window)
+            steps += [partial(self._unmap_stranded, window) for window in list(self._stranded)]
+        attempt_all("unmapping the remaining mappings", steps)
         self._closed = self.blocks is None
+
+    def _unmap_stranded(self, window: Window) -> None:
+        window.change([])
+        self._space.release_iova(window.iova)
+        self._stranded.remove(window)
 
     @reading
     def _check(self) -> None:
-        """The invariant: for each block, the space has mapped exactly what the block holds."""
+        """Check the invariant: for each block, the space has mapped exactly the populated extents."""
         for _vaddr, block, window in self._followed:
+            window._check()
             reached = runs(window.pieces())
             if window.settled:
                 assert reached == list(block.populated), (block, reached)
-                window.check_held(reached)
-            else:  # a change failed, and so did its undo: what is in reach besides is memory that is kept
+                window.check_held(without([(0, window.size)], *reached))
+            else:  # a change and its undo failed: other memory that the device reaches must be kept memory
                 kept = Extent(0, block.max_length if block.whole else block.state.memory.held)
                 assert not without(reached, *block.populated, kept), (block, reached)
-            granule = window.policy.granule
-            assert granule is None or all(piece.size == granule for piece in window.pieces())
-        addresses = [followed.vaddr for followed in self._followed]
-        assert addresses == sorted(addresses)
+        self._followed._check()
         assert {followed.block: followed.window for followed in self._followed} == self._windows
+        assert self._promises.total == sum(followed.window.promised for followed in self._followed)
         super()._check()

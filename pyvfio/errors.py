@@ -1,8 +1,8 @@
-"""Every exception that pyvfio raises of its own: what is wrong, with the numbers of the case, and what to do.
+"""The exceptions of pyvfio. Each says which call failed, with the numbers of the case, why, and how to proceed.
 
-`str(error)` says all of it. Catch `VfioError` for anything that pyvfio found wrong with the machine, the kernel's
-answer or the order of calls. Arguments that can never be right are ValueError or TypeError instead, raised before any
-system call. A subclass exists where a caller would act differently.
+`str(error)` contains all of this. `VfioError` is the base of all errors of the machine, of the kernel's answers and of
+the order of calls. Invalid arguments raise ValueError or TypeError instead, before any system call. A subclass exists
+where a caller would act differently.
 """
 
 from __future__ import annotations
@@ -12,29 +12,46 @@ import os
 import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from importlib import import_module
+from typing import TYPE_CHECKING, Self
 
 from pyvfio.units import IovaRange, format_ranges
 
+if TYPE_CHECKING:
+    from pyvfio.findings import Finding
+
 
 class VfioError(Exception):
-    """What is wrong, and in `hint` what to do about it (may be empty)."""
+    """The base of all errors of pyvfio. `message` says what failed and why, `hint` how to proceed (can be empty)."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
 
+    bdf: str | None = None
+    """The device, where `open_device` raised the error."""
+
     def __str__(self) -> str:
         return f"{self.message}. {self.hint}" if self.hint else self.message
 
+    def explain(self, *, kernel: object = None) -> tuple[Finding, ...]:
+        """Run the checks of `pyvfio.doctor` that fit this error, now and for the device or group of the error.
+
+        Returns what is wrong or worth a note, each with the commands that fix it; nothing where another cause is
+        likely, or the cause has gone. `kernel`: a `Kernel`, None for the running one. Cost: as `pyvfio.doctor`.
+        """
+        # By its name, since errors are below all that the checks use, and nobody pays for the checks before an error.
+        found: tuple[Finding, ...] = import_module("pyvfio.diagnosis").explain(self, kernel=kernel)
+        return found
+
     def __reduce__(self) -> tuple[Callable[..., VfioError], tuple[object, ...]]:
-        """So that it can be copied, and sent to another process: a pool of workers does."""
+        """Support copying and pickling: a pool of workers sends errors to another process."""
         return _again, (type(self), self.args, dict(vars(self)))
 
 
 def _again(kind: type[VfioError], arguments: tuple[object, ...], attributes: Mapping[str, object]) -> VfioError:
-    """Without calling its own constructor, which takes other arguments than `args` keeps."""
+    """Rebuild an error without its constructor, whose arguments are not those in `args`."""
     error = kind.__new__(kind, *arguments)
     if isinstance(error, OSError):
         OSError.__init__(error, *arguments)
@@ -45,8 +62,11 @@ def _again(kind: type[VfioError], arguments: tuple[object, ...], attributes: Map
 
 
 class IoctlError(VfioError, OSError):
-    """A system call was refused. `errno` and `strerror` are the kernel's; `request` is the call's name in C,
-    `arguments` what it was given. The IOVA allocator, which makes no system call, refuses in the same way."""
+    """A system call failed. `errno` and `strerror` are the kernel's.
+
+    `request` is the C name of the call, and `arguments` holds the arguments. The IOVA allocator, which makes no system
+    call, raises the same error.
+    """
 
     def __init__(
         self, number: int, message: str, *, request: str, arguments: Mapping[str, int | str], hint: str = ""
@@ -66,14 +86,17 @@ class IoctlError(VfioError, OSError):
     def of(
         cls, error: OSError, message: str, *, request: str, arguments: Mapping[str, int | str], hint: str = ""
     ) -> Self:
-        """The same errno with an explanation; raise it `from error`."""
+        """Return an IoctlError with the errno of `error` and an explanation; raise it `from error`."""
         return cls(error.errno or 0, message, request=request, arguments=arguments, hint=hint)
 
 
 class PinLimitError(IoctlError):
-    """ENOMEM, or EAGAIN from mmap(2) where mlockall(2) holds what is to come: so much may not be locked. In bytes:
-    `limit` (None: not the limit's doing), `used` of it, of that `mlocked` by mlock and mlockall and `mapped` by the
-    address space in question (None: no space was), `asked`: by the whole change, however many pieces it has."""
+    """ENOMEM: the process must not lock that much memory. EAGAIN: mmap(2) under mlockall(2) with MCL_FUTURE.
+
+    All numbers are bytes. `limit` is RLIMIT_MEMLOCK; None: the limit is not the reason. `used` counts against the
+    limit. Of `used`, mlock(2) and mlockall(2) account for `mlocked`, and the address space of this call for `mapped`
+    (None: no address space is involved). `asked` is the size of the whole change, of all its pieces.
+    """
 
     limit: int | None = None
     used: int = 0
@@ -83,22 +106,25 @@ class PinLimitError(IoctlError):
 
 
 class EntryLimitError(IoctlError):
-    """ENOSPC: the container holds as many mappings as it may. `used` and `limit` count mappings."""
+    """ENOSPC: the container takes no more mappings. `used` and `limit` count mappings."""
 
     used: int = 0
     limit: int = 0
 
 
 class IovaOverlapError(IoctlError):
-    """EEXIST: something is there already. `existing` says what, as far as this process put it there."""
+    """EEXIST: the range overlaps a mapping or a reservation. `existing` lists those that this process made."""
 
     existing: tuple[IovaRange, ...] = ()
 
 
 class IovaRangeError(IoctlError):
-    """No such I/O virtual addresses, or none left. `ranges` is what the IOMMU offers, `largest_free` the longest run
-    of bytes that is still free in it, below 2^`dma_bits` where that is a limit, and `largest_free_above` the longest
-    above (0 where that was not the question)."""
+    """The IOMMU does not offer these I/O virtual addresses, or no free run of them is long enough.
+
+    `ranges` are the ranges of the IOMMU. `largest_free` is the length in bytes of the longest free run, below
+    2^`dma_bits` where that limit applies. `largest_free_above` is the longest free run above the limit (0 where no
+    limit applied).
+    """
 
     ranges: tuple[IovaRange, ...] = ()
     largest_free: int = 0
@@ -106,21 +132,26 @@ class IovaRangeError(IoctlError):
 
 
 class UnmapSizeError(VfioError):
-    """The kernel unmapped another number of bytes than it was asked to, or would have: `asked`, `unmapped` (0 where the
-    call was not made). The memory behind the range must not be given back."""
+    """An unmap did not unmap exactly the bytes of the range, or would not have: `asked` and `unmapped` bytes.
+
+    `unmapped` is 0 where the call was not made. The memory behind the range must not be freed or reused.
+    """
 
     def __init__(self, *, iova: int, asked: int, unmapped: int, known: str = "none", refused: bool = False) -> None:
-        """`known`: the mappings there that were made through the same object, in words. `refused`: they show that the
-        call can only fail, so it was not made."""
+        """Describe the mismatch.
+
+        `known`: the mappings in the range that were made through the same object, in words. `refused`: pyvfio did not
+        make the call, since these mappings show that the call can only fail.
+        """
         if refused:
             super().__init__(
-                f"IOVA {iova:#x}-{iova + asked - 1:#x} cannot be unmapped: mapped there are {known}",
+                f"IOVA {iova:#x}-{iova + asked - 1:#x} cannot be unmapped: the mappings in this range are: {known}",
                 hint="Nothing has been unmapped. Unmap whole mappings, without a gap between them",
             )
         else:
             super().__init__(
                 f"VFIO_IOMMU_UNMAP_DMA was asked for {asked:#x} bytes at IOVA {iova:#x} and unmapped {unmapped:#x}",
-                hint=f"Known to be mapped there: {known}. Something else maps or unmaps through the same container",
+                hint=f"Known mappings in this range: {known}. Another user of the container maps or unmaps in it",
             )
         self.iova = iova
         self.asked = asked
@@ -136,25 +167,25 @@ class UnsupportedError(VfioError):
 
 
 class UnavailableError(VfioError):
-    """VFIO itself is not there: no /dev/vfio/vfio, or no IOMMU."""
+    """VFIO is not available: /dev/vfio/vfio is missing, or the machine has no IOMMU."""
 
 
 class DeviceNotFoundError(VfioError):
-    """No such device, or it is in no IOMMU group."""
+    """The device does not exist, or is in no IOMMU group."""
 
 
 class DeviceGoneError(VfioError):
-    """The device may have gone: its configuration space reads all ones, or is unreadable. Close the device."""
+    """The device may be gone: configuration space reads all ones, or is unreadable. Close the device."""
 
     def __init__(self, bdf: str, why: str) -> None:
         super().__init__(
-            f"{bdf} may have gone: {why}",
+            f"{bdf} may be gone: {why}",
             hint="A device that was removed, or that has lost its link or its power, reads all ones. Close the device",
         )
 
 
 class RegisterTimeoutError(VfioError, TimeoutError):
-    """A register did not take the value in time: the `last` value that was read, the `mask`, and the `value` wanted."""
+    """A register did not reach a value in time. `last` is the last value read; `mask` and `value` are the condition."""
 
     def __init__(self, message: str, *, last: int, mask: int, value: int) -> None:
         super().__init__(message)
@@ -164,13 +195,13 @@ class RegisterTimeoutError(VfioError, TimeoutError):
 
 
 class NotBoundError(VfioError):
-    """The device is not bound to vfio-pci. `driver` is what it is bound to (None: nothing)."""
+    """The device is not bound to vfio-pci. `driver` is the name of its driver (None: no driver)."""
 
     driver: str | None = None
 
 
 class AccessDeniedError(VfioError, PermissionError):
-    """This user (EACCES) or this process (EPERM) may not open `path`, or its file system is read-only (EROFS)."""
+    """The user (EACCES) or the process (EPERM) must not open `path`, or the file system is read-only (EROFS)."""
 
     def __init__(self, path: str, *, hint: str, number: int = errnos.EACCES) -> None:
         PermissionError.__init__(self, number, os.strerror(number))
@@ -192,14 +223,14 @@ class GroupMember:
 
 
 class GroupNotViableError(VfioError):
-    """A device of the group belongs to a kernel driver. `members` lists all of them, each with whether it blocks."""
+    """A kernel driver owns a device of the group. `members` lists all devices, and which of them block the group."""
 
     def __init__(self, group: int, members: Sequence[GroupMember]) -> None:
         blockers = [member for member in members if member.blocks]
         names = ", ".join(f"{member.bdf} ({member.driver})" for member in blockers) or "none that sysfs shows"
         super().__init__(
-            f"IOMMU group {group} is not viable: of its {len(members)} devices these belong to kernel drivers: {names}",
-            hint="Bind each of them to vfio-pci or to no driver at all: scripts/bind "
+            f"IOMMU group {group} is not viable: kernel drivers own {len(blockers)} of {len(members)} devices: {names}",
+            hint="Bind each of them to vfio-pci, or to no driver: pyvfio bind "
             + " ".join(member.bdf for member in blockers),
         )
         self.group = group
@@ -208,7 +239,7 @@ class GroupNotViableError(VfioError):
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A process that has a file open, and whether it is this one."""
+    """A process that has a file open, and whether this process is the one."""
 
     pid: int
     command: str
@@ -216,16 +247,20 @@ class Holder:
 
 
 class GroupBusyError(VfioError):
-    """The group is open already. `holders` are the processes that have it open, as far as this user may see."""
+    """The group is already open. `holders` are the processes that have the group open and that this user can see."""
 
-    def __init__(self, group: int, holders: Sequence[Holder], *, hint: str = "") -> None:
-        """`hint`: in place of how to open a device of a group that is open."""
+    def __init__(self, group: int, holders: Sequence[Holder], *, hint: str = "", device: str | None = None) -> None:
+        """Describe the holders. `hint` replaces the advice on opening a device of an open group.
+
+        `device`: the device that is already open through the device's own node; None: the group is.
+        """
         names = ", ".join(
             f"{holder.command} (pid {holder.pid}{', this process' if holder.is_this_process else ''})"
             for holder in holders
         )
         super().__init__(
-            f"IOMMU group {group} is already open" + (f" in {names}" if names else ""),
+            f"{f'{device} of ' if device else ''}IOMMU group {group} is already open"
+            + (f" in {names}" if names else ""),
             hint=hint or _how_to_share(holders),
         )
         self.group = group
@@ -233,23 +268,23 @@ class GroupBusyError(VfioError):
 
 
 def _how_to_share(holders: Sequence[Holder]) -> str:
-    """A group can be open once at a time, and its devices have one container."""
-    once = "A group can be open once at a time"
+    """Return the hint: a group can be open only once, and all devices of the group share one container."""
+    once = "A group can be open only once at a time"
     if any(holder.is_this_process for holder in holders):
         return (
-            f"{once}. To open another device of it, or this one again, name the container that it is in: "
-            "open_device(..., container=device.container). Otherwise close its devices first: an object that was "
-            "forgotten may be open until gc.collect()"
+            f"{once}. To open another device of the group, or this one again, name the group's container: "
+            "open_device(..., container=device.container). Otherwise close the devices of the group first. An object "
+            "that was never closed can stay open until gc.collect()"
         )
     if holders:
-        return f"{once}: close its devices there, or end that process"
-    return f"{once}, and {nobody_found()}. A device descriptor that outlived its group's is not seen either"
+        return f"{once}: close the devices of the group in that process, or end the process"
+    return f"{once}, and {nobody_found()}. Processes that hold only a device descriptor are not found"
 
 
 def nobody_found() -> str:
-    """Where to look for the process that has a group open, for hints."""
+    """Return the part of a hint that says where to look for the process that has a group open."""
     others = "" if os.geteuid() == 0 else " as root, or"
-    return f"no process was found that has it open: look{others} from outside of this container or PID namespace"
+    return f"no process was found that has the group open: look{others} from outside this container or PID namespace"
 
 
 class ClosedError(VfioError):
@@ -257,27 +292,31 @@ class ClosedError(VfioError):
 
 
 class ForkedError(VfioError):
-    """A handle was used in a child of the process that opened it. The child shares the kernel's object, so that
-    whatever it did would happen to the parent."""
+    """A handle was used in a forked child of the process that opened the handle.
+
+    The child shares the kernel object with the parent. A call in the child would change the state of the parent.
+    """
 
     def __init__(self, what: str, *, owner: int, child: int | None = None) -> None:
         super().__init__(
             f"{what} belongs to process {owner}, and this is its child{'' if child is None else f' {child}'}",
-            hint="Open the device anew in the child, after the parent has closed it",
+            hint="Open the device again in the child, after the parent has closed the device",
         )
 
 
 class DiscardError(VfioError):
-    """Memory may not be discarded: a claim rules it out, or a notifier could not follow."""
+    """Memory must not be discarded: a claim forbids discards, or a notifier cannot follow."""
 
 
 class GapError(VfioError):
-    """A resize would take memory that stays out of the device's reach for a moment, and that was not allowed."""
+    """A change would briefly unmap memory that stays in use, and `allow_gap=False` forbids that."""
 
 
 class HandOverError(VfioError):
-    """Something cannot be handed to another process, is being handed over and so cannot be changed, or could not be
-    taken over as it was handed."""
+    """A hand-over to another process is impossible, or cannot be taken over as it was handed over.
+
+    Also raised for a change of an object while a hand-over of the object is in progress.
+    """
 
 
 class ReentrancyError(VfioError):
@@ -285,11 +324,13 @@ class ReentrancyError(VfioError):
 
 
 class RollbackError(VfioError, ExceptionGroup[Exception]):
-    """An operation failed and so did its undo. `exceptions` holds the first failure, then those of the undo; the
-    memory in question is kept."""
+    """An operation failed, and the undo failed too. The affected memory is kept.
+
+    `exceptions` holds the failure of the operation first, and then the failures of the undo.
+    """
 
     def __new__(cls, message: str, exceptions: Sequence[Exception], *, hint: str = "") -> RollbackError:
-        """As ExceptionGroup, which takes its arguments here."""
+        """Make the group: ExceptionGroup takes the arguments in `__new__`."""
         del hint
         return ExceptionGroup.__new__(cls, message, exceptions)
 
@@ -298,7 +339,7 @@ class RollbackError(VfioError, ExceptionGroup[Exception]):
         self.hint = hint
 
     def derive(self, excs: Sequence[Exception]) -> RollbackError:  # type: ignore[override]
-        """A RollbackError of some of its exceptions, for `split` and `subgroup`."""
+        """Return a RollbackError of some of the exceptions, for `split` and `subgroup`."""
         return RollbackError(self.message, excs, hint=self.hint)
 
     def __str__(self) -> str:
@@ -307,39 +348,51 @@ class RollbackError(VfioError, ExceptionGroup[Exception]):
 
 
 REACH_UNKNOWN = (RollbackError, UnmapSizeError)
-"""After these nobody knows what a device still reaches, so that memory is kept."""
+"""After these errors the mappings of a device are unknown, so that memory is kept."""
 
 
 class CannotBePinnedWarning(RuntimeWarning):
-    """A block was made of memory that kernels do not let a device write to."""
+    """A block was made of memory that kernels refuse to pin for a device that writes."""
+
+
+class UnsafeNoIommuWarning(RuntimeWarning):
+    """A device was opened without an IOMMU: nothing keeps the device out of any memory of the machine."""
 
 
 class PersistenceWarning(RuntimeWarning):
-    """What is written to persistent memory may be lost when the machine goes down."""
+    """Data written to persistent memory can be lost when the machine goes down."""
 
 
 class MemoryNotReturnedWarning(RuntimeWarning):
-    """A block shrank, but its memory could not be given back to the system. It stays charged, out of the device's
-    reach, and is zeroed before it is seen again."""
+    """A block shrank, but the memory could not be returned to the system.
+
+    The memory stays charged to the process, and no device reaches it. A later grow zeroes the memory before use.
+    """
 
 
 def descriptor_hint(number: int) -> str:
-    """A hint for EMFILE and ENFILE, with the limit; empty for another errno."""
+    """Return a hint for EMFILE and ENFILE, with the limit; an empty string for any other errno."""
     if number == errnos.EMFILE:
         limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        return f"This process may have {limit} files open: close some, or raise the limit, up to {most}: ulimit -n"
+        return f"This process may have {limit} files open: close some, or raise the limit up to {most} (ulimit -n)"
     if number == errnos.ENFILE:
-        return "The machine has as many files open as it may have: close some, or raise the sysctl fs.file-max"
+        return "The machine has reached its limit of open files: close some, or raise the sysctl fs.file-max"
     return ""
 
 
 def as_exception(error: BaseException) -> Exception:
-    """What a RollbackError can hold: KeyboardInterrupt and its like, which no ExceptionGroup takes, in words."""
+    """Return an exception that a RollbackError can hold.
+
+    ExceptionGroup refuses KeyboardInterrupt and other bare BaseExceptions: a VfioError names them instead.
+    """
     return error if isinstance(error, Exception) else VfioError(f"interrupted by {type(error).__name__}")
 
 
 def raise_collected(message: str, failures: Sequence[Exception]) -> None:
-    """Raise what a series of steps, each of which had to be tried, ran into: nothing, the one failure, or all."""
+    """Raise the failures of a series of steps: the single failure, or a RollbackError of several.
+
+    Return if there are none.
+    """
     if len(failures) == 1:
         raise failures[0]
     if failures:
@@ -347,5 +400,5 @@ def raise_collected(message: str, failures: Sequence[Exception]) -> None:
 
 
 def describe_ranges(ranges: Sequence[IovaRange]) -> str:
-    """A sentence with the ranges that an IOMMU offers, for hints."""
+    """Return a sentence with the ranges that an IOMMU offers, for hints."""
     return f"The IOMMU offers {format_ranges(ranges)}"

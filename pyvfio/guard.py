@@ -1,34 +1,37 @@
-"""Threads, finalizers, signals and forks: the one place with the rules, which every call that has state goes through.
+"""The guard: one place with the rules for threads, finalizers, signals and forks. All calls with state go through it.
 
-Python can run code of the program's in the middle of almost any line of this package: a signal handler in the main
-thread, a finalizer in any thread. A child can be forked while any lock is held. Four rules keep an address space, its
-table and the blocks right all the same:
+Python can run code of the program in the middle of almost any line of this package. A signal handler runs in the main
+thread, a finalizer in any thread. A child can be forked while any lock is held. Four rules keep the address space, the
+table of mappings and the blocks consistent:
 
-1. *Forks* are decided before a lock is taken. In a child of the process that made the object a call raises ForkedError,
-   and a close does nothing: the kernel's object is shared, so the child would act on its parent.
-2. *Finalizers.* A collection can finalize an object in a thread that holds any lock and is in the middle of any change.
-   A close that arrives while its thread is inside a guarded call is put off until that call ends. So no structure
-   changes under a search, and no lock is taken in an order that nobody planned. A finalizer must call nothing but a
-   close. Hooks of notifiers are the program's own code, called between two steps: `call_out` lets a hook close a
-   mapping at once.
-3. *Signals.* A handler that raises must not come between a change that the kernel made and its record here. Python runs
-   handlers in the main thread only. There the handlers that are Python functions are noted for the time of a guarded
-   call. They run at `checkpoint`, between the pieces of a long change, and when the call ends. An exception that a
-   checkpoint raises is a refusal like any other, and the ordinary undo follows. A call that makes an object names its
-   undo, for the object that nobody receives because a handler raises at the end. A look-up puts no handler off, since
-   it leaves nothing half done; a change that a handler makes meanwhile is a guarded call of its own.
-4. *Locks.* Each object has one, and they are taken downwards: list of blocks, mapper, container, group, device. A
-   guarded call waits for no code of the program's but hooks and progress callbacks. A wait for an interrupt takes none.
+1. *Forks* are checked before a lock is taken. In a child of the process that made the object, a call raises ForkedError
+   and a close does nothing. Parent and child share the kernel object, and the child would change the state of the
+   parent. `os.register_at_fork` reports forks, so that no call asks the kernel for the pid.
+2. *Finalizers.* The garbage collector can finalize an object in a thread that holds any lock, in the middle of any
+   change. Inside a guarded call, a close by the same thread is deferred to the end of the call. Therefore no structure
+   changes during a search, and the order in which locks are taken is fixed. A finalizer must make no call but a close.
+   Hooks of notifiers are code of the program that runs between two steps: `call_out` lets a hook close a mapping at
+   once.
+3. *Signals.* A handler that raises must not run between a change that the kernel made and the record of the change.
+   Python runs handlers in the main thread only. During a guarded call of the main thread, signals whose handlers are
+   Python functions are noted. The handlers run at `checkpoint`, between the pieces of a long change, and at the end of
+   the call. An exception from a checkpoint counts as a refusal, and the change is undone. A call that makes an
+   object names an undo. If a handler raises at the end of such a call, the caller never receives the object, and the
+   undo disposes of the object. A look-up defers no handler, since an interrupted look-up leaves no partial change. A
+   change that a handler makes during a look-up is a separate guarded call.
+4. *Locks.* Each object has one lock. Locks are taken downwards: list of blocks, mapper, container, group, device. A
+   guarded call waits for no code of the program except hooks and progress callbacks. Waiting for an interrupt takes no
+   lock.
 
-How signals are put off: for the outermost guarded call of the main thread each handler that is a Python function is
-replaced by `_Signals.route`, which notes the signal while `inside` is set and calls the handler otherwise. The
-replacement only leads here, and the one assignment to `inside` decides. So half of it never holds, and a replacement
-that an exception left behind is undone by the next signal or call. A signal mask would not do: the kernel then delivers
-a signal to another thread, and Python still runs its handler in the main thread. Ten signals are put off (`_NAMES`),
-those whose handlers raise: a look at all of them would cost more than the rest of the guard.
+How signals are deferred: the outermost guarded call of the main thread replaces each handler that is a Python function
+by `_Signals.route`. While `inside` is set, `route` notes the signal; otherwise `route` calls the handler. Only the
+assignment to `inside` switches between the two, so there is no intermediate state. If an exception leaves a replacement
+in place, the next signal or call removes the replacement. A signal mask cannot be used: the kernel then delivers the
+signal to another thread, and Python still runs the handler in the main thread. Ten signals are deferred (`_NAMES`), the
+ones whose handlers raise in practice. Checking all signals would cost more than the rest of the guard.
 
-A flag that `signal.siginterrupt` has set for one of them is lost, which Python's own calls do not notice. The page on
-architecture has the cost.
+If `signal.siginterrupt` has set a flag for one of these signals, the flag is lost. Python's own calls do not depend on
+that flag. docs/architecture.md has the costs.
 """
 
 from __future__ import annotations
@@ -43,7 +46,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
 from importlib import import_module
 from logging import getLogger
-from os import getpid
 from threading import RLock, get_ident, main_thread
 from types import FrameType, TracebackType
 from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeAlias, TypeVar, TypeVarTuple
@@ -51,44 +53,58 @@ from weakref import WeakSet
 
 from pyvfio.errors import ForkedError
 
+
+def check_gil(*, enabled: bool) -> None:
+    """Raise ImportError if Python runs without the GIL.
+
+    Rule 3 relies on handlers that run between two bytecodes of the main thread. Register accesses rely on an item
+    access of a memoryview that no other thread interrupts. Without the GIL, Python guarantees neither.
+    """
+    if not enabled:
+        raise ImportError(
+            "pyvfio needs the global interpreter lock (GIL), and this Python runs without it. Start Python with "
+            "PYTHON_GIL=1 or with -X gil=1"
+        )
+
+
+check_gil(enabled=getattr(sys, "_is_gil_enabled", lambda: True)())  # Python 3.13 is the first without a GIL
+
 _logger = getLogger(__name__)
 
 _Given = ParamSpec("_Given")
 _Arguments = TypeVarTuple("_Arguments")
 _Result = TypeVar("_Result")
+_Thing = TypeVar("_Thing")
 _Handler: TypeAlias = Callable[[int, FrameType | None], object]
 
-_TURNS = 16  # of closing dependents before the close of what they depend on gives up
-_PATIENCE = 0.05  # seconds between two checkpoints of the main thread while it waits for a lock
+_TURNS = 16  # rounds of closing dependents; after the last one, the close itself decides
+_PATIENCE = 0.05  # seconds between two checkpoints of the main thread while waiting for a lock
 
 
 class Guard:
-    """The lock of one object, the process that made it, and `what` an error calls it.
+    """The lock of one object, the pid of the process that made the object, and `what`: the object's name in errors.
 
-    Synchronization: any thread. Cost: one system call (getpid) for each outermost call.
+    Synchronization: any thread. Cost: two calls of sigaction(2) per replaced handler, for each outermost call of the
+    main thread.
     """
 
     __slots__ = ("lock", "pid", "what")
 
     def __init__(self, what: str, *, lock: RLock | None = None) -> None:
-        """`lock`: of the object that this one is a part of, where one lock is for both."""
+        """Make a guard with a new lock, or with the `lock` of another object that shares its lock with this one."""
         self.what = what
-        self.pid = os.getpid()
+        self.pid = _signals.process
         self.lock = RLock() if lock is None else lock
 
     @property
     def forked(self) -> bool:
-        """Whether this process is a child of the process that made the object."""
-        return os.getpid() != self.pid
+        """Whether this process is a forked child of the process that made the object."""
+        return self.pid != _signals.process
 
     def check(self) -> None:
-        """Raise ForkedError in a child of the process that made the object.
-
-        Inside of a call this process is known: a system call less for each step.
-        """
-        here = _signals.process if _thread.place.inside else os.getpid()
-        if here != self.pid:
-            raise ForkedError(self.what, owner=self.pid, child=here)
+        """Raise ForkedError in a forked child of the process that made the object."""
+        if self.pid != _signals.process:
+            raise ForkedError(self.what, owner=self.pid, child=_signals.process)
 
 
 class Guarded(Protocol):
@@ -96,19 +112,19 @@ class Guarded(Protocol):
 
     @property
     def guard(self) -> Guard:
-        """Its guard."""
+        """The guard of the object."""
         ...
 
 
 class Source(Guarded, Protocol):
-    """An object with dependents, which end before it does."""
+    """An object with dependents, which are closed before the object."""
 
     def close_dependents(self) -> None:
-        """Close them, with no lock held."""
+        """Close all dependents. The caller holds no lock."""
         ...
 
     def end_dependents(self) -> bool:
-        """Let none come any more, under the lock. Return whether there is none."""
+        """Refuse new dependents from now on. Return whether none is left. The caller holds the lock."""
         ...
 
 
@@ -118,10 +134,10 @@ _Made = TypeVar("_Made")
 
 
 class ContextManager:
-    """A base of each class with `close()`: leaving a `with` block closes the object.
+    """The base of all classes with `close()`: the end of a `with` block closes the object.
 
-    An exception of the block's own is never replaced: an error of the close is added to it as a note. Where the block
-    raises nothing, `with` raises the error of the close.
+    If the block raises, the exception is never replaced: an error of the close is added as a note. If the block does
+    not raise, `with` raises the error of the close.
     """
 
     __slots__ = ()
@@ -141,14 +157,18 @@ class ContextManager:
         except Exception as failure:
             if error is None:
                 raise
-            with suppress(Exception):  # an exception may be frozen
+            with suppress(Exception):  # an exception class can refuse new attributes
                 error.add_note(f"{type(self).__name__} could not be closed: {failure}")
 
 
 class _Place:
-    """Where a thread is. `inside`: in a guarded call. `busy`: and not in a hook that the call has called. `looking`: in
-    a look-up that no guarded call makes. `undoing`: in so many undos. `lock`: of the outermost call. `put_off`: the
-    closes for its end. `signals`: the handlers, in the main thread."""
+    """The state of a thread.
+
+    * `inside`: in a guarded call. `busy`: in a guarded call, and not in a hook that the call makes.
+    * `looking`: in a look-up outside of guarded calls. `undoing`: the number of nested undos in progress.
+    * `lock`: the lock of the outermost call. `put_off`: the closes that are deferred to the end of that call.
+    * `signals`: the handlers, in the main thread; None in other threads.
+    """
 
     __slots__ = ("busy", "inside", "lock", "looking", "put_off", "signals", "undoing")
 
@@ -161,7 +181,7 @@ class _Place:
 
 
 class _Thread(threading.local):
-    """Each thread's place: a look-up here costs as much as eight in a place."""
+    """The place of each thread. Access to a thread-local attribute costs eight times an access to the place."""
 
     def __init__(self) -> None:
         self.place = _Place()
@@ -169,63 +189,81 @@ class _Thread(threading.local):
 
 _NAMES = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGTERM", "SIGVTALRM", "SIGPROF", "SIGXCPU")
 _ALL = tuple(int(getattr(signal, name)) for name in _NAMES)
-"""The signals that are put off: those by which a program is asked to end or told the time, and its own."""
+"""The deferred signals: requests to terminate, timers, and SIGUSR1 and SIGUSR2."""
 
-_functions = import_module("_signal")  # `signal` wraps them to make enums of numbers, at ten times their cost
-_get_handler: Callable[[int], object] = _functions.getsignal
+_functions = import_module("_signal")  # the wrappers in `signal` make enums of numbers, at ten times the cost
+_get: Callable[[int], object] = _functions.getsignal
 _set_handler: Callable[[int, _Handler], _Handler] = _functions.signal
+_A, _B, _C, _D, _E, _F, _G, _H, _I, _J = _ALL
 
 
 class _Signals:
-    """The handlers of the main thread: which ones `route` stands for, and which signals are to be handled.
+    """The handlers of the main thread: those that `route` replaces, and the noted signals.
 
-    No loop here is in a `try` whose end matters: CPython 3.12 and 3.13 run handlers where a loop begins anew, and do
-    not count that place as a part of the `try`.
+    No loop here is in a `try` whose cleanup matters. CPython 3.12 and 3.13 run handlers at the jump back to the start
+    of a loop, and that point does not belong to the `try`.
     """
 
     def __init__(self) -> None:
         self._route: _Handler = self.route
         self._seen: tuple[object, ...] = ()
-        self._handlers: dict[int, _Handler] = {}  # of the signals that a function handled when it was last looked
-        self._known: dict[int, _Handler] = {}  # the last such handler of each: a program may have kept `route` for it
-        self.noted: dict[int, _Handler] = {}  # in their order, each once, as the kernel keeps them
+        # The handlers that were Python functions at the last check. A walk over a dict costs twice as much.
+        self._handlers: tuple[tuple[int, _Handler], ...] = ()
+        self._known: dict[int, _Handler] = {}  # the last such handler of each signal: a program may have saved `route`
+        self.noted: dict[int, _Handler] = {}  # each signal once, as a pending signal in the kernel; in order of arrival
         self.main: int | None = main_thread().ident
         self.process = os.getpid()
 
     def replace(self) -> None:
-        """Let `route` stand in the place of each handler that is a function."""
-        seen = tuple(map(_get_handler, _ALL))
+        """Replace each handler that is a Python function by `route`."""
+        get, route = _get, self._route
+        # A loop would take twice the time, and each outermost call begins here.
+        seen = get(_A), get(_B), get(_C), get(_D), get(_E), get(_F), get(_G), get(_H), get(_I), get(_J)
         if seen != self._seen:
             self._look(seen)
-        for number in self._handlers:
-            _set_handler(number, self._route)
+        for number, handler in self._handlers:
+            if (found := _set_handler(number, route)) is not handler and found is not route:
+                self._learn(number, found)
+
+    def _learn(self, number: int, handler: _Handler) -> None:
+        """Record a handler that compares equal to the previous one but is another object."""
+        self._known = {**self._known, number: handler}
+        self._handlers = tuple({**dict(self._handlers), number: handler}.items())
+        self._seen = ()
+        if number in self.noted:
+            self.noted[number] = handler
 
     def _look(self, seen: tuple[object, ...]) -> None:
         handlers: dict[int, _Handler] = {}
         for number, handler in zip(_ALL, seen, strict=True):
-            if handler is self._route:  # not put back yet, or put there by a handler that found it
+            if handler is self._route:  # not restored yet, or set again by a program that had saved `route`
                 if number in self._known:
                     handlers[number] = self._known[number]
             elif callable(handler):
                 handlers[number] = handler
-        # In one step each: a signal may come to `route` at any call above.
+        # One assignment each: a signal can reach `route` during any call above.
         self._known = {**self._known, **handlers}
-        self._handlers, self._seen = handlers, seen
+        self._handlers, self._seen = tuple(handlers.items()), seen
 
     def put_back(self) -> None:
-        """Give each signal its handler back, unless the program has set another one. `deliver` has to follow."""
-        for number, handler in self._handlers.items():
+        """Restore the handler of each signal, and run the handlers of noted signals.
+
+        A handler that the program has set in between stays. If a handler raises, the caller must call `deliver`.
+        """
+        for number, handler in self._handlers:
             if (other := _set_handler(number, handler)) is not self._route:
                 _set_handler(number, other)
+        if self.noted:
+            self.deliver()
 
     def deliver(self) -> None:
-        """Run the handlers of the signals that came until now, also those behind one that raises."""
+        """Run the handlers of all noted signals. If one handler raises, the later ones run too."""
         due, self.noted = self.noted, {}
         if due:
             _handle_each(list(due.items()), sys._getframe(1))
 
     def route(self, number: int, frame: FrameType | None) -> None:
-        """Note a signal, or handle it at once where no guarded call is under way."""
+        """Note a signal during a guarded call; otherwise run the handler at once."""
         del frame
         if number in self._known:
             self.noted[number] = self._known[number]
@@ -236,7 +274,7 @@ class _Signals:
                 self.deliver()
 
     def after_fork(self) -> None:
-        """In a child: this is the main thread, and what the parent had noted is the parent's."""
+        """Reset the state in a forked child: this thread is the main thread, and noted signals are the parent's."""
         self.main, self.process = get_ident(), os.getpid()
         self.noted.clear()
         self.put_back()
@@ -254,71 +292,84 @@ def _handle_each(due: Sequence[tuple[int, _Handler]], frame: FrameType) -> None:
 _signals = _Signals()
 _thread = _Thread()
 
+_MISSING: Any = object()
+"""In place of the result of a call that has not returned."""
+
 
 # --------------------------------------------------------------------------------------------------------- decorators
 
 
 def guarded(call: Callable[Concatenate[_Self, _Given], _Result]) -> Callable[Concatenate[_Self, _Given], _Result]:
-    """Decorate a method that changes state: all four rules. Raises ForkedError in a child."""
-
-    @wraps(call)
-    def wrapper(*args: Any, **kwargs: Any) -> _Result:  # a tuple that has `self` is handed on at half the cost
-        place, guard = _thread.place, args[0].guard
-        lock = guard.lock
-        if place.inside:  # as `_within`, in one piece: each call more would cost a tenth of all of it
-            if guard.pid != _signals.process:
-                guard.check()
-            busy = place.busy
-            if busy:
-                lock.acquire()
-            elif not lock.acquire(False):  # noqa: FBT003 (a keyword costs as much as the lock)
-                _wait_for(lock)
-            place.busy = True
-            try:
-                return call(*args, **kwargs)
-            finally:
-                place.busy = busy
-                lock.release()
-        if getpid() != guard.pid:
-            guard.check()
-        try:  # around `_enter`, too: what is not put off may raise when it returns
-            _enter(place, lock)
-            return call(*args, **kwargs)
-        finally:
-            try:
-                _leave(place)
-            finally:
-                if place.inside:  # an exception that another thread has set came when it began
-                    _leave(place)  # type: ignore[unreachable]
-
-    return wrapper
+    """Decorate a method that changes state: all four rules apply. Raises ForkedError in a child."""
+    return _enclosed(call, None)
 
 
 def making(
     undo: Callable[[_Result], object],
 ) -> Callable[[Callable[Concatenate[_Self, _Given], _Result]], Callable[Concatenate[_Self, _Given], _Result]]:
-    """Decorate a method that returns a new object, as `guarded`. `undo(object)` is called where a signal handler raises
-    when the object is made and not yet returned."""
+    """Decorate a method that returns a new object. Otherwise as `guarded`.
+
+    If a signal handler raises after the object is made and before the caller receives it, `undo(object)` is called.
+    """
 
     def decorate(
         call: Callable[Concatenate[_Self, _Given], _Result],
     ) -> Callable[Concatenate[_Self, _Given], _Result]:
-        @wraps(call)
-        def wrapper(*args: Any, **kwargs: Any) -> _Result:
-            place, guard = _thread.place, args[0].guard
-            if guard.pid != (_signals.process if place.inside else getpid()):
-                guard.check()
-            return _run(place, guard.lock, undo, call, args, kwargs)
-
-        return wrapper
+        return _enclosed(call, undo)
 
     return decorate
+
+
+def _enclosed(call: Callable[..., _Result], undo: Callable[[_Result], object] | None) -> Callable[..., _Result]:
+    # The code of `_within` and `_run`, inlined: one more call would add a tenth to the cost.
+    @wraps(call)
+    def wrapper(*args: Any, **kwargs: Any) -> _Result:  # passing on a tuple with `self` in it costs half as much
+        place, guard = _thread.place, args[0].guard
+        lock = guard.lock
+        if guard.pid != _signals.process:
+            guard.check()
+        if place.inside:
+            busy = place.busy
+            lock.acquire(busy) or _wait_for(lock)
+            place.busy = True
+            try:
+                return call(*args, **kwargs) if kwargs else call(*args)  # passing on no names costs less
+            finally:
+                place.busy = busy
+                lock.release()
+        begun, result = False, _MISSING
+        try:
+            place.inside = place.busy = True
+            if place.signals is not None:
+                place.signals.replace()
+            place.lock = lock
+            lock.acquire(False) or _wait_for(lock)  # noqa: FBT003 (a keyword argument costs as much as the lock)
+            begun = True
+            result = call(*args, **kwargs) if kwargs else call(*args)
+            lock.release()
+            place.lock = None
+            if place.put_off or _signals.noted:
+                _handle(place)
+            place.inside = place.busy = False
+            if place.signals is not None:
+                place.signals.put_back()
+        except BaseException:
+            if not begun:  # a handler that is not replaced can raise during a call above
+                place.inside = place.busy = False
+            _abandon(place, undo, result)
+            raise
+        return result
+
+    return wrapper
 
 
 def constructing(
     undo: Callable[..., object],
 ) -> Callable[[Callable[Concatenate[_Made, _Given], None]], Callable[Concatenate[_Made, _Given], None]]:
-    """Decorate `__init__`: all but the lock; forks by the arguments that have a guard. `undo(self)` as for `making`."""
+    """Decorate `__init__`: all rules but the lock apply. Forks are checked on the arguments that have a guard.
+
+    `undo(self)` is called as for `making`.
+    """
 
     def decorate(call: Callable[Concatenate[_Made, _Given], None]) -> Callable[Concatenate[_Made, _Given], None]:
         @wraps(call)
@@ -334,8 +385,10 @@ def constructing(
 def uninterrupted(
     undo: Callable[..., object] | None = None,
 ) -> Callable[[Callable[_Given, _Result]], Callable[_Given, _Result]]:
-    """Decorate a function that has no guard: all but the lock; forks by the arguments that have one. `undo` as for
-    `making`."""
+    """Decorate a function without a guard: all rules but the lock apply.
+
+    Forks are checked on the arguments that have a guard. `undo(answer)` is called as for `making`.
+    """
 
     def decorate(call: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
         @wraps(call)
@@ -350,17 +403,17 @@ def uninterrupted(
 
 
 def reading(call: Callable[Concatenate[_Self, _Given], _Result]) -> Callable[Concatenate[_Self, _Given], _Result]:
-    """Decorate a method that only looks: forks, finalizers and the lock. A signal handler may raise in the middle."""
+    """Decorate a look-up: the rules for forks, finalizers and locks apply. A signal handler can raise at any point."""
 
     @wraps(call)
     def wrapper(*args: Any, **kwargs: Any) -> _Result:
         place, guard = _thread.place, args[0].guard
         looking = place.looking
-        if guard.pid != (_signals.process if place.inside else getpid()):
+        if guard.pid != _signals.process:
             guard.check()
         try:
             place.looking = True
-            with guard.lock:  # no handler can raise between these two words
+            with guard.lock:  # no handler can raise between the acquisition and the `with` block
                 return call(*args, **kwargs)
         finally:
             place.looking = looking
@@ -371,19 +424,27 @@ def reading(call: Callable[Concatenate[_Self, _Given], _Result]) -> Callable[Con
 
 
 def closing(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
-    """Decorate a close: nothing in a child, put off inside of a guarded call, else as `guarded`."""
+    """Decorate a close: does nothing in a child, is deferred inside a guarded call, and is otherwise as `guarded`."""
 
     @wraps(call)
     def wrapper(self: _Self, /) -> None:
-        if not self.guard.forked:
-            run_outside(partial(_close, self, call, _own))
+        place, guard = _thread.place, self.guard
+        if guard.pid != _signals.process:
+            return
+        if place.inside or place.looking:
+            place.put_off.append(partial(_close, self, call, _own))
+        else:
+            _run(place, guard.lock, None, call, (self,), {})
 
     return wrapper
 
 
 def closing_after_dependents(call: Callable[[_Source], None]) -> Callable[[_Source], None]:
-    """Decorate a close as `closing`, with `close_dependents` before it, which runs with no lock held: the locks of the
-    dependents are above. What it raises ends the close. `close_now` makes no such step."""
+    """Decorate a close as `closing`, and call `close_dependents` first.
+
+    `close_dependents` runs with no lock held, since the locks of the dependents are above this one. An exception of
+    `close_dependents` ends the close. `close_now` does not call `close_dependents`.
+    """
 
     @wraps(call)
     def wrapper(self: _Source, /) -> None:
@@ -396,8 +457,10 @@ def closing_after_dependents(call: Callable[[_Source], None]) -> Callable[[_Sour
 def closing_under(
     uppermost: Callable[[_Self], Guard],
 ) -> Callable[[Callable[[_Self], None]], Callable[[_Self], None]]:
-    """Decorate a close as `closing`, but under the lock of another object: the one that is above this object's own, and
-    that the close has to take as well."""
+    """Decorate a close as `closing`, but under the lock of another object.
+
+    That lock is above the object's own lock, and the close needs both.
+    """
 
     def decorate(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
         @wraps(call)
@@ -412,27 +475,32 @@ def closing_under(
 
 
 def closing_in_hooks(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
-    """Decorate a close as `closing`, but a hook may call it and have it done at once: only for an object whose lock is
-    below that of the list of blocks, which the caller of the hook holds."""
+    """Decorate a close as `closing`, except that a close in a hook is not deferred.
+
+    For objects whose lock is below the lock of the list of blocks: the caller of the hook holds the list's lock.
+    """
 
     @wraps(call)
     def wrapper(self: _Self, /) -> None:
         place, guard = _thread.place, self.guard
+        if guard.pid != _signals.process:
+            return
         if place.busy or place.looking:
-            if not guard.forked:
-                place.put_off.append(partial(_close, self, call, _own))
-        elif not guard.forked:
+            place.put_off.append(partial(_close, self, call, _own))
+        else:
             _run(place, guard.lock, None, call, (self,), {})
 
     return wrapper
 
 
-# ------------------------------------------------------------------------------------------------- inside of a call
+# --------------------------------------------------------------------------------------------------- inside a call
 
 
 def call_out(hook: Callable[[*_Arguments], _Result], arguments: tuple[*_Arguments]) -> _Result:
-    """Call code of the program's, such as a notifier's hook, from inside of a guarded call, with no lock held but that
-    of the list. It is a checkpoint, and the hook may close a mapping at once."""
+    """Call code of the program, such as a notifier's hook, inside a guarded call.
+
+    The call is a checkpoint, and the hook can close a mapping at once. The only lock held is that of the list.
+    """
     if _signals.noted:
         checkpoint()
     place = _thread.place
@@ -443,8 +511,29 @@ def call_out(hook: Callable[[*_Arguments], _Result], arguments: tuple[*_Argument
         place.busy = place.inside
 
 
+def call_out_each(things: Sequence[_Thing], name: str, arguments: tuple[Any, ...], called: list[_Thing]) -> None:
+    """Call the hook `name` of each of `things` that has one, as `call_out` does. Make a checkpoint at the end.
+
+    `called` receives each of `things` whose hook has returned or is missing.
+    """
+    place = _thread.place
+    for thing in things:
+        hook = getattr(thing, name, None)
+        if hook is not None:
+            if _signals.noted:
+                checkpoint()
+            place.busy = False
+            try:
+                hook(*arguments)
+            finally:
+                place.busy = place.inside
+        called.append(thing)
+    if _signals.noted:
+        checkpoint()
+
+
 class _Undoing:
-    """See `undoing`. One for all: it has no state of its own."""
+    """The class of `undoing`. One object serves all threads, since it has no state."""
 
     def __enter__(self) -> None:
         _thread.place.undoing += 1
@@ -453,27 +542,33 @@ class _Undoing:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         place = _thread.place
-        place.undoing = max(place.undoing - 1, 0)  # 0 in a child that the undo has forked
+        place.undoing = max(place.undoing - 1, 0)  # a child that the undo forked begins with 0
 
 
 undoing = _Undoing()
-"""Enter it around an undo, or a close, that runs code with checkpoints, such as a notifier's hook: no handler runs
-meanwhile."""
+"""A context for an undo or a close that runs code with checkpoints, such as a notifier's hook. No checkpoint in the
+context runs a signal handler."""
+
+
+def is_undoing() -> bool:
+    """Return whether this thread is in the context `undoing`, where no step can be refused."""
+    return _thread.place.undoing > 0
 
 
 def checkpoint() -> None:
-    """Run the handlers of signals that came meanwhile; raises what they raise. In an undo nothing happens.
+    """Run the handlers of noted signals. Does nothing in an undo. Raises the exceptions of the handlers.
 
-    For a guarded call between two pieces of its work, where an exception is undone like any other. Cost: a look-up.
+    A guarded call makes checkpoints between the pieces of its work. An exception there leads to the ordinary undo.
+    Cost: the read of one attribute, if no signal is noted.
     """
     if _signals.noted and (place := _thread.place).signals is not None and not place.undoing:
         _signals.deliver()
 
 
 def run_outside(step: Callable[[], object]) -> None:
-    """Call `step` at once, or, where this thread is inside of a guarded call, when that ends.
+    """Call `step` at once, or, inside a guarded call of this thread, at the end of that call.
 
-    For finalizers. What a step raises that was put off is logged: nobody is there to receive it.
+    For finalizers. An exception of a deferred step is logged, since no caller can receive it.
     """
     place = _thread.place
     if place.inside or place.looking:
@@ -483,7 +578,7 @@ def run_outside(step: Callable[[], object]) -> None:
 
 
 def run_outside_or_in_hook(step: Callable[[], object]) -> None:
-    """As `run_outside`, but a hook has it done at once."""
+    """Call `step` as `run_outside`, except that a hook does not defer the step."""
     place = _thread.place
     if place.busy or place.looking:
         place.put_off.append(step)
@@ -493,7 +588,7 @@ def run_outside_or_in_hook(step: Callable[[], object]) -> None:
 
 @contextmanager
 def holding(*things: Guarded) -> Iterator[None]:
-    """Hold the locks of several objects, in the order of rule 4; inside of a guarded call."""
+    """Hold the locks of several objects, in the order of rule 4. For use inside a guarded call."""
     with ExitStack() as stack:
         for thing in things:
             stack.enter_context(thing.guard.lock)
@@ -501,18 +596,20 @@ def holding(*things: Guarded) -> Iterator[None]:
 
 
 def close_now(thing: Guarded) -> None:
-    """Close `thing` from inside of the guarded call that owns it, at once, under its lock. Raises what the close
-    raises."""
+    """Close `thing` at once, under its lock, inside the guarded call that owns `thing`.
+
+    Raises the exceptions of the close.
+    """
     close = type(thing).close  # type: ignore[attr-defined]
     with getattr(close, "uppermost", _own)(thing).lock:
         close.__wrapped__(thing)
 
 
-# --------------------------------------------------------------------------------------------------------------- below
+# ------------------------------------------------------------------------------------------------------------ internals
 
 
 def _check_given(args: Iterable[object], kwargs: Mapping[str, object]) -> None:
-    """Raise ForkedError where an argument is an object of a parent of this process."""
+    """Raise ForkedError if an argument is an object that a parent of this process made."""
     if _thread.place.busy:
         return
     for given in (*args, *kwargs.values()):
@@ -525,7 +622,7 @@ def _own(thing: Guarded) -> Guard:
 
 
 def _close(thing: _Self, call: Callable[[_Self], None], uppermost: Callable[[_Self], Guard]) -> None:
-    """Close `thing`, outside of every call or at the end of one, where no lock is held."""
+    """Close `thing` outside of all guarded calls, or at the end of one. No lock is held there."""
     _run(_thread.place, uppermost(thing).lock, None, call, (thing,), {})
 
 
@@ -540,7 +637,7 @@ def _close_both(thing: _Source, call: Callable[[_Source], None]) -> None:
         if not lock.acquire(blocking=False):
             _wait_for(lock)
         try:
-            if thing.end_dependents() or turn == _TURNS - 1:  # else another thread has made one meanwhile
+            if thing.end_dependents() or turn == _TURNS - 1:  # otherwise another thread made a dependent in between
                 call(thing)
                 return
         finally:
@@ -548,45 +645,7 @@ def _close_both(thing: _Source, call: Callable[[_Source], None]) -> None:
 
 
 def _nothing() -> None:
-    """Do what was put off, and nothing else."""
-
-
-def _enter(place: _Place, lock: RLock | None) -> None:
-    """Begin an outermost call: nothing of the program's comes into it, but at a checkpoint."""
-    try:
-        place.inside = place.busy = True  # from here on finalizers are put off: a call of theirs would put back
-        if place.signals is not None:
-            place.signals.replace()  # and signals are noted
-        if lock is not None:
-            place.lock = lock  # before it is had: what raises in between leaves nothing behind
-            if not lock.acquire(False):  # noqa: FBT003 (a keyword costs as much as the lock)
-                _wait_for(lock)
-    except BaseException:
-        place.inside = place.busy = False  # first: a handler that is not replaced may raise at the next call
-        _leave(place)
-        raise
-
-
-def _leave(place: _Place) -> None:
-    """End an outermost call: what was put off is done, and the handlers of the signals that came are called."""
-    lock = place.lock
-    if lock is not None:
-        try:  # noqa: SIM105 (suppress() costs as much as a call of another object)
-            lock.release()
-        except RuntimeError:  # it was not had yet
-            pass
-        place.lock = None
-    try:
-        if place.put_off or _signals.noted:
-            _handle(place)
-    finally:
-        place.inside = place.busy = False  # from here on a handler runs at once
-        if place.signals is not None:
-            try:
-                place.signals.put_back()
-            finally:
-                if _signals.noted:
-                    _signals.deliver()
+    """Do nothing: `_run` then runs only deferred closes and handlers."""
 
 
 def _run(  # noqa: PLR0917 (see below)
@@ -597,32 +656,43 @@ def _run(  # noqa: PLR0917 (see below)
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> _Result:
-    """Make a call, inside of another or as the outermost. `undo` is for what it has made, which nobody receives when a
-    handler raises.
+    """Make a call, inside another or as the outermost. If a handler raises at the end, `undo` gets the call's result.
 
-    Not called with `*args`: CPython 3.11 runs handlers behind such a call, where the result is nobody's yet.
+    Do not call this with `*args`: CPython 3.11 runs handlers after such a call, before the result is stored.
     """
     if place.inside:
         return _within(place, lock, call, args, kwargs)
-    made: list[_Result] = []
+    begun, result = False, _MISSING
     try:
-        _enter(place, lock)
-        made.append(call(*args, **kwargs))
-        _unlock(place)
+        place.inside = place.busy = True  # defers closes of finalizers: an outermost call would restore the handlers
+        if place.signals is not None:
+            place.signals.replace()  # signals are noted from here on
+        if lock is not None:
+            place.lock = lock  # before acquire(): if a handler raises in between, `_abandon` still releases the lock
+            lock.acquire(False) or _wait_for(lock)  # noqa: FBT003 (a keyword argument costs as much as the lock)
+        begun = True
+        result = call(*args, **kwargs) if kwargs else call(*args)
+        if lock is not None:
+            lock.release()
+            place.lock = None
         if place.put_off or _signals.noted:
-            _handle(place)  # before handlers are put back: a signal that comes during the undo is noted
-        _leave(place)
+            _handle(place)  # before handlers are restored: a signal that arrives during the undo is noted
+        place.inside = place.busy = False  # handlers run at once from here on
+        if place.signals is not None:
+            place.signals.put_back()
     except BaseException:
-        _unmake(place, made, undo)
+        if not begun:  # a handler that is not replaced can raise during a call above
+            place.inside = place.busy = False
+        _abandon(place, undo, result)
         raise
-    return made[0]
+    return result
 
 
 def _within(
     place: _Place, lock: RLock | None, call: Callable[..., _Result], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> _Result:
     busy = place.busy
-    if lock is not None and not lock.acquire(busy):  # a hook has nothing half done: a handler may refuse there
+    if lock is not None and not lock.acquire(busy):  # a hook leaves no partial change, so a handler can raise
         _wait_for(lock)
     place.busy = True
     try:
@@ -633,38 +703,66 @@ def _within(
             lock.release()
 
 
-def _unmake(place: _Place, made: Sequence[_Result], undo: Callable[[_Result], object] | None) -> None:
-    """End an outermost call that raises, or whose handlers do when it has made something."""
+def _abandon(place: _Place, undo: Callable[[_Result], object] | None, result: _Result) -> None:
+    """End an outermost call that raised, or whose handlers raised. `undo` gets the result of the call, if any."""
     try:
         _unlock(place)
-        if made and undo is not None:
-            try:
-                if not place.inside:
-                    _enter(place, None)  # where another handler raises, the undo is an outermost call of its own
-            finally:
-                with undoing:
-                    undo(*made)
+        if undo is not None and result is not _MISSING:
+            _undo(place, partial(undo, result))
     finally:
-        if place.inside:
+        try:
             _leave(place)
+        finally:
+            if place.inside:  # an exception set by another thread interrupted the first `_leave`
+                _leave(place)
+
+
+def _undo(place: _Place, undo: Callable[[], object]) -> None:
+    """Run the undo as a separate outermost call: a second handler can raise after the end of the first call."""
+    try:
+        if not place.inside:
+            place.inside = place.busy = True
+            if place.signals is not None:
+                place.signals.replace()
+    finally:
+        with undoing:
+            undo()
+
+
+def _leave(place: _Place) -> None:
+    """End an outermost call: run the deferred closes and the handlers of noted signals."""
+    _unlock(place)
+    try:
+        if place.put_off or _signals.noted:
+            _handle(place)
+    finally:
+        place.inside = place.busy = False
+        if place.signals is not None:
+            try:
+                place.signals.put_back()
+            finally:
+                if _signals.noted:
+                    _signals.deliver()
 
 
 def _unlock(place: _Place) -> None:
     lock = place.lock
     if lock is not None:
-        with suppress(RuntimeError):  # as above
+        try:  # noqa: SIM105 (suppress() would cost as much as another method call)
             lock.release()
+        except RuntimeError:  # the lock was not acquired yet
+            pass
         place.lock = None
 
 
 def _handle(place: _Place) -> None:
-    """Run the handlers of signals, then the closes that finalizers asked for.
+    """Run the handlers of noted signals, then the deferred closes.
 
-    Another signal that comes meanwhile is noted, so that each handler runs once.
+    A signal that arrives during this is noted, so that each handler runs once.
     """
     try:
         if _signals.noted and place.signals is not None:
-            place.busy = False  # as in a hook
+            place.busy = False  # a handler can close a mapping, as a hook can
             _signals.deliver()
     finally:
         place.busy = place.inside
@@ -672,25 +770,26 @@ def _handle(place: _Place) -> None:
             _catch_up(place)
 
 
-def _wait_for(lock: RLock) -> None:
+def _wait_for(lock: RLock) -> bool:
     while not lock.acquire(timeout=_PATIENCE):
         checkpoint()
+    return True
 
 
 def _catch_up(place: _Place) -> None:
     while place.put_off and not place.looking:
         try:
-            with undoing:  # a close that is interrupted would never be finished
+            with undoing:  # an interrupted close would never be finished
                 place.put_off.popleft()()
         except Exception:
-            _logger.exception("a close that a finalizer had asked for in the middle of another call failed")
+            _logger.exception("a close that a finalizer requested during another call failed")
 
 
 class Forgettable(Protocol):
-    """An object that a child must not use, and whose calls are too short to ask for the process."""
+    """An object that a forked child must not use, and whose calls are too short for a check of the process."""
 
     def forget(self) -> None:
-        """Raise at each use from now on, without a system call."""
+        """Make each later use raise, without a system call."""
         ...
 
 
@@ -705,7 +804,7 @@ def forget_in_child(thing: Forgettable) -> None:
 def _after_fork() -> None:
     for thing in tuple(_forgettable):
         thing.forget()
-    _thread.place.put_off.clear()  # the parent's
+    _thread.place.put_off.clear()  # these belong to the parent
     _signals.after_fork()
     _thread.place = _Place()
 

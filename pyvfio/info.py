@@ -1,9 +1,9 @@
-"""The answers of VFIO's three growing INFO ioctls, read into frozen dataclasses: device, region and type1 IOMMU.
+"""Parsers of VFIO's INFO answers: device, region, interrupt and type1 IOMMU, as frozen dataclasses.
 
-Each answer is a fixed structure, after which a chain of capabilities may follow (see ``vfio_info_cap_header`` in
-``<linux/vfio.h>``). Everything here is pure: a buffer goes in that holds the whole answer, as many bytes as its own
-`argsz` says, and either a dataclass comes out or `CapabilityError`, which says what is wrong and where. The kernel is
-trusted no further than that: no chain makes the parser loop or read outside the buffer.
+An answer is a fixed structure, and a chain of capabilities may follow (see ``vfio_info_cap_header`` in
+``<linux/vfio.h>``). The parsers are pure. Each takes a buffer with the whole answer, `argsz` bytes or more, and returns
+a dataclass. A malformed answer raises CapabilityError with the reason and the offset. The parsers do not trust the
+kernel: no chain makes them loop or read outside the buffer.
 
 Synchronization: none needed. Cost: linear in the length of the answer.
 """
@@ -25,10 +25,10 @@ from pyvfio.units import Iova, IovaRange
 Buffer = bytes | bytearray | memoryview
 
 DEFAULT_DMA_AVAIL = 65535
-"""What a container takes that does not say so: `dma_entry_limit` (5.1) is older than the capability (5.10)."""
+"""The default of `dma_entry_limit`. Kernels from 5.1 to 5.9 have that limit, but no capability that reports it."""
 
 DEFAULT_IOVA_PGSIZES = 0x1000
-"""A field without its flag means nothing, and 4 KiB is the page that every IOMMU under type1 has."""
+"""Assumed when the flag of `iova_pgsizes` is not set: every IOMMU under type1 has pages of 4 KiB."""
 
 _Header = ioctls.vfio_info_cap_header
 _HEADER_SIZE = ctypes.sizeof(_Header)
@@ -37,10 +37,9 @@ _Struct = TypeVar("_Struct", bound=ctypes.Structure)
 
 @dataclass(frozen=True, slots=True)
 class RawCapability:
-    """A capability as it stands in the answer: `offset` from the answer's start, `data` from its header on.
+    """A capability of an answer: `offset` counts from the start of the answer, `data` begins with the header.
 
-    A header does not say how long its capability is, so `data` goes up to the next header or the end of the answer and
-    may end in padding.
+    A header has no length: `data` ends at the next header or at the end of the answer, and may include padding.
     """
 
     id: int
@@ -54,7 +53,7 @@ class RawCapability:
 
 @dataclass(frozen=True, slots=True)
 class MigrationCapability:
-    """Dirty page tracking of a type1 IOMMU: bitmap of page sizes, and the largest dirty bitmap in bytes."""
+    """Dirty page tracking of a type1 IOMMU: a bitmap of page sizes, and the size in bytes of the largest bitmap."""
 
     flags: int
     pgsize_bitmap: int
@@ -65,8 +64,8 @@ class MigrationCapability:
 class IommuInfo:
     """`VFIO_IOMMU_GET_INFO`: `iova_pgsizes` is a bitmap of page sizes in bytes, `dma_avail` counts mappings.
 
-    `iova_ranges` is ascending and without overlap; None when the kernel names none, as for a container in which only
-    mediated devices are (``vfio_iommu_iova_build_caps``), and before 5.4.
+    `iova_ranges` is ascending and without overlap. None: the kernel reports no ranges, as before 5.4, and for a
+    container with only mediated devices (``vfio_iommu_iova_build_caps``).
     """
 
     iova_pgsizes: int
@@ -78,10 +77,10 @@ class IommuInfo:
 
 @dataclass(frozen=True, slots=True)
 class RegionInfo:
-    """`VFIO_DEVICE_GET_REGION_INFO`: `size` in bytes, `offset` in the device's fd.
+    """`VFIO_DEVICE_GET_REGION_INFO`: `size` in bytes, `offset` in the device's descriptor.
 
-    `sparse` are the parts that may be mapped, as (offset in the region, size) in bytes; None: the whole region, if
-    `flags` say so. `type` and `subtype` tell what a region without a fixed index is.
+    `sparse` lists the parts that can be mapped, as (offset in the region, size) in bytes. None: the whole region can be
+    mapped, if `flags` has VFIO_REGION_INFO_FLAG_MMAP. `type` and `subtype` identify a region without a fixed index.
     """
 
     index: int
@@ -97,7 +96,7 @@ class RegionInfo:
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """`VFIO_DEVICE_GET_INFO`; `atomic_comp` is None when the kernel does not say (before 6.5, or not supported)."""
+    """`VFIO_DEVICE_GET_INFO`; `atomic_comp` is None before 6.5, and where AtomicOps are not supported."""
 
     flags: ioctls.VfioDeviceFlags
     num_regions: int
@@ -116,12 +115,13 @@ class IrqInfo:
 
 
 def walk(buffer: Buffer, first: int, minimum_offset: int) -> Iterator[RawCapability]:
-    """The capabilities of the chain that begins at `first` (0: there are none), in the order of the chain.
+    """Yield the capabilities of the chain that begins at `first` (0: no chain), in the order of the chain.
 
-    `minimum_offset` is the size of the fixed structure, in which none may lie. Offsets need not be aligned: up to 6.5
-    the kernel packs capabilities of 12 bytes (``vfio_info_cap_add``). Raises CapabilityError before the first is given
-    out when a header lies outside the buffer, in the fixed structure or in another header, or when the chain returns
-    to one that was already there.
+    `minimum_offset` is the size of the fixed structure, which no capability may overlap. Offsets need not be aligned:
+    up to 6.5 the kernel packs capabilities of 12 bytes (``vfio_info_cap_add``).
+
+    Raises CapabilityError if a header lies outside the buffer, in the fixed structure or in another header, or if the
+    chain has a loop. The error is raised before the first capability is yielded.
     """
     answer = bytes(buffer)
     headers = _headers(answer, first, minimum_offset)
@@ -136,7 +136,7 @@ def walk(buffer: Buffer, first: int, minimum_offset: int) -> Iterator[RawCapabil
 
 
 def parse_iommu_info(buffer: Buffer) -> IommuInfo:
-    """Reads the answer to `VFIO_IOMMU_GET_INFO`. Raises CapabilityError."""
+    """Parse the answer to `VFIO_IOMMU_GET_INFO`. Raises CapabilityError."""
     answer, fixed = _fixed(buffer, ioctls.vfio_iommu_type1_info, ioctls.VFIO_IOMMU_TYPE1_INFO_MINSZ)
     has_caps = bool(fixed.flags & ioctls.VFIO_IOMMU_INFO_CAPS)
     known, unknown = _chain(
@@ -158,10 +158,10 @@ def parse_iommu_info(buffer: Buffer) -> IommuInfo:
 
 
 def parse_region_info(buffer: Buffer) -> RegionInfo:
-    """Reads the answer to `VFIO_DEVICE_GET_REGION_INFO`. Raises CapabilityError."""
+    """Parse the answer to `VFIO_DEVICE_GET_REGION_INFO`. Raises CapabilityError."""
     size = ctypes.sizeof(ioctls.vfio_region_info)
     answer, fixed = _fixed(buffer, ioctls.vfio_region_info, size)
-    # Without the flag cap_offset is what the caller had left there: the kernel copies it in and out again.
+    # Without the flag, cap_offset has the caller's bytes: the kernel copies the field in and out unchanged.
     has_caps = bool(fixed.flags & ioctls.VFIO_REGION_INFO_FLAG_CAPS)
     known, unknown = _chain(answer, fixed.cap_offset if has_caps else 0, size, ioctls.VfioRegionInfoCap)
     sparse = known.get(ioctls.VFIO_REGION_INFO_CAP_SPARSE_MMAP)
@@ -181,10 +181,10 @@ def parse_region_info(buffer: Buffer) -> RegionInfo:
 
 
 def parse_device_info(buffer: Buffer) -> DeviceInfo:
-    """Reads the answer to `VFIO_DEVICE_GET_INFO`. Raises CapabilityError."""
+    """Parse the answer to `VFIO_DEVICE_GET_INFO`. Raises CapabilityError."""
     answer, fixed = _fixed(buffer, ioctls.vfio_device_info, ioctls.VFIO_DEVICE_INFO_MINSZ)
     has_caps = bool(fixed.flags & ioctls.VFIO_DEVICE_FLAGS_CAPS)
-    # Before 6.6 the structure had 20 bytes, and a chain begins where it ended.
+    # Before 6.6 the structure had 20 bytes, and the chain begins there.
     known, unknown = _chain(answer, fixed.cap_offset if has_caps else 0, 20, ioctls.VfioDeviceInfoCap)
     atomic = known.pop(ioctls.VFIO_DEVICE_INFO_CAP_PCI_ATOMIC_COMP, None)
     widths = _body(atomic, ioctls.vfio_device_info_cap_pci_atomic_comp).flags if atomic else None
@@ -198,18 +198,21 @@ def parse_device_info(buffer: Buffer) -> DeviceInfo:
 
 
 def parse_irq_info(buffer: Buffer) -> IrqInfo:
-    """Reads the answer to `VFIO_DEVICE_GET_IRQ_INFO`, which has no chain. Raises CapabilityError when it is short."""
+    """Parse the answer to `VFIO_DEVICE_GET_IRQ_INFO`, which has no chain. Raises CapabilityError if it is too short."""
     _, fixed = _fixed(buffer, ioctls.vfio_irq_info, ctypes.sizeof(ioctls.vfio_irq_info))
     return IrqInfo(index=fixed.index, flags=ioctls.VfioIrqInfoFlags(fixed.flags), count=fixed.count)
 
 
 def _headers(answer: bytes, first: int, minimum_offset: int) -> Mapping[int, ioctls.vfio_info_cap_header]:
-    """The headers of a chain by offset, in the order of the chain. Each offset is visited once, so this ends."""
+    """Return the headers of a chain by offset, in the order of the chain.
+
+    Each offset is visited at most once, so the walk ends.
+    """
     headers: dict[int, ioctls.vfio_info_cap_header] = {}
     offset, named_by = first, "the answer"
     while offset:
         if offset in headers:
-            raise CapabilityError(f"{named_by} names offset {offset} as the next capability, which came before it")
+            raise CapabilityError(f"{named_by} names offset {offset} as the next capability, so the chain is a loop")
         if offset < minimum_offset:
             raise CapabilityError(
                 f"{named_by} names a capability at offset {offset}, inside the structure of {minimum_offset} bytes"
@@ -227,8 +230,11 @@ def _headers(answer: bytes, first: int, minimum_offset: int) -> Mapping[int, ioc
 def _chain(
     answer: bytes, first: int, minimum_offset: int, ids: type[enum.IntEnum]
 ) -> tuple[dict[int, RawCapability], tuple[RawCapability, ...]]:
-    """What is known by `ids` and what is not. Of the known there is one each, and of the version that pyvfio reads:
-    a kernel that changed one under the same id would break every program there is."""
+    """Return the capabilities whose ids are in `ids`, by id, and the others.
+
+    Raises CapabilityError for an id that occurs twice, and for a version other than 1. A kernel that changed the layout
+    under the same id would break every program.
+    """
     known: dict[int, RawCapability] = {}
     unknown = []
     for capability in walk(answer, first, minimum_offset):
@@ -244,13 +250,13 @@ def _chain(
 
 
 def _fixed(buffer: Buffer, struct: type[_Struct], minimum: int) -> tuple[bytes, _Struct]:
-    """The answer cut to its own argsz, and its fixed structure; fields that an older kernel lacks are zero."""
+    """Return the answer, cut to `argsz`, and the fixed structure. Fields that an older kernel lacks are zero."""
     answer = bytes(buffer)
     if len(answer) < minimum:
         raise CapabilityError(f"{struct.__name__} is {len(answer)} bytes long, and the shortest is {minimum}")
     argsz = int.from_bytes(answer[:4], sys.byteorder)
     if argsz > len(answer):
-        # Too small a buffer is no error to the kernel: it leaves the chain out, which would look like an empty one.
+        # The kernel accepts a buffer that is too small and leaves the chain out, as if there were no capabilities.
         raise CapabilityError(f"{struct.__name__} needs {argsz} bytes and the buffer holds {len(answer)}")
     if argsz < minimum:
         raise CapabilityError(f"{struct.__name__} says that it is {argsz} bytes long, and the shortest is {minimum}")
@@ -267,7 +273,7 @@ def _body(capability: RawCapability, struct: type[_Struct]) -> _Struct:
 
 
 def _pairs(capability: RawCapability, struct: type[ctypes.Structure], count: int) -> list[tuple[int, int]]:
-    """The `count` pairs of u64 that follow `struct`."""
+    """Return the `count` pairs of u64 that follow `struct`."""
     start, end = ctypes.sizeof(struct), ctypes.sizeof(struct) + 16 * count
     if end > len(capability.data):
         raise CapabilityError(f"{capability} has {len(capability.data)} bytes, and its {count} entries end at {end}")
@@ -281,7 +287,7 @@ def _iova_ranges(capability: RawCapability) -> tuple[IovaRange, ...]:
     previous = -1
     for start, last in pairs:
         if last < start:
-            raise CapabilityError(f"{capability}: the range from {start:#x} ends before it, at {last:#x}")
+            raise CapabilityError(f"{capability}: the range from {start:#x} ends before its start, at {last:#x}")
         if start <= previous:
             raise CapabilityError(f"{capability}: the range from {start:#x} overlaps one that ends at {previous:#x}")
         previous = last
@@ -303,5 +309,5 @@ def _sparse(capability: RawCapability, region_size: int) -> tuple[tuple[int, int
             raise CapabilityError(
                 f"{capability}: {size:#x} bytes at {offset:#x} do not lie in a region of {region_size:#x}"
             )
-    # Drivers say "nothing may be mapped" with an area of no bytes.
+    # Drivers report that no part can be mapped by an area of 0 bytes.
     return tuple((offset, size) for offset, size in areas if size)

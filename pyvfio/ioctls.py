@@ -1,16 +1,16 @@
-"""`<linux/vfio.h>` in its own names: the requests, flags, indexes and structures of container, group and PCI device.
+"""`<linux/vfio.h>` with C names: the requests, flags, indexes and structures of container, group and PCI device.
 
-Structures, constants and flags are called what the C header calls them, so that the kernel's documentation can be read
-beside this file. What the header does not have is in CamelCase (the classes that group flags and indexes), ends in
-``_MINSZ``, or is a function at the end. Where kernels differ, the newest layout stands here and a comment says which
-kernel has which part: a caller passes the whole structure, and an older kernel leaves alone what it does not know.
-A flexible array at the end is not part of a structure, so that `ctypes.sizeof` is what C's ``sizeof`` is.
+Structures, constants and flags have the names of the C header, so that the kernel's documentation applies to this file.
+Other names are in CamelCase (the classes that group flags and indexes), end in ``_MINSZ``, or belong to the functions
+at the end. Where kernels differ, this file has the newest layout, and a comment names the first kernel with each part.
+A caller passes the whole structure, and an older kernel ignores the fields that it does not have. A flexible array at
+the end is not part of a structure, so that `ctypes.sizeof` equals C's ``sizeof``.
 
-Left out: everything of spapr, EEH, ccw, ap, zPCI and FSL but what a PCI driver may meet as a number that is taken, and
-the migration interface that was withdrawn before 5.18.
+Left out: the migration interface that was withdrawn before 5.18, and spapr, EEH, ccw, ap, zPCI and FSL. Numbers of the
+latter that a PCI driver can meet are included, since these numbers are taken.
 
-Nothing here calls the kernel. ``tests/unit/test_abi.py`` proves every name, number, size and offset twice: with the C
-compiler on the header of the machine, and against a table that was not made from this file.
+This module makes no system call. ``tests/unit/test_abi.py`` checks every name, number, size and offset twice. The C
+compiler reads the header of the machine, and a table that was not made from this file confirms the values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ import functools
 from collections.abc import Sequence
 from typing import TypeVar, cast
 
-import ioctl_opt
+from pyvfio.fields import io as _request
+from pyvfio.fields import s32 as _s32
+from pyvfio.fields import u8 as _u8
+from pyvfio.fields import u16 as _u16
+from pyvfio.fields import u32 as _u32
+from pyvfio.fields import u64 as _u64
 
 _Structure = TypeVar("_Structure", bound=ctypes.Structure)
 
@@ -31,31 +36,10 @@ VFIO_BASE = 100
 
 
 def _io(number: int) -> int:
-    # No direction and no size: argsz says the size, so that a structure can grow under the same request.
-    return int(ioctl_opt.IO(ord(VFIO_TYPE), VFIO_BASE + number))
+    return _request(VFIO_TYPE, VFIO_BASE + number)
 
 
-def _u8(*names: str) -> list[tuple[str, type[ctypes.c_uint8]]]:
-    return [(name, ctypes.c_uint8) for name in names]
-
-
-def _u16(*names: str) -> list[tuple[str, type[ctypes.c_uint16]]]:
-    return [(name, ctypes.c_uint16) for name in names]
-
-
-def _u32(*names: str) -> list[tuple[str, type[ctypes.c_uint32]]]:
-    return [(name, ctypes.c_uint32) for name in names]
-
-
-def _u64(*names: str) -> list[tuple[str, type[ctypes.c_uint64]]]:
-    return [(name, ctypes.c_uint64) for name in names]
-
-
-def _s32(*names: str) -> list[tuple[str, type[ctypes.c_int32]]]:
-    return [(name, ctypes.c_int32) for name in names]
-
-
-# Numbers repeat between container and device: what a request means depends on the kind of the fd.
+# Container and device share numbers: the meaning of a request depends on the kind of the descriptor.
 
 # --- container, /dev/vfio/vfio
 VFIO_GET_API_VERSION = _io(0)
@@ -102,7 +86,7 @@ VFIO_IOMMU_DIRTY_PAGES = _io(17)
 
 
 class vfio_info_cap_header(ctypes.Structure):
-    """How each capability starts; `next` counts from the start of the answer, 0 ends the chain."""
+    """The header of each capability; `next` counts from the start of the answer, 0 ends the chain."""
 
     id: int
     version: int
@@ -114,7 +98,7 @@ class vfio_info_cap_header(ctypes.Structure):
 
 
 class VfioExtension(enum.IntEnum):
-    """What `VFIO_CHECK_EXTENSION` is asked; the IOMMU types among them are also what `VFIO_SET_IOMMU` takes."""
+    """The arguments of `VFIO_CHECK_EXTENSION`. `VFIO_SET_IOMMU` takes those that are IOMMU types."""
 
     VFIO_TYPE1_IOMMU = 1
     VFIO_SPAPR_TCE_IOMMU = 2
@@ -236,7 +220,7 @@ class VfioDeviceInfoCap(enum.IntEnum):
 
 
 class VfioPciAtomicCompFlags(enum.IntFlag):
-    """Widths of PCIe AtomicOps that the root completes: `vfio_device_info_cap_pci_atomic_comp.flags`."""
+    """The widths of PCIe AtomicOps that the root port completes: `vfio_device_info_cap_pci_atomic_comp.flags`."""
 
     VFIO_PCI_ATOMIC_COMP32 = 1 << 0
     VFIO_PCI_ATOMIC_COMP64 = 1 << 1
@@ -259,7 +243,7 @@ class vfio_device_info_cap_pci_atomic_comp(ctypes.Structure):
 
 
 class VfioPciRegionIndex(enum.IntEnum):
-    """Which region of a vfio-pci device; from `VFIO_PCI_NUM_REGIONS` on they are the device's own."""
+    """The regions of a vfio-pci device. Device-specific regions begin at `VFIO_PCI_NUM_REGIONS`."""
 
     VFIO_PCI_BAR0_REGION_INDEX = 0
     VFIO_PCI_BAR1_REGION_INDEX = 1
@@ -304,7 +288,7 @@ class VfioRegionInfoFlags(enum.IntFlag):
 
 
 class vfio_region_info(ctypes.Structure):
-    """`VFIO_DEVICE_GET_REGION_INFO`; `size` in bytes, `offset` in the device's fd."""
+    """`VFIO_DEVICE_GET_REGION_INFO`; `size` in bytes, `offset` in the device's descriptor."""
 
     argsz: int
     flags: int
@@ -335,7 +319,7 @@ class VfioRegionInfoCap(enum.IntEnum):
 
 
 class vfio_region_sparse_mmap_area(ctypes.Structure):
-    """A part of a region that may be mapped; both in bytes, `offset` from the start of the region."""
+    """A part of a region that can be mapped. Both fields are in bytes; `offset` from the start of the region."""
 
     offset: int
     size: int
@@ -352,7 +336,7 @@ class vfio_region_info_cap_sparse_mmap(ctypes.Structure):
 
 
 class vfio_region_info_cap_type(ctypes.Structure):
-    """Capability `VFIO_REGION_INFO_CAP_TYPE`: what a region is that has no fixed index."""
+    """Capability `VFIO_REGION_INFO_CAP_TYPE`: the type of a region without a fixed index."""
 
     header: vfio_info_cap_header
     type: int
@@ -361,7 +345,7 @@ class vfio_region_info_cap_type(ctypes.Structure):
 
 
 class vfio_region_info_cap_nvlink2_ssatgt(ctypes.Structure):
-    """Capability `VFIO_REGION_INFO_CAP_NVLINK2_SSATGT`, which no kernel has given since 5.13."""
+    """Capability `VFIO_REGION_INFO_CAP_NVLINK2_SSATGT`, which no kernel has reported since 5.13."""
 
     header: vfio_info_cap_header
     tgt: int
@@ -369,7 +353,7 @@ class vfio_region_info_cap_nvlink2_ssatgt(ctypes.Structure):
 
 
 class vfio_region_info_cap_nvlink2_lnkspd(ctypes.Structure):
-    """Capability `VFIO_REGION_INFO_CAP_NVLINK2_LNKSPD`, which no kernel has given since 5.13."""
+    """Capability `VFIO_REGION_INFO_CAP_NVLINK2_LNKSPD`, which no kernel has reported since 5.13."""
 
     header: vfio_info_cap_header
     link_speed: int
@@ -394,7 +378,7 @@ VFIO_DEVICE_GFX_LINK_STATE_DOWN = 2
 
 
 class vfio_region_gfx_edid(ctypes.Structure):
-    """How a region of subtype `VFIO_REGION_SUBTYPE_GFX_EDID` begins; `edid_offset` in bytes from its start."""
+    """The start of a region of subtype `VFIO_REGION_SUBTYPE_GFX_EDID`; `edid_offset` in bytes from the start."""
 
     edid_offset: int
     edid_max_size: int
@@ -409,7 +393,7 @@ class vfio_region_gfx_edid(ctypes.Structure):
 
 
 class VfioPciIrqIndex(enum.IntEnum):
-    """Which kind of interrupt of a vfio-pci device."""
+    """The kinds of interrupts of a vfio-pci device."""
 
     VFIO_PCI_INTX_IRQ_INDEX = 0
     VFIO_PCI_MSI_IRQ_INDEX = 1
@@ -451,7 +435,7 @@ class vfio_irq_info(ctypes.Structure):
 
 
 class VfioIrqSetFlags(enum.IntFlag):
-    """`vfio_irq_set.flags`: one DATA and one ACTION."""
+    """`vfio_irq_set.flags`: one DATA flag and one ACTION flag."""
 
     VFIO_IRQ_SET_DATA_NONE = 1 << 0
     VFIO_IRQ_SET_DATA_BOOL = 1 << 1
@@ -495,7 +479,7 @@ class _vfio_pci_dependent_device_id(ctypes.Union):
 
 
 class vfio_pci_dependent_device(ctypes.Structure):
-    """A device that a hot reset reaches; `devid` (6.6) instead of `group_id` when opened without a group."""
+    """A device that a hot reset affects; `devid` (6.6) replaces `group_id` if it was opened without a group."""
 
     group_id: int
     devid: int
@@ -517,7 +501,7 @@ VFIO_PCI_HOT_RESET_FLAG_DEV_ID, VFIO_PCI_HOT_RESET_FLAG_DEV_ID_OWNED = VfioPciHo
 
 
 class vfio_pci_hot_reset_info(ctypes.Structure):
-    """`VFIO_DEVICE_GET_PCI_HOT_RESET_INFO`; `devices` is there when `pci_hot_reset_info` made it."""
+    """`VFIO_DEVICE_GET_PCI_HOT_RESET_INFO`; `devices` exists in structures that `pci_hot_reset_info` made."""
 
     argsz: int
     flags: int
@@ -527,7 +511,7 @@ class vfio_pci_hot_reset_info(ctypes.Structure):
 
 
 class vfio_pci_hot_reset(ctypes.Structure):
-    """`VFIO_DEVICE_PCI_HOT_RESET`; `count` s32 fds of groups follow, see `pci_hot_reset`."""
+    """`VFIO_DEVICE_PCI_HOT_RESET`; `count` s32 descriptors of groups follow, see `pci_hot_reset`."""
 
     argsz: int
     flags: int
@@ -539,7 +523,7 @@ class vfio_pci_hot_reset(ctypes.Structure):
 
 
 class VfioGfxPlaneType(enum.IntFlag):
-    """`vfio_device_gfx_plane_info.flags`: how the device shows its display."""
+    """`vfio_device_gfx_plane_info.flags`: how the device provides the display."""
 
     VFIO_GFX_PLANE_TYPE_PROBE = 1 << 0
     VFIO_GFX_PLANE_TYPE_DMABUF = 1 << 1
@@ -605,7 +589,7 @@ VFIO_DEVICE_IOEVENTFD_SIZE_MASK = 0xF
 
 
 class vfio_device_ioeventfd(ctypes.Structure):
-    """`VFIO_DEVICE_IOEVENTFD`; `offset` in the device's fd, `fd` -1 takes it away."""
+    """`VFIO_DEVICE_IOEVENTFD`; `offset` in the device's descriptor; `fd` -1 removes the ioeventfd."""
 
     argsz: int
     flags: int
@@ -628,7 +612,7 @@ VFIO_DEVICE_IOEVENTFD_MINSZ = 28  # up to fd, on every kernel
 
 
 class VfioDeviceFeatureFlags(enum.IntFlag):
-    """What to do with the feature whose number is in the low bits of `vfio_device_feature.flags`."""
+    """The operation on the feature whose number is in the low bits of `vfio_device_feature.flags`."""
 
     VFIO_DEVICE_FEATURE_GET = 1 << 16
     VFIO_DEVICE_FEATURE_SET = 1 << 17
@@ -640,7 +624,7 @@ VFIO_DEVICE_FEATURE_GET, VFIO_DEVICE_FEATURE_SET, VFIO_DEVICE_FEATURE_PROBE = Vf
 
 
 class VfioDeviceFeature(enum.IntEnum):
-    """The numbers of the features; what follows `vfio_device_feature` depends on them."""
+    """The numbers of the features, which determine the structure after `vfio_device_feature`."""
 
     VFIO_DEVICE_FEATURE_PCI_VF_TOKEN = 0  # 16 bytes of a UUID
     VFIO_DEVICE_FEATURE_MIGRATION = 1
@@ -652,7 +636,7 @@ class VfioDeviceFeature(enum.IntEnum):
     VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP = 7  # nothing follows
     VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT = 8
     VFIO_DEVICE_FEATURE_MIG_DATA_SIZE = 9  # 6.2
-    VFIO_DEVICE_FEATURE_BUS_MASTER = 10  # 6.7; CDX only: PCI has its command register
+    VFIO_DEVICE_FEATURE_BUS_MASTER = 10  # 6.7; CDX only: PCI has the command register
     VFIO_DEVICE_FEATURE_DMA_BUF = 11  # 6.19
     VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2 = 12  # 7.1; nothing follows
 
@@ -723,7 +707,7 @@ class vfio_device_mig_state(enum.IntEnum):
     VFIO_DEVICE_STATE_PRE_COPY,
     VFIO_DEVICE_STATE_PRE_COPY_P2P,
 ) = vfio_device_mig_state
-VFIO_DEVICE_STATE_NR = len(vfio_device_mig_state)  # 6.8; an enumerator of C, but no state
+VFIO_DEVICE_STATE_NR = len(vfio_device_mig_state)  # 6.8; an enumerator in C, but not a state
 
 
 class vfio_device_feature_mig_state(ctypes.Structure):
@@ -774,7 +758,7 @@ class vfio_device_feature_bus_master(ctypes.Structure):
 
 
 class vfio_device_feature_dma_logging_range(ctypes.Structure):
-    """What `vfio_device_feature_dma_logging_control.ranges` points to."""
+    """An element of the array to which `vfio_device_feature_dma_logging_control.ranges` points."""
 
     iova: int
     length: int
@@ -914,7 +898,7 @@ class VfioIommuType1InfoCap(enum.IntEnum):
 
     VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE = 1
     VFIO_IOMMU_TYPE1_INFO_CAP_MIGRATION = 2
-    VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL = 3  # without CAP: the header calls it so
+    VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL = 3  # the name in the header has no CAP
 
 
 (
@@ -925,7 +909,7 @@ class VfioIommuType1InfoCap(enum.IntEnum):
 
 
 class vfio_iova_range(ctypes.Structure):
-    """IOVAs that may be mapped; `end` is the last of them."""
+    """A range of IOVAs that can be mapped; `end` is inclusive."""
 
     start: int
     end: int
@@ -952,7 +936,7 @@ class vfio_iommu_type1_info_cap_migration(ctypes.Structure):
 
 
 class vfio_iommu_type1_info_dma_avail(ctypes.Structure):
-    """Capability `VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL`: how many more mappings the container takes."""
+    """Capability `VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL`: how many more mappings the container accepts."""
 
     header: vfio_info_cap_header
     avail: int
@@ -963,7 +947,7 @@ class vfio_iommu_type1_info_dma_avail(ctypes.Structure):
 
 
 class VfioDmaMapFlags(enum.IntFlag):
-    """`vfio_iommu_type1_dma_map.flags`: what the device may do."""
+    """`vfio_iommu_type1_dma_map.flags`: the access of the device."""
 
     VFIO_DMA_MAP_FLAG_READ = 1 << 0
     VFIO_DMA_MAP_FLAG_WRITE = 1 << 1
@@ -996,7 +980,7 @@ VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP, VFIO_DMA_UNMAP_FLAG_ALL, VFIO_DMA_UNMAP_FL
 
 
 class vfio_bitmap(ctypes.Structure):
-    """Where dirty pages are reported: `size` bytes at `data`, a bit for each `pgsize` bytes."""
+    """A bitmap of dirty pages: `size` bytes at `data`, with a bit for each `pgsize` bytes."""
 
     pgsize: int
     size: int
@@ -1005,7 +989,7 @@ class vfio_bitmap(ctypes.Structure):
 
 
 class vfio_iommu_type1_dma_unmap(ctypes.Structure):
-    """`VFIO_IOMMU_UNMAP_DMA`; the kernel puts into `size` how many bytes it unmapped."""
+    """`VFIO_IOMMU_UNMAP_DMA`; the kernel stores the number of unmapped bytes in `size`."""
 
     argsz: int
     flags: int
@@ -1015,7 +999,7 @@ class vfio_iommu_type1_dma_unmap(ctypes.Structure):
 
 
 class DmaUnmapWithBitmap(vfio_iommu_type1_dma_unmap):
-    """`vfio_iommu_type1_dma_unmap` and what `VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP` wants in its `data`."""
+    """`vfio_iommu_type1_dma_unmap`, with the `data` for `VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP`."""
 
     bitmap: vfio_bitmap
     _fields_ = [("bitmap", vfio_bitmap)]
@@ -1025,7 +1009,7 @@ class DmaUnmapWithBitmap(vfio_iommu_type1_dma_unmap):
 
 
 class VfioIommuDirtyPagesFlags(enum.IntFlag):
-    """`vfio_iommu_type1_dirty_bitmap.flags`: exactly one."""
+    """`vfio_iommu_type1_dirty_bitmap.flags`: exactly one flag."""
 
     VFIO_IOMMU_DIRTY_PAGES_FLAG_START = 1 << 0
     VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP = 1 << 1
@@ -1048,7 +1032,7 @@ class vfio_iommu_type1_dirty_bitmap(ctypes.Structure):
 
 
 class vfio_iommu_type1_dirty_bitmap_get(ctypes.Structure):
-    """What `VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP` wants in `data`; `size` of the IOVAs in bytes."""
+    """The `data` for `VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP`; `size` is the size of the IOVA range in bytes."""
 
     iova: int
     size: int
@@ -1057,7 +1041,7 @@ class vfio_iommu_type1_dirty_bitmap_get(ctypes.Structure):
 
 
 class DirtyBitmapWithRange(vfio_iommu_type1_dirty_bitmap):
-    """`vfio_iommu_type1_dirty_bitmap` with `vfio_iommu_type1_dirty_bitmap_get` in its `data`."""
+    """`vfio_iommu_type1_dirty_bitmap`, with `vfio_iommu_type1_dirty_bitmap_get` in `data`."""
 
     get: vfio_iommu_type1_dirty_bitmap_get
     _fields_ = [("get", vfio_iommu_type1_dirty_bitmap_get)]
@@ -1070,13 +1054,13 @@ class DirtyBitmapWithRange(vfio_iommu_type1_dirty_bitmap):
 def _with_array(
     header: type[_Structure], name: str, element: type[ctypes.Structure] | type[ctypes.c_int32], count: int
 ) -> type[_Structure]:
-    # A class of its own for each count; kept, because making one costs more than the ioctl.
+    # Each count has a class. Classes are cached, since making one costs more than the ioctl.
     made = type(f"{header.__name__}_{count}", (header,), {"_fields_": [(name, element * count)]})
     return cast("type[_Structure]", made)
 
 
 def irq_set_eventfds(*, flags: int, index: int, start: int, eventfds: Sequence[int]) -> vfio_irq_set:
-    """A `vfio_irq_set` with one s32 for each of `eventfds` (-1: none) and `argsz` and `count` filled in."""
+    """Return a `vfio_irq_set` with one s32 for each of `eventfds` (-1: none), and with `argsz` and `count`."""
     answer: vfio_irq_set = _with_array(vfio_irq_set, "data", ctypes.c_int32, len(eventfds))(
         flags=flags, index=index, start=start, count=len(eventfds), data=tuple(eventfds)
     )
@@ -1087,7 +1071,8 @@ def irq_set_eventfds(*, flags: int, index: int, start: int, eventfds: Sequence[i
 def feature_dma_buf(
     *, region_index: int, open_flags: int, ranges: Sequence[tuple[int, int]]
 ) -> vfio_device_feature_dma_buf:
-    """A `vfio_device_feature_dma_buf` with its `dma_ranges`: an offset in the region and a length each, in bytes."""
+    """Return a `vfio_device_feature_dma_buf` with `dma_ranges`: pairs of an offset in the region and a length, in
+    bytes."""
     answer: vfio_device_feature_dma_buf = _with_array(
         vfio_device_feature_dma_buf, "dma_ranges", vfio_region_dma_range, len(ranges)
     )(region_index=region_index, open_flags=open_flags, nr_ranges=len(ranges), dma_ranges=tuple(ranges))
@@ -1095,7 +1080,10 @@ def feature_dma_buf(
 
 
 def pci_hot_reset(*, group_fds: Sequence[int]) -> vfio_pci_hot_reset:
-    """A `vfio_pci_hot_reset` with the fds of all groups that the reset reaches; none for a device without a group."""
+    """Return a `vfio_pci_hot_reset` with the descriptors of all groups that the reset affects.
+
+    The list is empty for a device that was opened without a group.
+    """
     answer: vfio_pci_hot_reset = _with_array(vfio_pci_hot_reset, "group_fds", ctypes.c_int32, len(group_fds))(
         count=len(group_fds), group_fds=tuple(group_fds)
     )
@@ -1104,7 +1092,10 @@ def pci_hot_reset(*, group_fds: Sequence[int]) -> vfio_pci_hot_reset:
 
 
 def pci_hot_reset_info(*, count: int) -> vfio_pci_hot_reset_info:
-    """A `vfio_pci_hot_reset_info` with room for `count` devices; ENOSPC and `count` say when there are more."""
+    """Return a `vfio_pci_hot_reset_info` for up to `count` devices.
+
+    If there are more devices, the ioctl fails with ENOSPC and sets `count`.
+    """
     answer: vfio_pci_hot_reset_info = _with_array(
         vfio_pci_hot_reset_info, "devices", vfio_pci_dependent_device, count
     )()

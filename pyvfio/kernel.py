@@ -1,13 +1,13 @@
-"""The seam: every system call that pyvfio makes, as one protocol, and the real kernel behind it.
+"""The seam: one protocol with every system call that pyvfio makes, and the running kernel as an implementation.
 
-`Kernel` is what the floors above are written against. `LinuxKernel` passes each call on; `pyvfio.testing.FakeKernel`
-answers the calls on VFIO file descriptors itself and passes the ones on process memory on. Struct encoding, argsz, the
-lifetime of descriptors, the meaning of an errno and the order of calls are all above this line, so that one set of
-sentences (`tests/contract`) can judge the fake and the kernel alike.
+All other modules are written against `Kernel`. `LinuxKernel` passes each call to the kernel.
+`pyvfio.testing.FakeKernel` answers the calls on VFIO descriptors, and passes on the calls on process memory. Struct
+encoding, argsz, the lifetime of descriptors, the meaning of an errno and the order of calls belong to the callers.
+Therefore one set of tests (`tests/contract`) can check the fake and the kernel alike.
 
-Whatever fails raises OSError with the kernel's errno and nothing else happens here.
+A call that fails raises OSError with the kernel's errno, and has no other effect here.
 
-Synchronization: stateless; any thread may call anything. Calls that enter the kernel release the GIL.
+Synchronization: stateless; any thread may call any method. Calls that enter the kernel release the GIL.
 """
 
 from __future__ import annotations
@@ -17,31 +17,37 @@ import fcntl
 import os
 import resource
 import select
-import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, cast
 
 from pyvfio.guard import forget_in_child
 from pyvfio.units import PAGE_SIZE, Vaddr
 
 WritableBuffer: TypeAlias = bytearray | memoryview | ctypes.Structure | ctypes.Array[ctypes.c_char]
 IoctlArgument: TypeAlias = int | WritableBuffer
-"""What an ioctl is given: a number passed by value, or a buffer that the kernel may write. Never `bytes`: fcntl.ioctl
-would return a copy of the buffer in place of the kernel's answer, and a device descriptor would be lost."""
+"""The argument of an ioctl: a number passed by value, or a buffer that the kernel can write to.
 
-_INT_MAX = (1 << 31) - 1  # fcntl.ioctl refuses larger ints up to Python 3.11 at least
-_FCNTL_BUFFER_MAX = 1024  # up to here fcntl.ioctl works on a copy and releases the GIL
+Never `bytes`: fcntl.ioctl would return a copy of the buffer instead of the kernel's return value, and a device
+descriptor would be lost."""
+
+Poll: TypeAlias = Callable[[float | None], Sequence[tuple[int, int]]]
+"""A function that waits for descriptors, for a time in milliseconds (None: no limit).
+
+Returns the descriptors that can be read, with the events of each."""
+
+_INT_MAX = (1 << 31) - 1  # fcntl.ioctl refuses larger ints, at least up to Python 3.11
+_FCNTL_BUFFER_MAX = 1024  # for up to so many bytes, fcntl.ioctl works on a copy and releases the GIL
 _CAP_IPC_LOCK = 14  # linux/capability.h
 _F_GET_SEALS = 1034  # linux/fcntl.h
-_MINCORE_MOST = 4 << 30  # bytes that are asked for at once: 1 MiB of answer
+_MINCORE_MOST = 4 << 30  # bytes per mincore(2) call, whose answer is then 1 MiB
 _FORMATS: Mapping[int, Literal["B", "H", "I", "Q"]] = {
     1: "B",
     2: "H",
     4: "I",
     8: "Q",
-}  # of an integer with so many bytes, as `struct` has them
+}  # the `struct` format of an unsigned integer, by width in bytes
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 MAP_SHARED = 0x1
@@ -73,10 +79,10 @@ MCL_ONFAULT = 4
 
 @dataclass(frozen=True, slots=True)
 class Memlock:
-    """How much memory this process may lock, and has locked; bytes. VFIO charges each mapping to it.
+    """How many bytes of memory this process can lock, and has locked. VFIO charges each mapping to the process.
 
-    `limit` is RLIMIT_MEMLOCK (None: unlimited), `used` is VmLck, `privileged` says that CAP_IPC_LOCK lifts the limit.
-    `address_space` is VmSize, which is what mlockall(2) holds against the limit.
+    `limit` is RLIMIT_MEMLOCK (None: unlimited), `used` is VmLck. `privileged`: CAP_IPC_LOCK lifts the limit.
+    `address_space` is VmSize, which mlockall(2) compares with the limit.
     Source: `vfio_lock_acct` and `vfio_pin_pages_remote` in drivers/vfio/vfio_iommu_type1.c; `mlockall` in mm/mlock.c.
     """
 
@@ -88,9 +94,14 @@ class Memlock:
 
 @dataclass(frozen=True, slots=True)
 class FileStatus:
-    """An open file: its `mode` as stat(2) has it, its `size` in bytes, `file_system` by its magic number
-    (linux/magic.h), the `block_size` of that, whether the descriptor lets it be read and written, the `seals` that it
-    has (F_SEAL_*, 0 for what cannot be sealed), and its `identity`: st_dev and st_ino."""
+    """The state of an open file.
+
+    * `mode`: st_mode of stat(2). `size`: in bytes.
+    * `file_system`: the magic number of the file system (linux/magic.h). `block_size`: in bytes.
+    * `readable` and `writable`: the access mode of the descriptor.
+    * `seals`: F_SEAL_*; 0 for a file that cannot be sealed.
+    * `identity`: st_dev and st_ino.
+    """
 
     mode: int
     size: int
@@ -103,13 +114,13 @@ class FileStatus:
 
 
 class Cell(Protocol):
-    """One register of a window, as a memoryview without dimensions has it: `cell[()]` loads, `cell[()] = value` stores.
+    """One register of a window, with the interface of a 0-dimensional memoryview.
 
-    Once the window is closed, both raise ValueError.
+    `cell[()]` loads, `cell[()] = value` stores. Both raise ValueError after the window is closed.
     """
 
     def __getitem__(self, key: tuple[()], /) -> int:
-        """Load it."""
+        """Load the register."""
         ...
 
     def __setitem__(self, key: tuple[()], value: int, /) -> None:
@@ -117,14 +128,31 @@ class Cell(Protocol):
         ...
 
 
+class Numbers(Protocol):
+    """A window as an array of numbers of one width, with the interface of a memoryview.
+
+    `numbers[i]` loads, `numbers[i] = value` stores. Raises IndexError beyond the end, ValueError for a number that does
+    not fit, and TypeError for a value that is not a number. After the window is closed, and in a forked child, each
+    access raises ValueError.
+    """
+
+    def __getitem__(self, index: int, /) -> int:
+        """Load the number at `index`."""
+        ...
+
+    def __setitem__(self, index: int, value: int, /) -> None:
+        """Store `value` at `index`."""
+        ...
+
+
 class Registers(Protocol):
-    """A window on device registers, each access exactly as wide as asked for.
+    """A window on device registers. Each access has exactly the given width.
 
-    `offset` is in bytes from the window's start, `width` is 1, 2, 4 or 8. Nothing is checked here but that the window
-    is still open: `Region` has checked offset and width. An access of a closed window raises ValueError, and reaches no
-    memory.
+    `offset` is in bytes from the start of the window, `width` is 1, 2, 4 or 8. `Region` has checked both: a window
+    checks only that it is open. An access raises ValueError, without touching memory, after the window is closed and in
+    a forked child.
 
-    Synchronization: any thread may access; `cell` and `close` are called by one thread at a time.
+    Synchronization: any thread may access; only one thread at a time calls `cell`, `numbers` or `close`.
     """
 
     def read(self, offset: int, width: int) -> int:
@@ -136,11 +164,18 @@ class Registers(Protocol):
         ...
 
     def cell(self, offset: int, width: int) -> Cell | None:
-        """One register as an object; None where the window is not memory of this process."""
+        """Return one register as an object; None if the window is not memory of this process."""
+        ...
+
+    def numbers(self, width: int, size: int) -> Numbers | None:
+        """Return the first `size` bytes as numbers of `width` bytes; None if the window is not memory of this process.
+
+        A remainder shorter than `width` is left out.
+        """
         ...
 
     def close(self) -> None:
-        """Give the window back; twice is fine."""
+        """Release the window. Does nothing if already closed."""
         ...
 
 
@@ -149,17 +184,17 @@ class Kernel(Protocol):
 
     @property
     def sysfs(self) -> Path:
-        """Where sysfs is mounted."""
+        """The mount point of sysfs."""
         ...
 
     @property
     def dev(self) -> Path:
-        """Where the device nodes are: `vfio/vfio`, `vfio/<group>`."""
+        """The directory of the device nodes: `vfio/vfio`, `vfio/<group>`."""
         ...
 
     @property
     def proc(self) -> Path:
-        """Where procfs is mounted."""
+        """The mount point of procfs."""
         ...
 
     def open(self, path: str, flags: int) -> int:
@@ -171,15 +206,15 @@ class Kernel(Protocol):
         ...
 
     def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
-        """ioctl(2); a buffer holds what the kernel wrote, also when OSError is raised."""
+        """ioctl(2); the kernel writes to the buffer, also when the call raises OSError."""
         ...
 
-    def pread(self, fd: int, size: int, offset: int) -> bytes:
+    def pread(self, fd: int, size: int, offset: int, /) -> bytes:
         """pread(2): up to `size` bytes."""
         ...
 
-    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
-        """pwrite(2): how many bytes were taken."""
+    def pwrite(self, fd: int, data: bytes, offset: int, /) -> int:
+        """pwrite(2): the number of bytes written."""
         ...
 
     def registers(self, fd: int, offset: int, size: int) -> Registers:
@@ -191,16 +226,26 @@ class Kernel(Protocol):
         ...
 
     def eventfd_read(self, fd: int) -> int:
-        """Read an eventfd's counter; EAGAIN when it is zero and the descriptor does not block."""
+        """Read the counter of an eventfd; EAGAIN if the counter is 0 and the descriptor does not block.
+
+        The method must be written in Python, and no signal handler may raise between read(2) and the return: the count
+        would be lost.
+        """
         ...
 
     def eventfd_write(self, fd: int, value: int) -> None:
-        """Add to an eventfd's counter."""
+        """Add `value` to the counter of an eventfd."""
         ...
 
     def poll(self, fd: int, timeout: float | None, *others: int) -> tuple[int, ...]:
-        """Wait until `fd` or one of `others` can be read, `timeout` seconds at most (None: for ever). Those that can
-        be read; none: the time has passed."""
+        """Wait until `fd` or one of `others` can be read, for at most `timeout` seconds (None: no limit).
+
+        Returns the descriptors that can be read; an empty tuple on timeout.
+        """
+        ...
+
+    def poller(self, *fds: int) -> Poll:
+        """Return a function that waits like `poll`, for repeated calls by one thread at a time."""
         ...
 
     def mmap(self, vaddr: int, size: int, protection: int, flags: int, *, fd: int = -1, offset: int = 0) -> Vaddr:
@@ -232,13 +277,15 @@ class Kernel(Protocol):
         ...
 
     def mlocked(self) -> int:
-        """How many bytes of this process mlock(2) or mlockall(2) has locked, as /proc/self/smaps has them; of VmLck the
-        rest is memory that devices reach, and its like. Milliseconds, and more where much memory is there: for errors
-        only."""
+        """Return how many bytes mlock(2) and mlockall(2) have locked, by /proc/self/smaps.
+
+        The rest of VmLck is memory that is pinned, for devices for example. Cost: milliseconds, and more for a process
+        with many mappings: for errors only.
+        """
         ...
 
     def resident(self, vaddr: int, size: int) -> int:
-        """How many bytes of `[vaddr, vaddr + size)`, whole pages, are in memory: mincore(2). 1 ms for 1 GiB."""
+        """Return how many bytes of `[vaddr, vaddr + size)`, whole pages, are resident: mincore(2). 1 ms for 1 GiB."""
         ...
 
     def memfd_create(self, name: str, flags: int) -> int:
@@ -246,7 +293,7 @@ class Kernel(Protocol):
         ...
 
     def dup(self, fd: int) -> int:
-        """Another descriptor of the same open file, close-on-exec: F_DUPFD_CLOEXEC of fcntl(2)."""
+        """Return another descriptor of the same open file, close-on-exec: F_DUPFD_CLOEXEC of fcntl(2)."""
         ...
 
     def ftruncate(self, fd: int, size: int) -> None:
@@ -257,9 +304,11 @@ class Kernel(Protocol):
         """fallocate(2)."""
         ...
 
-    def allocate(self, fd: int, offset: int, size: int) -> None:
-        """fallocate(2) with mode 0, of a file on tmpfs or hugetlbfs, which have it; again when a signal handler has
-        returned. Of a file elsewhere libc might write zeros in its place."""
+    def allocate(self, fd: int, offset: int, size: int, /) -> None:
+        """fallocate(2) with mode 0, for files on tmpfs and hugetlbfs only. Retried after a signal handler returns.
+
+        Those file systems have fallocate. On others, libc may write zeros instead.
+        """
         ...
 
     def file_status(self, fd: int) -> FileStatus:
@@ -267,26 +316,27 @@ class Kernel(Protocol):
         ...
 
     def memlock(self) -> Memlock:
-        """RLIMIT_MEMLOCK, VmLck and CAP_IPC_LOCK of this process; some 50 µs, so for errors and plans only."""
+        """Return RLIMIT_MEMLOCK, VmLck and CAP_IPC_LOCK of this process. Cost: 50 µs, for errors and plans only."""
         ...
 
 
 def _load_libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
+    size = ctypes.c_void_p  # as wide as size_t, and ctypes converts an int in a third of the time
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [
         ctypes.c_void_p,
-        ctypes.c_size_t,
+        size,
         ctypes.c_int,
         ctypes.c_int,
         ctypes.c_int,
         ctypes.c_int64,
     ]
-    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    libc.munlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    libc.mprotect.argtypes = [ctypes.c_void_p, size, ctypes.c_int]
+    libc.madvise.argtypes = [ctypes.c_void_p, size, ctypes.c_int]
+    libc.munmap.argtypes = [ctypes.c_void_p, size]
+    libc.munlock.argtypes = [ctypes.c_void_p, size]
+    libc.mincore.argtypes = [ctypes.c_void_p, size, ctypes.c_char_p]
     libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
     libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
@@ -297,7 +347,7 @@ _libc = _load_libc()
 
 
 def _checked(result: int) -> int:
-    # ctypes keeps errno per thread, so a signal handler or another thread cannot change it in between.
+    # ctypes keeps errno per thread, so no signal handler and no other thread can change the value in between.
     if result == -1:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
@@ -305,13 +355,14 @@ def _checked(result: int) -> int:
 
 
 class MappedRegisters:
-    """Device memory mapped into this process: each access is one load or store of exactly its width.
+    """Device memory mapped into this process. Each access is one load or store of exactly the given width.
 
-    A memoryview's item access is a copy of `itemsize` bytes, which the C compiler makes one instruction; an 8-byte
-    pwrite into a BAR is cut in two by some kernels (`vfio_pci_core_do_io_rw` before 6.10 has no 8-byte access).
+    An item access of a memoryview copies `itemsize` bytes, for which the C compiler emits one instruction. An 8-byte
+    pwrite to a BAR is two accesses on some kernels (`vfio_pci_core_do_io_rw` before 6.10 has no 8-byte access).
 
-    `close` releases every view before it unmaps. An item access holds the GIL from its look at the view to its copy, so
-    no access is under way then, and each later one is ValueError. A child that is forked has its views released, too.
+    `close` releases every view, and then unmaps. An item access holds the GIL from the check of the view to the end of
+    the copy. Therefore no access is in progress when the views are released, and each later access raises ValueError.
+    In a forked child all views are released.
     """
 
     def __init__(self, kernel: Kernel, vaddr: Vaddr, size: int) -> None:
@@ -320,25 +371,32 @@ class MappedRegisters:
         window = memoryview((ctypes.c_char * size).from_address(vaddr)).cast("B")
         self._views = {width: window.cast(letter) for width, letter in _FORMATS.items()}
         self._cells: dict[tuple[int, int], memoryview] = {}
+        self._parts: list[memoryview] = []
         forget_in_child(self)
 
     def read(self, offset: int, width: int) -> int:
-        """Load `width` bytes at `offset`, which is a multiple of `width`."""
+        """Load `width` bytes at `offset`, a multiple of `width`."""
         return self._views[width][offset // width]
 
     def write(self, offset: int, width: int, value: int) -> None:
-        """Store `value` in `width` bytes at `offset`, which is a multiple of `width`."""
+        """Store `value` in `width` bytes at `offset`, a multiple of `width`."""
         self._views[width][offset // width] = value
 
     def cell(self, offset: int, width: int) -> Cell:
-        """A memoryview of the register, without dimensions: its access is the fastest that Python has."""
+        """Return a 0-dimensional memoryview of the register: the fastest access that Python has."""
         if (offset, width) not in self._cells:
             register = self._views[1][offset : offset + width]
             self._cells[offset, width] = register.cast(_FORMATS[width], [])
         return self._cells[offset, width]
 
+    def numbers(self, width: int, size: int) -> Numbers:
+        """Return a memoryview of the first `size` bytes."""
+        view = self._views[width][: size // width]
+        self._parts.append(view)
+        return view
+
     def close(self) -> None:
-        """Unmap the window; twice is fine."""
+        """Unmap the window. Does nothing if already closed."""
         if self._mapping is None:
             return
         (vaddr, size), self._mapping = self._mapping, None
@@ -346,14 +404,31 @@ class MappedRegisters:
         self._kernel.munmap(vaddr, size)
 
     def forget(self) -> None:
-        """Let each access raise ValueError, without a system call."""
-        for view in (*self._cells.values(), *self._views.values()):
+        """Release all views, without a system call: each later access raises ValueError."""
+        for view in (*self._parts, *self._cells.values(), *self._views.values()):
             view.release()
 
 
+def milliseconds(timeout: float | None) -> float | None:
+    """Convert seconds to the milliseconds of poll(2), a C int. Longer times become 24 days."""
+    return None if timeout is None else min(timeout * 1000, _INT_MAX)
+
+
+class _Eventfd(int):
+    """The descriptor of an eventfd. The attribute `count` reads the counter.
+
+    Python checks for signals after calls of C functions, but not after attribute accesses. Therefore no handler runs
+    between the read and the use of the attribute.
+    """
+
+    count = cast("int", property(os.eventfd_read))
+
+
 class LinuxKernel:
-    """The running kernel. `sysfs`, `dev` and `proc` may be elsewhere, for a container that has them mounted
-    elsewhere."""
+    """The running kernel.
+
+    `sysfs`, `dev` and `proc` are the mount points: a container can have them at other paths.
+    """
 
     def __init__(self, *, sysfs: Path | str = "/sys", dev: Path | str = "/dev", proc: Path | str = "/proc") -> None:
         self._sysfs = Path(sysfs)
@@ -362,17 +437,17 @@ class LinuxKernel:
 
     @property
     def sysfs(self) -> Path:
-        """Where sysfs is mounted."""
+        """The mount point of sysfs."""
         return self._sysfs
 
     @property
     def dev(self) -> Path:
-        """Where the device nodes are."""
+        """The directory of the device nodes."""
         return self._dev
 
     @property
     def proc(self) -> Path:
-        """Where procfs is mounted."""
+        """The mount point of procfs."""
         return self._proc
 
     def open(self, path: str, flags: int) -> int:
@@ -384,9 +459,11 @@ class LinuxKernel:
         os.close(fd)
 
     def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
-        """ioctl(2) through `fcntl.ioctl`, a quarter of the cost of a ctypes call; numbers that it refuses and buffers
-        for which it would keep the GIL go through libc."""
-        # What can always be written, a mapping's argument first.
+        """ioctl(2) through `fcntl.ioctl`, a quarter of the cost of a ctypes call.
+
+        Numbers that `fcntl.ioctl` refuses, and buffers for which the GIL would be held, go through libc.
+        """
+        # The buffers that are always writable; first the type that every map passes.
         if (type(argument) is bytearray and len(argument) <= _FCNTL_BUFFER_MAX) or (
             isinstance(argument, ctypes.Structure) and ctypes.sizeof(argument) <= _FCNTL_BUFFER_MAX
         ):
@@ -402,16 +479,12 @@ class LinuxKernel:
             if view.nbytes <= _FCNTL_BUFFER_MAX:
                 result: int = fcntl.ioctl(fd, request, argument)
                 return result
-        anchor = ctypes.c_char.from_buffer(argument)  # as long as it lives, a bytearray cannot be moved
+        anchor = ctypes.c_char.from_buffer(argument)  # this export keeps a bytearray from being moved
         return _checked(_libc.ioctl(fd, request, ctypes.addressof(anchor)))
 
-    def pread(self, fd: int, size: int, offset: int) -> bytes:
-        """pread(2)."""
-        return os.pread(fd, size, offset)
-
-    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
-        """pwrite(2)."""
-        return os.pwrite(fd, data, offset)
+    # The functions themselves: a wrapping method would add a third to the cost of the system call.
+    pread = staticmethod(os.pread)
+    pwrite = staticmethod(os.pwrite)
 
     def registers(self, fd: int, offset: int, size: int) -> Registers:
         """mmap(2) a BAR shared, readable and writable."""
@@ -419,13 +492,16 @@ class LinuxKernel:
         return MappedRegisters(self, self.mmap(0, size, protection, shared, fd=fd, offset=offset), size)
 
     def eventfd(self, initial: int, flags: int) -> int:
-        """eventfd(2) with EFD_CLOEXEC."""
-        return os.eventfd(initial, flags | os.EFD_CLOEXEC)
+        """eventfd(2) with EFD_CLOEXEC. Returns an int of a class that `eventfd_read` reads at a lower cost."""
+        return _Eventfd(os.eventfd(initial, flags | os.EFD_CLOEXEC))
 
     def eventfd_read(self, fd: int) -> int:
         """read(2) of eight bytes."""
-        value: int = struct.unpack("=Q", os.read(fd, 8))[0]
-        return value
+        while True:
+            try:
+                return fd.count if type(fd) is _Eventfd else _Eventfd(fd).count
+            except InterruptedError:  # a blocking descriptor, and no count was read
+                pass
 
     def eventfd_write(self, fd: int, value: int) -> None:
         """write(2) of eight bytes."""
@@ -433,12 +509,14 @@ class LinuxKernel:
 
     def poll(self, fd: int, timeout: float | None, *others: int) -> tuple[int, ...]:
         """poll(2)."""
+        return tuple(number for number, _events in self.poller(fd, *others)(milliseconds(timeout)))
+
+    def poller(self, *fds: int) -> Poll:
+        """Return the method of a poll object."""
         poller = select.poll()
-        for each in (fd, *others):
-            poller.register(each, select.POLLIN)
-        # poll(2) takes milliseconds in an int; 24 days are as good as what is longer.
-        ready = poller.poll(None if timeout is None else min(timeout * 1000, _INT_MAX))
-        return tuple(number for number, _events in ready)
+        for fd in fds:
+            poller.register(fd, select.POLLIN)
+        return poller.poll
 
     def mmap(self, vaddr: int, size: int, protection: int, flags: int, *, fd: int = -1, offset: int = 0) -> Vaddr:
         """mmap(2)."""
@@ -474,7 +552,7 @@ class LinuxKernel:
         _checked(_libc.munlock(vaddr, size))
 
     def mlocked(self) -> int:
-        """The areas of /proc/self/smaps with the flag "lo"."""
+        """Add up the areas of /proc/self/smaps with the flag "lo"."""
         locked, size = 0, 0
         for line in Path("/proc/self/smaps").read_bytes().split(b"\n"):
             if line.startswith(b"Size:"):
@@ -484,7 +562,7 @@ class LinuxKernel:
         return locked
 
     def resident(self, vaddr: int, size: int) -> int:
-        """mincore(2), which says 1 or 0 for each page."""
+        """mincore(2), which reports 1 or 0 for each page."""
         found = 0
         for start in range(vaddr, vaddr + size, _MINCORE_MOST):
             part = min(vaddr + size - start, _MINCORE_MOST)
@@ -510,9 +588,7 @@ class LinuxKernel:
         if _libc.fallocate(fd, mode, offset, size):
             _checked(-1)
 
-    def allocate(self, fd: int, offset: int, size: int) -> None:
-        """posix_fallocate(3), which Python has without ctypes, at a tenth of its cost."""
-        os.posix_fallocate(fd, offset, size)
+    allocate = staticmethod(os.posix_fallocate)  # a ctypes call costs ten times as much
 
     def file_status(self, fd: int) -> FileStatus:
         """fstat(2), fstatfs(2), fcntl(2)."""
@@ -521,7 +597,7 @@ class LinuxKernel:
         status, flags = os.fstat(fd), fcntl.fcntl(fd, fcntl.F_GETFL)
         try:
             seals = fcntl.fcntl(fd, _F_GET_SEALS)
-        except OSError:  # EINVAL: no file that can be sealed; EBADF: O_PATH
+        except OSError:  # EINVAL: the file cannot be sealed; EBADF: O_PATH
             seals = 0
         return FileStatus(
             mode=status.st_mode,
@@ -537,7 +613,7 @@ class LinuxKernel:
     def memlock(self) -> Memlock:
         """getrlimit(2) and /proc/self/status."""
         soft, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-        # As bytes: the name of a thread may hold a carriage return, which the kernel does not escape.
+        # As bytes: a thread's name can contain a carriage return, which the kernel does not escape.
         lines = Path("/proc/self/status").read_bytes().split(b"\n")
         status = dict(line.decode("ascii", "replace").split(":", 1) for line in lines if b":" in line)
         return Memlock(

@@ -1,19 +1,19 @@
-"""RAM blocks that grow and shrink in place, and the listeners that are told before anything they reach changes.
+"""RAM blocks that grow and shrink in place, and notifiers that are called before their memory changes.
 
-A `RamBlock` has `max_length` bytes of address space, of which `[0, used_length)` are memory. A `RamBlockList` holds the
-blocks and tells its notifiers of every block that is added, removed or resized; `DmaMapper` is one such notifier, and
-nothing here knows of it.
+A `RamBlock` reserves `max_length` bytes of address space, of which `[0, used_length)` are memory. A `RamBlockList`
+holds the blocks and calls notifiers for every block that is added, removed or resized. `DmaMapper` is such a notifier;
+this module does not depend on `DmaMapper`.
 
-At every instant, also when a notifier, a callback or the kernel refuses in the middle:
+At every instant, also when a notifier, a callback or the kernel refuses a step:
 
-    memory that a notifier was told of  ⊆  memory that is activated
+    memory of which a notifier knows  ⊆  memory that is activated
 
-A grow activates memory, then tells. A shrink tells, then gives memory back. The undo runs backwards. The steps are
-those of `pyvfio.blocks.state`; this module checks arguments, orders the steps and tells.
+A grow activates memory, and then notifies. A shrink notifies, and then releases memory. The undo runs backwards. The
+steps are in `pyvfio.blocks.state`; this module checks arguments, orders the steps and notifies.
 
 Source: `qemu_ram_resize`, `RAMBlockNotifier` (include/exec/ramlist.h) and patches 1, 13 and 16 of the series "Ram
-blocks with resizable anonymous allocations under POSIX" (QEMU, 2020). There no notifier can refuse. Here each can, by
-raising.
+blocks with resizable anonymous allocations under POSIX" (QEMU, 2020). In that series no notifier can refuse. Here each
+notifier can, by raising.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ import logging
 import operator
 import sys
 import warnings
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 from types import TracebackType
 
 from pyvfio.blocks import parts
 from pyvfio.blocks.block import RamBlock
 from pyvfio.blocks.change import Added, Change, Removed, Resized, tell_each
 from pyvfio.blocks.discards import DiscardGuard
+from pyvfio.blocks.index import BlockIndex
 from pyvfio.blocks.notifier import HOOKS, RamBlockNotifier, reaches_for_good, reaches_whole_blocks
 from pyvfio.blocks.progress import ProgressCallback, preallocate
 from pyvfio.blocks.state import ResizedCallback
@@ -55,9 +56,11 @@ __all__ = ["RamBlock", "RamBlockList", "RamBlockNotifier", "ResizedCallback"]
 
 logger = logging.getLogger(__name__)
 
+_ANONYMOUS = Anonymous()
+
 
 def _warn(warning: Warning) -> None:
-    """Warn at the line of the program: frames of the guard lie between."""
+    """Warn with the line of the program as the location. Frames of this package are skipped."""
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pyvfio."):
         frame, level = frame.f_back, level + 1
@@ -65,8 +68,6 @@ def _warn(warning: Warning) -> None:
 
 
 def _length(value: int, what: str, page_size: int) -> int:
-    if type(value) is int and value >= 0 and not value % page_size:  # what each resize passes
-        return value
     try:
         number = operator.index(value)
     except TypeError:
@@ -81,11 +82,11 @@ def _check_options(idstr: object, settings: object, *, callbacks: Sequence[objec
     if not isinstance(idstr, str):
         raise TypeError(f"idstr must be text, not {idstr!r}")
     if "\0" in idstr:
-        raise ValueError(f"idstr names files, so that no NUL can be in it: {idstr!r}")
+        raise ValueError(f"idstr is used in file names and must not contain NUL: {idstr!r}")
     if not isinstance(settings, MemorySettings | None):
         raise TypeError(f"settings must be a MemorySettings(), not {settings!r}")
     if not all(callback is None or callable(callback) for callback in callbacks):
-        raise TypeError("progress and resized are called, so that they must be callable")
+        raise TypeError("progress and resized must be callable or None")
 
 
 def _part(block: RamBlock, offset: int, size: int) -> Extent:
@@ -103,7 +104,10 @@ def _remove(block: RamBlock) -> None:
 
 
 class _Change:
-    """One change of a list at a time, under its lock. It has no state of its own, so a list needs one."""
+    """A context for a change of a list, under the list's lock. A list makes one change at a time.
+
+    The context has no state of its own, so each list has one object.
+    """
 
     __slots__ = ("_blocks",)
 
@@ -123,31 +127,46 @@ class _Change:
 
 
 class RamBlockList(ContextManager):
-    """The RAM blocks of a program and the notifiers that follow them.
+    """The RAM blocks of a program, and the notifiers that follow the blocks.
 
-    `kernel` makes the system calls on memory (default: the running kernel). Use it as a context manager: leaving
-    removes all blocks.
+    `kernel` makes the system calls on memory (None: the running kernel). The list is a context manager: the end of the
+    `with` block removes all blocks.
 
-    Synchronization: every method may be called from any thread. Changes are made one at a time. A notifier that changes
-    the list from inside a hook gets ReentrancyError; `close` in a hook is put off to the end of the change.
+    Synchronization: any thread may call any method. The list makes one change at a time. A change in a notifier's hook
+    raises ReentrancyError; a `close` in a hook is deferred to the end of the change. A loop over the list iterates over
+    the blocks at the start of the loop.
+    Cost: O(log n) to add, find or remove one of n blocks.
+
+    Example:
+        >>> import pyvfio
+        >>> blocks = pyvfio.RamBlockList()
+        >>> ring = blocks.add("ring", used_length=2 * pyvfio.MIB, max_length=pyvfio.GIB)
+        >>> len(blocks), "ring" in blocks, blocks["ring"] is ring
+        (1, True, True)
+        >>> class Printer:
+        ...     def ram_block_resized(self, block, old_length, new_length):
+        ...         print(f"{block.idstr}: {old_length:#x} -> {new_length:#x}")
+        >>> blocks.add_notifier(Printer())
+        >>> ring.resize(3 * pyvfio.MIB)
+        ring: 0x200000 -> 0x300000
+        >>> blocks.close()
     """
 
     def __init__(self, *, kernel: Kernel | None = None) -> None:
         self.kernel: Kernel = kernel or LinuxKernel()
         self.guard = Guard("this list of RAM blocks")
-        # Sorted by vaddr. Replaced as a whole, never changed in place: it is read without the lock.
-        self._blocks: tuple[RamBlock, ...] = ()
+        self._blocks = BlockIndex()
         self._notifiers: tuple[RamBlockNotifier, ...] = ()  # newest first, as QLIST_INSERT_HEAD leaves them
         self.changing = False
-        """Whether a change is being made."""
+        """Whether a change is in progress."""
         self._change = _Change(self)
         self.handing: object | None = None
-        """The hand-over of the blocks to another process, while it is under way."""
+        """The hand-over of the blocks to another process, while in progress; otherwise None."""
         self._closed = False
         self.closing = False
-        """Whether `close` is removing all blocks: also those of which something is in use."""
+        """Whether `close` is removing all blocks, including blocks with parts in use."""
         self.discards = DiscardGuard()
-        """Who may discard memory, and who rules it out."""
+        """The claims on discarding memory: who needs discards, and who forbids them."""
 
     def __iter__(self) -> Iterator[RamBlock]:
         return iter(self._blocks)
@@ -156,24 +175,24 @@ class RamBlockList(ContextManager):
         return len(self._blocks)
 
     def __contains__(self, item: object) -> bool:
-        """Whether a block, or a block with that id string, is in the list."""
+        """Return whether a block, or a block with that id string, is in the list."""
         if isinstance(item, str):
-            return any(block.idstr == item for block in self._blocks)
-        return any(block is item for block in self._blocks)
+            return self._blocks.named(item) is not None
+        return isinstance(item, RamBlock) and self._blocks.named(item.idstr) is item
 
     def __getitem__(self, idstr: str) -> RamBlock:
-        """The block with that id string. Raises KeyError."""
-        for block in self._blocks:
-            if block.idstr == idstr:
-                return block
-        there = ", ".join(repr(block.idstr) for block in self._blocks[:8]) or "none"
-        raise KeyError(f"no RAM block is named {idstr!r}; there are {there}")
+        """Return the block with that id string. Raises KeyError."""
+        block = self._blocks.named(idstr)
+        if block is not None:
+            return block
+        there = ", ".join(repr(block.idstr) for block in islice(self._blocks, 8)) or "none"
+        raise KeyError(f"no RAM block is named {idstr!r}; the list has {there}")
 
     def __repr__(self) -> str:
         blocks = ", ".join(
-            f"{block.idstr!r} {block.state.start:#x}+{block.used_length:#x}" for block in self._blocks[:8]
+            f"{block.idstr!r} {block.state.start:#x}+{block.used_length:#x}" for block in islice(self._blocks, 8)
         )
-        more = ", …" if self._blocks[8:] else ""
+        more = ", …" if len(self._blocks) > 8 else ""
         count = f"{len(self._blocks)} block{'' if len(self._blocks) == 1 else 's'}"
         notifiers = f"{len(self._notifiers)} notifier{'' if len(self._notifiers) == 1 else 's'}"
         state = "closed" if self._closed else count
@@ -185,12 +204,15 @@ class RamBlockList(ContextManager):
         return self._notifiers
 
     def block_at(self, vaddr: int) -> RamBlock | None:
-        """The block whose reserved address space holds `vaddr` (`qemu_ram_block_from_host`). O(log n)."""
-        blocks, vaddr = self._blocks, operator.index(vaddr)
-        position = bisect_right(blocks, vaddr, key=lambda block: block.state.start) - 1
-        if position < 0 or vaddr >= blocks[position].state.start + blocks[position].max_length:
+        """Return the block whose reserved address space contains `vaddr`, or None. Cost: O(log n).
+
+        Source: `qemu_ram_block_from_host`.
+        """
+        vaddr = operator.index(vaddr)
+        block = self._blocks.below(vaddr)
+        if block is None or vaddr >= block.state.start + block.state.max_length:
             return None
-        return blocks[position]
+        return block
 
     # ------------------------------------------------------------------------------------------------- blocks
 
@@ -208,22 +230,33 @@ class RamBlockList(ContextManager):
         settings: MemorySettings | None = None,
         resized: ResizedCallback | None = None,
     ) -> RamBlock:
-        """Reserve `max_length` bytes, activate `used_length` of them, and tell all notifiers, the newest first.
+        """Add a block: reserve `max_length` bytes, activate `used_length` of them, and notify, newest notifier first.
 
-        `memory`: private anonymous memory (`Anonymous()`, the default), a memfd of the block's own (`Memfd()`, also of
-        huge pages) or a file of the caller's (`File(fd)`). `readonly`: devices may only read it.
-        `prealloc`: the number of threads that populate memory which comes into use, also when the block grows, before
-        notifiers are told of it (0: pages come when they are touched). `progress` is called after each slice. Memory
-        for which a control group's limit (memory.max) has no room is refused beforehand.
+        `used_length` and `max_length`: in bytes, multiples of the page size of the memory. `used_length` can be 0.
+        `memory`: private anonymous memory (`Anonymous()`, the default), a new memfd (`Memfd()`, also of huge pages) or
+        an open file (`File(fd)`).
+        `readonly`: devices get read access only.
+        `prealloc`: the number of threads that populate new memory before notifiers are called, also when the block
+        grows. 0: pages are allocated on first access. `progress` is called after each populated slice. Memory that
+        exceeds the limit of a control group (memory.max) is refused in advance.
 
-        All of `max_length` is allocated (`RamBlock.whole`), and a warning logged, where a notifier cannot follow a
-        resize, or where the process has no mapping left for a part (vm.max_map_count).
+        In two cases all of `max_length` is allocated (`RamBlock.whole`), and a warning is logged: a notifier cannot
+        follow a resize, or vm.max_map_count permits no further split of a mapping.
 
-        Both lengths are multiples of the memory's page size; `used_length` may be 0. Raises ValueError for lengths that
-        can never be right and for an id string that is taken, IoctlError when there is no address space or memory,
-        ClosedError when the list is closed, and the exception of a notifier that refuses. There is no such block then.
+        Raises ValueError for invalid lengths and for an id string in use. Raises IoctlError if address space or memory
+        is exhausted, ClosedError if the list is closed, and the exception of a notifier that refuses. After an error
+        the list has no such block.
+
+        Example:
+            >>> import pyvfio
+            >>> blocks = pyvfio.RamBlockList()
+            >>> ring = blocks.add("ring", used_length=4096, max_length=pyvfio.GIB)
+            >>> shared = blocks.add("shared", used_length=0, max_length=pyvfio.GIB, memory=pyvfio.Memfd())
+            >>> blocks["ring"].used_length, blocks["shared"].used_length
+            (4096, 0)
+            >>> blocks.close()
         """
-        kind: MemoryKind = Anonymous() if memory is None else memory
+        kind: MemoryKind = _ANONYMOUS if memory is None else memory
         if not isinstance(kind, MemoryKind):
             raise TypeError(f"memory is Anonymous(), Memfd() or File(fd), not {kind!r}")
         used = _length(used_length, "used_length", kind.page_size)
@@ -236,12 +269,12 @@ class RamBlockList(ContextManager):
         with self._change:
             self._check_open()
             if idstr in self:
-                raise ValueError(f"there is a RAM block '{idstr}' already")
+                raise ValueError(f"the list already has a RAM block '{idstr}'")
             block = RamBlock(
                 self,
                 idstr=idstr,
                 max_length=maximum,
-                settings=MemorySettings() if settings is None else settings,
+                settings=settings,
                 resized=resized,
                 memory=kind,
                 readonly=readonly,
@@ -252,45 +285,38 @@ class RamBlockList(ContextManager):
         return block
 
     def _begin(self, block: RamBlock, used_length: int) -> None:
-        """Have the first memory of a new block, and tell of it, or release the block."""
+        """Activate the first memory of a new block and notify. After an error, release the block."""
         try:
             _length(used_length, "used_length", block.page_size)
             for warning in block.state.memory.warnings:
                 if not (block.readonly and isinstance(warning, CannotBePinnedWarning)):
-                    _warn(warning)  # first: a program may have made warnings errors
+                    _warn(warning)  # before any other step: a warning filter can turn a warning into an exception
             if stuck := next(filter(reaches_for_good, self._notifiers), None):
                 block.state.become_whole(f"{stuck!r} cannot follow a resize")
             block.state.allocate(used_length)
-            blocks = self._with(block)
-            Added(block, self._notifiers)(partial(self._set_blocks, blocks))
+            Added(block, self._notifiers)(partial(self._blocks.add, block))
         except BaseException as error:
             if isinstance(error, REACH_UNKNOWN):
                 block.state.keep()
-                logger.warning("the memory of %s is kept, since a device may still reach it: %s", block, error)
+                logger.warning("the memory of %s is kept: a device may still reach this memory: %s", block, error)
             block.state.leave()
             block.state.release()
             raise
 
-    def _with(self, block: RamBlock) -> tuple[RamBlock, ...]:
-        return tuple(sorted((*self._blocks, block), key=lambda other: other.state.start))
-
-    def _set_blocks(self, blocks: tuple[RamBlock, ...]) -> None:
-        self._blocks = blocks
-
     @guarded
     def remove(self, block: RamBlock) -> None:
-        """Tell all notifiers, the newest first, and give the block's memory and address space back.
+        """Remove a block: notify, newest notifier first, and release the memory and the address space of the block.
 
-        Raises BufferError while a view of it lives, ClosedError when it has been removed, ValueError when it is in
-        another list, and the exception of a notifier that refuses. The block then stays, and the notifiers that were
-        told are told that it is there.
+        Raises BufferError while a view of the block exists. Raises ClosedError if the block has been removed,
+        ValueError if the block is in another list, and the exception of a notifier that refuses. After an error the
+        block stays, and the notifiers that have been called are notified that the block is added.
         """
         with self._change:
             self._check_block(block)
             block.state.check_views(0)
 
             def commit() -> None:
-                block.state.check_views(0)  # a hook may have taken one
+                block.state.check_views(0)  # again: a hook may have made a view
                 self._drop(block)
 
             Removed(block, self._notifiers)(commit)
@@ -298,22 +324,24 @@ class RamBlockList(ContextManager):
         logger.debug("removed %s", block)
 
     def _drop(self, block: RamBlock) -> None:
-        self._blocks = tuple(other for other in self._blocks if other is not block)
+        self._blocks.remove(block)
         block.state.leave()
 
     @guarded
     def resize(self, block: RamBlock, used_length: int) -> OSError | None:
-        """As `RamBlock.resize`; returns the error that kept memory from being given back."""
-        if not isinstance(block, RamBlock) or block.state.removed or block.guard.lock is not self.guard.lock:
+        """Resize a block as `RamBlock.resize`. Return the error, if memory could not be returned to the system."""
+        if not isinstance(block, RamBlock) or block.state.removed or block.owner is not self:
             self._check_block(block)
-        state = block.state
-        old, new = state.used_length, _length(used_length, "used_length", state.page_size)
+        state, new = block.state, used_length
+        if type(new) is not int or new < 0 or new % state.page_size:
+            new = _length(used_length, "used_length", state.page_size)
+        old = state.used_length
         if new > state.max_length:
             raise ValueError(f"used_length {new:#x} is above max_length {state.max_length:#x} of '{block.idstr}'")
         if self.changing or self.handing is not None:
             self.check_unchanging()
         self.changing = True
-        try:  # as `_change`, which would cost a tenth of it
+        try:  # the code of `_change`, which would add a tenth to the cost
             if new > old:
                 state.grow(new, Resized(block, old, new, self._notifiers))
             elif new < old:
@@ -324,21 +352,21 @@ class RamBlockList(ContextManager):
 
     @guarded
     def discard(self, block: RamBlock, offset: int, size: int) -> list[OSError]:
-        """As `RamBlock.discard`; returns the errors that kept memory from being given back."""
+        """Discard memory as `RamBlock.discard`. Return the errors, if memory could not be returned to the system."""
         with self._change:
             self._check_block(block)
             return parts.discard(block, _part(block, offset, size), self._notifiers, self.discards)
 
     @guarded
     def populate(self, block: RamBlock, offset: int, size: int) -> None:
-        """As `RamBlock.populate`."""
+        """Populate memory as `RamBlock.populate`."""
         with self._change:
             self._check_block(block)
             parts.populate(block, _part(block, offset, size), self._notifiers)
 
     @guarded
     def remap(self, block: RamBlock, offset: int, size: int) -> None:
-        """As `RamBlock.remap`."""
+        """Replace pages as `RamBlock.remap`."""
         with self._change:
             self._check_block(block)
             if (wanted := _part(block, offset, size)).size:
@@ -348,17 +376,20 @@ class RamBlockList(ContextManager):
 
     @guarded
     def add_notifier(self, notifier: RamBlockNotifier) -> None:
-        """Tell `notifier` of every block there is, and from now on of every change, before all older ones.
+        """Add a notifier. Call its hook for every block now, and for every change from now on, before older notifiers.
 
-        Raises TypeError for an object without hooks, ValueError when the list has the notifier already,
-        UnsupportedError when it is told of blocks and cannot follow a resize, but there are blocks that can be resized,
-        ClosedError when the list is closed, and the notifier's own exception. The notifier is then not in the list, and
-        has been told that the blocks it knew are gone. If that fails too, RollbackError is raised, and the memory of
-        all blocks is kept for ever: a device may still reach it.
+        Raises TypeError for an object without hooks, ValueError if the notifier is already in the list, and ClosedError
+        if the list is closed. Raises UnsupportedError if the notifier has a hook for blocks but none for resizes, and a
+        block can be resized. Raises the notifier's own exception.
+
+        After an error the notifier is not in the list, and has been notified that the blocks it knew are removed. If
+        that fails too, RollbackError is raised, and the memory of all blocks is kept permanently: a device may still
+        reach this memory.
         """
         if not isinstance(notifier, HOOKS):
             raise TypeError(
-                f"{notifier!r} has none of ram_block_added, _removed, _resized, nor both of _discarded and _populated"
+                f"{notifier!r} has none of ram_block_added, _removed and _resized, and not both of _discarded and "
+                "_populated"
             )
         with self._change:
             self._check_open()
@@ -372,58 +403,59 @@ class RamBlockList(ContextManager):
 
     def _check_follows(self, notifier: RamBlockNotifier) -> None:
         if self.knows(notifier):
-            raise ValueError(f"{notifier!r} is a notifier of this list already")
+            raise ValueError(f"{notifier!r} is already a notifier of this list")
         if reaches_for_good(notifier) and (resizable := [block for block in self._blocks if not block.whole]):
             raise UnsupportedError(
-                f"{notifier!r} is told of blocks and cannot follow a resize, and RAM block '{resizable[0].idstr}' is "
-                "not fully allocated",
-                hint="Add it before the blocks, which are allocated in full then, or give it ram_block_resized",
+                f"{notifier!r} follows blocks but not resizes, and RAM block '{resizable[0].idstr}' is not fully "
+                "allocated",
+                hint="Add the notifier before the blocks, which are then fully allocated, or give the notifier a "
+                "ram_block_resized hook",
             )
-        if reaches_whole_blocks(notifier) and (holed := [block for block in self._blocks if block.discarded]):
+        if reaches_whole_blocks(notifier) and (holed := [block for block in self._blocks if block.state.discarded]):
             raise parts.cannot_follow(notifier, f"and parts of RAM block '{holed[0].idstr}' are discarded")
 
     @guarded
     def remove_notifier(self, notifier: RamBlockNotifier) -> None:
-        """Tell `notifier` that every block is gone, and tell it nothing more.
+        """Remove a notifier, and notify it that every block is removed. No later change calls its hooks.
 
-        Raises ValueError when the list does not have it, and the notifier's own exception. The notifier then stays, and
-        is told again of the blocks that it was told are gone.
+        Raises ValueError if the notifier is not in the list, and the notifier's own exception. After an error the
+        notifier stays in the list, and is notified that the blocks in question are added.
         """
         with self._change:
             if not self.knows(notifier):
                 raise ValueError(f"{notifier!r} is not a notifier of this list")
             left = tuple(known for known in self._notifiers if known is not notifier)
-            self._replay(notifier, list(map(Removed, reversed(self._blocks))), "removing", left)
+            self._replay(notifier, list(map(Removed, reversed(tuple(self._blocks)))), "removing", left)
 
     def _replay(
         self, notifier: RamBlockNotifier, changes: Sequence[Change], verb: str, notifiers: tuple[RamBlockNotifier, ...]
     ) -> None:
-        """Tell it all of `changes`, and have those `notifiers` then; or neither."""
+        """Notify of all `changes` and then set `notifiers`, or do neither."""
         tell_each(notifier, changes, f"{verb} a notifier", partial(self._set_notifiers, notifiers))
 
     def _set_notifiers(self, notifiers: tuple[RamBlockNotifier, ...]) -> None:
         self._notifiers = notifiers
 
     def knows(self, notifier: RamBlockNotifier) -> bool:
-        """Whether `notifier` is told of changes of this list."""
+        """Return whether `notifier` is a notifier of this list."""
         return any(known is notifier for known in self._notifiers)
 
     # --------------------------------------------------------------------------------------------- live update
 
     @guarded
     def follow(self, notifier: RamBlockNotifier) -> None:
-        """Let `notifier` be the only one, which knows all blocks already. For a list that was received."""
+        """Make `notifier`, which already knows all blocks, the only notifier. For a list that was received."""
         self._notifiers = (notifier,)
 
     @guarded
     def receive(self, block: RamBlock, *, used_length: int, discarded: Sequence[Extent]) -> None:
-        """Take in a block whose memory another process has filled; this list has no notifier. Raises IoctlError."""
+        """Add a block whose memory another process has filled. The list must have no notifier. Raises IoctlError."""
         block.state.receive(used_length, discarded)
-        self._blocks = self._with(block)
+        self._blocks.add(block)
 
     @guarded
     def forget(self) -> None:
-        """Release the memory that this process has of all blocks, which are another process's, and tell no notifier."""
+        """Release this process's memory of all blocks, which another process owns now. No notifier is called."""
         for block in self._blocks:
             self._drop(block)
             block.state.release()
@@ -431,37 +463,37 @@ class RamBlockList(ContextManager):
 
     @guarded
     def suspend(self, by: object) -> None:
-        """Refuse all changes until `resume`, as the blocks are being handed to another process."""
+        """Refuse all changes until `resume`, during a hand-over to another process."""
         self.check_unchanging()
         self.handing = by
 
     def resume(self, by: object) -> None:
-        """Allow changes again, if it was `by` that had suspended them. Also in a forked child, where none is made."""
+        """Allow changes again, if `by` suspended them. Also works in a forked child, where no change is possible."""
         if self.handing is by:
             self.handing = None
 
     # ------------------------------------------------------------------------------------------------- changes
 
     def _check_block(self, block: RamBlock) -> None:
-        """Raise where it is no block of this list."""
+        """Raise TypeError, ClosedError or ValueError unless `block` is in this list."""
         if not isinstance(block, RamBlock):
             raise TypeError(f"expected a RamBlock, not {block!r}")
         if block.state.removed:
             raise ClosedError(f"RAM block '{block.idstr}' has been removed")
-        if block.guard.lock is not self.guard.lock:  # a block has that of its list
+        if block.owner is not self:
             raise ValueError(f"RAM block '{block.idstr}' is not in this list")
 
     def check_unchanging(self) -> None:
-        """Raise where a change is being made, or all of them are refused."""
+        """Raise ReentrancyError during a change, and HandOverError while changes are suspended."""
         if self.handing is not None:
             raise HandOverError(
-                "the RAM blocks are being handed to another process, so that none of them can change",
-                hint="cancel() or finish() of the HandOver says who has them from now on",
+                "the RAM blocks are being handed to another process, and cannot change",
+                hint="Call cancel() or finish() of the HandOver: the call decides which process owns the blocks",
             )
         if self.changing:
             raise ReentrancyError(
-                "the list of RAM blocks is being changed, and a notifier or callback tries to change it once more",
-                hint="Let the hook return first, and make the change after that",
+                "a notifier or callback tries to change the list of RAM blocks during a change of this list",
+                hint="Return from the hook first, and make the second change afterwards",
             )
 
     def _check_open(self) -> None:
@@ -470,16 +502,17 @@ class RamBlockList(ContextManager):
 
     @closing
     def close(self) -> None:
-        """Remove all blocks; twice is fine, and in a forked child nothing happens.
+        """Remove all blocks. Does nothing if already closed, or in a forked child.
 
-        The memory of a block of which a view lives stays until the last view goes; no device reaches it. Raises the
-        exceptions of notifiers that refuse, after all other blocks are removed; `close` may then be called again.
+        If a view of a block exists, the memory of the block is kept until the last view is released; no device reaches
+        this memory. Raises the exceptions of notifiers that refuse, after all other blocks are removed. `close` can
+        then be called again.
         """
         self.check_unchanging()
         failures: list[Exception] = []
         self.closing = True
         try:
-            with undoing:  # a signal handler must not leave the list half closed
+            with undoing:  # a signal handler must not leave the list partly closed
                 for block in self._blocks:
                     attempt(partial(self._close_block, block), failures)
         finally:
@@ -494,8 +527,6 @@ class RamBlockList(ContextManager):
 
     def _check(self) -> None:
         assert not self.changing
-        starts = [block.vaddr for block in self._blocks]
-        assert starts == sorted(starts)
-        assert len({block.idstr for block in self._blocks}) == len(self._blocks)
+        self._blocks._check()
         for block in self._blocks:
             block.state._check()

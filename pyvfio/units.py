@@ -1,7 +1,7 @@
 """Addresses and lengths: two kinds of address that must never be mixed, and the arithmetic on them.
 
-Everything here is pure and costs nanoseconds. All lengths are in bytes. A range is written `start` and `last`, both
-inclusive, wherever it may end at 2^64-1 (an exclusive end would not fit the kernel's u64); `end` is always exclusive.
+All functions are pure and cost nanoseconds. All lengths are in bytes. `start` and `last` are both inclusive: they name
+ranges that can end at 2^64-1, since an exclusive end would not fit the kernel's u64. `end` is always exclusive.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, NewType, SupportsIndex
 
 if TYPE_CHECKING:
     Iova = NewType("Iova", int)
-    """An address as the device uses it (I/O virtual address)."""
+    """An I/O virtual address: the address that a device puts on the bus."""
     Vaddr = NewType("Vaddr", int)
-    """An address in this process."""
-else:  # what a type checker tells apart is a number: NewType is a call in Python, and each mapping would make five
+    """A virtual address in this process."""
+else:  # for type checkers only: NewType is a Python call at run time, and each mapping would make five of them
     Iova = Vaddr = int
 
 KIB = 1 << 10
@@ -26,33 +26,35 @@ GIB = 1 << 30
 TIB = 1 << 40
 U64_MAX = (1 << 64) - 1
 PAGE_SIZE = mmap.PAGESIZE
-"""The size of a page of this process's memory, in bytes."""
+"""The page size of this process's memory, in bytes."""
 
 
 def is_power_of_two(number: int) -> bool:
-    """Whether `number` is 1, 2, 4, …; zero and negative numbers are not."""
+    """Return whether `number` is 1, 2, 4, …; zero and negative numbers are not."""
     return number > 0 and number & (number - 1) == 0
 
 
 def align_down(number: int, alignment: int) -> int:
-    """The largest multiple of `alignment` (a power of two) that is not above `number`."""
+    """Return the largest multiple of `alignment` (a power of two) that is not above `number`."""
     return number & -alignment
 
 
 def align_up(number: int, alignment: int) -> int:
-    """The smallest multiple of `alignment` (a power of two) that is not below `number`."""
+    """Return the smallest multiple of `alignment` (a power of two) that is not below `number`."""
     return -(-number & -alignment)
 
 
 def is_aligned(number: int, alignment: int) -> bool:
-    """Whether `number` is a multiple of `alignment` (a power of two)."""
+    """Return whether `number` is a multiple of `alignment` (a power of two)."""
     return number & (alignment - 1) == 0
 
 
 def check_whole_number(value: object, what: str) -> int:
-    """Return `value` as an int: numpy's integers are numbers, too. Raises TypeError, with `what` in it, for anything
-    else, and for a bool, which is an int by accident."""
-    if type(value) is int:  # the check of the protocol costs a microsecond
+    """Return `value` as an int. Integers of numpy are accepted.
+
+    Raises TypeError, which names the argument as `what`, for any other value and for a bool.
+    """
+    if type(value) is int:  # isinstance() with a protocol costs a microsecond
         return value
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{what} must be a whole number, not {value!r}")
@@ -60,14 +62,16 @@ def check_whole_number(value: object, what: str) -> int:
 
 
 def check_bool(value: object, what: str) -> None:
-    """TypeError, with `what` in it, for what is neither True nor False."""
+    """Raise TypeError, which names the argument as `what`, unless `value` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{what} must be True or False, not {value!r}")
 
 
 def format_size(size: int) -> str:
-    """A length as a person writes it: the largest unit that divides it (`2 MiB`, `4097 bytes`), unless that makes a
-    number of five digits, which is rounded (`508.0 GiB`)."""
+    """Return a length for people, in the largest unit that divides `size`: `2 MiB`, `4097 bytes`.
+
+    A length of five digits or more in that unit is rounded: `508.0 GiB`.
+    """
     units = ((1 << 60, "EiB"), (1 << 50, "PiB"), (TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"))
     unit, name = next(((u, n) for u, n in units if size and size % u == 0), (1, "byte" if size == 1 else "bytes"))
     if size // unit < 10_000:
@@ -78,9 +82,9 @@ def format_size(size: int) -> str:
 
 @dataclass(frozen=True, slots=True, order=True)
 class IovaRange:
-    """A range of I/O virtual addresses, both ends inclusive, so that one which ends at 2^64-1 can be said.
+    """A range of I/O virtual addresses. Both ends are inclusive, so that a range can end at 2^64-1.
 
-    Raises ValueError when `last` is below `start` or either is not a u64.
+    Raises ValueError when `last` is below `start`, or when either is not a u64.
     """
 
     start: Iova
@@ -92,20 +96,20 @@ class IovaRange:
 
     @classmethod
     def of(cls, *, iova: int, size: int) -> IovaRange:
-        """The range of `size` bytes (at least 1) that begins at `iova`."""
+        """Return the range of `size` bytes (at least 1) that begins at `iova`."""
         return cls(Iova(iova), Iova(iova + size - 1))
 
     @property
     def size(self) -> int:
-        """Its length in bytes: 1 to 2^64."""
+        """The length in bytes: 1 to 2^64."""
         return self.last - self.start + 1
 
     def contains(self, other: IovaRange) -> bool:
-        """Whether `other` lies wholly inside."""
+        """Return whether `other` lies wholly inside this range."""
         return self.start <= other.start and other.last <= self.last
 
     def overlaps(self, other: IovaRange) -> bool:
-        """Whether the two share at least one address."""
+        """Return whether the two ranges share at least one address."""
         return self.start <= other.last and other.start <= self.last
 
     def __str__(self) -> str:
@@ -116,5 +120,5 @@ class IovaRange:
 
 
 def format_ranges(ranges: Iterable[IovaRange]) -> str:
-    """Ranges as the kernel's own messages write them: `0x0-0xfedfffff, 0xfef00000-0x7fffffffff`."""
+    """Return ranges in the form of the kernel's messages: `0x0-0xfedfffff, 0xfef00000-0x7fffffffff`."""
     return ", ".join(map(str, ranges)) or "none"

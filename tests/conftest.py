@@ -51,6 +51,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the tests in tests/hw on a fake kernel of that version (without one: 6.12)",
     )
     group.addoption(
+        "--space",
+        choices=["type1", "iommufd"],
+        default="type1",
+        help="the kind of address space in which the tests in tests/hw open devices (default: type1)",
+    )
+    group.addoption(
         "--bind", action="store_true", help="bind the devices to vfio-pci before the tests and give them back after"
     )
     group.addoption(
@@ -97,11 +103,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """`--fake` and `--device` exclude each other; the marker of what a fake does not show."""
-    if config.getoption("--fake") and config.getoption("--device"):
+    fake, iommufd = config.getoption("--fake"), config.getoption("--space") == "iommufd"
+    if fake and config.getoption("--device"):
         raise pytest.UsageError("--fake is in place of --device")
+    if fake and iommufd and not VERSIONS[fake].iommufd_last:
+        raise pytest.UsageError(f"no fake of {fake} has iommufd")
     config.addinivalue_line("markers", "real_kernel(reason): what a fake kernel does not show, and why")
+    config.addinivalue_line("markers", "only_type1(reason): what address spaces of iommufd do not have, and why")
+    config.addinivalue_line("markers", "only_iommufd(reason): what containers of type1 do not have, and why")
     config.addinivalue_line(
         "markers", "one_iommu: what no IOMMU makes a difference to, so that one on a kernel will do"
+    )
+    config.addinivalue_line(
+        "markers", "iommufd(since=(6, 12)): what needs /dev/iommu and cdevs, which packaged kernels do not have"
     )
     config.addinivalue_line("markers", "each_operation: made for each of tests/interruptions/operations.py")
     config.addinivalue_line("markers", "kvm: what needs a /dev/kvm that this user may open")
@@ -109,8 +123,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With --fake, what a fake does not show is left out; docs/testing-without-hardware.md lists it. So is what needs
-    /dev/kvm on a machine that has none, or none that runs a guest: no set-up can provide it."""
+    the other kind of address space, and what needs /dev/kvm on a machine that has none, or none that runs a guest: no
+    set-up can provide it."""
     absent = ["real_kernel"] if config.getoption("--fake") else []
+    absent.append("only_type1" if config.getoption("--space") == "iommufd" else "only_iommufd")
     if any(item.get_closest_marker("kvm") for item in items) and not kvm_runs():
         absent.append("kvm")
     left_out = [item for item in items if any(item.get_closest_marker(name) for name in absent)]
@@ -195,11 +211,11 @@ def bdfs(request: pytest.FixtureRequest) -> Iterator[tuple[str, ...]]:
     if not wanted:
         pytest.skip("no --device was given")
     kernel = LinuxKernel()
-    devices = pci.enumerate_devices(kernel)
+    devices = pci.devices(kernel=kernel)
     found = tuple(device.bdf for name in wanted for device in devices if selector_argument(name)(device))
     assert found, f"no device is {' or '.join(wanted)}; there are {', '.join(device.bdf for device in devices)}"
     with ExitStack() as stack:
         if request.config.getoption("--bind"):
             for bdf in found:
-                stack.callback(pci.restore, kernel, pci.bind(kernel, bdf))
+                stack.callback(pci.restore, pci.bind(bdf, kernel=kernel), kernel=kernel)
         yield found

@@ -1,7 +1,8 @@
-"""The stages of `scripts/test`, a few at a time, the longest first; and where the time went.
+"""Run the stages of `scripts/test`, a few at a time, the longest first, and print the time of each.
 
-`python -m tests.stages [--quick] PYTHON...` runs them with interpreters that have what pyvfio needs; the first also
-runs what does not depend on the interpreter. The exit status is 0 when each stage passed.
+`python -m tests.stages [--quick] PYTHON...` runs the stages with interpreters that have the packages of the dev extra.
+The first interpreter also runs the stages that are independent of the interpreter. The exit status is 0 if each stage
+passes.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from typing import NamedTuple
 from tests.mutants.mutant import ROOT
 
 SILENCE = 1800.0
-"""A stage that has printed nothing for so many seconds hangs: tests print when they end, and the longest of them takes
-five minutes on a slow machine. There is no other limit to how long a stage takes."""
+"""A stage that prints nothing for this many seconds hangs: each test prints at the end, and the longest test takes five
+minutes on a slow machine. No other limit applies to the duration of a stage."""
 
 PLACES = min(len(os.sched_getaffinity(0)) + 2, 4)
-"""How many stages run side by side: two more than there are processors, since a machine waits two thirds of the time
-for its devices (200 of 585 s with the contract are processor time). Four machines of 2 GiB are no more than a usual
-machine can hold."""
+"""The number of stages that run side by side: two more than processors, since a virtual machine waits for the devices
+two thirds of the time (200 of 585 s with the contract are processor time). At most 4: a usual host has memory for four
+virtual machines of 2 GiB."""
 
 RANDOM_CALLS = 2000
 RANDOM_STEPS = 10000
-"""Steps of random lives on the fake; with --quick as many as pytest takes by itself."""
+"""Steps of random lives on the fake. With --quick, pytest's default applies."""
 
 MATRIX = {
     ("6.1", "intel"): "contract",
@@ -42,19 +43,35 @@ MATRIX = {
     ("7", "amd"): "edu",
     ("7", "intel"): "contract",
 }
-"""Each kernel line at least once, each IOMMU at least once, with the devices of the machine. The contract of a kernel,
-and tests that are alike under each IOMMU, run once on each kernel line."""
+"""Each kernel line at least once and each IOMMU at least once, with the devices of the machine. The contract of a
+kernel runs once on each kernel line, and so do tests that are alike under each IOMMU."""
 
 DIFFERENTIAL = (("6.1", "intel"), ("6.1", "amd"), ("6.12", "intel"), ("6.12", "virtio"), ("7", "intel"), ("7", "amd"))
-"""Random calls on each kernel line, with intel and one other IOMMU: no answer of the fake may differ. Where `MATRIX`
-has that kernel and IOMMU, too, its machine also makes the calls."""
+"""Random calls on each kernel line, with intel and one other IOMMU: no answer of the fake may differ. If `MATRIX` has
+the same kernel and IOMMU, one machine runs the tests and makes the calls."""
+
+IOMMUFD = {
+    ("6.12+iommufd", "intel"): "edu",
+    ("7+iommufd", "intel"): "contract",
+}
+"""The machines whose tests open devices through iommufd. One has the devices for tests that are alike under each IOMMU,
+and runs the contract."""
+
+_IOMMUFD_CONTRACT = tuple(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/contract/test_iommufd_*.py")))
+
+IOMMUFD_CALLS = (("6.12+iommufd", "intel"), ("6.12+iommufd", "virtio"), ("7+iommufd", "intel"), ("7+iommufd", "amd"))
+"""Random calls on /dev/iommu and on nodes of devices: no answer of the fake may differ."""
 
 FAKES = ("6.1", "6.12", "7.3")
+IOMMUFD_FAKES = ("6.12", "7.3")
 
 FAILURES = "tests/unit/test_failures.py"
-LINTERS = "tests/unit/test_linters.py"
+LINTERS = ("tests/unit/test_linters.py", "tests/unit/test_language.py")
+MANY_THREADS = "tests/unit/test_many_threads.py"
+"""On the first interpreter, one test that takes as long as half of the unit tests: a stage apart."""
+SITE = "tests/unit/test_site.py"
 SAMPLES = ("--points=500", "--thread-steps=10000")
-"""With --quick, and on all interpreters but the first: a tenth of what pytest takes by itself."""
+"""With --quick, and on all interpreters but the first: a tenth of pytest's defaults."""
 TOOLS = tuple(
     f"tests/unit/test_{name}.py"
     for name in (
@@ -74,11 +91,11 @@ TOOLS = tuple(
         "remap",
     )
 )
-"""Tests of the testing tools and of the examples, and others that are long."""
+"""Tests of the testing tools and of the examples, and other long tests."""
 
 
 class Stage(NamedTuple):
-    """A command. `weight` orders stages: about the seconds that it takes on two processors of 2024."""
+    """A command. `weight` orders stages: about the seconds that the command takes on two processors of 2024."""
 
     name: str
     weight: int
@@ -86,12 +103,12 @@ class Stage(NamedTuple):
 
     @property
     def file(self) -> str:
-        """The name of the file that its output is kept in."""
+        """Return the name of the file for the output."""
         return self.name.replace(" ", "-").replace("/", "-")
 
 
 class Outcome(NamedTuple):
-    """How a stage ended. `cpu` is the processor time, of its children too, in seconds."""
+    """How a stage ended. `cpu` is the processor time of the stage and all its children, in seconds."""
 
     stage: Stage
     ok: bool
@@ -103,34 +120,43 @@ class Outcome(NamedTuple):
 
 
 def _pytest(python: str, *arguments: str, quick: bool = False) -> tuple[str, ...]:
-    # What a test lacks is for scripts/test to provide, so a skip is a failure. The report is for tests.series.
+    # scripts/test installs all packages that a test needs, so a skip is a failure. The report is for tests.series.
     report = () if quick else ("--report-documented",)
     return (python, "-m", "pytest", "-q", "--hw-required", "--durations=5", *report, *arguments)
 
 
 def quick_stages(pythons: Sequence[str]) -> Iterator[Stage]:
-    """One fake; a call that fails, without each failure in its undo; testing tools on the first interpreter only; mypy,
-    and not pyright; a tenth of the interruptions, collections and steps of threads."""
+    """Yield the stages of --quick.
+
+    One fake; each failing call, without failures of the undo; testing tools on the first interpreter only; mypy without
+    pyright; a tenth of the interruptions, collections and steps of threads.
+    """
     first = pythons[0]
-    yield Stage("linters and types", 1000, _pytest(first, LINTERS, "-k", "not pyright", quick=True))
+    yield Stage("linters and types", 1000, _pytest(first, *LINTERS, "-k", "not pyright", quick=True))
+    yield Stage("the site", 40, _pytest(first, SITE, quick=True))
     yield from (_unit(python, *SAMPLES, quick=True) for python in pythons)
     yield Stage("each failure of each call", 30, _pytest(first, FAILURES, "-k", "not step_of_the_undo", quick=True))
     yield Stage("testing tools and examples", 60, _pytest(first, *SAMPLES, *TOOLS, quick=True))
-    yield from _fakes(first, ("6.12",), quick=True)
+    yield from _fakes(first, ("6.12",), ("6.12",), quick=True)
 
 
 def host_stages(pythons: Sequence[str]) -> Iterator[Stage]:
-    """All that needs no machine."""
+    """Yield the stages without a virtual machine."""
     first = pythons[0]
-    yield Stage("linters and types", 1000, _pytest(first, LINTERS))
+    yield Stage("linters and types", 1000, _pytest(first, *LINTERS))
+    yield Stage("the site", 40, _pytest(first, SITE))
     for python in pythons:
         samples = () if python == first else SAMPLES
-        yield _unit(python, *samples)
+        if python == first:
+            yield Stage("eight threads", 110, _pytest(first, MANY_THREADS))
+            yield _unit(python, f"--ignore={MANY_THREADS}", weight=150)
+        else:
+            yield _unit(python, *samples)
         yield Stage(f"each failure of each call, {_version(python)}", 75, _pytest(python, FAILURES))
         yield Stage(f"testing tools and examples, {_version(python)}", 60, _pytest(python, *samples, *TOOLS))
     lives = ("tests/property/test_random_life.py", f"--random-steps={RANDOM_STEPS}")
     yield Stage(f"random lives of {RANDOM_STEPS} steps", 60, _pytest(first, *lives))
-    yield from _fakes(first, FAKES, quick=False)
+    yield from _fakes(first, FAKES, IOMMUFD_FAKES, quick=False)
     yield Stage("seeded bugs", 450, (first, "-m", "tests.mutants", "--library", "--jobs=1"))
 
 
@@ -139,17 +165,22 @@ def _version(python: str) -> str:
     return done.stdout.strip()
 
 
-def _unit(python: str, *samples: str, quick: bool = False) -> Stage:
-    left_out = [f"--ignore={name}" for name in (*TOOLS, FAILURES, LINTERS)]
-    return Stage(f"unit tests, {_version(python)}", 50, _pytest(python, *left_out, *samples, "tests/unit", quick=quick))
+def _unit(python: str, *options: str, quick: bool = False, weight: int = 50) -> Stage:
+    left_out = [f"--ignore={name}" for name in (*TOOLS, FAILURES, *LINTERS, SITE)]
+    command = _pytest(python, *left_out, *options, "tests/unit", quick=quick)
+    return Stage(f"unit tests, {_version(python)}", weight, command)
 
 
-def _fakes(python: str, versions: Sequence[str], *, quick: bool) -> Iterator[Stage]:
+def _fakes(python: str, versions: Sequence[str], with_iommufd: Sequence[str], *, quick: bool) -> Iterator[Stage]:
     contract = ("tests/property", "tests/contract")
     yield Stage("random sequences, and the contract on the fake", 40, _pytest(python, *contract, quick=quick))
     for version in versions:
         command = _pytest(python, "tests/hw", f"--fake={version}", quick=quick)
         yield Stage(f"devices, on the fake kernel {version}", 25, command)
+    for version in with_iommufd:
+        # The pages promise tests on type1, so tests.series must not count these.
+        command = _pytest(python, "tests/hw", f"--fake={version}", "--space=iommufd", quick=True)
+        yield Stage(f"devices, on the fake kernel {version} with iommufd", 25, command)
 
 
 def _random_calls(python: str) -> list[str]:
@@ -157,33 +188,67 @@ def _random_calls(python: str) -> list[str]:
 
 
 def machine_stages(python: str) -> Iterator[Stage]:
-    """Those that boot virtual machines."""
+    """Yield the stages that boot virtual machines."""
     for (kernel, iommu), devices in MATRIX.items():
         machine = ("--kernel", kernel, "--iommu", iommu, "--devices", devices)
-        chosen = ("tests/contract",) if devices == "contract" else ("-m", "not one_iommu")
+        chosen = _chosen(kernel, devices)
         options = ("-p", "no:cacheprovider", "--device", "1234:11e8", "--bind", "--throwaway")
         tests = _pytest(python, *options, "tests/hw", *chosen)
         name, program = f"kernel {kernel}, {iommu} IOMMU", [python, "-m", "pyvfio.cli.vm"]
         if (kernel, iommu) in DIFFERENTIAL:
             name, program = f"{name}, and {RANDOM_CALLS} random calls", _random_calls(python)
         yield Stage(name, 400 if devices == "contract" else 250, (*program, *machine, "--", *tests))
+    yield from _iommufd_machines(python)
     for kernel, iommu in DIFFERENTIAL:
         if (kernel, iommu) not in MATRIX:
             command = (*_random_calls(python), "--kernel", kernel, "--iommu", iommu)
             yield Stage(f"{RANDOM_CALLS} random calls, kernel {kernel}, {iommu} IOMMU", 35, command)
-    yield Stage("the virtual machine itself", 210, _pytest(python, "tests/vm"))
-    memories = [f"--memory={memory}" for memory in ("anonymous=2,512", "memfd=2", "hugetlb=2", "file=2")]
-    yield Stage("what a resize costs", 150, ("scripts/bench", "--kernel", "7", "--check", *memories))
+    yield Stage("the virtual machine itself", 255, _pytest(python, "tests/vm"))
+    yield from _costs()
     yield Stage("the demo", 20, ("scripts/demo",))
+
+
+def _chosen(kernel: str, devices: str) -> tuple[str, ...]:
+    """Return the options that choose tests for a machine: packaged kernels have no iommufd."""
+    left_out = ([] if kernel.endswith("+iommufd") else ["iommufd"]) + (["one_iommu"] if devices != "contract" else [])
+    marks = ("-m", " and ".join(f"not {mark}" for mark in left_out)) if left_out else ()
+    return (*(("tests/contract",) if devices == "contract" else ()), *marks)
+
+
+def _iommufd_machines(python: str) -> Iterator[Stage]:
+    for (kernel, iommu), devices in IOMMUFD.items():
+        machine = ("--kernel", kernel, "--iommu", iommu, "--devices", devices)
+        chosen = _IOMMUFD_CONTRACT if devices == "contract" else ("-m", "not one_iommu")
+        options = ("-p", "no:cacheprovider", "--device", "1234:11e8", "--bind", "--throwaway", "--space=iommufd")
+        tests = _pytest(python, *options, "tests/hw", *chosen, quick=True)
+        name = f"kernel {kernel}, {iommu} IOMMU"
+        yield Stage(name, 250, (python, "-m", "pyvfio.cli.vm", *machine, "--", *tests))
+    for kernel, iommu in IOMMUFD_CALLS:
+        command = (*_random_calls(python), "--space", "iommufd", "--kernel", kernel, "--iommu", iommu)
+        yield Stage(f"{RANDOM_CALLS} random calls on iommufd, kernel {kernel}, {iommu} IOMMU", 35, command)
+
+
+def _costs() -> Iterator[Stage]:
+    """Yield the stages that hold the figures of docs/costs.md to the limits, and draw the pictures in build/."""
+    bench = ("scripts/bench", "--check")
+    memories = [f"--memory={memory}" for memory in ("anonymous=2,32,512", "memfd=2", "hugetlb=2", "file=2")]
+    yield Stage(
+        "what resizes and hot paths cost, kernel 7",
+        45,
+        (*bench, "--kernel", "7", *memories, "--svg", "build/costs-resizes.svg"),
+    )
+    yield Stage("what hot paths cost, kernel 6.1", 40, (*bench, "--kernel", "6.1", "--memory=anonymous=2"))
+    scale = ("--fake", "--kernel", "6.1", "--scale", "--svg", "build/costs-scale.svg")
+    yield Stage("what each operation costs among 10,000", 40, (*bench, *scale))
 
 
 # ---------------------------------------------------------------------------------------------------------- running
 
 
 class Runner:
-    """Runs stages side by side; `close` ends those that run.
+    """Runs stages side by side. `close` kills the running stages.
 
-    Synchronization: `run` may be called from several threads; `close` waits for none of them.
+    Synchronization: `run` may be called from several threads. `close` does not wait for the threads.
     """
 
     def __init__(self, directory: Path, *, silence: float = SILENCE) -> None:
@@ -193,7 +258,7 @@ class Runner:
         self._closed = False
 
     def run(self, stage: Stage) -> Outcome:
-        """Run the stage, and print its output in one piece when the stage is over."""
+        """Run the stage, and print the whole output at the end of the stage."""
         output = self._directory / stage.file
         start = time.monotonic()
         print(f"-- {stage.name}: started", flush=True)
@@ -215,14 +280,14 @@ class Runner:
         return Outcome(stage, process.returncode == 0, seconds, usage.ru_utime + usage.ru_stime)
 
     def close(self) -> None:
-        """End all stages."""
+        """Kill all stages."""
         self._closed = True
         for pid in tuple(self._running):
             _end(pid)
 
 
 def _wait(pid: int, output: Path, silence: float) -> bool:
-    """Wait until the process ends. True: it was killed, since its output did not grow for `silence` seconds."""
+    """Wait until the process ends. Return True if the process was killed: no output for `silence` seconds."""
     exited = os.pidfd_open(pid)
     size, heard = 0, time.monotonic()
     try:
@@ -244,7 +309,7 @@ def _end(pid: int) -> None:
 
 
 def table(outcomes: Sequence[Outcome], seconds: float) -> Iterator[str]:
-    """A line for each stage, in the order in which they ended, and the sums."""
+    """Yield a line for each stage, in the order in which the stages ended, and the sums."""
     yield f"{'':6}  {'wall s':>7}  {'cpu s':>7}"
     for stage, ok, wall, cpu in outcomes:
         yield f"{'passed' if ok else 'FAILED'}  {wall:7.1f}  {cpu:7.1f}  {stage.name}"
@@ -252,7 +317,7 @@ def table(outcomes: Sequence[Outcome], seconds: float) -> Iterator[str]:
 
 
 def run(stages: Sequence[Stage], last: Stage | None, runner: Runner) -> list[Outcome]:
-    """Run `stages` side by side, the longest first, and `last` when they are over."""
+    """Run `stages` side by side, the longest first, and then `last`."""
     outcomes: list[Outcome] = []
     with ThreadPoolExecutor(PLACES) as pool:
         try:
@@ -269,15 +334,15 @@ def run(stages: Sequence[Stage], last: Stage | None, runner: Runner) -> list[Out
 
 
 def compile_tests(python: str) -> None:
-    """Have Python and pytest write their compiled files here: a machine, which keeps none, is twenty times slower."""
+    """Write compiled files of Python and pytest: a virtual machine keeps none, and is twenty times slower."""
     folders = ("tests/hw", "tests/contract", "tests/vm")
     command = [python, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *folders]
-    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)  # the stages say what is wrong
+    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)  # errors are for the stages to report
     subprocess.run([python, "-m", "compileall", "-q", "pyvfio", "tools", "examples", "tests"], cwd=ROOT, check=False)
 
 
 def main() -> int:
-    """0 when each stage passed."""
+    """Return 0 if each stage passed."""
     parser = argparse.ArgumentParser(prog="stages", description=__doc__, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="no virtual machine")
     parser.add_argument("pythons", nargs="+", metavar="PYTHON")

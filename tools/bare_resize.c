@@ -1,22 +1,18 @@
 /*
- * The system calls of one resize and nothing else, for scripts/bench to compare pyvfio with.
+ * The system calls of a grow and a shrink, and nothing else, for scripts/bench to compare pyvfio with.
  *
- * usage: bare_resize GROUP_NODE REPETITIONS MEMORY MIB...
+ * usage: bare_resize NODE BDF REPETITIONS MEMORY MIB...
  *
+ * NODE is that of a group, for type1, or that of a device, for iommufd.
  * MEMORY is anonymous, memfd, hugetlb (a memfd of huge pages of 2 MiB) or file (a memfd that keeps its length).
  *
  * For each length and each way to map, a line for each repetition: MIB, the way, and how many nanoseconds it took to
- * have 2 MiB more behind the memory and the device reach them, and to populate them in between.
+ * have 2 MiB more behind the memory and the device reach them, to populate them in between, and to unmap them and give
+ * the memory back again.
  */
 #define _GNU_SOURCE
-#include <errno.h>
-#include <fcntl.h>
-#include <linux/vfio.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/ioctl.h>
+#include "bare_space.h"
+
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
@@ -32,23 +28,15 @@
 #define STEP (2 * MIB)
 #define IOVA (2 * MIB)
 
-enum way { REMAP, EXTEND, GRANULE };
-static const char *const names[] = { "remap", "extend", "granule" };
+enum way { REMAP, EXTEND, GRANULE, CUT_PAGES, CUT_REPLACE };
+static const char *const names[] = { "remap", "extend", "granule", "cut-pages", "cut-replace" };
 
 enum kind { ANONYMOUS, MEMFD, HUGETLB, OWN_FILE };
 static const char *const kinds[] = { "anonymous", "memfd", "hugetlb", "file" };
 
-static int container;
 static enum kind kind;
 static int file = -1; /* what the memory is of, unless it is anonymous */
-
-static void check(int good, const char *what)
-{
-	if (!good) {
-		fprintf(stderr, "%s: %s\n", what, strerror(errno));
-		exit(1);
-	}
-}
+static int by_file = 1; /* whether IOMMU_IOAS_MAP_FILE exists: from Linux 6.13 on */
 
 static int64_t now(void)
 {
@@ -58,24 +46,59 @@ static int64_t now(void)
 	return time.tv_sec * 1000000000LL + time.tv_nsec;
 }
 
+/* By the file where the kernel can, and by the address otherwise. */
 static void map(char *memory, uint64_t start, uint64_t size)
 {
-	struct vfio_iommu_type1_dma_map argument = {
-		.argsz = sizeof(argument),
-		.flags = VFIO_DMA_MAP_FLAG_READ | VFIO_DMA_MAP_FLAG_WRITE,
-		.vaddr = (uintptr_t)memory + start,
+	struct bare_map_file argument = {
+		.size = sizeof(argument),
+		.flags = FIXED_READ_WRITE,
+		.ioas = ioas,
+		.fd = file,
+		.start = start,
+		.length = size,
 		.iova = IOVA + start,
-		.size = size,
 	};
 
-	check(ioctl(container, VFIO_IOMMU_MAP_DMA, &argument) == 0, "VFIO_IOMMU_MAP_DMA");
+	if (ioas && kind != ANONYMOUS && by_file) {
+		if (ioctl(space, IOMMUFD(15), &argument) == 0)
+			return;
+		check(errno == ENOTTY, "IOMMU_IOAS_MAP_FILE");
+		by_file = 0;
+	}
+	map_memory(memory + start, IOVA + start, size);
 }
 
 static void unmap(uint64_t start, uint64_t size)
 {
-	struct vfio_iommu_type1_dma_unmap argument = { .argsz = sizeof(argument), .iova = IOVA + start, .size = size };
+	unmap_memory(IOVA + start, size);
+}
 
-	check(ioctl(container, VFIO_IOMMU_UNMAP_DMA, &argument) == 0 && argument.size == size, "VFIO_IOMMU_UNMAP_DMA");
+/* The call of type1, which an iommufd answers too, for the space that was chosen last. */
+static void cut_pages(uint64_t start, uint64_t size)
+{
+	struct bare_vfio_ioas argument = { .size = sizeof(argument), .ioas = ioas, .operation = SET };
+
+	check(ioctl(space, IOMMUFD(8), &argument) == 0, "IOMMU_VFIO_IOAS");
+	unmap_type1(IOVA + start, size);
+}
+
+/* Copy the bytes in front of `end` into a new space, and move the device there. */
+static void cut_replace(uint64_t end)
+{
+	struct bare_copy argument = {
+		.size = sizeof(argument),
+		.flags = FIXED_READ_WRITE,
+		.target = new_ioas(1),
+		.source = ioas,
+		.length = end,
+		.target_iova = IOVA,
+		.source_iova = IOVA,
+	};
+
+	check(ioctl(space, IOMMUFD(3), &argument) == 0, "IOMMU_IOAS_COPY");
+	attach(argument.target);
+	destroy(ioas);
+	ioas = argument.target;
 }
 
 static void activate(char *memory, uint64_t start, uint64_t size)
@@ -139,10 +162,18 @@ static void grow(char *memory, uint64_t size, enum way way, int64_t *total, int6
 
 static void shrink(char *memory, uint64_t size, enum way way)
 {
-	if (way == REMAP) {
+	switch (way) {
+	case REMAP:
 		unmap(0, size + STEP);
 		map(memory, 0, size);
-	} else {
+		break;
+	case CUT_PAGES:
+		cut_pages(size, STEP);
+		break;
+	case CUT_REPLACE:
+		cut_replace(size);
+		break;
+	default:
 		unmap(size, STEP);
 	}
 	make_inaccessible(memory, size, STEP);
@@ -153,48 +184,75 @@ static void shrink(char *memory, uint64_t size, enum way way)
 		check(ftruncate(file, size) == 0, "ftruncate");
 }
 
+/* A cut leaves the head of a mapping: it is made in one of two steps, of which the first stays. */
+static int64_t cut(char *memory, uint64_t size, enum way way)
+{
+	int64_t start, shrinking;
+
+	activate(memory, size, 2 * STEP);
+	populate(memory, size, 2 * STEP);
+	map(memory, size, 2 * STEP);
+	start = now();
+	shrink(memory, size + STEP, way);
+	shrinking = now() - start;
+	shrink(memory, size, EXTEND);
+	return shrinking;
+}
+
 static void measure(uint64_t size, enum way way, int repetitions)
 {
-	char *memory = reserve(size + STEP);
+	char *memory = reserve(size + 2 * STEP);
 	uint64_t piece = way == GRANULE ? STEP : size;
-	int64_t total, prefault;
+	int64_t total, prefault, start, shrinking;
 
 	activate(memory, 0, size);
 	populate(memory, 0, size);
-	for (uint64_t start = 0; start < size; start += piece)
-		map(memory, start, piece);
+	for (uint64_t first = 0; first < size; first += piece)
+		map(memory, first, piece);
 	for (int i = 0; i < repetitions; i++) {
 		grow(memory, size, way, &total, &prefault);
-		printf("%llu %s %lld %lld\n", (unsigned long long)(size / MIB), names[way], (long long)total,
-		       (long long)prefault);
-		shrink(memory, size, way);
+		start = now();
+		shrink(memory, size, way < CUT_PAGES ? way : EXTEND);
+		shrinking = now() - start;
+		if (way >= CUT_PAGES)
+			shrinking = cut(memory, size, way);
+		printf("%llu %s %lld %lld %lld\n", (unsigned long long)(size / MIB), names[way], (long long)total,
+		       (long long)prefault, (long long)shrinking);
 	}
 	unmap(0, size);
-	munmap(memory, size + STEP);
+	munmap(memory, size + 2 * STEP);
 	if (file >= 0)
 		close(file);
 	file = -1;
 }
 
+/* A space whose mappings can be cut by pages is made so before anything is mapped. */
+static void prepare(enum way way)
+{
+	uint32_t former = ioas;
+
+	if (way < CUT_PAGES)
+		return;
+	ioas = new_ioas(way != CUT_PAGES);
+	attach(ioas);
+	destroy(former);
+}
+
 int main(int count, char **words)
 {
-	struct vfio_group_status status = { .argsz = sizeof(status) };
-	int group;
+	enum way last;
 
-	if (count < 5)
+	if (count < 6)
 		return 2;
-	while (strcmp(words[3], kinds[kind]))
+	while (strcmp(words[4], kinds[kind]))
 		if (++kind > OWN_FILE)
 			return 2;
-	container = open("/dev/vfio/vfio", O_RDWR);
-	check(container >= 0, "/dev/vfio/vfio");
-	group = open(words[1], O_RDWR);
-	check(group >= 0, words[1]);
-	check(ioctl(group, VFIO_GROUP_GET_STATUS, &status) == 0, "VFIO_GROUP_GET_STATUS");
-	check(ioctl(group, VFIO_GROUP_SET_CONTAINER, &container) == 0, "VFIO_GROUP_SET_CONTAINER");
-	check(ioctl(container, VFIO_SET_IOMMU, VFIO_TYPE1v2_IOMMU) == 0, "VFIO_SET_IOMMU");
-	for (int i = 4; i < count; i++)
-		for (enum way way = REMAP; way <= GRANULE; way++)
-			measure(strtoull(words[i], NULL, 10) * MIB, way, atoi(words[2]));
+	open_space(words[1], words[2]);
+	last = ioas ? CUT_REPLACE : GRANULE;
+	for (enum way way = REMAP; way <= last; way++) {
+		prepare(way);
+		for (int i = 5; i < count; i++)
+			measure(strtoull(words[i], NULL, 10) * MIB, way, atoi(words[3]));
+	}
 	return 0;
 }

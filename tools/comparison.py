@@ -1,15 +1,16 @@
-"""Sequences of VFIO calls, played on any kernel through the seam, and what was seen compared call by call.
+"""Plays sequences of VFIO calls on any kernel through the seam, and compares the outcomes call by call.
 
 A sequence names descriptors and addresses by symbols, so that one sequence means the same on every kernel:
 
-* `c0 c1` containers, `g0 g1` groups, `d0` to `d3` devices, `j0` an eventfd, which is none of these. A slot in which
-  nothing is open stands for a number that no open file has.
+* `c0 c1` containers, `g0 g1` groups, `d0` to `d3` devices, `j0` an eventfd, which is none of these. `i0 i1` iommufds,
+  `v0` to `v3` cdevs (even numbers: of the first device), `f0 f1` memory files. An empty slot means a number that no
+  open file has.
 * `a+N` byte N of the arena, the memory that sequences map; `b+N` of the bitmap area; both end in inaccessible memory.
 * `n0 n1` the PCI addresses of the devices, one in each group.
 
-An ioctl's structure is packed into a desk, so that its last accessible byte is the last of a page: how far a kernel
-reads and writes shows. `scripts/differential` makes sequences (`tools.sequences`), plays them on a real kernel
-and on the fake, and hands back the shortest one that differs.
+The structure of an ioctl is packed into a desk, so that the last byte of the structure is the last byte of a page. The
+desk thus shows how far a kernel reads and writes. `scripts/differential` makes sequences (`tools.sequences`), plays
+them on a real kernel and on the fake, and returns the shortest sequence with different outcomes.
 
 Synchronization: a stage and its player belong to one thread.
 """
@@ -21,41 +22,38 @@ import ctypes
 import errno
 import json
 import os
-import resource
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
-from pyvfio import ioctls, pci
-from pyvfio.kernel import MAP_FIXED, MAP_NORESERVE, PROT_NONE, Kernel, LinuxKernel
-from pyvfio.testing.fake import VERSIONS, FakeDevice, FakeKernel
-from pyvfio.testing.fake.iommu import iommu_model
+from pyvfio import ioctls, iommufd_ioctls
+from pyvfio.kernel import MAP_FIXED, MAP_NORESERVE, PROT_NONE, LinuxKernel
 from pyvfio.testing.fake.process import read_memory, write_memory
-from pyvfio.units import MIB, PAGE_SIZE
+from pyvfio.units import MIB, PAGE_SIZE, align_up
+from tools.stage import Space, Stage
 
 ARENA_PAGES = 64
 BITMAP_SIZE = 4 * PAGE_SIZE
 ROOM = 512
-"""Bytes of the desk that a structure has before inaccessible memory, unless a sequence says otherwise."""
+"""The bytes of the desk for a structure before inaccessible memory, unless a sequence sets another number."""
 FILE_PAGES = 4
-"""How much of a file mapping has a file behind it."""
+"""The number of pages of a file mapping that the file backs."""
 
 _PRIVATE, _SHARED, _ANONYMOUS = 2, 1, 0x20
 _RW = 3
-_NOWHERE = 1000  # a descriptor that is never open: this process has few
-_BEHIND_BITMAP = 512 * MIB  # the largest bitmap that a kernel takes, and as much again
+_NOWHERE = 1000  # a descriptor that is never open, because this process has few
+_BEHIND_BITMAP = 512 * MIB  # twice the largest bitmap that a kernel accepts
 _FILLER = 0xA5
-_CAP_IPC_LOCK = 14
-_CAPABILITY_VERSION = 0x20080522
-_ENTRY_LIMIT = Path("/sys/module/vfio_iommu_type1/parameters/dma_entry_limit")
+_ALIGNMENT = 2 * MIB
 
 
 class Op(NamedTuple):
-    """One call. `slot` is the descriptor, `request` an ioctl's name in C or its number in hex; `layout` packs `fields`
-    into its structure ("value": the argument itself, "name": a string); `into` takes the descriptor that comes back.
-    Other calls have their arguments in `fields`."""
+    """One call.
+
+    `slot`: the descriptor. `request`: the name of an ioctl in C, or its number in hex. `layout` packs `fields` into the
+    structure ("value": the argument itself, "name": a string). `into`: the slot of the descriptor returned. Other calls
+    have their arguments in `fields`.
+    """
 
     call: str
     slot: str = ""
@@ -68,159 +66,47 @@ class Op(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a call did: its value (0 for a descriptor), errno, what it changed in the desk and in the bitmap area as
-    (offset, hex) runs, and how many pages are locked afterwards."""
+    """The outcome of a call: value (0 for a descriptor), errno, and changes.
+
+    The changes of the desk and of the bitmap area are (offset, hex) runs. The last numbers are the counts of pages
+    locked and pinned after the call.
+    """
 
     value: int
     errno: int
     desk: tuple[tuple[int, str], ...]
     bitmap: tuple[tuple[int, str], ...]
     locked: int
+    pinned: int = 0
 
     def __str__(self) -> str:
         ended = errno.errorcode.get(self.errno, str(self.errno)) if self.errno else f"{self.value}"
         wrote = "".join(
             f", {name} {list(runs)}" for name, runs in (("wrote", self.desk), ("bitmap", self.bitmap)) if runs
         )
-        return f"{ended}, {self.locked} pages locked{wrote}"
+        return f"{ended}, {self.locked} pages locked, {self.pinned} pinned{wrote}"
 
 
 class Episode(NamedTuple):
-    """Calls from a fresh start, with the module's `dma_entry_limit` set before it."""
+    """Calls from a fresh start, with the module's `dma_entry_limit` set before the start."""
 
     entry_limit: int
     ops: tuple[Op, ...]
 
 
-class Stage(Protocol):
-    """A kernel with two groups, and what sequences change besides calling it."""
-
-    @property
-    def kernel(self) -> Kernel:
-        """The seam."""
-        ...
-
-    @property
-    def groups(self) -> tuple[int, ...]:
-        """The numbers of the groups."""
-        ...
-
-    @property
-    def devices(self) -> tuple[str, ...]:
-        """A PCI address in each of them."""
-        ...
-
-    def begin(self, entry_limit: int) -> None:
-        """An episode begins: no limit on locked memory, CAP_IPC_LOCK, so many mappings in each container."""
-        ...
-
-    def end(self) -> None:
-        """An episode is over, and its descriptors are closed."""
-        ...
-
-    def locked(self) -> int:
-        """How many pages VFIO has locked for this process."""
-        ...
-
-    def limit(self, pages: int) -> None:
-        """RLIMIT_MEMLOCK (-1: none)."""
-        ...
-
-    def privilege(self, there: int) -> None:
-        """CAP_IPC_LOCK (0: not)."""
-        ...
-
-
-class FakeStage:
-    """The fake kernel of a version ("6.1", "6.12", "7.3") with an IOMMU by its name, new in each episode."""
-
-    devices = ("0000:00:02.0", "0000:00:03.0")
-    groups = (2, 3)
-
-    def __init__(self, version: str, iommu: str) -> None:
-        self._version = version
-        self._model = iommu_model(iommu, VERSIONS[version])
-        self.begin(self._model.dma_entry_limit)
-
-    def begin(self, entry_limit: int) -> None:
-        """A new kernel."""
-        declared = [(number, [FakeDevice(bdf)]) for number, bdf in zip(self.groups, self.devices, strict=True)]
-        model = replace(self._model, dma_entry_limit=entry_limit)
-        self.kernel = FakeKernel(self._version, iommu=model, groups=declared)
-        self.privilege(1)
-
-    def end(self) -> None:
-        """Everything is closed."""
-        self.kernel.shutdown()
-
-    def locked(self) -> int:
-        """Of the fake's own account."""
-        return self.kernel.memlock().used // PAGE_SIZE
-
-    def limit(self, pages: int) -> None:
-        """The fake's."""
-        self.kernel.memlock_limit = None if pages < 0 else pages * PAGE_SIZE
-
-    def privilege(self, there: int) -> None:
-        """The fake's."""
-        self.kernel.privileged = bool(there)
-
-
-class LinuxStage:
-    """The running kernel, with the first two devices that are given; for a machine that nobody else uses."""
-
-    def __init__(self, devices: Sequence[str]) -> None:
-        self.kernel: Kernel = LinuxKernel()
-        self.devices = tuple(devices[:2])
-        self.groups = tuple(pci.group_of(self.kernel, bdf) for bdf in self.devices)
-        self._status = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._base = 0
-
-    def begin(self, entry_limit: int) -> None:
-        """Set the module's parameter; what a kernel never gave back counts no more."""
-        _ENTRY_LIMIT.write_text(str(entry_limit), encoding="ascii")
-        self.end()
-        self._base += self.locked()
-
-    def end(self) -> None:
-        """As at first."""
-        self.limit(-1)
-        self.privilege(1)
-
-    def locked(self) -> int:
-        """VmLck, less what was locked when the episode began."""
-        _, _, tail = os.pread(self._status, 8192, 0).partition(b"VmLck:")
-        return int(tail.split(None, 1)[0]) * 1024 // PAGE_SIZE - self._base
-
-    def limit(self, pages: int) -> None:
-        """setrlimit(2)."""
-        soft = resource.RLIM_INFINITY if pages < 0 else (pages + self._base) * PAGE_SIZE
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, resource.RLIM_INFINITY))
-
-    def privilege(self, there: int) -> None:
-        """capset(2)."""
-        header = struct.pack("=Ii", _CAPABILITY_VERSION, 0)
-        now = ctypes.create_string_buffer(24)
-        self._libc.capget(header, now)
-        effective, permitted, *rest = struct.unpack("=6I", now.raw)
-        bit = 1 << _CAP_IPC_LOCK
-        effective = effective | bit if there else effective & ~bit
-        self._libc.capset(header, struct.pack("=6I", effective, permitted, *rest))
-
-
 class _Area:
-    """Memory that is followed by inaccessible memory."""
+    """Memory in front of inaccessible memory. Aligned, since iommufd chooses an IOVA as aligned as the address is."""
 
     def __init__(self, size: int, behind: int) -> None:
         self._linux = LinuxKernel()
-        self._whole = size + behind
-        self.vaddr = self._linux.mmap(0, self._whole, PROT_NONE, _PRIVATE | _ANONYMOUS | MAP_NORESERVE)
+        self._whole = size + behind + _ALIGNMENT
+        self._start = self._linux.mmap(0, self._whole, PROT_NONE, _PRIVATE | _ANONYMOUS | MAP_NORESERVE)
+        self.vaddr = align_up(self._start, _ALIGNMENT)
         self._linux.mmap(self.vaddr, size, _RW, _PRIVATE | _ANONYMOUS | MAP_FIXED)
         self.size = size
 
     def close(self) -> None:
-        self._linux.munmap(self.vaddr, self._whole)
+        self._linux.munmap(self._start, self._whole)
 
     def protect(self, protection: int) -> None:
         self._linux.mprotect(self.vaddr, self.size, protection)
@@ -233,7 +119,7 @@ class _Area:
 
 
 def changes(before: bytes, after: bytes) -> tuple[tuple[int, str], ...]:
-    """The runs of bytes that differ, as (offset, the bytes after in hex)."""
+    """Return the runs of bytes that differ, as (offset, the bytes after in hex)."""
     if before == after:
         return ()
     runs: list[tuple[int, bytearray]] = []
@@ -247,8 +133,15 @@ def changes(before: bytes, after: bytes) -> tuple[tuple[int, str], ...]:
     return tuple((at, run.hex()) for at, run in runs)
 
 
+def request_number(name: str) -> int:
+    """Return the number of an ioctl, by the name in C or in hex."""
+    if name.startswith("0x"):
+        return int(name, 16)
+    return int(getattr(iommufd_ioctls if name.startswith("IOMMU_") else ioctls, name))
+
+
 class Player:
-    """Plays one episode on a stage. As a context manager it leaves nothing open or mapped behind."""
+    """Plays one episode on a stage. At the end of the context manager nothing is open or mapped."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
@@ -271,6 +164,10 @@ class Player:
             "fill": self._fill,
             "limit": self._limit,
             "privilege": self._privilege,
+            "dup": self._dup,
+            "file": self._new_file,
+            "resize": self._resize,
+            "poke": self._poke,
         }
 
     def __enter__(self) -> Player:
@@ -279,7 +176,7 @@ class Player:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for slot in sorted(self._fds, reverse=True):  # devices before containers; the order shows in no outcome
+        for slot in sorted(self._fds, reverse=True):  # devices before containers; the order is in no outcome
             with contextlib.suppress(OSError):
                 self._kernel.close(self._fds[slot])
         os.close(self._file)
@@ -287,7 +184,7 @@ class Player:
             area.close()
 
     def play(self, op: Op) -> Outcome:
-        """Make one call. KeyError for a call that there is not."""
+        """Make one call. Raises KeyError for an unknown call."""
         desk = self._prepare(op) if op.call == "ioctl" else b""
         bitmap = self._bitmap.read()
         value, number = 0, 0
@@ -296,9 +193,8 @@ class Player:
         except OSError as error:
             number = error.errno or 0
         desk_after = self._take(op) if op.call == "ioctl" else b""
-        return Outcome(
-            value, number, changes(desk, desk_after), changes(bitmap, self._bitmap.read()), self._stage.locked()
-        )
+        wrote = changes(desk, desk_after), changes(bitmap, self._bitmap.read())
+        return Outcome(value, number, *wrote, *self._stage.pages())
 
     # ---------------------------------------------------------------------------------------------- symbols
 
@@ -318,9 +214,32 @@ class Player:
 
     # ------------------------------------------------------------------------------------------ descriptors
 
+    def _node(self, slot: str) -> str:
+        kind, number = slot[0], int(slot[1:])
+        match kind:
+            case "c":
+                return "vfio/vfio"
+            case "i":
+                return "iommu"
+            case "v":
+                return f"vfio/{self._stage.cdevs[number % 2]}"
+            case _:
+                return f"vfio/{self._stage.groups[number]}"
+
     def _open(self, op: Op) -> int:
-        name = "vfio" if op.slot[0] == "c" else str(self._stage.groups[int(op.slot[1])])
-        self._store(op.slot, self._kernel.open(str(self._kernel.dev / "vfio" / name), os.O_RDWR))
+        self._store(op.slot, self._kernel.open(str(self._kernel.dev / self._node(op.slot)), os.O_RDWR))
+        return 0
+
+    def _dup(self, op: Op) -> int:
+        self._store(op.into, self._kernel.dup(self._fds.get(op.slot, _NOWHERE)))
+        return 0
+
+    def _new_file(self, op: Op) -> int:
+        self._store(op.slot, self._kernel.memfd_create("sequence", 0))
+        return self._resize(op)
+
+    def _resize(self, op: Op) -> int:
+        self._kernel.ftruncate(self._fds.get(op.slot, _NOWHERE), int(op.fields[0]) * PAGE_SIZE)
         return 0
 
     def _close(self, op: Op) -> int:
@@ -353,7 +272,7 @@ class Player:
         return self._desk.read(PAGE_SIZE - op.room)
 
     def _ioctl(self, op: Op) -> int:
-        number = int(op.request, 16) if op.request.startswith("0x") else int(getattr(ioctls, op.request))
+        number = request_number(op.request)
         argument = self._resolve(op.fields[0]) if op.layout == "value" else self._desk.vaddr + PAGE_SIZE - op.room
         answer = self._kernel.ioctl(self._fds.get(op.slot, _NOWHERE), number, argument)
         if not op.into:
@@ -401,6 +320,12 @@ class Player:
         self._bitmap.fill(bytes([int(op.fields[0])]) * BITMAP_SIZE)
         return 0
 
+    def _poke(self, op: Op) -> int:
+        """Write numbers of 64 bits into the bitmap area."""
+        at, *numbers = map(int, op.fields)
+        self._bitmap.fill(struct.pack(f"={len(numbers)}Q", *numbers), at)
+        return 0
+
     def _limit(self, op: Op) -> int:
         self._stage.limit(int(op.fields[0]))
         return 0
@@ -425,24 +350,24 @@ def play(stage: Stage, episode: Episode) -> Iterator[Outcome]:
 
 
 def encode(item: Episode | Outcome) -> str:
-    """One line of JSON."""
+    """Encode as one line of JSON."""
     return json.dumps(item, separators=(",", ":"))
 
 
 def decode_episode(line: str) -> Episode:
-    """What `encode` made."""
+    """Decode an episode that `encode` made."""
     entry_limit, ops = json.loads(line)
     return Episode(entry_limit, tuple(Op(*op)._replace(fields=tuple(op[4])) for op in ops))
 
 
 def decode_outcome(line: str) -> Outcome:
-    """What `encode` made."""
-    value, number, desk, bitmap, locked = json.loads(line)
-    return Outcome(value, number, tuple((a, b) for a, b in desk), tuple((a, b) for a, b in bitmap), locked)
+    """Decode an outcome that `encode` made."""
+    value, number, desk, bitmap, *pages = json.loads(line)
+    return Outcome(value, number, tuple((a, b) for a, b in desk), tuple((a, b) for a, b in bitmap), *pages)
 
 
 def first_difference(ours: Iterable[Outcome], theirs: Iterable[Outcome]) -> tuple[int, Outcome, Outcome] | None:
-    """Where two plays of one episode part, and the two outcomes; None when they never do."""
+    """Return the first place where two plays of one episode differ, with both outcomes; None if there is none."""
     for number, (one, other) in enumerate(zip(ours, theirs, strict=False)):
         if one != other:
             return number, one, other
@@ -450,7 +375,7 @@ def first_difference(ours: Iterable[Outcome], theirs: Iterable[Outcome]) -> tupl
 
 
 def shortest(episode: Episode, differs: Callable[[Episode], bool]) -> Episode:
-    """Leave out calls as long as the episode `differs`: no single call can be left out of the answer.
+    """Leave out calls as long as the episode `differs`: no single call of the result can be left out.
 
     Delta debugging: halves, quarters … single calls. Costs O(n log n) plays where few calls matter.
     """
@@ -469,8 +394,10 @@ def shortest(episode: Episode, differs: Callable[[Episode], bool]) -> Episode:
 
 
 def reduce(episode: Episode, one: Stage, other: Stage) -> tuple[Episode, Outcome, Outcome] | None:
-    """The shortest part of an episode on which two stages differ in its last call, and both outcomes of that; None when
-    they do not differ here."""
+    """Return the shortest part of an episode on which two stages differ in the last call, and both outcomes.
+
+    Returns None if the stages do not differ here.
+    """
 
     def compare(candidate: Episode) -> tuple[int, Outcome, Outcome] | None:
         return first_difference(list(play(one, candidate)), list(play(other, candidate)))
@@ -490,8 +417,8 @@ def reduce(episode: Episode, one: Stage, other: Stage) -> tuple[Episode, Outcome
     return None if final is None else (least, final[1], final[2])
 
 
-def program(episode: Episode, *, version: str, iommu: str, real: Outcome, fake: Outcome) -> str:
-    """A Python program that plays an episode on the running kernel and on the fake and prints what both answer."""
+def program(episode: Episode, *, version: str, iommu: str, real: Outcome, fake: Outcome, space: Space = "type1") -> str:
+    """Return a Python program that plays an episode on the running kernel and on the fake, and prints both outcomes."""
     ops = "".join(f"        {op!r},\n" for op in episode.ops)
     return f'''#!/usr/bin/env python3
 """Linux {version} with the {iommu} IOMMU and its fake differ in the last call:
@@ -503,8 +430,8 @@ On the fake alone: python3 THIS_FILE --fake. On both, in a machine that nobody e
 scripts/vm --kernel {version} --iommu {iommu} -- python3 THIS_FILE
 """
 
-from tools.comparison import replay
 from tools.comparison import Episode, Op
+from tools.differential import replay
 
 EPISODE = Episode(
     entry_limit={episode.entry_limit},
@@ -513,5 +440,5 @@ EPISODE = Episode(
 )
 
 if __name__ == "__main__":
-    replay(EPISODE, version="{version}", iommu="{iommu}")
+    replay(EPISODE, version="{version}", iommu="{iommu}", space="{space}")
 '''

@@ -1,7 +1,6 @@
-"""Count the private attributes of others, the lines and the riddles of the package: `python -m tools.count`.
+"""Count private attributes used across modules, lines, and words: `python -m tools.count`.
 
-The lines and the private attributes are those of the package without `testing/` and `cli/`, the words those of all
-docstrings.
+Lines and private attributes are counted in the package without `testing/` and `cli/`, words in all docstrings.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _IT = {"it", "its"}
 
 
 class Counts(NamedTuple):
-    """The counted numbers."""
+    """The figures."""
 
     lines: int
     reaches: int
@@ -28,7 +27,7 @@ class Counts(NamedTuple):
     it: int
 
     def __str__(self) -> str:
-        """One line for each number."""
+        """Format one line for each figure."""
         private, what, it = (
             f"{per_thousand(*pair):.1f}"
             for pair in ((self.reaches, self.lines), (self.what, self.words), (self.it, self.words))

@@ -1,4 +1,4 @@
-"""``scripts/differential``: random calls on a real kernel and on the fake, and the shortest that they answer unlike."""
+"""``scripts/differential``: random calls on a real kernel and on the fake, and the shortest with different outcomes."""
 
 import argparse
 import io
@@ -21,13 +21,14 @@ from pyvfio.testing import kernels, vm
 from pyvfio.testing.fake import VERSIONS
 from pyvfio.testing.fake.iommu import iommu_model
 from pyvfio.units import PAGE_SIZE, U64_MAX
-from tools import comparison, sequences
-from tools.comparison import Episode, FakeStage, LinuxStage, Outcome
+from tools import comparison, iommufd_sequences, sequences
+from tools.comparison import Episode, Outcome
+from tools.stage import SPACES, FakeStage, LinuxStage, Space
 
 NAME = "differential"
 _EDU = (0x1234, 0x11E8)
-_FAKES = {"6.1": "6.1", "6.12": "6.12", "7": "7.3"}
-_MINUTE_OF_OPS = 6000  # what a virtual machine makes at least in a minute
+_FAKES = {"6.1": "6.1", "6.12": "6.12", "7": "7.3", "6.12+iommufd": "6.12", "7+iommufd": "7.3"}
+_MINUTE_OF_OPS = 6000  # the calls that a virtual machine makes in a minute, at least
 
 
 def _count(text: str) -> int:
@@ -51,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--kernel", default="6.12", choices=list(kernels.LINES), help="default: %(default)s")
+    add("--space", default="type1", choices=SPACES, help="calls on containers, or on iommufd; default: %(default)s")
     add("--iommu", default="intel", choices=list(vm.IOMMUS), help="default: %(default)s; virtio needs 6.12")
     add("--devices", default="edu", choices=list(vm.DEVICES), help="of the virtual machine; default: %(default)s")
     add("--ops", default=2000, type=_count, metavar="N", help="how many calls; default: %(default)s")
@@ -70,12 +72,12 @@ def parser() -> argparse.ArgumentParser:
 @contextmanager
 def _linux_stage() -> Iterator[LinuxStage]:
     kernel = LinuxKernel()
-    found = [device.bdf for device in pci.enumerate_devices(kernel) if (device.vendor, device.device) == _EDU]
+    found = [device.bdf for device in pci.devices(kernel=kernel) if (device.vendor, device.device) == _EDU]
     if len(found) < 2:
         raise OSError(f"sequences need two edu devices, and this machine has {len(found)}")
     with ExitStack() as stack:
         for bdf in found[:2]:
-            stack.callback(pci.restore, kernel, pci.bind(kernel, bdf))
+            stack.callback(pci.restore, pci.bind(bdf, kernel=kernel), kernel=kernel)
         yield LinuxStage(found)
 
 
@@ -86,7 +88,7 @@ def _lines(path: Path) -> Iterator[Episode]:
 
 
 def _record(path: Path, command: Sequence[str]) -> int:
-    """Run the command, and print the outcomes of the episodes. The exit status is the command's."""
+    """Run the command, and print the outcomes of the episodes. Return the exit status of the command."""
     status = subprocess.run(command, stdout=sys.stderr, check=False).returncode if command else OK  # noqa: S603
     with _linux_stage() as stage:
         for episode in _lines(path):
@@ -95,10 +97,10 @@ def _record(path: Path, command: Sequence[str]) -> int:
     return FAILED if status else OK
 
 
-def _reduce(path: Path, *, version: str, iommu: str) -> int:
+def _reduce(path: Path, *, version: str, iommu: str, space: Space) -> int:
     with _linux_stage() as stage:
         for episode in _lines(path):
-            found = comparison.reduce(episode, stage, FakeStage(version, iommu))
+            found = comparison.reduce(episode, stage, FakeStage(version, iommu, space))
             if found is None:
                 print(flush=True)
             else:
@@ -110,19 +112,19 @@ def _reduce(path: Path, *, version: str, iommu: str) -> int:
 
 
 class Machine:
-    """Starts virtual machines that run this module on files in a directory of its own."""
+    """Starts virtual machines that run this module on files in a directory of the machine's own."""
 
     def __init__(self, directory: Path, options: argparse.Namespace) -> None:
         self._directory = directory
         self._options = options
 
     def run(self, task: str, episodes: Sequence[Episode], *, calls: int, first: Sequence[str] = ()) -> tuple[int, str]:
-        """Run the command `first`, and then `task` on the episodes. The exit status, and the output of `task`."""
+        """Run the command `first`, and then `task` on the episodes. Return the exit status and the output of `task`."""
         options = self._options
         path = self._directory / task
         path.write_text("".join(comparison.encode(episode) + "\n" for episode in episodes), encoding="ascii")
         command = [sys.executable, "-m", "tools.differential", "--guest", task, "--episodes", str(path)]
-        command += ["--kernel", options.kernel, "--iommu", options.iommu, "--", *first]
+        command += ["--kernel", options.kernel, "--iommu", options.iommu, "--space", options.space, "--", *first]
         stdout = io.BytesIO()
         result = vm.run(
             command,
@@ -142,7 +144,7 @@ class Machine:
 def _differing(
     episodes: Sequence[Episode], recorded: Iterator[Outcome], stage: FakeStage
 ) -> Iterator[tuple[Episode, str]]:
-    """Each episode on which the fake differs, cut behind the difference, and what the difference looks like."""
+    """Yield each episode with a difference, cut behind the difference, and a description of the difference."""
     with bar(len(episodes), what="comparing", unit="episode") as advance:
         for episode in episodes:
             real = list(islice(recorded, len(episode.ops)))
@@ -163,20 +165,27 @@ def _report(machine: Machine, found: Sequence[Episode], options: argparse.Namesp
         if line:
             parts = line.split("\t")
             least, real, fake = comparison.decode_episode(parts[0]), *map(comparison.decode_outcome, parts[1:])
-            print(comparison.program(least, version=options.kernel, iommu=options.iommu, real=real, fake=fake))
+            machine_of = {"version": options.kernel, "iommu": options.iommu, "space": options.space}
+            print(comparison.program(least, **machine_of, real=real, fake=fake))
         else:
             print(f"# differs on this machine, but not inside the virtual one, with the fake {version}:")
             print("".join(f"# {op}\n" for op in episode.ops))
 
 
+def _episodes(version: str, options: argparse.Namespace) -> list[Episode]:
+    ranges = iommu_model(options.iommu, VERSIONS[version]).ranges
+    if options.space == "iommufd":
+        return iommufd_sequences.episodes(seed=options.seed, ops=options.ops, ranges=ranges)
+    top = U64_MAX + 1 if VERSIONS[version].unmaps_end_of_u64 else U64_MAX + 1 - PAGE_SIZE
+    return sequences.episodes(seed=options.seed, ops=options.ops, ranges=ranges, top=top)
+
+
 def compare(options: argparse.Namespace, machine: Machine) -> int:
-    """Play the calls in the machine and on the fake, and print the differences. The exit status."""
-    # Sequences ask for everything, and what the fake says of what it does not model is no news here.
+    """Play the calls in the machine and on the fake, and print the differences. Return the exit status."""
+    # Sequences try everything, so the fake's warnings about calls that it does not model are expected.
     logging.getLogger("pyvfio.testing.fake").setLevel(logging.ERROR)
     version = _FAKES[options.kernel]
-    ranges = iommu_model(options.iommu, VERSIONS[version]).ranges
-    top = U64_MAX + 1 if VERSIONS[version].unmaps_end_of_u64 else U64_MAX + 1 - PAGE_SIZE
-    episodes = sequences.episodes(seed=options.seed, ops=options.ops, ranges=ranges, top=top)
+    episodes = _episodes(version, options)
     start = time.monotonic()
     status, text = machine.run("record", episodes, calls=options.ops, first=options.command)
     recorded = [comparison.decode_outcome(line) for line in text.splitlines()]
@@ -184,12 +193,12 @@ def compare(options: argparse.Namespace, machine: Machine) -> int:
         raise OSError(f"the recorder in the virtual machine ended with {len(recorded)} of {options.ops} calls")
     looks: dict[str, Episode] = {}
     count = 0
-    for episode, look in _differing(episodes, iter(recorded), FakeStage(version, options.iommu)):
+    for episode, look in _differing(episodes, iter(recorded), FakeStage(version, options.iommu, options.space)):
         count += 1
         if look not in looks or len(episode.ops) < len(looks[look].ops):
             looks[look] = episode
     seconds = time.monotonic() - start
-    what = f"{options.ops} calls, seed {options.seed}, Linux {options.kernel}, {options.iommu} IOMMU"
+    what = f"{options.ops} calls on {options.space}, seed {options.seed}, Linux {options.kernel}, {options.iommu} IOMMU"
     print(f"# {what}: {count} of {len(episodes)} episodes differ ({seconds:.0f} s)", flush=True)
     for look in looks:
         print(f"# {look}")
@@ -200,9 +209,9 @@ def compare(options: argparse.Namespace, machine: Machine) -> int:
     return FAILED if looks or status else OK
 
 
-def replay(episode: Episode, *, version: str, iommu: str) -> None:
+def replay(episode: Episode, *, version: str, iommu: str, space: Space = "type1") -> None:
     """Play an episode on the fake and, unless `--fake` is given, on the running kernel; print each call's outcome."""
-    theirs = list(comparison.play(FakeStage(_FAKES[version], iommu), episode))
+    theirs = list(comparison.play(FakeStage(_FAKES[version], iommu, space), episode))
     ours: list[Outcome] = []
     if "--fake" not in sys.argv[1:]:
         with _linux_stage() as stage:
@@ -218,7 +227,7 @@ def _dispatch(options: argparse.Namespace) -> int:
     if options.guest == "record":
         return _record(options.episodes, options.command)
     if options.guest == "reduce":
-        return _reduce(options.episodes, version=_FAKES[options.kernel], iommu=options.iommu)
+        return _reduce(options.episodes, version=_FAKES[options.kernel], iommu=options.iommu, space=options.space)
     try:
         with tempfile.TemporaryDirectory(prefix="pyvfio-differential-") as directory:
             return compare(options, Machine(Path(directory), options))
@@ -232,8 +241,10 @@ def _end(number: int, _frame: object) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs ``scripts/differential`` and returns its exit status."""
+    """Run ``scripts/differential``, and return the exit status."""
     options = parser().parse_args(arguments)
+    if options.space == "iommufd" and not options.kernel.endswith("+iommufd"):
+        parser().error(f"--space iommufd needs --kernel 6.12+iommufd or 7+iommufd: {options.kernel} has no /dev/iommu")
     if options.iommu == "virtio" and options.kernel == "6.1":
         parser().error("the kernels 6.1 have no driver for the virtio IOMMU")
     for number in (signal.SIGTERM, signal.SIGHUP):

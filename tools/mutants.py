@@ -1,9 +1,9 @@
 """Random mistakes in the package, one at a time, and the test that notices each: `scripts/mutants --random N`.
 
-A seed gives the same mistakes as long as the sources stay. The tests of a mistake are chosen by the name of its module:
-a file of tests/unit whose name has the module's or its package's, then those of `_TESTS`, then those that run
-everywhere. What passes all of them is tried on the rest of tests/unit. They run on copies of the checkout. A survivor
-is printed as one line: either no test holds a sentence, or the mistake changes nothing.
+A seed gives the same mistakes as long as the sources do not change. The name of the mistake's module chooses the tests:
+first the files of tests/unit named after the module or its package, then those of `_TESTS`, then those that run for
+every module. A mistake that passes all of them is tried on the rest of tests/unit. The tests run on copies of the
+checkout. A survivor is printed as one line: either no test covers the statement, or the mistake changes nothing.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from tests.mutants.mutant import ROOT
 from tools.count import modules
 from tools.mutations import Mutation, sample
 
-# Tests whose names do not say which rooms they are about.
+# Tests whose names do not show the modules that they cover.
 _TESTS = {
+    "__main__": ("cli_main", "cli_plan"),
     "blocks": ("ramblock", "discards", "remap", "memory", "safety_net", "cgroup", "prefault", "dirty_log"),
     "ramblock": ("memory", "discards", "remap", "safety_net", "listener_models", "prefault"),
     "mapper": ("pieces", "dma", "plan", "holders"),
@@ -32,29 +33,37 @@ _TESTS = {
     "iommu": ("iova", "space", "container", "dma", "errors"),
     "container": ("device", "dma", "holders", "live_update"),
     "device": ("container", "dirty"),
+    "diagnosis": ("doctor", "doctor_boot_loaders", "doctor_command", "doctor_garbage"),
     "dirty": ("dirty_log",),
+    "findings": ("doctor", "doctor_command"),
     "info": ("caps", "container", "device"),
     "memory": ("kinds", "prefault", "locking", "cgroup", "ramblock"),
-    "pci": ("cli_admin", "errors", "device"),
+    "pci": ("cli_admin", "cli_bind", "nodes", "errors", "device", "doctor"),
     "handle": ("container", "device"),
     "kernel": ("fake", "memory", "locking"),
     "errors": ("container", "device", "pci"),
+    "extent_set": ("discards", "block_index"),
     "extents": ("discards", "pieces"),
+    "fields": ("abi",),
     "guard": ("forks", "collections", "interruptions"),
     "ioctls": ("abi", "container", "device"),
+    "ioas": ("address_spaces",),
+    "iommufd": ("iommufd",),
+    "iommufd_ioctls": ("abi",),
+    "page_tables": ("dirty", "cdev"),
 }
-# These know every operation of a mapper and its blocks. Where the undo fails, too, would take minutes for each mistake.
+# These cover every operation of a mapper and its blocks. The steps of an undo would take minutes for each mistake.
 _EVERYWHERE = ("tests/unit/test_failures.py", "tests/property")
 _LEFT_OUT = ("-k", "not step_of_the_undo")
 _SAMPLES = ("--points=200", "--thread-steps=2000")
-# These look at the checkout as text, or run it elsewhere, and say nothing of what it does.
+# These read the checkout as text, or run the checkout elsewhere, and do not test its behaviour.
 _NO_WITNESS = ("linters", "mutants", "random_mutants", "stages", "count", "vm", "series")
 _SLACK = 5.0
-"""A test that takes so many times as long as without a mistake, and 30 seconds, hangs: the mistake is noticed."""
+"""A test hangs if it takes this many times as long as without a mistake, plus 30 seconds: the mistake is noticed."""
 
 
 def chosen_tests(module: str, root: Path = ROOT) -> list[str]:
-    """Return the test files for a mistake in `module`, such as "mapper/window.py", the likeliest witness first."""
+    """Return the test files for a mistake in `module`, such as "mapper/window.py", the most likely witness first."""
     path = Path(module)
     names = [path.stem, path.parts[0].removesuffix(".py")]
     units = {file.stem.removeprefix("test_"): file for file in sorted(root.glob("tests/unit/test_*.py"))}
@@ -71,22 +80,22 @@ def all_tests(root: Path = ROOT) -> list[str]:
 
 
 def time_tests(checkout: Path, tests: Sequence[str]) -> float:
-    """Return the seconds that `tests` take without a mistake. Exits where one fails, since no verdict is possible."""
+    """Return the seconds that `tests` take without a mistake. Exits if a test fails, since no verdict is possible."""
     begun = time.monotonic()
     if witness := first_failure(checkout, [*tests, *_LEFT_OUT], timeout=1800):
-        sys.exit(f"mutants: without any mistake, {witness} fails: nothing can be said of mutants")
+        sys.exit(f"mutants: {witness} fails without any mistake: repair that first, or no mutant can be judged")
     return time.monotonic() - begun
 
 
 def witness_of(checkout: Path, mutation: Mutation, tests: Sequence[str], timeout: float) -> str | None:
-    """Return the test that fails with one mistake in a copy of the checkout, or None when all pass."""
+    """Return the test that fails with one mistake in a copy of the checkout, or None if all pass."""
     path = checkout / "pyvfio" / mutation.module
     with rewritten(path, mutation.apply(path.read_text(encoding="utf-8"))):
         return first_failure(checkout, [*tests, *_LEFT_OUT], timeout=timeout)
 
 
 def run(mutations: Sequence[Mutation], tests: Mapping[str, Sequence[str]], *, jobs: int) -> list[Mutation]:
-    """Print the witness of each mistake, and return the mistakes that have none. `tests`: those of each module."""
+    """Print the witness of each mistake, and return the mistakes without one. `tests`: the tests of each module."""
     with copies(jobs) as queue, ThreadPoolExecutor(jobs) as pool:
 
         def measure(test: str) -> float:
@@ -115,12 +124,12 @@ def run(mutations: Sequence[Mutation], tests: Mapping[str, Sequence[str]], *, jo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return 0 when the sample was judged, whether or not mistakes survived: somebody has to look at each."""
+    """Return 0 after the sample was judged, even if mistakes survived: a person must look at each survivor."""
     parser = argparse.ArgumentParser(prog="mutants", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--random", type=int, required=True, metavar="N", help="how many mistakes")
-    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="default: another one each time")  # noqa: S311
-    parser.add_argument("--module", default="", metavar="M", help='modules whose path begins so: "mapper", "dma.py"')
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="so many at once; default: %(default)s")
+    parser.add_argument("--random", type=int, required=True, metavar="N", help="the number of mistakes")
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="default: a new one")  # noqa: S311
+    parser.add_argument("--module", default="", metavar="M", help='prefix of the modules: "mapper", "dma.py"')
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at the same time; default: %(default)s")
     parser.add_argument("--list", action="store_true", help="print the sample and run nothing")
     options = parser.parse_args(arguments)
     sources = {str(path): source for path, source, counted in modules() if counted}

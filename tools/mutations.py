@@ -1,4 +1,4 @@
-"""Every small mistake that a source can have, one at a time, and samples of them."""
+"""All small mistakes that a source can have, one at a time, and samples of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
-# The operators that may stand in place of each.
+# The operators that may replace each operator.
 _OTHER: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
     ast.Lt: (ast.LtE, ast.GtE),
     ast.LtE: (ast.Lt, ast.Gt),
@@ -35,7 +35,7 @@ _NOT_JUDGED = {"__repr__", "__str__", "_check"}
 
 
 class Mutation(NamedTuple):
-    """In one function of `module` the bytes from `start` to `end` become `new`."""
+    """A mistake: in one function of `module`, the bytes from `start` to `end` become `new`."""
 
     module: str
     line: int
@@ -52,19 +52,19 @@ class Mutation(NamedTuple):
         return (encoded[: self.start] + self.new.encode() + encoded[self.end :]).decode()
 
     def __str__(self) -> str:
-        """One line."""
+        """Format as one line."""
         where = f"{self.module}:{self.line}" + (f" {self.function}" if self.function else "")
         return f"{where} ({self.kind}): {' '.join(self.old.split())}  ->  {self.new}"
 
 
 def sample(sources: Mapping[str, str], count: int, seed: int) -> list[Mutation]:
-    """Return `count` mutations of the sources by module, or all where there are fewer. One seed gives one sample."""
+    """Return `count` mutations of the sources by module, or all if there are fewer. One seed gives one sample."""
     found = [mutation for module in sorted(sources) for mutation in mutations(module, sources[module])]
     return random.Random(seed).sample(found, min(count, len(found)))  # noqa: S311 (a sample, no secret)
 
 
 def mutations(module: str, source: str) -> Iterator[Mutation]:
-    """Yield every mutation of one source, apart from docstrings, messages, logging, reprs, checks and annotations."""
+    """Yield every mutation of one source, except in docstrings, messages, logging, reprs, checks and annotations."""
     encoded = source.encode()
     lines = [0, *accumulate(len(line) for line in encoded.splitlines(keepends=True))]
     for function, node in _code(ast.parse(source), ""):
@@ -107,7 +107,7 @@ _Variant = tuple[str, ast.expr | ast.stmt, ast.expr | ast.stmt]
 
 
 def _variants(node: ast.AST) -> Iterator[_Variant]:
-    """Yield the kind of each mistake, the node that it replaces, and the node in its place."""
+    """Yield the kind of each mistake, the node to replace, and the replacement."""
     match node:
         case ast.Compare() | ast.BoolOp() | ast.BinOp() | ast.AugAssign():
             yield from _other_operators(node)
@@ -126,7 +126,7 @@ def _variants(node: ast.AST) -> Iterator[_Variant]:
 
 
 def _removals(node: ast.AST) -> Iterator[_Variant]:
-    """Yield the removal of a statement without which every name is still bound."""
+    """Yield the removal of a statement, if every name is still bound without the statement."""
     match node:
         case ast.Expr() | ast.AugAssign() | ast.Delete() | ast.Raise() | ast.Continue() | ast.Break():
             yield "removed statement", node, ast.Pass()

@@ -1,9 +1,9 @@
-"""What it costs to grow a RAM block that a device reaches by 2 MiB, for each way of resizing, at any length.
+"""The cost of growing a RAM block in a device's reach by 2 MiB, and of shrinking the block, for each policy.
 
-Populating the new memory is the kernel's work and the same for all, so that it is done before the memory is mapped, by
-a notifier that is told before the mapper, and its time is taken apart. Only a file's pages are had in the resize, by
-fallocate(2), and in the bare calls, too. The clock is the running kernel's: in a virtual
-machine with `icount` it counts instructions, and what it says repeats.
+The block can have any length. Populating the new memory is the kernel's work, and the same for all policies. Therefore
+a notifier, called before the mapper, populates the memory, and its time is taken separately. Only the pages of a file
+are allocated in the resize, by fallocate(2), and so in the bare calls too. The clock is the running kernel's. In a
+virtual machine with `icount`, the clock counts instructions, and its figures repeat.
 
 `bare_resize.c` makes the same system calls and nothing else.
 """
@@ -11,49 +11,53 @@ machine with `icount` it counts instructions, and what it says repeats.
 from __future__ import annotations
 
 import os
-import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal, NamedTuple
 
-from pyvfio.container import Container
 from pyvfio.dma import DmaMapper
+from pyvfio.iommu.space import AddressSpace
 from pyvfio.kernel import MADV_POPULATE_WRITE, Kernel
 from pyvfio.memory import Anonymous, File, Memfd, MemoryKind
 from pyvfio.ramblock import RamBlock, RamBlockList
-from pyvfio.testing.vm_errors import find_tool
 from pyvfio.units import MIB, format_size
+from tools.bare import least
+from tools.report import Cost
 
 MEMORIES = ("anonymous", "memfd", "hugetlb", "file")
-"""What a block may be of: private memory, a memfd of its own, one of huge pages, a memfd of the caller's that is made
-longer and punched."""
+"""The kinds of memory of a block: private memory, a memfd, a memfd of huge pages, and a memfd of the caller that is
+extended and punched."""
 
 STEP = 2 * MIB
-"""A block grows by as much, in bytes."""
+"""The bytes by which a block grows."""
 
-SOURCE = Path(__file__).with_name("bare_resize.c")
 
-POLICIES: dict[str, Callable[[Container, RamBlockList], DmaMapper]] = {
-    "remap": DmaMapper,
-    "extend": partial(DmaMapper, resize="extend"),
-    "granule": partial(DmaMapper, resize="extend", granule=STEP),
+class Policy(NamedTuple):
+    """The mapper of a policy, and the way in which the space cuts a mapping."""
+
+    make: Callable[[AddressSpace, RamBlockList], DmaMapper]
+    cut: Literal["pages", "replace"] | None = None
+
+
+POLICIES: Mapping[str, Policy] = {
+    "remap": Policy(DmaMapper),
+    "extend": Policy(partial(DmaMapper, resize="extend")),
+    "granule": Policy(partial(DmaMapper, resize="extend", granule=STEP)),
+    "cut-pages": Policy(partial(DmaMapper, resize="cut"), "pages"),
+    "cut-replace": Policy(partial(DmaMapper, resize="cut"), "replace"),
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """In microseconds, the least of some: of growing by 2 MiB without `prefault`, which is populating those 2 MiB. Any
-    more is the timer's interrupt, which comes every 4 ms, and so into most of the calls that fill pages with zeros."""
-
-    resize: float
-    prefault: float
+def policies_of(space: str) -> list[str]:
+    """Return the policies for "type1" or "iommufd"."""
+    return [name for name, policy in POLICIES.items() if policy.cut is None or space == "iommufd"]
 
 
 class _Prefault:
-    """The notifier that populates what a block grows by, and knows how long that took."""
+    """The notifier that populates the new memory of a block, and measures the time."""
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
@@ -81,9 +85,11 @@ def _kind(memory: str) -> Iterator[MemoryKind]:
 
 @contextmanager
 def large_pages(memory: str, *, size: int, settings: Path = Path("/sys/kernel/mm")) -> Iterator[None]:
-    """Let `size` bytes of that memory be had in pages of 2 MiB on this machine, so that the kernel's work is the same
-    each time: what its files get of smaller pages lies here and there. Raises OSError where there are none."""
-    if memory == "anonymous":  # has them
+    """Provide `size` bytes of that memory in pages of 2 MiB, so that the kernel's work is the same each time.
+
+    Smaller pages of a file would lie at random places. Raises OSError if there are not enough pages of 2 MiB.
+    """
+    if memory == "anonymous":  # transparent huge pages are on already
         yield
         return
     path, value = settings / "transparent_hugepage" / "shmem_enabled", "always"
@@ -100,67 +106,43 @@ def large_pages(memory: str, *, size: int, settings: Path = Path("/sys/kernel/mm
 
 
 def _setting(path: Path) -> str:
-    """A number, or of several words the one in brackets."""
+    """Return the number in a file, or the word in brackets among several words."""
     text = path.read_text(encoding="ascii").strip()
     return text.partition("[")[2].partition("]")[0] or text
 
 
-def measure(container: Container, policy: str, *, memory: str, size: int, repeat: int) -> Cost:
-    """Grow a block of `size` bytes, all of which is populated, `repeat` times, and shrink it again in between.
-    `memory`: one of MEMORIES."""
-    kernel = container.kernel
-    with _kind(memory) as kind, RamBlockList(kernel=kernel) as blocks, POLICIES[policy](container, blocks):
-        block = blocks.add("measured", used_length=size, max_length=size + STEP, memory=kind)
+def measure(space: AddressSpace, policy: str, *, memory: str, size: int, repeat: int) -> Cost:
+    """Grow a populated block of `size` bytes `repeat` times, and shrink the block in between. Return the least costs.
+
+    `memory`: one of MEMORIES. A shrink of a policy that cuts leaves the head of the last mapping.
+    """
+    kernel, chosen = space.kernel, POLICIES[policy]
+    one = _grow if chosen.cut is None else _grow_and_cut
+    with _kind(memory) as kind, RamBlockList(kernel=kernel) as blocks, chosen.make(space, blocks):
+        block = blocks.add("measured", used_length=size, max_length=size + 2 * STEP, memory=kind)
         prefault = _Prefault(kernel)
-        blocks.add_notifier(prefault)  # the newest is told first, when memory is there and before it is mapped
-        _grow(block, prefault)  # the first time, what it takes is loaded
-        return _least([_grow(block, prefault) for _ in range(repeat)])
+        blocks.add_notifier(prefault)  # the newest notifier is called first: after activation, before the map
+        one(block, prefault)  # the first grow loads code and data
+        return least([one(block, prefault) for _ in range(repeat)])
 
 
-def _grow(block: RamBlock, prefault: _Prefault) -> tuple[int, int]:
+def _grow(block: RamBlock, prefault: _Prefault) -> tuple[int, int, int]:
     former = block.used_length
     start = time.monotonic_ns()
     block.resize(former + STEP)
     total = time.monotonic_ns() - start
     populating = prefault.nanoseconds
+    start = time.monotonic_ns()
     block.resize(former)
-    return total - populating, populating
+    return total - populating, populating, time.monotonic_ns() - start
 
 
-def _least(samples: Iterable[tuple[int, int]]) -> Cost:
-    resizes, prefaults = zip(*samples, strict=True)
-    return Cost(min(resizes) / 1000, min(prefaults) / 1000)
-
-
-# --------------------------------------------------------------------------------------------------- bare system calls
-
-
-def compile_bare(directory: Path) -> Path:
-    """Compile `bare_resize.c` into `directory`. Raises MissingToolError where there is no C compiler."""
-    compiler, program = find_tool("gcc", package="gcc"), directory / "bare_resize"
-    command = [compiler, "-O2", "-Wall", "-o", str(program), str(SOURCE)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode:
-        raise OSError(f"{SOURCE.name} could not be compiled: {done.stderr}")
-    return program
-
-
-def measure_bare(
-    program: Path, group_node: Path, *, memory: str, sizes: Sequence[int], repeat: int
-) -> Iterator[tuple[str, int, Cost]]:
-    """What the same costs in system calls alone: policy, size, cost. Nobody else may have the group open."""
-    command = [str(program), str(group_node), str(repeat), memory, *(str(size // MIB) for size in sizes)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode:
-        raise OSError(f"the bare calls failed: {done.stderr}")
-    yield from parse_bare(done.stdout)
-
-
-def parse_bare(text: str) -> Iterator[tuple[str, int, Cost]]:
-    """What `bare_resize` printed."""
-    samples: dict[tuple[str, int], list[tuple[int, int]]] = {}
-    for line in text.splitlines():
-        size, policy, total, prefault = line.split()
-        samples.setdefault((policy, int(size) * MIB), []).append((int(total), int(prefault)))
-    for (policy, size_in_bytes), found in samples.items():
-        yield policy, size_in_bytes, _least(found)
+def _grow_and_cut(block: RamBlock, prefault: _Prefault) -> tuple[int, int, int]:
+    grown, populating, _whole = _grow(block, prefault)
+    former = block.used_length
+    block.resize(former + 2 * STEP)  # one mapping, of which the next shrink cuts a half
+    start = time.monotonic_ns()
+    block.resize(former + STEP)
+    cut = time.monotonic_ns() - start
+    block.resize(former)
+    return grown, populating, cut

@@ -1,8 +1,6 @@
-"""Random episodes for `tools.comparison`: the same for the same seed, on every machine, whatever kernels
-answer; weighted towards the edges where kernels have surprises.
+"""Random episodes of calls on containers and groups, for `tools.comparison`.
 
-The author of an episode believes that what it asks for happens. Its belief only steers it towards calls that meet
-something; nothing else depends on it. What it never does: pin more than the arena.
+The same seed makes the same calls on every machine, with any answers of kernels.
 """
 
 from __future__ import annotations
@@ -11,31 +9,23 @@ import random
 from collections.abc import Callable, Sequence
 
 from pyvfio.units import PAGE_SIZE, IovaRange
-from tools.comparison import ARENA_PAGES, BITMAP_SIZE, ROOM, Episode, Op
-
-LENGTH = 100
-"""How many calls an episode has."""
+from tools.author import BAD_ADDRESSES, BASE, TOP, U32, Author, write_episodes
+from tools.comparison import ARENA_PAGES, BITMAP_SIZE, Episode, Op
 
 _P = PAGE_SIZE
-_TOP = 1 << 64
-_BASE = 0x10_0000
-_U32 = (1 << 32) - 1
-_BAD_ADDRESSES = (0, 0x1000, 1 << 47, 1 << 62, 0xFFFF_8000_0000_0000, _TOP - _P, _TOP - 1)
 _MAP, _UNMAP, _INFO, _DIRTY = "=IIQQQ", "=IIQQ", "=IIQII", "=IIQQQQQ"
 _GET_DIRTY, _ALL, _VADDR = 1, 2, 4
 _CONTAINERS: tuple[str | int, ...] = ("c0", "c0", "c0", "c1", "g0", "g1", "d0", "j0", -1, 1 << 20)
 _EVENTFDS: tuple[str | int, ...] = ("j0", "j0", "j0", "c0", -1, -2, 1 << 20)
 
 
-class _Author:
+class _Author(Author):
     def __init__(self, chance: random.Random, ranges: Sequence[IovaRange], top: int) -> None:
-        self._chance = chance
+        super().__init__(chance, ranges)
         self._top = top
-        self._ranges = ranges
-        self._believed: list[tuple[int, int]] = []
-        self._open: set[str] = set()
-        self.ops: list[Op] = []
-        self._calls: dict[Callable[[], None], int] = {
+
+    def _calls(self) -> dict[Callable[[], None], int]:
+        return {
             self._map_dma: 28,
             self._unmap_dma: 18,
             self._unmap_with_bitmap: 4,
@@ -51,83 +41,6 @@ class _Author:
             self._start_again: 2,
             self._nonsense: 3,
         }
-
-    def write(self, length: int) -> tuple[Op, ...]:
-        self._prologue()
-        calls, weights = list(self._calls), list(self._calls.values())
-        while len(self.ops) < length:
-            self._chance.choices(calls, weights)[0]()
-        return tuple(self.ops[:length])
-
-    # ------------------------------------------------------------------------------------------------ choices
-
-    def _often(self, chance: float) -> bool:
-        return self._chance.random() < chance
-
-    def _one(self, *choices: int) -> int:
-        return self._chance.choice(choices)
-
-    def _edge(self, good: int, *bad: int, chance: float = 0.06) -> int:
-        return self._one(*bad) if self._often(chance) else good
-
-    def _slot(self, kind: str, count: int = 2) -> str:
-        there = sorted(slot for slot in self._open if slot[0] == kind)
-        if there and self._often(0.96):
-            return there[0] if self._often(0.8) else self._chance.choice(there)
-        return f"{kind}{self._chance.randrange(count)}"
-
-    def _iova(self) -> int:
-        kind = self._chance.random()
-        if kind < 0.55 or (kind < 0.85 and not self._believed):
-            return _BASE + self._chance.randrange(24) * _P
-        if kind < 0.85:
-            start, size = self._chance.choice(self._believed)
-            return (
-                self._one(start, start, start + size, start - _P, start + size - _P, start + size // 2 // _P * _P)
-                % _TOP
-            )
-        if kind < 0.95:
-            span = self._chance.choice(self._ranges)
-            return (
-                self._one(span.start, span.start - _P, span.last + 1 - _P, span.last + 1, span.last + 1 - 2 * _P) % _TOP
-            )
-        return self._one(0, _TOP - _P, _TOP - 2 * _P, 1 << 63, _BASE + 1, _BASE + _P // 2, _TOP - 1)
-
-    def _size(self, iova: int) -> int:
-        kind = self._chance.random()
-        if kind < 0.8:
-            return self._chance.randint(1, 4) * _P
-        if kind < 0.87 and self._believed:
-            return self._chance.choice(self._believed)[1]
-        if kind < 0.94:
-            return self._chance.randint(5, 70) * _P
-        to_end = _TOP - iova
-        return (
-            self._one(0, 1, _P - 1, _P + 1, 1 << 30, 1 << 39, to_end, to_end - _P, to_end + _P, _TOP - _P, _TOP - 1)
-            % _TOP
-        )
-
-    def _vaddr(self) -> int | str:
-        if self._often(0.06):
-            return self._one(*_BAD_ADDRESSES)
-        offset = self._chance.randrange(ARENA_PAGES) * _P
-        return f"a+{self._edge(offset, offset + 1, offset + _P // 2, offset + ARENA_PAGES * _P, chance=0.04)}"
-
-    def _data(self) -> int | str:
-        if self._often(0.08):
-            return self._one(*_BAD_ADDRESSES)
-        return f"b+{self._one(0, 0, 0, 0, 8, 1, 4, BITMAP_SIZE - 8, BITMAP_SIZE - 16, BITMAP_SIZE - 4)}"
-
-    def _argsz(self, size: int) -> int:
-        return self._edge(size, size - 1, size + 1, size + 100, 0, _U32, chance=0.08)
-
-    def _ioctl(self, slot: str, request: str, layout: str, *fields: int | str, size: int = 0, into: str = "") -> None:
-        if layout != "value" and self._often(0.02):
-            self.ops.append(Op("ioctl", slot, request, "value", (self._one(*_BAD_ADDRESSES),), into=into))
-            return
-        room = self._edge(ROOM, size, size - 1, size // 2, 8, 4, chance=0.04) if size else ROOM
-        desk = "ro" if layout != "value" and self._often(0.02) else "rw"
-        self.ops.append(Op("ioctl", slot, request, layout, fields, room, desk, into))
 
     # ------------------------------------------------------------------------------------------- the container
 
@@ -145,10 +58,6 @@ class _Author:
             self._attach("g1", "c0")
         if self._often(0.3):
             self._ioctl("c0", "VFIO_IOMMU_DIRTY_PAGES", "=II", 8, 1, size=8)
-
-    def _open_slot(self, slot: str) -> None:
-        self._open.add(slot)
-        self.ops.append(Op("open", slot))
 
     def _attach(self, group: str, container: str) -> None:
         self._ioctl(group, "VFIO_GROUP_SET_CONTAINER", "=i", container, size=4)
@@ -172,9 +81,9 @@ class _Author:
         self._map(iova, size, flags)
 
     def _map(self, iova: int, size: int, flags: int) -> None:
-        if self._top < iova + size <= _TOP:
+        if self._top < iova + size <= TOP:
             size = _P
-            iova = _BASE
+            iova = BASE
         fields = (self._argsz(32), flags, self._vaddr(), iova, size)
         self._ioctl(self._slot("c"), "VFIO_IOMMU_MAP_DMA", _MAP, *fields, size=32)
         if size <= ARENA_PAGES * _P and not (size | iova) % _P:
@@ -184,7 +93,7 @@ class _Author:
         if self._believed and self._often(0.45):
             return self._chance.choice(self._believed)
         if self._often(0.15):
-            return _BASE - _P, 64 * _P
+            return BASE - _P, 64 * _P
         iova = self._iova()
         return iova, self._size(iova)
 
@@ -195,12 +104,17 @@ class _Author:
         flags = self._edge(flags, 8, _GET_DIRTY | _ALL, _GET_DIRTY | _VADDR, 1 << 31, chance=0.03)
         self._ioctl(self._slot("c"), "VFIO_IOMMU_UNMAP_DMA", _UNMAP, self._argsz(24), flags, iova, size, size=24)
 
+    def _data(self) -> int | str:
+        if self._often(0.08):
+            return self._one(*BAD_ADDRESSES)
+        return f"b+{self._one(0, 0, 0, 0, 8, 1, 4, BITMAP_SIZE - 8, BITMAP_SIZE - 16, BITMAP_SIZE - 4)}"
+
     def _bitmap(self, size: int) -> tuple[int, int, int | str]:
         pages = size // _P
         need = (pages + 63) // 64 * 8
         page = self._edge(_P, 1, 0, 2 * _P, 1 << 21, 3 * _P)
-        size = self._edge(self._one(need, need, BITMAP_SIZE), 0, need - 8, need + 8, 1 << 28, (1 << 28) + 8, _TOP - 1)
-        return page, size % _TOP, self._data()
+        size = self._edge(self._one(need, need, BITMAP_SIZE), 0, need - 8, need + 8, 1 << 28, (1 << 28) + 8, TOP - 1)
+        return page, size % TOP, self._data()
 
     def _unmap_with_bitmap(self) -> None:
         iova, size = self._target()
@@ -225,17 +139,17 @@ class _Author:
             return
         iova, size = self._target()
         if self._often(0.5):
-            iova, size = (iova - self._chance.randrange(80) * _P) % _TOP, size + self._chance.randrange(90) * _P
-        fields = (self._argsz(48), self._edge(4, 5, 6, 12), iova, size % _TOP, *self._bitmap(size % _TOP))
+            iova, size = (iova - self._chance.randrange(80) * _P) % TOP, size + self._chance.randrange(90) * _P
+        fields = (self._argsz(48), self._edge(4, 5, 6, 12), iova, size % TOP, *self._bitmap(size % TOP))
         self._ioctl(slot, "VFIO_IOMMU_DIRTY_PAGES", _DIRTY, *fields, size=48)
         if self._often(0.2):
             self.ops.append(Op("fill", fields=(self._one(0, 0xA5, 0xFF),)))
 
     def _get_info(self) -> None:
         argsz = self._edge(
-            512, *range(15, 26), 56, 67, 68, 72, 100, 115, 116, 119, 120, 132, 136, 152, 0, _U32, chance=0.7
+            512, *range(15, 26), 56, 67, 68, 72, 100, 115, 116, 119, 120, 132, 136, 152, 0, U32, chance=0.7
         )
-        self._ioctl(self._slot("c"), "VFIO_IOMMU_GET_INFO", _INFO, argsz, self._one(0, 3, _U32), 0, 7, 7, size=24)
+        self._ioctl(self._slot("c"), "VFIO_IOMMU_GET_INFO", _INFO, argsz, self._one(0, 3, U32), 0, 7, 7, size=24)
 
     def _container_calls(self) -> None:
         slot = self._slot("c")
@@ -243,7 +157,7 @@ class _Author:
             case 0:
                 self._ioctl(slot, "VFIO_GET_API_VERSION", "value", self._one(0, 1))
             case 1 | 2:
-                extension = self._one(*range(14), 99, 1 << 32 | 1, _TOP - 1)
+                extension = self._one(*range(14), 99, 1 << 32 | 1, TOP - 1)
                 self._ioctl(slot, "VFIO_CHECK_EXTENSION", "value", extension)
             case _:
                 self._set_iommu(slot)
@@ -254,8 +168,8 @@ class _Author:
         slot = self._slot("g")
         match self._chance.randrange(8):
             case 0 | 1 | 2:
-                argsz = self._one(8, 8, 7, 9, 0, _U32)
-                self._ioctl(slot, "VFIO_GROUP_GET_STATUS", "=II", argsz, self._one(0, _U32), size=8)
+                argsz = self._one(8, 8, 7, 9, 0, U32)
+                self._ioctl(slot, "VFIO_GROUP_GET_STATUS", "=II", argsz, self._one(0, U32), size=8)
             case 3 | 4:
                 target: str | int = self._chance.choice(_CONTAINERS)
                 self._ioctl(slot, "VFIO_GROUP_SET_CONTAINER", "=i", target, size=4)
@@ -279,11 +193,11 @@ class _Author:
                 argsz = self._one(24, 24, *range(14, 27), 64)
                 self._ioctl(slot, "VFIO_DEVICE_GET_INFO", "=IIIIII", argsz, 0, 9, 9, 9, 9, size=24)
             case 1:
-                index = self._edge(self._chance.randrange(9), 9, 10, _U32, chance=0.15)
+                index = self._edge(self._chance.randrange(9), 9, 10, U32, chance=0.15)
                 fields = (self._argsz(32), 0, index, self._one(0, 0xAA), 7, 7)
                 self._ioctl(slot, "VFIO_DEVICE_GET_REGION_INFO", "=IIIIQQ", *fields, size=32)
             case 2:
-                index = self._edge(self._chance.randrange(5), 5, 6, _U32, chance=0.15)
+                index = self._edge(self._chance.randrange(5), 5, 6, U32, chance=0.15)
                 self._ioctl(slot, "VFIO_DEVICE_GET_IRQ_INFO", "=IIII", self._argsz(16), 7, index, 7, size=16)
             case 3:
                 self._ioctl(slot, "VFIO_DEVICE_RESET", "value", 0)
@@ -293,9 +207,9 @@ class _Author:
     def _set_irqs(self, slot: str) -> None:
         data = self._edge(self._one(1, 2, 4, 4), 0, 3, 7)
         action = self._edge(self._one(8, 16, *[32] * 10), 0, 24, 40, 64)
-        index = self._edge(self._one(0, 0, 0, 1, 1, 1, 1, 3, 4, 4, 2), 5, _U32)
-        start = self._edge(0, 1, 2, _U32, chance=0.03)
-        count = self._edge(self._one(0, 1, 1, 1, 1), 2, 3, _U32, chance=0.03)
+        index = self._edge(self._one(0, 0, 0, 1, 1, 1, 1, 3, 4, 4, 2), 5, U32)
+        start = self._edge(0, 1, 2, U32, chance=0.03)
+        count = self._edge(self._one(0, 1, 1, 1, 1), 2, 3, U32, chance=0.03)
         head = (index, start, count)
         match data:
             case 2:
@@ -310,7 +224,7 @@ class _Author:
                 self._ioctl(slot, "VFIO_DEVICE_SET_IRQS", "=IIIII", self._argsz(20), data | action, *head, size=20)
 
     def _feature(self, slot: str) -> None:
-        # Not 4 with a good eventfd: when the device wakes up again is a race.
+        # Value 4 is left out with a good eventfd: the time at which the device wakes up is a race.
         number = self._chance.choice([*range(4), 3, 5, 5, *range(5, 16), 99, 0xFFFF])
         flags = self._one(1 << 17, 1 << 17, 1 << 17, 1 << 16, 1 << 18, 3 << 16, 7 << 16, 6 << 16, 5 << 16, 0, 1 << 19)
         if self._often(0.1):
@@ -353,49 +267,19 @@ class _Author:
 
     def _nonsense(self) -> None:
         slot = self._chance.choice(["c0", "c1", "g0", "g1", "d0", "j0", "d2"])
-        # Not VFIO_GROUP_SET_CONTAINER, which would take a number for a descriptor of this process.
+        # VFIO_GROUP_SET_CONTAINER is left out: the kernel would take a random number for a descriptor of this process.
         number = hex(self._chance.choice([*range(0x3B64, 0x3B68), *range(0x3B69, 0x3B84), 0x3BBE, 0, 0x80003B64 + 12]))
         if self._often(0.5):
             self._ioctl(slot, number, "value", self._one(0, 1, 3, 0x1000))
         else:
             self._ioctl(slot, number, "=IIQQQQ", self._one(0, 8, 24, 32, 64), self._one(0, 1, 4), 0, 0, 0, 0, size=40)
 
-    # ------------------------------------------------------------------------------------------------- memory
 
-    def _span(self) -> tuple[int, int]:
-        first = self._chance.randrange(ARENA_PAGES)
-        return first, min(self._chance.choice([1, 1, 2, 4, 16]), ARENA_PAGES - first)
+def episodes(*, seed: int, ops: int, ranges: Sequence[IovaRange], top: int = TOP) -> list[Episode]:
+    """Return `ops` calls in episodes, made from `seed`. `ranges`: those of the IOMMU, whose ends are edges.
 
-    def _memory(self) -> None:
-        span = self._span()
-        match self._chance.randrange(8):
-            case 0 | 1 | 2:
-                self.ops.append(Op("protect", fields=(*span, self._one(0, 1, 2, 3, 3, 3))))
-            case 3:
-                self.ops.append(Op("unmap", fields=span))
-            case 4 | 5:
-                kind = self._chance.choice(["private", "private", "shared", "shared file", "private file"])
-                self.ops.append(Op("map", fields=(*span, kind, self._one(3, 3, 3, 1, 2, 0))))
-            case 6:
-                self.ops.append(Op("touch", fields=span))
-            case _:
-                self.ops.append(Op("look", fields=span))
-
-    def _limits(self) -> None:
-        if self._often(0.4):
-            self.ops.append(Op("privilege", fields=(self._one(0, 0, 1),)))
-        else:
-            self.ops.append(Op("limit", fields=(self._one(-1, 0, 1, 2, 5, 10, 20, 40, 80),)))
-
-
-def episodes(*, seed: int, ops: int, ranges: Sequence[IovaRange], top: int = _TOP) -> list[Episode]:
-    """`ops` calls in episodes of `LENGTH`, from `seed`; `ranges` are the IOMMU's, whose ends are edges to look at.
-
-    Nothing is mapped in [`top`, 2^64): kernels up to 6.12 lose a mapping that ends there, and its memory for ever.
+    Nothing is mapped in [`top`, 2^64): kernels up to 6.12 lose a mapping that ends there, and never unpin its memory.
     """
-    found = []
-    for number, start in enumerate(range(0, ops, LENGTH)):
-        chance = random.Random(f"{seed}/{number}")  # noqa: S311 (nothing secret)
-        entry_limit = chance.choice([*[65535] * 12, 8, 8, 5, 3, 1, 0])
-        found.append(Episode(entry_limit, _Author(chance, ranges, top).write(min(LENGTH, ops - start))))
-    return found
+    return write_episodes(
+        lambda chance: _Author(chance, ranges, top), seed=seed, ops=ops, entry_limits=[*[65535] * 12, 8, 8, 5, 3, 1, 0]
+    )

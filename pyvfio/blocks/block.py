@@ -1,7 +1,7 @@
-"""A RAM block as a program holds it: memory at one address that is resized in place, and parts of which are discarded.
+"""The handle of a RAM block: memory at one address that can be resized in place, and whose parts can be discarded.
 
-Made by `pyvfio.ramblock.RamBlockList.add`. The list also makes all changes, since its notifiers are told of them;
-`pyvfio.blocks.state` has the state that they change.
+`pyvfio.ramblock.RamBlockList.add` makes blocks. The list also makes all changes, because a change involves the list's
+notifiers. `pyvfio.blocks.state` has the state of a block.
 
 Source: `RAMBlock` (include/exec/ramblock.h), and RamDiscardManager (include/exec/memory.h) for the parts.
 """
@@ -21,7 +21,7 @@ from pyvfio.units import Vaddr, format_size
 
 
 class _Owner(Protocol):
-    """The list that a block is in."""
+    """The list of a block."""
 
     kernel: Kernel
     guard: Guard
@@ -38,7 +38,7 @@ class _Owner(Protocol):
 
 
 class FileRange(NamedTuple):
-    """Memory that is a file's: `size` bytes at `vaddr` are those from `offset` on of the file behind `fd`."""
+    """Memory of a file: the `size` bytes at `vaddr` are the bytes from `offset` on of the file behind `fd`."""
 
     fd: int
     offset: int
@@ -50,12 +50,23 @@ class RamBlock:
     """Memory at `vaddr` that can be resized in place up to `max_length`. Made by `RamBlockList.add`.
 
     `used_length` bytes can be read and written, through `view()`, the buffer protocol (from Python 3.12 on) or
-    `vaddr`; memory behind these bytes cannot be touched. Zero is a legal length. New memory reads zero.
+    `vaddr`; the memory behind is inaccessible. Zero is a valid length. New memory reads zeros.
 
-    Synchronization: lengths may be read by any thread at any time. The list serializes changes.
+    Synchronization: any thread may read lengths at any time. The list serializes changes.
+
+    Example:
+        >>> import pyvfio
+        >>> blocks = pyvfio.RamBlockList()
+        >>> ring = blocks.add("ring", used_length=2 * pyvfio.MIB, max_length=pyvfio.GIB)
+        >>> ring.idstr, ring.used_length, ring.max_length
+        ('ring', 2097152, 1073741824)
+        >>> ring.remove()
+        >>> len(blocks)
+        0
+        >>> blocks.close()
     """
 
-    __slots__ = ("__weakref__", "_list", "guard", "idstr", "page_size", "readonly", "state")
+    __slots__ = ("__weakref__", "owner", "readonly", "state")
 
     def __init__(
         self,
@@ -68,168 +79,217 @@ class RamBlock:
         memory: MemoryKind | None = None,
         readonly: bool = False,
     ) -> None:
-        self._list = owner
-        self.guard = Guard(f"RAM block '{idstr}'", lock=owner.guard.lock)
+        self.owner = owner
+        """The list that made the block. For the library."""
         self.state = BlockState(
             owner.kernel,
-            self.guard,
+            owner.guard,
             idstr=idstr,
             max_length=max_length,
             settings=settings,
             memory=memory,
             resized=resized,
         )
-        """The library's own."""
-        self.idstr = idstr
-        self.page_size = self.state.page_size
-        """Lengths, and parts that are discarded, are multiples of this, in bytes."""
+        """The state of the block. For the library."""
         self.readonly = readonly or self.state.memory.readable_only
-        """Whether a device may only read it."""
+        """Whether a device may only read the block."""
+
+    @property
+    def guard(self) -> Guard:
+        """A guard with the lock and the process of the list, and the name of the block."""
+        guard = Guard(f"RAM block '{self.idstr}'", lock=self.owner.guard.lock)
+        guard.pid = self.owner.guard.pid
+        return guard
+
+    @property
+    def idstr(self) -> str:
+        """The name under which the block was added."""
+        return self.state.idstr
+
+    @property
+    def page_size(self) -> int:
+        """Lengths, and offsets and sizes of discarded parts, are multiples of this size, in bytes."""
+        return self.state.page_size
 
     @property
     def vaddr(self) -> Vaddr:
-        """Where the block begins in this process: a multiple of 2 MiB that never changes. Raises ClosedError once the
-        block is removed."""
+        """The address of the block in this process: a multiple of 2 MiB that never changes.
+
+        Raises ClosedError after the block is removed.
+        """
         if self.state.removed:
             raise self._closed()
         return self.state.start
 
     @property
     def used_length(self) -> int:
-        """Bytes in use, from `vaddr` on."""
+        """The number of bytes in use, from `vaddr` on."""
         return self.state.used_length
 
     @property
     def max_length(self) -> int:
-        """Bytes of address space that are reserved: the most that `used_length` can be."""
+        """The number of reserved bytes of address space: the upper limit of `used_length`."""
         return self.state.max_length
 
     @property
     def whole(self) -> bool:
-        """Whether all of `max_length` is memory, since a listener cannot follow a resize or a part could not be had:
-        lengths change then, and nothing is given back."""
+        """Whether all of `max_length` is allocated.
+
+        A block is allocated in full if a notifier cannot follow a resize, or if a part could not be allocated. A resize
+        then changes the length, and no memory is released.
+        """
         return self.state.whole
 
     @property
     def discarded(self) -> tuple[Extent, ...]:
-        """The parts of `[0, used_length)` that are discarded, and not populated since: (start, end) in bytes."""
-        return self.state.discarded
+        """The discarded parts of `[0, used_length)`, as (start, end) in bytes. A populated part is no longer listed."""
+        return self.state.discarded.extents
 
     @property
     def populated(self) -> tuple[Extent, ...]:
-        """The parts that devices reach: `[0, used_length)` less the discarded parts; (start, end) in bytes."""
-        return tuple(Extent(*part) for part in self.state.populated_at(self.state.used_length))
+        """The parts that devices reach: `[0, used_length)` less the discarded parts, as (start, end) in bytes."""
+        return self.state.populated
 
     @property
     def prealloc(self) -> int:
-        """How many threads have pages behind memory that comes into use (0: pages come when they are touched)."""
+        """The number of threads that populate memory when the memory comes into use. 0: the first touch populates."""
         return 0 if self.state.prealloc is None else self.state.prealloc.threads
 
     @property
     def file(self) -> FileRange | None:
-        """The file that `[0, used_length)` is of, for listeners that map files; None for anonymous memory. The
-        descriptor is the block's own."""
+        """The file of `[0, used_length)`, for listeners that map files; None for anonymous memory.
+
+        The descriptor belongs to the block.
+        """
         found = self.state.memory.file
         return None if found is None else FileRange(*found, self.vaddr, self.used_length)
 
     @property
     def settings(self) -> MemorySettings:
-        """The madvise settings that hold for all of the block's memory."""
+        """The madvise settings of all memory of the block."""
         return self.state.memory.settings
 
     def resize(self, used_length: int) -> None:
-        """Make the block `used_length` bytes long, tell all notifiers, and its `resized` callback last.
+        """Change `used_length`, and call all notifiers; the block's own `resized` callback is called last.
 
-        The present length does nothing at all. Raises ValueError (misaligned, negative, above `max_length`) and
-        BufferError (a live view reaches behind the new end) before any system call; IoctlError when there is no memory;
-        and the exception of a notifier or callback that refuses. The block is then as it was. If the undo fails too,
-        RollbackError is raised, and the memory in question is kept until a resize succeeds. Warns
-        MemoryNotReturnedWarning when a shrink could not give its memory back.
+        The present length does nothing.
+
+        Raises ValueError (misaligned, negative, above `max_length`) and BufferError (a live view reaches behind the new
+        end) before any system call. Raises IoctlError if no memory is left, and the exception of a notifier or callback
+        that refuses. The block is then as before. If the undo fails too, RollbackError is raised, and the memory in
+        question is kept until a resize succeeds. Warns MemoryNotReturnedWarning if a shrink could not release the
+        memory.
 
         Synchronization: takes the list's lock. Cost: some system calls, and the work of the notifiers: O(used_length)
         for a DmaMapper that remaps.
+
+        Example:
+            >>> import pyvfio
+            >>> blocks = pyvfio.RamBlockList()
+            >>> ring = blocks.add("ring", used_length=2 * pyvfio.MIB, max_length=pyvfio.GIB)
+            >>> vaddr = ring.vaddr
+            >>> ring.resize(4 * pyvfio.MIB)
+            >>> ring.used_length == 4 * pyvfio.MIB, ring.vaddr == vaddr
+            (True, True)
+            >>> ring.resize(pyvfio.MIB)
+            >>> blocks.close()
         """
-        kept = self._list.resize(self, used_length)
+        kept = self.owner.resize(self, used_length)
         if kept is not None:
-            # Last, since a program may have made warnings errors: by now everything is in order.
+            # The warning comes last: a program may turn warnings into errors, and the change is complete by now.
             warnings.warn(
                 f"RAM block '{self.idstr}' shrank to {format_size(used_length)}, but "
-                f"{format_size(self.state.memory.retained)} could not be given back: {kept}. The limit "
+                f"{format_size(self.state.memory.retained)} could not be released: {kept}. The limit "
                 "vm.max_map_count may be reached",
                 MemoryNotReturnedWarning,
                 stacklevel=2,
             )
 
     def discard(self, offset: int, size: int) -> None:
-        """Discard `[offset, offset + size)`: give the memory back, and let no device reach it until it is populated.
+        """Discard `[offset, offset + size)`: release the memory, and unmap the part for devices until `populate`.
 
-        A balloon and virtio-mem do this to memory that a guest does not use. The process may go on touching the memory,
-        which reads zeros then. Parts that are discarded already stay discarded. Raises ValueError (misaligned, outside
-        of `used_length`) before any system call; DiscardError where a claim rules discards out or a notifier could not
-        follow; the exception of a notifier that refuses, and the block is then as it was; RollbackError as `resize`.
-        Warns MemoryNotReturnedWarning when memory could not be given back: it is filled with zeros then.
+        A balloon and virtio-mem discard memory that a guest does not use. The process may still touch the memory, which
+        then reads zeros. Parts that are discarded already stay discarded.
 
-        Synchronization: takes the list's lock. Cost: one madvise(2) for each part, and the work of the notifiers.
+        Raises ValueError (misaligned, outside of `used_length`) before any system call. Raises DiscardError if a claim
+        excludes discards or a notifier could not follow. Raises the exception of a notifier that refuses; the block is
+        then as before. RollbackError as in `resize`. Warns MemoryNotReturnedWarning if memory could not be released;
+        the memory is then zeroed.
+
+        Synchronization: takes the list's lock. Cost: one madvise(2) for each part, and the work of the notifiers. Among
+        n discarded parts, the block searches O(log n) and copies the rest, 6 ns each.
         Source: `ram_block_discard_range` and `ram_discard_manager_notify_discard` of QEMU.
         """
         for error in self._owner().discard(self, offset, size):
             warnings.warn(
-                f"memory of RAM block '{self.idstr}' was discarded, but not given back: {error}. It reads zeros, and "
-                "stays with this process",
+                f"memory of RAM block '{self.idstr}' was discarded, but could not be released: {error}. The memory "
+                "reads zeros, and stays charged to this process",
                 MemoryNotReturnedWarning,
                 stacklevel=2,
             )
 
     def populate(self, offset: int, size: int) -> None:
-        """Let devices reach `[offset, offset + size)` again; the memory reads zeros unless it was written since.
+        """Map `[offset, offset + size)` for devices again. The memory reads zeros, unless written since the discard.
 
-        Does nothing where nothing of it is discarded. Raises as `discard`, but for DiscardError.
+        Does nothing if no part of the range is discarded. Raises as `discard`, except DiscardError.
         """
         self._owner().populate(self, offset, size)
 
     def remap(self, offset: int, size: int) -> None:
-        """Put fresh pages behind `[offset, offset + size)`, and let devices reach them.
+        """Replace the pages of `[offset, offset + size)` by fresh pages, and let devices reach the fresh pages.
 
-        For memory that has failed: a touch is SIGBUS, and a device that has pinned the failed page goes on reaching it.
-        Address, IOVA and settings stay. Contents are lost: the memory reads zeros, or the contents of a caller's file,
-        also for a private mapping. A shared file of the caller's gets fresh pages only with `punch=True`; without, the
-        kernel may read a page from the disk again that had not been changed. Discarded parts stay discarded. No device
-        reaches the part meanwhile, nor, where the kernel unmaps whole mappings only, the bytes that are mapped in one
-        piece with it.
+        For memory that has failed. The process gets SIGBUS when it touches a failed page, but a device that has pinned
+        the page still reaches the page. Address, IOVA and settings stay. The contents are lost: the memory reads zeros,
+        or the contents of a caller's file, also for a private mapping.
+
+        A shared file of the caller gets fresh pages only with `punch=True`. Without `punch`, the kernel may read the
+        page from the disk again if the page had not been modified. Discarded parts stay discarded. No device reaches
+        the part during the call. If the kernel can unmap whole mappings only, no device reaches the rest of those
+        mappings either.
 
         Raises ValueError (misaligned, outside of `used_length`) and UnsupportedError (a notifier could not follow)
-        before any system call; DiscardError where a discarded part may be in a device's reach since a `populate`
-        failed; GapError where a mapper may let nothing else out of reach; IoctlError when there are no fresh pages; the
-        exception of a notifier that refuses. Devices then reach the same memory as before. If the undo fails too,
-        RollbackError is raised: devices reach less than the block has, until it is remapped or resized once more.
+        before any system call. Raises DiscardError if a `populate` failed, so that a device may still reach a discarded
+        part. Raises GapError if a mapper must not unmap other bytes. Raises IoctlError if no fresh pages are left, and
+        the exception of a notifier that refuses. Devices then reach the same memory as before. If the undo fails too,
+        RollbackError is raised: devices reach less than the block has, until another remap or resize succeeds.
 
         Synchronization: takes the list's lock. Cost: up to three system calls, and the work of the notifiers. Source:
-        `qemu_ram_remap` (system/physmem.c of QEMU); MADV_HWPOISON in madvise(2) lets it be tried.
+        `qemu_ram_remap` (system/physmem.c of QEMU). For a test, MADV_HWPOISON of madvise(2) makes a page fail.
         """
         self._owner().remap(self, offset, size)
 
     def remove(self) -> None:
-        """As `RamBlockList.remove`."""
+        """Remove the block, as `RamBlockList.remove` does."""
         self._owner().remove(self)
 
     @reading
     def view(self, offset: SupportsIndex = 0, size: SupportsIndex | None = None) -> memoryview:
-        """Return a memoryview of `[offset, offset + size)`, writable unless the memory is a file that is open for
-        reading only.
+        """Return a memoryview of `[offset, offset + size)`. `size` None: up to `used_length`; both in bytes.
 
-        Both are in bytes; `size` None means up to `used_length`. While the view or an object made from it (a slice, a
-        numpy array) lives, the block can grow, but neither shrink below the end of the view nor be removed:
-        BufferError. So a view of the part that is needed leaves the block free to shrink down to the end of that part,
-        and a slice of a view of the whole does not. `release()` the view, or delete it. Closing the list removes the
-        block all the same, and its memory stays until the last view goes.
+        The view is read-only if the memory is a file that is open for reading only. While the view, or an object made
+        from the view (a slice, a numpy array), is alive, the block can grow. The block can neither shrink below the end
+        of the view nor be removed: BufferError is raised. Therefore a view of just the needed part lets the block
+        shrink down to the end of that part. A slice of a view of the whole block does not. `release()` the view, or
+        delete the view. Closing the list removes the block nevertheless, and the memory stays until the last view dies.
 
-        Raises ValueError where bytes of the part are not in use, TypeError, ClosedError.
+        Raises ValueError if bytes of the part are not in use, TypeError, ClosedError.
+
+        Example:
+            >>> import pyvfio
+            >>> blocks = pyvfio.RamBlockList()
+            >>> ring = blocks.add("ring", used_length=2 * pyvfio.MIB, max_length=pyvfio.GIB)
+            >>> with ring.view(0, 5) as memory:
+            ...     memory[:] = b"hello"
+            >>> with ring.view() as memory:
+            ...     print(bytes(memory[:8]))
+            b'hello\\x00\\x00\\x00'
+            >>> blocks.close()
         """
         self._owner()
         return self.state.view(*self.state.check_part(offset, size))
 
     def __buffer__(self, flags: int) -> memoryview:
-        """`memoryview(block)` and `numpy.frombuffer(block)`, from Python 3.12 on."""
+        """Return a view for `memoryview(block)` and `numpy.frombuffer(block)`, from Python 3.12 on."""
         del flags
         return self.view()
 
@@ -241,7 +301,7 @@ class RamBlock:
     def _owner(self) -> _Owner:
         if self.state.removed:
             raise self._closed()
-        return self._list
+        return self.owner
 
     def _check(self) -> None:
         self.state._check()

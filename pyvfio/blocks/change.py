@@ -1,9 +1,9 @@
-"""A change of a RAM block: what notifiers are told of it, and how all of them accept it, or none.
+"""A change of a RAM block: the hooks of the notifiers, and the rule that all notifiers accept the change or none.
 
-A notifier refuses by raising. The notifiers that were told before it are then told the reverse, the last one first.
+A notifier refuses by raising. The notifiers called before are then called with the reverse, the last one first.
 
-Source: `RAMBlockNotifier` (include/exec/ramlist.h) and RamDiscardListener (include/exec/memory.h) of QEMU, where no
-notifier can refuse a resize. Here each can.
+Source: `RAMBlockNotifier` (include/exec/ramlist.h) and RamDiscardListener (include/exec/memory.h) of QEMU. In QEMU, no
+notifier can refuse a resize; in pyvfio, each can.
 """
 
 from __future__ import annotations
@@ -15,52 +15,47 @@ from pyvfio.blocks.block import RamBlock
 from pyvfio.blocks.notifier import RamBlockNotifier, follows_pages, follows_parts
 from pyvfio.errors import RollbackError, as_exception
 from pyvfio.extents import Extent, total
-from pyvfio.guard import call_out, checkpoint, undoing
+from pyvfio.guard import call_out, call_out_each, checkpoint, undoing
 from pyvfio.units import format_size
 
 
 class Change:
-    """A change of one block, which `notifiers` are told in their order. As a string it names the change, for an error.
+    """A change of one block, announced to `notifiers` in their order. `str()` names the change, for an error.
 
-    Calling it tells all of them, and then calls `commit`, which changes nothing where it raises. When one of these
-    raises, the notifiers that were told are told the reverse, the last one first.
+    A call of the change calls the hook of each notifier, and then `commit`. A `commit` that raises must have changed
+    nothing. If a hook or `commit` raises, the notifiers called before are called with the reverse, the last one first.
     """
 
     __slots__ = ("_arguments", "_block", "_notifiers")
     _arguments: tuple[Any, ...]
     _hook: ClassVar[str]
     _reverse: ClassVar[str]
-    """The hooks' names: isinstance() of a protocol costs a hundred times as much as a look-up."""
+    """The names of the hooks. isinstance() of a protocol costs a hundred times as much as a look-up by name."""
 
     def __init__(self, block: RamBlock, notifiers: Iterable[RamBlockNotifier], *arguments: object) -> None:
         self._block, self._notifiers = block, tuple(notifiers)
         self._arguments = (block, *arguments)
 
     def __call__(self, commit: Callable[[], None]) -> None:
-        """Tell, and commit."""
-        told, name, arguments = 0, self._hook, self._arguments
+        """Call the hooks, and commit."""
+        told: list[RamBlockNotifier] = []
         try:
-            for notifier in self._notifiers:
-                hook = getattr(notifier, name, None)
-                if hook is not None:
-                    call_out(hook, arguments)
-                told += 1
-            checkpoint()
+            call_out_each(self._notifiers, self._hook, self._arguments, told)
             commit()
         except BaseException as error:
-            _undo([(notifier, self) for notifier in self._notifiers[:told]], error, self)
+            _undo([(notifier, self) for notifier in told], error, self)
             raise
 
     def tell(self, notifier: RamBlockNotifier) -> None:
-        """Tell one more."""
+        """Call the hook of one more notifier."""
         if (hook := getattr(notifier, self._hook, None)) is not None:
             call_out(hook, self._arguments)
 
     def settle(self, notifier: RamBlockNotifier) -> None:
-        """Tell one that the change is final, where that makes a difference."""
+        """Tell one notifier that the change is final, if that makes a difference."""
 
     def revoke(self, notifier: RamBlockNotifier) -> None:
-        """Tell one the reverse."""
+        """Call one notifier with the reverse."""
         if (hook := getattr(notifier, self._reverse, None)) is not None:
             call_out(hook, self._reversed())
 
@@ -69,7 +64,7 @@ class Change:
 
 
 class Added(Change):
-    """A block comes."""
+    """A block is added."""
 
     __slots__ = ()
     _hook, _reverse = "ram_block_added", "ram_block_removed"
@@ -78,7 +73,7 @@ class Added(Change):
         super().__init__(block, notifiers, block.used_length, block.max_length)
 
     def revoke(self, notifier: RamBlockNotifier) -> None:
-        """Tell one that the block is gone, which is final."""
+        """Tell one notifier that the block is gone, which is final."""
         super().revoke(notifier)
         _tell_gone(notifier, self._block)
 
@@ -87,8 +82,11 @@ class Added(Change):
 
 
 class Removed(Change):
-    """A block goes. `ram_block_gone` is for mappers: until it is called, another notifier may refuse the removal, and
-    the block has to come back to where it was."""
+    """A block is removed.
+
+    `ram_block_gone` is a hook for mappers. Before this hook is called, another notifier may still refuse the removal,
+    and the block must then return to its old place.
+    """
 
     __slots__ = ()
     _hook, _reverse = Added._reverse, Added._hook
@@ -97,13 +95,13 @@ class Removed(Change):
         super().__init__(block, notifiers, block.used_length, block.max_length)
 
     def __call__(self, commit: Callable[[], None]) -> None:
-        """Tell, commit, and tell that it is final."""
+        """Call the hooks, commit, and tell that the removal is final."""
         super().__call__(commit)
         for notifier in self._notifiers:
             self.settle(notifier)
 
     def settle(self, notifier: RamBlockNotifier) -> None:
-        """Tell one that the block does not come back."""
+        """Tell one notifier that the block will not return."""
         _tell_gone(notifier, self._block)
 
     def __str__(self) -> str:
@@ -111,13 +109,13 @@ class Removed(Change):
 
 
 def _tell_gone(notifier: RamBlockNotifier, block: RamBlock) -> None:
-    # Not by `call_out`: the change is made, so no signal handler may raise here. This is no hook of a program's own.
+    # Not by `call_out`: the change is made, so no signal handler may raise here. No program implements this hook.
     if (settle := getattr(notifier, "ram_block_gone", None)) is not None:
         settle(block)
 
 
 class Resized(Change):
-    """A block changes its length."""
+    """The length of a block changes."""
 
     __slots__ = ()
     _hook = _reverse = "ram_block_resized"
@@ -135,7 +133,7 @@ class Resized(Change):
 
 
 class Discarded(Change):
-    """Parts of a block that were populated go."""
+    """Populated parts of a block are discarded."""
 
     __slots__ = ()
     _hook, _reverse = "ram_block_discarded", "ram_block_populated"
@@ -150,7 +148,7 @@ class Discarded(Change):
 
 
 class Populated(Discarded):
-    """Parts of a block that were discarded come back."""
+    """Discarded parts of a block are populated."""
 
     __slots__ = ()
     _hook, _reverse = Discarded._reverse, Discarded._hook
@@ -158,23 +156,23 @@ class Populated(Discarded):
 
 
 class Remapping(Discarded):
-    """Pages behind parts of a block are replaced."""
+    """The pages of parts of a block are replaced."""
 
     __slots__ = ()
     _hook, _reverse = "ram_block_remapping", "ram_block_remapped"
-    _verb = "putting other pages behind"
+    _verb = "replacing the pages of"
 
     def __init__(self, block: RamBlock, parts: Sequence[Extent], notifiers: Iterable[RamBlockNotifier]) -> None:
         Change.__init__(self, block, filter(follows_pages, notifiers), parts)
 
     def revoke_all(self) -> None:
-        """Tell all the reverse, the last one first."""
+        """Call all notifiers with the reverse, the last one first."""
         for notifier in reversed(self._notifiers):
             self.revoke(notifier)
 
 
 def tell_each(notifier: RamBlockNotifier, changes: Sequence[Change], what: object, commit: Callable[[], None]) -> None:
-    """Tell one notifier of all `changes` and then commit, or neither; `what` names the whole, for an error."""
+    """Call the hooks of one notifier for all `changes`, and then commit; or do neither. `what` names all of them."""
     told = 0
     try:
         for change in changes:
@@ -190,7 +188,7 @@ def tell_each(notifier: RamBlockNotifier, changes: Sequence[Change], what: objec
 
 
 def _undo(told: Sequence[tuple[RamBlockNotifier, Change]], cause: BaseException, what: object) -> None:
-    """Tell all the reverse, also when some of them raise; RollbackError with all of that."""
+    """Call the reverse of each, even if some raise. Raises RollbackError with all errors."""
     failures: list[Exception] = []
     for notifier, change in reversed(told):
         try:
@@ -200,7 +198,7 @@ def _undo(told: Sequence[tuple[RamBlockNotifier, Change]], cause: BaseException,
             failures.append(as_exception(error))
     if failures:
         raise RollbackError(
-            f"{what} failed, and so did its undo",
+            f"{what} failed, and the undo failed too",
             [as_exception(cause), *failures],
-            hint="The memory in question is kept, since a device may still reach it",
+            hint="The memory in question is kept, because a device may still reach it",
         ) from cause

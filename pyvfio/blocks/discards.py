@@ -1,18 +1,18 @@
-"""Who may discard memory of blocks, and who rules it out: four claims that do not all go together.
+"""Claims on discarding memory of blocks: four kinds of claims, some of which exclude each other.
 
-A *coordinated* discard is one that every notifier is told of (`RamBlock.discard`). An *uncoordinated* one happens to a
-block's memory unseen: a balloon that calls madvise(2), say. Memory that a device has pinned stays pinned under the
-latter, and the process's pages are no longer the device's.
+A *coordinated* discard calls all notifiers (`RamBlock.discard`). An *uncoordinated* discard calls none: for example, a
+balloon calls madvise(2) on a block's memory. If a device has pinned the memory, an uncoordinated discard leaves the old
+pages pinned: the process then has other pages than the device.
 
-| claim | goes together with |
+| claim | compatible with |
 | --- | --- |
-| `disable`: no discards at all | `disable_uncoordinated`, others of its kind |
-| `disable_uncoordinated`: none that I am not told of | all but `require` |
-| `require`: I discard, coordinated or not | `require_coordinated`, others of its kind |
-| `require_coordinated`: I discard, and tell | all but `disable` |
+| `disable`: no discards at all | `disable_uncoordinated`, other claims of this kind |
+| `disable_uncoordinated`: only discards that notifiers see | all but `require` |
+| `require`: the owner discards, coordinated or not | `require_coordinated`, other claims of this kind |
+| `require_coordinated`: the owner discards, and calls notifiers | all but `disable` |
 
 Source: `ram_block_discard_disable`, `ram_block_uncoordinated_discard_disable`, `ram_block_discard_require` and
-`ram_block_coordinated_discard_require` (system/physmem.c of QEMU), which answer EBUSY.
+`ram_block_coordinated_discard_require` (system/physmem.c of QEMU), which return EBUSY.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _EXCLUDES = {
 
 
 class DiscardClaim(ContextManager):
-    """A claim that holds until `close`; twice is fine. A context manager."""
+    """A claim that holds until `close`. A context manager."""
 
     def __init__(self, claims: DiscardGuard, kind: str) -> None:
         self._claims: DiscardGuard | None = claims
@@ -40,7 +40,7 @@ class DiscardClaim(ContextManager):
 
     @closing
     def close(self) -> None:
-        """Give the claim up."""
+        """Give the claim up. A second call does nothing."""
         claims, self._claims = self._claims, None
         if claims is not None:
             claims.counts[self.kind] -= 1
@@ -54,30 +54,30 @@ def _close(claim: DiscardClaim) -> None:
 
 
 class DiscardGuard:
-    """The claims on the blocks of a list. Each method raises DiscardError when a claim that stands excludes it.
+    """The claims on the blocks of a list. Each method raises DiscardError if an existing claim excludes the new claim.
 
-    Synchronization: any thread may call anything. Cost: O(1).
+    Synchronization: any thread may call any method. Cost: O(1).
     """
 
     def __init__(self) -> None:
         self.guard = Guard("these claims on discards")
         self.counts: Counter[str] = Counter()
-        """How many claims of each kind stand; the library's own."""
+        """The number of claims of each kind. For the library."""
 
     def disable(self) -> DiscardClaim:
-        """No discards at all, for a listener that reaches whole blocks."""
+        """Forbid all discards, for a listener that reaches whole blocks."""
         return self._claim("disable")
 
     def disable_uncoordinated(self) -> DiscardClaim:
-        """No discards that notifiers are not told of; a DmaMapper claims this for as long as it follows blocks."""
+        """Forbid discards without notice to notifiers. A DmaMapper claims this while it follows blocks."""
         return self._claim("disable_uncoordinated")
 
     def require(self) -> DiscardClaim:
-        """Discards that notifiers are not told of, too."""
+        """Allow discards without notice to notifiers."""
         return self._claim("require")
 
     def require_coordinated(self) -> DiscardClaim:
-        """Discards by `RamBlock.discard`, which claims it by itself while it discards."""
+        """Allow discards by `RamBlock.discard`, which makes this claim itself while it discards."""
         return self._claim("require_coordinated")
 
     @making(_close)
@@ -85,9 +85,9 @@ class DiscardGuard:
         if against := [other for other in _EXCLUDES[kind] if self.counts[other]]:
             holders = self.counts[against[0]]
             raise DiscardError(
-                f"discards: '{kind}' does not go together with '{against[0]}' "
+                f"discards: '{kind}' is not compatible with '{against[0]}' "
                 f"(held by {holders} {'owner' if holders == 1 else 'owners'})",
-                hint="Close that claim first, or its owner",
+                hint="Close that claim, or its owner, first",
             )
         self.counts[kind] += 1
         return DiscardClaim(self, kind)

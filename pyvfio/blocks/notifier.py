@@ -1,9 +1,9 @@
-"""The protocols of notifiers: objects that are told before a RAM block changes, and that may refuse by raising.
+"""The protocols of notifiers: objects called before a RAM block changes. A notifier can refuse a change by raising.
 
-Each notifier has at least one hook, or pair of hooks. `pyvfio.blocks.change` calls them.
+Each notifier has at least one hook, or pair of hooks. `pyvfio.blocks.change` calls the hooks.
 
-Source: `RAMBlockNotifier` (include/exec/ramlist.h) and RamDiscardListener (include/exec/memory.h) of QEMU, where no
-notifier can refuse a resize. Here each can.
+Source: `RAMBlockNotifier` (include/exec/ramlist.h) and RamDiscardListener (include/exec/memory.h) of QEMU. In QEMU, no
+notifier can refuse a resize; in pyvfio, each can.
 """
 
 from __future__ import annotations
@@ -17,75 +17,80 @@ from pyvfio.extents import Extent
 
 @runtime_checkable
 class SupportsRamBlockAdded(Protocol):
-    """A notifier with this hook is told of every block, also of those that exist when it comes.
+    """A notifier with this hook is called for every block, also for those that exist when the notifier is added.
 
-    One that has no `ram_block_resized` is taken to reach all of `max_length`: blocks that come after it are allocated
-    in full, and it cannot come where others are (`RamBlock.whole`).
+    A notifier without `ram_block_resized` is assumed to reach all of `max_length`. Blocks added after that notifier are
+    allocated in full (`RamBlock.whole`). The notifier cannot be added while resizable blocks exist.
     """
 
     def ram_block_added(self, block: RamBlock, used_length: int, max_length: int) -> None:
-        """`block` has come, or was there already. Raising refuses it."""
+        """Take note of `block`, which is new or existed before the notifier. Raise to refuse the block."""
         ...
 
 
 @runtime_checkable
 class SupportsRamBlockRemoved(Protocol):
-    """A notifier with this hook is told of every block that goes, and of all that remain when it goes itself."""
+    """A notifier with this hook is called for every removed block, and for all blocks when the notifier is removed."""
 
     def ram_block_removed(self, block: RamBlock, used_length: int, max_length: int) -> None:
-        """`block` is about to go. Raising keeps it."""
+        """Drop `block`, which is about to be removed. Raise to keep the block."""
         ...
 
 
 @runtime_checkable
 class SupportsRamBlockResized(Protocol):
-    """A notifier with this hook is told of every change of `used_length`."""
+    """A notifier with this hook is called for every change of `used_length`."""
 
     def ram_block_resized(self, block: RamBlock, old_length: int, new_length: int) -> None:
-        """`block` changes from `old_length` to `new_length`; memory of both lengths is there.
+        """Follow the change of `block` from `old_length` to `new_length`. Memory of both lengths is accessible.
 
-        Raising refuses the change. A notifier that raises has left everything as it was, unless it raises
-        RollbackError. A notifier that returns reaches nothing behind `new_length` any more, whatever an earlier failure
-        had left: that memory may now be given back.
+        Raise to refuse the change. A notifier that raises must have left everything as before, unless the exception is
+        RollbackError. A notifier that returns must reach nothing behind `new_length`, also after earlier failures: the
+        list may now release that memory.
 
-        Signal handlers run after the hook, not in it: see `pyvfio.guard`.
+        Signal handlers run after the hook, not during the hook: see `pyvfio.guard`.
         """
         ...
 
 
 @runtime_checkable
 class SupportsRamBlockDiscarded(Protocol):
-    """A notifier with these hooks lets parts of a block go and come back (coordinated discards).
+    """A notifier with these hooks follows parts of a block that are discarded and populated (coordinated discards).
 
-    Who has none of them, but `ram_block_added`, reaches whole blocks, so that nothing may be discarded while it is
-    there. A notifier that is added later finds the parts in `block.populated`.
+    A notifier that has `ram_block_added` but not these hooks reaches whole blocks: nothing can be discarded while that
+    notifier is in the list. A notifier that is added later finds the parts in `block.populated`.
     """
 
     def ram_block_discarded(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        """`parts`, ascending and all of them populated, are about to be given back. Raising refuses the change. A
-        notifier that returns reaches none of them any more."""
+        """Unmap `parts`, ascending and all populated, which are about to be discarded. Raise to refuse the change.
+
+        A notifier that returns must no longer reach any of the parts.
+        """
         ...
 
     def ram_block_populated(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        """`parts`, ascending and all of them discarded, are to be in use again. Raising refuses it."""
+        """Map `parts`, ascending and all discarded, which will be in use again. Raise to refuse the change."""
         ...
 
 
 @runtime_checkable
 class SupportsRamBlockRemapped(Protocol):
-    """A notifier with these hooks lets go of pages that are about to be replaced, and takes the new ones.
+    """A notifier with these hooks releases pages that are about to be replaced, and takes the new pages.
 
-    Who has none of them, but `ram_block_added`, may hold the old pages for ever, so that none can be replaced while it
-    is there. Who reaches memory through this process's page tables has nothing to do in them.
+    A notifier that has `ram_block_added` but not these hooks may hold old pages permanently. No pages can be replaced
+    while that notifier is in the list. A notifier that reaches memory through this process's page tables can leave the
+    hooks empty.
     """
 
     def ram_block_remapping(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        """Other pages are about to be put behind `parts`, ascending and all of them populated. Raising refuses it.
-        A notifier that returns holds none of the present ones any more."""
+        """Release the pages of `parts`, ascending and all populated, which are about to be replaced. Raise to refuse.
+
+        A notifier that returns must not hold any of the old pages.
+        """
         ...
 
     def ram_block_remapped(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        """Pages of `parts` can be taken: other ones, or those from before where the change was refused."""
+        """Take the pages of `parts`: new pages, or the old pages if the change was refused."""
         ...
 
 
@@ -108,27 +113,36 @@ HOOKS = (
 
 
 def follows_parts(notifier: object) -> TypeGuard[SupportsRamBlockDiscarded]:
-    """Whether it has both hooks for parts that go and come back."""
+    """Return whether `notifier` has both hooks for discarded and populated parts."""
     return all(getattr(notifier, name, None) is not None for name in ("ram_block_discarded", "ram_block_populated"))
 
 
 def follows_pages(notifier: object) -> TypeGuard[SupportsRamBlockRemapped]:
-    """Whether it has both hooks for pages that are replaced."""
+    """Return whether `notifier` has both hooks for replaced pages."""
     return all(getattr(notifier, name, None) is not None for name in ("ram_block_remapping", "ram_block_remapped"))
 
 
 def holds_pages(notifier: object) -> bool:
-    """Whether it may hold pages that are to be replaced, and would go on to; who is not told of blocks holds none."""
+    """Return whether `notifier` may hold pages that are to be replaced.
+
+    A notifier without `ram_block_added` holds no pages.
+    """
     return getattr(notifier, "ram_block_added", None) is not None and not follows_pages(notifier)
 
 
 def reaches_whole_blocks(notifier: object) -> bool:
-    """Whether nothing may be discarded while it is there; who is not told of blocks reaches none."""
+    """Return whether nothing can be discarded while `notifier` is in the list.
+
+    A notifier without `ram_block_added` reaches no blocks.
+    """
     return getattr(notifier, "ram_block_added", None) is not None and not follows_parts(notifier)
 
 
 def reaches_for_good(notifier: object) -> bool:
-    """Whether it is told of blocks and cannot follow a resize: it may reach all of `max_length`, and goes on to."""
+    """Return whether `notifier` is called for blocks but cannot follow a resize.
+
+    Such a notifier may reach all of `max_length` permanently.
+    """
     return (
         getattr(notifier, "ram_block_added", None) is not None and getattr(notifier, "ram_block_resized", None) is None
     )

@@ -1,4 +1,4 @@
-"""Bars on a terminal for work that takes long; where stderr is none, or tqdm is not installed, nothing is shown."""
+"""Progress bars for long work on a terminal. Without a terminal on stderr, or without tqdm, nothing is shown."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pyvfio.blocks.progress import Progress, ProgressCallback
 
-_INSTALLED = find_spec("tqdm") is not None  # by the extra "scripts"
+_INSTALLED = find_spec("tqdm") is not None  # by the extra "cli"
 if TYPE_CHECKING or _INSTALLED:
     from tqdm import tqdm
 
-    tqdm.monitor_interval = 0  # no thread of its own, in programs that fork
+    tqdm.monitor_interval = 0  # no monitor thread, in programs that fork
 
 HIDDEN_OPTION = "--bars"
-"""Tells a command in a virtual machine, whose stderr is a terminal's in the end, to show them."""
+"""Tells a command in a virtual machine to show bars: the stderr of the command leads to a terminal of the host."""
 
 
 def wanted() -> bool:
@@ -27,7 +27,7 @@ def wanted() -> bool:
 
 @contextmanager
 def bar(total: int, *, what: str, unit: str, shown: bool | None = None) -> Iterator[Callable[[int], object]]:
-    """Show how much of `total` is done; what is yielded is told how much more is. `shown`: None where stderr says."""
+    """Show a bar for `total` units. Yield a call that adds finished units. `shown`: None for `wanted()`."""
     if not _INSTALLED or not (wanted() if shown is None else shown):
         yield lambda _more: None
         return
@@ -37,7 +37,7 @@ def bar(total: int, *, what: str, unit: str, shown: bool | None = None) -> Itera
 
 @contextmanager
 def progress_bars(*, shown: bool | None = None) -> Iterator[ProgressCallback | None]:
-    """What `DmaMapper(progress=…)` is given to show each long change of a block as bars, one for each of its steps."""
+    """Yield a callback for `DmaMapper(progress=…)`: each step of a long change of a block has a bar."""
     if not _INSTALLED or not (wanted() if shown is None else shown):
         yield None
         return

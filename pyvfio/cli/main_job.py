@@ -1,7 +1,7 @@
-"""The main job, step by step: a block that grows and shrinks in a VFIO container while a device tries to reach it.
+"""The main job, step by step: a block grows and shrinks in an address space, and a device accesses the block.
 
-Each step says what it saw and whether that is what must be. A device without a DMA engine that pyvfio can drive shows
-the steps that need none.
+Each step returns an observation, and whether the observation is correct. pyvfio can drive the DMA engine of an edu
+device only. With another device, the steps with DMA are left out.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import pyvfio
 from pyvfio import ioctls, pci
 from pyvfio.kernel import Kernel
+from pyvfio.picture import Picture
 from pyvfio.testing.edu import EDU_ID, LIMIT, Edu
 from pyvfio.testing.probe import DmaProbe, PageWitness, pattern
 from pyvfio.testing.world import World, WorldName
@@ -25,7 +26,7 @@ from pyvfio.units import GIB, MIB, PAGE_SIZE, align_up, format_size
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One step: whether it held, how long the call that it is about took, what was seen."""
+    """The result of a step: whether the step held, the time of the measured calls, and the observation in words."""
 
     name: str
     ok: bool
@@ -35,23 +36,28 @@ class StepResult:
 
 @dataclass(slots=True)
 class Facts:
-    """What is known before the first step; filled when the device is open."""
+    """Facts about the kernel, the IOMMU, the address space and the block. The first steps fill in all but two fields.
+
+    `space`: "type1" or "iommufd". `why`: the reason for this kind of address space.
+    """
 
     kernel: str
     iommu: str
+    space: str = ""
+    why: str = ""
     iova_ranges: list[tuple[int, int]] = field(default_factory=list)
     block: dict[str, int | str] = field(default_factory=dict)
 
 
 class Clock:
-    """Adds up what is done while it is running."""
+    """A stopwatch: adds up the time of the measured blocks."""
 
     def __init__(self) -> None:
         self.microseconds = 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """From here to the end of the block."""
+        """Measure the `with` block."""
         start = time.perf_counter_ns()
         try:
             yield
@@ -60,7 +66,7 @@ class Clock:
 
 
 def iommu_name(kernel: Kernel) -> str:
-    """What drives the machine's IOMMUs, by the names under class/iommu in sysfs."""
+    """Return the kind of the machine's IOMMUs, from the names under class/iommu in sysfs; `none` without an IOMMU."""
     names = sorted(path.name for path in (kernel.sysfs / "class" / "iommu").glob("*"))
     known = {"dmar": "intel", "ivhd": "amd", "virtio": "virtio", "smmu": "arm-smmu"}
     return next(
@@ -68,15 +74,30 @@ def iommu_name(kernel: Kernel) -> str:
     )
 
 
+Space: TypeAlias = Literal["type1", "iommufd"]
+"""The kinds of address spaces, as for `open_device(iommu=)`."""
+
+
+def note_space(device: pyvfio.Device, facts: Facts, wanted: Space | None) -> str:
+    """Fill in the address space of an open device, and return the words for the space. `wanted`: the choice, if any."""
+    space, group = device.space, f"group {device.group_number}"
+    if isinstance(space, pyvfio.Ioas):
+        facts.space, facts.why = "iommufd", space.why
+        return f"{group}, I/O address space {space.id} of iommufd, no limit of mappings; {facts.why}"
+    facts.space = "type1"
+    facts.why = "the program asked for type1" if wanted else "type1 is the default where the machine has type1"
+    return f"{group}, {space.iommu_type.name}, room for {space.entries_left} mappings; {facts.why}"
+
+
 class Leftovers:
-    """What this process holds of the machine, from now on: locked bytes and descriptors."""
+    """A snapshot of the locked bytes and the open descriptors of this process, to find leaks."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._former = (world.locked_bytes(), _open_fds())
 
     def step(self, clock: Clock) -> tuple[bool, str]:
-        """The last step of a job: whether it holds no more than at first."""
+        """Carry out the last step of a job: compare locked bytes and descriptors with the snapshot."""
         with clock.running():
             locked, fds = self._world.locked_bytes(), _open_fds()
         seen = f"{locked} bytes locked, {len(fds)} descriptors open, as before"
@@ -84,36 +105,41 @@ class Leftovers:
 
 
 Step: TypeAlias = Callable[[Clock], tuple[bool, str]]
-"""Runs the clock while it does what it is about; whether that held, and what was seen."""
+"""Carries out a step and measures the calls of interest. Returns whether the step held, and the observation."""
 
 
 def carry_out(name: str, step: Step) -> StepResult:
-    """Make one step."""
+    """Carry out one step."""
     clock = Clock()
     ok, seen = step(clock)
     return StepResult(name, ok, round(clock.microseconds, 1), seen)
 
 
 class MainJob:
-    """Runs the job on `bdf` of `world`. `steps()` yields each step's result as it is there; `facts` fills up meanwhile.
+    """The main job on device `bdf` of `world`. `steps()` yields each result at once, and fills in `facts`.
 
-    A step that fails ends the job, since the next ones build on it. Whatever happens, everything is closed in the end.
+    `iommu`: the kind of IOMMU, if known. `space`: the kind of address space; None: as `open_device` chooses.
+
+    A step that fails ends the job, since later steps build on earlier ones. The end of `steps()` closes all objects.
     """
 
-    def __init__(self, bdf: str, *, world: World, iommu: str | None = None) -> None:
+    def __init__(self, bdf: str, *, world: World, iommu: str | None = None, space: Space | None = None) -> None:
         self._bdf = bdf
+        self._wanted: Space | None = space
         self._world = world
         self._kernel = world.kernel
         self._stack = ExitStack()
         self._leftovers = Leftovers(world)
         self._witness: PageWitness | None = None
+        self.pictures: list[Picture] = []
+        """The IOVA space after the first map, after a grow and after a shrink."""
         self.facts = Facts(kernel=world.release, iommu=iommu or iommu_name(world.kernel))
-        identity = pci.read_device(world.kernel, bdf)
+        identity = pci.read_device(bdf, kernel=world.kernel)
         self.has_engine = (identity.vendor, identity.device) == EDU_ID
-        self.notes = [] if self.has_engine else ["pyvfio cannot drive this device's DMA: what needs that is left out"]
+        self.notes = [] if self.has_engine else ["pyvfio cannot drive this device's DMA: steps with DMA are left out"]
 
     def steps(self) -> Iterator[StepResult]:
-        """Carry the steps out. Raises VfioError where the device cannot be opened."""
+        """Carry out the steps, and yield the results. Raises VfioError if the device cannot be opened."""
         with self._stack:
             for name, needs_engine, step in self._plan():
                 if needs_engine and not self.has_engine:
@@ -121,36 +147,38 @@ class MainJob:
                 yield (result := carry_out(name, step))
                 if not result.ok:
                     return
-        yield carry_out("nothing is left", self._leftovers.step)
+        yield carry_out("no locked memory and no descriptor is left", self._leftovers.step)
 
     def _plan(self) -> list[tuple[str, bool, Step]]:
         return [
             ("open the device", False, self._open),
             ("reserve and map a block", False, self._add),
-            ("the device reads and writes it", True, lambda clock: self._dma(clock, self._block.used_length - LIMIT)),
-            ("grow from 2 to 4 MiB", False, lambda clock: self._resize(clock, 4 * MIB)),
+            (
+                "the device reads and writes the block",
+                True,
+                lambda clock: self._dma(clock, self._block.used_length - LIMIT),
+            ),
+            ("grow from 2 to 4 MiB", False, self._grow),
             ("the device writes into the grown part", True, lambda clock: self._dma(clock, 4 * MIB - LIMIT)),
             ("shrink from 4 to 2 MiB", False, self._shrink_under_watch),
-            ("one byte outside is stopped", True, self._blocked),
+            ("the IOMMU stops a write one byte outside", True, self._blocked),
             ("grow to 3 MiB again", False, lambda clock: self._resize(clock, 3 * MIB)),
-            ("the device reaches it again", True, lambda clock: self._dma(clock, 2 * MIB)),
+            ("the device reaches the grown part again", True, lambda clock: self._dma(clock, 2 * MIB)),
             ("shrink to nothing and grow back", False, self._to_nothing),
-            ("every IOVA range is reached", True, self._ranges),
+            ("the device reaches every IOVA range", True, self._ranges),
             ("remove the block", False, self._remove),
         ]
 
     def _open(self, clock: Clock) -> tuple[bool, str]:
         with clock.running():
-            device = self._stack.enter_context(pyvfio.open_device(self._bdf, kernel=self._kernel))
-        self._container = device.container
+            device = self._stack.enter_context(pyvfio.open_device(self._bdf, iommu=self._wanted, kernel=self._kernel))
+        self._space = device.space
         self._blocks = self._stack.enter_context(pyvfio.RamBlockList(kernel=self._kernel))
-        self._mapper = self._stack.enter_context(pyvfio.DmaMapper(self._container, self._blocks))
-        ranges = self._container.info.iova_ranges or ()
-        self.facts.iova_ranges = [(offered.start, offered.last) for offered in ranges]
+        self._mapper = self._stack.enter_context(pyvfio.DmaMapper(self._space, self._blocks))
+        self.facts.iova_ranges = [(offered.start, offered.last) for offered in self._space.iova_ranges]
         if self.has_engine:
             self._prepare_engine(device)
-        seen = f"group {device.group.number}, {self._container.iommu_type.name}, room for "
-        return True, f"{seen}{self._container.entries_left} mappings"
+        return True, note_space(device, self.facts, self._wanted)
 
     def _prepare_engine(self, device: pyvfio.Device) -> None:
         device.memory_enabled = True
@@ -170,11 +198,15 @@ class MainJob:
             "used_length": self._block.used_length,
             "max_length": self._block.max_length,
         }
-        seen = f"1 GiB reserved at vaddr {self._block.vaddr:#x} and IOVA {self._iova:#x}, 2 MiB of it mapped"
+        seen = f"1 GiB reserved at vaddr {self._block.vaddr:#x} and IOVA {self._iova:#x}, 2 MiB mapped"
+        self._keep_picture("a block of 2 MiB that can grow to 1 GiB")
         return self._is_mapped(2 * MIB), seen
 
+    def _keep_picture(self, title: str) -> None:
+        self.pictures.append(self._mapper.picture().titled(title))
+
     def _is_mapped(self, length: int) -> bool:
-        mapping = self._container.mapping_at(self._iova)
+        mapping = self._space.mapping_at(self._iova)
         return self._mapper.iova(self._block) == self._iova and (mapping.size if mapping else 0) == length
 
     def _dma(self, clock: Clock, offset: int) -> tuple[bool, str]:
@@ -194,14 +226,21 @@ class MainJob:
             self._block.resize(length)
         return self._is_mapped(length), f"{format_size(length)} mapped, still at IOVA {self._iova:#x}"
 
+    def _grow(self, clock: Clock) -> tuple[bool, str]:
+        grown = self._resize(clock, 4 * MIB)
+        self._keep_picture("the block after a grow to 4 MiB")
+        return grown
+
     def _shrink_under_watch(self, clock: Clock) -> tuple[bool, str]:
         with self._block.view() as view:
             view[2 * MIB :][:8] = b"witness!"
-        # Before the block shrinks, so that it can be seen whether anything still gets at the page afterwards. A fake
-        # pins no page and reaches memory by its address, so that a witness would say nothing there.
+        # The witness takes the page before the shrink, and shows afterwards whether a device still writes to the page.
+        # A fake pins no page and reaches memory by virtual address, so a witness proves nothing there.
         if self.has_engine and self._world.name != WorldName.FAKE:
             self._witness = PageWitness(self._block.vaddr + 2 * MIB)
-        return self._resize(clock, 2 * MIB)
+        shrunk = self._resize(clock, 2 * MIB)
+        self._keep_picture("the block after a shrink to 2 MiB")
+        return shrunk
 
     def _blocked(self, clock: Clock) -> tuple[bool, str]:
         outside = self._iova + self._block.used_length
@@ -215,7 +254,7 @@ class MainJob:
         if page is None:
             return read is None and bool(lines), seen
         held = page.decode(errors="replace")
-        return page == b"witness!" and read is None, f"the page given back still holds {held!r}; {seen}"
+        return page == b"witness!" and read is None, f"the released page still holds {held!r}; {seen}"
 
     def _to_nothing(self, clock: Clock) -> tuple[bool, str]:
         with clock.running():
@@ -224,20 +263,22 @@ class MainJob:
         self._block.resize(2 * MIB)
         with self._block.view() as view:
             zero = not any(view)
-        return empty and zero and self._is_mapped(2 * MIB), "0 bytes is a length too; what grew back reads zero"
+        return empty and zero and self._is_mapped(
+            2 * MIB
+        ), "0 bytes is a valid length; the memory reads zero after the grow"
 
     def _ranges(self, clock: Clock) -> tuple[bool, str]:
         ok, words = True, []
         for number, (start, last) in enumerate(self.facts.iova_ranges, 1):
-            # In the middle, and where the block itself is not.
+            # In the middle of the range, apart from the block.
             iova = align_up(start + (last - start) // 2, PAGE_SIZE)
             there = pattern(LIMIT)
             with self._block.view() as view:
                 view[:LIMIT] = there
             with clock.running():
-                self._container.map(vaddr=self._block.vaddr, iova=iova, size=PAGE_SIZE)
+                self._space.map(vaddr=self._block.vaddr, iova=iova, size=PAGE_SIZE)
             reached = self._probe.read(iova, LIMIT) == there
-            self._container.unmap(iova=iova, size=PAGE_SIZE)
+            self._space.unmap(iova=iova, size=PAGE_SIZE)
             ok = ok and reached and self._probe.read(iova, LIMIT) is None
             words.append(f"{number}: DMA at {iova:#x}")
         if self.facts.iova_ranges[-1][1] >= 1 << self._mapper.dma_bits:
@@ -247,8 +288,8 @@ class MainJob:
         return ok, "; ".join(words)
 
     def _reach_the_top(self, clock: Clock) -> tuple[bool, str]:
-        """The device reaches an IOVA that pyvfio chooses above 39 bits, because this mapper lifts the limit."""
-        with mmap.mmap(-1, PAGE_SIZE) as buffer, pyvfio.DmaMapper(self._container, dma_bits=64) as wide:
+        """Map memory above 39 bits by a mapper without the limit, and read the memory by DMA."""
+        with mmap.mmap(-1, PAGE_SIZE) as buffer, pyvfio.DmaMapper(self._space, dma_bits=64) as wide:
             there = buffer[:LIMIT] = pattern(LIMIT)
             with clock.running():
                 mapping = wide.map_temporary(buffer)
@@ -260,10 +301,10 @@ class MainJob:
     def _remove(self, clock: Clock) -> tuple[bool, str]:
         with clock.running():
             self._block.remove()
-        gone = self._container.mapping_at(self._iova) is None
+        gone = self._space.mapping_at(self._iova) is None
         if not self.has_engine:
-            return gone, "unmapped, its IOVA is free again"
-        return gone and self._probe.read(self._iova, LIMIT) is None, "unmapped, and out of the device's reach"
+            return gone, "unmapped; the IOVA is free again"
+        return gone and self._probe.read(self._iova, LIMIT) is None, "unmapped; the device cannot reach the IOVA"
 
 
 def _open_fds() -> set[str]:

@@ -1,8 +1,7 @@
-"""The ways of resizing side by side, step by step: what a resize costs, what of the block is out of the device's reach
-meanwhile, and whether a device that is at work all the while loses anything.
+"""A comparison of the resize policies: the time of a resize, the bytes that are unmapped meanwhile, and lost copies.
 
-Both blocks are in one container, so that the kernel, the IOMMU and the device are the same. What was out of reach is
-the kernel's word: what it says it unmapped.
+All blocks are in one address space, so the kernel, the IOMMU and the device are the same. The unmapped bytes are those
+of the kernel's answers to unmap calls.
 """
 
 from __future__ import annotations
@@ -16,11 +15,13 @@ from statistics import median
 from typing import Literal
 
 from pyvfio import ioctls, pci
-from pyvfio.cli.main_job import Clock, Facts, Leftovers, Step, StepResult, carry_out, iommu_name
+from pyvfio.cli.main_job import Clock, Facts, Leftovers, Space, Step, StepResult, carry_out, iommu_name, note_space
 from pyvfio.container import Container
 from pyvfio.device import Device, open_device
 from pyvfio.dma import DmaMapper
 from pyvfio.extents import Extent, total, without
+from pyvfio.ioas import Ioas
+from pyvfio.iommu.iova_space import IovaSpace
 from pyvfio.kernel import Kernel
 from pyvfio.ramblock import RamBlockList
 from pyvfio.testing.edu import EDU_ID, LIMIT, Edu
@@ -29,31 +30,58 @@ from pyvfio.testing.world import World, WorldName
 from pyvfio.units import MIB, format_size
 
 LENGTH, STEP = 256 * MIB, 2 * MIB
-"""How long a block is, and by how much it grows and shrinks. A granule is as long as that, too."""
+"""The length of a block, and the bytes of a resize. A granule has STEP bytes, too."""
 
-_REPEAT = 5  # of which the median counts
+_REPEAT = 5  # the median counts
 _COPIES = 20
 
-Policy = Literal["remap", "extend"]
+Policy = Literal["remap", "extend", "cut"]
 
 
-class WatchedContainer(Container):
-    """Knows what its kernel has said it unmapped: `unmapped`, parts of the IOVA."""
+class _Watched(IovaSpace):
+    """An address space with a list, `unmapped`, of the IOVA ranges that the kernel has unmapped."""
+
+    unmapped: list[Extent]
+
+    def unmap(self, *, iova: int, size: int) -> None:
+        """Unmap, and note the range."""
+        super().unmap(iova=iova, size=size)
+        self.unmapped.append(Extent(iova, iova + size))
+
+    def unmap_locked(self, iova: int, size: int) -> None:
+        """Unmap, and note the range."""
+        super().unmap_locked(iova, size)
+        self.unmapped.append(Extent(iova, iova + size))
+
+    def cut_locked(self, iova: int, size: int) -> None:
+        """Cut, and note the range."""
+        super().cut_locked(iova, size)
+        self.unmapped.append(Extent(iova, iova + size))
+
+
+class WatchedContainer(_Watched, Container):
+    """A container with a list of the unmapped ranges."""
 
     def __init__(self, *, kernel: Kernel) -> None:
         super().__init__(kernel=kernel)
-        self.unmapped: list[Extent] = []
+        self.unmapped = []
 
-    def unmap(self, *, iova: int, size: int, bitmap: ioctls.vfio_bitmap | None = None) -> None:
-        """As Container has it; and noted."""
-        super().unmap(iova=iova, size=size, bitmap=bitmap)
-        self.unmapped.append(Extent(iova, iova + size))
+
+class WatchedIoas(_Watched, Ioas):
+    """An I/O address space with a list of the unmapped ranges. `cut`: whether mappings can be cut, by pages."""
+
+    def __init__(self, *, kernel: Kernel, cut: bool) -> None:
+        super().__init__(kernel=kernel, cut="pages" if cut else None)
+        self.unmapped = []
 
 
 @dataclass(slots=True)
 class Figures:
-    """What one way of resizing was seen to do. Medians of microseconds; `out_of_reach`: of the bytes that a resize
-    leaves in use, how many the kernel unmapped at most; `copies`: None where no device was at work."""
+    """The measurements of one policy.
+
+    `grow`, `shrink`: medians in microseconds. `out_of_reach`: the largest number of bytes that one resize unmapped
+    although the bytes stay in use. `copies`: None if no device copied.
+    """
 
     policy: str
     grow: float = 0.0
@@ -64,26 +92,27 @@ class Figures:
 
 
 class _Side:
-    """A block that is resized in one way."""
+    """A block under one policy."""
 
-    def __init__(self, container: WatchedContainer, resize: Policy, stack: ExitStack) -> None:
+    def __init__(self, space: WatchedContainer | WatchedIoas, resize: Policy, stack: ExitStack) -> None:
         granule = STEP if resize == "extend" else None
-        self.keeps_reach = granule is not None
+        self.keeps_reach = resize != "remap"
+        self._cuts = resize == "cut"
         name = f"{resize}, granule={format_size(STEP)}" if granule else resize
         self.figures = Figures(name)
-        self._container = container
-        self._blocks = stack.enter_context(RamBlockList(kernel=container.kernel))
-        self._mapper = stack.enter_context(DmaMapper(container, self._blocks, resize=resize, granule=granule))
+        self._space = space
+        self._blocks = stack.enter_context(RamBlockList(kernel=space.kernel))
+        self._mapper = stack.enter_context(DmaMapper(space, self._blocks, resize=resize, granule=granule))
 
     def add(self, clock: Clock) -> tuple[bool, str]:
-        """Reserve and map it."""
+        """Reserve and map the block."""
         with clock.running():
             self.block = self._blocks.add("block", used_length=LENGTH, max_length=2 * LENGTH)
         self.iova = self._mapper.iova(self.block)
         return self._is_mapped(), f"{format_size(LENGTH)} in {self._count_mappings()}, at IOVA {self.iova:#x}"
 
     def _is_mapped(self) -> bool:
-        found = self._container.mappings_in(iova=self.iova, size=self.block.max_length)
+        found = self._space.mappings_in(iova=self.iova, size=self.block.max_length)
         self.figures.mappings = len(found)
         whole = sum(mapping.size for mapping in found) == self.block.used_length
         return whole and self._mapper.iova(self.block) == self.iova
@@ -92,11 +121,13 @@ class _Side:
         return "1 mapping" if self.figures.mappings == 1 else f"{self.figures.mappings} mappings"
 
     def resize(self, clock: Clock, old: int, new: int) -> tuple[bool, str]:
-        """From one length to the other, some times."""
+        """Resize the block from `old` to `new` several times."""
         samples, held, lost = [], True, 0
         for _ in range(_REPEAT):
+            if self._cuts and new < old:
+                self.block.resize(new - STEP)  # the next grow is one mapping, of which the shrink cuts a half
             self.block.resize(old)
-            self._container.unmapped.clear()
+            self._space.unmapped.clear()
             clock.microseconds = 0.0
             with clock.running():
                 self.block.resize(new)
@@ -109,16 +140,16 @@ class _Side:
             self.figures.grow = clock.microseconds
         else:
             self.figures.shrink = clock.microseconds
-        seen = f"{format_size(lost)} of {format_size(min(old, new))} that stay were out of the device's reach meanwhile"
+        seen = f"{format_size(lost)} of the {format_size(min(old, new))} that stay were unmapped during a resize"
         return held and not (self.keeps_reach and lost), f"{self._count_mappings()}; {seen}"
 
     def _unmapped_of(self, length: int) -> int:
         stays = Extent(self.iova, self.iova + length)
-        return length - total(without([stays], *self._container.unmapped))
+        return length - total(without([stays], *self._space.unmapped))
 
     def under_fire(self, engine: Edu, clock: Clock) -> tuple[bool, str]:
-        """The device copies inside of it while it is resized without a pause; the time is that of one resize."""
-        lengths = cycle((LENGTH + STEP, LENGTH))
+        """Resize the block without a pause while the device copies inside the block. The time is that of one resize."""
+        lengths = cycle((LENGTH + STEP, LENGTH, LENGTH - STEP) if self._cuts else (LENGTH + STEP, LENGTH))
 
         def resize() -> None:
             with clock.running():
@@ -139,22 +170,31 @@ class _Side:
         return self._is_mapped() and not (self.keeps_reach and copies.lost), seen
 
     def remove(self, clock: Clock) -> tuple[bool, str]:
-        """And its IOVA is free."""
+        """Remove the block, and check that nothing of the IOVA range is mapped."""
         with clock.running():
             self.block.remove()
-        left = self._container.mappings_in(iova=self.iova, size=2 * LENGTH)
+        left = self._space.mappings_in(iova=self.iova, size=2 * LENGTH)
         return not left, f"{len(left)} mappings left"
 
 
 class SideBySide:
-    """Resizes a block on `bdf` of `world` in each of `ways`; otherwise as `MainJob`.
+    """The comparison on device `bdf` of `world`: a block for each policy in `ways`. Otherwise as `MainJob`.
 
-    That something is lost under a remap is to be expected, not certain, and no step fails for it. `figures` are there
-    when the steps have been made.
+    Under remap, lost copies are likely but not certain, and no step fails for a lost copy. Under granules and cuts, a
+    step with a lost copy fails. Cuts need `space` "iommufd". `figures` are complete when `steps()` has ended.
     """
 
-    def __init__(self, bdf: str, *, world: World, ways: Sequence[Policy], iommu: str | None = None) -> None:
+    def __init__(
+        self,
+        bdf: str,
+        *,
+        world: World,
+        ways: Sequence[Policy],
+        iommu: str | None = None,
+        space: Space | None = None,
+    ) -> None:
         self._bdf = bdf
+        self._wanted: Space | None = space
         self._kernel = world.kernel
         self._ways = ways
         self._leftovers = Leftovers(world)
@@ -162,34 +202,36 @@ class SideBySide:
         self._stack = ExitStack()
         self.facts = Facts(kernel=world.release, iommu=iommu or iommu_name(world.kernel))
         self.facts.block = {"used_length": LENGTH, "step": STEP}
-        identity = pci.read_device(world.kernel, bdf)
+        identity = pci.read_device(bdf, kernel=world.kernel)
         has_engine = (identity.vendor, identity.device) == EDU_ID
         self._is_at_work = has_engine and world.name != WorldName.FAKE
         self.notes: list[str] = []
         if not has_engine:
-            self.notes.append("pyvfio cannot drive this device's DMA: whether it would lose anything is left out")
+            self.notes.append("pyvfio cannot drive this device's DMA: lost copies are not measured")
         elif not self._is_at_work:
-            self.notes.append("a fake device's transfer is over at once: whether one would be lost is left out")
+            self.notes.append("a fake device completes a copy at once: lost copies are not measured")
+        if "cut" in ways:
+            self.notes.append("the IOMMU maps pages of 4 KiB alone in this space, so that mappings can be cut")
         if world.name == WorldName.FAKE:
-            self.notes.append("the fake kernel maps nothing: its microseconds say nothing of a kernel")
+            self.notes.append("the fake kernel maps nothing: the microseconds are not those of a real kernel")
 
     @property
     def figures(self) -> list[Figures]:
-        """What was seen of each way."""
+        """The measurements of each policy."""
         return [side.figures for side in self._sides]
 
     def steps(self) -> Iterator[StepResult]:
-        """Carry the steps out. Raises VfioError where the device cannot be opened."""
+        """Carry out the steps, and yield the results. Raises VfioError if the device cannot be opened."""
         with self._stack:
             yield carry_out("open the device", self._open)
             for name, step in self._plan():
                 yield (result := carry_out(name, step))
                 if not result.ok:
                     return
-        yield carry_out("nothing is left", self._leftovers.step)
+        yield carry_out("no locked memory and no descriptor is left", self._leftovers.step)
 
     def _plan(self) -> Iterator[tuple[str, Step]]:
-        """A pair for each step, so that what belongs together stands together."""
+        """Yield the name and the call of each step. Equal steps of all policies follow each other."""
         grown, step = LENGTH + STEP, format_size(STEP)
         for side in self._sides:
             yield f"{side.figures.policy}: map {format_size(LENGTH)}", side.add
@@ -204,13 +246,19 @@ class SideBySide:
 
     def _open(self, clock: Clock) -> tuple[bool, str]:
         with clock.running():
-            container = self._stack.enter_context(WatchedContainer(kernel=self._kernel))
-            device = self._stack.enter_context(open_device(self._bdf, container=container, kernel=self._kernel))
-        self.facts.iova_ranges = [(offered.start, offered.last) for offered in container.info.iova_ranges or ()]
+            space: WatchedContainer | WatchedIoas
+            if self._wanted == "iommufd":
+                space = WatchedIoas(kernel=self._kernel, cut="cut" in self._ways)
+                space.why = "the program asked for iommufd"
+            else:
+                space = WatchedContainer(kernel=self._kernel)
+            self._stack.enter_context(space)
+            device = self._stack.enter_context(open_device(self._bdf, space=space, kernel=self._kernel))
+        self.facts.iova_ranges = [(offered.start, offered.last) for offered in space.iova_ranges]
         if self._is_at_work:
             self._prepare_engine(device)
-        self._sides = [_Side(container, way, self._stack) for way in self._ways]
-        return True, f"group {device.group.number}, {container.iommu_type.name}, one container for all"
+        self._sides = [_Side(space, way, self._stack) for way in self._ways]
+        return True, note_space(device, self.facts, self._wanted)
 
     def _prepare_engine(self, device: Device) -> None:
         device.memory_enabled = True

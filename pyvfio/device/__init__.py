@@ -1,9 +1,9 @@
-"""A VFIO PCI device: its regions, registers, configuration space and interrupts, and the one call that opens it all.
+"""A VFIO PCI device: regions, registers, configuration space, interrupts, and `open_device`.
 
-`device` has the open device, `region` what of it is read, written and mapped, `config` the region that is configuration
-space, `register` one register as an object, `windows` what is mapped when, `irq` its interrupts, `hot_reset` resets of
-its bus, and `opening` all that comes before. `capabilities` are the PCI ones, as snapshots, and `features` what the
-kernel offers besides.
+`device` has the open device. `region` has the reads, writes and mappings of a region, `config` the region of
+configuration space, `register` a register as an object. `windows` drops and maps register windows. `irq` has
+interrupts, `hot_reset` has resets of a bus, `opening` has `open_device`. `capabilities` are snapshots of PCI
+capabilities, and `features` are the features of VFIO_DEVICE_FEATURE.
 
 Source: Documentation/driver-api/vfio.rst; drivers/vfio/pci/vfio_pci_core.c, vfio_pci_rdwr.c and vfio_pci_intrs.c.
 """

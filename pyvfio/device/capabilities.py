@@ -1,7 +1,7 @@
-"""The capabilities of a PCI device, as configuration space lists them: frozen snapshots.
+"""The capabilities of a PCI device in configuration space: frozen snapshots.
 
 Source: linux/pci_regs.h (PCI_CAP_ID_*, PCI_EXT_CAP_ID_*); `vfio_cap_init` and `vfio_ecap_init` in
-drivers/vfio/pci/vfio_pci_config.c, which leave out the capabilities that they do not know.
+drivers/vfio/pci/vfio_pci_config.c, which hide capabilities that VFIO does not know.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Config(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """A capability: `id` as PCI numbers them, and the `offset` in configuration space at which it begins, in bytes."""
+    """A capability. `id`: the number in PCI. `offset`: the first byte in configuration space."""
 
     id: int
     offset: int
@@ -50,10 +50,10 @@ class Capability:
 
 @dataclass(frozen=True, slots=True)
 class MsixCapability(Capability):
-    """MSI-X: where the table of vectors and the array of pending bits (PBA) lie.
+    """MSI-X: the places of the table of vectors and of the array of pending bits (PBA).
 
-    `table_bar` and `pba_bar` are numbers of BARs; offsets in the BAR and sizes in bytes. VFIO keeps the table to
-    itself: a program enables vectors by `Device.irq`.
+    `table_bar` and `pba_bar` are numbers of BARs. Offsets in the BAR and sizes are in bytes. User space cannot access
+    the table: a program enables vectors by `Device.irq`.
     """
 
     vectors: int
@@ -65,20 +65,20 @@ class MsixCapability(Capability):
 
     @property
     def table_size(self) -> int:
-        """In bytes."""
+        """The size of the table in bytes."""
         return _TABLE_ENTRY * self.vectors
 
     @property
     def pba_size(self) -> int:
-        """In bytes: whole 64-bit words."""
+        """The size of the PBA in bytes, in whole 64-bit words."""
         return -(-self.vectors // 64) * 8
 
 
 @dataclass(frozen=True, slots=True)
 class PowerCapability(Capability):
-    """Power management: the `state` that the device is in (0 to 3, D0 to D3hot), and the `states` that it has.
+    """Power management: the current `state` (0 to 3, D0 to D3hot), and the supported `states`.
 
-    `keeps_state`: a device that returns from D3hot to D0 needs no new set-up (No_Soft_Reset).
+    `keeps_state`: after a return from D3hot to D0, the device needs no new set-up (No_Soft_Reset).
     """
 
     state: int
@@ -88,10 +88,10 @@ class PowerCapability(Capability):
 
 @dataclass(frozen=True, slots=True)
 class PcieCapability(Capability):
-    """PCI Express: the link as it is now, and the most that the device can do.
+    """PCI Express: the current link, and the maximum of the device.
 
-    `speed` and `max_speed` in GT/s, None where the device has no link or a newer one; `width` and `max_width` in lanes.
-    `can_flr`: the device has a function-level reset.
+    `speed` and `max_speed` are in GT/s, or None for a device without a link and for unknown speeds. `width` and
+    `max_width` are in lanes. `can_flr`: the device has a function-level reset.
     """
 
     speed: float | None
@@ -103,14 +103,14 @@ class PcieCapability(Capability):
 
 @dataclass(frozen=True, slots=True)
 class VendorCapability(Capability):
-    """A vendor's own capability: `data` is all of it, with the header."""
+    """A vendor-specific capability. `data`: all bytes, with the header."""
 
     data: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class ExtendedVendorCapability(Capability):
-    """A vendor's own extended capability: `vendor_id` and `revision` are the vendor's numbers, `data` is all of it."""
+    """A vendor-specific extended capability. `vendor_id`, `revision`: numbers of the vendor. `data`: all bytes."""
 
     vendor_id: int
     revision: int
@@ -119,45 +119,57 @@ class ExtendedVendorCapability(Capability):
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """The capabilities of a device when they were read: `standard` ones and `extended` ones, in the list's order."""
+    """The capabilities of a device when they were read: `standard` and `extended`, in the order of the lists.
+
+    Example:
+        >>> import pyvfio
+        >>> kernel = pyvfio.testing.FakeKernel()
+        >>> device = pyvfio.open_device("0000:00:02.0", kernel=kernel)
+        >>> device.capabilities.standard
+        (Capability(id=5, offset=64),)
+        >>> device.capabilities.find(5)
+        Capability(id=5, offset=64)
+        >>> device.capabilities.msix is None
+        True
+    """
 
     standard: tuple[Capability, ...]
     extended: tuple[Capability, ...]
 
     def find(self, identity: int) -> Capability | None:
-        """Return the first standard capability of that id, None where the device has none."""
+        """Return the first standard capability with an id, or None."""
         return next((each for each in self.standard if each.id == identity), None)
 
     def find_extended(self, identity: int) -> Capability | None:
-        """Return the first extended capability of that id, None where the device has none."""
+        """Return the first extended capability with an id, or None."""
         return next((each for each in self.extended if each.id == identity), None)
 
     @property
     def msix(self) -> MsixCapability | None:
-        """MSI-X, None where the device has none."""
+        """MSI-X, or None."""
         return next((each for each in self.standard if isinstance(each, MsixCapability)), None)
 
     @property
     def power(self) -> PowerCapability | None:
-        """Power management, None where the device has none."""
+        """Power management, or None."""
         return next((each for each in self.standard if isinstance(each, PowerCapability)), None)
 
     @property
     def pcie(self) -> PcieCapability | None:
-        """PCI Express, None for a conventional device."""
+        """PCI Express, or None for a conventional device."""
         return next((each for each in self.standard if isinstance(each, PcieCapability)), None)
 
     @property
     def vendor(self) -> tuple[VendorCapability, ...]:
-        """The vendor's own standard capabilities."""
+        """The vendor-specific standard capabilities."""
         return tuple(each for each in self.standard if isinstance(each, VendorCapability))
 
 
 def read_capabilities(config: _Config, bdf: str) -> Capabilities:
-    """Read the two lists of capabilities of `bdf`.
+    """Read the two capability lists of `bdf`.
 
-    Raises CapabilityError for a list that has a loop, leaves its place, or has a capability that does.
-    Cost: two reads for each capability, and up to four for one that has a class of its own.
+    Raises CapabilityError for a list with a loop or a bad offset, and for a capability that exceeds configuration
+    space. Cost: two reads for each capability, and up to four more for a capability with a class in this module.
     """
     standard = tuple(_parse(config, bdf, *each) for each in _walk(config, bdf))
     extended = tuple(_parse_extended(config, bdf, *each) for each in _walk_extended(config, bdf))
@@ -173,7 +185,7 @@ def _walk(config: _Config, bdf: str) -> Iterator[tuple[int, int]]:
         _check_place(bdf, at, range(_HEADER_END, _STANDARD_END), seen)
         header = config.read16(at)
         if header & 0xFF == 0xFF:
-            raise CapabilityError(f"{bdf} has a capability at {at:#x} that reads {header:#x}, as where no device is")
+            raise CapabilityError(f"the capability of {bdf} at {at:#x} reads {header:#x}, as if no device answers")
         yield header & 0xFF, at
         at = header >> 8 & ~3
 
@@ -188,7 +200,9 @@ def _walk_extended(config: _Config, bdf: str) -> Iterator[tuple[int, int]]:
         header = config.read32(at)
         if header == _ABSENT:
             if at != _STANDARD_END:
-                raise CapabilityError(f"{bdf} has an extended capability at {at:#x} that reads {header:#x}")
+                raise CapabilityError(
+                    f"the extended capability of {bdf} at {at:#x} reads {header:#x}, as if no device answers"
+                )
             return
         if header & 0xFFFF:  # 0: a capability that VFIO hides (vfio_ecap_init), or no list
             yield header & 0xFFFF, at
@@ -198,19 +212,21 @@ def _walk_extended(config: _Config, bdf: str) -> Iterator[tuple[int, int]]:
 def _check_place(bdf: str, at: int, places: range, seen: set[int]) -> None:
     if at not in places:
         raise CapabilityError(
-            f"the capability list of {bdf} goes on at {at:#x}, and capabilities lie from {places.start:#x} to "
+            f"the capability list of {bdf} continues at {at:#x}, and capabilities lie from {places.start:#x} to "
             f"{places.stop - 1:#x}"
         )
     if at in seen:
-        raise CapabilityError(f"the capability list of {bdf} has a loop: it comes to {at:#x} a second time")
+        raise CapabilityError(f"the capability list of {bdf} has a loop: the list reaches {at:#x} twice")
     seen.add(at)
 
 
 def _bytes(config: _Config, bdf: str, at: int, size: int, least: int) -> bytes:
-    """All of a capability that says itself how long it is."""
+    """Return the `size` bytes of a capability, which must be `least` at least."""
     end = _STANDARD_END if at < _STANDARD_END else config.size
     if size < least or at + size > end:
-        raise CapabilityError(f"{bdf} has a capability at {at:#x} of {size} bytes, where {least} to {end - at} can be")
+        raise CapabilityError(
+            f"the capability of {bdf} at {at:#x} has {size} bytes: {least} is the least, and {end - at} fit"
+        )
     return config.read(at, size)
 
 

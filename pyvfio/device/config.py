@@ -1,4 +1,4 @@
-"""PCI configuration space: a region, some of whose bytes end the device's answers in all of its BARs.
+"""PCI configuration space: a region where some writes end the accesses to all BARs of the device.
 
 Source: `vfio_basic_config_write`, `vfio_pm_config_write`, `vfio_exp_config_write` and `vfio_af_config_write` in
 drivers/vfio/pci/vfio_pci_config.c; linux/pci_regs.h.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 from enum import IntEnum
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 
 from pyvfio.device.region import Region
 from pyvfio.device.windows import Keep
@@ -31,75 +32,96 @@ _EXPRESS_CONTROL_HIGH = 9  # the upper byte of Device Control
 _EXPRESS_FLR = 0x80
 _AF_CONTROL = 4
 _AF_FLR = 0x01
-_NO_DEVICE = 0xFFFF  # what 16 bits read where no device answers
+_NO_DEVICE = 0xFFFF  # 16 bits read as this value if no device answers
 _COMMAND_RESERVED = 0xF800
 
 
 class _Effect(IntEnum):
-    """What a write does to accesses of BARs."""
+    """The effect of a write on accesses to BARs."""
 
     NONE = 0
     START = 1
-    """They may begin again."""
+    """Accesses are possible again."""
     RESET = 2
-    """They wait, and go on."""
+    """Accesses wait for the reset, and continue."""
     STOP = 3
-    """They end, until another write."""
+    """Accesses fail until another write."""
 
+
+_UNKNOWN = 1 << PCI_COMMAND | (1 << _CAPABILITIES_END) - (1 << _CAPABILITIES_AT)
+"""The bytes that can have an effect on BARs, one bit each, before the capabilities are read."""
 
 _BYTES = (
     (_PM, _PM_CONTROL, _PM_STATE, _Effect.STOP),
     (_EXPRESS, _EXPRESS_CONTROL_HIGH, _EXPRESS_FLR, _Effect.RESET),
     (_AF, _AF_CONTROL, _AF_FLR, _Effect.RESET),
 )
-"""Capability, byte in it, bits of that byte, and what a write that sets one of them does."""
+"""The capability, the byte in the capability, the bits of that byte, and the effect of a write that sets one of the
+bits.
+"""
 
 
 class ConfigSpace(Region):
-    """PCI configuration space, as the kernel shows it to users.
+    """PCI configuration space, as the kernel shows the space to user space.
 
-    A write that ends memory decoding (COMMAND) or lowers power (the control register of power management), whatever its
-    width and offset, first drops the windows of all BARs and closes the mappings of `Region.mmap`. Where one of these
-    has a view, the write raises BufferError, and nothing has changed; with `force=True` that mapping stays, and a touch
-    of the view is SIGBUS, which ends the program, until the device decodes memory again. A write that starts a
-    function-level reset drops the windows alone. Other writes drop nothing.
+    Some writes end memory decoding (COMMAND) or lower power (the control register of power management), at any width
+    and offset. Such a write first drops the windows of all BARs and closes the mappings of `Region.mmap`. If one of
+    these mappings has a view, the write raises BufferError, and nothing has changed. With `force=True`, that mapping
+    stays. Until the device decodes memory again, an access to the view is SIGBUS, which ends the program. A write that
+    starts a function-level reset drops only the windows. Other writes drop nothing.
+
+    Example:
+        >>> import pyvfio
+        >>> kernel = pyvfio.testing.FakeKernel()
+        >>> device = pyvfio.open_device("0000:00:02.0", kernel=kernel)
+        >>> f"{device.config.read16(0x00):#x}"  # vendor
+        '0x1234'
+        >>> f"{device.config.read32(0x08) >> 8:#08x}"  # class code
+        '0x00ff00'
     """
 
     _capabilities: dict[int, int] | None = None  # offsets by number
+    _watched: tuple[tuple[int, int, _Effect, _Effect], ...] = ()
+    _watched_bytes = _UNKNOWN
 
     def write(self, offset: int, data: bytes | bytearray | memoryview, *, force: bool = False) -> None:
-        """As `Region.write`. Raises BufferError where decoding would end under a view, unless `force`."""
-        offset, data = self._checked(offset, data)
+        """Write as `Region.write`. Raises BufferError if decoding would end under a view, unless `force`."""
+        self._write(*self._checked(offset, data), force=force)
+
+    def _write(self, offset: int, data: bytes, *, force: bool) -> None:
         effect = self._effect(offset, data)
         if effect is _Effect.NONE:
-            super().write(offset, data)
+            self._pwrite(offset, data)
         elif effect is _Effect.START:
             self._start(offset, data)
         elif effect is _Effect.RESET:
-            self._device.windows.change(partial(super().write, offset, data), keep="all maps")
+            self._device.windows.change(partial(self._pwrite, offset, data), keep="all maps")
         else:
             while not self._stop(offset, data, force=force):
                 self._close_dependents(effect, force=force)
 
     @guarded
     def _start(self, offset: int, data: bytes) -> None:
-        """Write what may begin decoding: not between the look of a `_stop` and its write."""
-        super().write(offset, data)
+        """Write data that can start decoding. The lock excludes a `_stop` between the check and the write."""
+        self._pwrite(offset, data)
 
     @guarded
     def _stop(self, offset: int, data: bytes, *, force: bool) -> bool:
-        """Write what ends decoding, unless other devices reach BARs that it takes away. Return whether it was written.
+        """Write data that ends decoding, unless DMA of other devices reaches the BARs. Return whether it was done.
 
-        The regions' lock is held from the look at the device to the write.
+        The lock of the regions is held from the check to the write.
         """
         if any(region.has_dependents for region in self._device.all_regions()):
             return False
         keep: Keep = "maps in use" if force or self._has_ended() else "no maps"
-        self._device.windows.change(partial(super().write, offset, data), keep=keep)
+        self._device.windows.change(partial(self._pwrite, offset, data), keep=keep)
         return True
 
     def _close_dependents(self, effect: _Effect, *, force: bool) -> None:
-        """Keep other devices from the BARs; without the lock, below which a mapper's must not be taken."""
+        """Unmap the BARs from other devices.
+
+        The caller holds no lock: the lock of a mapper is above the lock of the regions.
+        """
         regions = self._device.all_regions()
         for region in regions if effect is _Effect.STOP and not (force or self._has_ended()) else ():
             region.check_views()
@@ -107,34 +129,50 @@ class ConfigSpace(Region):
             region.close_dependents()
 
     def _has_ended(self) -> bool:
-        """Whether views live, and the device does not decode memory: a write that ends decoding ends nothing then."""
+        """Return whether views live and the device does not decode memory, so that a write can end nothing more."""
         return any(region.in_use for region in self._device.all_regions()) and bool(self.why_silent())
 
+    def read8(self, offset: int) -> int:
+        """Read one byte."""
+        return self._load_by_pread(offset, 1)
+
+    def read16(self, offset: int) -> int:
+        """Read two bytes in one access."""
+        return self._load_by_pread(offset, 2)
+
+    def read32(self, offset: int) -> int:
+        """Read four bytes in one access."""
+        return self._load_by_pread(offset, 4)
+
+    def read64(self, offset: int) -> int:
+        """Read eight bytes. The kernel makes two accesses."""
+        return self._load_by_pread(offset, 8)
+
     def write8(self, offset: int, value: int, *, force: bool = False) -> None:
-        """One byte; `force` as for `write`."""
+        """Write one byte; `force` as for `write`."""
         self._put(offset, 1, value, force=force)
 
     def write16(self, offset: int, value: int, *, force: bool = False) -> None:
-        """Two bytes in one access; `force` as for `write`."""
+        """Write two bytes in one access; `force` as for `write`."""
         self._put(offset, 2, value, force=force)
 
     def write32(self, offset: int, value: int, *, force: bool = False) -> None:
-        """Four bytes in one access; `force` as for `write`."""
+        """Write four bytes in one access; `force` as for `write`."""
         self._put(offset, 4, value, force=force)
 
     def write64(self, offset: int, value: int, *, force: bool = False) -> None:
-        """Eight bytes, of which the kernel makes two accesses; `force` as for `write`."""
+        """Write eight bytes; `force` as for `write`. The kernel makes two accesses."""
         self._put(offset, 8, value, force=force)
 
     def change16(self, offset: int, bits: int, *, on: bool, force: bool = False) -> None:
-        """As `Region.change16`; `force` as for `write`."""
+        """Change bits as `Region.change16`; `force` as for `write`."""
         offset, bits = self._check_value(offset, 2, bits)
         while effect := self._change16(offset, bits, on=on, force=force):
             self._close_dependents(effect, force=force)
 
     @guarded
     def _change16(self, offset: int, bits: int, *, on: bool, force: bool) -> _Effect:
-        """Make the change, unless other devices reach BARs that it takes away: return its effect then, else NONE."""
+        """Make the change and return NONE. If other devices reach BARs that the change ends, only return the effect."""
         value = self._changed(offset, bits, on=on)
         if (
             any(region.has_dependents for region in self._device.all_regions())
@@ -148,27 +186,46 @@ class ConfigSpace(Region):
         value = self.read_command() if offset == PCI_COMMAND else self.read16(offset)
         return value | bits if on else value & ~bits
 
+    def _store(self, offset: int, width: int, value: int) -> None:
+        """Store as `Region._store`, for registers as objects."""
+        self._put(offset, width, value, force=False)
+
     def _put(self, offset: int, width: int, value: int, *, force: bool) -> None:
         offset, value = self._check_value(offset, width, value)
-        self.write(offset, value.to_bytes(width, "little"), force=force)
+        data = value.to_bytes(width, "little")
+        if self._watched_bytes >> offset & (1 << width) - 1:
+            self._write(offset, data, force=force)
+        else:
+            self._pwrite(offset, data)
 
     def _effect(self, offset: int, data: bytes) -> _Effect:
-        """What a write of `data` at `offset` does to accesses of BARs."""
+        """Return the effect of a write of `data` at `offset` on accesses to BARs."""
         end = offset + len(data)
         effect = _Effect.NONE
         if offset <= PCI_COMMAND < end:
             effect = _Effect.START if data[PCI_COMMAND - offset] & PCI_COMMAND_MEMORY else _Effect.STOP
         if end <= _CAPABILITIES_AT or offset >= _CAPABILITIES_END:
             return effect
-        for number, byte, bits, its_effect in _BYTES:
-            at = self._find(number) + byte
-            if at > byte and offset <= at < end:
-                otherwise = _Effect.START if number == _PM else _Effect.NONE
+        for at, bits, its_effect, otherwise in self._watched or self._find_watched():
+            if offset <= at < end:
                 effect = max(effect, its_effect if data[at - offset] & bits else otherwise)
         return effect
 
+    def _find_watched(self) -> tuple[tuple[int, int, _Effect, _Effect], ...]:
+        """Return the entries of `_BYTES` that the device has, by offset.
+
+        An entry also has the effect of a write that sets none of the bits.
+        """
+        self._watched = tuple(
+            (at + byte, bits, effect, _Effect.START if number == _PM else _Effect.NONE)
+            for number, byte, bits, effect in _BYTES
+            if (at := self._find(number))
+        )
+        self._watched_bytes = reduce(or_, [1 << at for at, *_others in self._watched], 1 << PCI_COMMAND)
+        return self._watched
+
     def _find(self, number: int) -> int:
-        """Where a capability is; 0 where the device has none of that number."""
+        """Return the offset of a capability, or 0 if the device does not have that capability."""
         if self._capabilities is None:
             self._capabilities = self._walk()
         return self._capabilities.get(number, 0)
@@ -183,13 +240,13 @@ class ConfigSpace(Region):
             seen.add(at)
             header = self.read16(at)
             if header == _NO_DEVICE:
-                raise DeviceGoneError(self._device.bdf, f"a capability at {at:#x} of it reads {header:#x}")
+                raise DeviceGoneError(self._device.bdf, f"the capability at {at:#x} reads {header:#x}")
             found.setdefault(header & 0xFF, at)
             at = header >> 8 & ~3
         return found
 
     def why_silent(self) -> str:
-        """Why the device answers no access of a memory BAR, in words; empty where it does. Raises DeviceGoneError."""
+        """Return the reason why memory BARs do not answer, in words, or "" if they answer. Raises DeviceGoneError."""
         command = self.read_command()
         if not command & PCI_COMMAND_MEMORY:
             return "does not decode memory accesses"
@@ -198,23 +255,22 @@ class ConfigSpace(Region):
         return ""
 
     def read_command(self) -> int:
-        """COMMAND. Raises DeviceGoneError where the bits are set that are reserved and zero."""
+        """Return COMMAND. Raises DeviceGoneError if the reserved bits, which are zero in a device, are all set."""
         command = self.read16(PCI_COMMAND)
         if command & _COMMAND_RESERVED == _COMMAND_RESERVED:
-            raise DeviceGoneError(self._device.bdf, f"its COMMAND register reads {command:#x}")
+            raise DeviceGoneError(self._device.bdf, f"the COMMAND register reads {command:#x}")
         return command
 
     def check_present(self) -> None:
-        """Raise DeviceGoneError where STATUS reads all ones, or no such device is left; IoctlError where it cannot be
-        read.
+        """Raise DeviceGoneError if STATUS reads all ones or there is no such device; IoctlError if the read fails.
 
-        The vendor would not tell: the kernel answers for it from what it has read when the device was opened.
+        The vendor is no evidence: the kernel returns the vendor that was read when the device was opened.
         """
         try:
-            data = self._device.use_fd(self._device.kernel.pread, 2, self.info.offset + _STATUS)
+            data = self._device.use_fd(self.seam.pread, 2, self.info.offset + _STATUS)
         except OSError as error:
             if error.errno in (errno.ENODEV, errno.ENXIO):
-                why = f"its STATUS register is unreadable: {error.strerror}"
+                why = f"the STATUS register is unreadable: {error.strerror}"
                 raise DeviceGoneError(self._device.bdf, why) from error
             raise IoctlError.of(
                 error,
@@ -224,4 +280,4 @@ class ConfigSpace(Region):
             ) from error
         status = int.from_bytes(data, "little")
         if status | _STATUS_CAP_LIST == _NO_DEVICE:
-            raise DeviceGoneError(self._device.bdf, f"its STATUS register reads {status:#x}")
+            raise DeviceGoneError(self._device.bdf, f"the STATUS register reads {status:#x}")

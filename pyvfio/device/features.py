@@ -1,4 +1,4 @@
-"""The features of a device: VFIO_DEVICE_FEATURE by number, and what low power and DMA-bufs need besides.
+"""The features of a device: VFIO_DEVICE_FEATURE by number, with helpers for low power and DMA-bufs.
 
 Source: `vfio_ioctl_device_feature` in drivers/vfio/vfio_main.c; `vfio_pci_core_ioctl_feature` in
 drivers/vfio/pci/vfio_pci_core.c; vfio_pci_dmabuf.c.
@@ -35,20 +35,20 @@ _ENTRY = ioctls.VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY
 _ENTRY_WITH_WAKEUP = ioctls.VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP
 _EXIT = ioctls.VFIO_DEVICE_FEATURE_LOW_POWER_EXIT
 _ABSENT = (errno.ENOTTY, errno.EOPNOTSUPP)
-_VARIANT = "It needs a driver of its own in place of vfio-pci, such as mlx5_vfio_pci"
+_VARIANT = "The feature needs a variant driver in place of vfio-pci, such as mlx5_vfio_pci"
 _NEEDS: Mapping[int, str] = {
-    ioctls.VFIO_DEVICE_FEATURE_PCI_VF_TOKEN: "Only a physical function with SR-IOV has one",
+    ioctls.VFIO_DEVICE_FEATURE_PCI_VF_TOKEN: "Only a physical function with SR-IOV has a VF token",
     ioctls.VFIO_DEVICE_FEATURE_MIGRATION: _VARIANT,
     ioctls.VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE: _VARIANT,
-    _ENTRY: "It needs Linux 6.1",
-    _ENTRY_WITH_WAKEUP: "It needs Linux 6.1",
-    _EXIT: "It needs Linux 6.1",
+    _ENTRY: "The feature needs Linux 6.1",
+    _ENTRY_WITH_WAKEUP: "The feature needs Linux 6.1",
+    _EXIT: "The feature needs Linux 6.1",
     ioctls.VFIO_DEVICE_FEATURE_DMA_LOGGING_START: _VARIANT,
     ioctls.VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP: _VARIANT,
     ioctls.VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT: _VARIANT,
     ioctls.VFIO_DEVICE_FEATURE_MIG_DATA_SIZE: _VARIANT,
-    ioctls.VFIO_DEVICE_FEATURE_BUS_MASTER: "It is for CDX devices; a PCI device has Device.bus_master",
-    ioctls.VFIO_DEVICE_FEATURE_DMA_BUF: "It needs Linux 6.19, built with CONFIG_VFIO_PCI_DMABUF",
+    ioctls.VFIO_DEVICE_FEATURE_BUS_MASTER: "The feature is for CDX devices; a PCI device has Device.bus_master",
+    ioctls.VFIO_DEVICE_FEATURE_DMA_BUF: "The feature needs Linux 6.19, built with CONFIG_VFIO_PCI_DMABUF",
     ioctls.VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2: _VARIANT,
 }
 
@@ -57,7 +57,7 @@ _Struct = TypeVar("_Struct", bound=ctypes.Structure)
 
 
 class FeatureOwner(Protocol):
-    """The device that a feature is of."""
+    """The device of a feature."""
 
     bdf: str
 
@@ -90,17 +90,21 @@ class FeatureOwner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FeatureAnswer(Generic[_Data]):
-    """The kernel's answer to `Feature.get`: `value` is the result of the ioctl, 0 or a descriptor that is the caller's;
-    `data` is what the kernel wrote, of the class that was given."""
+    """The answer of the kernel to `Feature.get`.
+
+    `value`: the result of the ioctl, 0 or a descriptor, which the caller must close. `data`: the data that the kernel
+    wrote, of the class that was passed.
+    """
 
     value: int
     data: _Data
 
 
 class Feature:
-    """A feature of a device by its number: `Device.feature`. Data are bytes, or a structure of `pyvfio.ioctls`.
+    """A feature of a device by number: `Device.feature`. Data are bytes, or a structure of `pyvfio.ioctls`.
 
-    Raises UnsupportedError, with what the feature needs, where the kernel or the device does not have it; IoctlError.
+    Raises IoctlError; UnsupportedError, with the needs of the feature, if the kernel or the device does not have the
+    feature.
 
     Synchronization: any thread. Cost: one ioctl for each call.
     """
@@ -111,7 +115,7 @@ class Feature:
 
     @property
     def name(self) -> str:
-        """The name in C, or the number."""
+        """The C name, or the number."""
         numbers = {each.value: each.name for each in ioctls.VfioDeviceFeature}
         return numbers.get(self.number, f"feature {self.number}")
 
@@ -119,7 +123,7 @@ class Feature:
         return f"<Feature {self.name} of {self._device.bdf}>"
 
     def probe(self) -> ioctls.VfioDeviceFeatureFlags:
-        """Return which of VFIO_DEVICE_FEATURE_GET and _SET the kernel can do for this device; 0 (false) for neither."""
+        """Return the operations that the kernel supports, VFIO_DEVICE_FEATURE_GET and _SET, or 0 (false) for none."""
         found = _NONE
         for how in (_GET, _SET):
             try:
@@ -140,7 +144,7 @@ class Feature:
     def get(self, data: _Struct | bytes | bytearray) -> FeatureAnswer[_Struct] | FeatureAnswer[bytes]:
         """Read the feature: VFIO_DEVICE_FEATURE_GET.
 
-        `data`: as the kernel takes it, in the length of the answer. It stays as it is; the answer has a copy.
+        `data`: the input of the kernel, in the length of the answer. `data` is not changed; the answer has a copy.
         """
         buffer = _payload(data)
         value = self._use(_GET, buffer)
@@ -149,9 +153,9 @@ class Feature:
         return FeatureAnswer(value, bytes(buffer[_HEADER.size :]))
 
     def set(self, data: ctypes.Structure | bytes | bytearray = b"") -> int:
-        """Set the feature: VFIO_DEVICE_FEATURE_SET; the result of the ioctl.
+        """Set the feature, and return the result of the ioctl: VFIO_DEVICE_FEATURE_SET.
 
-        Before an entry into low power the mapped windows of all BARs are dropped, as by `Device.enter_low_power`.
+        Before an entry into low power, the mapped windows of all BARs are dropped, as by `Device.enter_low_power`.
         """
         change = partial(self._use, _SET, _payload(data))
         if self.number in (_ENTRY, _ENTRY_WITH_WAKEUP):
@@ -167,13 +171,13 @@ class Feature:
             return self._call(int(how), buffer)
         except IoctlError as error:
             if error.errno in _ABSENT:
-                hint = _NEEDS.get(self.number, "Another kernel, or another driver of the device, may have it")
+                hint = _NEEDS.get(self.number, "Another kernel, or another driver of the device, may have the feature")
                 raise UnsupportedError(f"{self._device.bdf} has no {self.name}", hint=hint) from error
             if error.errno == errno.EINVAL and not how & (can := self.probe()):
                 verb = "read" if how == _GET else "set"
-                hint = "It can be set only" if can else _NEEDS.get(self.number, "")
+                hint = "The feature can only be set" if can else _NEEDS.get(self.number, "")
                 if can == _GET:
-                    hint = "It can be read only"
+                    hint = "The feature can only be read"
                 raise UnsupportedError(f"{self.name} of {self._device.bdf} cannot be {verb}", hint=hint) from error
             raise
 
@@ -185,16 +189,16 @@ class Feature:
 
 
 def _payload(data: ctypes.Structure | bytes | bytearray) -> bytearray:
-    """The buffer of an ioctl: room for the header, and `data`."""
+    """Return the buffer of an ioctl: space for the header, and `data`."""
     if not isinstance(data, bytes | bytearray | ctypes.Structure):
-        raise TypeError(f"a feature's data are bytes or a ctypes.Structure, not {type(data).__name__}")
+        raise TypeError(f"the data of a feature must be bytes or a ctypes.Structure, not {type(data).__name__}")
     return bytearray(_HEADER.size) + bytes(data)
 
 
 def checked_number(number: int) -> int:
-    """Return a feature's number. Raises TypeError, and ValueError for one that does not fit 16 bits."""
+    """Return the number of a feature. Raises TypeError, and ValueError for a number that does not fit 16 bits."""
     if not 0 <= (number := index(number)) <= ioctls.VFIO_DEVICE_FEATURE_MASK:
-        raise ValueError(f"a feature has a number from 0 to {ioctls.VFIO_DEVICE_FEATURE_MASK:#x}, not {number}")
+        raise ValueError(f"the number of a feature is from 0 to {ioctls.VFIO_DEVICE_FEATURE_MASK:#x}, not {number}")
     return number
 
 
@@ -203,7 +207,7 @@ def checked_number(number: int) -> int:
 
 def enter_low_power(device: FeatureOwner, wakeup_fd: int | None) -> None:
     """Enter low power: see `Device.enter_low_power`."""
-    if wakeup_fd is not None:  # before windows are dropped; ctypes would cut a number that is too large
+    if wakeup_fd is not None:  # checked before windows are dropped; ctypes would truncate a number that is too large
         wakeup_fd = check_whole_number(wakeup_fd, "wakeup_fd")
         check_eventfd(wakeup_fd, f"the low power of {device.bdf}")
     try:
@@ -215,13 +219,13 @@ def enter_low_power(device: FeatureOwner, wakeup_fd: int | None) -> None:
     except IoctlError as error:
         if error.errno not in (errno.EINVAL, errno.EBADF):
             raise
-        why = "It is in low power already" if wakeup_fd is None or device.windows.low_power else ""
+        why = "The device is in low power already" if wakeup_fd is None or device.windows.low_power else ""
         why = why or f"wakeup_fd, {wakeup_fd}, is no eventfd"
         raise IoctlError.of(error, error.message, request=error.request, arguments=error.arguments, hint=why) from error
 
 
 class LowPower:
-    """A device in low power for the time of a `with` block: the result of `Device.low_power`."""
+    """A device in low power during a `with` block: the result of `Device.low_power`."""
 
     def __init__(self, device: FeatureOwner, wakeup_fd: int | None) -> None:
         self._device = device
@@ -247,11 +251,11 @@ class LowPower:
 
 
 class DmaBuf(Handle):
-    """A DMA-buf of parts of a BAR, for another driver that does DMA to them: the result of `Device.dma_buf`.
+    """A DMA-buf of parts of a BAR, for DMA by another driver: the result of `Device.dma_buf`.
 
-    `fd` is handed to the importer (an RDMA NIC, a GPU, iommufd); `size` is that of all parts, in bytes. The kernel
-    revokes an importer's access while the device does not decode memory accesses, in low power and for a reset, and
-    for good when the device is closed. Closing this object closes the descriptor alone.
+    Pass `fd` to the importer (an RDMA NIC, a GPU, iommufd). `size`: the bytes of all parts. While the device does not
+    decode memory accesses, in low power and during a reset, the kernel revokes the access of importers. When the device
+    is closed, the access is revoked for good. Closing this object closes only the descriptor.
 
     Synchronization: any thread.
     """
@@ -279,21 +283,23 @@ class DmaBuf(Handle):
 
 
 def drop_dma_buf(made: DmaBuf) -> None:
-    """Close a DMA-buf that nobody has received."""
+    """Close a DMA-buf that the caller never received."""
     made.close_fd()
 
 
 def checked_ranges(ranges: Iterable[tuple[int, int]] | None, size: int, what: str) -> tuple[tuple[int, int], ...]:
-    """Return the parts of a BAR, all of it for None. Raises TypeError, and ValueError for parts that are not in whole
-    pages or not in the BAR."""
+    """Return the parts of a BAR, or the whole BAR for None.
+
+    Raises TypeError, and ValueError for parts that are not whole pages or not in the BAR.
+    """
     given = [(0, size)] if ranges is None else list(ranges)
     checked = tuple((index(offset), index(length)) for offset, length in given)
     if not checked:
-        raise ValueError("a DMA-buf has one part at least")
+        raise ValueError("a DMA-buf needs one part at least")
     for offset, length in checked:
         if length <= 0 or offset < 0 or offset + length > size or not is_aligned(offset | length, PAGE_SIZE):
             raise ValueError(
-                f"a DMA-buf is made of whole pages of {PAGE_SIZE} bytes: {what}, of {size:#x} bytes, has no such "
+                f"a DMA-buf needs whole pages of {PAGE_SIZE} bytes: {what}, of {size:#x} bytes, has no such "
                 f"{length:#x} bytes at {offset:#x}"
             )
     return checked

@@ -1,4 +1,4 @@
-"""The interrupts of a device, which arrive at eventfds.
+"""The interrupts of a device, which signal eventfds.
 
 Source: drivers/vfio/pci/vfio_pci_intrs.c.
 """
@@ -15,6 +15,7 @@ from operator import index as as_number
 from typing import Protocol, overload
 
 from pyvfio import ioctls
+from pyvfio.device.attachment import DmaOwner
 from pyvfio.device.eventfds import Eventfd, Making, ReplacedError, Row, Vectors, descriptors, numbers, runs_of
 from pyvfio.device.windows import Windows
 from pyvfio.errors import ClosedError, RollbackError, UnsupportedError, VfioError, as_exception
@@ -27,22 +28,16 @@ from pyvfio.units import check_whole_number
 _ONE_AT_A_TIME = (ioctls.VFIO_PCI_INTX_IRQ_INDEX, ioctls.VFIO_PCI_MSI_IRQ_INDEX, ioctls.VFIO_PCI_MSIX_IRQ_INDEX)
 
 
-class _Group(Protocol):
-    """The group of the device."""
-
-    def check_here(self) -> None: ...
-
-
 class _Owner(Protocol):
     """The device that raises them."""
 
     bdf: str
 
     @property
-    def group(self) -> _Group: ...
+    def owner(self) -> DmaOwner: ...
 
     @property
-    def kernel(self) -> Kernel: ...
+    def seam(self) -> Kernel: ...
 
     @property
     def irqs(self) -> tuple[Irq, ...]: ...
@@ -69,10 +64,22 @@ class _Owner(Protocol):
 
 
 class Irq:
-    """One kind of interrupt of a device: INTx, MSI, MSI-X, error or request; signalled through eventfds.
+    """One kind of interrupt of a device: INTx, MSI, MSI-X, error or request. Vectors signal eventfds.
 
-    Synchronization: any thread. `wait` and `wait_any` hold no lock, and raise when another thread disables the
-    interrupt or closes the device. Cost: an ioctl each; `wait` polls and reads. Source: `vfio_pci_set_irqs_ioctl`.
+    Synchronization: any thread. `wait` and `wait_any` hold no lock, and raise if another thread disables the interrupt
+    or closes the device. Cost: an ioctl for each call; `wait` polls and reads. Source: `vfio_pci_set_irqs_ioctl`.
+
+    Example:
+        >>> import pyvfio
+        >>> kernel = pyvfio.testing.FakeKernel()
+        >>> device = pyvfio.open_device("0000:00:02.0", kernel=kernel)
+        >>> irq = device.irq(pyvfio.ioctls.VFIO_PCI_MSI_IRQ_INDEX)
+        >>> eventfds = irq.enable(1)
+        >>> device.bus_master = True  # without it, a device sends no MSI
+        >>> device.region(0).write32(0x60, 1)  # this device, QEMU's edu, raises an interrupt
+        >>> irq.wait(0, timeout=1.0)
+        1
+        >>> irq.disable()
     """
 
     def __init__(self, device: _Owner, info: IrqInfo) -> None:
@@ -84,23 +91,23 @@ class Irq:
 
     @property
     def count(self) -> int:
-        """How many vectors the device has of this kind; 0: none."""
+        """The number of vectors of this kind; 0: the device has none."""
         return self.info.count
 
     @property
     def fds(self) -> tuple[int | None, ...]:
-        """The eventfds of the enabled vectors, by vector; None: the vector signals none.
+        """The eventfds of the enabled vectors, by vector; None: the vector signals no eventfd.
 
-        `disable` closes those that `enable` has made. Those that the program has passed are the program's.
+        `disable` closes the eventfds that `enable` made. Eventfds that the program passed still belong to the program.
         """
         enabled = self._enabled
         return () if enabled is None else numbers(enabled.row)
 
     @property
     def can_grow(self) -> bool:
-        """Whether vectors can be added behind those that are enabled: VFIO_IRQ_INFO_NORESIZE is not set.
+        """Whether vectors can be added behind the enabled ones: VFIO_IRQ_INFO_NORESIZE is not set.
 
-        Linux 6.5 and later can add MSI-X vectors where the interrupt controller allows that, and no vectors of MSI.
+        Linux 6.5 and later can add MSI-X vectors if the interrupt controller allows that. MSI vectors cannot be added.
         """
         return self.count > 1 and not self.info.flags & ioctls.VFIO_IRQ_INFO_NORESIZE
 
@@ -115,29 +122,33 @@ class Irq:
     def enable(
         self, vectors: int | None = None, *, fds: Sequence[int | None] | None = None, start: int = 0
     ) -> tuple[int | None, ...]:
-        """Let vectors from `start` on signal eventfds: `vectors` (1) new ones, or `fds`, the program's own.
+        """Let vectors from `start` on signal eventfds: `vectors` (default 1) new ones, or `fds` of the program.
 
-        Returns the eventfds of these vectors. New eventfds are closed by `disable`. A descriptor in `fds` stays the
-        program's: pyvfio duplicates the descriptor, and never closes the original. None in `fds` is a vector that
-        signals nothing. Make own eventfds with EFD_NONBLOCK, or let one thread alone wait for each.
+        Returns the eventfds of these vectors. `disable` closes new eventfds. New eventfds do not block, and must stay
+        so (EFD_NONBLOCK): `wait` reads before the poll. A descriptor in `fds` still belongs to the program: pyvfio
+        duplicates the descriptor, and never closes the original. None in `fds`: the vector signals nothing. Make own
+        eventfds with EFD_NONBLOCK, or let only one thread wait for each.
 
-        Other vectors keep their eventfds, and lose no signal. `fds` replaces the eventfds of the vectors that it names,
-        whose signals can be lost while the kernel makes the change. Vectors can be added behind the enabled ones where
-        `can_grow` says so. Elsewhere the first call has to name as many vectors as will be needed, with None for
-        those that are connected later.
+        Other vectors keep their eventfds, and lose no signal. `fds` replaces the eventfds of the named vectors. Signals
+        of these vectors can be lost during the change. If `can_grow`, vectors can be added behind the enabled ones.
+        Otherwise the first call must name all vectors that will be needed, with None for vectors that are connected
+        later.
 
-        Where the kernel refuses a change, the vectors have their eventfds as before. Raises TypeError; ValueError for
-        numbers that can never be right, and for descriptors that are closed or no eventfds, before the kernel changes
-        anything; UnsupportedError where the device has fewer vectors, or the kernel cannot add any; VfioError where
-        `vectors` names a vector that has an eventfd; HandOverError while the device is handed over; IoctlError (EINVAL:
-        another kind is enabled; EMFILE: no descriptor is left, with the number of descriptors that are needed);
-        RollbackError where the kernel refuses the old eventfds, too: those vectors then signal nothing, as `fds` says.
+        If the kernel refuses a change, the vectors keep their former eventfds. Raises:
 
-        Cost: an ioctl, and for each vector an eventfd(2), or a duplicate and a look at /proc.
+        * TypeError; ValueError for impossible numbers, and for descriptors that are closed or no eventfds, before any
+          change.
+        * UnsupportedError if the device has fewer vectors, or the kernel cannot add any.
+        * VfioError if `vectors` names a vector that has an eventfd; HandOverError while the device is handed over.
+        * IoctlError (EINVAL: another kind is enabled; EMFILE: no descriptor is left, with the number that is needed).
+        * RollbackError if the kernel refuses the former eventfds too. Those vectors then signal nothing, as `fds`
+          shows.
+
+        Cost: an ioctl, and for each vector an eventfd(2), or a duplicate and a read of /proc.
         Source: VFIO_DEVICE_SET_IRQS, `vfio_pci_set_msi_trigger`.
         """
         if fds is not None and vectors is not None:
-            raise TypeError("say either how many vectors get new eventfds, or fds=, not both")
+            raise TypeError("pass either vectors, the number of new eventfds, or fds, not both")
         own = None if fds is None else _checked_fds(fds)
         count = len(own) if own is not None else as_number(1 if vectors is None else vectors)
         return self._enable(check_whole_number(start, "start"), count, own)
@@ -148,7 +159,9 @@ class Irq:
         self._check_changeable()
         before = self._row
         if own is None and any(before[start : start + count]):
-            raise VfioError(f"{self._name} is enabled already", hint="Call disable() first, or replace eventfds: fds=")
+            raise VfioError(
+                f"{self._name} is enabled already", hint="Call disable() first, or pass fds= to replace eventfds"
+            )
         row = self._grown(before, start, own or [0] * count)
         making = self._making(count)
         try:
@@ -168,28 +181,28 @@ class Irq:
 
     def _check_range(self, start: int, count: int) -> None:
         if count < 1:
-            raise ValueError(f"at least one vector can be enabled, not {count}")
+            raise ValueError(f"at least one vector must be enabled, not {count}")
         if start < 0:
-            raise ValueError(f"the first vector is 0 or more, not {start}")
+            raise ValueError(f"start must be 0 or more, not {start}")
         if start + count > self.count or not self.info.flags & ioctls.VFIO_IRQ_INFO_EVENTFD:
             which = f"{start} to {start + count - 1}" if start else f"{count}"
             raise UnsupportedError(
-                f"{self._name} has {self.count} vectors, so {which} cannot be enabled",
+                f"{self._name} has {self.count} vector{'s' * (self.count != 1)}, so {which} cannot be enabled",
                 hint=f"This device has {self._device.describe_irqs()}",
             )
 
     def _check_changeable(self) -> None:
         self._device.check_usable()
-        if self._device.windows.ended:  # its interrupts were disabled, or will be next: nobody would do it again
+        if self._device.windows.ended:  # no later step of the close would disable the interrupt again
             raise ClosedError(f"device {self._device.bdf} is being closed")
-        self._device.group.check_here()
+        self._device.owner.check_here()
 
     def _making(self, count: int) -> Making:
         arguments: dict[str, int | str] = {"device": self._device.bdf, "index": self.info.index, "vectors": count}
-        return Making(self._device.kernel, self.guard, what=self._name, count=count, arguments=arguments)
+        return Making(self._device.seam, self.guard, what=self._name, count=count, arguments=arguments)
 
     def _grown(self, before: Row, start: int, wanted: Sequence[int | None]) -> Row:
-        """The old row, with room for what is wanted; None behind it, where nothing is enabled, needs none."""
+        """Return the former row, with room for the wanted vectors. A None behind the enabled vectors needs no room."""
         if self._enabled is None:
             return (None,) * (start + len(wanted))
         used = [vector for vector, fd in enumerate(wanted, start) if fd is not None]
@@ -204,17 +217,16 @@ class Irq:
             raise UnsupportedError(
                 f"{self._name}: {len(before)} of {self.count} vectors are enabled, and vector {end - 1} cannot be "
                 f"added: {why}",
-                hint="Call disable(), and enable all vectors at once: None in fds keeps the place of a vector that "
-                "gets its eventfd later",
+                hint="Call disable(), and enable all vectors at once: None in fds reserves a vector for later",
             )
         return before + (None,) * (end - len(before))
 
     def _change(self, row: Row, wake: Eventfd) -> None:
-        """Let the vectors signal what `row` says; each vector that stays as it is has no part in the call."""
+        """Let the vectors signal the eventfds of `row`. The calls name only vectors that change."""
         enabled = self._enabled
         if enabled is None:
             self._route(range(len(row)), row, first=True)
-            self._enabled = Vectors(self._device.kernel, self.guard, row, wake)
+            self._enabled = Vectors(self._device.seam, self.guard, row, wake)
             return
         before = enabled.row + (None,) * (len(row) - len(enabled.row))
         changed = [v for v, new in enumerate(row) if new is not before[v] and not (new and new.is_same_as(before[v]))]
@@ -229,26 +241,28 @@ class Irq:
         self._replace(row, wake)
 
     def _replace(self, row: Row, wake: Eventfd) -> None:
-        old, self._enabled = self._enabled, Vectors(self._device.kernel, self.guard, row, wake)
+        old, new = self._enabled, Vectors(self._device.seam, self.guard, row, wake)
+        self._enabled = new
         if old is not None:
-            old.end(None, kept=row)
+            old.end(None, successor=new)
 
     def _put_back(self, tried: Sequence[range], before: Row, wake: Eventfd, cause: BaseException) -> None:
-        """Give the vectors their old eventfds: a refused call has disconnected those up to the one that it met."""
+        """Restore the former eventfds: a refused call has disconnected the vectors up to the refused one."""
         failures: list[Exception] = []
         lost: set[int] = set()
         for run in reversed(tried):
             run_failures: list[Exception] = []
             attempt(partial(self._route, run, before), run_failures)
             if run_failures:
-                # Which of them the kernel has connected is not known now; a call without eventfds needs none to be.
+                # Unknown: which of these vectors the kernel has connected. A call without eventfds disconnects all of
+                # them.
                 attempt(partial(self._route, run, (None,) * len(before)), run_failures)
                 lost |= set(run)
             failures += run_failures
         if not failures:
             return
         row = tuple(None if vector in lost else eventfd for vector, eventfd in enumerate(before))
-        self._replace(row, Eventfd(self._device.kernel, self.guard, wake.release()))
+        self._replace(row, Eventfd(self._device.seam, self.guard, wake.release()))
         raise RollbackError(
             f"{self._name} could not be changed, and vectors {sorted(lost)} signal nothing now",
             [as_exception(cause), *failures],
@@ -263,24 +277,25 @@ class Irq:
             eventfds=descriptors(row[vectors.start : vectors.stop]),
         )
         available = self._set_irqs(argument)
-        if first and available > 0:  # vfio_msi_enable: how many vectors there are, and none has been enabled
+        if first and available > 0:  # vfio_msi_enable: the number of vectors there are, with none enabled
             raise UnsupportedError(f"{self._name}: only {available} of {len(row)} vectors are available")
 
     # ----------------------------------------------------------------------------------------------------- disabling
 
     @guarded
     def disable(self, *vectors: int) -> None:
-        """Stop these vectors, or all of them, and close the eventfds that `enable` has made; twice is fine.
+        """Stop these vectors, or all vectors, and close the eventfds that `enable` made; twice is fine.
 
-        The other vectors go on, and lose no signal. Threads that wait for a stopped vector are woken with a VfioError.
-        Without arguments the whole interrupt is disabled, so that another kind can be enabled. Raises TypeError;
-        ValueError for a vector that the device does not have; HandOverError; IoctlError (EMFILE: to stop some vectors
-        takes one descriptor), RollbackError.
+        Other vectors continue, and lose no signal. Threads that wait for a stopped vector raise VfioError. Without
+        arguments the whole interrupt is disabled, so that another kind can be enabled.
+
+        Raises TypeError; ValueError for a vector that the device does not have; HandOverError; IoctlError (EMFILE:
+        stopping some vectors needs one descriptor); RollbackError.
         """
         chosen = {self._checked_vector(vector) for vector in vectors}
         if self._enabled is None:
             return
-        self._device.group.check_here()
+        self._device.owner.check_here()
         if not vectors or (chosen and self.count == 1):
             self._end(VfioError(f"{self._name} was disabled"), stop=True)
             return
@@ -304,36 +319,46 @@ class Irq:
 
     @guarded
     def close(self) -> None:
-        """As `disable`, but waiting threads are woken with ClosedError; for the device, when it is closed."""
+        """Disable the interrupt for a close of the device. Waiting threads raise ClosedError."""
         self._end(ClosedError(f"device {self._device.bdf} has been closed"), stop=True)
 
     @guarded
     def forget(self) -> None:
-        """As `close`, but the device goes on signalling the eventfds, which another process has. For the library."""
+        """End as `close`, but the device still signals the eventfds, which another process has. For the library."""
         self._end(ClosedError(f"device {self._device.bdf} was handed to another process"), stop=False)
 
     @guarded
+    def use_seam(self, seam: Kernel) -> None:
+        """Read the eventfds that there are through `seam` from now on. For the library."""
+        if self._enabled is not None:
+            self._enabled.use_seam(seam)
+
+    @guarded
     def held(self) -> tuple[Row, Eventfd | None]:
-        """The eventfds by vector, nothing where the interrupt is not enabled, and the one that unmasks INTx. For the
-        library."""
+        """Return the eventfds by vector, or nothing for a disabled interrupt, and the eventfd that unmasks INTx.
+
+        For the library.
+        """
         return self._row, self._unmask
 
     @guarded
     def adopt(self, fds: Sequence[int | None], unmask: int | None) -> None:
-        """Be enabled with these eventfds, by vector, as another process was, and unmasked by that one. They are closed
-        with the object. Makes no ioctl. For the library. Raises IoctlError (EMFILE)."""
+        """Take over the enabled state of another process: eventfds by vector, and the eventfd that unmasks INTx.
+
+        The object owns the descriptors. Makes no ioctl. For the library. Raises IoctlError (EMFILE).
+        """
         making = self._making(len(fds))
         wake = making.make_one()
         row = tuple(None if fd is None else self._adopted(fd) for fd in fds)
-        self._enabled = Vectors(self._device.kernel, self.guard, row, wake)
+        self._enabled = Vectors(self._device.seam, self.guard, row, wake)
         self._unmask = None if unmask is None else self._adopted(unmask)
 
     def _adopted(self, fd: int) -> Eventfd:
-        return Eventfd(self._device.kernel, self.guard, fd, may_be_shared=True)
+        return Eventfd(self._device.seam, self.guard, fd, may_be_shared=True)
 
     @guarded
     def give_up(self) -> None:
-        """Undo `adopt`: the eventfds stay open, and are the caller's. For the library."""
+        """Undo `adopt`: the eventfds stay open and belong to the caller. For the library."""
         for eventfd in (*self._row, self._unmask):
             if eventfd is not None:
                 eventfd.release()
@@ -344,7 +369,7 @@ class Irq:
         unmask, self._unmask = self._unmask, None
         if enabled is None:
             return
-        # The error and request interrupts without an eventfd are disabled, and cannot be once more (EINVAL).
+        # Without an eventfd, the error and request interrupts are disabled, and disabling them again fails (EINVAL).
         stop = stop and (bool(enabled.connected) or self.info.index in _ONE_AT_A_TIME)
         steps: list[Callable[[], object]] = [partial(enabled.end, why)]
         if stop:
@@ -356,31 +381,40 @@ class Irq:
     # ------------------------------------------------------------------------------------------------------- waiting
 
     def wait(self, vector: int = 0, *, timeout: float | None = None) -> int:
-        """Wait until `vector` has been raised; how often since the last time, 0 when the time has passed.
+        """Wait until `vector` has been raised. Returns the number of interrupts since the last wait.
 
-        `timeout` in seconds; None or infinity: for ever; 0 or less: do not wait. INTx stays masked by the kernel after
-        each: `unmask()`. Raises VfioError when the vector is not enabled or is disabled meanwhile, ClosedError when
-        the device is closed meanwhile; ForkedError, TypeError, ValueError. Where a signal handler raises, what was read
-        is added to the eventfd again, and the next call returns it.
+        Returns 0 after the timeout. `timeout`: seconds; None or infinity: no limit; 0 or less: do not wait. The kernel
+        masks INTx at each interrupt: call `unmask()`. Raises VfioError if the vector is not enabled or is disabled
+        meanwhile, ClosedError if the device is closed meanwhile; ForkedError, TypeError, ValueError. If a signal
+        handler raises, the count is added to the eventfd again, and the next call returns the count.
         """
-        seconds = _checked_timeout(timeout)
+        seconds = None if timeout is None else _checked_timeout(timeout)
+        deadline = None if seconds is None else time.monotonic() + seconds
         self._device.check_usable()
-        number = as_number(vector)
-        return times[number] if number in (times := self._wait((number,), seconds)) else 0
+        number = vector if type(vector) is int else as_number(vector)
+        while True:
+            enabled = self._enabled
+            if enabled is None or number not in enabled.eventfds:
+                enabled = self._look_up((number,))
+            try:
+                return enabled.wait_one(number, seconds)
+            except ReplacedError:
+                if deadline is not None:
+                    seconds = max(deadline - time.monotonic(), 0.0)
 
     def wait_any(self, vectors: Iterable[int] | None = None, *, timeout: float | None = None) -> dict[int, int]:
-        """Wait until one of `vectors` has been raised, of all that are enabled without it. Return how often each of
-        them was raised since the last time, by vector; nothing when the time has passed.
+        """Wait until one of `vectors`, by default of all enabled ones, has been raised.
 
-        Vectors that are added meanwhile are waited for, too, where `vectors` is not given. Vectors that share an
-        eventfd are returned together, each with the count of the eventfd. `timeout` and errors are those of `wait`;
-        ValueError where `vectors` is empty. Cost: a poll, and a read for each vector that was raised.
+        Returns the number of interrupts since the last wait, by vector; empty after the timeout. Without `vectors`, the
+        call also waits for vectors that are added meanwhile. Vectors that share an eventfd are returned together, each
+        with the count of the eventfd. `timeout` and errors as for `wait`; ValueError if `vectors` is empty. Cost: a
+        poll, and a read for each raised vector.
         """
         seconds = _checked_timeout(timeout)
         self._device.check_usable()
         chosen = None if vectors is None else tuple(dict.fromkeys(map(as_number, vectors)))
         if chosen == ():
-            raise ValueError("wait for one vector at least")
+            raise ValueError("wait_any needs one vector at least")
         return self._wait(chosen, seconds)
 
     def _wait(self, vectors: tuple[int, ...] | None, timeout: float | None) -> dict[int, int]:
@@ -402,15 +436,15 @@ class Irq:
             if enabled.row[vector] is None:
                 raise VfioError(
                     f"vector {vector} of {self._name} is not enabled",
-                    hint=f"It has no eventfd: enable(fds=[…], start={vector})",
+                    hint=f"The vector has no eventfd: enable(fds=[…], start={vector})",
                 )
         return enabled
 
     # ------------------------------------------------------------------------------------------------------- actions
 
     def trigger(self, vector: int = 0) -> None:
-        """Signal the eventfd of `vector` as if the device had raised it. Raises as `wait`."""
-        self._device.check_usable()  # in a child, too, whose parent was in the middle of a change
+        """Signal the eventfd of `vector` as if the device had raised the interrupt. Raises as `wait`."""
+        self._device.check_usable()  # also in a child, whose parent may have been in the middle of a change
         self._look_up((as_number(vector),))
         self._act(ioctls.VFIO_IRQ_SET_ACTION_TRIGGER, start=as_number(vector), count=1)
 
@@ -424,12 +458,14 @@ class Irq:
 
     @guarded
     def unmask_by(self, fd: int | None) -> None:
-        """Let the kernel unmask INTx whenever somebody writes to the eventfd `fd`; None: no more.
+        """Let the kernel unmask INTx at each write to the eventfd `fd`; None: end that.
 
-        So a thread or a process that has nothing but the eventfd ends the handling of an interrupt, without an ioctl.
-        An eventfd that is written to already unmasks at once. The descriptor stays the program's. `disable` ends it,
-        too. Raises TypeError; ValueError for a descriptor that is closed or no eventfd's; VfioError where INTx is not
-        enabled; HandOverError; IoctlError (ENOTTY: another kind than INTx; EBUSY: there is such an eventfd already).
+        So a thread or process that has only the eventfd can end the handling of an interrupt, without an ioctl. If the
+        eventfd has a count already, INTx is unmasked at once. The descriptor still belongs to the program. `disable`
+        ends the unmasking too.
+
+        Raises TypeError; ValueError for a descriptor that is closed or no eventfd; VfioError if INTx is not enabled;
+        HandOverError; IoctlError (ENOTTY: not INTx; EBUSY: an eventfd unmasks INTx already).
 
         Source: VFIO_IRQ_SET_ACTION_UNMASK with VFIO_IRQ_SET_DATA_EVENTFD, `vfio_pci_set_intx_unmask`.
         """
@@ -468,7 +504,7 @@ class Irq:
         self._set_irqs(ioctls.vfio_irq_set(size, flags, self.info.index, start, count))
 
     def _hint_at_others(self) -> str:
-        """Name the other kind of interrupt that is enabled, where a device can have one of both."""
+        """Return a hint at another kind of interrupt that is enabled, if a device can have only one of both."""
         enabled = [each.info.index for each in self._device.irqs if each is not self and each.fds]
         others = [ioctls.VfioPciIrqIndex(kind).name for kind in enabled if kind in _ONE_AT_A_TIME]
         if not others or self.info.index not in _ONE_AT_A_TIME:
@@ -477,9 +513,9 @@ class Irq:
 
     def _set_irqs(self, argument: ioctls.vfio_irq_set) -> int:
         hints = {
-            errno.EINVAL: self._hint_at_others() or "Only an interrupt that is enabled can act",
+            errno.EINVAL: self._hint_at_others() or "Only an enabled interrupt accepts this action",
             errno.ENOTTY: "Only INTx can be masked",
-            errno.EBUSY: "An eventfd unmasks it already: unmask_by(None) ends that",
+            errno.EBUSY: "An eventfd unmasks INTx already: unmask_by(None) ends that",
         }
         return self._device.ioctl(
             "VFIO_DEVICE_SET_IRQS",
@@ -494,12 +530,12 @@ class Irq:
 
 def _checked_fds(fds: Sequence[int | None]) -> list[int | None]:
     if isinstance(fds, str | bytes | bytearray | memoryview) or not isinstance(fds, Sequence):
-        raise TypeError(f"fds is a list of descriptors and None, not {type(fds).__name__}")
+        raise TypeError(f"fds must be a list of descriptors and None, not {type(fds).__name__}")
     return [None if fd is None else check_whole_number(fd, "a descriptor in fds") for fd in fds]
 
 
 def _replaced(row: Row, start: int, new: Row, before: Row) -> Row:
-    """The row with `new` from `start` on; an eventfd that the vector has under that number already stays."""
+    """Return the row with `new` from `start` on. An eventfd that the vector has under the same number stays."""
     answer = list(row)
     for vector, eventfd in enumerate(new[: len(row) - start], start):
         old = before[vector] if vector < len(before) else None
@@ -509,7 +545,7 @@ def _replaced(row: Row, start: int, new: Row, before: Row) -> Row:
 
 
 def _checked_timeout(timeout: float | None) -> float | None:
-    if isinstance(timeout, str | bytes):  # which float() would take
+    if isinstance(timeout, str | bytes):  # float() would accept text
         raise TypeError(f"timeout is a number of seconds or None, not {type(timeout).__name__}")
     timeout = math.inf if timeout is None else float(timeout)
     if timeout == math.inf:

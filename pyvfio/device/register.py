@@ -1,4 +1,4 @@
-"""One register as an object, and the wait for a value of one."""
+"""A register as an object, and the wait for a value of a register."""
 
 from __future__ import annotations
 
@@ -16,14 +16,24 @@ _CLOSED.release()
 
 
 class Register:
-    """One register of a region, from `Region.register32` and its kin: `read()` and `write(value)`, one access each.
+    """A register of a region, from `Region.register32` and the like: `read()` and `write(value)` make one access each.
 
-    Little-endian, as PCI is. Where the region is mapped, an access is one load or store, without a lock and without a
-    system call; else one pread or pwrite. When the window of the register has been dropped (the device stopped to
-    decode memory, was reset or closed), the next access maps another window or raises what `Region.read32` raises.
+    Numbers are little-endian, as in PCI. If the region is mapped, an access is one load or store, without a lock and
+    without a system call. Otherwise an access is one pread or pwrite. The window of a register is dropped when the
+    device stops decoding memory, is reset or is closed. The next access then maps another window or raises as
+    `Region.read32`.
 
-    Synchronization: any thread. Cost: at most 1.5 times an item of a ctypes array, and a fifth of `Region.read32`. A
-    mapped register that reads all ones is returned as it is; `Region.read32` looks whether the device has gone.
+    Synchronization: any thread. Cost: at most 1.5 times an item of a ctypes array, and half of `Region.read32`. A
+    mapped register that reads all ones is returned unchecked; `Region.read32` checks whether the device is gone.
+
+    Example:
+        >>> import pyvfio
+        >>> kernel = pyvfio.testing.FakeKernel()
+        >>> device = pyvfio.open_device("0000:00:02.0", kernel=kernel)
+        >>> register = device.region(0).register32(4)
+        >>> register.write(0xFF)
+        >>> f"{register.read():#x}"  # this device, QEMU's edu, stores the complement
+        '0xffffff00'
     """
 
     __slots__ = ("_cell", "_load", "_name", "_open", "_store", "guard")
@@ -36,7 +46,7 @@ class Register:
         load: Callable[[], int],
         store: Callable[[int], None],
     ) -> None:
-        """`guard` is the region's. `open_cell` maps the register, `load` and `store` do without."""
+        """`guard`: the guard of the region. `open_cell` maps the register; `load` and `store` need no cell."""
         self.guard = guard
         self._name = name
         self._open = open_cell
@@ -70,26 +80,26 @@ class Register:
         self._store(value)
 
     def _find_cell(self) -> None:
-        # Another thread may drop the window again at once. Then the cell, whatever is asked of it, raises ValueError.
+        # Another thread may drop the new window at once. Then every access to the cell raises ValueError.
         cell = self._open()
         self._cell = _CLOSED if cell is None else cell
 
 
 def poll(read: Callable[[], int], what: str, *, mask: int, value: int, timeout: float | None, interval: float) -> int:
-    """As `Region.poll32`, of any register."""
+    """Wait as `Region.poll32`, for any register."""
     mask, value = index(mask), index(value)
     if not 0 <= mask <= 0xFFFF_FFFF or value & ~mask:
         raise ValueError(f"a register of 32 bits & {mask:#x} can never be {value:#x}")
     seconds, pause = _seconds("timeout", timeout), _seconds("interval", interval)
     end = time.monotonic() + seconds
     while True:
-        late = time.monotonic() >= end  # before the read: the last read is after the end
+        late = time.monotonic() >= end  # before the read, so that the last read is after the end
         last = read()
         if last & mask == value:
             return last
         if late:
             raise RegisterTimeoutError(
-                f"{what} is {last:#x} after {seconds:g} s: & {mask:#x} it is {last & mask:#x}, not {value:#x}",
+                f"{what} is {last:#x} after {seconds:g} s: & {mask:#x} gives {last & mask:#x}, not {value:#x}",
                 last=last,
                 mask=mask,
                 value=value,
@@ -98,7 +108,7 @@ def poll(read: Callable[[], int], what: str, *, mask: int, value: int, timeout: 
 
 
 def _seconds(name: str, seconds: float | None) -> float:
-    if isinstance(seconds, str | bytes):  # which float() would take
+    if isinstance(seconds, str | bytes):  # float() would accept text
         raise TypeError(f"{name} is a number of seconds, not {type(seconds).__name__}")
     seconds = math.inf if seconds is None else float(seconds)
     if not seconds >= 0:

@@ -1,8 +1,8 @@
-"""The mapped windows of a device's regions, and the one lock under which they are made and dropped.
+"""The register windows of a device, and the one lock under which windows are mapped and dropped.
 
-A load or store through a window of a BAR is SIGBUS while the device does not decode memory accesses, or is in D3hot
-(`vfio_pci_mmap_fault`). So the windows are dropped before a change that ends decoding, and none is made until that
-change is over. Accesses take no lock: a window that is dropped raises ValueError, and the access begins anew.
+While the device does not decode memory accesses, or is in D3hot, a load or store through a window of a BAR is SIGBUS
+(`vfio_pci_mmap_fault`). So the windows are dropped before a change that ends decoding, and none is mapped until that
+change is complete. Accesses take no lock: a dropped window raises ValueError, and the access starts again.
 
 Source: `__vfio_pci_memory_enabled` and `vfio_pci_zap_and_down_write_memory_lock` in drivers/vfio/pci/vfio_pci_core.c.
 """
@@ -17,13 +17,13 @@ from pyvfio.guard import Guard, guarded
 from pyvfio.handle import attempt_all
 
 Keep: TypeAlias = Literal["no maps", "maps in use", "all maps"]
-"""Which mappings of `Region.mmap` outlive a drop: none, those with a view, or all of them."""
+"""The mappings of `Region.mmap` that outlive a drop: none, those with a view, or all."""
 
 _Result = TypeVar("_Result")
 
 
 class _Mapped(Protocol):
-    """A region, as far as it is mapped."""
+    """A region with windows and mappings."""
 
     @property
     def has_dependents(self) -> bool: ...
@@ -42,12 +42,14 @@ class Windows:
     """
 
     def __init__(self, bdf: str, regions: Mapping[int, _Mapped], *, check_here: Callable[[], None]) -> None:
-        """`check_here` raises where the device is being handed to another process."""
+        """`check_here` raises HandOverError while the device is handed over to another process."""
         self.guard = Guard(f"the register windows of {bdf}")
         self.low_power = False
-        """Whether the kernel may have suspended the device: a window would be SIGBUS, and a system call wakes it."""
+        """Whether the kernel may have suspended the device. A window would then be SIGBUS; a system call resumes the
+        device.
+        """
         self.ended = False
-        """Whether no window is made any more: the device is being closed."""
+        """Whether no more windows are mapped: the device is being closed."""
         self._regions = regions
         self._check_here = check_here
 
@@ -58,16 +60,16 @@ class Windows:
         keep: Keep = "no maps",
         low_power: bool | None = None,
     ) -> _Result:
-        """Drop the windows of all regions, then call `change`; no window is made before `change` returns.
+        """Drop the windows of all regions, then call `change`. No window is mapped before `change` returns.
 
-        `keep`: which mappings stay. `low_power`: what `low_power` is when `change` has succeeded (None: as before).
-        Raises BufferError, before anything is dropped, where a mapping that would go has a view; HandOverError for low
-        power while the device is handed over; and what `change` raises.
+        `keep`: the mappings that stay. `low_power`: the new value of `low_power` after `change` has succeeded (None: no
+        change). Raises BufferError, before anything is dropped, if a mapping that would be closed has a view. Raises
+        HandOverError for low power while the device is handed over, and the errors of `change`.
         """
         while True:
             if keep == "no maps":
                 self._check_views()
-            # Without the lock: the mapper of such a mapping takes its own, which is above.
+            # Without the lock: the mapper of such a mapping takes the lock of the mapper, which is above.
             for region in tuple(self._regions.values()):
                 region.close_dependents()
             if made := self._change(change, keep=keep, low_power=low_power):
@@ -75,9 +77,9 @@ class Windows:
 
     @guarded
     def _change(self, change: Callable[[], _Result], *, keep: Keep, low_power: bool | None) -> list[_Result]:
-        """What `change` returns; nothing, where it was not called."""
+        """Return a list with the result of `change`, or an empty list if `change` was not called."""
         regions = tuple(self._regions.values())
-        if any(region.has_dependents for region in regions):  # of another thread, meanwhile
+        if any(region.has_dependents for region in regions):  # another thread has mapped a region meanwhile
             return []
         if low_power:
             self._check_here()  # the other process would not know
@@ -96,7 +98,7 @@ class Windows:
 
     @guarded
     def end(self) -> bool:
-        """Let no window be made any more, and no other device reach a region. Return whether none does."""
+        """Allow no more windows, unless DMA of another device reaches a region. Return whether none does."""
         self.ended = self.ended or not any(region.has_dependents for region in tuple(self._regions.values()))
         return self.ended
 

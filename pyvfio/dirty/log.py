@@ -1,15 +1,15 @@
-"""What of RAM blocks has to be copied again: dirty tracking of a block, as a snapshot that a person can read.
+"""Dirty tracking of RAM blocks: the parts to copy again, as a snapshot that a person can read.
 
-A `DirtyLog` is a notifier of a `RamBlockList`; blocks that have none pay nothing. It keeps the *clean* parts: only
-`snapshot(clear=True)` adds to them, and everything else, an error or an undo, takes away from them. So it says at times
-that too much is dirty, never too little.
+A `DirtyLog` is a notifier of a `RamBlockList`; a list without a log pays nothing. The log records the *clean* parts.
+Only `snapshot(clear=True)` adds clean parts; every other event, error or undo only removes some. The log may therefore
+report too many dirty pages at times, but never too few.
 
-* A block that comes is dirty as a whole, and so it is after each resize, at its new length: it has to be copied again.
-* Parts that are discarded are not dirty, as there is nothing to copy. They are when they are populated again, and so
-  are parts whose pages were replaced.
-* A change that was undone leaves dirty what it had made so.
+* An added block is dirty as a whole. After each resize, the block is dirty as a whole at its new length.
+* Discarded parts are not dirty, because there is nothing to copy. Parts become dirty when they are populated again, or
+  when their pages are replaced.
+* If a change was undone, the parts that the change made dirty stay dirty.
 
-Source: `qemu_ram_resize` of QEMU, which clears the dirty bits of the old length and sets those of the new one.
+Source: `qemu_ram_resize` of QEMU, which clears the dirty bits of the old length and sets those of the new length.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pyvfio.blocks.discards import DiscardClaim
 from pyvfio.dirty.tracking import DirtyTracking
 from pyvfio.dma import DmaMapper
 from pyvfio.errors import ClosedError
-from pyvfio.extents import Extent, clip, runs, total, without
+from pyvfio.extents import Extent, clip, runs, span, total, without
 from pyvfio.guard import ContextManager, Guard, close_now, closing, constructing, guarded, making
 from pyvfio.iommu.space import Mapping
 from pyvfio.ramblock import RamBlock, RamBlockList
@@ -33,8 +33,11 @@ from pyvfio.units import Iova, align_down, align_up, check_whole_number, format_
 
 @dataclass(frozen=True, slots=True)
 class DirtyBlock:
-    """What of a RAM block has to be copied: `dirty`, ascending and neighbours joined, in bytes from the block's
-    beginning, whole pages of `page_size` bytes."""
+    """The parts of a RAM block to copy.
+
+    `dirty`: extents with gaps between them, ascending, in bytes from the start of the block; whole pages of `page_size`
+    bytes.
+    """
 
     idstr: str
     used_length: int
@@ -43,12 +46,12 @@ class DirtyBlock:
 
     @property
     def pages(self) -> int:
-        """How many pages the block has."""
+        """The number of pages of the block."""
         return self.used_length // self.page_size
 
     @property
     def count(self) -> int:
-        """How many of them are dirty."""
+        """The number of dirty pages."""
         return total(self.dirty) // self.page_size
 
     def __str__(self) -> str:
@@ -64,7 +67,7 @@ def _end(log: DirtyLog) -> None:
 
 
 class _Taken(NamedTuple):
-    """A snapshot that is on its way to the caller."""
+    """A snapshot not yet returned to the caller."""
 
     log: DirtyLog
     block: RamBlock
@@ -76,30 +79,44 @@ def _put_back(taken: _Taken) -> None:
 
 
 class DirtyLog(ContextManager):
-    """Which pages of the blocks of a list are dirty, until `close`; a context manager.
+    """Tracks the dirty pages of the blocks of a list, until `close`; a context manager.
 
-    What changes blocks through the list is seen, and nothing else. What the process writes through a view, a buffer or
-    an address is not: say it with `mark`, after the write. What devices write is not, either: `collect` it. While it is
-    open no memory may be discarded behind its back (`blocks.discards`).
+    The log sees changes that blocks undergo through the list, and nothing else. The log does not see writes of the
+    process through a view, a buffer or an address: call `mark` after such a write. The log does not see writes of
+    devices either: call `collect`. While the log is open, uncoordinated discards are forbidden (`blocks.discards`).
 
-    To copy a block that is written meanwhile, in this order:
+    To copy a block while devices write to the block, use this order:
 
         log.collect(block, tracking, mapper)
         found = log.snapshot(block, clear=True)
         copy(found.dirty)
 
-    The kernel forgets what it has told, and the log what it has cleared, so that the pages are read last: a transfer
-    between any two of these lines is in what is copied, or in what the next `collect` finds, or in both. Copied before
-    they are cleared, they would lose it. The last time, stop the device first.
+    The kernel forgets the pages that it has reported, and the log forgets the pages that it has cleared. Therefore read
+    the pages last. A transfer between any two of these lines is then in the copy, in the next `collect`, or in both. A
+    copy made before the clear would lose the transfer. For the last round, stop the device first.
 
-    A discard, populate or remap may take more away than its part for a moment, what is mapped in one piece with it, and
-    what the kernel knew of that with it: `collect` before, unless the kernel calls everything dirty that is mapped, as
-    it does for PCI devices.
+    A discard, populate or remap may briefly unmap more than its part: all bytes that are mapped in one piece with the
+    part. The next `collect` then reports all of these bytes as dirty.
 
-    Raises what `RamBlockList.add_notifier` raises, DiscardError where somebody claims discards nobody is told of.
+    Raises as `RamBlockList.add_notifier`; DiscardError if an existing claim requires uncoordinated discards.
 
-    Synchronization: any thread may call anything; methods wait for a change of the list that is under way. Cost: a
-    look-up in a dict for each change, O(number of clean extents) for each call.
+    Synchronization: any thread may call any method; methods wait for a change of the list in progress. Cost, where n is
+    the number of clean parts: a change or `mark` is O(log n) plus the clean parts concerned; a snapshot is O(n).
+
+    Example:
+        >>> import pyvfio
+        >>> blocks = pyvfio.RamBlockList()
+        >>> ring = blocks.add("ring", used_length=2 * pyvfio.MIB, max_length=pyvfio.GIB)
+        >>> log = pyvfio.DirtyLog(blocks)
+        >>> log.snapshot(ring, clear=True).dirty  # all of a new block is dirty
+        (Extent(start=0, end=2097152),)
+        >>> with ring.view(5000, 5) as memory:
+        ...     memory[:] = b"hello"
+        >>> log.mark(ring, 5000, 5)
+        >>> log.snapshot(ring).dirty
+        (Extent(start=4096, end=8192),)
+        >>> log.close()
+        >>> blocks.close()
     """
 
     @constructing(_end)
@@ -108,9 +125,9 @@ class DirtyLog(ContextManager):
             raise TypeError(f"blocks must be a RamBlockList, not {type(blocks).__name__}")
         self.guard = Guard("this log", lock=blocks.guard.lock)
         self._blocks: RamBlockList | None = blocks
-        # Ascending, disjoint, of whole pages; replaced as a whole. All else is dirty. The parts may reach behind
-        # used_length and into discarded parts, which no snapshot shows, and which are removed when they come back.
-        # A block that is removed drops out by itself.
+        # Ascending, disjoint, of whole pages; changed with the lock held. All other pages are dirty. The parts may
+        # reach behind used_length and into discarded parts: no snapshot shows these, and they are removed when they
+        # come into use again. A removed block disappears from the dictionary by itself.
         self._clean: WeakKeyDictionary[RamBlock, list[Extent]] = WeakKeyDictionary()
         self._claim: DiscardClaim = blocks.discards.disable_uncoordinated()
         try:
@@ -126,13 +143,13 @@ class DirtyLog(ContextManager):
 
     @guarded
     def ram_block_added(self, block: RamBlock, used_length: int, max_length: int) -> None:
-        """Note that all of it is dirty."""
+        """Record that the whole block is dirty."""
         del used_length, max_length
         self._clean.pop(block, None)
 
     @guarded
     def ram_block_resized(self, block: RamBlock, old_length: int, new_length: int) -> None:
-        """Note that all of the new length is dirty."""
+        """Record that all of the new length is dirty."""
         del old_length, new_length
         self._clean.pop(block, None)
 
@@ -142,33 +159,35 @@ class DirtyLog(ContextManager):
 
     @guarded
     def ram_block_populated(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        """Note that the parts are dirty."""
+        """Record that the parts are dirty."""
         self._soil(block, parts)
 
     @guarded
     def ram_block_remapping(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        """Note that the parts are dirty: their contents are lost."""
+        """Record that the parts are dirty: their contents are lost."""
         self._soil(block, parts)
 
     @guarded
     def ram_block_remapped(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        """Note so once more: a snapshot may have cleared the parts meanwhile."""
+        """Record the parts once more: a snapshot may have cleared them meanwhile."""
         self._soil(block, parts)
 
     @guarded
     def soil(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        """Note that `parts` of the block, whole pages, are dirty. For the undo of a snapshot."""
+        """Record that `parts` of the block, whole pages, are dirty. For the undo of a snapshot."""
         self._soil(block, parts)
 
     def _soil(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        if block in self._clean:
-            self._clean[block] = without(self._clean[block], *parts)
+        clean = self._clean.get(block)
+        if clean and parts:
+            first, behind = span(clean, parts[0].start, parts[-1].end)
+            clean[first:behind] = without(clean[first:behind], *parts)
 
-    # ------------------------------------------------------------------------------------------------ what is written
+    # ------------------------------------------------------------------------------------------------ writes
 
     @guarded
     def mark(self, block: RamBlock, offset: SupportsIndex, size: SupportsIndex) -> None:
-        """Note that the process has written `[offset, offset + size)`, in bytes: their pages are dirty.
+        """Record that the process has written `[offset, offset + size)`, in bytes: these pages are dirty.
 
         Raises ValueError (outside of `used_length`, not a block of this list), ClosedError.
         """
@@ -183,39 +202,43 @@ class DirtyLog(ContextManager):
 
     @guarded
     def collect(self, block: RamBlock, tracking: DirtyTracking, mapper: DmaMapper) -> None:
-        """Note the pages that devices may have written through `mapper`'s mappings of the block since the last time.
+        """Record the pages that devices may have written through `mapper`'s mappings of the block since the last call.
 
-        The kernel's record is lost with a mapping: collect before `mapper` is closed or leaves the list. A resize needs
-        nothing, as all is dirty then. Writes through other mappings of the same memory are not seen.
+        The kernel's record is lost with a mapping: call `collect` before `mapper` is closed or leaves the list. After a
+        resize no call is needed, because the whole block is dirty. Writes through other mappings of the same memory are
+        not seen.
 
-        Raises ValueError where `mapper` does not follow the block or maps into another container than `tracking`'s, and
-        the errors of `DirtyTracking.read`; the mapping that failed is then dirty. Cost: an ioctl for each mapping.
+        Raises ValueError if `mapper` does not follow the block, or maps into another address space than `tracking`
+        tracks. Raises as `DirtyTracking.read`; the failed mapping is then dirty. Cost: an ioctl for each mapping.
         """
         for given, kind in ((tracking, DirtyTracking), (mapper, DmaMapper)):
             if not isinstance(given, kind):
                 raise TypeError(f"collect() needs a {kind.__name__}, not {given!r}")
         self._check_followed(block)
-        if mapper.space is not tracking.container:
-            raise ValueError("the mapper maps into another container than the one that is tracked")
+        if mapper.space is not tracking.space:
+            raise ValueError("the mapper maps into another address space than the one that is tracked")
         iova = mapper.iova(block)
         for mapping in mapper.space.mappings_in(iova=iova, size=block.max_length):
             self._collect(block, iova, tracking, mapping)
 
     def _collect(self, block: RamBlock, iova: Iova, tracking: DirtyTracking, mapping: Mapping) -> None:
-        before = self._clean.get(block, [])
-        # First, since the kernel forgets what it tells: nobody would know of it if this did not come to its end.
-        self._soil(block, [_pages(block, mapping.iova - iova, mapping.iova - iova + mapping.size)])
+        part = _pages(block, mapping.iova - iova, mapping.iova - iova + mapping.size)
+        clean = self._clean.get(block, [])
+        before = clip(clean, *part)
+        # The part is marked dirty first: the kernel forgets the pages that it reports, and the read may be interrupted.
+        self._soil(block, [part])
         found = tracking.read(iova=mapping.iova, size=mapping.size)
         if before:
             written = [_pages(block, dirty.start - iova, dirty.last + 1 - iova) for dirty in found.dirty]
-            self._clean[block] = without(before, *written)
+            first, behind = span(clean, part.start - 1, part.end + 1)  # adjacent parts are joined
+            clean[first:behind] = runs(sorted([*clean[first:behind], *without(before, *written)]))
 
-    # ------------------------------------------------------------------------------------------------ what is dirty
+    # ------------------------------------------------------------------------------------------------ snapshots
 
     def snapshot(self, block: RamBlock, *, clear: bool = False) -> DirtyBlock:
-        """Return the pages that are dirty now. `clear`: they are clean from now on; copy them after that, not before.
+        """Return the pages that are dirty now. `clear`: mark the pages as clean; copy the pages after that, not before.
 
-        Raises ValueError when it is not a block of this list, ClosedError.
+        Raises ValueError if the block is not in this list; ClosedError.
         """
         return self._take(block, clear=clear).found
 
@@ -233,16 +256,16 @@ class DirtyLog(ContextManager):
         if self._blocks is None:
             raise ClosedError("this log has been closed")
         if not self._blocks.knows(self):
-            raise ClosedError("this log has been taken out of the list that it followed, and is told nothing more")
+            raise ClosedError("this log was removed from its list, and sees no further changes")
         if self._blocks.block_at(block.vaddr) is not block:
             raise ValueError(f"RAM block '{block.idstr}' is not in the list that this log follows")
 
     @closing
     def close(self) -> None:
-        """Leave the list. Twice is fine, and in a forked child nothing happens."""
+        """Leave the list. Does nothing after the first call, or in a forked child."""
         if self._blocks is None:
             return
-        if self._blocks.knows(self):  # else it was taken out
+        if self._blocks.knows(self):  # remove_notifier() may have removed the log
             self._blocks.remove_notifier(self)
         close_now(self._claim)
         self._blocks = None
@@ -255,7 +278,7 @@ class DirtyLog(ContextManager):
 
 
 def _pages(block: RamBlock, start: int, end: int) -> Extent:
-    """The whole pages that [start, end) lies in; none where that is empty."""
+    """Return the whole pages that contain [start, end), or an empty extent if that range is empty."""
     if start >= end:
         return Extent(start, start)
     return Extent(align_down(start, block.page_size), align_up(end, block.page_size))

@@ -1,37 +1,33 @@
-"""Which pages devices may have written: dirty tracking of a container, as a snapshot that a person can read.
+"""Dirty tracking of an address space: the pages that devices may have written, as a snapshot that a person can read.
 
-Where the IOMMU does not know itself what was written, which is so with type1 and real devices, everything that is
-mapped counts as dirty, each time (`vfio_iova_dirty_bitmap`): a tracker says what has to be copied again, not what was
-written.
+The kernels of both address spaces record at least the pages that devices wrote, and report more at times:
 
-Each mapping is asked for on its own. Asked for several at once, kernels write into the bitmap by whole words, and a bit
-that one call left behind a mapping's end shows up in a later one (`update_user_bitmap`).
+* type1 does not ask the IOMMU. Every mapped page counts as dirty each time (`vfio_iova_dirty_bitmap`), so a tracker
+  reports the pages to copy again, not the pages written.
+* iommufd reads the bits that the IOMMU sets in page tables. A large page of the IOMMU counts as a whole: an `Ioas` with
+  `cut="pages"` has small pages alone. IOMMUs without such bits are refused.
 
-Source: VFIO_IOMMU_DIRTY_PAGES, `vfio_iommu_type1_dirty_pages` in drivers/vfio/vfio_iommu_type1.c.
+Source: VFIO_IOMMU_DIRTY_PAGES, `vfio_iommu_type1_dirty_pages` in drivers/vfio/vfio_iommu_type1.c;
+IOMMU_HWPT_GET_DIRTY_BITMAP, `iommufd_hwpt_get_dirty_bitmap` in drivers/iommu/iommufd/hw_pagetable.c.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import SupportsIndex, TypeAlias
+from typing import NamedTuple, SupportsIndex
 
-from pyvfio import ioctls
-from pyvfio.container import Container
-from pyvfio.errors import ClosedError, UnsupportedError
-from pyvfio.guard import ContextManager, Guard, closing, constructing, guarded
-from pyvfio.info import MigrationCapability
-from pyvfio.iommu.space import Mapping
-from pyvfio.units import Iova, IovaRange, align_up, check_whole_number, format_ranges, format_size
-
-_Ask: TypeAlias = Callable[[Mapping, ioctls.vfio_bitmap], None]
+from pyvfio.errors import ClosedError
+from pyvfio.guard import ContextManager, Guard, closing, constructing, guarded, making
+from pyvfio.iommu.space import AddressSpace, DirtyRecord
+from pyvfio.units import IovaRange, check_bool, check_whole_number, format_ranges, format_size
 
 
 @dataclass(frozen=True, slots=True)
 class DirtyPages:
-    """What devices may have written of some mappings: `dirty`, ascending and neighbours joined, of `pages` pages of
-    `page_size` bytes."""
+    """The pages of some mappings that devices may have written.
+
+    `dirty`: ranges with gaps between them, ascending. `pages`: the number of all pages, of `page_size` bytes each.
+    """
 
     page_size: int
     pages: int
@@ -39,7 +35,7 @@ class DirtyPages:
 
     @property
     def count(self) -> int:
-        """How many pages are dirty."""
+        """The number of dirty pages."""
         return sum(found.size for found in self.dirty) // self.page_size
 
     def __str__(self) -> str:
@@ -51,102 +47,116 @@ def _end(tracking: DirtyTracking) -> None:
     tracking.close()
 
 
+class _Taken(NamedTuple):
+    """An answer not yet returned to the caller."""
+
+    space: DirtyRecord
+    found: DirtyPages
+
+
+def _put_back(taken: _Taken) -> None:
+    taken.space.keep_dirty(taken.found.dirty)
+
+
 class DirtyTracking(ContextManager):
-    """Lets the kernel track the pages that the devices of `container` write, until `close`; a context manager.
+    """Lets the kernel track the pages that the devices of `space` write, until `close`; a context manager.
 
-    Raises UnsupportedError where the IOMMU cannot, VfioError while the container has no group, IoctlError.
+    `space`: a Container or an Ioas, such as `device.space`. The devices of an Ioas are moved to page tables that record
+    writes, and moved back at the close. Each device moves in one call, as by `Device.attach`.
 
-    Synchronization: any thread may call anything. One container is tracked once: closing one tracker ends it for all.
+    Raises UnsupportedError, before any change, if an IOMMU or the kernel cannot track. Raises VfioError while the space
+    has no device; IoctlError.
+
+    Synchronization: any thread may call any method; methods take the lock of the space. The kernel tracks a space once:
+    closing one tracker ends the tracking of all others, and pages that one tracker reads are clean for the others.
+    Cost: on an Ioas, the start and the close map all memory of the space once.
+
+    Example:
+        >>> import pyvfio
+        >>> kernel = pyvfio.testing.FakeKernel()
+        >>> device = pyvfio.open_device("0000:00:02.0", kernel=kernel)
+        >>> blocks = pyvfio.RamBlockList(kernel=kernel)
+        >>> mapper = pyvfio.DmaMapper(device.space, blocks)
+        >>> ring = blocks.add("ring", used_length=2 * pyvfio.MIB, max_length=pyvfio.GIB)
+        >>> with pyvfio.DirtyTracking(device.space) as tracking:
+        ...     found = tracking.read(iova=mapper.iova(ring), size=ring.used_length)
+        >>> found.count, found.pages  # Linux reports all mapped pages of a PCI device in a container as dirty
+        (512, 512)
     """
 
     @constructing(_end)
-    def __init__(self, container: Container) -> None:
-        if not isinstance(container, Container):
-            raise TypeError(f"container must be a Container, such as device.container, not {type(container).__name__}")
-        self.guard = Guard("this tracking")
-        self.container = container
-        """The container that is tracked."""
-        self._capability = self._can(container)
-        self._ask(ioctls.vfio_iommu_type1_dirty_bitmap(8, ioctls.VFIO_IOMMU_DIRTY_PAGES_FLAG_START))
+    def __init__(self, space: AddressSpace) -> None:
+        if not hasattr(space, "start_dirty_tracking"):
+            raise TypeError(f"space must be an AddressSpace, such as device.space, not {type(space).__name__}")
+        self.guard = Guard("this tracking", lock=space.guard.lock)
+        self.space = space
+        """The tracked address space."""
+        self.page_size = space.dirty_page_size
+        """The size of a tracked page, in bytes."""
+        space.start_dirty_tracking()
         self._open = True
 
     def __repr__(self) -> str:
         state = "" if self._open else " closed"
-        return f"<DirtyTracking{state} page_size={self.page_size:#x} of {self.container!r}>"
+        return f"<DirtyTracking{state} page_size={self.page_size:#x} of {self.space!r}>"
 
-    @staticmethod
-    def _can(container: Container) -> MigrationCapability:
-        if (capability := container.info.migration) is None:
-            raise UnsupportedError(
-                "this IOMMU does not track what devices write", hint="VFIO_TYPE1v2_IOMMU does, from Linux 5.8 on"
-            )
-        return capability
+    def read(self, *, iova: SupportsIndex, size: SupportsIndex, clear: bool = True) -> DirtyPages:
+        """Return the pages of the mappings in `[iova, iova + size)` that devices may have written since the last look.
 
-    @property
-    def page_size(self) -> int:
-        """The size of the pages that are tracked, in bytes."""
-        return self._capability.pgsize_bitmap & -self._capability.pgsize_bitmap
+        `clear`: the pages are clean from now on. Copy the pages after the call, not before: a page that a device writes
+        meanwhile is in the next answer. For the last round, stop the devices first.
+
+        The record of a mapping ends with the mapping: read before an unmap, or use `unmap`. If the IOVA is mapped
+        again, as by a remap of a block, all pages of the new mapping are dirty.
+
+        Raises ValueError if the range cuts a mapping; IoctlError, and then no page is forgotten. Cost: a bitmap for
+        each mapping, one byte for 8 pages, and an object for each run of dirty pages. An ioctl for each mapping of a
+        Container, and for each run of mappings of an Ioas.
+        """
+        check_bool(clear, "clear")
+        return (self._clear if clear else self._look)(iova, size).found
+
+    @making(_put_back)
+    def _clear(self, iova: SupportsIndex, size: SupportsIndex) -> _Taken:
+        return self._take(iova, size, clear=True)
 
     @guarded
-    def read(self, *, iova: SupportsIndex, size: SupportsIndex) -> DirtyPages:
-        """Return the pages that may have been written of the mappings in `[iova, iova + size)`, whole ones only.
+    def _look(self, iova: SupportsIndex, size: SupportsIndex) -> _Taken:
+        return self._take(iova, size, clear=False)
 
-        Raises ValueError where a mapping is cut, IoctlError. Cost: an ioctl and a bitmap for each mapping.
-        """
-        return self._snapshot(self._whole_mappings(iova, size), self._dirty)
+    def _take(self, iova: SupportsIndex, size: SupportsIndex, *, clear: bool) -> _Taken:
+        start, length = self._range(iova, size)
+        pages = self._pages(start, length)
+        found = self.space.dirty_ranges(iova=start, size=length, clear=clear)
+        return _Taken(self.space, DirtyPages(self.page_size, pages, found))
 
     @guarded
     def unmap(self, *, iova: SupportsIndex, size: SupportsIndex) -> DirtyPages:
-        """Unmap those mappings, and return the pages that may have been written until then.
+        """Unmap the mappings in `[iova, iova + size)`, and return the pages that devices may have written.
 
-        Raises as `read` and `Container.unmap`; the mappings before the one that failed are then unmapped.
+        A Container, and an Ioas with `cut="replace"`, report each write up to the unmap. For another Ioas, the kernel
+        has one call to read and one to unmap, and a write between the two is lost. Stop the devices before, or treat
+        all of the range as dirty.
+
+        Raises as `read` and `AddressSpace.unmap`. If a mapping fails, the mappings before are unmapped, and their dirty
+        pages are lost: treat all of their pages as dirty.
         """
-        return self._snapshot(self._whole_mappings(iova, size), self._unmap)
+        start, length = self._range(iova, size)
+        pages = self._pages(start, length)
+        return DirtyPages(self.page_size, pages, self.space.unmap_dirty(iova=start, size=length))
 
-    def _whole_mappings(self, iova: SupportsIndex, size: SupportsIndex) -> list[Mapping]:
+    def _range(self, iova: SupportsIndex, size: SupportsIndex) -> tuple[int, int]:
         if not self._open:
             raise ClosedError("this tracking has been closed")
-        start, length = check_whole_number(iova, "iova"), check_whole_number(size, "size")
-        found = self.container.mappings_in(iova=start, size=length) if length > 0 else []
-        wanted = IovaRange.of(iova=start, size=max(length, 1))
-        if cut := [mapping for mapping in found if not wanted.contains(mapping.range)]:
-            raise ValueError(f"{wanted} cuts the mapping {cut[0].range}; the kernel tells of whole ones only")
-        return found
+        return check_whole_number(iova, "iova"), check_whole_number(size, "size")
 
-    def _snapshot(self, mappings: list[Mapping], ask: _Ask) -> DirtyPages:
-        dirty: list[IovaRange] = []
-        for mapping in mappings:
-            bits = (ctypes.c_uint8 * align_up(-(-mapping.size // self.page_size // 8) or 8, 8))()
-            if len(bits) > self._capability.max_dirty_bitmap_size:
-                raise ValueError(f"mapping {mapping.range} is too long for a bitmap: map it in shorter pieces")
-            ask(mapping, ioctls.vfio_bitmap(self.page_size, len(bits), ctypes.addressof(bits)))
-            for found in self._ranges(mapping, bytes(bits)):
-                if dirty and dirty[-1].last + 1 == found.start:
-                    dirty[-1] = IovaRange(dirty[-1].start, found.last)
-                else:
-                    dirty.append(found)
-        pages = sum(mapping.size for mapping in mappings) // self.page_size
-        return DirtyPages(self.page_size, pages, tuple(dirty))
-
-    def _ranges(self, mapping: Mapping, bits: bytes) -> Iterator[IovaRange]:
-        for page in range(mapping.size // self.page_size):
-            if bits[page // 8] >> page % 8 & 1:
-                yield IovaRange.of(iova=Iova(mapping.iova + page * self.page_size), size=self.page_size)
-
-    def _dirty(self, mapping: Mapping, bitmap: ioctls.vfio_bitmap) -> None:
-        argument = ioctls.DirtyBitmapWithRange(48, ioctls.VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP)
-        argument.get = ioctls.vfio_iommu_type1_dirty_bitmap_get(mapping.iova, mapping.size, bitmap)
-        self._ask(argument)
-
-    def _unmap(self, mapping: Mapping, bitmap: ioctls.vfio_bitmap) -> None:
-        self.container.unmap(iova=mapping.iova, size=mapping.size, bitmap=bitmap)
-
-    def _ask(self, argument: ioctls.vfio_iommu_type1_dirty_bitmap) -> None:
-        self.container.ioctl("VFIO_IOMMU_DIRTY_PAGES", argument, flags=argument.flags)
+    def _pages(self, iova: int, size: int) -> int:
+        found = self.space.mappings_in(iova=iova, size=size) if size > 0 else []
+        return sum(mapping.size for mapping in found) // self.page_size
 
     @closing
     def close(self) -> None:
-        """End the tracking. Twice is fine, and so is a container that has been closed."""
-        if self._open and not self.container.lost:
-            self._ask(ioctls.vfio_iommu_type1_dirty_bitmap(8, ioctls.VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP))
+        """End the tracking. Does nothing after the first call, or if the space has been closed."""
+        if self._open:
+            self.space.stop_dirty_tracking()
         self._open = False

@@ -1,20 +1,22 @@
-"""Which I/O virtual addresses are free: an allocator inside the ranges that the kernel reports. Pure.
+"""An allocator of I/O virtual addresses inside the ranges that the kernel reports. Pure.
 
-Blocks are placed from 0x10000 upwards (QEMU_VFIO_IOVA_MIN), temporary mappings from the top down, so that the two do
-not fragment each other. The top is 2^`dma_bits`, by default 2^39 (QEMU_VFIO_IOVA_MAX): many devices have fewer address
-bits than the IOMMU, and drop the upper bits of an IOVA silently. A caller may name an address of its own, anywhere.
-What is released is joined with its free neighbours and used again; QEMU's allocator (`qemu_vfio_find_fixed_iova`,
-`qemu_vfio_find_temp_iova`) never does.
+Blocks are placed from 0x10000 upwards (QEMU_VFIO_IOVA_MIN), temporary mappings from the top downwards, so that the two
+do not fragment each other. The top is 2^`dma_bits`, by default 2^39 (QEMU_VFIO_IOVA_MAX). Many devices have fewer
+address bits than the IOMMU, and silently drop the upper bits of an IOVA. A caller can choose an address anywhere.
+
+Released ranges are joined with free neighbours and used again. The allocator of QEMU (`qemu_vfio_find_fixed_iova`,
+`qemu_vfio_find_temp_iova`) never reuses a range.
 """
 
 from __future__ import annotations
 
 import errno
 import itertools
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 
 from pyvfio.errors import IovaOverlapError, IovaRangeError, describe_ranges
+from pyvfio.iommu.free_runs import FreeRuns
 from pyvfio.units import (
     PAGE_SIZE,
     U64_MAX,
@@ -30,18 +32,20 @@ from pyvfio.units import (
 )
 
 IOVA_MIN = 0x10000
-"""Addresses below are given out only to a caller who names them: a device that is told 0 by mistake should fault."""
+"""Lower addresses are used only if the caller names them: a device that is programmed with 0 by mistake must fault."""
 
 
 DMA_BITS = 39
-"""How many address bits a device has unless the caller says otherwise, as for QEMU's VFIO helpers."""
+"""The default number of address bits of a device, as in QEMU's VFIO helpers."""
 
 MOST_DMA_BITS = 64
-"""As many as an IOVA has: no limit."""
+"""The number of bits of an IOVA: no limit."""
+
+_MOST_NAMED = 8  # ranges in the message of an error
 
 
 def check_dma_bits(value: object) -> int:
-    """Return a number of address bits as an int. Raises ValueError unless there are IOVAs to choose; TypeError."""
+    """Return a number of address bits as an int. Raises ValueError if no IOVA would be left to choose; TypeError."""
     bits = check_whole_number(value, "dma_bits")
     least = IOVA_MIN.bit_length()
     if not least <= bits <= MOST_DMA_BITS:
@@ -50,57 +54,60 @@ def check_dma_bits(value: object) -> int:
 
 
 class IovaAllocator:
-    """Reserves ranges of IOVA inside `ranges`, each a multiple of `page_size`.
+    """Reserves ranges of IOVA inside `ranges`. The size of each is a multiple of `page_size`.
 
-    Raises ValueError for sizes, alignments and addresses that can never be right.
+    Raises ValueError for sizes, alignments and addresses that are always invalid.
 
-    Synchronization: none; `Container` serializes calls. Cost: reserve O(free runs), release O(log n) and a list insert.
+    Synchronization: none; `Container` serializes calls. Cost: one search or change of `FreeRuns` and one of a dict of
+    reservations. An error also walks the free runs once.
     """
 
     def __init__(self, ranges: Iterable[IovaRange] = (), *, page_size: int = PAGE_SIZE) -> None:
         self.page_size = page_size
-        """The smallest page of the IOMMU, in bytes: every reservation is a multiple of it. `set_ranges` changes it."""
+        """The smallest page of the IOMMU, in bytes. Every reservation is a multiple of it. `set_ranges` changes it."""
         self._ranges: tuple[IovaRange, ...] = ()
-        self._reserved: dict[int, int] = {}  # first address -> last address
-        self._free: list[tuple[int, int]] = []  # (first, last), sorted, maximal within one range
+        self._lowest = IOVA_MIN
+        self._reserved: dict[int, int] = {}  # first address -> size
+        self._free = FreeRuns()  # no run crosses the end of a range
+        # A fast path for a buffer that is mapped and unmapped again and again. If the last place found is released and
+        # nothing else has changed, the same search finds the same place.
+        self._spare: int | None = None  # the place, once it is released
+        self._answer: int | None = None  # the last place found, as long as nothing else has changed
+        self._wanted = (0, 0, False, 0)  # the arguments of that search
         self.set_ranges(ranges, page_size=page_size)
 
     @property
     def ranges(self) -> tuple[IovaRange, ...]:
-        """What the IOMMU offers, ascending."""
+        """The ranges that the IOMMU offers, ascending."""
         return self._ranges
 
     @property
     def reservations(self) -> tuple[IovaRange, ...]:
-        """Everything reserved, ascending."""
-        return tuple(IovaRange(Iova(start), Iova(last)) for start, last in sorted(self._reserved.items()))
+        """The reserved ranges, ascending."""
+        return tuple(IovaRange.of(iova=start, size=size) for start, size in sorted(self._reserved.items()))
 
     @property
     def free(self) -> int:
-        """The number of bytes that are not reserved. O(free runs)."""
-        return sum(last - start + 1 for start, last in self._free)
+        """The number of bytes that are not reserved. Cost: O(free runs)."""
+        return sum(last - start + 1 for start, last in self._runs())
 
     @property
     def free_ranges(self) -> tuple[IovaRange, ...]:
         """The ranges that are not reserved, ascending."""
-        return tuple(IovaRange(Iova(start), Iova(last)) for start, last in self._free)
+        return tuple(IovaRange(Iova(start), Iova(last)) for start, last in self._runs())
 
     @property
     def largest_free(self) -> int:
-        """The longest run of bytes that `reserve` may still give out."""
-        return self._longest(IOVA_MIN, U64_MAX)
-
-    def _longest(self, lowest: int, highest: int) -> int:
-        """The longest free run of bytes in [lowest, highest]."""
-        runs = (min(last, highest) - max(first, lowest) + 1 for first, last in self._free)
-        return max(0, *runs, 0)
+        """The length in bytes of the longest free run: the most that `reserve` can still return."""
+        return self._runs().longest(IOVA_MIN, U64_MAX)
 
     def set_ranges(self, ranges: Iterable[IovaRange], *, page_size: int | None = None) -> None:
-        """Take over what the kernel reports now; it can change when a group is attached or detached.
+        """Set the ranges that the kernel reports now. Attaching or detaching a group can change the ranges.
 
-        Raises ValueError for ranges that overlap and a page size that is not a power of two; IovaRangeError when
-        something reserved would lie outside or be no multiple of the page size. Then nothing has changed. The kernel
-        checks live mappings only: the unmapped tail of a block would otherwise fail much later, when the block grows.
+        Raises ValueError if ranges overlap or if the page size is not a power of two. Raises IovaRangeError if a
+        reservation would lie outside the ranges or would not be a multiple of the page size. On an error nothing
+        changes. The kernel checks live mappings only. Without this check, a block whose reserved tail has become
+        unusable would fail much later, when the block grows.
         """
         new = tuple(sorted(ranges))
         size = self.page_size if page_size is None else page_size
@@ -108,11 +115,13 @@ class IovaAllocator:
             raise ValueError(f"page_size must be a power of two, not {size}")
         if any(one.overlaps(other) for one, other in itertools.pairwise(new)):
             raise ValueError(f"ranges of IOVA must not overlap: {format_ranges(new)}")
-        if lost := [
-            taken
-            for taken in self.reservations
-            if not any(r.contains(taken) for r in new) or not is_aligned(taken.start | taken.size, size)
-        ]:
+        starts = [offered.start for offered in new]
+
+        def is_usable(start: int, length: int) -> bool:
+            home = bisect_right(starts, start) - 1
+            return home >= 0 and start + length - 1 <= new[home].last and is_aligned(start | length, size)
+
+        if lost := [IovaRange.of(iova=each[0], size=each[1]) for each in self._taken() if not is_usable(*each)]:
             error = IovaRangeError(
                 errno.EINVAL,
                 f"{len(lost)} reserved ranges of IOVA have become unusable: {format_ranges(lost)}",
@@ -123,22 +132,27 @@ class IovaAllocator:
             )
             error.ranges = new
             raise error
-        self._ranges, self.page_size = new, size
-        self._free = list(self._gaps())
+        self._ranges, self.page_size, self._lowest = new, size, align_up(IOVA_MIN, size)
+        self._free = FreeRuns(self._gaps(), frozenset(starts))
+        self._spare = self._answer = None
+
+    def _taken(self) -> list[tuple[int, int]]:
+        return sorted(self._reserved.items())
 
     def _gaps(self) -> Iterator[tuple[int, int]]:
-        taken = sorted(self._reserved.items())
+        """Yield the unreserved runs of each range."""
+        taken = iter([*self._taken(), (U64_MAX + 1, 0)])
+        start, size = next(taken)
         for offered in self._ranges:
-            start = align_up(offered.start, self.page_size)
+            first = align_up(offered.start, self.page_size)
             last = align_down(offered.last + 1, self.page_size) - 1
-            for first_taken, last_taken in taken:
-                if last_taken < start or first_taken > last:
-                    continue
-                if first_taken > start:
-                    yield start, first_taken - 1
-                start = last_taken + 1
-            if start <= last:
-                yield start, last
+            while start <= last:  # every reservation lies inside a range
+                if first < start:
+                    yield first, start - 1
+                first = start + size
+                start, size = next(taken)
+            if first <= last:
+                yield first, last
 
     def reserve(
         self,
@@ -149,47 +163,64 @@ class IovaAllocator:
         top_down: bool = False,
         dma_bits: int = MOST_DMA_BITS,
     ) -> Iova:
-        """Reserve `size` bytes below 2^`dma_bits`, at an address that leaves `offset % alignment` when divided by
-        `alignment`.
+        """Reserve `size` bytes of IOVA below 2^`dma_bits`. Return the first address.
 
-        `alignment` is a power of two (default: the page size). Blocks pass 2 MiB and their vaddr, so that the IOMMU can
-        use large pages. Where no such place is left, any page-aligned one is taken: a slower mapping is better than
-        none. Raises IovaRangeError (ENOMEM) when there is none either.
+        The address leaves `offset % alignment` when divided by `alignment`, a power of two (default: the page size).
+        Blocks pass 2 MiB and their vaddr, so that the IOMMU can use large pages. If no such place is free, any
+        page-aligned place is used: a slower mapping is better than none. Raises IovaRangeError (ENOMEM) if that fails
+        too.
         """
-        page = self.page_size
+        return self.place(size, self.page_size if alignment is None else alignment, offset, top_down, dma_bits)
+
+    def place(self, size: int, alignment: int, offset: int, top_down: bool, dma_bits: int) -> Iova:  # noqa: FBT001
+        """Reserve as `reserve` does. The arguments are positional, for speed."""
+        wanted = (size, alignment, top_down, dma_bits)
+        if wanted == self._wanted and self._spare is not None:
+            start, self._spare = self._spare, None
+        else:
+            start = self._find(size, alignment, offset, top_down, dma_bits)
+            self._wanted, self._answer = wanted, start if alignment <= self.page_size else None
+        self._reserved[start] = size
+        return start  # type: ignore[return-value]  # Iova() is a call, and int at runtime
+
+    def _find(self, size: int, alignment: int, offset: int, top_down: bool, dma_bits: int) -> int:  # noqa: FBT001
+        page, runs = self.page_size, self._runs()
         if size <= 0 or size & (page - 1):
             self._check_size(size)
-        if alignment is not None and not is_power_of_two(alignment):
+        if alignment <= 0 or alignment & (alignment - 1):
             raise ValueError(f"alignment must be a power of two, not {alignment}")
-        stride = page if alignment is None or alignment < page else alignment
-        highest = (1 << dma_bits) - 1
-        start = self._find(size, stride, offset, highest, top_down=top_down)
-        if start is None and stride > page:
-            start = self._find(size, page, 0, highest, top_down=top_down)
+        take = runs.take_highest if top_down else runs.take_lowest
+        highest, start = (1 << dma_bits) - 1, None
+        if alignment > page:
+            start = take(size, alignment, offset & alignment - page, self._lowest, highest)  # offset in whole pages
+        if start is None:
+            start = take(size, 0, 0, self._lowest, highest)
         if start is None:
             raise self._exhausted(size, dma_bits)
-        self._take(start, start + size - 1)
-        return Iova(start)
+        return start
 
-    def _find(self, size: int, stride: int, offset: int, highest: int, *, top_down: bool) -> int | None:
-        offset = offset % stride & -self.page_size
-        for first, last in reversed(self._free) if top_down else self._free:
-            first, last = max(first, IOVA_MIN), min(last, highest)  # noqa: PLW2901
-            # The last, or the first, address there that leaves `offset`: x & -stride rounds down, -(-x & -stride) up.
-            start = (last + 1 - size - offset & -stride if top_down else -(offset - first & -stride)) + offset
-            if first <= start and start + size - 1 <= last:
-                return start
-        return None
+    def _runs(self) -> FreeRuns:
+        """Return the free runs, the spare place included. The next search cannot use the fast path."""
+        if self._spare is not None:
+            self._free.give(self._spare, self._spare + self._wanted[0] - 1)
+        self._spare = self._answer = None
+        return self._free
 
     def reserve_at(self, iova: int, size: int) -> Iova:
-        """Reserve `[iova, iova + size)`, the caller's own choice.
+        """Reserve `[iova, iova + size)`, chosen by the caller.
 
-        Raises ValueError when `iova` is misaligned, IovaRangeError (EINVAL) when the IOMMU has no such addresses in one
-        range, IovaOverlapError (EEXIST) when part of it is reserved.
+        Raises ValueError if `iova` is misaligned. Raises IovaRangeError (EINVAL) if the addresses do not lie in one
+        range of the IOMMU, and IovaOverlapError (EEXIST) if some are reserved.
         """
         self._check_size(size)
         if not 0 <= iova <= U64_MAX or not is_aligned(iova, self.page_size):
             raise ValueError(f"an IOVA must be a multiple of {self.page_size:#x} below 2^64, not {iova:#x}")
+        if not self._runs().take(iova, iova + size - 1):
+            raise self._not_free(iova, size)
+        self._reserved[iova] = size
+        return Iova(iova)
+
+    def _not_free(self, iova: int, size: int) -> IovaRangeError | IovaOverlapError:
         arguments = {"iova": iova, "size": size}
         if iova + size - 1 > U64_MAX or not any(r.contains(IovaRange.of(iova=iova, size=size)) for r in self._ranges):
             outside = IovaRangeError(
@@ -200,56 +231,69 @@ class IovaAllocator:
                 hint=f"{describe_ranges(self._ranges)}. Leave the IOVA to pyvfio, or choose one inside",
             )
             outside.ranges = self._ranges
-            raise outside
-        if not self._is_free(iova, iova + size - 1):
-            wanted = IovaRange.of(iova=iova, size=size)
-            existing = tuple(taken for taken in self.reservations if taken.overlaps(wanted))
-            overlap = IovaOverlapError(
-                errno.EEXIST,
-                f"IOVA {wanted} is reserved already: {format_ranges(existing)}",
-                request="reserve_at",
-                arguments=arguments,
-                hint="Leave the IOVA to pyvfio, or remove what is there first",
-            )
-            overlap.existing = existing
-            raise overlap
-        self._take(iova, iova + size - 1)
-        return Iova(iova)
+            return outside
+        existing = tuple(IovaRange.of(iova=start, size=length) for start, length in self._overlapping(iova, size))
+        overlap = IovaOverlapError(
+            errno.EEXIST,
+            f"IOVA {IovaRange.of(iova=iova, size=size)} is reserved already: {format_ranges(existing[:_MOST_NAMED])}"
+            + (", …" if len(existing) > _MOST_NAMED else ""),
+            request="reserve_at",
+            arguments=arguments,
+            hint="Let pyvfio choose the IOVA, or remove those mappings or blocks first",
+        )
+        overlap.existing = existing
+        return overlap
+
+    def _overlapping(self, iova: int, size: int) -> Iterator[tuple[int, int]]:
+        """Yield the reservations that share an address with `[iova, iova + size)`, which lies in one range."""
+        at, end = iova, iova + size
+        while at < end:
+            free = self._free.covering(at)
+            if free is not None:
+                at = free[1] + 1
+                continue
+            start = self._reservation_of(at)
+            yield start, self._reserved[start]
+            at = start + self._reserved[start]
+
+    def _reservation_of(self, iova: int) -> int:
+        """Return the start of the reservation that contains `iova`.
+
+        The search goes down from `iova` page by page, and up from the end of the last free run reservation by
+        reservation. The shorter way ends the search.
+        """
+        reserved, page = self._reserved, self.page_size
+        home = next(offered for offered in self._ranges if offered.start <= iova <= offered.last)
+        free = self._free.below(iova)
+        above = align_up(home.start, page) if free is None or free < home.start else free + 1
+        below = iova
+        while below not in reserved:
+            following = above + reserved[above]
+            if following > iova:
+                return above
+            above = following
+            below -= page
+        return below
 
     def release(self, iova: int) -> None:
-        """Give back the reservation that begins at `iova`. Raises KeyError when none does."""
-        last = self._reserved.pop(iova)
-        position = bisect_left(self._free, (iova, last))
-        start = iova
-        home = self._range_of(iova)
-        if position < len(self._free) and self._free[position][0] == last + 1 <= home.last:
-            last = self._free.pop(position)[1]
-        if position > 0 and home.start <= self._free[position - 1][1] == start - 1:
-            start = self._free.pop(position - 1)[0]
-        insort(self._free, (start, last))
+        """Release the reservation that begins at `iova`. Raises KeyError if there is none."""
+        size = self._reserved.pop(iova)
+        if iova == self._answer and self._spare is None:
+            self._spare = iova
+        else:
+            self._runs().give(iova, iova + size - 1)
+
+    def release_neighbours(self, iovas: Sequence[int]) -> None:
+        """Release adjacent reservations, given in ascending order. Raises KeyError if one of them does not exist."""
+        reserved = self._reserved
+        sizes = [reserved[iova] for iova in iovas]
+        for iova in iovas:
+            del reserved[iova]
+        self._runs().give(iovas[0], iovas[0] + sum(sizes) - 1)
 
     def is_reserved(self, iova: int) -> bool:
-        """Whether a reservation begins at `iova`."""
+        """Return whether a reservation begins at `iova`."""
         return iova in self._reserved
-
-    def _range_of(self, iova: int) -> IovaRange:
-        for offered in self._ranges:
-            if offered.start <= iova <= offered.last:
-                return offered
-        raise KeyError(iova)
-
-    def _is_free(self, start: int, last: int) -> bool:
-        position = bisect_right(self._free, (start, U64_MAX + 1)) - 1
-        return position >= 0 and last <= self._free[position][1]
-
-    def _take(self, start: int, last: int) -> None:
-        position = bisect_right(self._free, (start, U64_MAX + 1)) - 1
-        first, end = self._free[position]
-        pieces = [(first, start - 1)] if first < start else []
-        if last < end:
-            pieces.append((last + 1, end))
-        self._free[position : position + 1] = pieces
-        self._reserved[start] = last
 
     def _check_size(self, size: int) -> None:
         if size <= 0 or not is_aligned(size, self.page_size):
@@ -257,7 +301,7 @@ class IovaAllocator:
 
     def _exhausted(self, size: int, dma_bits: int) -> IovaRangeError:
         limit = 1 << dma_bits
-        below, above = self._longest(IOVA_MIN, limit - 1), self._longest(limit, U64_MAX)
+        below, above = self._runs().longest(IOVA_MIN, limit - 1), self._runs().longest(limit, U64_MAX)
         where, there, also = "", "", ""
         hint = (
             "Choose a smaller max_length or remove blocks; under QEMU an intel-iommu offers more with aw-bits=48, and "
@@ -284,11 +328,14 @@ class IovaAllocator:
         return error
 
     def _check(self) -> None:
-        taken: Sequence[IovaRange] = self.reservations
-        free: Sequence[IovaRange] = self.free_ranges
-        everything = sorted([*taken, *free])
+        free = FreeRuns(self._free, {offered.start for offered in self._ranges})
+        if self._spare is not None:  # self._runs() would end the fast path; this check must change nothing
+            assert self._spare == self._answer
+            free.give(self._spare, self._spare + self._wanted[0] - 1)
+        assert list(free) == list(self._gaps())
+        self._free._check()
+        everything = sorted([*self.reservations, *(IovaRange(Iova(first), Iova(last)) for first, last in free)])
         for one, other in itertools.pairwise(everything):
             assert one.last < other.start, (str(one), str(other))
         for piece in everything:
             assert any(r.contains(piece) for r in self._ranges), str(piece)
-        assert self._free == sorted(self._free) == list(self._gaps())

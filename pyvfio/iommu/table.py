@@ -1,103 +1,210 @@
-"""The mappings that an address space has put into the kernel, sorted by IOVA."""
+"""The mappings that an address space has in the kernel, sorted by IOVA."""
 
 from __future__ import annotations
 
 import itertools
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Self, TypeAlias
 
+from pyvfio.iommu.buckets import Buckets
 from pyvfio.iommu.space import Mapping
-from pyvfio.units import Iova, Vaddr
+from pyvfio.units import Iova, Vaddr, format_ranges
 
 
-class MappingTable:
-    """Mappings sorted by IOVA, 32 bytes each: what an address space has put into the kernel.
+class _Rows:
+    """A bucket: the IOVA, size and vaddr of each mapping.
 
-    Synchronization: none; its owner serializes calls. Cost: look-ups O(log n), changes O(log n) and a move of the tail.
+    The IOVAs are a list, not an array. Most IOVAs are objects that the allocator or a mapper holds too, so a list needs
+    no more memory than an array. A search in a list takes half the time.
     """
 
-    __slots__ = ("_iovas", "_rows")
+    __slots__ = ("keys", "sizes", "vaddrs")
+
+    def __init__(self, iovas: list[int], sizes: array[int], vaddrs: array[int]) -> None:
+        self.keys = iovas
+        self.sizes = sizes
+        self.vaddrs = vaddrs
+
+    def split(self) -> Self:
+        half = len(self.keys) // 2
+        upper = type(self)(self.keys[half:], self.sizes[half:], self.vaddrs[half:])
+        self.delete(half, len(self.keys))
+        return upper
+
+    def extend(self, other: Self) -> None:
+        self.keys.extend(other.keys)
+        self.sizes.extend(other.sizes)
+        self.vaddrs.extend(other.vaddrs)
+
+    def delete(self, start: int, end: int) -> None:
+        del self.keys[start:end]
+        del self.sizes[start:end]
+        del self.vaddrs[start:end]
+
+    def mapping(self, position: int) -> Mapping:
+        return Mapping(Iova(self.keys[position]), self.sizes[position], Vaddr(self.vaddrs[position]))
+
+
+def _no_rows() -> _Rows:
+    return _Rows([], array("Q"), array("Q"))
+
+
+MOST_DESCRIBED = 8
+"""The number of mappings that the message of an error names."""
+
+
+def describe_mappings(mappings: Sequence[Mapping]) -> str:
+    """Format the IOVAs of mappings, at most the first eight."""
+    named = format_ranges(mapping.range for mapping in mappings[:MOST_DESCRIBED])
+    return named + (", …" if len(mappings) > MOST_DESCRIBED else "")
+
+
+Place: TypeAlias = tuple[_Rows, int]
+"""The place of a mapping in a table. Valid until the next change."""
+
+
+class MappingTable(Buckets[_Rows]):
+    """The mappings that an address space has in the kernel, sorted by IOVA. 24 bytes each.
+
+    Synchronization: none; the owner serializes calls. Cost: as `Buckets`.
+    """
+
+    __slots__ = ("_length", "changes")
 
     def __init__(self) -> None:
-        # iova, size and vaddr of one mapping after the other. `_iovas` is a copy of every third, to search in.
-        self._rows = array("Q")
-        self._iovas = array("Q")
+        super().__init__(_no_rows())
+        self._length = 0
+        self.changes = 0
+        """The number of changes."""
 
     def __len__(self) -> int:
-        return len(self._rows) // 3
+        return self._length
+
+    def __bool__(self) -> bool:
+        return bool(self._buckets[0].keys)
 
     def __iter__(self) -> Iterator[Mapping]:
-        return (self._at(position) for position in range(len(self)))
+        return (
+            Mapping(Iova(iova), size, Vaddr(vaddr))
+            for rows in self._buckets
+            for iova, size, vaddr in zip(rows.keys, rows.sizes, rows.vaddrs, strict=True)
+        )
 
     @property
     def mapped(self) -> int:
-        """Bytes of all mappings together. O(n)."""
-        return sum(self._rows[1::3])
-
-    def _at(self, position: int) -> Mapping:
-        iova, size, vaddr = self._rows[3 * position : 3 * position + 3]
-        return Mapping(Iova(iova), size, Vaddr(vaddr))
-
-    def _position(self, iova: int) -> int:
-        """Of the first mapping that does not begin below `iova`."""
-        iovas = self._iovas
-        if not iovas or iova > iovas[-1]:  # no search for what comes behind all others
-            return len(iovas)
-        return bisect_left(iovas, iova)
+        """The number of bytes mapped. Cost: O(n)."""
+        return sum(sum(rows.sizes) for rows in self._buckets)
 
     def add(self, iova: int, size: int, vaddr: int) -> None:
-        """Take a mapping in; the kernel has seen to it that it overlaps none."""
-        iovas = self._iovas
-        if not iovas or iova > iovas[-1]:
-            iovas.append(iova)
-            self._rows.extend((iova, size, vaddr))
-        else:
-            position = bisect_left(iovas, iova)
-            iovas.insert(position, iova)
-            self._rows[3 * position : 3 * position] = array("Q", (iova, size, vaddr))
+        """Add a mapping. The kernel has checked that no mapping overlaps."""
+        rows = self._only or self._buckets[bisect_right(self._firsts, iova) - 1]
+        keys = rows.keys
+        position = bisect_left(keys, iova)
+        keys.insert(position, iova)
+        rows.sizes.insert(position, size)
+        rows.vaddrs.insert(position, vaddr)
+        self._length += 1
+        self.changes += 1
+        if len(keys) > self.most:
+            self._changed(bisect_right(self._firsts, iova) - 1)
 
-    def overlapping(self, *, iova: int, size: int) -> list[Mapping]:
-        """The mappings that share an address with `[iova, iova + size)`."""
-        start, end = self._position(iova), self._position(iova + size)
-        if start > 0:
-            start -= self._rows[3 * start - 3] + self._rows[3 * start - 2] > iova  # the one before reaches in
-        return [self._at(position) for position in range(start, end)]
+    def find(self, iova: int, size: int) -> Place | None:
+        """Return the place of the mapping that is exactly `[iova, iova + size)`, or None."""
+        rows = self._only or self._buckets[bisect_right(self._firsts, iova) - 1]
+        keys = rows.keys
+        position = bisect_left(keys, iova)
+        if position < len(keys) and keys[position] == iova and rows.sizes[position] == size:
+            return rows, position
+        return None
 
-    def is_whole(self, iova: int, size: int) -> bool:
-        """Whether the mappings in `[iova, iova + size)` fill it, without a gap, and none reaches beyond."""
-        start, end = self._position(iova), self._position(iova + size)
-        if start == end or self._rows[3 * start] != iova:
-            return False
-        last, length = self._rows[3 * end - 3 : 3 * end - 1]
-        return last + length == iova + size and (
-            end - start == 1 or sum(self._rows[3 * start + 1 : 3 * end : 3]) == size
-        )
+    def remove(self, place: Place) -> None:
+        """Remove the mapping at a place that `find` returned."""
+        rows, position = place
+        iova = rows.keys[position]
+        del rows.keys[position], rows.sizes[position], rows.vaddrs[position]
+        self._length -= 1
+        self.changes += 1
+        if self._only is None and (not position or len(rows.keys) < self.least):
+            self._changed(bisect_right(self._firsts, iova) - 1)
 
     def has(self, iova: int, size: int, vaddr: int) -> bool:
-        """Whether that mapping is there."""
-        rows, row = self._rows, 3 * self._position(iova)
-        return row < len(rows) and rows[row] == iova and rows[row + 1] == size and rows[row + 2] == vaddr
+        """Return whether exactly that mapping exists."""
+        place = self.find(iova, size)
+        return place is not None and place[0].vaddrs[place[1]] == vaddr
+
+    def has_neighbours(self, iovas: Sequence[int], vaddrs: Sequence[int], end: int) -> bool:
+        """Return whether mappings begin at exactly these IOVAs and vaddrs, and fill `[iovas[0], end)`."""
+        iovas_there, vaddrs_there = list[int](), list[int]()
+        for rows, first, last in self._spans(iovas[0], end):
+            iovas_there += rows.keys[first:last]
+            vaddrs_there += rows.vaddrs[first:last]
+        return iovas_there == iovas and vaddrs_there == vaddrs and self.is_whole(iovas[0], end - iovas[0])
+
+    def overlapping(self, *, iova: int, size: int) -> list[Mapping]:
+        """Return the mappings that share an address with `[iova, iova + size)`."""
+        found: list[Mapping] = []
+        for rows, start, end in self._spans(iova, iova + size):
+            if start and rows.keys[start - 1] + rows.sizes[start - 1] > iova:
+                found.append(rows.mapping(start - 1))  # a mapping that begins before `iova` and ends behind it
+            found += map(rows.mapping, range(start, end))
+        return found
+
+    def is_whole(self, iova: int, size: int) -> bool:
+        """Return whether mappings fill `[iova, iova + size)` without a gap, and none reaches beyond."""
+        reached = iova
+        for rows, start, end in self._spans(iova, iova + size):
+            if start == end or rows.keys[start] != reached:
+                return False
+            reached = rows.keys[end - 1] + rows.sizes[end - 1]
+            # Mappings do not overlap, so the sizes add up to the distance exactly if there is no gap.
+            if rows.keys[start] + sum(rows.sizes[start:end]) != reached:
+                return False
+        return reached == iova + size
 
     def discard(self, *, iova: int, size: int) -> None:
-        """Forget the mappings that begin in `[iova, iova + size)`."""
-        start, end = self._position(iova), self._position(iova + size)
-        del self._rows[3 * start : 3 * end]
-        del self._iovas[start:end]
+        """Remove the mappings that begin in `[iova, iova + size)`."""
+        self._cut(iova, iova + size)
+        self._length = sum(len(rows.keys) for rows in self._buckets)
+        self.changes += 1
+
+    def cut(self, *, iova: int, size: int) -> None:
+        """Remove `[iova, iova + size)` from the mappings. The rest of a mapping stays, as one or two mappings."""
+        end = iova + size
+        for start, length, vaddr in self.overlapping(iova=iova, size=size):
+            place = self.find(start, length)
+            if place is None:
+                continue
+            if start < iova:  # the head stays, where it is
+                place[0].sizes[place[1]] = iova - start
+                self.changes += 1
+            else:
+                self.remove(place)
+            if end < start + length:
+                self.add(end, start + length - end, vaddr + end - start)
 
     def at(self, iova: int) -> Mapping | None:
-        """The mapping that covers `iova`."""
-        position = bisect_right(self._iovas, iova) - 1
-        if position < 0 or iova >= self._rows[3 * position] + self._rows[3 * position + 1]:
+        """Return the mapping that covers `iova`, or None."""
+        number = bisect_right(self._firsts, iova) - 1
+        rows = self._buckets[number]
+        position = bisect_right(rows.keys, iova) - 1
+        if position < 0 or iova >= rows.keys[position] + rows.sizes[position]:
             return None
-        return self._at(position)
+        return rows.mapping(position)
 
     def clear(self) -> None:
-        """Forget all."""
-        del self._rows[:]
-        del self._iovas[:]
+        """Remove all mappings."""
+        super().__init__(_no_rows())
+        self._length = 0
+        self.changes += 1
 
     def _check(self) -> None:
+        super()._check()
+        for rows in self._buckets:
+            assert len(rows.keys) == len(rows.sizes) == len(rows.vaddrs)
         mappings = list(self)
+        assert len(self) == len(mappings)
+        assert bool(self) == bool(mappings)
         for one, other in itertools.pairwise(mappings):
             assert one.range.last < other.iova

@@ -1,30 +1,35 @@
-"""A program is replaced, or its process, and its devices go on reaching the memory of its RAM blocks all the while.
+"""Replaces a program or its process, while its devices continue to reach the memory of the RAM blocks.
 
-In the old process:                                   In the new one:
+In the old process:                                   In the new process:
 
     with hand_over(mapper) as update:
         send(update.state, update.fds)        ──▸     taken = take_over(state, fds)
         wait_for("taken")                     ◂──     say("taken")
         update.finish()                               taken.blocks["ring"].resize(...)
 
-The memory is a memfd (or a file), which both can map; the mappings stay in the IOMMU, pages pinned, and are told a new
-address in a new process. Nothing is unmapped, mapped or reset, so that no access of a device is stopped at any time.
+The memory is a memfd or a file, which both processes can map. The mappings stay in the IOMMU with their pages pinned.
+In a container, the new process sets their new virtual addresses. In an Ioas, the new process has the memory charged to
+itself. Nothing is unmapped, mapped or reset, so no device access fails at any time.
 
-What holds at every instant, whatever fails, and whichever process dies:
+The invariant, at every instant, after any failure, and whichever process dies:
 
     what the device can reach  =  what it could reach before `hand_over`, until the new process resizes a block
 
-Between `hand_over` and `cancel` or `finish` the old process can change none of it: a block whose pages would be given
-back by one process while another counts on them is what must not be. It may use the blocks' memory, the devices'
-registers and interrupts. Only one of the two ends: `finish` where the new process has said that it has everything,
-`cancel` where it has died, or has said that it could not. A process that dies takes its descriptors with it; when the
-last has gone, the kernel unmaps everything and the device is off the bus.
+Between `hand_over` and `cancel` or `finish`, the old process can change none of the mappings. One process must not
+release pages of a block while the other relies on them. The old process may use the memory of the blocks, and the
+registers and interrupts of the devices.
 
-`handing_over` is the old process's side and `taking_over` the new one's, `state` what the one tells the other (pure),
-`obstacles` what cannot be handed over, and `vaddr` the two calls that take a mapping's address and give it another.
+A hand-over has exactly one end. Call `finish` after the new process has confirmed that the take-over is complete. Call
+`cancel` if the new process has died or has reported a failure. A process that dies loses its descriptors. After the
+last descriptor is closed, the kernel unmaps everything and disables bus mastering of the device.
+
+`handing_over` is the side of the old process, `taking_over` the side of the new process. `state` is the message between
+them (pure). `obstacles` lists everything that cannot be handed over. `ways` has the steps that depend on the kind of
+address space: `type1`, whose calls are in `vaddr`, and `iommufd`, whose processes know of each other by an `agreement`.
 
 Source: VFIO_DMA_UNMAP_FLAG_VADDR and VFIO_DMA_MAP_FLAG_VADDR, `vfio_dma_do_unmap`, `vfio_dma_do_map` and
-`vfio_change_dma_owner` in drivers/vfio/vfio_iommu_type1.c; cpr-exec and cpr-transfer of QEMU.
+`vfio_change_dma_owner` in drivers/vfio/vfio_iommu_type1.c; IOMMU_IOAS_CHANGE_PROCESS, `iommufd_ioas_change_process` in
+drivers/iommu/iommufd/ioas.c; cpr-exec and cpr-transfer of QEMU.
 """
 
 from pyvfio.live_update.handing_over import HandOver, hand_over

@@ -1,4 +1,4 @@
-"""The old process: everything is described, nobody may change it, and in the end it is forgotten or taken back."""
+"""The old process: describes all objects, forbids changes, and at the end forgets the objects or takes them back."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from pyvfio import ioctls
 from pyvfio.blocks.block import RamBlock
-from pyvfio.container import Container, Group
+from pyvfio.container import Container
 from pyvfio.device import Device, Irq
 from pyvfio.device.eventfds import Eventfd
 from pyvfio.dma import DmaMapper
-from pyvfio.errors import ClosedError, HandOverError, RollbackError, UnsupportedError, as_exception, raise_collected
+from pyvfio.errors import ClosedError, HandOverError, RollbackError, as_exception
 from pyvfio.guard import ContextManager, Guard, closing, guarded, holding, uninterrupted
-from pyvfio.handle import attempt, attempt_all
-from pyvfio.iommu.space import Mapping
+from pyvfio.handle import attempt_all
+from pyvfio.ioas import Ioas
 from pyvfio.live_update.obstacles import find_obstacles
-from pyvfio.live_update.state import HandedBlock, HandedDevice, HandedIrq, State
-from pyvfio.live_update.vaddr import give_up_all, give_up_vaddr, join_limits, set_vaddr
+from pyvfio.live_update.state import HandedBlock, HandedIrq, State
+from pyvfio.live_update.ways import giving
 from pyvfio.mapper.window import Window
 
 logger = logging.getLogger(__name__)
@@ -32,29 +31,52 @@ def _undo(update: HandOver) -> None:
 
 @uninterrupted(_undo)
 def hand_over(mapper: DmaMapper) -> HandOver:
-    """Give up the addresses of all mappings of `mapper`, so that another process, or this one after execve(2), can take
-    over its blocks, its container and all devices in that. Their DMA goes on.
+    """Let another process take over the blocks, the address space and all its devices. DMA continues.
 
-    Returns the HandOver that there is, if one is under way.
+    The other process can be this process after execve(2). If a hand-over is in progress already, its HandOver is
+    returned.
 
-    Raises before anything is touched: UnsupportedError where the kernel has no VFIO_UPDATE_VADDR; HandOverError, with
-    the names of the obstacles: memory that is private to this process (`Anonymous`, `File(shared=False)`; use `Memfd`),
-    buffers and temporary mappings, other notifiers of the list, mappings of others, IOVA that is reserved for anything
-    but blocks of `mapper`, a change that failed, another thread that has only begun to hand over; ReentrancyError from
-    inside a hook; ForkedError. Raises IoctlError, and everything is as it was; RollbackError: the hand-over is under
-    way, and a second `hand_over` returns it, so that it can be cancelled.
+    In a container, this call gives up the virtual addresses of all mappings. In an Ioas, nothing is given up: the
+    mappings are of files, and the other process has the memory charged to itself. If memory counts by process
+    (`Iommufd.counts_by_process`), this process must live until the other process has taken over. After execve(2), the
+    memory then has no charge any more.
 
-    Synchronization: any thread may call it; it waits for changes of the blocks that are being made.
-    Cost: one ioctl, and two small calls for each descriptor.
+    Raises before any change:
+
+    * UnsupportedError if the kernel has no VFIO_UPDATE_VADDR, or for an Ioas no IOMMU_IOAS_CHANGE_PROCESS (6.13).
+    * HandOverError, which names the obstacles. Obstacles are memory private to this process (`Anonymous`,
+      `File(shared=False)`; use `Memfd`), buffers and temporary mappings, and other notifiers of the list. Obstacles are
+      also mappings of other users, reserved IOVA other than that of `mapper`'s blocks, and a change that failed.
+      For an Ioas, obstacles are also files that are neither on tmpfs nor on hugetlbfs, other spaces of the iommufd, and
+      devices that are not attached. HandOverError also if another thread has just begun to hand over.
+    * ReentrancyError if called from a hook; ForkedError.
+
+    Raises IoctlError, and everything is then as before. Raises RollbackError if the undo fails too: the hand-over is
+    then in progress, and a second `hand_over` returns a HandOver that can be cancelled.
+
+    Synchronization: any thread; waits for changes of the blocks in progress.
+    Cost: one ioctl, and two small calls for each descriptor; for an Ioas a memory file in addition.
+
+    Example:
+        >>> import pyvfio
+        >>> kernel = pyvfio.testing.FakeKernel()
+        >>> device = pyvfio.open_device("0000:00:02.0", kernel=kernel)
+        >>> blocks = pyvfio.RamBlockList(kernel=kernel)
+        >>> mapper = pyvfio.DmaMapper(device.space, blocks)
+        >>> ring = blocks.add("ring", used_length=2 * pyvfio.MIB, max_length=pyvfio.GIB, memory=pyvfio.Memfd())
+        >>> with pyvfio.hand_over(mapper) as update:  # the end of the block cancels
+        ...     print(type(update.state).__name__, len(update.fds) > 0)
+        bytes True
+        >>> ring.resize(pyvfio.MIB)
     """
     if not isinstance(mapper, DmaMapper):
         raise TypeError(f"mapper must be a DmaMapper, not {type(mapper).__name__}")
-    container = mapper.space
-    if not isinstance(container, Container):
-        raise TypeError(f"only memory that is mapped into a Container can be handed over, not {type(container)}")
+    space = mapper.space
+    if not isinstance(space, Container | Ioas):
+        raise TypeError(f"only a mapper of a Container or of an Ioas can be handed over, not of {type(space)}")
     mapper.guard.check()
-    update = HandOver(mapper, container)
-    if (other := _enter(container, update)) is not None:
+    update = HandOver(mapper, space)
+    if (other := _enter(space, update)) is not None:
         return other.begun()
     try:
         update.begin()
@@ -63,9 +85,9 @@ def hand_over(mapper: DmaMapper) -> HandOver:
             update.cancel()
         except Exception as failure:
             raise RollbackError(
-                "the hand-over could not begin, and could not be undone",
+                "the hand-over could not begin, and the undo failed too",
                 [as_exception(error), failure],
-                hint="The device reaches what it did. hand_over(mapper) returns a HandOver that can be cancelled",
+                hint="The device's reach is unchanged. hand_over(mapper) returns a HandOver that can be cancelled",
             ) from error
         raise
     finally:
@@ -74,48 +96,48 @@ def hand_over(mapper: DmaMapper) -> HandOver:
 
 
 @guarded
-def _enter(container: Container, update: HandOver) -> HandOver | None:
-    """Note that `container` is handed over by `update`, or return the HandOver that does it already."""
-    if isinstance(container.handing, HandOver):
-        return container.handing
-    container.handing = update
+def _enter(space: Container | Ioas, update: HandOver) -> HandOver | None:
+    """Record that `update` hands over `space`, or return the HandOver already recorded."""
+    if isinstance(space.handing, HandOver):
+        return space.handing
+    space.handing = update
     return None
 
 
 class HandOver(ContextManager):
-    """A hand-over that is under way: made by `hand_over`. A context manager, whose end cancels unless it is finished.
+    """A hand-over in progress, made by `hand_over`. A context manager: its end cancels, unless finished.
 
-    `state` and `fds` are the arguments of `take_over`: bytes of JSON, and the descriptors of the container, the groups,
-    the devices, the blocks' memory and the interrupts, which stay this process's own. Send them with `socket.send_fds`
-    (253 at most in one message), or let a program inherit them: `make_inheritable`.
+    `state` and `fds` are the arguments of `take_over`. `state` is JSON in bytes. `fds` are the descriptors of the
+    address space, the devices, the blocks' memory and the interrupts. This process keeps its own descriptors.
+    Send `fds` with `socket.send_fds` (at most 253 in one message), or let a program inherit them: `make_inheritable`.
 
-    Enabled interrupts go along: the devices go on signalling the same eventfds, and the new process has descriptors of
-    them, also of those that this program has passed to `enable` and `unmask_by`. A signal stays in the eventfd until
-    somebody reads it. Until the end this process can wait for interrupts, but enable and disable none; a signal that
-    it reads is not told to the new process. A DirtyTracking does not go along: the kernel goes on tracking, and the
-    new process opens one of its own.
+    Enabled interrupts are handed over too. The devices continue to signal the same eventfds. The new process gets
+    descriptors of all of them, also of those that this program passed to `enable` and `unmask_by`. A signal stays in
+    the eventfd until a process reads the eventfd; a signal that this process reads is not seen by the new process.
+    Until the end, this process can wait for interrupts, but cannot enable or disable any.
+
+    A DirtyTracking is not handed over. The kernel continues to track, and the new process opens a DirtyTracking of its
+    own.
 
     Synchronization: any thread.
     """
 
-    def __init__(self, mapper: DmaMapper, container: Container) -> None:
+    def __init__(self, mapper: DmaMapper, space: Container | Ioas) -> None:
         self._mapper = mapper
-        self._container = container
+        self._space = space
+        self._way = giving(space)
         self._blocks = mapper.blocks
-        self._groups: tuple[Group, ...] = ()
-        self._devices: tuple[Device, ...] = ()
-        self._given_up = False  # perhaps: set before the call
         self._inheritable: list[int] = []
         self._ended = ""
         self.guard = Guard("this HandOver")
         self.is_beginning = True
-        """Whether `hand_over` has not returned yet: another thread must not cancel it."""
+        """Whether `hand_over` has not returned yet. Another thread must not cancel then."""
         self.is_new = True
-        """Whether `hand_over` has returned it once at most."""
+        """Whether `hand_over` has returned this object at most once."""
         self.state = b""
         """The description for `take_over`."""
         self.fds: tuple[int, ...] = ()
-        """The descriptors for `take_over`, in that order."""
+        """The descriptors for `take_over`, in the required order."""
 
     def __repr__(self) -> str:
         return f"<HandOver {self._ended or 'under way'}: {len(self.fds)} descriptors>"
@@ -123,63 +145,52 @@ class HandOver(ContextManager):
     # ------------------------------------------------------------------------------------------------ begin
 
     def begun(self) -> HandOver:
-        """Itself, for a second `hand_over`."""
-        # Not waited for: this may be a hook of the very change that the first one waits for.
+        """Return this object, for a second `hand_over`."""
+        # This code must not wait: the caller may be a hook of the very change that the first thread waits for.
         if self.is_beginning:
-            raise HandOverError("another thread has begun to hand it over", hint="Call hand_over() once more")
+            raise HandOverError("another thread has just begun to hand over", hint="Call hand_over() once more")
         self.is_new = False
         return self
 
     @guarded
     def begin(self) -> None:
-        """Describe everything, and let nobody change it from now on. For `hand_over`."""
+        """Describe all objects, and forbid changes from now on. For `hand_over`."""
         if self._blocks is not None:
             self._blocks.suspend(self)
-        container = self._container
-        with holding(self._mapper, container):
-            self._groups = tuple(container.groups.values())
-            self._devices = tuple(
-                device for group in self._groups for device in group.devices if isinstance(device, Device)
-            )
-            fds = [handle.fd for handle in (container, *self._groups, *self._devices)]
-            with holding(*(device.windows for device in self._devices)):
+        space, way = self._space, self._way
+        with holding(self._mapper, space):
+            way.look()
+            with holding(*(device.windows for device in way.devices)):
                 self._check_obstacles()
-                for group in self._groups:
-                    group.set_aside()  # from here on no interrupt changes, no BAR is mapped, no device enters low power
+                fds = way.begin()
             self._describe(fds)
-            self._given_up = True
-            give_up_all(container)
-            container.set_aside()
-        logger.debug("handing over %d mappings of %r", len(container.table), container)
+            way.give_up()
+        logger.debug("handing over %d mappings of %r", len(space.table), space)
 
     def _check_obstacles(self) -> None:
         self._mapper.check_open()
-        if not self._container.check_extension(ioctls.VFIO_UPDATE_VADDR):
-            raise UnsupportedError(
-                "the kernel cannot hand over mappings: it has no VFIO_UPDATE_VADDR",
-                hint="Linux has it from 5.12 on, but not for a container without a group or with a mediated device",
-            )
-        if obstacles := find_obstacles(self._mapper, self._blocks, self._container):
+        self._way.check_support()
+        if obstacles := find_obstacles(self._mapper, self._blocks, self._way):
             raise HandOverError(
                 f"{len(obstacles)} {'things' if obstacles[1:] else 'thing'} cannot be handed over: "
                 + "; ".join(obstacles[:8]),
-                hint="Nothing has been touched",
+                hint="Nothing has been changed",
             )
 
     def _describe(self, handles: Sequence[int]) -> None:
-        kernel = self._container.kernel
+        kernel = self._space.kernel
         windows = self._mapper.windows()
         files = [block.file for block, _window in windows]
-        irqs = [found for device in self._devices for irq in device.irqs if (found := _describe_irq(device, irq))]
+        irqs = [found for device in self._way.devices for irq in device.irqs if (found := _describe_irq(device, irq))]
         eventfds = [eventfd.fd for _irq, held in irqs for eventfd in held]
+        space, devices = self._way.describe()
         self.fds = (*handles, *(file.fd for file in files if file is not None), *eventfds)
         self.state = State(
-            iommu_type=self._container.iommu_type,
-            groups=tuple(group.number for group in self._groups),
-            devices=tuple(HandedDevice(device.bdf, device.group.number) for device in self._devices),
+            space=space,
+            devices=devices,
             policy=self._mapper.policy,
             prefault=self._mapper.prefault,
-            container_bits=self._container.dma_bits,
+            container_bits=self._space.dma_bits,
             mapper_bits=self._mapper.dma_bits,
             blocks=tuple(_describe(block, window) for block, window in windows),
             irqs=tuple(irq for irq, _held in irqs),
@@ -190,9 +201,9 @@ class HandOver(ContextManager):
 
     @guarded
     def make_inheritable(self) -> tuple[int, ...]:
-        """Let a program that is executed have `fds`, under the same numbers; they are returned.
+        """Let programs started by this process inherit `fds`, with the same numbers. Return `fds`.
 
-        Every program that is started meanwhile gets them; `cancel` and `finish` make them close-on-exec again.
+        Every program started in the meantime inherits them. `cancel` and `finish` make them close-on-exec again.
         """
         self._check_usable()
         for fd in self.fds:
@@ -203,29 +214,36 @@ class HandOver(ContextManager):
 
     @guarded
     def cancel(self) -> None:
-        """Take everything back: each mapping gets the address that it had, however far the other process has come.
+        """Take everything back, also from a process that has taken over.
 
-        Call it when the other process has died, or has said that it could not take over. Twice is fine, and after
-        `finish` nothing happens. Raises ForkedError; IoctlError or RollbackError where the kernel refuses
-        (PinLimitError, one for all mappings: the memory was charged to the other process already, and may not be to
-        this one again; ENOENT: the other has taken it over and unmapped some of it): the hand-over is then still under
-        way, the device reaches what it did, and `cancel` may be called again.
+        In a container, each mapping gets the address that it had before. In an Ioas, the memory is charged to this
+        process again, if the other process has taken over.
 
-        Cost: two ioctls for each mapping.
+        Call `cancel` if the other process has died, or has reported that the take-over failed. A second call does
+        nothing, nor does a call after `finish`.
+
+        Raises ForkedError. Raises IoctlError or RollbackError if the kernel refuses. The hand-over is then still in
+        progress, the device's reach is unchanged, and `cancel` may be called again. Two refusals have a known cause:
+
+        * PinLimitError, one for all mappings: the memory is charged to the other process already, and this process may
+          not lock as much.
+        * ENOENT, or HandOverError for an Ioas: the other process has taken over and then unmapped some of the memory.
+
+        Cost: two ioctls for each mapping. For an Ioas none; if the other process has taken over, one for each mapping.
         """
         self._cancel()
 
     @closing
     def close(self) -> None:
-        """As `cancel`, but in a forked child nothing happens."""
+        """Cancel as `cancel` does. Do nothing in a forked child."""
         self._cancel()
 
     def _cancel(self) -> None:
         if self._ended:
             return
-        with holding(self._mapper, self._container):
-            if self._container.handing is self:  # else nothing has happened
-                self._restore()
+        with holding(self._mapper, self._space):
+            if self._space.handing is self:  # otherwise begin() has changed nothing
+                self._way.restore()
         if self._blocks is not None:
             self._blocks.resume(self)
         self._close_on_exec()
@@ -233,60 +251,39 @@ class HandOver(ContextManager):
 
     def _end(self, how: str) -> None:
         self._ended = how
-        if self._container.handing is self:
-            self._container.handing = None
-
-    def _restore(self) -> None:
-        handles = (self._container, *self._groups)
-        for handle in handles:
-            handle.take_back()
-        if not self._given_up:
-            return
-        failures: list[Exception] = []
-        try:
-            for mapping in self._container.mappings:
-                attempt(partial(self._restore_one, mapping), failures)
-            raise_collected("cancelling a hand-over", join_limits(failures, self._container))
-        except BaseException:
-            for handle in handles:
-                handle.set_aside()
-            raise
-        self._given_up = False
-
-    def _restore_one(self, mapping: Mapping) -> None:
-        # Without an address first: the other process may have given it one of its own.
-        give_up_vaddr(self._container, mapping)
-        set_vaddr(self._container, mapping)
+        if self._space.handing is self:
+            self._space.handing = None
 
     @guarded
     def finish(self) -> None:
-        """Forget and close everything, which the other process has, without a call that reaches the devices or the
-        memory that they reach. The blocks' memory is unmapped from this process. Twice is fine.
+        """Close all objects handed over, without a call that reaches the devices or their memory.
 
-        Call it when the other process has said that it has taken over. Raises ForkedError; ClosedError when it was
-        cancelled; BufferError while a view of a block or of a mapped region lives, and then nothing has been closed;
-        otherwise the errors of the steps, after all of them were tried; a second call then tries them again.
+        The memory of the blocks is unmapped from this process. A second call does nothing. Call `finish` when the other
+        process has confirmed the take-over.
+
+        Raises ForkedError; ClosedError after `cancel`. Raises BufferError if a view of a block or of a mapped region is
+        alive; nothing is closed then. Otherwise raises the errors of the steps after all of them were tried; a second
+        call tries the failed steps again.
         """
         if self._ended != "finished":
             self._check_usable()
         blocks = self._blocks
-        with holding(*([blocks] if blocks is not None else [])):  # so that nobody takes a view meanwhile
+        with holding(*([blocks] if blocks is not None else [])):  # so that no thread takes a view meanwhile
             for block in blocks or ():
                 block.state.check_views(0)
-            for device in self._devices:
+            for device in self._way.devices:
                 device.check_views()
-            self._end("finished")  # from here on there is no way back
+            self._end("finished")  # from now on, cancel() is no longer possible
             self._forget()
 
     def _forget(self) -> None:
         steps: list[Callable[[], object]] = [self._close_on_exec, self._mapper.forget]
         if self._blocks is not None:
             steps += [self._blocks.forget, partial(self._blocks.resume, self)]
-        steps += [device.forget for device in self._devices]
-        steps += [handle.close_fd for handle in (*self._groups, self._container)]
-        attempt_all("forgetting what was handed over", steps)
-        self._container.table.clear()
-        self._container.groups.clear()
+        steps += [device.forget for device in self._way.devices]
+        steps += self._way.closes()
+        attempt_all("forgetting the objects that were handed over", steps)
+        self._space.table.clear()
 
     def _close_on_exec(self) -> None:
         while self._inheritable:
@@ -299,7 +296,7 @@ class HandOver(ContextManager):
 
 
 def _describe_irq(device: Device, irq: Irq) -> tuple[HandedIrq, tuple[Eventfd, ...]] | None:
-    """An interrupt that is enabled, and its eventfds."""
+    """Return an enabled interrupt and its eventfds, or None."""
     row, unmask = irq.held()
     if not row:
         return None

@@ -1,7 +1,12 @@
-"""What one process tells another of memory that it hands over: plain facts, as JSON, which are checked when they come.
+"""The message from the old process to the new process: plain facts as JSON, checked when they are read.
 
-Nothing here makes a system call. Descriptors travel beside it, in the order of `State.identities`: the container's,
-those of the groups, of the devices, of the blocks and of the interrupts.
+This module makes no system call. The descriptors are sent separately, in the order of `State.identities`:
+
+* of the address space: container and groups, or iommufd and agreement;
+* of devices, of the memory of the blocks, and of the eventfds of the interrupts.
+
+A state of a container has version 2, so that earlier releases of pyvfio can read the state. A state of an Ioas has
+version 3, the kind of the space included.
 """
 
 from __future__ import annotations
@@ -15,31 +20,37 @@ from typing import Literal, cast
 from pyvfio import ioctls
 from pyvfio.extents import Extent, clip, runs, total, without
 from pyvfio.iommu.iova import check_dma_bits
+from pyvfio.live_update.handed_space import (
+    OF_CONTAINERS,
+    VERSION,
+    HandedContainer,
+    HandedDevice,
+    HandedSpace,
+    dump_device,
+    dump_space,
+    load_device,
+    load_space,
+)
+from pyvfio.live_update.json_fields import Fields
 from pyvfio.mapper.policy import Policy
 from pyvfio.memory import File, Memfd, MemoryKind, MemorySettings
 from pyvfio.memory.prefault import check_threads
 from pyvfio.units import PAGE_SIZE, U64_MAX, is_aligned
 
-FORMAT, VERSION = "pyvfio live update", 2
+FORMAT = "pyvfio live update"
 _INTX = int(ioctls.VFIO_PCI_INTX_IRQ_INDEX)
 _KINDS = int(ioctls.VFIO_PCI_NUM_IRQS)
 _MOST_VECTORS = 2048  # PCI 3.0, 6.8.2: the size of an MSI-X table
-_UNKNOWN = 0  # for the identity of an eventfd; others are the kernel's number of it and 1
-_ELSEWHERE = 0  # a descriptor's number is each process's own
-
-
-@dataclass(frozen=True, slots=True)
-class HandedDevice:
-    """A device, and the number of its group."""
-
-    bdf: str
-    group: int
+_UNKNOWN = 0  # an eventfd without a known identity; other values are the kernel's number of the eventfd plus 1
+_ELSEWHERE = 0  # each process has its own number for a descriptor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandedBlock:
-    """A RAM block that devices reach at `iova`: what it is made of, and which mappings it has, the `pieces`, under its
-    `policy`; all extents in bytes of the block, ascending."""
+    """A RAM block that devices reach at `iova`: its memory, lengths and settings, and its mappings.
+
+    `pieces`: the mappings, made under `policy`. All extents are in bytes of the block, ascending.
+    """
 
     idstr: str
     used_length: int
@@ -54,7 +65,7 @@ class HandedBlock:
     policy: Policy
 
     def __post_init__(self) -> None:
-        """ValueError for what no block is."""
+        """Raise ValueError if the values cannot belong to one block."""
         populated = without([Extent(0, self.used_length)], *self.discarded)
         if not (
             0 <= self.used_length <= self.max_length
@@ -65,13 +76,16 @@ class HandedBlock:
             and runs(self.pieces) == populated
             and all(one.end <= other.start for one, other in zip(self.pieces, self.pieces[1:], strict=False))
         ):
-            raise ValueError(f"the lengths and parts of RAM block '{self.idstr}' do not go together")
+            raise ValueError(f"the lengths and parts of RAM block '{self.idstr}' contradict each other")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandedIrq:
-    """A kind of interrupt that is enabled, of the device at `bdf`: `vectors` of its `count` signal an eventfd each,
-    ascending; `unmasked`: one more unmasks INTx. `eventfds` has the identity of each of them, in that order."""
+    """A kind of interrupt that is enabled, of the device at `bdf`.
+
+    Of the `count` vectors, each of `vectors`, ascending, signals an eventfd. `unmasked`: one more eventfd unmasks INTx.
+    `eventfds`: the identity of each eventfd, in this order.
+    """
 
     bdf: str
     index: int
@@ -81,7 +95,7 @@ class HandedIrq:
     eventfds: tuple[int | None, ...]
 
     def __post_init__(self) -> None:
-        """ValueError for what no interrupt is."""
+        """Raise ValueError if the values cannot belong to one interrupt."""
         if not (
             0 < self.count <= _MOST_VECTORS
             and self.index < _KINDS
@@ -90,11 +104,11 @@ class HandedIrq:
             and len(self.eventfds) == len(self.vectors) + self.unmasked
             and (self.index == _INTX or not self.unmasked)
         ):
-            raise ValueError(f"the vectors of interrupt {self.index} of {self.bdf} do not go together")
+            raise ValueError(f"the vectors of interrupt {self.index} of {self.bdf} contradict each other")
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What each eventfd is, in words."""
+        """A description of each eventfd, in words."""
         kind = ioctls.VfioPciIrqIndex(self.index).name
         unmask = (f"the eventfd that unmasks {kind} of {self.bdf}",) if self.unmasked else ()
         return (*(f"the eventfd of vector {vector} of {kind} of {self.bdf}" for vector in self.vectors), *unmask)
@@ -102,11 +116,13 @@ class HandedIrq:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """All of it; `identities` (st_dev, st_ino) tell whether a descriptor is the one that was meant. `container_bits`
-    and `mapper_bits`: the `dma_bits` of both."""
+    """The whole message.
 
-    iommu_type: ioctls.VfioExtension
-    groups: tuple[int, ...]
+    `identities` (st_dev, st_ino) tell whether a descriptor is the expected one. `container_bits` and `mapper_bits`: the
+    `dma_bits` of the address space and of the mapper.
+    """
+
+    space: HandedSpace
     devices: tuple[HandedDevice, ...]
     policy: Policy
     prefault: int
@@ -116,43 +132,48 @@ class State:
     irqs: tuple[HandedIrq, ...]
     identities: tuple[tuple[int, int], ...]
 
+    @property
+    def handles(self) -> int:
+        """The number of descriptors before those of the blocks' memory."""
+        return len(self.space.names) + len(self.devices)
+
+    def device_fds(self, fds: Sequence[int]) -> Iterator[tuple[HandedDevice, int]]:
+        """Yield each device with the descriptor, out of all descriptors."""
+        return zip(self.devices, fds[len(self.space.names) : self.handles], strict=True)
+
     def block_fds(self, fds: Sequence[int]) -> Sequence[int]:
-        """Those of the blocks' memory, of all descriptors."""
-        first = 1 + len(self.groups) + len(self.devices)
-        return fds[first : first + len(self.blocks)]
+        """Return the descriptors of the blocks' memory, out of all descriptors."""
+        return fds[self.handles : self.handles + len(self.blocks)]
 
     def irq_fds(self, fds: Sequence[int]) -> Iterator[tuple[HandedIrq, Sequence[int]]]:
-        """Those of each interrupt, of all descriptors."""
-        first = 1 + len(self.groups) + len(self.devices) + len(self.blocks)
+        """Yield each interrupt with its descriptors, out of all descriptors."""
+        first = self.handles + len(self.blocks)
         for irq in self.irqs:
             yield irq, fds[first : first + len(irq.eventfds)]
             first += len(irq.eventfds)
 
     @property
     def mapped(self) -> int:
-        """How many bytes devices reach."""
+        """The number of bytes that devices reach."""
         return sum(total(block.pieces) for block in self.blocks)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What each descriptor is, in words."""
+        """A description of each descriptor, in words."""
         return (
-            "the VFIO container",
-            *(f"IOMMU group {number}" for number in self.groups),
+            *self.space.names,
             *(f"device {device.bdf}" for device in self.devices),
             *(f"the memory of RAM block '{block.idstr}'" for block in self.blocks),
             *(name for irq in self.irqs for name in irq.names),
         )
 
     def dump(self) -> bytes:
-        """As JSON."""
+        """Return the message as JSON."""
         return json.dumps(
             {
                 "format": FORMAT,
-                "version": VERSION,
-                "iommu_type": int(self.iommu_type),
-                "groups": self.groups,
-                "devices": [{"bdf": device.bdf, "group": device.group} for device in self.devices],
+                **dump_space(self.space),
+                "devices": [dump_device(device) for device in self.devices],
                 "policy": _dump_policy(self.policy),
                 "prefault": self.prefault,
                 "container_bits": self.container_bits,
@@ -166,31 +187,28 @@ class State:
 
     @classmethod
     def load(cls, data: bytes) -> State:
-        """What `dump` has written. ValueError, with what is wrong."""
+        """Parse a message that `dump` wrote. Raises ValueError, with the reason."""
         try:
-            top = _Fields(json.loads(data), "the state")
+            top = Fields(json.loads(data), "the state")
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"these {len(data)} bytes are not the state of a HandOver, or not all of it: {error}"
+                f"these {len(data)} bytes are not the state of a HandOver, or are incomplete: {error}"
             ) from error
         if top.find("format") != FORMAT:
-            raise ValueError("this is not the state of a HandOver, but something else in JSON")
-        if top.find("version") != VERSION:
+            raise ValueError("this JSON is not the state of a HandOver")
+        if top.find("version") not in (OF_CONTAINERS, VERSION):
             raise ValueError(
-                f"the state is of version {top.find('version')}, and this pyvfio knows version {VERSION}: let both "
-                "processes run pyvfio of one release"
+                f"the state has version {top.find('version')}, but this pyvfio reads versions {OF_CONTAINERS} and "
+                f"{VERSION}: run the same release of pyvfio in both processes"
             )
         return cls._of(top)
 
     @classmethod
-    def _of(cls, top: _Fields) -> State:
-        number = top.number("iommu_type")
-        if number not in (ioctls.VFIO_TYPE1_IOMMU, ioctls.VFIO_TYPE1v2_IOMMU):
-            raise ValueError(f"the state has an IOMMU of type {number}, which is none of type1")
+    def _of(cls, top: Fields) -> State:
+        space = load_space(top)
         state = cls(
-            iommu_type=ioctls.VfioExtension(number),
-            groups=tuple(top.numbers("groups")),
-            devices=tuple(HandedDevice(row.text("bdf"), row.number("group")) for row in top.rows("devices")),
+            space=space,
+            devices=tuple(load_device(row, space) for row in top.rows("devices")),
             policy=_load_policy(top.inside("policy")),
             prefault=check_threads(top.number("prefault"), "prefault"),
             container_bits=check_dma_bits(top.number("container_bits")),
@@ -199,10 +217,12 @@ class State:
             irqs=tuple(_load_irq(row) for row in top.rows("irqs")),
             identities=tuple(top.pairs("identities")),
         )
-        if not {device.group for device in state.devices} <= set(state.groups):
-            raise ValueError("the state has a device of a group that it has not")
+        if isinstance(space, HandedContainer) and not {device.group for device in state.devices} <= set(space.groups):
+            raise ValueError("the state has a device in a group that the state does not list")
+        if len({device.bdf for device in state.devices}) < len(state.devices):
+            raise ValueError("the state has one device twice")
         if not {irq.bdf for irq in state.irqs} <= {device.bdf for device in state.devices}:
-            raise ValueError("the state has an interrupt of a device that it has not")
+            raise ValueError("the state has an interrupt of a device that the state does not list")
         if len({(irq.bdf, irq.index) for irq in state.irqs}) < len(state.irqs):
             raise ValueError("the state has one interrupt of a device twice")
         if len({block.idstr for block in state.blocks}) < len(state.blocks):
@@ -211,7 +231,7 @@ class State:
         if any(end > start for (_start, end), (start, _end) in pairwise(placed)):
             raise ValueError("the state has two RAM blocks at one IOVA")
         if len(state.identities) != len(state.names):
-            raise ValueError("the state does not tell of each descriptor what it is")
+            raise ValueError(f"the state has {len(state.names)} descriptors, but {len(state.identities)} identities")
         return state
 
 
@@ -242,8 +262,8 @@ def _dump_policy(policy: Policy) -> dict[str, object]:
     return {"resize": policy.resize, "granule": policy.granule, "allow_gap": policy.allow_gap}
 
 
-def _load_policy(row: _Fields) -> Policy:
-    resize = cast('Literal["remap", "extend"]', row.text("resize"))  # Policy looks
+def _load_policy(row: Fields) -> Policy:
+    resize = cast('Literal["remap", "extend", "cut"]', row.text("resize"))  # Policy checks the value
     return Policy(resize, row.number_or_none("granule"), row.flag("allow_gap"))
 
 
@@ -258,7 +278,7 @@ def _dump_irq(irq: HandedIrq) -> dict[str, object]:
     }
 
 
-def _load_irq(row: _Fields) -> HandedIrq:
+def _load_irq(row: Fields) -> HandedIrq:
     return HandedIrq(
         bdf=row.text("bdf"),
         index=row.number("index"),
@@ -269,7 +289,7 @@ def _load_irq(row: _Fields) -> HandedIrq:
     )
 
 
-def _load_block(row: _Fields) -> HandedBlock:
+def _load_block(row: Fields) -> HandedBlock:
     settings = row.inside("settings")
     return HandedBlock(
         idstr=row.text("idstr"),
@@ -286,82 +306,7 @@ def _load_block(row: _Fields) -> HandedBlock:
     )
 
 
-def _load_memory(row: _Fields) -> MemoryKind:
+def _load_memory(row: Fields) -> MemoryKind:
     if row.text("kind") == "memfd":
         return Memfd(hugetlb=row.number_or_none("hugetlb"))
     return File(_ELSEWHERE, row.number("offset"), grow=row.flag("grow"), punch=row.flag("punch"), pmem=row.flag("pmem"))
-
-
-class _Fields:
-    """An object of JSON, of which each field has to be there and what is wanted; ValueError says which is not."""
-
-    def __init__(self, value: object, where: str) -> None:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} is no JSON object")  # noqa: TRY004 (a value, whatever its type)
-        self._values: dict[str, object] = value
-        self._where = where
-
-    def find(self, name: str) -> object:
-        """Whatever it is; None where it is not there."""
-        return self._values.get(name)
-
-    def _wrong(self, name: str) -> ValueError:
-        return ValueError(f"'{name}' of {self._where} is missing, or not what a HandOver writes")
-
-    def number(self, name: str) -> int:
-        """Not negative."""
-        value = self.find(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise self._wrong(name)
-        return value
-
-    def number_or_none(self, name: str) -> int | None:
-        """As `number`."""
-        return None if name in self._values and self.find(name) is None else self.number(name)
-
-    def text(self, name: str) -> str:
-        """A string."""
-        if not isinstance(value := self.find(name), str):
-            raise self._wrong(name)
-        return value
-
-    def flag(self, name: str) -> bool:
-        """True or false."""
-        if not isinstance(value := self.find(name), bool):
-            raise self._wrong(name)
-        return value
-
-    def _items(self, name: str) -> Sequence[object]:
-        if not isinstance(value := self.find(name), list):
-            raise self._wrong(name)
-        return value
-
-    def numbers(self, name: str) -> list[int]:
-        """A list of them."""
-        items = self._items(name)
-        found = [item for item in items if isinstance(item, int) and not isinstance(item, bool) and item >= 0]
-        if len(found) < len(items):
-            raise self._wrong(name)
-        return found
-
-    def pairs(self, name: str) -> list[tuple[int, int]]:
-        """A list of two numbers each."""
-        rows = [_Fields({name: item}, self._where).numbers(name) for item in self._items(name)]
-        if any(len(row) != 2 for row in rows):
-            raise self._wrong(name)
-        return [(row[0], row[1]) for row in rows]
-
-    def extents(self, name: str) -> tuple[Extent, ...]:
-        """A list of start and end."""
-        found = tuple(Extent(*pair) for pair in self.pairs(name))
-        if any(extent.start >= extent.end for extent in found):
-            raise self._wrong(name)
-        return found
-
-    def inside(self, name: str) -> _Fields:
-        """An object in it."""
-        return _Fields(self.find(name), f"'{name}' of {self._where}")
-
-    def rows(self, name: str) -> list[_Fields]:
-        """A list of objects in it."""
-        return [_Fields(item, f"'{name}' of {self._where}") for item in self._items(name)]

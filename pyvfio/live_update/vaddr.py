@@ -1,4 +1,4 @@
-"""Addresses of mappings, which one process gives up and another sets; the IOMMU and the pages stay as they are."""
+"""Virtual addresses of mappings: one process gives them up, another sets them; IOMMU and pages stay unchanged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAP_VADDR = int(ioctls.VFIO_DMA_MAP_FLAG_VADDR)
 
 
 def give_up_vaddr(container: Container, mapping: Mapping) -> None:
-    """It has no address any more, or had none. IoctlError."""
+    """Remove the virtual address of a mapping. A mapping without an address is no error. Raises IoctlError."""
     try:
         container.unmap_dma(iova=mapping.iova, size=mapping.size, flags=_UNMAP_VADDR)
     except IoctlError as error:
@@ -29,17 +29,22 @@ def give_up_vaddr(container: Container, mapping: Mapping) -> None:
 
 
 def set_vaddr(container: Container, mapping: Mapping) -> None:
-    """It has that address, in this process, which is charged for it from now on. IoctlError, PinLimitError."""
+    """Set the virtual address of a mapping, in this process. Raises IoctlError, PinLimitError.
+
+    From now on, the memory is charged to this process.
+    """
     container.map_dma(vaddr=mapping.vaddr, iova=mapping.iova, size=mapping.size, flags=_MAP_VADDR)
 
 
 def explain_limit(error: PinLimitError, container: Container, *, size: int, locked: int) -> PinLimitError:
-    """Return the error for a change that has `size` bytes charged to this process, in place of that for one mapping.
-    This process is charged for `locked` of them already."""
+    """Return the error for a change that charges `size` bytes to this process, instead of the error for one mapping.
+
+    `locked`: how many of the bytes are charged to this process already.
+    """
     if error.limit is None:
         return error
     kernel = container.kernel
-    with suppress(OSError):  # no descriptor is left to read /proc with
+    with suppress(OSError):  # /proc cannot be read if no file descriptor is left
         now = kernel.memlock()
         return limit_error(
             error,
@@ -54,7 +59,7 @@ def explain_limit(error: PinLimitError, container: Container, *, size: int, lock
 
 
 def join_limits(failures: Sequence[Exception], container: Container) -> list[Exception]:
-    """Return `failures` of a change that has all mappings charged to this process, with one PinLimitError for all."""
+    """Return the `failures` of a change that charges all mappings to this process, with one PinLimitError for all."""
     limits = [each for each in failures if isinstance(each, PinLimitError) and each.limit is not None]
     if not limits:
         return list(failures)
@@ -65,7 +70,7 @@ def join_limits(failures: Sequence[Exception], container: Container) -> list[Exc
 
 
 def give_up_all(container: Container) -> None:
-    """No mapping has an address any more. IoctlError; HandOverError where others are mapped than are known here."""
+    """Remove the virtual addresses of all mappings. Raises IoctlError; HandOverError if the kernel knows of others."""
     expected = sum(mapping.size for mapping in container.table)
     if container.check_extension(ioctls.VFIO_UNMAP_ALL):
         given_up = container.unmap_dma(iova=0, size=0, flags=_UNMAP_VADDR | _UNMAP_ALL)
@@ -75,6 +80,6 @@ def give_up_all(container: Container) -> None:
         )
     if given_up != expected:
         raise HandOverError(
-            f"{format_size(expected)} are known to be mapped, and the kernel has {format_size(given_up)}",
-            hint="Somebody else maps through the same container",
+            f"{format_size(expected)} are known to be mapped, but the kernel has {format_size(given_up)}",
+            hint="Another user of the same container maps or unmaps: let that user finish first",
         )

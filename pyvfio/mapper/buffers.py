@@ -1,125 +1,74 @@
-"""Buffers of the caller's own: mapped for as long as the caller wants, or for one transfer.
+"""Buffers of the caller: mapped until the caller closes the mapping, or for one transfer.
 
-A `BufferMapper` maps them into an `AddressSpace` at an IOVA that it finds, and knows which memory it has mapped. Memory
-that is mapped already is not mapped again: the new `DmaMapping` holds the mapping that is there, which stays until the
-last holder is closed. A derived class adds other memory that is mapped, such as RAM blocks.
+A `BufferMapper` chooses an IOVA in an `AddressSpace`, maps the buffer there, and records the mapped memory. Memory that
+is mapped already is not mapped again: the new `DmaMapping` shares the existing mapping, which stays until the last
+holder is closed. Subclasses map other memory too, such as RAM blocks.
 
-Source: `qemu_vfio_dma_map` in QEMU's util/vfio-helpers.c, which has fixed and temporary mappings, too. There a
-temporary mapping has no place of its own in the table, and goes with `qemu_vfio_dma_reset_temporary`.
+Source: `qemu_vfio_dma_map` in QEMU's util/vfio-helpers.c, which has fixed and temporary mappings too. In QEMU, a
+temporary mapping has no entry in the table of mappings, and `qemu_vfio_dma_reset_temporary` unmaps all of them.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import logging
 import warnings
-from bisect import bisect_right
-from collections.abc import Sequence
 from functools import partial
-from operator import attrgetter
-from typing import TYPE_CHECKING, Protocol, SupportsIndex
+from typing import TYPE_CHECKING, Never, Protocol, SupportsIndex
 
 from pyvfio.errors import ClosedError, IoctlError, IovaOverlapError, VfioError
 from pyvfio.guard import ContextManager, Guard, closing_in_hooks, guarded, making, reading
 from pyvfio.handle import attempt_all
 from pyvfio.iommu.iova import check_dma_bits
 from pyvfio.iommu.space import AddressSpace
-from pyvfio.mapper.segments import Limits, Segment, check_part, cut, join
+from pyvfio.mapper.by_address import ByAddress
+from pyvfio.mapper.held import Exports, OwnMemory, TemporaryMemory, export_buffer
 from pyvfio.mapper.window import READ, WRITE, Window
-from pyvfio.units import MIB, U64_MAX, Iova, Vaddr, check_whole_number
+from pyvfio.units import MIB, Iova, Vaddr, check_whole_number
 
 if TYPE_CHECKING:  # collections.abc has it from 3.12 on
     from typing_extensions import Buffer
 
 logger = logging.getLogger(__name__)
 
-_vaddr = attrgetter("vaddr")  # half the cost of a function in Python
-
 LARGE_PAGE = 2 * MIB
-"""IOVA is congruent to vaddr modulo this, so that the IOMMU can use large pages where the memory does."""
+"""IOVA is congruent to vaddr modulo this size, so that the IOMMU can use large pages for memory in large pages."""
 
 
 class Reserve(Protocol):
-    """Finds a place for `size` bytes of IOVA, as `AddressSpace.reserve_iova` does."""
+    """Reserves `size` bytes of IOVA, as `AddressSpace.reserve_iova` does."""
 
     def __call__(self, size: int, *, alignment: int, offset: int, dma_bits: int) -> Iova: ...
 
 
-class OwnMemory:
-    """Memory of the caller's own that the mapper has mapped, and how many open mappings hold it.
-
-    `view` keeps the buffer exported; it is None where the caller keeps the memory alive. `access`: READ and WRITE.
-    `ended`: whether it was unmapped whoever held it.
-    """
-
-    __slots__ = ("access", "ended", "holders", "iova", "size", "vaddr", "view")
-
-    def __init__(self, *, vaddr: Vaddr, iova: Iova, size: int, access: int, view: memoryview | None) -> None:
-        self.vaddr = vaddr
-        self.iova = iova
-        self.size = size
-        self.access = access
-        self.view = view
-        self.holders = 0
-        self.ended = False
-
-    def hold(self, holder: object) -> None:
-        """Count one more holder."""
-        del holder
-        self.holders += 1
-
-    def let_go(self, holder: object) -> None:
-        """Count one holder less. Nothing happens where the mapper has dropped all."""
-        del holder
-        if self.holders:
-            self.holders -= 1
-
-    def reached_until(self, vaddr: int) -> int:
-        """Return the end, exclusive, of the bytes that are mapped from `vaddr` on, which is one of them."""
-        del vaddr
-        return self.vaddr + self.size
-
-    def release(self) -> None:
-        """Let go of the buffer: the kernel has unmapped it."""
-        if self.view is not None:
-            self.view.release()
-            self.view = None
-
-    def __repr__(self) -> str:
-        return f"<mapped memory vaddr={self.vaddr:#x} iova={self.iova:#x} size={self.size:#x} holders={self.holders}>"
-
-
 class DmaMapping(ContextManager):
-    """Memory of the caller's own that the device can reach: `size` bytes at `vaddr`, at `iova` for the device.
+    """Memory of the caller that the device can reach: `size` bytes at `vaddr`, and at `iova` for the device.
 
-    Made by `map_dma`, `map_buffer` and `map_temporary`; a context manager. A buffer stays exported, so that it cannot
-    be freed or resized, until the kernel has unmapped it. Where the memory was mapped already, this mapping holds the
-    one that is there: a buffer stays mapped as a whole, and a block cannot lose the part, until the last is closed.
+    Made by `map_dma`, `map_buffer` and `map_temporary`; a context manager. A buffer stays exported, and so cannot be
+    freed or resized, until the kernel has unmapped it. If the memory was mapped already, this object shares the
+    existing mapping. Until the last holder is closed, a buffer stays mapped as a whole, and a block keeps the part.
 
-    Synchronization: any thread may close it, and so may a finalizer and a notifier's hook.
+    Synchronization: any thread can close a DmaMapping; so can a finalizer and a notifier's hook.
     """
 
-    __slots__ = ("_mapper", "_memory", "_view", "guard", "iova", "size", "vaddr")
+    __slots__ = ("_mapper", "_memory", "guard", "iova", "size", "vaddr")
+    _view: memoryview | None = None
+    """The export of a part of memory that was mapped by address, without an export."""
 
-    def __init__(
-        self, mapper: BufferMapper, memory: OwnMemory | Window, *, vaddr: int, size: int, view: memoryview | None
-    ) -> None:
+    def __init__(self, mapper: BufferMapper, memory: OwnMemory | Window, vaddr: Vaddr, size: int) -> None:
         self.guard = mapper.guard
         self._mapper: BufferMapper | None = mapper  # None once closed
         self._memory = memory
-        self._view = view  # of a part of memory that has no view of its own
-        self.vaddr = Vaddr(vaddr)
-        self.iova = Iova(memory.iova + vaddr - memory.vaddr)
+        self.vaddr = vaddr
+        self.iova = memory.iova if vaddr == memory.vaddr else Iova(memory.iova + vaddr - memory.vaddr)
         self.size = size
-        memory.hold(self)
 
     @closing_in_hooks
     def close(self) -> None:
-        """Unmap the memory, unless another open mapping holds it. Twice is fine.
+        """Unmap the memory, unless another open mapping holds it. A second call does nothing.
 
-        The kernel's mapping of a temporary one stays until `reset_temporary()`. Raises UnmapSizeError or IoctlError;
-        the memory is then still mapped, and `close` may be called again.
+        The kernel's mapping of a closed temporary mapping stays until `reset_temporary()`. Raises UnmapSizeError or
+        IoctlError; the memory is then still mapped, and `close` may be called again.
         """
         if self._mapper is not None:
             self._mapper.let_go(self, self._memory)
@@ -129,12 +78,14 @@ class DmaMapping(ContextManager):
 
     @property
     def closed(self) -> bool:
-        """Whether it has been closed, or has ended because the BAR that it maps has gone. The kernel's mapping of a
-        temporary one stays until `reset_temporary()`."""
+        """Whether the mapping has been closed, or has ended with its BAR (see `map_region`).
+
+        The kernel's mapping of a closed temporary mapping stays until `reset_temporary()`.
+        """
         return self._mapper is None or (isinstance(self._memory, OwnMemory) and self._memory.ended)
 
     def check_made_by(self, mapper: BufferMapper) -> None:
-        """Raise ClosedError when it is closed, ValueError when another mapper has made it. For the library."""
+        """Raise ClosedError if the mapping is closed, and ValueError if another mapper made it. For the library."""
         if self.closed:
             raise ClosedError(f"{self!r} has been closed")
         if self._mapper is not mapper:
@@ -145,38 +96,56 @@ class DmaMapping(ContextManager):
         return f"<DmaMapping vaddr={self.vaddr:#x} iova={self.iova:#x} size={self.size:#x}{closed}>"
 
 
+class _MappingOfView(DmaMapping):
+    """A mapping of a part of memory that was mapped by its address. This mapping keeps the part's buffer exported."""
+
+    __slots__ = ("_view",)
+
+    def __init__(
+        self, mapper: BufferMapper, memory: OwnMemory | Window, vaddr: Vaddr, size: int, view: memoryview
+    ) -> None:
+        self._view = view
+        super().__init__(mapper, memory, vaddr, size)
+
+
 class BufferMapper:
-    """Maps buffers of the caller's own into `space`. `DmaMapper` is one that follows RAM blocks, too.
+    """Maps buffers of the caller into `space`. The subclass `DmaMapper` also follows RAM blocks.
 
-    `dma_bits`: IOVAs that it chooses lie below 2^`dma_bits`; None: the limit of `space`.
+    `dma_bits`: IOVAs chosen by the mapper lie below 2^`dma_bits`; None: the limit of `space`.
 
-    Synchronization: every method may be called from any thread.
+    Synchronization: any thread may call any method.
     """
 
     def __init__(self, space: AddressSpace, *, dma_bits: int | None = None) -> None:
         if not hasattr(space, "reserve_iova"):
-            raise TypeError(f"space must be an AddressSpace, such as device.container, not {type(space).__name__}")
+            raise TypeError(f"space must be an AddressSpace, such as device.space, not {type(space).__name__}")
         self.guard = Guard("this DmaMapper")
         self._space = space
         self.dma_bits = space.dma_bits if dma_bits is None else check_dma_bits(dma_bits)
-        """How many address bits the device has: IOVAs that the mapper chooses lie below 2^`dma_bits`."""
-        self._fixed: list[OwnMemory] = []  # of map_dma and map_buffer, sorted by vaddr
-        self._temporary: dict[Iova, OwnMemory] = {}  # without a holder: given up
+        """The number of address bits of the device. IOVAs chosen by the mapper lie below 2^`dma_bits`."""
+        self._fixed = ByAddress[OwnMemory]()  # made by map_dma and map_buffer
+        self._temporary: dict[Iova, OwnMemory] = {}
+        self._given_up: dict[Iova, OwnMemory] = {}  # temporary memory whose holders are all closed
+        self._exports = Exports()
+        self._size = 0  # the size of the last map
         self._closed = False
 
     def __del__(self) -> None:
-        known = self.__dict__
-        mapped = (*known.get("_fixed", ()), *known.get("_temporary", {}).values())
-        left = [memory for memory in mapped if memory.view is not None]
-        if not left or self._closed or self.guard.forked:
+        if "_closed" not in self.__dict__ or self._closed or self.guard.forked:
             return
-        # The kernel has it mapped, and nobody is left who could unmap it before the space is closed.
+        left = [memory for memory in self._own() if memory.export is not None]
+        if not left:
+            return
+        # The memory is still mapped in the kernel, and only closing the space can unmap it now.
         self._space.keep(left)
         warnings.warn(f"{self!r} was never closed: its memory stays mapped", ResourceWarning, stacklevel=2, source=self)
 
+    def _own(self) -> list[OwnMemory]:
+        return [*self._fixed, *self._temporary.values(), *self._given_up.values()]
+
     @property
     def space(self) -> AddressSpace:
-        """Where it maps."""
+        """The address space that receives the mappings."""
         return self._space
 
     # ------------------------------------------------------------------------------------------------ fixed mappings
@@ -190,22 +159,33 @@ class BufferMapper:
         read: bool = True,
         write: bool = True,
     ) -> DmaMapping:
-        """Let the device reach `[vaddr, vaddr + size)`, both multiples of the IOMMU's smallest page.
+        """Map `[vaddr, vaddr + size)` for the device. Both are multiples of the IOMMU's smallest page.
 
-        Memory that is wholly mapped already (part of a block, say) is not mapped again: the result has the IOVA that is
-        there, and holds that mapping until it is closed. `iova`: the caller's own choice. The caller keeps the memory
-        alive until the last mapping of it is closed; `map_buffer` sees to that itself.
+        `iova`: an IOVA chosen by the caller. The caller must keep the memory alive until the last mapping of it is
+        closed; `map_buffer` does so by itself. Memory that is mapped whole already, for example as part of a block, is
+        not mapped again. The result then has the existing IOVA, and holds the existing mapping until the result is
+        closed.
 
-        Raises ValueError (misaligned; overlaps mapped memory, or the reserved tail of a block, which would get a
-        second IOVA when it grows; is mapped already, but for less access), IovaRangeError, IovaOverlapError,
-        PinLimitError, EntryLimitError, IoctlError; VfioError where the space has lost its mappings.
+        Raises ValueError if the memory is misaligned, overlaps mapped memory, or is mapped already with less access.
+        ValueError also if the memory overlaps the reserved tail of a block: the tail would get a second IOVA when the
+        block grows. Raises IovaRangeError, IovaOverlapError, PinLimitError, EntryLimitError, IoctlError; VfioError if
+        the space has lost its mappings.
+
+        Example:
+            >>> import pyvfio
+            >>> kernel = pyvfio.testing.FakeKernel()
+            >>> device = pyvfio.open_device("0000:00:02.0", kernel=kernel)
+            >>> blocks = pyvfio.RamBlockList(kernel=kernel)
+            >>> mapper = pyvfio.DmaMapper(device.space, blocks)
+            >>> memory = pyvfio.RamBlockList(kernel=kernel).add("memory", used_length=4096, max_length=4096)
+            >>> with mapper.map_dma(vaddr=memory.vaddr, size=4096, iova=0x100000) as mapping:
+            ...     print(hex(mapping.iova), hex(mapping.size))
+            0x100000 0x1000
         """
-        vaddr, size = check_whole_number(vaddr, "vaddr"), check_whole_number(size, "size")
-        return self._map_address(vaddr, size, iova, _access(read=read, write=write))
-
-    @making(DmaMapping.close)
-    def _map_address(self, vaddr: int, size: int, iova: SupportsIndex | None, access: int) -> DmaMapping:
-        return self._map_fixed(vaddr, size, iova, access, None)
+        if type(vaddr) is not int or type(size) is not int:
+            vaddr, size = check_whole_number(vaddr, "vaddr"), check_whole_number(size, "size")
+        access = READ | WRITE if read and write else _access(read=read, write=write)
+        return self._map_address(vaddr, size, iova, access, None)
 
     def map_buffer(
         self,
@@ -215,16 +195,31 @@ class BufferMapper:
         read: bool = True,
         write: bool = True,
     ) -> DmaMapping:
-        """Let the device reach a writable buffer (mmap.mmap, memoryview, numpy array, ctypes array) as `map_dma` does.
+        """Map a writable buffer (mmap.mmap, memoryview, numpy array, ctypes array) as `map_dma` does.
 
-        The buffer must begin and end at a page. It stays exported until the last mapping of it is closed, so it can be
-        neither freed nor resized. A view of a RAM block is released at once: the block itself keeps the part.
+        The buffer must begin and end at a page boundary. The buffer stays exported until its last mapping is closed,
+        and so can be neither freed nor resized. A view of a RAM block is released at once: the block itself keeps the
+        part.
+
+        Example:
+            >>> import mmap
+            >>> import pyvfio
+            >>> kernel = pyvfio.testing.FakeKernel()
+            >>> device = pyvfio.open_device("0000:00:02.0", kernel=kernel)
+            >>> blocks = pyvfio.RamBlockList(kernel=kernel)
+            >>> mapper = pyvfio.DmaMapper(device.space, blocks)
+            >>> buffer = mmap.mmap(-1, 2 * pyvfio.PAGE_SIZE)
+            >>> buffer[:5] = b"hello"
+            >>> device.bus_master = True
+            >>> with mapper.map_buffer(buffer) as mapping:
+            ...     kernel.dma_read("0000:00:02.0", mapping.iova, 5)  # as the device reads
+            b'hello'
         """
-        return self._map_exported(buffer, iova, _access(read=read, write=write))
+        return self._map_exported(buffer, iova, READ | WRITE if read and write else _access(read=read, write=write))
 
     @making(DmaMapping.close)
     def _map_exported(self, buffer: Buffer, iova: SupportsIndex | None, access: int) -> DmaMapping:
-        view, vaddr = _export(buffer)
+        view, vaddr = export_buffer(buffer)
         try:
             return self._map_fixed(vaddr, view.nbytes, iova, access, view)
         except BaseException:
@@ -235,27 +230,36 @@ class BufferMapper:
         self, vaddr: int, size: int, iova: SupportsIndex | None, access: int, view: memoryview | None
     ) -> DmaMapping:
         wanted = None if iova is None else check_whole_number(iova, "iova")
-        self._check_extent(vaddr, size)
-        self.check_open()
+        self._check_usable(vaddr, size)
         known = self._known(vaddr, size, wanted, access)
         if known is not None:
             return self._hold(known, vaddr, size, view)
         memory = self._map(vaddr, size, wanted, access, view)
-        self._fixed.insert(bisect_right(self._fixed, vaddr, key=_vaddr), memory)
-        return DmaMapping(self, memory, vaddr=vaddr, size=size, view=None)
+        self._fixed.add(memory)
+        return DmaMapping(self, memory, memory.vaddr, memory.size)
+
+    _map_address = making(DmaMapping.close)(_map_fixed)
 
     def _hold(self, memory: OwnMemory | Window, vaddr: int, size: int, view: memoryview | None) -> DmaMapping:
-        """Hold memory that is mapped already. Its own view, or the block, keeps it there; else `view` does."""
-        if view is not None and (isinstance(memory, Window) or memory.view is not None):
-            view.release()
-            view = None
-        return DmaMapping(self, memory, vaddr=vaddr, size=size, view=view)
+        """Share memory that is mapped already. Keep `view`, unless another export or a block keeps the bytes."""
+        made: DmaMapping
+        if view is not None and isinstance(memory, OwnMemory) and memory.export is None:
+            made = _MappingOfView(self, memory, Vaddr(vaddr), size, view)
+        else:
+            if view is not None:
+                view.release()
+            made = DmaMapping(self, memory, Vaddr(vaddr), size)
+        memory.hold(made)
+        return made
 
     def _known(self, vaddr: int, size: int, iova: int | None, access: int) -> OwnMemory | Window | None:
-        """Find memory that is mapped whole; ValueError where it is mapped in part, or would be later."""
-        memory = self._find_mapped(vaddr, size)
+        """Return memory that is mapped whole, or None. Raises ValueError if a part is mapped, or would be later."""
+        own = self._overlapping(vaddr, size)
+        memory = self._find_block(vaddr, size) if own is None else own
+        if own is not None and not self._holds(own, vaddr, size):
+            self._refuse_overlap(own, vaddr, size)
         if memory is None:
-            self._check_apart(vaddr, size)
+            self._check_no_block(vaddr, size)
             return None
         found = memory.iova + vaddr - memory.vaddr
         _check_place(found, vaddr, iova)
@@ -263,69 +267,116 @@ class BufferMapper:
             raise _less_access(found)
         return memory
 
+    def _overlapping(self, vaddr: int, size: int) -> OwnMemory | None:
+        """Return the last fixed memory that contains one of these bytes, or None. Blocks are not searched."""
+        memory = self._fixed.below(vaddr + size - 1)
+        return memory if memory is not None and memory.vaddr + memory.size > vaddr else None
+
+    def _holds(self, memory: OwnMemory, vaddr: int, size: int) -> bool:
+        """Return whether that memory contains all these bytes, and no other user of the space has unmapped it."""
+        whole = memory.vaddr <= vaddr and vaddr + size <= memory.vaddr + memory.size
+        return whole and self._is_mapped(memory)
+
+    def _refuse_overlap(self, known: OwnMemory, vaddr: int, size: int) -> Never:
+        self._check_no_block(vaddr, size)
+        lost = "" if self._is_mapped(known) else ", which another user has unmapped; close its DmaMapping first"
+        raise ValueError(f"vaddr {vaddr:#x}-{vaddr + size - 1:#x} overlaps {known!r}{lost}")
+
     def _find_mapped(self, vaddr: int, size: int) -> OwnMemory | Window | None:
-        """As `_find`, for one more holder: of memory that another user of the space has unmapped there is none."""
+        """As `_find`, for a new holder: memory that another user of the space has unmapped is not returned."""
         memory = self._find(vaddr, size)
         return None if isinstance(memory, OwnMemory) and not self._is_mapped(memory) else memory
 
     def _find(self, vaddr: int, size: int) -> OwnMemory | Window | None:
-        """Find memory that is mapped whole, temporary mappings aside."""
-        position = bisect_right(self._fixed, vaddr, key=_vaddr) - 1
-        if position < 0 or vaddr + size > self._fixed[position].vaddr + self._fixed[position].size:
-            return None
-        return self._fixed[position]
+        """Return memory that is mapped whole, or None. Temporary mappings are not searched."""
+        memory = self._fixed.below(vaddr)
+        if memory is not None and vaddr + size <= memory.vaddr + memory.size:
+            return memory
+        return self._find_block(vaddr, size)
 
-    def _check_apart(self, vaddr: int, size: int) -> None:
-        """ValueError where any of it is mapped."""
-        self._check_no_block(vaddr, size)
-        position = bisect_right(self._fixed, vaddr + size - 1, key=_vaddr) - 1
-        if position >= 0 and self._fixed[position].vaddr + self._fixed[position].size > vaddr:
-            known = self._fixed[position]
-            lost = "" if self._is_mapped(known) else ", which somebody else has unmapped; close its DmaMapping first"
-            raise ValueError(f"vaddr {vaddr:#x}-{vaddr + size - 1:#x} overlaps {known!r}{lost}")
+    def _find_block(self, vaddr: int, size: int) -> Window | None:
+        """Return the window of the block that maps all these bytes, or None. This class has no blocks."""
+        del vaddr, size
+        return None
 
     def _check_no_block(self, vaddr: int, size: int) -> None:
-        """ValueError where any of it is a block's; here there are none."""
+        """Raise ValueError if any of these bytes belong to a block. This class has no blocks."""
 
     def let_go(self, mapping: DmaMapping, memory: OwnMemory | Window) -> None:
-        """Let go of memory that `mapping` holds, and unmap it where that was the last holder. For DmaMapping.close."""
-        if isinstance(memory, OwnMemory) and memory.holders == 1:
+        """Drop `mapping` as a holder, and unmap the memory after the last holder. For DmaMapping.close."""
+        if not isinstance(memory, OwnMemory) or memory.holders > 1:
+            memory.let_go(mapping)
+        elif memory.temporary:
+            if memory.holders:  # 0 if _unmap_all() has dropped all holders
+                self._given_up[memory.iova] = self._temporary.pop(memory.iova)
+                memory.holders = 0
+        else:
             self._unmap(memory)
-        memory.let_go(mapping)
 
     def _unmap(self, memory: OwnMemory) -> None:
-        position = bisect_right(self._fixed, memory.vaddr, key=_vaddr) - 1
-        if position < 0 or self._fixed[position] is not memory:
-            return  # temporary, or unmapped with the mapper
-        self._space.unmap_and_release(iova=memory.iova, size=memory.size, vaddr=memory.vaddr)
-        del self._fixed[position]
+        """Unmap fixed memory, regardless of its holders. Does nothing if the memory was unmapped before."""
+        if not memory.holders:
+            return
+        space = self._space
+        lock = space.guard.lock
+        lock.acquire()  # `with` costs twice as much
+        try:
+            space.unmap_and_release_locked(memory.iova, memory.size, memory.vaddr)
+        finally:
+            lock.release()
+        self._fixed.remove(memory.vaddr)
+        memory.holders = 0
+        self._release(memory)
+
+    def _release(self, memory: OwnMemory) -> None:
+        if memory.export is not None:
+            self._exports.release(memory.export)
+            memory.export = None
         memory.release()
 
     def _is_mapped(self, memory: OwnMemory) -> bool:
-        """Whether the space still maps it: another user of the space may have unmapped it."""
-        return self._space.mapping_at(memory.iova) == (memory.iova, memory.size, memory.vaddr)
+        """Return whether the space still maps the memory. Another user of the space can have unmapped it."""
+        with self._space.guard.lock:
+            return self._space.is_mapped_locked(memory.iova, memory.size, memory.vaddr)
 
     # -------------------------------------------------------------------------------------------- temporary mappings
 
     def map_temporary(
         self, buffer: Buffer, *, iova: SupportsIndex | None = None, read: bool = True, write: bool = True
     ) -> DmaMapping:
-        """Map a buffer for one transfer, at an IOVA from the top (2^`dma_bits`) down, so that it does not come between
-        blocks.
+        """Map a buffer for one transfer, at an IOVA from the top (2^`dma_bits`) downwards.
 
-        `iova`: the caller's own choice, also above the top.
+        Temporary IOVAs lie apart from those of blocks. `iova`: an IOVA chosen by the caller, also above the top.
 
-        The kernel's mapping, the device's reach and the export of the buffer outlive `close`. They end with
-        `reset_temporary`, or with a later map that finds mappings, memory to lock or IOVA used up, or the caller's own
-        IOVA taken by them: that resets, and tries once more. Memory of a block, or of a fixed mapping, is mapped
-        already: the result has the IOVA that is there, holds it until `close`, and leaves nothing behind. Raises as
-        `map_buffer`.
+        After `close`, the buffer stays mapped in the kernel, exported, and within the device's reach until
+        `reset_temporary`. If a later map finds too few mappings, too little lockable memory or too little IOVA, the
+        mapper resets by itself and tries once more. The mapper does the same if closed temporary mappings occupy the
+        caller's IOVA.
+
+        Memory of a block or of a fixed mapping is mapped already. The result then has the existing IOVA, holds the
+        mapping until `close`, and leaves nothing mapped afterwards. Raises as `map_buffer`.
+
+        Example:
+            >>> import mmap
+            >>> import pyvfio
+            >>> kernel = pyvfio.testing.FakeKernel()
+            >>> device = pyvfio.open_device("0000:00:02.0", kernel=kernel)
+            >>> blocks = pyvfio.RamBlockList(kernel=kernel)
+            >>> mapper = pyvfio.DmaMapper(device.space, blocks)
+            >>> buffer = mmap.mmap(-1, 2 * pyvfio.PAGE_SIZE)
+            >>> with mapper.map_temporary(buffer) as mapping:
+            ...     print(hex(mapping.iova), hex(mapping.size))
+            0x7fffffe000 0x2000
+            >>> len(device.space.mappings)  # the mapping outlives close()
+            1
+            >>> mapper.reset_temporary()
+            0
         """
-        return self._map_for_once(buffer, iova, _access(read=read, write=write))
+        return self._map_for_once(buffer, iova, READ | WRITE if read and write else _access(read=read, write=write))
 
     @making(DmaMapping.close)
     def _map_for_once(self, buffer: Buffer, iova: SupportsIndex | None, access: int) -> DmaMapping:
-        view, vaddr = _export(buffer)
+        view, vaddr = export_buffer(buffer)
         try:
             return self._map_once(vaddr, view.nbytes, iova, access, view)
         except BaseException:
@@ -334,9 +385,9 @@ class BufferMapper:
 
     def _map_once(self, vaddr: int, size: int, iova: SupportsIndex | None, access: int, view: memoryview) -> DmaMapping:
         wanted = None if iova is None else check_whole_number(iova, "iova")
-        self._check_extent(vaddr, size)
-        self.check_open()
-        known = self._find_mapped(vaddr, size)
+        self._check_usable(vaddr, size)
+        own = self._overlapping(vaddr, size)
+        known = own if own is not None and self._holds(own, vaddr, size) else self._find_block(vaddr, size)
         if known is None:
             self._check_no_block(vaddr, size)
         elif not access & ~known.access:
@@ -344,172 +395,90 @@ class BufferMapper:
             return self._hold(known, vaddr, size, view)
         elif isinstance(known, Window):
             raise _less_access(known.iova + vaddr - known.vaddr)
-        memory = self._map(vaddr, size, wanted, access, view, top_down=True)
+        memory = self._map(vaddr, size, wanted, access, view, TemporaryMemory)
         self._temporary[memory.iova] = memory
-        return DmaMapping(self, memory, vaddr=vaddr, size=size, view=None)
+        return DmaMapping(self, memory, memory.vaddr, memory.size)
 
     @guarded
     def reset_temporary(self) -> int:
-        """Unmap all temporary mappings that have been closed. Return how many are still open, and stay.
+        """Unmap all closed temporary mappings. Return the number of temporary mappings that are still open.
 
-        Raises UnmapSizeError or IoctlError; mappings that have not been unmapped stay known. Cost: one unmap for each
-        run of neighbours.
+        Raises UnmapSizeError or IoctlError; mappings that could not be unmapped stay recorded. Cost: one unmap for each
+        run of adjacent mappings.
         """
-        given_up = sorted(iova for iova, memory in self._temporary.items() if not memory.holders)
-        while given_up:
-            self._unmap_run(self._take_run(given_up))
+        if self._given_up:
+            with self._space.guard.lock:
+                self._reset()
         return len(self._temporary)
 
-    def _take_run(self, given_up: list[Iova]) -> list[OwnMemory]:
-        run = [self._temporary[given_up.pop()]]
-        while given_up and self._temporary[given_up[-1]].size + given_up[-1] == run[-1].iova:
-            run.append(self._temporary[given_up.pop()])
-        return run
+    def _reset(self) -> None:
+        """Unmap runs of adjacent mappings, from the top downwards."""
+        given_up = self._given_up
+        run: list[OwnMemory] = []
+        follows = -1
+        for iova in sorted(given_up, reverse=True):
+            memory = given_up[iova]
+            if run and iova + memory.size != follows:
+                self._unmap_run(run)
+                run = []
+            run.append(memory)
+            follows = iova
+        self._unmap_run(run)
 
-    def _unmap_run(self, run: Sequence[OwnMemory]) -> None:
-        if all(map(self._is_mapped, run)):
-            self._space.unmap(iova=run[-1].iova, size=sum(memory.size for memory in run))
-        else:
-            for memory in filter(self._is_mapped, run):
-                self._space.unmap(iova=memory.iova, size=memory.size)
-        for memory in run:
-            del self._temporary[memory.iova]
-            self._space.release_iova(memory.iova)
-            memory.release()
-
-    # ------------------------------------------------------------------------------------------------ look-ups
-
-    @reading
-    def translate_vaddr(self, vaddr: SupportsIndex, size: SupportsIndex = 1) -> Iova:
-        """Return the IOVA of `[vaddr, vaddr + size)`, all of which one block or one mapping of the caller's own maps.
-
-        Raises LookupError when it is not: the tail of a block behind `used_length` is never found. ValueError: `size`
-        is below 1. Temporary mappings are not looked at. O(log n).
-        """
-        start, length = check_whole_number(vaddr, "vaddr"), _size(size)
-        if self._closed or self._space.lost:
-            self.check_open()
-        found = self._find(start, length)
-        if found is None:
-            raise LookupError(f"{length:#x} bytes at vaddr {start:#x} are not mapped for the device in one piece")
-        return Iova(found.iova + start - found.vaddr)
-
-    @reading
-    def translate_iova(self, iova: SupportsIndex, size: SupportsIndex = 1) -> Vaddr:
-        """Return the address in this process of `[iova, iova + size)`, all of it neighbours here, too.
-
-        LookupError when a device would be stopped; ValueError: `size` is below 1. O(log n) and the number of pieces."""
-        start, length = check_whole_number(iova, "iova"), _size(size)
-        self.check_open()
-        reached, apart = start, set()
-        for mapping in self._space.mappings_in(iova=start, size=length):
-            if mapping.iova > reached:
-                break
-            reached = mapping.iova + mapping.size
-            apart.add(mapping.vaddr - mapping.iova)
-        if reached < start + length or len(apart) != 1:
-            raise LookupError(f"{length:#x} bytes at IOVA {start:#x} are not mapped for neighbours in this process")
-        return Vaddr(start + apart.pop())
-
-    @reading
-    def segments(
-        self,
-        memory: DmaMapping | Buffer,
-        /,
-        offset: SupportsIndex = 0,
-        size: SupportsIndex | None = None,
-        *,
-        max_segment: SupportsIndex | None = None,
-        boundary: SupportsIndex | None = None,
-    ) -> list[Segment]:
-        """Return `[offset, offset + size)` of mapped memory as (iova, size) pairs, for scatter-gather and PRP lists.
-
-        `memory`: a DmaMapping of this mapper, a RAM block, or a buffer whose memory is mapped (a view of a block, an
-        mmap.mmap, a numpy array). All lengths are in bytes; `size` None means up to the end.
-        `max_segment`: no segment is longer. `boundary`, a power of two: no segment crosses a multiple of it. The list
-        has as few segments as these two allow: neighbours in IOVA are one.
-
-        The IOVAs are valid as long as the memory stays mapped: hold a DmaMapping of it, or do not shrink the block.
-
-        Raises ValueError: not inside `memory`, discarded, a buffer that is read-only or not contiguous, a mapping or
-        block of another mapper; LookupError where bytes are not mapped, or by a temporary mapping alone, which is
-        given as itself; TypeError; ClosedError. Cost: a look-up, O(log n), and 0.1 µs for each segment.
-        """
-        limits = Limits.checked(max_segment, boundary)
-        if self._closed or self._space.lost:
-            self.check_open()
-        ranges = self._ranges(memory, offset, size)
-        if len(ranges) == 1:
-            return cut(*ranges[0], limits)
-        return [segment for each in join(ranges) for segment in cut(*each, limits)]
-
-    def _ranges(
-        self, memory: DmaMapping | Buffer, offset: SupportsIndex, size: SupportsIndex | None
-    ) -> list[tuple[int, int]]:
-        """Find where a part of `memory` is mapped: (iova, size) in the order of its bytes."""
-        if isinstance(memory, DmaMapping):
-            memory.check_made_by(self)
-            start, count = check_part(offset, size, memory.size, repr(memory))
-            found = self._space.mappings_in(iova=memory.iova + start, size=count)
-            first, end = memory.iova + start, memory.iova + start + count
-            if sum(min(each.iova + each.size, end) - max(each.iova, first) for each in found) < count:
-                raise LookupError(f"{memory!r} is not mapped any more: another user of the space has unmapped it")
-            return [(memory.iova + start, count)]
-        view, vaddr = _export(memory)
-        try:
-            start, count = check_part(offset, size, view.nbytes, "this buffer")
-        finally:
-            view.release()
-        whole = self._find_mapped(vaddr + start, count)
-        if whole is not None:
-            return [(whole.iova + vaddr + start - whole.vaddr, count)]
-        return self._walk(vaddr + start, count)
-
-    def _walk(self, vaddr: int, size: int) -> list[tuple[int, int]]:
-        """As `_ranges`, for memory that several mappings cover together."""
-        ranges, end = [], vaddr + size
-        while vaddr < end:
-            memory = self._find_mapped(vaddr, 1)
-            if memory is None:
-                raise LookupError(
-                    f"{end - vaddr:#x} bytes at vaddr {vaddr:#x} are not mapped for the device; of a temporary mapping "
-                    "give the DmaMapping itself"
-                )
-            stop = min(end, memory.reached_until(vaddr))
-            ranges.append((memory.iova + vaddr - memory.vaddr, stop - vaddr))
-            vaddr = stop
-        return ranges
+    def _unmap_run(self, run: list[OwnMemory]) -> None:
+        """Unmap adjacent mappings, given from the top downwards, in one call if all of them still exist."""
+        run.reverse()
+        iovas, vaddrs = [memory.iova for memory in run], [memory.vaddr for memory in run]
+        size = run[-1].iova + run[-1].size - iovas[0]
+        if self._space.unmap_neighbours_locked(iovas, vaddrs, size):
+            for memory in run:
+                del self._given_up[memory.iova]
+                self._release(memory)
+            return
+        for memory in reversed(run):
+            self._space.unmap_and_release_locked(memory.iova, memory.size, memory.vaddr)
+            del self._given_up[memory.iova]
+            self._release(memory)
 
     @reading
     def buffers(self) -> list[OwnMemory]:
-        """Return the memory that is mapped besides blocks, temporary mappings that have been closed included."""
-        return [*self._fixed, *self._temporary.values()]
+        """Return the mapped memory other than blocks, closed temporary mappings included."""
+        return self._own()
 
     # ------------------------------------------------------------------------------------------------ below
 
-    def _map(
-        self, vaddr: int, size: int, wanted: int | None, access: int, view: memoryview | None, *, top_down: bool = False
+    def _map(  # noqa: PLR0917 (by positions)
+        self,
+        vaddr: int,
+        size: int,
+        wanted: int | None,
+        access: int,
+        view: memoryview | None,
+        kind: type[OwnMemory] = OwnMemory,
     ) -> OwnMemory:
-        """Map memory of the caller's own, at the IOVA that is wanted or at one that is found."""
+        """Map memory of the caller at the IOVA `wanted`, or at an IOVA that the space chooses."""
+        space, export = self._space, None if view is None else self._exports.keep(view, vaddr)
         alignment = LARGE_PAGE if size >= LARGE_PAGE else 1
-        read, write = access & READ != 0, access & WRITE != 0
-        while True:
-            try:
-                iova = self._space.reserve_and_map(
-                    vaddr=vaddr,
-                    size=size,
-                    iova=wanted,
-                    alignment=alignment,
-                    top_down=top_down,
-                    read=read,
-                    write=write,
-                    dma_bits=self.dma_bits,
-                )
-            except IoctlError as error:
-                if not self._recycle(error):
-                    raise
-            else:
-                return OwnMemory(vaddr=Vaddr(vaddr), iova=iova, size=size, access=access, view=view)
+        if size == self._size:
+            size = self._size  # one int object for all mappings of the same size
+        else:
+            self._size = size
+        lock, top_down, dma_bits = space.guard.lock, kind.temporary, self.dma_bits
+        try:
+            while True:
+                lock.acquire()
+                try:
+                    iova = space.reserve_and_map_locked(vaddr, size, wanted, alignment, top_down, access, dma_bits)
+                    return kind(vaddr, iova, size, access, export)
+                except IoctlError as error:
+                    if not self._recycle(error):
+                        raise
+                finally:
+                    lock.release()
+        except BaseException:
+            if export is not None:
+                self._exports.release(export)
+            raise
 
     def _reserve(self, size: int, *, alignment: int, offset: int, dma_bits: int) -> Iova:
         try:
@@ -520,50 +489,58 @@ class BufferMapper:
             return self._space.reserve_iova(size, alignment=alignment, offset=offset, dma_bits=dma_bits)
 
     def _recycle(self, error: IoctlError) -> bool:
-        """Reset temporary mappings where there is too little of something, or where those that are given up have the
-        caller's own IOVA. Return whether another try makes sense."""
-        given_up = [memory for memory in self._temporary.values() if not memory.holders]
+        """Reset temporary mappings if the error was a shortage, or if closed ones occupy the caller's IOVA.
+
+        Returns whether another attempt makes sense.
+        """
         if isinstance(error, IovaOverlapError):
-            if not any(taken.start == memory.iova for memory in given_up for taken in error.existing):
+            if not any(taken.start in self._given_up for taken in error.existing):
                 return False
-        elif error.errno not in (errno.ENOSPC, errno.ENOMEM) or not given_up:
+        elif error.errno not in (errno.ENOSPC, errno.ENOMEM) or not self._given_up:
             return False
         logger.debug("recycling temporary mappings: %s", error)
         self.reset_temporary()
         return True
 
-    def _check_extent(self, vaddr: int, size: int) -> None:
-        if size <= 0 or vaddr < 0 or vaddr + size - 1 > U64_MAX or (vaddr | size) % self._space.page_size:
+    def _check_usable(self, vaddr: int, size: int) -> None:
+        """Raise if the mapper can map nothing any more, and ValueError if that memory can never be mapped."""
+        page, union = self._space.page_size, vaddr | size
+        if union & (page - 1) or union < 0 or size <= 0 or vaddr + size > 1 << 64:
             raise ValueError(
-                f"vaddr {vaddr:#x} and size {size:#x} must be multiples of {self._space.page_size:#x}, the size above "
-                "0: map whole pages, of mmap.mmap(-1, size) or of a block, as block.view(0, size). A bytearray or "
-                "numpy array does not begin at a page"
+                f"vaddr {vaddr:#x} and size {size:#x} must be multiples of {page:#x}, the size above 0: map whole "
+                "pages, of mmap.mmap(-1, size) or of a block, as block.view(0, size). A bytearray or numpy array does "
+                "not begin at a page"
             )
+        if self._closed or self._space.lost:
+            self.check_open()
 
     def check_open(self) -> None:
-        """Raise ClosedError when the mapper is closed, and VfioError when its space has lost all mappings."""
+        """Raise ClosedError if the mapper is closed, and VfioError if its space has lost all mappings."""
         if self._closed:
             raise ClosedError("this DmaMapper has been closed")
         if self._space.lost:
             raise VfioError(
-                "nothing is mapped any more: the address space was closed, or has lost its last group",
+                "nothing is mapped any more: the address space was closed, or its last group was detached",
                 hint="Close this DmaMapper, and make another in a container with a group",
             )
 
     def _unmap_all(self) -> None:
-        """Unmap all that is the caller's own, whoever holds it."""
+        """Unmap all memory other than blocks, regardless of its holders."""
         for memory in self._temporary.values():
             memory.holders = 0
-        steps = [partial(self._unmap, memory) for memory in self._fixed]
+        self._given_up |= self._temporary
+        self._temporary.clear()
+        steps = [partial(self._unmap, memory) for memory in reversed(list(self._fixed))]
         attempt_all("unmapping buffers", [*steps, self.reset_temporary])
 
     def _check(self) -> None:
-        """The invariant: memory that is entered here is mapped as it is entered."""
-        for memory in () if self._space.lost or self._space.closed else (*self._fixed, *self._temporary.values()):
+        """The invariant: the space maps all recorded memory exactly as recorded."""
+        for memory in () if self._space.lost or self._space.closed else self._own():
             assert self._space.mapping_at(memory.iova) == (memory.iova, memory.size, memory.vaddr), memory
-        addresses = [memory.vaddr for memory in self._fixed]
-        assert addresses == sorted(addresses)
-        assert all(memory.holders > 0 for memory in self._fixed)
+        self._fixed._check()
+        assert all(memory.holders > 0 for memory in (*self._fixed, *self._temporary.values()))
+        assert not any(memory.holders for memory in self._given_up.values())
+        self._exports._check(memory.export for memory in self._own())
 
 
 def _access(*, read: bool, write: bool) -> int:
@@ -571,38 +548,15 @@ def _access(*, read: bool, write: bool) -> int:
 
 
 def _check_place(found: int, vaddr: int, wanted: int | None) -> None:
-    """ValueError where memory that is mapped at `found` was to be at another IOVA."""
+    """Raise ValueError if `wanted` is another IOVA than `found`, where the memory is mapped."""
     if wanted is not None and wanted != found:
-        raise ValueError(f"vaddr {vaddr:#x} is mapped at IOVA {found:#x}, so it is not mapped at {wanted:#x} as well")
+        raise ValueError(
+            f"vaddr {vaddr:#x} is already mapped at IOVA {found:#x}, and cannot be mapped at {wanted:#x}, too"
+        )
 
 
 def _less_access(iova: int) -> ValueError:
     return ValueError(
-        f"the device may not do all that is wanted with the memory that is mapped at IOVA {iova:#x} already: close "
-        "that mapping first, or let the block be written"
+        f"the memory is mapped already, at IOVA {iova:#x}, with less access than was asked for: close that mapping "
+        "first, or add the block with write access"
     )
-
-
-def _size(size: SupportsIndex) -> int:
-    if type(size) is int and size > 0:
-        return size
-    number = check_whole_number(size, "size")
-    if number < 1:
-        raise ValueError(f"a size must be at least 1 byte, not {number}")
-    return number
-
-
-def _export(buffer: Buffer) -> tuple[memoryview, Vaddr]:
-    """A memoryview that keeps the buffer's memory where it is, and the address of its first byte."""
-    view = memoryview(buffer)
-    what = (
-        "read-only" if view.readonly else "not contiguous" if not view.c_contiguous else "" if view.nbytes else "empty"
-    )
-    if what:
-        size = view.nbytes
-        view.release()
-        raise ValueError(
-            f"this buffer of {size} bytes is {what}, and one for DMA must be writable, contiguous and not empty; map "
-            "memory that is not to be written with map_dma(vaddr=…, size=…, write=False)"
-        )
-    return view, Vaddr(ctypes.addressof(ctypes.c_char.from_buffer(view)))

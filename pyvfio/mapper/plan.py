@@ -1,11 +1,10 @@
-"""What a set of RAM blocks will need of an address space, before anything is touched: mappings, locked memory, IOVA,
-and roughly which time.
+"""The needs of a set of RAM blocks, computed before any change: mappings, locked memory, IOVA, and approximate time.
 
-`rehearse` goes through the blocks as a `DmaMapper` would and collects what that would raise. It asks the space and the
-kernel what is left, and changes nothing in either.
+`rehearse` goes through the blocks as a `DmaMapper` would, and collects the errors that the mapper would raise. The
+function reads the remaining resources of the space and the kernel, and changes neither.
 
-Source: the limits are `dma_entry_limit` and RLIMIT_MEMLOCK, as `vfio_dma_do_map` and `vfio_pin_pages_remote` in
-drivers/vfio/vfio_iommu_type1.c count them: one entry a mapping, every mapped page charged.
+The limits are `dma_entry_limit`, one entry for each mapping, and RLIMIT_MEMLOCK, every mapped page charged. Source:
+`vfio_dma_do_map` and `vfio_pin_pages_remote` in drivers/vfio/vfio_iommu_type1.c.
 """
 
 from __future__ import annotations
@@ -15,10 +14,11 @@ import errno
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pyvfio.blocks.block import RamBlock
 from pyvfio.errors import EntryLimitError, IoctlError, PinLimitError, VfioError
@@ -28,14 +28,18 @@ from pyvfio.iommu.space import AddressSpace
 from pyvfio.kernel import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE, Kernel, Memlock
 from pyvfio.mapper.policy import Policy
 from pyvfio.memory import locking
+from pyvfio.pci.sysfs import printable
 from pyvfio.units import MIB, U64_MAX, Iova, IovaRange, align_up, check_whole_number, format_ranges, format_size
+
+if TYPE_CHECKING:
+    from pyvfio.picture import Picture
 
 _SAMPLE = 2 * MIB
 _MOST_ADDRESS_SPACE = 1 << 47  # TASK_SIZE on x86-64
 
 
 class BlockShape(NamedTuple):
-    """A RAM block that is to come; lengths in bytes. `iova`: where the caller will place it, if anywhere."""
+    """A RAM block to be added later; lengths in bytes. `iova`: the IOVA that the caller will choose, or None."""
 
     idstr: str
     used_length: int
@@ -45,9 +49,12 @@ class BlockShape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PlannedBlock:
-    """What one block will need. `populated`: bytes of `used_length` that are not discarded. `iova` is None where no
-    IOVA is left for it; `entries` are mappings at first, `entries_most` at most if nothing more is discarded, None
-    where that depends on how often the block grows."""
+    """The needs of one block.
+
+    `populated`: bytes of `used_length` that are not discarded. `iova`: None if no IOVA is left. `entries`: mappings at
+    first. `entries_most`: the most mappings if no further part is discarded; None if that depends on how often the
+    block grows.
+    """
 
     idstr: str
     used_length: int
@@ -60,15 +67,15 @@ class PlannedBlock:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a set of blocks will need, against what there is. A snapshot; `str()` of it is for people.
+    """The needs of a set of blocks, compared with the remaining resources. A snapshot; `str()` formats it for people.
 
-    `shortages` are the errors that adding the blocks would raise, with their numbers and hints, and
-    `shortages_when_grown` those that would come when all of these had grown to `max_length`, and no others. `seconds`:
-    roughly, to map what is used of all, where none of it is populated yet; nan where that could not be tried.
+    `shortages`: the errors that adding the blocks would raise, with their numbers and hints. `shortages_when_grown`:
+    the errors that would follow if all these blocks, and no others, had grown to `max_length`. `seconds`: approximate
+    time to map the used memory of all blocks if none of it is populated yet; nan if the measurement failed.
     """
 
     blocks: tuple[PlannedBlock, ...]
-    entries_left: int
+    entries_left: int | None
     memlock: Memlock
     iova_ranges: tuple[IovaRange, ...]
     seconds: float
@@ -82,48 +89,70 @@ class Plan:
 
     @property
     def entries(self) -> int:
-        """Mappings that the blocks take at first."""
+        """The mappings that the blocks need at first."""
         return sum(block.entries for block in self.blocks)
 
     @property
     def entries_most(self) -> int | None:
-        """Mappings that they take at most; None where that depends on how often they grow."""
+        """The most mappings that the blocks can need. None if that depends on how often the blocks grow."""
         most = [block.entries_most for block in self.blocks]
         return None if None in most else sum(count for count in most if count is not None)
 
     @property
     def locked(self) -> int:
-        """Bytes that are locked for them at first."""
+        """The bytes locked for the blocks at first."""
         return sum(block.populated for block in self.blocks)
 
     @property
     def locked_most(self) -> int:
-        """Bytes that are locked for them when all have grown to `max_length`."""
+        """The bytes locked for the blocks when all have grown to `max_length`."""
         return sum(block.max_length for block in self.blocks)
+
+    def picture(self) -> Picture:
+        """Return a `Picture` of the planned blocks alone. Blocks for which no IOVA is left are not in it."""
+        from pyvfio.picture import Picture, Span  # noqa: PLC0415 (few programs draw)
+
+        spans = [
+            Span("planned", block.idstr, block.iova, block.max_length, block.used_length, ())
+            for block in self.blocks
+            if block.iova is not None
+        ]
+        spans.sort(key=lambda span: span.iova)
+        return Picture(
+            f"plan of {len(self.blocks)} block{'s' * (len(self.blocks) != 1)}", self.iova_ranges, tuple(spans), 64
+        )
+
+    def _repr_svg_(self) -> str:
+        return self.picture().svg()
 
     def __str__(self) -> str:
         most = "as many as they grow in" if self.entries_most is None else self.entries_most
         limit = self.memlock.limit
         allowed = "no limit" if limit is None or self.memlock.privileged else f"{format_size(limit)} allowed"
         lines = [
-            f"{block.idstr}: {format_size(block.used_length)} of {format_size(block.max_length)} at "
+            f"{printable(block.idstr)}: {format_size(block.used_length)} of {format_size(block.max_length)} at "
             f"{'no IOVA' if block.iova is None else f'IOVA {block.iova:#x}'}"
             for block in self.blocks
         ]
+        left = "no limit" if self.entries_left is None else f"{self.entries_left} are left"
         lines += [
-            f"mappings: {self.entries}, at most {most}; {self.entries_left} are left",
+            f"mappings: {self.entries}, at most {most}; {left}",
             f"locked memory: {format_size(self.locked)}, at most {format_size(self.locked_most)}; "
             f"{format_size(self.memlock.used)} are locked, {allowed}",
             f"IOVA: {format_ranges(self.iova_ranges)}",
-            f"time: some {self.seconds:,.3f} s",
+            f"time: about {_duration(self.seconds)}",
             *(f"does not fit: {error}" for error in self.shortages),
             *(f"would not fit when grown: {error}" for error in self.shortages_when_grown),
         ]
         return "\n".join(lines)
 
 
+def _duration(seconds: float) -> str:
+    return f"{seconds:,.1f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
+
+
 class Rehearsal:
-    """Stands in for an address space when IOVA is reserved: what is taken there is taken here, and nothing more."""
+    """A stand-in for an address space when IOVA is reserved. Begins with the reservations of the space."""
 
     def __init__(self, space: AddressSpace) -> None:
         self._allocator = IovaAllocator(space.iova_ranges, page_size=space.page_size)
@@ -131,22 +160,24 @@ class Rehearsal:
             self._allocator.reserve_at(taken.start, taken.size)
 
     def reserve_iova(self, size: int, *, alignment: int, offset: int, dma_bits: int) -> Iova:
-        """As `AddressSpace.reserve_iova`."""
+        """Reserve as `AddressSpace.reserve_iova` does."""
         return self._allocator.reserve(size, alignment=alignment, offset=offset, dma_bits=dma_bits)
 
     def reserve_iova_at(self, iova: int, size: int) -> Iova:
-        """As `AddressSpace.reserve_iova_at`."""
+        """Reserve as `AddressSpace.reserve_iova_at` does."""
         return self._allocator.reserve_at(iova, size)
 
 
 class Budget:
-    """The mappings that are left, and who may need how many of them."""
+    """The remaining mappings, given out to one block after the other."""
 
-    def __init__(self, left: int) -> None:
-        self._left = left
+    def __init__(self, left: int | None) -> None:
+        self._left = left  # None: no limit
 
     def take(self, idstr: str, granule: int | None, *, needed: int, max_length: int) -> EntryLimitError | None:
-        """Have them for one more block; the error where there are too few, with the granule that would fit."""
+        """Take the mappings of one more block. If too few are left, return an error that names a granule that fits."""
+        if self._left is None:
+            return None
         left, self._left = max(self._left, 0), self._left - needed
         if needed <= left:
             return None
@@ -154,7 +185,7 @@ class Budget:
             errno.ENOSPC,
             f"RAM block '{idstr}' may need {needed} mappings"
             + ("" if granule is None else f" of {format_size(granule)}")
-            + f", and {left} are left when all others have those they may need",
+            + f", and {left} are left when all other blocks have theirs",
             request="VFIO_IOMMU_MAP_DMA",
             arguments={"max_length": max_length, **({} if granule is None else {"granule": granule})},
             hint=self._hint(granule, left, max_length),
@@ -177,15 +208,17 @@ def rehearse(
     policies: Sequence[Policy],
     *,
     promises: bool,
-    left: int,
+    left: int | None,
     threads: int,
     reserve: Callable[[Rehearsal, BlockShape | RamBlock], Iova],
 ) -> Plan:
-    """What the blocks will need under the policy of each, of `left` mappings; `reserve` finds the IOVA of each. See
-    `Plan`. `promises`: whether a block has granules, so that all are promised the mappings that they may need.
+    """Compute the needs of the blocks, each under its policy, with `left` mappings remaining. See `Plan`.
 
-    Raises ValueError for lengths that can never be right. Cost: populates 2 MiB of memory of its own, to see how long
-    that takes.
+    `left`: None means no limit. `reserve` finds the IOVA of each block. `promises`: whether a block has granules; each
+    block is then promised all mappings that the block may need.
+
+    Raises ValueError for lengths that are always invalid. Cost: populates 2 MiB of temporary memory, to measure the
+    time.
     """
     _check_all(wanted, policies, space.page_size)
     shortages: list[VfioError] = []
@@ -244,11 +277,11 @@ def _reserve(
 
 
 def check_shape(shape: BlockShape | RamBlock) -> BlockShape | RamBlock:
-    """Return `shape`, with lengths that are ints. TypeError for what is none."""
+    """Return `shape` with lengths as ints. Raises TypeError for other objects than BlockShape and RamBlock."""
     if isinstance(shape, RamBlock):
         return shape
     if not isinstance(shape, BlockShape):
-        raise TypeError(f"a plan is made of BlockShapes and RamBlocks, in a list, not of {type(shape).__name__}")
+        raise TypeError(f"a plan takes a list of BlockShapes and RamBlocks, not of {type(shape).__name__}")
     idstr, used, maximum, iova = shape
     return BlockShape(
         idstr,
@@ -261,8 +294,8 @@ def check_shape(shape: BlockShape | RamBlock) -> BlockShape | RamBlock:
 def _check_all(shapes: Sequence[BlockShape | RamBlock], policies: Sequence[Policy], page_size: int) -> None:
     for shape, policy in zip(shapes, policies, strict=True):
         _check(shape, policy, page_size)
-    names = [shape.idstr for shape in shapes]
-    if twice := [name for name in names if names.count(name) > 1]:
+    names = Counter(shape.idstr for shape in shapes)
+    if twice := [name for name, count in names.items() if count > 1]:
         raise ValueError(f"'{twice[0]}' is planned more than once")
 
 
@@ -270,8 +303,8 @@ def _check(shape: BlockShape | RamBlock, policy: Policy, page_size: int) -> None
     used, maximum = shape.used_length, shape.max_length
     if not 0 <= used <= maximum or maximum == 0 or maximum > U64_MAX:
         raise ValueError(
-            f"'{shape.idstr}': used_length {used:#x} must be within max_length {maximum:#x}, which must not be 0, nor "
-            "more than an address has bits"
+            f"'{shape.idstr}': used_length {used:#x} must be within max_length {maximum:#x}, which must be above 0 and "
+            "below 2^64"
         )
     if (used | maximum) % page_size:
         raise ValueError(f"lengths of '{shape.idstr}' must be multiples of {page_size:#x}")
@@ -281,7 +314,7 @@ def _check(shape: BlockShape | RamBlock, policy: Policy, page_size: int) -> None
 def _planned(shape: BlockShape | RamBlock, iova: Iova | None, policy: Policy) -> PlannedBlock:
     parts = shape.populated if isinstance(shape, RamBlock) else (Extent(0, shape.used_length),)
     entries = sum(policy.entries(part.size) for part in parts)
-    most = None if policy.resize == "extend" and policy.granule is None else policy.entries(shape.max_length)
+    most = None if policy.resize != "remap" and policy.granule is None else policy.entries(shape.max_length)
     return PlannedBlock(
         shape.idstr,
         shape.used_length,
@@ -303,7 +336,7 @@ def _pin_shortage(kernel: Kernel, lock: Memlock, size: int) -> PinLimitError | N
 
 
 def _seconds_per_mib(kernel: Kernel) -> float:
-    """What populating memory takes on this machine now, which is most of a first map: zeroing outweighs pinning."""
+    """Measure the time to populate memory on this machine: most of a first map, as zeroing outweighs pinning."""
     size = 2 * _SAMPLE
     try:
         whole = kernel.mmap(0, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS)

@@ -1,15 +1,15 @@
-"""BARs as DMA targets: a region of one device, mapped into the address space of others.
+"""BARs as DMA targets: a region of one device, mapped into the address space of other devices.
 
-The kernel does not look after such a mapping: it stays when the BAR goes (`vfio_iommu_map` maps the page frames that a
-VM_PFNMAP area has, and nothing tells type1 that vfio-pci revokes them). A device that writes there then writes to
-whatever has the address, or raises a bus error. So the region keeps the close of each such mapping, and calls it first.
+The kernel does not remove such a mapping when the BAR goes away. `vfio_iommu_map` maps the page frames of a VM_PFNMAP
+area, and vfio-pci does not notify type1 when it revokes them. A device that writes there then writes to the new owner
+of the address, or causes a bus error. Therefore the region keeps a close function for each such mapping, and calls the
+function first.
 
 Source: `follow_fault_pfn` in drivers/vfio/vfio_iommu_type1.c; `vfio_pci_core_mmap`.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol, SupportsIndex
@@ -17,74 +17,77 @@ from typing import Protocol, SupportsIndex
 from pyvfio.errors import UnsupportedError, VfioError
 from pyvfio.guard import Guard, close_now, closing, making
 from pyvfio.kernel import Kernel, LinuxKernel
-from pyvfio.mapper.buffers import BufferMapper, DmaMapping, OwnMemory
+from pyvfio.mapper.buffers import BufferMapper, DmaMapping
+from pyvfio.mapper.held import OwnMemory
 from pyvfio.mapper.window import READ, WRITE
 from pyvfio.units import PAGE_SIZE, Iova, Vaddr, align_up, check_bool, check_whole_number
 
 
 class MappedRegion(Protocol):
-    """A part of a region that is mapped into this process."""
+    """A part of a region, mapped into this process."""
 
     size: int
 
     @property
     def guard(self) -> Guard:
-        """Its guard."""
+        """The guard of the mapping."""
         ...
 
     @property
     def vaddr(self) -> int:
-        """The address of its first byte."""
+        """The address of the first byte."""
         ...
 
     def close(self) -> None:
-        """Unmap it from this process."""
+        """Unmap the part from this process."""
         ...
 
 
 class MappableRegion(Protocol):
-    """A region of a device, as far as `map_region` needs it: `pyvfio.Region`."""
+    """A region of a device, as `map_region` uses the region: `pyvfio.Region`."""
 
     dependents: list[Callable[[], object]]
 
     @property
     def kernel(self) -> Kernel:
-        """Its device's."""
+        """The kernel of the region's device."""
         ...
 
     def mmap(self, offset: int = 0, size: int | None = None) -> MappedRegion:
-        """Map a part of it into this process."""
+        """Map a part of the region into this process."""
         ...
 
     def add_dependent(self, close: Callable[[], object]) -> None:
-        """Have `close` called before the region goes."""
+        """Register `close`, to be called before the region goes away."""
         ...
 
 
 class Dropper(Protocol):
-    """The mapper that has mapped a region."""
+    """The mapper that mapped a region."""
 
     @property
     def guard(self) -> Guard:
-        """Its guard."""
+        """The guard of the mapper."""
         ...
 
     def drop(self, memory: OwnMemory) -> None:
-        """Unmap memory, whoever holds it."""
+        """Unmap memory, regardless of its holders."""
         ...
 
 
 class RegionMemory(OwnMemory):
     """A part of a region that a mapper has mapped for other devices.
 
-    `close` is for the region: it unmaps the part whoever holds it, and takes the mapper's lock.
+    The region calls `close`, which takes the mapper's lock and unmaps the part regardless of its holders.
     """
 
-    __slots__ = ("_close", "_mapped", "_mapper", "_region", "guard")
+    __slots__ = ("_close", "_mapped", "_mapper", "_region", "ended", "guard")
 
     def __init__(self, mapper: Dropper, region: MappableRegion, mapped: MappedRegion, *, access: int) -> None:
-        size = align_up(mapped.size, PAGE_SIZE)  # a BAR smaller than a page has that page for itself
-        super().__init__(vaddr=Vaddr(0), iova=Iova(0), size=size, access=access, view=None)
+        size = align_up(mapped.size, PAGE_SIZE)  # a BAR smaller than a page shares the page with no other BAR
+        super().__init__(Vaddr(0), Iova(0), size, access)
+        self.ended = False
+        self.holders = 0  # until the part is mapped
         self.guard = mapper.guard
         self._mapper = mapper
         self._region = region
@@ -92,23 +95,23 @@ class RegionMemory(OwnMemory):
         self._close = partial(close_now, self)
         region.add_dependent(self._close)
         try:
-            self.vaddr = Vaddr(mapped.vaddr)  # ClosedError where the region was closed before that
+            self.vaddr = Vaddr(mapped.vaddr)  # raises ClosedError if the region was closed before add_dependent()
         except BaseException:
             region.dependents.remove(self._close)
             raise
 
     @closing
     def close(self) -> None:
-        """Unmap it for the other devices, whoever holds it, and from this process."""
+        """Unmap the part for other devices, regardless of its holders, and from this process."""
         self._mapper.drop(self)
-        if self._close in self._region.dependents:  # a caller that waits for its end would try for ever
+        if self._close in self._region.dependents:  # without this error, a caller that retries would never end
             raise VfioError(
                 f"{self!r} is just being mapped, and cannot be unmapped",
-                hint="Close the region when map_region has ended",
+                hint="Close the region after map_region has returned",
             )
 
     def release(self) -> None:
-        """Unmap it from this process: other devices reach it no more."""
+        """Unmap the part from this process. Other devices can no longer reach the part."""
         self.ended = True
         if self._close in self._region.dependents:
             self._region.dependents.remove(self._close)
@@ -119,7 +122,7 @@ class RegionMemory(OwnMemory):
 
 
 class RegionMapper(BufferMapper):
-    """Maps regions of devices, too, so that other devices reach them."""
+    """Maps regions of devices too, so that other devices can reach them."""
 
     def map_region(
         self,
@@ -131,19 +134,20 @@ class RegionMapper(BufferMapper):
         read: bool = True,
         write: bool = True,
     ) -> DmaMapping:
-        """Let the devices of this address space reach `[offset, offset + size)` of another device's BAR.
+        """Map `[offset, offset + size)` of another device's BAR for the devices of this address space.
 
-        Both are multiples of the page size; default: all of the region. `iova`: the caller's own choice, else one is
-        found. The device of `region` decodes memory, and may be in any container, or in the same. Nothing is pinned,
-        and RLIMIT_MEMLOCK does not count it.
+        `offset` and `size` are multiples of the page size; default: the whole region. `iova`: an IOVA chosen by the
+        caller; None: the mapper chooses. The device of `region` must decode memory, and may be in any container, also
+        in this one. Nothing is pinned or charged to RLIMIT_MEMLOCK.
 
-        The mapping ends before the BAR does: when the device stops to decode memory, is reset or enters low power, and
-        when the device, the region or this mapper is closed. Where it cannot be unmapped, that change raises the error
-        and is not made. Closing a mapping that has ended does nothing.
+        The mapping ends before the BAR does: when the device stops decoding memory, is reset, enters low power or is
+        closed, and when the region or this mapper is closed. If the kernel refuses the unmap, that change raises the
+        error and is not made. Closing a mapping that has ended does nothing.
 
-        Raises TypeError; ValueError (misaligned, outside, no access, another kernel's device); UnsupportedError where
-        the region cannot be mapped; VfioError where the device does not decode memory; HandOverError while its device
-        is handed over; ClosedError; otherwise as `map_dma`.
+        Raises TypeError. ValueError if the range is misaligned or outside the region, if neither `read` nor `write` is
+        set, or if the region belongs to another kernel. UnsupportedError if the region cannot be mapped. VfioError if
+        the device does not decode memory. HandOverError while the device is being handed over. ClosedError; otherwise
+        as `map_dma`.
         Cost: an mmap, an ioctl and three reads of configuration space.
         Source: `vaddr_get_pfns`, `follow_fault_pfn`.
         """
@@ -153,7 +157,7 @@ class RegionMapper(BufferMapper):
         check_bool(write, "write")
         access = READ * read | WRITE * write
         if not access:
-            raise ValueError("the device must be let read or write")
+            raise ValueError("read and write are both False: the device must be allowed to read or write")
         offset = check_whole_number(offset, "offset")
         length = None if size is None else check_whole_number(size, "size")
         wanted = None if iova is None else check_whole_number(iova, "iova")
@@ -181,22 +185,24 @@ class RegionMapper(BufferMapper):
         except BaseException:
             self._take_back(memory)
             raise
-        self._fixed.insert(bisect_right(self._fixed, memory.vaddr, key=lambda each: each.vaddr), memory)
-        return DmaMapping(self, memory, vaddr=memory.vaddr, size=mapped.size, view=None)
+        self._fixed.add(memory)
+        memory.holders = 1
+        return DmaMapping(self, memory, memory.vaddr, mapped.size)
 
     def _check_whole_pages(self, memory: RegionMemory) -> None:
         if (memory.vaddr | memory.size) % self._space.page_size:
             raise UnsupportedError(f"{memory!r} is not whole pages of the IOMMU, {self._space.page_size:#x}")
 
     def _take_back(self, memory: RegionMemory) -> None:
-        """Undo a map that has raised, which a filter of the log does when the kernel has mapped already."""
+        """Undo a map that raised. A filter of the log may raise after the kernel has mapped."""
         for mapping in self._space.mappings_in(iova=0, size=1 << 64):
             if mapping.vaddr == memory.vaddr:
-                self._space.unmap_and_release(iova=mapping.iova, size=mapping.size, vaddr=mapping.vaddr)
+                with self._space.guard.lock:
+                    self._space.unmap_and_release_locked(mapping.iova, mapping.size, mapping.vaddr)
         memory.release()
 
     def drop(self, memory: OwnMemory) -> None:
-        """Unmap memory, whoever holds it; a holder's close does nothing then. For RegionMemory.close."""
+        """Unmap memory, regardless of its holders, whose close then does nothing. For RegionMemory.close."""
         self._unmap(memory)
 
 

@@ -1,8 +1,8 @@
-"""Segments of IOVA for scatter-gather lists and PRP lists: ranges, cut where a device needs them cut. Pure.
+"""Segments of IOVA for scatter-gather lists and PRP lists: ranges, cut at the limits of a device. Pure.
 
-An NVMe controller takes PRP entries, none of which crosses a page (`boundary`). Other devices limit the length of an
-element (`max_segment`), or forbid elements that cross 64 KiB or 4 GiB (`boundary`). These are `max_segment_size` and
-`segment_boundary_mask` of a device in Linux.
+An NVMe controller takes PRP entries, and no entry may cross a page (`boundary`). Other devices limit the length of an
+element (`max_segment`), or forbid elements that cross 64 KiB or 4 GiB (`boundary`). In Linux, the limits of a device
+are called `max_segment_size` and `segment_boundary_mask`.
 
 Source: `nvme_pci_setup_prps` in drivers/nvme/host/pci.c; `dma_set_max_seg_size` and `dma_set_seg_boundary` in
 include/linux/dma-mapping.h.
@@ -10,13 +10,31 @@ include/linux/dma-mapping.h.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
-from typing import NamedTuple, SupportsIndex, TypeAlias, cast
+from typing import Generic, NamedTuple, SupportsIndex, TypeAlias, TypeVar, cast
 
 from pyvfio.units import Iova, check_whole_number, is_power_of_two
 
 Segment: TypeAlias = tuple[Iova, int]
 """The first IOVA of a segment, and its length in bytes."""
+
+Parts: TypeAlias = tuple[int, int] | list[list[tuple[int, int]]]
+"""The mapped ranges of parts of memory. A tuple (apart, end): one run of IOVA contains all parts. Byte `offset` is at
+IOVA `apart + offset`, and the run ends at byte `end`, exclusive. A list: the runs of each part as (iova, size)."""
+
+_Numbers = TypeVar("_Numbers")
+
+
+class SegmentArrays(NamedTuple, Generic[_Numbers]):
+    """The segments of several parts, one part after the other. All lengths are in bytes."""
+
+    iovas: _Numbers
+    """The first IOVA of each segment."""
+    sizes: _Numbers
+    """The length of each segment."""
+    counts: _Numbers
+    """The number of segments of each part."""
 
 
 class Limits(NamedTuple):
@@ -27,7 +45,7 @@ class Limits(NamedTuple):
 
     @classmethod
     def checked(cls, max_segment: SupportsIndex | None, boundary: SupportsIndex | None) -> Limits:
-        """Return both as ints. Raises ValueError: below 1, or a boundary that is no power of two; TypeError."""
+        """Return both as ints. Raises ValueError: below 1, or a boundary that is not a power of two; TypeError."""
         longest = None if max_segment is None else check_whole_number(max_segment, "max_segment")
         if longest is not None and longest < 1:
             raise ValueError(f"max_segment must be at least 1 byte, not {longest}")
@@ -40,7 +58,7 @@ class Limits(NamedTuple):
 def check_part(offset: SupportsIndex, size: SupportsIndex | None, length: int, what: str) -> tuple[int, int]:
     """Return the offset and the size of a part of `what`, which has `length` bytes. `size` None: up to the end.
 
-    Raises ValueError: a part without a byte, or one that is not inside; TypeError.
+    Raises ValueError if the part is empty or not inside; TypeError.
     """
     start = check_whole_number(offset, "offset")
     count = length - start if size is None else check_whole_number(size, "size")
@@ -54,7 +72,7 @@ def check_part(offset: SupportsIndex, size: SupportsIndex | None, length: int, w
 
 
 def join(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return `ranges`, (iova, size) in bytes and in order, with each run of neighbours as one."""
+    """Join adjacent ranges. `ranges`: (iova, size) in bytes, in order."""
     joined: list[tuple[int, int]] = []
     for iova, size in ranges:
         if joined and sum(joined[-1]) == iova:
@@ -64,8 +82,44 @@ def join(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
+def cut_all(parts: Iterable[list[tuple[int, int]]], limits: Limits) -> SegmentArrays[array[int]]:
+    """Cut the runs of each part as `cut` does. Returns arrays of type "Q"."""
+    found = SegmentArrays(array("Q"), array("Q"), array("Q"))
+    longest, boundary = limits
+    if boundary is not None and longest is not None and boundary <= longest:
+        longest = None
+    for runs in parts:
+        before = len(found.iovas)
+        for iova, size in runs:
+            end = iova + size
+            if boundary is None:
+                step = longest or size
+                _extend(found, iova, end, step, iova + step)
+            elif longest is None:
+                _extend(found, iova, end, boundary, (iova | boundary - 1) + 1)
+            else:
+                for start, count in _steps(iova, end, boundary, (iova | boundary - 1) + 1):
+                    _extend(found, start, start + count, longest, start + longest)
+        found.counts.append(len(found.iovas) - before)
+    return found
+
+
+def _extend(found: SegmentArrays[array[int]], start: int, end: int, step: int, first: int) -> None:
+    """Cut as `_steps` does, and append to arrays."""
+    iovas, sizes, _counts = found
+    iovas.append(start)
+    if first >= end:
+        sizes.append(end - start)
+        return
+    starts = range(first, end, step)
+    iovas.extend(starts)
+    sizes.append(first - start)
+    sizes.extend(array("Q", (step,)) * len(starts))
+    sizes[-1] = end - starts[-1]
+
+
 def cut(iova: int, size: int, limits: Limits) -> list[Segment]:
-    """Return the fewest segments within `limits` that cover `[iova, iova + size)`, in order. O(segments)."""
+    """Return the fewest segments within `limits` that cover `[iova, iova + size)`, in order. Cost: O(segments)."""
     longest, boundary = limits
     end = iova + size
     segments = [(iova, size)] if boundary is None else _steps(iova, end, boundary, (iova | boundary - 1) + 1)
@@ -77,7 +131,7 @@ def cut(iova: int, size: int, limits: Limits) -> list[Segment]:
 
 
 def _steps(start: int, end: int, step: int, first: int) -> list[tuple[int, int]]:
-    """Cut [start, end) at `first` and at each `step` from there on."""
+    """Cut [start, end) at `first` and after every `step` bytes from there on."""
     if first >= end:
         return [(start, end - start)]
     last = end - (end - first) % step

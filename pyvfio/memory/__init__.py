@@ -1,7 +1,7 @@
 """Process memory that can grow and shrink in place: reserve, activate, deactivate, release.
 
-`reservation` has the address space and what of it is in use, `kinds` where the pages come from, `settings` what
-madvise(2) is told, `exports` who looks at it, `maps` what the kernel says of it, `locking` what of it may be locked.
+`reservation` has the address space and the part in use, `kinds` the source of the pages, and `settings` the madvise(2)
+advice. `exports` tracks live views, `maps` reads /proc/self/maps, and `locking` handles locked memory.
 """
 
 from pyvfio.memory.exports import Exports

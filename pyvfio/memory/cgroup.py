@@ -1,8 +1,8 @@
-"""What this process's control groups leave it of memory.
+"""The memory that this process's control groups leave.
 
-Populating memory beyond the limit of a group is not answered by an errno but by the OOM killer, so that whoever wants
-all of it has to look beforehand. What a group has room for is what its limit leaves, what of its page cache can be
-reclaimed, and what of its memory can be swapped out: never less than could be had at that moment.
+Beyond the limit of a group, populating memory does not return an errno: the OOM killer kills a process. A program that
+needs all pages must check first. The room of a group is the sum of three parts: the rest of the limit, reclaimable page
+cache, and memory that can be swapped out. The sum is an upper bound: no more could be allocated at that moment.
 
 Source: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst; `try_charge_memcg` in mm/memcontrol.c.
 """
@@ -10,6 +10,7 @@ Source: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst; `try_c
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,16 @@ from typing import NamedTuple
 from pyvfio.kernel import Kernel
 from pyvfio.units import format_size
 
+_SWAP_FREE = re.compile(rb"^SwapFree:\s+([0-9]{1,15}) kB$", re.MULTILINE)
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryRoom:
-    """A group with a limit, in bytes: of `limit`, `used` are in use, of those `reclaimable` are page cache; `swap` is
-    what may be swapped out. `limited_by` is the file that has the limit."""
+    """A control group with a limit. All sizes are in bytes.
+
+    `limited_by`: the file with the limit. `used` of `limit` bytes are in use, and `reclaimable` of these are page
+    cache. `swap`: the bytes that can be swapped out.
+    """
 
     limited_by: Path
     limit: int
@@ -32,7 +38,7 @@ class MemoryRoom:
 
     @property
     def size(self) -> int:
-        """Bytes that could be had."""
+        """The most bytes that can be allocated."""
         return max(self.limit - self.used + self.reclaimable + self.swap, 0)
 
     def __str__(self) -> str:
@@ -43,7 +49,7 @@ class MemoryRoom:
 
 
 class _Files(NamedTuple):
-    """What a version of control groups calls what is read."""
+    """The file names and keys of one version of control groups."""
 
     limit: str
     used: str
@@ -63,8 +69,10 @@ _V2 = _Files(
 
 
 def memory_room(kernel: Kernel, *, proc: Path = Path("/proc")) -> MemoryRoom | None:
-    """The group that leaves this process least, of its own and those above; None where none has a limit, or nothing of
-    them can be read. Some 100 µs."""
+    """Return the group with the least room, among this process's own group and its ancestors.
+
+    Returns None if no group has a limit, or if the files cannot be read. Cost: about 100 µs.
+    """
     place = _own_group(kernel, proc)
     if place is None:
         return None
@@ -82,7 +90,7 @@ def memory_room(kernel: Kernel, *, proc: Path = Path("/proc")) -> MemoryRoom | N
 
 
 def _own_group(kernel: Kernel, proc: Path) -> tuple[_Files, Path, Path] | None:
-    """The files to read, where the groups are mounted, and the own one there."""
+    """Return the file names, the mount point of the groups, and this process's group below the mount point."""
     try:
         lines = os.fsdecode((proc / "self/cgroup").read_bytes()).split("\n")
     except OSError:
@@ -100,7 +108,7 @@ def _own_group(kernel: Kernel, proc: Path) -> tuple[_Files, Path, Path] | None:
 
 
 def _downwards(base: Path, own: Path) -> Iterator[Path]:
-    """From the root of what is mounted to the own group. A process that is outside of it (..) has that root at most."""
+    """Yield the groups from the mounted root to `own`. For a process outside the mounted tree (..), yield the root."""
     yield base
     if ".." not in own.parts:
         for depth in range(1, len(own.parts) + 1):
@@ -108,7 +116,7 @@ def _downwards(base: Path, own: Path) -> Iterator[Path]:
 
 
 def _number(path: Path) -> int | None:
-    """None where there is none, as for "max" and what cannot be read."""
+    """Read a number. Return None for other contents, such as "max", and for a file that cannot be read."""
     try:
         return int(path.read_bytes())
     except (OSError, ValueError):
@@ -134,7 +142,7 @@ def _room(files: _Files, group: Path, swap: int) -> MemoryRoom | None:
 
 def _free_swap(proc: Path) -> int | None:
     try:
-        lines = (proc / "meminfo").read_bytes().splitlines()
+        match = _SWAP_FREE.search((proc / "meminfo").read_bytes())
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(b"SwapFree:")), None)
+    return None if match is None else int(match[1]) * 1024

@@ -1,4 +1,4 @@
-"""Who still looks at a piece of memory through the buffer protocol."""
+"""The live views of a piece of memory through the buffer protocol."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 
 class Exports:
-    """The memoryviews that have been given out of one piece of memory and are still alive.
+    """The memoryviews of one piece of memory that are still alive.
 
-    CPython tells an object that implements the buffer protocol in Python when a view goes only from 3.12 on. A ctypes
-    array works everywhere: every view made of it, and every view of a view, holds a reference to it, so a weak
-    reference to the array dies with the last of them.
+    Before 3.12, CPython does not tell a Python object with the buffer protocol when a view is released. A ctypes array
+    works in all versions: each view of the array, and each view of such a view, holds a reference to the array. A weak
+    reference to the array therefore dies with the last view.
 
-    Synchronization: none; the owner serializes calls. Cost: O(live views) a call.
+    Synchronization: none; the owner serializes calls. Cost: O(live views) for each call.
     """
 
     __slots__ = ("_exports",)
@@ -23,7 +23,7 @@ class Exports:
         self._exports: list[weakref.ref[ctypes.Array[ctypes.c_ubyte]]] = []
 
     def view(self, vaddr: int, size: int) -> memoryview:
-        """A writable memoryview of bytes. The memory must stay mapped while `end()` is above it."""
+        """Return a writable memoryview. The memory must stay mapped while `end()` lies above `vaddr`."""
         if size == 0:
             return memoryview(bytearray())
         array = (ctypes.c_ubyte * size).from_address(vaddr)
@@ -32,15 +32,17 @@ class Exports:
         return memoryview(array).cast("B")
 
     def end(self) -> int:
-        """The highest address, exclusive, that a live view reaches; 0 when there is none."""
+        """Return the highest address, exclusive, that a live view reaches; 0 without live views."""
         if not self._exports:
             return 0
         arrays = (reference() for reference in self._exports)
         return max((ctypes.addressof(array) + len(array) for array in arrays if array is not None), default=0)
 
     def watch(self, step: Callable[[], object]) -> None:
-        """Have `step` called when each of the live views has gone, in the thread that lets go of the last reference and
-        between any two lines of it, but not at the end of the program."""
+        """Call `step` when each of the live views is freed, but not at the end of the program.
+
+        The call runs in the thread that drops the last reference, between any two lines of that thread.
+        """
         for reference in self._exports:
             if (array := reference()) is not None:
                 weakref.finalize(array, step).atexit = False

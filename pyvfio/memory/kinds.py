@@ -1,9 +1,9 @@
-"""What the memory of a block is: private, a memfd of its own, or a file of the caller's.
+"""The memory of a block: private, a memfd of the block, or a file of the caller.
 
-A kind says how the address space of a reservation is made (`flags`, `fd`, `offset`), where the pages come from when it
-grows, and where they go when it shrinks. All kinds grow by mprotect(2) on what was mapped PROT_NONE when the
-reservation was made: a MAP_FIXED mapping that fails may have taken away what was there, an mprotect that fails has not
-(seen on 6.1, 6.12 and 7.3), and a file may be mapped beyond its end as long as nobody touches that.
+A kind defines the address space of a reservation (`flags`, `fd`, `offset`), the source of pages for a grow, and the
+release of pages for a shrink. All kinds map the whole reservation PROT_NONE at first, and grow by mprotect(2). A
+MAP_FIXED mapping that fails may have removed the old mapping; an mprotect that fails has changed nothing (seen on 6.1,
+6.12 and 7.3). A file may be mapped beyond its end as long as nobody touches that part.
 
 Source: `qemu_ram_alloc_from_fd`, `ram_block_discard_range` and `qemu_fd_getpagesize` of QEMU; memfd_create(2),
 fallocate(2); hugetlbfs_file_mmap in fs/hugetlbfs/inode.c.
@@ -15,7 +15,7 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -66,9 +66,12 @@ _PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
 @dataclass(frozen=True, slots=True)
 class Anonymous:
-    """Private anonymous memory. `noreserve`: what is activated is not charged, and may be found missing when it is
-    touched; refused where the machine allows no overcommitment (vm.overcommit_memory is 2), as the kernel would charge
-    it there all the same."""
+    """Private anonymous memory.
+
+    `noreserve`: activated memory is not charged against the commit limit. A later touch of the memory may then find no
+    pages. If vm.overcommit_memory is 2, adding the block raises ValueError, because the kernel would charge the
+    memory nevertheless.
+    """
 
     noreserve: bool = False
 
@@ -77,14 +80,17 @@ class Anonymous:
 
     @property
     def page_size(self) -> int:
-        """What lengths are multiples of, as far as that is known beforehand, in bytes."""
+        """The bytes that lengths are multiples of, as far as known before the block is made."""
         return PAGE_SIZE
 
 
 @dataclass(frozen=True, slots=True)
 class Memfd:
-    """Shared memory, in a memfd of the block's own, that others can map by its descriptor (`RamBlock.file`). Its length
-    follows `used_length`. `hugetlb`: the size of its huge pages in bytes, of which lengths are multiples then."""
+    """Shared memory in a memfd of the block. Other processes can map the memory by its descriptor (`RamBlock.file`).
+
+    The length of the memfd follows `used_length`. `hugetlb`: the size of huge pages in bytes; lengths must then be
+    multiples of this size.
+    """
 
     hugetlb: int | None = None
 
@@ -97,23 +103,25 @@ class Memfd:
 
     @property
     def page_size(self) -> int:
-        """What lengths are multiples of, in bytes."""
+        """The bytes that lengths are multiples of."""
         return self.hugetlb or PAGE_SIZE
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A regular file of the caller's own, from `offset` on.
+    """A regular file of the caller, from `offset` on.
 
-    The block duplicates the descriptor when it is added. The caller may close `fd` from then on.
+    The block duplicates the descriptor when the block is added. The caller may close `fd` afterwards.
 
-    `shared`: what is written goes to the file, and what others write is seen. `grow`: the file may be made longer when
-    the block grows, which it must be long enough for otherwise. `punch`: what the block gives back is punched out of
-    the file; otherwise it stays there, and memory that comes back reads what the file holds, not zeros. A descriptor
-    that is open for reading only makes a block that a device may only read, and so does a file that is sealed against
-    writing. `pmem`: it is persistent memory, to be mapped with MAP_SYNC.
+    * `shared`: writes go to the file, and writes of other processes are visible.
+    * `grow`: the file is extended when the block grows. Without `grow`, the file must be long enough for `max_length`.
+    * `punch`: memory that the block releases is punched out of the file. Without `punch`, the file keeps the contents,
+      and memory that is activated again reads the file, not zeros.
+    * `pmem`: the file is persistent memory, mapped with MAP_SYNC.
 
-    Raises TypeError and ValueError for what can be right for no file.
+    If the descriptor is open for reading only, or the file is sealed against writing, a device can only read the block.
+
+    Raises TypeError and ValueError for options that are invalid for every file.
     """
 
     fd: int
@@ -125,7 +133,7 @@ class File:
 
     def __post_init__(self) -> None:
         if hasattr(self.fd, "fileno"):
-            raise TypeError(f"fd must be a descriptor, as fileno() has it, not {self.fd!r}")
+            raise TypeError(f"fd must be a descriptor, such as file.fileno(), not {self.fd!r}")
         for name in ("fd", "offset"):
             object.__setattr__(self, name, check_whole_number(getattr(self, name), name))
         for name in ("shared", "grow", "punch", "pmem"):
@@ -135,25 +143,27 @@ class File:
         if self.offset < 0 or not is_aligned(self.offset, PAGE_SIZE):
             raise ValueError(f"offset must be a multiple of {PAGE_SIZE:#x} and not negative, not {self.offset:#x}")
         if not self.shared and (self.punch or self.pmem):
-            raise ValueError("a private mapping of a file is not the file: it can be neither punched nor persistent")
+            raise ValueError("shared=False maps private copies of the file's pages: set neither punch nor pmem")
 
     @property
     def page_size(self) -> int:
-        """What lengths are multiples of, as far as that is known beforehand, in bytes."""
+        """The bytes that lengths are multiples of, as far as known before the block is made."""
         return PAGE_SIZE
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """`memory` behind a descriptor that another process has handed over, and that the block closes when it is told to
-    own it."""
+    """`memory` behind a descriptor received from another process.
+
+    The block closes the descriptor only after the block has been told to own the descriptor.
+    """
 
     fd: int
     memory: Memfd | File
 
     @property
     def page_size(self) -> int:
-        """As `memory`."""
+        """The page size of `memory`."""
         return self.memory.page_size
 
 
@@ -164,7 +174,7 @@ Charged: TypeAlias = Literal["touched", "provided", "never"]
 
 
 class Store(Protocol):
-    """Where the pages of one reservation are. Bytes are counted from its beginning."""
+    """The pages of one reservation. Bytes are counted from the start of the reservation."""
 
     flags: int
     fd: int
@@ -172,47 +182,56 @@ class Store(Protocol):
     page_size: int
     protection: int
     holds_contents: bool
-    """Whether memory that comes back reads what was there, and is meant to."""
+    """Whether memory that is activated again reads its old contents, as intended for this kind."""
     is_own: bool
-    """Whether its pages are nobody else's, so that an attempt that failed may take back those that it had provided."""
+    """Whether no other owner exists for the pages, so that a failed grow may release the pages that it allocated."""
     can_drop: bool
-    """Whether pages can be given back while the memory stays accessible."""
+    """Whether pages can be released while the memory stays accessible."""
     owned: bool
     """Whether `close` closes `fd`."""
+    shares_pages: bool
+    """Whether the pages are those of a memfd, or of a file on tmpfs or hugetlbfs: iommufd maps such files by `fd`."""
     charged: Charged
-    """When its pages are charged to this process's control group, to stay there. Those of a shared file may have been
-    before, or are written back, and those of a pool are not memory to it."""
-    warnings: list[Warning]
-    """What whoever chose this kind should know."""
+    """When the pages are charged to this process's control group, to stay charged.
+
+    Pages of a shared file may have been charged before, or are written back. Pages of a pool are not charged as memory.
+    """
+
+    @property
+    def warnings(self) -> Sequence[Warning]:
+        """Warnings for the caller who chose this kind."""
+        ...
 
     def provide(self, start: int, end: int) -> None:
-        """Have pages for what is about to be made accessible, or raise OSError and have none."""
+        """Allocate pages for memory that will be made accessible. On OSError nothing is allocated."""
         ...
 
     def extend(self, end: int) -> None:
-        """Have everything up to `end` where it can be touched, without asking whether there are pages. OSError."""
+        """Make everything up to `end` safe to touch, without allocating pages. Raises OSError."""
         ...
 
     def give_back(self, start: int, end: int) -> None:
-        """The pages of what is not accessible any more. OSError."""
+        """Release the pages of memory that is no longer accessible. Raises OSError."""
         ...
 
     def drop(self, vaddr: int, start: int, end: int) -> None:
-        """The pages of what stays accessible; it reads zeros. OSError."""
+        """Release the pages of memory that stays accessible and then reads zeros. Raises OSError."""
         ...
 
     def replace(self, vaddr: int, start: int, end: int) -> None:
-        """The pages of what is accessible and stays so go, whatever has become of them; other ones come when it is
-        touched, or with `provide`. OSError."""
+        """Replace the pages of accessible memory, also failed ones (hwpoison).
+
+        The new pages are allocated by the first touch, or by `provide`. Raises OSError.
+        """
         ...
 
     def close(self) -> None:
-        """Whatever was opened."""
+        """Close the descriptor, if there is one."""
         ...
 
 
 def make_store(kernel: Kernel, kind: MemoryKind, *, idstr: str, max_length: int) -> Store:
-    """What carries a kind out. Raises ValueError for what can never be right, IoctlError where the kernel refuses."""
+    """Return the store for a kind. Raises ValueError for options that are always invalid, and IoctlError."""
     if isinstance(kind, Anonymous):
         return _AnonymousStore(kernel, kind)
     if isinstance(kind, Memfd):
@@ -222,13 +241,15 @@ def make_store(kernel: Kernel, kind: MemoryKind, *, idstr: str, max_length: int)
             return _MemfdStore(kernel, kind.memory, idstr, fd=kind.fd)
         return _FileStore(kernel, kind.memory, max_length, fd=kind.fd)
     if not isinstance(kind, File):
-        raise TypeError(f"memory is Anonymous(), Memfd() or File(fd), not {kind!r}")
+        raise TypeError(f"memory must be Anonymous(), Memfd() or File(fd), not {kind!r}")
     return _FileStore(kernel, kind, max_length)
 
 
 def _forget(kernel: Kernel, vaddr: int, size: int) -> None:
-    """Let nothing stand in this process's page tables, the marks of failed pages included. Locked memory answers EINVAL
-    to MADV_DONTNEED, and from 5.18 on has a call of its own."""
+    """Clear this process's page table entries, the marks of failed pages included.
+
+    For locked memory MADV_DONTNEED returns EINVAL. Linux 5.18 added MADV_DONTNEED_LOCKED for that case.
+    """
     try:
         kernel.madvise(vaddr, size, mmap.MADV_DONTNEED)
     except OSError as error:
@@ -240,70 +261,74 @@ def _forget(kernel: Kernel, vaddr: int, size: int) -> None:
 def _overcommit() -> str:
     try:
         return Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip()
-    except OSError:  # the process sees no /proc
+    except OSError:  # /proc is not mounted
         return ""
 
 
 class _AnonymousStore:
     fd, offset, page_size, protection = -1, 0, PAGE_SIZE, _READ_WRITE
-    holds_contents, can_drop, is_own, owned = False, True, True, False
+    holds_contents, can_drop, is_own, owned, shares_pages = False, True, True, False, False
     charged: Charged = "touched"
+    warnings: Sequence[Warning] = ()
+    __slots__ = ("_kernel", "flags")
 
     def __init__(self, kernel: Kernel, kind: Anonymous) -> None:
         self._kernel = kernel
-        self.warnings: list[Warning] = []
         self.flags = MAP_PRIVATE | mmap.MAP_ANONYMOUS
         if kind.noreserve:
             if _overcommit() == "2":
-                raise ValueError("noreserve does nothing where vm.overcommit_memory is 2: the memory is charged anyway")
+                raise ValueError("noreserve has no effect if vm.overcommit_memory is 2: the memory is charged anyway")
             self.flags |= MAP_NORESERVE
 
     def provide(self, start: int, end: int) -> None:
-        """They come when they are touched."""
+        """Do nothing: the first touch allocates pages."""
 
     def extend(self, end: int) -> None:
-        """So it is."""
+        """Do nothing: anonymous memory is always safe to touch."""
 
     def give_back(self, start: int, end: int) -> None:
-        """They went with the mapping."""
+        """Do nothing: the pages were freed with the mapping."""
 
     def drop(self, vaddr: int, start: int, end: int) -> None:
-        """MADV_DONTNEED."""
+        """Drop the pages with MADV_DONTNEED."""
         _forget(self._kernel, vaddr + start, end - start)
 
     def replace(self, vaddr: int, start: int, end: int) -> None:
-        """They come when they are touched."""
+        """Drop the pages: the first touch allocates new ones."""
         _forget(self._kernel, vaddr + start, end - start)
 
     def close(self) -> None:
-        """Nothing was opened."""
+        """Do nothing: there is no descriptor."""
 
 
 class _FromDescriptor:
-    """Base of stores with a descriptor, which they close if they own it."""
+    """Base of stores with a descriptor. A store that owns its descriptor closes the descriptor."""
 
+    __slots__ = ("_kernel", "fd", "owned")
     _kernel: Kernel
     fd: int
     owned: bool
 
     def close(self) -> None:
-        """Close the descriptor; twice is fine. Its memory stays for as long as it is mapped."""
+        """Close the descriptor; a second call does nothing. The memory stays while mapped."""
         fd, self.fd = self.fd, -1
         if fd >= 0 and self.owned:
-            with suppress(OSError):  # a descriptor is gone even when close(2) reports an error
+            with suppress(OSError):  # the descriptor is closed even if close(2) reports an error
                 self._kernel.close(fd)
 
 
 class _MemfdStore(_FromDescriptor):
     offset, protection, holds_contents, can_drop, is_own = 0, _READ_WRITE, False, True, True
+    shares_pages = True
+    warnings: Sequence[Warning] = ()
+    __slots__ = ("charged", "flags", "page_size")
 
     def __init__(self, kernel: Kernel, kind: Memfd, idstr: str, *, fd: int | None = None) -> None:
         self._kernel = kernel
-        self.warnings: list[Warning] = []
         self.page_size = PAGE_SIZE
         self.owned = fd is None
         self.charged: Charged = "provided"
-        # A huge page that is mapped would be reserved in the pool, for all of max_length.
+        # Without MAP_NORESERVE, the mapping would reserve huge pages of the pool for all of max_length.
         self.flags = MAP_SHARED | MAP_NORESERVE
         flags = 0
         if kind.hugetlb is not None:
@@ -319,7 +344,7 @@ class _MemfdStore(_FromDescriptor):
         except OSError as error:
             raise IoctlError.of(
                 error,
-                f"a memfd for RAM block '{idstr}' could not be made",
+                f"no memfd could be made for RAM block '{idstr}'",
                 request="memfd_create",
                 arguments={"flags": flags},
                 hint=self._why_not(error, flags),
@@ -329,30 +354,33 @@ class _MemfdStore(_FromDescriptor):
         if flags and error.errno == errno.ENODEV:
             there = sorted(int(path.name.split("-")[1].removesuffix("kB")) << 10 for path in _POOLS.glob("hugepages-*"))
             known = ", ".join(map(format_size, there)) or "none"
-            return f"This kernel has no huge pages of {format_size(self.page_size)}; it has: {known}"
+            return f"This kernel has no huge pages of {format_size(self.page_size)}. Available sizes: {known}"
         return _NO_DESCRIPTORS if error.errno == errno.EMFILE else ""
 
     def provide(self, start: int, end: int) -> None:
-        """fallocate(2): the only call that says whether there is memory, and makes the file as long as it is to be."""
+        """Allocate with fallocate(2): the only call that reports missing memory. The call also extends the file."""
         self._kernel.allocate(self.fd, start, end - start)
 
     def extend(self, end: int) -> None:
-        """A file that is long enough."""
+        """Extend the file."""
         self._kernel.ftruncate(self.fd, end)
 
     def give_back(self, start: int, end: int) -> None:
-        """The file ends where the memory does."""
+        """Truncate the file to the new end."""
         del end
         self._kernel.ftruncate(self.fd, start)
 
     def drop(self, vaddr: int, start: int, end: int) -> None:
-        """A hole in the file."""
+        """Punch a hole into the file."""
         del vaddr
         self._kernel.fallocate(self.fd, _PUNCH, start, end - start)
 
     def replace(self, vaddr: int, start: int, end: int) -> None:
-        """A hole takes the present ones out of the file, whatever they are, and forgetting them out of this process: a
-        page that has failed stays in its page tables else (6.1 to 7.3)."""
+        """Punch a hole into the file, and clear this process's page table entries.
+
+        The hole removes the old pages from the file, failed ones too. The entry of a failed page would otherwise stay
+        in the page tables of this process (6.1 to 7.3).
+        """
         self._kernel.fallocate(self.fd, _PUNCH, start, end - start)
         _forget(self._kernel, vaddr + start, end - start)
 
@@ -366,7 +394,7 @@ class _FileStore(_FromDescriptor):
         self.offset = kind.offset
         self.warnings: list[Warning] = []
         self.owned = fd is None
-        # The caller may close its descriptor, and the number is then another file's.
+        # The caller may close its descriptor, and the number may then name another file.
         self.fd = self._try("dup", partial(kernel.dup, kind.fd)) if fd is None else fd
         try:
             self._examine(max_length)
@@ -386,11 +414,12 @@ class _FileStore(_FromDescriptor):
         self._check_file(status)
         self._check_lengths(status, max_length)
         self._in_memory = status.file_system in (TMPFS_MAGIC, HUGETLBFS_MAGIC)
+        self.shares_pages = kind.shared and self._in_memory
         if kind.shared and can_be_written and not self._in_memory:
             self.warnings.append(
                 CannotBePinnedWarning(
-                    "no device can be let write to a shared mapping of a file on a disk since Linux 6.5: it is EFAULT. "
-                    "Add the block with readonly=True, or use Memfd() or a file on tmpfs or hugetlbfs"
+                    "no device can write to a shared mapping of a file on a disk since Linux 6.5: the kernel returns "
+                    "EFAULT. Add the block with readonly=True, or use Memfd() or a file on tmpfs or hugetlbfs"
                 )
             )
         self.flags = self._flags()
@@ -404,37 +433,37 @@ class _FileStore(_FromDescriptor):
                 f"descriptor {self._kind.fd} could not be used: {error.strerror}",
                 request=request,
                 arguments={"fd": self._kind.fd},
-                hint=_NO_DESCRIPTORS if error.errno == errno.EMFILE else "It must be open when the block is added",
+                hint=_NO_DESCRIPTORS if error.errno == errno.EMFILE else "Keep the file open until the block is added",
             ) from error
 
     def _check_file(self, status: FileStatus) -> None:
-        """What may be done with it."""
+        """Check that the file can be mapped and changed as the options require."""
         kind = self._kind
         if not stat.S_ISREG(status.mode):
-            what = _WHAT.get(stat.S_IFMT(status.mode), "something else, such as an eventfd")
-            raise ValueError(f"descriptor {kind.fd} is no regular file, which can be memory, but {what}")
+            what = _WHAT.get(stat.S_IFMT(status.mode), "an anonymous inode, such as an eventfd")
+            raise ValueError(f"descriptor {kind.fd} is {what}; only a regular file can be memory")
         if not status.readable:
             raise ValueError(f"descriptor {kind.fd} is open for writing only, or with O_PATH: it cannot be mapped")
         if (kind.grow or kind.punch) and not status.writable:
-            raise ValueError("the file is open for reading only: it can be neither made longer nor punched")
+            raise ValueError("the file is open for reading only: grow and punch need a descriptor open for writing")
         if kind.punch and status.seals & _NO_WRITING:
-            raise ValueError("the file is sealed against writing (F_SEAL_WRITE, F_SEAL_FUTURE_WRITE): no hole is made")
+            raise ValueError("punch: the file is sealed against writing (F_SEAL_WRITE, F_SEAL_FUTURE_WRITE)")
 
     def _check_lengths(self, status: FileStatus, max_length: int) -> None:
-        """Whether it has, or can come to have, as many bytes."""
+        """Check that the file has enough bytes, or can be extended."""
         offset, end = self.offset, self.offset + max_length
         if not is_aligned(offset, self.page_size):
             raise ValueError(f"offset must be a multiple of {self.page_size:#x} and not negative, not {offset:#x}")
         if end >= 1 << 63:
-            raise ValueError(f"no file has bytes up to offset {offset:#x} and {format_size(max_length)} more")
+            raise ValueError(f"no file can hold {format_size(max_length)} from offset {offset:#x} on")
         if status.size >= end:
             return
         left = format_size(max(status.size - offset, 0))
         wrong = f"the file ends {left} behind offset {offset:#x}, and max_length is {format_size(max_length)}: "
         if not self._kind.grow:
-            raise ValueError(wrong + "make it longer, or let grow be True")
+            raise ValueError(wrong + "extend the file, or set grow=True")
         if status.seals & F_SEAL_GROW:
-            raise ValueError(wrong + "it cannot be made longer, since it is sealed against that (F_SEAL_GROW)")
+            raise ValueError(wrong + "the file cannot be extended, because it is sealed against growing (F_SEAL_GROW)")
 
     def _flags(self) -> int:
         if not self._kind.shared:
@@ -449,17 +478,17 @@ class _FileStore(_FromDescriptor):
         except OSError as error:
             self.warnings.append(
                 PersistenceWarning(
-                    "what is written may be lost when the machine goes down: the file cannot be mapped with MAP_SYNC, "
+                    "writes may be lost if the machine goes down: the file cannot be mapped with MAP_SYNC, "
                     f"{error.strerror}"
                 )
             )
             return MAP_SHARED
-        with suppress(OSError):  # a page of address space is lost
+        with suppress(OSError):  # the only loss is one page of address space
             self._kernel.munmap(probe, size)
         return MAP_SHARED_VALIDATE | MAP_SYNC
 
     def provide(self, start: int, end: int) -> None:
-        """A file that is long enough, and has its pages where it may be changed."""
+        """Extend the file, and allocate its pages if the block may change the file."""
         if not self._kind.grow:
             self.extend(end)
             return
@@ -474,7 +503,7 @@ class _FileStore(_FromDescriptor):
             self.extend(end)
 
     def extend(self, end: int) -> None:
-        """A file that is long enough."""
+        """Extend the file, if `grow` allows that and the file is too short."""
         needed = self.offset + end
         if self._kernel.file_status(self.fd).size >= needed:
             return
@@ -483,18 +512,21 @@ class _FileStore(_FromDescriptor):
         self._kernel.ftruncate(self.fd, needed)
 
     def give_back(self, start: int, end: int) -> None:
-        """A hole, where that was asked for; the file stays as long as it is."""
+        """Punch a hole, if `punch` is set. The file keeps its length."""
         if self._kind.punch:
             self._kernel.fallocate(self.fd, _PUNCH, self.offset + start, end - start)
 
     def drop(self, vaddr: int, start: int, end: int) -> None:
-        """A hole."""
+        """Punch a hole."""
         del vaddr
         self.give_back(start, end)
 
     def replace(self, vaddr: int, start: int, end: int) -> None:
-        """Those of the file: other ones where it may be punched or the mapping is private, and where the kernel has
-        taken a failed page out and reads it from the disk again."""
+        """Map the pages of the file again.
+
+        The pages are new if the file may be punched or if the mapping is private. Otherwise a failed page is new only
+        if the kernel has removed the page, and can read it from the disk again.
+        """
         if self._kind.punch:
             self._kernel.fallocate(self.fd, _PUNCH, self.offset + start, end - start)
         _forget(self._kernel, vaddr + start, end - start)

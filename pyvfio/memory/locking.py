@@ -1,12 +1,12 @@
-"""Memory that this process locks: mlockall(2), what it means for RAM blocks, and who holds what of RLIMIT_MEMLOCK.
+"""Memory that this process locks: mlockall(2), the effect on RAM blocks, and the holders of RLIMIT_MEMLOCK.
 
-mlock(2) and VFIO charge the same counter, VmLck, and know nothing of each other: a page that is locked and mapped for a
-device counts twice. Under MCL_FUTURE
+mlock(2) and VFIO charge the same counter, VmLck, independently of each other. A page that is both locked and mapped for
+a device is charged twice. Under MCL_FUTURE:
 
-* address space counts when it is reserved: all of a block's `max_length`, though nothing of it is memory yet;
-* what a block of private memory grows by is populated at once, by mprotect(2); with `on_fault`, and memory of a memfd
-  or a shared file, when it is touched;
-* huge pages of a pool count nothing, for they are never swapped.
+* address space is charged when it is reserved: all of a block's `max_length`, although none of it is memory yet;
+* when a block of private memory grows, mprotect(2) populates the new part at once; with `on_fault`, and for a memfd or
+  a shared file, the first touch populates a page;
+* huge pages of a pool are not charged, because they are never swapped.
 
 Source: `mlockall`, `apply_mlockall_flags` in mm/mlock.c, `mlock_future_ok` in mm/mmap.c (before 6.4
 `mlock_future_check`), `mprotect_fixup` in mm/mprotect.c; seen on 6.1, 6.12 and 7.3.
@@ -23,14 +23,15 @@ from pyvfio.units import format_size
 
 
 def lock_all_memory(*, on_fault: bool = False, kernel: Kernel | None = None) -> None:
-    """Lock all memory of this process, and all that is to come, so that none of it is swapped out: mlockall(2).
+    """Lock all present and future memory of this process, so that none of it is swapped out: mlockall(2).
 
-    Whatever there is is populated first, unless `on_fault`: pages are then locked as they are touched. It holds for the
-    process, not for its children, until `unlock_all_memory`. Blocks work as before; see this module for what they cost.
+    Present memory is populated first. With `on_fault`, pages are locked when they are touched instead. The lock holds
+    until `unlock_all_memory`, for this process and not for its children. Blocks work as before; the description of
+    this module lists the charges.
 
-    Raises PinLimitError, with the numbers, where RLIMIT_MEMLOCK is below the whole address space of this process
-    (reserved parts of blocks included), which is what the kernel holds against it; nothing is locked then. Source:
-    `os_mlock` of QEMU.
+    Raises PinLimitError, with the numbers, if RLIMIT_MEMLOCK is below the size of this process's address space,
+    reserved parts of blocks included: the kernel compares these two. Nothing is locked then. Source: `os_mlock` of
+    QEMU.
     """
     kernel = kernel or LinuxKernel()
     flags = MCL_CURRENT | MCL_FUTURE | (MCL_ONFAULT if on_fault else 0)
@@ -41,8 +42,10 @@ def lock_all_memory(*, on_fault: bool = False, kernel: Kernel | None = None) -> 
 
 
 def unlock_all_memory(*, kernel: Kernel | None = None) -> None:
-    """Take all locks back, those of single mlock(2) calls too: munlockall(2). What is mapped for devices stays pinned
-    and charged. Raises IoctlError."""
+    """Remove all locks, those of single mlock(2) calls too: munlockall(2).
+
+    Memory mapped for devices stays pinned and charged. Raises IoctlError.
+    """
     try:
         (kernel or LinuxKernel()).munlockall()
     except OSError as error:
@@ -52,24 +55,25 @@ def unlock_all_memory(*, kernel: Kernel | None = None) -> None:
 def _refusal(kernel: Kernel, error: OSError, flags: int) -> IoctlError:
     lock = kernel.memlock()
     if lock.limit is None or lock.privileged or error.errno not in (errno.ENOMEM, errno.EPERM):
-        hint = "RLIMIT_MEMLOCK is not what stands in the way"
+        hint = "RLIMIT_MEMLOCK is not the cause"
         return IoctlError.of(error, f"{error.strerror}", request="mlockall", arguments={"flags": flags}, hint=hint)
     message = (
-        f"RLIMIT_MEMLOCK lets this process lock {format_size(lock.limit)}, and its address space, what RAM blocks have "
-        f"reserved included, is {format_size(lock.address_space)}"
+        f"RLIMIT_MEMLOCK lets this process lock {format_size(lock.limit)}, and its address space, the reserved parts "
+        f"of RAM blocks included, is {format_size(lock.address_space)}"
     )
     if lock.address_space > lock.limit:
         message += f", so {format_size(lock.address_space - lock.limit)} are missing"
     mlocked = kernel.mlocked() if lock.used else 0
     if (mapped := lock.used - mlocked) > 0:
-        message += f"; {format_size(mapped)} that are mapped for devices count besides"
-    hint = _raise_limit(lock.address_space + max(mapped, 0))
+        message += f"; {format_size(mapped)} mapped for devices are charged in addition"
+    hint = raise_limit(lock.address_space + max(mapped, 0))
     refusal = PinLimitError.of(error, message, request="mlockall", arguments={"flags": flags}, hint=hint)
     refusal.limit, refusal.used, refusal.mlocked, refusal.asked = lock.limit, lock.used, mlocked, lock.address_space
     return refusal
 
 
-def _raise_limit(needed: int) -> str:
+def raise_limit(needed: int) -> str:
+    """Return the ways to raise RLIMIT_MEMLOCK to `needed` bytes, for hints."""
     return (
         f"ulimit -l {-(-needed // 1024)} (KiB) or more in the shell, memlock in "
         "/etc/security/limits.conf, LimitMEMLOCK=infinity in a systemd unit, --ulimit memlock=-1 for a container; "
@@ -78,7 +82,7 @@ def _raise_limit(needed: int) -> str:
 
 
 def suffices(lock: Memlock, size: int) -> bool:
-    """Whether the limit leaves room for `size` bytes more."""
+    """Return whether the limit leaves room for `size` more bytes."""
     return lock.limit is None or lock.privileged or lock.used + size <= lock.limit
 
 
@@ -93,17 +97,19 @@ def limit_error(
     mapped: int | None = None,
     why: str = "",
 ) -> PinLimitError:
-    """That `size` bytes more cannot be locked, who holds what, and what to do about it. `mapped`: how many bytes the
-    container in question has mapped. `why` begins the message."""
+    """Return the error for `size` bytes that cannot be locked, with the holders of the limit and a hint.
+
+    `mapped`: the number of bytes that the container in question has mapped. `why`: the beginning of the message.
+    """
     mlocked = kernel.mlocked() if lock.used > (mapped or 0) else 0
     limit = lock.limit or 0
     missing = lock.used + size - limit
-    hint = _raise_limit(lock.used + size)
+    hint = raise_limit(lock.used + size)
     if mlocked:
         enough = "is" if mlocked >= missing else "is not"
         hint = (
-            f"munlockall (pyvfio.unlock_all_memory) gives {format_size(mlocked)} back, which {enough} enough: memory "
-            f"that is locked and mapped for a device as well counts twice. Else {hint}"
+            f"munlockall (pyvfio.unlock_all_memory) frees {format_size(mlocked)}, which {enough} enough: memory "
+            f"that is both locked and mapped for a device is charged twice. Otherwise: {hint}"
         )
     message = (
         f"{why}RLIMIT_MEMLOCK lets this process lock {format_size(limit)}; {format_size(lock.used)} are "
@@ -119,8 +125,10 @@ def limit_error(
 def restate(
     error: PinLimitError, *, kernel: Kernel, size: int, locked: int, arguments: Mapping[str, int | str]
 ) -> PinLimitError:
-    """The error for a change that locks `size` bytes in pieces, in place of that for one piece; of `error.used` the
-    change itself had `locked` bytes when the piece was refused."""
+    """Return the error for a change that locks `size` bytes in pieces, instead of the error for one piece.
+
+    When the piece was refused, `locked` of the `error.used` bytes belonged to the change itself.
+    """
     return limit_error(
         error,
         Memlock(limit=error.limit, used=error.used - locked, privileged=False),
@@ -133,7 +141,7 @@ def restate(
 
 
 def _holders(used: int, mlocked: int, mapped: int | None) -> str:
-    """In brackets: by whom."""
+    """Format the holders of locked memory, in brackets."""
     pinned = max(used - mlocked, 0)
     here = min(mapped or 0, pinned)
     others = "mappings for devices" if mapped is None else "mappings elsewhere"

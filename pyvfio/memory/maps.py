@@ -1,4 +1,4 @@
-"""What this process has mapped where, in the kernel's words: /proc/self/maps."""
+"""The mappings of this process, as the kernel lists them in /proc/self/maps."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 
 
 def areas(vaddr: int, size: int) -> list[tuple[int, int, str]]:
-    """The lines of /proc/self/maps that lie in `[vaddr, vaddr + size)`: start, end, permissions."""
+    """Return the lines of /proc/self/maps that overlap `[vaddr, vaddr + size)`: start, end, permissions."""
     found = []
-    # As bytes: a path may hold a carriage return, which the kernel does not escape and Python takes for a line's end.
+    # Read as bytes: a path may contain a carriage return, which the kernel does not escape and Python takes for the
+    # end of a line.
     lines = Path("/proc/self/maps").read_bytes().split(b"\n")[:-1]
-    # They ascend, and a large process has thousands: search, and read those few that matter.
+    # The lines ascend, and a large process has thousands: bisect, and parse only the few lines that matter.
     first = bisect_right(lines, vaddr, key=lambda line: _span(line)[1])
     for line in itertools.islice(lines, first, None):
         start, end = _span(line)
@@ -28,11 +29,11 @@ def _span(line: bytes) -> tuple[int, int]:
 
 
 def describe(vaddr: int, size: int) -> str:
-    """What this process has at `[vaddr, vaddr + size)`, in words, for error messages; about 1 ms."""
+    """Describe this process's mappings in `[vaddr, vaddr + size)`, for error messages. Cost: about 1 ms."""
     found = areas(vaddr, size)
     covered = sum(min(end, vaddr + size) - max(start, vaddr) for start, end, _ in found)
     spans = ", ".join(f"{start:#x}-{end - 1:#x} {permissions}" for start, end, permissions in found[:4])
     if not found:
         return f"This process has nothing mapped at {vaddr:#x}-{vaddr + size - 1:#x}"
-    hole = "" if covered == size else f"; {size - covered:#x} bytes of it are not mapped at all"
-    return f"This process has there: {spans}{hole}"
+    hole = "" if covered == size else f"; {size - covered:#x} bytes of the range are not mapped at all"
+    return f"This process has mapped there: {spans}{hole}"

@@ -1,11 +1,11 @@
-"""Populating memory before it is mapped, by several threads.
+"""Populates memory before the memory is mapped, with several threads.
 
-Mapping memory pins it, and pages that are not there yet are then zeroed one after the other by the one thread that
-maps: most of what a first map takes. Populated beforehand they are zeroed by as many threads as are wanted, and the
-map finds them in place.
+Mapping memory pins the pages. If pages are not populated yet, the one thread that maps must zero them one after the
+other. That takes most of the time of a first map. If the memory is populated first, several threads zero the pages, and
+the map finds them in place.
 
-Source: MADV_POPULATE_WRITE (madvise(2), Linux 5.14), which QEMU's `os_mem_prealloc` (util/oslib-posix.c) uses the same
-way.
+Source: MADV_POPULATE_WRITE (madvise(2), Linux 5.14), used in the same way by `os_mem_prealloc` of QEMU
+(util/oslib-posix.c).
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from pyvfio.units import MIB, PAGE_SIZE, Vaddr, align_down, check_whole_number, 
 logger = logging.getLogger(__name__)
 
 SLICE = 32 * MIB
-"""What one call populates: long enough to be worth a call, short enough for Ctrl-C and for a bar that moves."""
+"""The bytes that one call populates: enough to be worth a call, and few enough for Ctrl-C and a smooth progress bar."""
 
 MOST_THREADS = 1024
-"""More than this many threads can only be a mistake."""
+"""The most threads: a larger number can only be a mistake."""
 
 
 def check_threads(value: object, what: str) -> int:
-    """Return `value` as a number of threads. Raises TypeError and ValueError, with `what` in it."""
+    """Return `value` as a number of threads. Raises TypeError and ValueError, with `what` as the name."""
     threads = check_whole_number(value, what)
     if not 0 <= threads <= MOST_THREADS:
-        raise ValueError(f"{what} is a number of threads, not {value}, and at most {MOST_THREADS}")
+        raise ValueError(f"{what} must be a number of threads from 0 to {MOST_THREADS}, not {value}")
     return threads
 
 
 class Report(Protocol):
-    """Told how far a change has come: `done` of `total` bytes."""
+    """Receives the progress of a change: `done` of `total` bytes."""
 
     def __call__(self, done: int, total: int) -> None: ...
 
@@ -56,17 +56,18 @@ def populate(
     report: Report | None = None,
     touch: bool = False,
 ) -> None:
-    """Have pages behind all `parts`, (start, end) in bytes from `vaddr` on, by `threads` threads.
+    """Populate all `parts`, (start, end) in bytes from `vaddr` on, with `threads` threads.
 
-    Where the kernel cannot (EINVAL: before 5.14, or memory of a kind that has no pages) each page is touched, if
-    `touch`, and else left to the map to populate. Raises IoctlError when there are no pages, and what `report` raises,
-    which is called by the caller's own thread; calls that are under way are waited for. What has been populated by then
-    stays.
+    If the kernel returns EINVAL (before 5.14, or for memory without pages of its own), the pages are touched if `touch`
+    is set; else the map populates them later.
+
+    The caller's thread calls `report`. Raises IoctlError if no pages are left, and any exception from `report`; calls
+    in progress end first, and the pages populated by then stay.
     """
     slices = [piece for part in parts for piece in _slices(*part)]
     total, done = sum(end - start for start, end in slices), 0
     calls = [partial(_populate, kernel, vaddr + start, end - start) for start, end in slices]
-    with closing(_made(calls, threads)) as answers:  # what is under way is waited for, whoever raises
+    with closing(_made(calls, threads)) as answers:  # waits for the calls in progress, also after an exception
         for where, size, populated in answers:
             if touch and not populated:
                 _touch(where, size)
@@ -76,8 +77,11 @@ def populate(
 
 
 def check_room(kernel: Kernel, parts: Sequence[tuple[int, int]], *, vaddr: Vaddr) -> None:
-    """Raises IoctlError (ENOMEM) where a control group's limit certainly has no room for the pages that `parts` lack:
-    the kernel would kill a process of it. Some 100 µs, and 1 ms for 1 GiB where it is close."""
+    """Raise IoctlError (ENOMEM) if a control group's limit certainly cannot hold the pages that `parts` lack.
+
+    Without this check, the kernel would kill a process of the group. Cost: about 100 µs, and 1 ms for each GiB if the
+    limit is close.
+    """
     asked = sum(end - start for start, end in parts)
     room = memory_room(kernel)
     if room is None or asked <= room.size:
@@ -87,20 +91,20 @@ def check_room(kernel: Kernel, parts: Sequence[tuple[int, int]], *, vaddr: Vaddr
         raise IoctlError(
             errno.ENOMEM,
             f"{format_size(missing)} of memory are to be populated, {format_size(missing - room.size)} more than "
-            f"there is room for in this process's control group: {room}",
+            f"this process's control group has room for: {room}",
             request="madvise",
             arguments={"vaddr": vaddr + parts[0][0], "size": asked, "advice": MADV_POPULATE_WRITE},
             hint="Raise that limit (MemoryMax= in a systemd unit, --memory for a container), or free memory of the "
-            "group; the kernel answers what goes beyond it by killing a process, now or when the memory is touched",
+            "group; beyond the limit, the kernel kills a process, now or when the memory is touched",
         )
 
 
 def _resident(kernel: Kernel, parts: Sequence[tuple[int, int]], vaddr: int) -> int:
-    """How many bytes have pages already; none where the kernel does not tell."""
+    """Return the number of bytes that have pages already; 0 if the kernel does not tell."""
     try:
         return sum(kernel.resident(vaddr + start, end - start) for start, end in parts)
     except OSError as error:
-        logger.debug("%#x: the kernel does not tell which pages are there: %s", vaddr, error)
+        logger.debug("%#x: the kernel does not tell which pages are resident: %s", vaddr, error)
         return 0
 
 
@@ -112,7 +116,7 @@ def _slices(start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def _populate(kernel: Kernel, vaddr: int, size: int) -> tuple[int, int, bool]:
-    """Where, how much, and whether that could be done."""
+    """Populate one range. Return its address and size, and whether madvise was able to populate the range."""
     try:
         kernel.madvise(vaddr, size, MADV_POPULATE_WRITE)
     except OSError as error:
@@ -122,7 +126,7 @@ def _populate(kernel: Kernel, vaddr: int, size: int) -> tuple[int, int, bool]:
                 f"{format_size(size)} of memory could not be populated",
                 request="madvise",
                 arguments={"vaddr": vaddr, "size": size, "advice": MADV_POPULATE_WRITE},
-                hint="Free memory, look at the cgroup's limit (memory.max) and, for huge pages, at the pool "
+                hint="Free memory, check the cgroup's limit (memory.max) and, for huge pages, the pool "
                 "(vm.nr_hugepages)",
             ) from error
         logger.debug("%#x-%#x cannot be populated by madvise: %s", vaddr, vaddr + size - 1, error)
@@ -131,7 +135,7 @@ def _populate(kernel: Kernel, vaddr: int, size: int) -> tuple[int, int, bool]:
 
 
 def _touch(vaddr: int, size: int) -> None:
-    """Write the first byte of each page, as it is."""
+    """Write the first byte of each page unchanged."""
     with memoryview((ctypes.c_ubyte * size).from_address(vaddr)).cast("B") as view:
         view[::PAGE_SIZE] = view[::PAGE_SIZE]
 
@@ -140,7 +144,7 @@ _Answer: TypeAlias = tuple[int, int, bool]
 
 
 def _made(calls: Sequence[Callable[[], _Answer]], threads: int) -> Generator[_Answer, None, None]:
-    """Make the calls, by several threads, and yield what they return, in the order in which they end."""
+    """Make the calls with several threads. Yield their results in the order of completion."""
     if threads < 2 or len(calls) < 2:
         for call in calls:
             checkpoint()

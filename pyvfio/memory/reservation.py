@@ -1,15 +1,15 @@
-"""Address space of which a part is memory: reserved as a whole, activated and given back at its end.
+"""Address space of which a part is memory: reserved as a whole, activated and released at its end.
 
-A `Reservation` holds `max_length` bytes of address space. `[0, length)` can be used; what lies behind cannot be touched
-and is not charged. What the memory is, `pyvfio.memory.kinds` knows. It is what the series "Ram blocks with resizable
-anonymous allocations under POSIX" (QEMU, 2020, patches 9 to 12 and 15) resizes, with two departures, both seen to
-matter on running kernels:
+A `Reservation` holds `max_length` bytes of address space. `[0, length)` is usable; the rest is inaccessible and not
+charged. `pyvfio.memory.kinds` defines the memory. The series "Ram blocks with resizable anonymous allocations under
+POSIX" (QEMU, 2020, patches 9 to 12 and 15) resizes such address space. There are two differences, each needed on a
+running kernel:
 
-* it grows by mprotect(2), not by a MAP_FIXED mapping: with overcommit_memory=2 a MAP_FIXED mapping that fails with
-  ENOMEM has, on 6.1, already taken the reservation away, and a stranger's mmap can land in the hole. A failing mprotect
-  leaves everything as it was;
-* it shrinks by a fresh PROT_NONE mapping, which gives back the pages and the commit charge (mprotect with MADV_DONTNEED
-  gives back the pages only), and whose settings are made again at once.
+* A reservation grows by mprotect(2), not by a MAP_FIXED mapping. With overcommit_memory=2, a MAP_FIXED mapping that
+  fails with ENOMEM has already removed the reservation (seen on 6.1). An mmap of another thread can then use the hole.
+  An mprotect that fails leaves everything as before.
+* A reservation shrinks by a new PROT_NONE mapping, which releases the pages and the commit charge; mprotect with
+  MADV_DONTNEED releases the pages only. The settings of the new mapping are applied again at once.
 """
 
 from __future__ import annotations
@@ -29,35 +29,36 @@ from pyvfio.units import MIB, PAGE_SIZE, U64_MAX, Vaddr, align_up, format_size, 
 logger = logging.getLogger(__name__)
 
 ALIGNMENT = 2 * MIB
-"""Reservations start at a multiple of this, so that transparent huge pages can back them from the first byte
+"""Reservations begin at a multiple of this size, so that transparent huge pages can back them from the first byte
 (QEMU_VMALLOC_ALIGN)."""
 
+_SETTINGS = MemorySettings()
 _PRIVATE = 0x22  # MAP_PRIVATE | MAP_ANONYMOUS
-# Where it is no want of memory.
+# Hints for errors other than out-of-memory.
 _HINTS = dict.fromkeys(
     (errno.EPERM, errno.EACCES),
-    "The file may have been sealed meanwhile, or its file system does not let it be written or made longer",
+    "The file may have been sealed meanwhile, or its file system does not allow writing or extending the file",
 ) | {
-    errno.EFBIG: "The file would be longer than its file system or RLIMIT_FSIZE (ulimit -f) lets it be",
+    errno.EFBIG: "The file would exceed the largest size of its file system, or RLIMIT_FSIZE (ulimit -f)",
     errno.EAGAIN: "All memory of this process is locked (mlockall): raise RLIMIT_MEMLOCK (ulimit -l)",
-    errno.EROFS: "The file system is mounted for reading only",
-    errno.EFAULT: "The file must stay as long as the block may become",
+    errno.EROFS: "The file system is mounted read-only",
+    errno.EFAULT: "The file must stay as long as offset + max_length",
 }
 
 
 class Reservation:
-    """`max_length` bytes of address space at `vaddr`, of which `[0, length)` can be used, as `kind` has it.
+    """`max_length` bytes of address space at `vaddr`, of which `[0, length)` is usable memory of the kind `kind`.
 
-    `vaddr` is a multiple of 2 MiB, or of its huge pages; one page behind `max_length` stays inaccessible as a guard,
-    unless `activate_whole` needs it.
-    New memory reads zero, also where it has been used, given up and taken again; that of a caller's file reads what the
-    file holds. `idstr` names a memfd.
+    `vaddr` is a multiple of 2 MiB and of the kind's huge pages. One page behind `max_length` stays inaccessible as a
+    guard, unless `activate_whole` needs that page. New memory reads zeros, also memory that was released and activated
+    again; memory of a caller's file reads the contents of the file. `idstr` names a memfd.
 
-    Raises ValueError for a length that is not a positive multiple of the page size or that no address space can hold,
-    IoctlError when there is no address space or the settings cannot be made. Nothing is charged for the
-    reservation itself: 1 TiB succeeds with overcommit_memory=2.
+    The reservation itself is not charged: 1 TiB succeeds with overcommit_memory=2.
 
-    Synchronization: none; the owner serializes calls. Cost: at most three system calls and one per setting.
+    Raises ValueError for a length that is not a positive multiple of the page size, or is larger than any address
+    space. Raises IoctlError if no address space is left or the settings cannot be applied.
+
+    Synchronization: none; the owner serializes calls. Cost: at most three system calls, and one for each setting.
     Source: `qemu_ram_mmap_resizable`, `qemu_ram_mmap_resize` of the series.
     """
 
@@ -88,21 +89,21 @@ class Reservation:
         if max_length <= 0 or not is_aligned(max_length, PAGE_SIZE):
             raise ValueError(f"max_length must be a positive multiple of {PAGE_SIZE} bytes, not {max_length}")
         if max_length + ALIGNMENT > U64_MAX:
-            # ctypes would cut it to 64 bits, and the memory of others would be taken for ours.
+            # ctypes would truncate the size to 64 bits, and memory of other owners would be mistaken for this block's.
             raise ValueError(f"max_length {max_length:#x} is more than an address space can hold")
         self._kernel = kernel
-        self._settings = MemorySettings() if settings is None else settings
+        self._settings = _SETTINGS if settings is None else settings
         self.max_length = max_length
         self._length = 0
-        self._touched = 0  # old contents may be found up to here; above _length: not given back
+        self._touched = 0  # bytes up to here may have old contents; those above _length were not released
         self.held = 0
-        """Bytes that a device may still reach, from `vaddr` on, since what should have unmapped them has failed."""
-        self._kept = False  # a device may reach any of it for ever
+        """The bytes from `vaddr` on that a device may still reach, because their unmap failed."""
+        self._kept = False  # a device may reach all of the memory forever
         self._guarded = True  # the page behind max_length is inaccessible
-        self._unsettled: tuple[int, int] | None = None  # [start, end) that has lost its settings
+        self._unsettled: tuple[int, int] | None = None  # [start, end) without its settings
         chosen = Anonymous() if kind is None else kind
         self.kind: MemoryKind = chosen.memory if isinstance(chosen, Received) else chosen
-        """Where its pages come from, as the caller chose it."""
+        """The kind of memory, as the caller chose it."""
         self._store = make_store(kernel, chosen, idstr=idstr, max_length=max_length)
         try:
             self.vaddr = self._reserve()
@@ -112,47 +113,52 @@ class Reservation:
 
     @property
     def length(self) -> int:
-        """Bytes that can be used, from `vaddr` on."""
+        """The number of usable bytes, from `vaddr` on."""
         return self._length
 
     @property
     def settings(self) -> MemorySettings:
-        """What holds for all of this memory."""
+        """The settings of all of this memory."""
         return self._settings
 
     @property
     def page_size(self) -> int:
-        """What lengths are multiples of, in bytes."""
+        """The bytes that lengths are multiples of."""
         return self._store.page_size
 
     @property
     def readable_only(self) -> bool:
-        """Whether it cannot be written."""
+        """Whether the memory cannot be written."""
         return not self._store.protection & 2
 
     @property
     def can_drop(self) -> bool:
-        """Whether parts can be given back while they stay accessible."""
+        """Whether parts can be released while they stay accessible."""
         return self._store.can_drop
 
     @property
     def charged(self) -> Charged:
-        """When its pages are charged to this process's control group, to stay there until they are swapped out."""
+        """When the pages are charged to this process's control group, to stay charged until they are swapped out."""
         return self._store.charged
 
     @property
     def warnings(self) -> tuple[Warning, ...]:
-        """What whoever chose this kind of memory should know."""
+        """Warnings for the caller who chose this kind of memory."""
         return tuple(self._store.warnings)
 
     @property
     def file(self) -> tuple[int, int] | None:
-        """The descriptor and the offset in it that the memory begins at; None for memory that is no file's."""
+        """The descriptor, and the offset of the memory in the file; None for memory without a file."""
         return None if self._store.fd < 0 else (self._store.fd, self._store.offset)
 
     @property
+    def shared_file(self) -> tuple[int, int] | None:
+        """As `file`, but None if a device could not reach the same pages through the descriptor."""
+        return self.file if self._store.shares_pages else None
+
+    @property
     def retained(self) -> int:
-        """Bytes behind `length` that a failed shrink could not give back; they are zeroed before they are seen."""
+        """The bytes behind `length` that a failed shrink could not release; zeroed before they are visible."""
         return self._touched - self._length
 
     def _reserve(self) -> Vaddr:
@@ -182,8 +188,10 @@ class Reservation:
         return vaddr
 
     def _abort(self, start: int, end: int) -> None:
-        """Give the address space back, unless a fixed mapping that failed has taken a part of it away: another thread
-        may have memory there."""
+        """Unmap the address space, unless a failed fixed mapping has removed a part of it.
+
+        Another thread may have mapped memory in that part.
+        """
         reached = start
         for first, last, permissions in areas(start, end - start):
             if first > reached or permissions[:3] != "---":
@@ -194,7 +202,7 @@ class Reservation:
         try:
             self._kernel.munmap(start, end - start)
         except OSError as error:
-            logger.warning("address space %#x-%#x could not be given back: %s", start, end - 1, error)
+            logger.warning("address space %#x-%#x could not be unmapped: %s", start, end - 1, error)
 
     def _no_space(
         self, error: OSError, asked: int, arguments: dict[str, int | str], *, request: str = "mmap"
@@ -203,7 +211,7 @@ class Reservation:
         if error.errno == errno.EAGAIN:
             lock = self._kernel.memlock()
             if not locking.suffices(lock, asked):
-                why = f"{what}: mlockall holds what is to come, and locks address space, too. "
+                why = f"{what}: under mlockall, future memory is locked too, reserved address space included. "
                 return locking.limit_error(
                     error, lock, asked, kernel=self._kernel, request=request, arguments=arguments, why=why
                 )
@@ -227,8 +235,8 @@ class Reservation:
                 f"descriptor {self._store.fd} could not be mapped",
                 request="mmap",
                 arguments={"vaddr": vaddr, "size": self.max_length, "offset": self._store.offset},
-                hint="It must be of a file that can be mapped; one that is sealed against writing, kernels before 6.7 "
-                "map only where it is open for reading only",
+                hint="The descriptor must be of a file that can be mapped. Kernels before 6.7 map a file sealed "
+                "against writing only if its descriptor is open for reading only",
             ) from error
 
     def _map_inaccessible(self, vaddr: int, start: int, end: int) -> None:
@@ -237,8 +245,8 @@ class Reservation:
         except OSError as error:
             if error.errno != errno.EAGAIN:
                 raise
-            # All that is to come is locked, and the new mapping is held against RLIMIT_MEMLOCK while the old one still
-            # counts (`do_mmap`). It is locked again with the new one.
+            # Under MCL_FUTURE, `do_mmap` checks the new mapping against RLIMIT_MEMLOCK while the old mapping is still
+            # charged. The new mapping is locked again.
             self._kernel.munlock(vaddr + start, end - start)
             self._map_fixed(vaddr, start, end)
 
@@ -249,21 +257,22 @@ class Reservation:
         )
 
     def activate(self, length: int) -> None:
-        """Make `[0, length)` usable; `length` is above the present one and at most `max_length`.
+        """Make `[0, length)` usable. `length` must be above the present length and at most `max_length`.
 
-        Raises IoctlError (ENOMEM: the commit limit, RLIMIT_DATA or RLIMIT_AS is reached); then nothing has changed,
-        /proc/self/maps included.
+        Raises IoctlError (ENOMEM: the commit limit, RLIMIT_DATA or RLIMIT_AS is reached). On an error nothing has
+        changed, /proc/self/maps included.
         """
         if self.vaddr == 0:
             raise self._released()
         if not self._length < length <= self.max_length:
-            raise ValueError(f"cannot activate {length:#x} bytes: {self._length:#x} are, of {self.max_length:#x}")
+            raise ValueError(f"cannot activate {length:#x} bytes: {self._length:#x} of {self.max_length:#x} are")
         start, stale = self._length, self._touched
         if self._unsettled is not None:
             self._settle(length)
         store, step = self._store, "fallocate"
         try:
-            store.provide(start, length)
+            if store.fd >= 0:  # otherwise the first touch allocates the pages
+                store.provide(start, length)
             step = "mprotect"
             self._kernel.mprotect(self.vaddr + start, length - start, store.protection)
         except OSError as error:
@@ -276,8 +285,10 @@ class Reservation:
         self._length = length
 
     def resume(self, length: int) -> None:
-        """Make `[0, length)` usable, whose pages are in the file already as another process has left them. Raises
-        IoctlError."""
+        """Make `[0, length)` usable. The file already contains the pages, as another process left them.
+
+        Raises IoctlError.
+        """
         if length:
             try:
                 self._kernel.mprotect(self.vaddr, length, self._store.protection)
@@ -286,19 +297,19 @@ class Reservation:
         self._touched = self._length = length
 
     def own(self) -> None:
-        """Close the descriptor with it."""
+        """Own the descriptor: close the descriptor with the reservation."""
         self._store.owned = True
 
     def disown(self) -> None:
-        """Leave the descriptor open, which is somebody else's."""
+        """Disown the descriptor: leave the descriptor open, because another process or object owns it."""
         self._store.owned = False
 
     def activate_whole(self, provided: int) -> None:
-        """Make all of `max_length` usable where nothing is yet, with pages at least up to `provided`.
+        """Make all of `max_length` usable, with pages at least up to `provided`. No part may be usable yet.
 
-        It succeeds where `activate` does not because the process has as many mappings as it may (vm.max_map_count): a
-        part that gets other rights is a mapping more. The guard page gets them, too, where it is of the same mapping,
-        and guards no more. Raises IoctlError as `activate`.
+        `activate` fails if the process has as many mappings as vm.max_map_count allows, because a part with other
+        rights needs one more mapping. This call then succeeds. If the guard page belongs to the same mapping, the page
+        becomes accessible too, and no longer guards. Raises IoctlError as `activate`.
         """
         self._check_open()
         if self._length:
@@ -315,75 +326,81 @@ class Reservation:
         self._length = self._touched = self.max_length
 
     def provide(self, start: int, end: int) -> None:
-        """Have pages behind `[start, end)` where the kind of memory lets that be asked for. Raises IoctlError."""
+        """Allocate pages for `[start, end)`, if the kind of memory can do so. Raises IoctlError."""
         try:
             self._store.provide(start, end)
         except OSError as error:
             raise self._no_memory(error, "fallocate", start, end) from error
 
     def _unprovide(self, length: int) -> None:
-        """Give back the pages that a failed grow has provided, but for those that were retained before."""
+        """Release the pages that a failed grow allocated, except pages retained before."""
         if self._touched < length and self._store.fd >= 0 and self._store.is_own:
             try:
                 self._store.give_back(self._touched, length)
             except OSError as error:
                 logger.debug("%#x keeps pages of a grow that failed: %s", self.vaddr, error)
-                self._touched = length  # so that they are zeroed before they are seen
+                self._touched = length  # so that the pages are zeroed before they are visible
 
     def _no_memory(self, error: OSError, request: str, start: int, end: int) -> IoctlError:
         number = error.errno or 0
         hint = _HINTS.get(number) or (
-            "Free memory, raise the commit limit (vm.overcommit_ratio, vm.overcommit_kbytes) where "
-            "vm.overcommit_memory is 2, raise RLIMIT_DATA and RLIMIT_AS, or, for a process of very many mappings, "
+            "Free memory; raise RLIMIT_DATA and RLIMIT_AS; if vm.overcommit_memory is 2, raise the commit limit "
+            "(vm.overcommit_ratio, vm.overcommit_kbytes); if the process has very many mappings, raise "
             "vm.max_map_count"
         )
         if self._store.page_size > PAGE_SIZE and number not in _HINTS:
             pages = format_size(self._store.page_size)
             hint = (
-                f"The pool of huge pages of {pages} may be too small (vm.nr_hugepages), or the hugetlb cgroup's limit"
+                f"The pool of huge pages of {pages} may be too small (vm.nr_hugepages), or the limit of the hugetlb "
+                "cgroup"
             )
         return IoctlError.of(
             error,
-            f"{format_size(end - start)} more memory could not be had: {error.strerror}",
+            f"{format_size(end - start)} more memory could not be allocated: {error.strerror}",
             request=request,
             arguments={"vaddr": self.vaddr + start, "size": end - start},
             hint=hint,
         )
 
     def deactivate(self, length: int, *, undo: bool = False) -> None:
-        """Give back everything from `length` on; `length` is below the present one. `undo`: it came into use by a
-        change that was refused, so that what a caller's file holds there is not ours to punch.
+        """Release everything from `length` on. `length` must be below the present length.
 
-        That says, too, that no device reaches behind `length` any more. Raises OSError when the memory could not be
-        given back (the limit of mappings, vm.max_map_count); `length` has changed all the same, and the memory stays
-        `retained`.
+        `undo`: the memory came into use by a change that was refused. The contents of a caller's file there are then
+        not punched. The caller asserts that no device reaches behind `length` any more.
+
+        Raises OSError if the memory could not be released (the limit of mappings, vm.max_map_count). `length` has
+        changed nevertheless, and the memory stays `retained`.
         """
-        self._check_open()
+        if self.vaddr == 0:
+            raise self._released()
         if not 0 <= length < self._length:
             raise ValueError(f"cannot deactivate down to {length:#x} bytes: {self._length:#x} are active")
-        end = self._touched
+        end, store = self._touched, self._store
         self._length = length
         if self._kept:
             return
-        self.held = min(self.held, length)
-        start, stop = self._unsettled or (length, end)
-        self._unsettled = (min(start, length), max(stop, end))
+        if self.held:
+            self.held = min(self.held, length)
+        lost = self._unsettled
+        self._unsettled = (length, end) if lost is None else (min(lost[0], length), max(lost[1], end))
         self._map_inaccessible(self.vaddr, length, end)
-        if self._store.fd < 0:
+        if store.fd < 0:
             self._touched = length
         try:
             self._settle(self.max_length)
         except OSError as error:
-            # Nothing depends on it before the memory is activated again, which then tries once more.
-            logger.debug("settings of %#x wait until it is activated: %s", self.vaddr + length, error)
-        if self._store.fd >= 0:
-            if self._store.is_own or not undo:
-                self._store.give_back(length, end)
+            # The settings matter only once the memory is activated again; `activate` then tries once more.
+            logger.debug("settings of %#x are postponed until the memory is activated: %s", self.vaddr + length, error)
+        if store.fd >= 0:
+            if store.is_own or not undo:
+                store.give_back(length, end)
             self._touched = length
 
     def drop(self, start: int, end: int) -> None:
-        """Give the pages of `[start, end)`, which is active, back; it stays accessible and reads zeros. Raises OSError
-        when they could not be given back; they are zeros all the same."""
+        """Release the pages of `[start, end)`, which must be active. The range stays accessible and reads zeros.
+
+        Raises OSError if the pages could not be released; the range reads zeros nevertheless.
+        """
         self._check_open()
         if not 0 <= start < end <= self._length:
             raise ValueError(f"cannot drop [{start:#x}, {end:#x}): {self._length:#x} bytes are active")
@@ -391,16 +408,18 @@ class Reservation:
             raise failure
 
     def clear(self, start: int, end: int) -> None:
-        """Let `[start, end)`, which is active, read zeros, unless it is a file's whose contents it shows."""
+        """Zero `[start, end)`, which must be active. Does nothing if the memory shows the contents of a file."""
         if not 0 <= start < end <= self._length:
             raise ValueError(f"cannot clear [{start:#x}, {end:#x}): {self._length:#x} bytes are active")
         if not self._store.holds_contents:
             ctypes.memset(self.vaddr + start, 0, end - start)
 
     def replace(self, start: int, end: int, *, provide: bool) -> None:
-        """Have other pages behind `[start, end)`, which is active and which no device reaches: fresh ones that read
-        zeros, or what a file holds. Settings stay. `provide`: at once, where that can be asked for; else when they are
-        touched. Raises IoctlError; what stands there then may be either.
+        """Replace the pages of `[start, end)`, which must be active and out of reach of all devices.
+
+        The new pages read zeros, or the contents of a file. Settings stay. `provide`: allocate the pages at once, if
+        the kind of memory can do so; otherwise the first touch does. Raises IoctlError; the range may then have old or
+        new pages.
 
         Cost: up to three system calls.
         """
@@ -408,7 +427,7 @@ class Reservation:
         if not 0 <= start < end <= self._length:
             raise ValueError(f"cannot replace [{start:#x}, {end:#x}): {self._length:#x} bytes are active")
         if self._kept:
-            raise self._not_replaced(OSError(errno.EBUSY, "a device may still reach the present ones"), start, end)
+            raise self._not_replaced(OSError(errno.EBUSY, "a device may still reach the present pages"), start, end)
         try:
             self._store.replace(self.vaddr, start, end)
             if provide and self._store.can_drop:
@@ -418,25 +437,27 @@ class Reservation:
 
     def _not_replaced(self, error: OSError, start: int, end: int) -> IoctlError:
         hint = _HINTS.get(
-            error.errno or 0, "Free memory, or huge pages where it is made of them, and remap it once more"
+            error.errno or 0, "Free memory, or huge pages if the block is made of them, and remap the range once more"
         )
         if self._kept:
             hint = (
-                "Use another block: a change failed, and so did its undo, and nobody knows what is reached of this one"
+                "Use another block: a change failed, and the undo failed too, so a device may still reach this memory"
             )
         elif not self._store.can_drop:
-            hint = "The pages are a file's that is not to be punched; let that be with memory=File(fd, punch=True)"
+            hint = "The pages belong to a file that must not be punched; allow that with memory=File(fd, punch=True)"
         return IoctlError.of(
             error,
-            f"other pages for {format_size(end - start)} could not be had: {error.strerror}",
+            f"new pages for {format_size(end - start)} could not be allocated: {error.strerror}",
             request="madvise" if self._store.fd < 0 or not self._store.can_drop else "fallocate",
             arguments={"vaddr": self.vaddr + start, "size": end - start},
             hint=hint,
         )
 
     def retain(self, length: int) -> None:
-        """Say that only `[0, length)` is in use, and give nothing back: a device may still reach what lies behind,
-        until `deactivate` says otherwise."""
+        """Reduce the usable memory to `[0, length)`, and release nothing.
+
+        A device may still reach the memory behind `length`, until `deactivate` is called.
+        """
         self._check_open()
         if not 0 <= length <= self._length:
             raise ValueError(f"cannot retain from {length:#x} on: {self._length:#x} bytes are active")
@@ -444,12 +465,12 @@ class Reservation:
         self._length = length
 
     def let_go(self) -> None:
-        """Say that no device reaches more of it than it was told of, whatever an earlier failure had left."""
+        """Record that no device reaches memory behind `length` any more, also after earlier failures."""
         if not self._kept:
             self.held = 0
 
     def keep(self) -> None:
-        """Never give anything back from now on, not by `release` either: a device may reach any of it for ever."""
+        """Never release anything from now on, also not in `release`: a device may reach the memory forever."""
         self._kept = True
         self.held = self.max_length
 
@@ -461,21 +482,21 @@ class Reservation:
         self._unsettled = None
 
     def _clear(self, start: int, end: int) -> None:
-        """Let stale contents read zeros. Pages of a file have been provided, and a hole would lose them."""
+        """Zero old contents. Pages of a file have been allocated already, and a hole would lose them."""
         if self._store.fd < 0:
             self._zero(start, end)
         else:
             ctypes.memset(self.vaddr + start, 0, end - start)
 
     def _zero(self, start: int, end: int) -> OSError | None:
-        """What kept the pages from being dropped."""
-        # Pages that a device may reach must stay the ones that this process has; they are written, not dropped.
-        failure = OSError(errno.EBUSY, "a device may still reach it")
+        """Zero a range. Return the error that kept the pages from being dropped, or None."""
+        # Pages that a device may reach must stay the pages of this process: they are written, not dropped.
+        failure = OSError(errno.EBUSY, "a device may still reach the memory")
         if start >= self.held:
             try:
                 self._store.drop(self.vaddr, start, end)
             except OSError as error:
-                # Locked memory cannot be dropped (EINVAL); it can be written.
+                # Locked memory cannot be dropped (EINVAL), but can be written.
                 logger.debug("%#x is written with zeros: %s", self.vaddr + start, error)
                 failure = error
             else:
@@ -484,9 +505,9 @@ class Reservation:
         return failure
 
     def release(self) -> None:
-        """Give the address space back, guard page included; twice is fine. Raises OSError, and then still holds it."""
+        """Unmap the address space, guard page included; a second call does nothing. On OSError nothing is unmapped."""
         if self._kept:
-            self._store.close()  # its memory stays for as long as it is mapped
+            self._store.close()  # the mapping keeps the memory alive
         if self.vaddr == 0 or self._kept:
             return
         self._kernel.munmap(self.vaddr, self.max_length + PAGE_SIZE)
@@ -495,7 +516,7 @@ class Reservation:
         self._store.close()
 
     def abandon(self) -> None:
-        """Nobody will use it any more, and its memory stays where it is: only what was opened for it is closed."""
+        """Close the descriptor. The memory stays mapped, and nobody uses the reservation any more."""
         self._store.close()
 
     def _check_open(self) -> None:
@@ -516,10 +537,10 @@ class Reservation:
         shared = "s" if self._store.flags & 1 else "p"
         usable = ("rw" if self._store.protection & 2 else "r-") + "-" + shared
         for start, end, permissions in areas(self.vaddr, self.max_length + PAGE_SIZE):
-            first = max(start, self.vaddr)  # it merges with what lies before and is alike
+            first = max(start, self.vaddr)  # the kernel merges the area with an equal one below `vaddr`
             assert first == reached, hex(reached)
             reached = end
-            # Between the two is memory that a shrink could not give back.
+            # Between `length` and `_touched` lies memory that a shrink could not release.
             assert permissions == usable or first >= self.vaddr + self._length, (hex(start), permissions)
             inside = end <= self.vaddr + self._touched or not self._guarded
             assert permissions[:3] == "---" or inside, (hex(end), permissions)

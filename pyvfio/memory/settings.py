@@ -1,4 +1,4 @@
-"""What madvise(2) is told about memory, on exactly what is activated."""
+"""The madvise(2) advice for memory, applied to exactly the activated bytes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import errno
 import logging
 import mmap
 from dataclasses import dataclass
+from functools import cache
+from itertools import compress
 
 from pyvfio.errors import IoctlError
 from pyvfio.kernel import Kernel
@@ -16,11 +18,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class MemorySettings:
-    """What madvise(2) is told about all memory of a block, kept through every resize.
+    """The madvise(2) advice for all memory of a block, kept through every resize.
 
-    `dontfork`: a child does not inherit the memory (on by default: copy-on-write after a fork would part the process's
-    pages from those the device has). `hugepage`: transparent huge pages may back it. `dontdump`: left out of core
-    dumps. `mergeable`: KSM may merge it; merging moves pages, so leave it off for memory that a device reaches.
+    `dontfork`: a child does not inherit the memory. On by default: copy-on-write after a fork would separate the pages
+    of the process from the pages of the device. `hugepage`: transparent huge pages may back the memory. `dontdump`: the
+    memory is left out of core dumps. `mergeable`: KSM may merge the memory. Merging moves pages, so leave `mergeable`
+    off for memory that a device reaches.
     """
 
     dontfork: bool = True
@@ -35,21 +38,23 @@ class MemorySettings:
     @property
     def advices(self) -> tuple[int, ...]:
         """The madvise advices, in the order of `qemu_ram_apply_settings`."""
-        chosen = (
-            (self.mergeable, mmap.MADV_MERGEABLE),
-            (self.dontdump, mmap.MADV_DONTDUMP),
-            (self.hugepage, mmap.MADV_HUGEPAGE),
-            (self.dontfork, mmap.MADV_DONTFORK),
-        )
-        return tuple(advice for wanted, advice in chosen if wanted)
+        return _advices(self.mergeable, self.dontdump, self.hugepage, self.dontfork)
 
 
-# A kernel built without KSM or without transparent huge pages answers EINVAL; both only save memory or time.
+_ADVICES = (mmap.MADV_MERGEABLE, mmap.MADV_DONTDUMP, mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK)
+
+
+@cache  # called by each shrink
+def _advices(*wanted: bool) -> tuple[int, ...]:
+    return tuple(compress(_ADVICES, wanted))
+
+
+# A kernel without KSM or transparent huge pages returns EINVAL. That is no error: both only save memory or time.
 _MAY_BE_MISSING = (mmap.MADV_MERGEABLE, mmap.MADV_HUGEPAGE)
 
 
 def apply_settings(kernel: Kernel, settings: MemorySettings, *, vaddr: int, size: int) -> None:
-    """Make `settings` on `[vaddr, vaddr + size)`. Raises IoctlError; up to four system calls."""
+    """Apply `settings` to `[vaddr, vaddr + size)`. Raises IoctlError. Cost: up to four system calls."""
     for advice in settings.advices:
         try:
             kernel.madvise(vaddr, size, advice)
@@ -57,9 +62,9 @@ def apply_settings(kernel: Kernel, settings: MemorySettings, *, vaddr: int, size
             if error.errno != errno.EINVAL or advice not in _MAY_BE_MISSING:
                 raise IoctlError.of(
                     error,
-                    "a setting of a block's memory could not be made",
+                    "this madvise advice could not be applied to a block's memory",
                     request="madvise",
                     arguments={"vaddr": vaddr, "size": size, "advice": advice},
-                    hint="The process may have as many mappings as it may (vm.max_map_count)",
+                    hint="The process may have reached its limit of mappings: raise vm.max_map_count",
                 ) from error
             logger.debug("madvise(%#x, %#x, %d): not built into this kernel", vaddr, size, advice)

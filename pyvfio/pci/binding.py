@@ -1,4 +1,4 @@
-"""From driver to driver, as steps that are read back, and undone when they do not come true."""
+"""Changes of driver, in steps that are read back, and undone if the driver does not bind."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from typing import NamedTuple, SupportsFloat, SupportsIndex, TypeAlias
 
 from pyvfio.errors import AccessDeniedError, RollbackError, VfioError
 from pyvfio.guard import checkpoint, uninterrupted
-from pyvfio.kernel import Kernel
+from pyvfio.kernel import Kernel, LinuxKernel
 from pyvfio.pci.refusals import check_driver, check_idle, check_loaded, checked_name, without_group
+from pyvfio.pci.rights import NodeChange, NodeOwner, Rights, give, set_ownership, take_back
 from pyvfio.pci.surroundings import Surroundings, look_around
 from pyvfio.pci.sysfs import NO_DRIVER, PciDevice, device_path, read_device
 
@@ -24,14 +25,14 @@ _logger = logging.getLogger(__name__)
 VFIO_PCI = "vfio-pci"
 
 SysfsWriter: TypeAlias = Callable[[Path, str], None]
-"""What writes a value to a file of sysfs; raises OSError."""
+"""A function that writes a value to a file of sysfs; raises OSError."""
 
-_PROBE_PAUSE = 0.1  # seconds between two attempts, as SPDK's setup.sh paces them
+_PROBE_PAUSE = 0.1  # seconds between two attempts, as in SPDK's setup.sh
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One write to sysfs. `str()` of it is the shell command that does the same."""
+    """One write to sysfs. `str(step)` is the equivalent shell command."""
 
     path: Path
     value: str
@@ -42,9 +43,12 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """A change of driver that came true (or, of a dry run, would): what was written, and what was there before.
+    """A completed change of driver, or with `dry_run` a planned one. `restore` undoes the change.
 
-    `driver` is the driver now. Of a dry run that leaves the choice to the kernel it is None. `restore` goes back.
+    * `driver` is the driver after the change; None if a dry run leaves the choice to the kernel.
+    * `former_driver` and `former_override` are the state before the change.
+    * `steps` are the writes to sysfs, empty if the device had the driver already.
+    * `nodes` are the changes of ownership that the rights have made.
     """
 
     bdf: str
@@ -52,6 +56,7 @@ class Binding:
     former_driver: str | None
     former_override: str | None
     steps: tuple[Step, ...]
+    nodes: tuple[NodeChange, ...] = ()
 
 
 def write_sysfs(path: Path, value: str) -> None:
@@ -64,12 +69,14 @@ def write_sysfs(path: Path, value: str) -> None:
 
 
 class _Options(NamedTuple):
-    """Those that each change of driver has."""
+    """The options that all changes of driver have."""
 
     dry_run: bool
     force: bool
     patience: float
     write: SysfsWriter
+    own: NodeOwner = set_ownership
+    rights: Rights | None = None
 
 
 def _checked_patience(patience: object) -> float:
@@ -85,55 +92,93 @@ def _checked_patience(patience: object) -> float:
 
 
 class _Change(NamedTuple):
-    """A change that came true, and the call that undoes it when nobody receives it."""
+    """A completed change, and the call that undoes the change and returns the failures."""
 
     binding: Binding
-    take_back: Callable[[], object]
+    undo: Callable[[], list[Exception]]
 
 
-def _take_back(change: _Change) -> None:
-    change.take_back()
+def _undo_unheard(change: _Change) -> None:
+    """Undo a change whose caller gets the exception of a signal handler instead. Failures go to the log."""
+    for failure in change.undo():
+        _logger.error("%s was not restored: %s", change.binding.bdf, failure)
 
 
 def bind(
-    kernel: Kernel,
     bdf: str,
     driver: str = VFIO_PCI,
     *,
+    rights: Rights | None = None,
     dry_run: bool = False,
     force: bool = False,
     patience: float = 1.0,
+    kernel: Kernel | None = None,
     write: SysfsWriter = write_sysfs,
+    own: NodeOwner = set_ownership,
 ) -> Binding:
-    """Take a device from its driver, if it has one, and bind it to `driver`; `NO_DRIVER` leaves it without.
+    """Unbind a device from the current driver, if any, and bind the device to `driver`.
 
-    When anything fails, or the driver has not taken the device after `patience` seconds, the former driver and override
-    are put back and the error is raised; RollbackError says what could not be put back. A device that has the driver
-    already is left alone. `dry_run` checks and plans all the same and writes nothing.
+    If a step fails, the former driver, override and rights are restored and the error is raised. If the restore fails
+    too, RollbackError is raised and lists all failures. The driver of a device that has `driver` already is not
+    changed.
 
-    A device that has no IOMMU group yet is bound all the same where the kernel has an IOMMU: some make the group of a
-    device when a driver is first bound to it. Where none comes, the driver does not take the device.
+    If the kernel has an IOMMU, a device without an IOMMU group is bound too: some IOMMUs make the group when a driver
+    is first bound. If no group appears, the driver does not bind.
 
-    Raises ValueError for what is no address or no name, and for `patience` below 0 or not a number; TypeError for an
-    argument of another class; DeviceNotFoundError, also where there is no IOMMU group for the
-    device; UnavailableError when the driver is not loaded; GroupBusyError when the group is open (taking a device from
-    VFIO would then wait in the kernel until its user closes it: `vfio_unregister_group_dev`); AccessDeniedError without
-    root; VfioError when the device is a bridge, when the driver does not take it, when sysfs says no number where it
-    should, and, unless `force` is given, when a network interface that is up or a disk that is in use depends on it,
-    in any namespace.
+    Args:
+        bdf: the PCI address.
+        driver: the name of a loaded driver; `NO_DRIVER` leaves the device without a driver.
+        rights: the user or group that can open the device's nodes afterwards.
+        dry_run: check and plan, and write nothing.
+        force: bind although a network interface is up or a disk is in use.
+        patience: seconds to wait for the driver, and for the nodes if `rights` are given.
+        kernel: the running kernel by default.
+        write, own: replacements for the writes to sysfs and the changes of ownership, for tests.
 
-    Synchronization: handlers of signals that are Python functions run when the device has its new driver or its former
-    one again, or while the driver is waited for; where one raises, the device has its former driver. A process that a
-    signal ends meanwhile, because it has no handler, leaves the device as it is at that moment.
-    Cost: the two drivers' remove and probe.
+    Raises:
+        ValueError: `bdf` is not an address, `driver` is not a name, or `patience` is negative.
+        TypeError: an argument has the wrong class.
+        DeviceNotFoundError: no such device exists, or the device has no IOMMU group.
+        UnavailableError: the driver is not loaded, or a node is missing after `patience` seconds.
+        GroupBusyError: the group is open, and the kernel would wait for the close (`vfio_unregister_group_dev`).
+        AccessDeniedError: the caller is not root.
+        VfioError: the device is a bridge, the driver does not bind, or a right cannot be given.
+        VfioError: sysfs has a text in place of a number, or, unless `force`, the device is in use in any namespace.
+
+    Synchronization: any thread. Signal handlers that are Python functions run after the change, or while the driver is
+    awaited. If a handler raises, the former driver is restored. A signal without a handler ends the process at once,
+    and the device stays in the state of that moment.
+    Cost: the remove of the former driver and the probe of the new driver.
+
+    Example:
+        >>> from pyvfio import pci
+        >>> from pyvfio.testing import FakeKernel
+        >>> kernel = FakeKernel()  # without kernel=: the running kernel
+        >>> plan = pci.bind("0000:00:02.0", "pcieport", dry_run=True, kernel=kernel)
+        >>> [step.path.name for step in plan.steps]
+        ['driver_override', 'unbind', 'drivers_probe']
     """
-    return _bind(kernel, bdf, driver, _Options(dry_run, force, _checked_patience(patience), write)).binding
+    if not isinstance(rights, Rights | None):
+        raise TypeError(f"rights are Rights, such as Rights.parse('alice'), not {type(rights).__name__}")
+    options = _Options(dry_run, force, _checked_patience(patience), write, own, rights)
+    return _bind(kernel or LinuxKernel(), bdf, driver, options).binding
 
 
-@uninterrupted(_take_back)
+@uninterrupted(_undo_unheard)
 def _bind(kernel: Kernel, bdf: str, driver: str, options: _Options) -> _Change:
+    change = _bound(kernel, bdf, driver, options)
+    if (rights := options.rights) is None or options.dry_run:
+        return change
+    return _then_own(
+        change,
+        lambda: give(kernel, read_device(bdf, kernel=kernel), rights, own=options.own, patience=options.patience),
+        options.own,
+    )
+
+
+def _bound(kernel: Kernel, bdf: str, driver: str, options: _Options) -> _Change:
     wanted = None if checked_name(driver) == NO_DRIVER else driver
-    device = read_device(kernel, bdf)
+    device = read_device(bdf, kernel=kernel)
     if device.driver == wanted:
         return _nothing_to_do(device)
     check_driver(kernel, device, driver)
@@ -145,29 +190,40 @@ def _bind(kernel: Kernel, bdf: str, driver: str, options: _Options) -> _Change:
 
 
 def unbind(
-    kernel: Kernel,
     bdf: str,
     *,
     to: str | None = None,
     dry_run: bool = False,
     force: bool = False,
     patience: float = 1.0,
+    kernel: Kernel | None = None,
     write: SysfsWriter = write_sysfs,
 ) -> Binding:
-    """Give a device back: clear its override and let the kernel's own driver for it, if any, take it; or bind it to
-    `to` as `bind` does.
+    """Clear the override of a device, unbind the device, and let the kernel bind the matching driver, if any.
 
-    Refuses, fails and undoes as `bind` does. It is a failure when the driver that it was taken from takes
-    it again. A device that is at home, without an override and with a driver that is not VFIO's, is left alone.
+    With `to`, bind the device to that driver as `bind` does. A device without an override, with a driver that is not a
+    driver of VFIO, is not changed.
+
+    Args: as for `bind`.
+
+    Raises: as `bind`; VfioError also if the former driver binds the device again.
+    Synchronization: as for `bind`. Cost: as for `bind`.
+
+    Example:
+        >>> from pyvfio import pci
+        >>> from pyvfio.testing import FakeKernel
+        >>> plan = pci.unbind("0000:00:02.0", dry_run=True, kernel=FakeKernel())
+        >>> print(plan.former_driver, len(plan.steps))
+        vfio-pci 3
     """
     if to is not None:
-        return bind(kernel, bdf, to, dry_run=dry_run, force=force, patience=patience, write=write)
-    return _unbind(kernel, bdf, _Options(dry_run, force, _checked_patience(patience), write)).binding
+        return bind(bdf, to, dry_run=dry_run, force=force, patience=patience, kernel=kernel, write=write)
+    return _unbind(kernel or LinuxKernel(), bdf, _Options(dry_run, force, _checked_patience(patience), write)).binding
 
 
-@uninterrupted(_take_back)
+@uninterrupted(_undo_unheard)
 def _unbind(kernel: Kernel, bdf: str, options: _Options) -> _Change:
-    device = read_device(kernel, bdf)
+    device = read_device(bdf, kernel=kernel)
     if device.driver is not None and device.driver_override is None and not device.is_vfio:
         return _nothing_to_do(device)
     check_idle(kernel, device, force=options.force)
@@ -180,26 +236,47 @@ def _unbind(kernel: Kernel, bdf: str, options: _Options) -> _Change:
 
 
 def restore(
-    kernel: Kernel,
     binding: Binding,
     *,
     dry_run: bool = False,
     force: bool = False,
+    kernel: Kernel | None = None,
     write: SysfsWriter = write_sysfs,
+    own: NodeOwner = set_ownership,
 ) -> Binding:
-    """Undo a `bind` or `unbind`: the former driver and override again. Returns the change, which can be undone in turn.
+    """Undo a `bind` or `unbind`: restore the former driver, override and rights.
 
-    Refuses, fails and undoes as `bind` does.
+    The returned change can be undone in turn. A node whose ownership somebody has changed since is not changed.
+
+    Args: as for `bind`.
+
+    Raises: as `bind`. Synchronization: as for `bind`. Cost: as for `bind`.
+
+    Example:
+        >>> from pyvfio import pci
+        >>> from pyvfio.testing import FakeKernel
+        >>> kernel = FakeKernel()
+        >>> change = pci.bind("0000:00:02.0", kernel=kernel)  # the device has vfio-pci already
+        >>> pci.restore(change, kernel=kernel).steps
+        ()
     """
-    return _restore(kernel, binding, _Options(dry_run, force, 0.0, write)).binding
+    options = _Options(dry_run, force, 0.0, write, own)
+    return _restore(kernel or LinuxKernel(), binding, options).binding
 
 
-@uninterrupted(_take_back)
+@uninterrupted(_undo_unheard)
 def _restore(kernel: Kernel, binding: Binding, options: _Options) -> _Change:
-    device = read_device(kernel, binding.bdf)
+    change = _driver_restored(kernel, binding, options)
+    if options.dry_run or not binding.nodes:
+        return change
+    return _then_own(change, lambda: take_back(binding.nodes, options.own), options.own)
+
+
+def _driver_restored(kernel: Kernel, binding: Binding, options: _Options) -> _Change:
+    device = read_device(binding.bdf, kernel=kernel)
     target = replace(device, driver=binding.former_driver, driver_override=binding.former_override)
     if target.driver is not None:
-        check_loaded(kernel, target.driver)
+        check_loaded(kernel, target.driver, device.bdf)
     plan = _plan_back(kernel, device, target)
     if device.driver != target.driver:
         check_idle(kernel, device, force=options.force)
@@ -213,7 +290,7 @@ def _restore(kernel: Kernel, binding: Binding, options: _Options) -> _Change:
 
 @dataclass(frozen=True, slots=True)
 class _Goal:
-    """What shall be true of the driver in the end: that it is `driver`, or (unbind) not the one that it was."""
+    """The driver to reach: `driver`, or with `kernel_decides` any driver except the former one, or none."""
 
     driver: str | None
     kernel_decides: bool = False
@@ -230,47 +307,66 @@ class _Goal:
 
 
 def _nothing_to_do(device: PciDevice) -> _Change:
-    return _Change(Binding(device.bdf, device.driver, device.driver, device.driver_override, ()), lambda: None)
+    return _Change(Binding(device.bdf, device.driver, device.driver, device.driver_override, ()), list)
 
 
 def _change(kernel: Kernel, device: PciDevice, plan: Sequence[Step], goal: _Goal, options: _Options) -> _Change:
     if options.dry_run:
         planned = Binding(device.bdf, goal.driver, device.driver, device.driver_override, tuple(plan))
-        return _Change(planned, lambda: None)
+        return _Change(planned, list)
     driver = _carry_out(kernel, device, plan, goal, options)
     _logger.info("%s: driver %s, was %s", device.bdf, driver, device.driver)
     binding = Binding(device.bdf, driver, device.driver, device.driver_override, tuple(plan))
-    return _Change(binding, partial(_undo_unheard, kernel, device, options.write))
+    return _Change(binding, partial(_undo, kernel, device, options.write))
 
 
-def _undo_unheard(kernel: Kernel, former: PciDevice, write: SysfsWriter) -> None:
-    """Undo a change that is done, when a signal handler raises: its exception goes on, and the log has the rest."""
-    for failure in _undo(kernel, former, write):
-        _logger.error("%s was not brought back: %s", former.bdf, failure)
+def _then_own(change: _Change, step: Callable[[], tuple[NodeChange, ...]], own: NodeOwner) -> _Change:
+    """Add changes of ownership to a change of driver. If they fail, the driver is restored too."""
+    try:
+        nodes = step()
+    except BaseException as first:
+        _raise_with(change.undo(), first, change.binding)
+        raise
+
+    def undo() -> list[Exception]:
+        failures: list[Exception] = []
+        try:
+            take_back(nodes, own)
+        except VfioError as error:
+            failures.append(error)
+        return [*failures, *change.undo()]
+
+    return _Change(replace(change.binding, nodes=nodes), undo)
+
+
+def _raise_with(failures: list[Exception], first: BaseException, former: Binding) -> None:
+    """Raise RollbackError if the undo has failed too. An exit or interrupt is kept, with a note."""
+    if not failures:
+        return
+    message = f"{former.bdf} was not restored to driver {former.former_driver}, override {former.former_override}"
+    if isinstance(first, Exception):
+        hint = f"See the current driver with: pyvfio list {former.bdf}"
+        raise RollbackError(message, [first, *failures], hint=hint) from first
+    first.add_note("; then ".join([message, *map(str, failures)]))
 
 
 def _carry_out(kernel: Kernel, device: PciDevice, plan: Sequence[Step], goal: _Goal, options: _Options) -> str | None:
-    """Make all steps, or undo them; the driver that the device has then."""
+    """Make all steps, or undo all steps. Return the driver of the device."""
     try:
         for step in plan:
             _write(kernel, step, options.write)
         return _await_driver(kernel, device, plan[-1], goal=goal, options=options)
     except BaseException as first:
-        failures = _undo(kernel, device, options.write)
-        if not failures:
-            raise
-        message = f"{device.bdf} was not brought back to driver {device.driver}, override {device.driver_override}"
-        if not isinstance(first, Exception):
-            first.add_note("; then ".join([message, *map(str, failures)]))
-            raise
-        raise RollbackError(message, [first, *failures], hint="scripts/list shows where it is now") from first
+        former = Binding(device.bdf, None, device.driver, device.driver_override, ())
+        _raise_with(_undo(kernel, device, options.write), first, former)
+        raise
 
 
 def _await_driver(kernel: Kernel, device: PciDevice, last: Step, *, goal: _Goal, options: _Options) -> str | None:
-    # drivers_probe succeeds whether or not a driver took the device (`__device_attach_driver` ignores what probe
-    # returned), and a former driver may still be on its way out: so the link decides, and asking again may help.
+    # A write to drivers_probe succeeds even if no driver binds: `__device_attach_driver` ignores the result of probe.
+    # The link `driver` shows the result. The probe is repeated: the former driver may not have finished its remove yet.
     deadline = time.monotonic() + options.patience
-    while not goal.reached(driver := read_device(kernel, device.bdf).driver, former=device.driver):
+    while not goal.reached(driver := read_device(device.bdf, kernel=kernel).driver, former=device.driver):
         if time.monotonic() >= deadline:
             raise _did_not_take(kernel, device, goal, driver)
         checkpoint()
@@ -284,30 +380,36 @@ def _did_not_take(kernel: Kernel, device: PciDevice, goal: _Goal, driver: str | 
     if driver is None and (missing := without_group(kernel, device.bdf, goal.driver)) is not None:
         return missing
     if driver is not None and driver == device.driver:
-        reason = f"{driver} took it again"
+        reason = f"{driver} has bound the device again"
         hint = (
-            "It matches the device by itself, perhaps by an ids= parameter or new_id; name the driver to bind to, "
+            f"{driver} matches the device, perhaps by an ids= parameter or new_id. Name the driver to bind to, "
             f"or {NO_DRIVER}"
         )
     elif driver is not None:
-        reason, hint = f"{driver} took it instead", "Something else, such as driverctl or a udev rule, binds it too"
+        reason, hint = (
+            f"{driver} has bound the device instead",
+            "Another program, such as driverctl or a udev rule, binds the device too",
+        )
     else:
-        reason, hint = "no driver took it", "The driver's probe failed; the kernel may have logged why: dmesg | tail"
+        reason, hint = (
+            "no driver has bound the device",
+            "The probe failed; the kernel may have logged the reason: dmesg | tail",
+        )
     return VfioError(f"{device.bdf} was to have {goal}, and {reason}", hint=hint)
 
 
 def _undo(kernel: Kernel, former: PciDevice, write: SysfsWriter) -> list[Exception]:
-    """Bring the device back to `former` from wherever it is; what could not be done."""
+    """Restore the device to `former` from any state. Return the failures."""
     failures: list[Exception] = []
     try:
-        for step in _plan_back(kernel, read_device(kernel, former.bdf), former):
+        for step in _plan_back(kernel, read_device(former.bdf, kernel=kernel), former):
             try:
                 _write(kernel, step, write)
             except VfioError as error:
                 failures.append(error)
-        now = read_device(kernel, former.bdf)
+        now = read_device(former.bdf, kernel=kernel)
         if (now.driver, now.driver_override) != (former.driver, former.driver_override) and not failures:
-            failures.append(VfioError(f"it has driver {now.driver} and override {now.driver_override} now"))
+            failures.append(VfioError(f"the device now has driver {now.driver} and override {now.driver_override}"))
     except VfioError as error:
         failures.append(error)
     return failures
@@ -327,7 +429,7 @@ def _plan_back(kernel: Kernel, now: PciDevice, then: PciDevice) -> list[Step]:
             plan.append(_override_step(kernel, now.bdf, override))
         plan += _unbind_steps(kernel, now)
         if then.driver is not None:
-            # Not drivers_probe: of several drivers that match, this one had it.
+            # Not drivers_probe: several drivers can match the device, and only this one is the former driver.
             plan.append(Step(kernel.sysfs / "bus/pci/drivers" / then.driver / "bind", now.bdf))
     if override != then.driver_override:
         plan.append(_override_step(kernel, now.bdf, then.driver_override))
@@ -349,7 +451,7 @@ def _probe_step(kernel: Kernel, bdf: str) -> Step:
 
 
 def _write(kernel: Kernel, step: Step, write: SysfsWriter) -> None:
-    """The one place that writes to sysfs. The newline makes an empty value a write, and the kernel ignores it."""
+    """Make one write to sysfs. Without the newline, which the kernel ignores, an empty value would be no write."""
     _logger.debug("%s", step)
     try:
         write(step.path, step.value + "\n")
@@ -359,19 +461,19 @@ def _write(kernel: Kernel, step: Step, write: SysfsWriter) -> None:
         name = errnos.errorcode.get(error.errno or 0, str(error.errno))
         raise VfioError(
             f"the kernel refused {step.value!r} written to {step.path}: {name}, {error.strerror}",
-            hint="It may have logged why: dmesg | tail",
+            hint="The kernel may have logged the reason: dmesg | tail",
         ) from error
 
 
 def explain_refusal(path: Path, number: int, here: Surroundings) -> AccessDeniedError:
-    """The error for a file of sysfs that could not be written, with what helps in these surroundings."""
+    """Return the error for a failed write to sysfs, with a remedy for these surroundings."""
     if number == errnos.EROFS or here.container:
         hint = "sysfs cannot be written in this container" if here.container else "sysfs is mounted read-only"
         hint += ": bind the device outside, on the host" if here.container else ": mount -o remount,rw /sys"
     elif not here.root:
-        hint = "Drivers are changed by root: run as root"
+        hint = "Changing drivers requires root: run as root"
     elif here.user_namespace:
-        hint = "This is root of a user namespace, and drivers are changed by root outside of it"
+        hint = "This is root of a user namespace: changing drivers requires root outside of the namespace"
     else:
-        hint = "Root is refused by a security module or by lockdown: see dmesg | tail"
+        hint = "A security module or lockdown refuses root: see dmesg | tail"
     return AccessDeniedError(str(path), number=number, hint=hint)

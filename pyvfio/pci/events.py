@@ -1,4 +1,4 @@
-"""What happens to PCI functions while it happens: the events of the running machine's kernel or udevd."""
+"""Live events of PCI functions, from the running kernel or from udevd."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pyvfio.errors import UnsupportedError
-from pyvfio.kernel import Kernel
+from pyvfio.kernel import Kernel, LinuxKernel
 from pyvfio.pci.sysfs import is_running
 
 
 @dataclass(frozen=True, slots=True)
 class PciEvent:
-    """What happened to a PCI function, as the kernel announced it (`driver` is known when it was bound)."""
+    """An event of a PCI function: add, remove, bind, unbind or change. `driver` is set after a bind."""
 
     action: str
     bdf: str
@@ -21,24 +21,33 @@ class PciEvent:
 
 
 def monitor(
-    kernel: Kernel, *, timeout: float | None = None, source: Literal["kernel", "udev"] = "kernel"
+    *, timeout: float | None = None, source: Literal["kernel", "udev"] = "kernel", kernel: Kernel | None = None
 ) -> Iterator[PciEvent]:
-    """PCI events (add, remove, bind, unbind, change) from the call on, until none has come for `timeout` seconds
-    (None: for ever).
+    """Yield PCI events, until no event has arrived for `timeout` seconds (None: without an end).
 
-    Of the running machine only: events come over netlink, not from sysfs, so ValueError is raised for another root.
-    `source` "kernel" needs no udevd; "udev" tells of an event after udev's rules have run, when a group node has its
-    owner. Listening begins with the call, not with the first `next`, so what the caller does in between is not missed.
-    Raises UnsupportedError where libudev is missing. Synchronization: one thread per iterator.
+    The monitor listens from the call on, not from the first `next`: events between the two are not lost.
+
+    Args:
+        timeout: seconds.
+        source: "kernel" requires no udevd. "udev" yields an event after the rules of udev have run.
+        kernel: a kernel with the running machine's sysfs. Events arrive over netlink, not from sysfs.
+
+    Raises: ValueError if `kernel` has another sysfs; UnsupportedError without libudev.
+    Synchronization: one thread for each iterator.
     """
+    kernel = kernel or LinuxKernel()
     if not is_running(kernel):
-        raise ValueError(f"events are the running machine's, and {kernel.sysfs} is not its sysfs")
+        raise ValueError(
+            f"PCI events come from the running machine, and {kernel.sysfs} is not the sysfs of this machine"
+        )
     try:
-        import pyudev  # noqa: PLC0415 (so that importing pyvfio needs no libudev)
+        import pyudev  # noqa: PLC0415 (importing pyvfio must not require libudev)
 
         listener = pyudev.Monitor.from_netlink(pyudev.Context(), source=source)
     except ImportError as error:
-        raise UnsupportedError("PCI events need libudev", hint="Install it: apt-get install libudev1") from error
+        raise UnsupportedError(
+            "PCI events require libudev", hint="Install libudev: apt-get install libudev1"
+        ) from error
     listener.filter_by(subsystem="pci")
     listener.start()
 

@@ -1,17 +1,20 @@
-"""IOMMU groups: which one a device is in or why it is in none, who its members are, its node, and who has that open."""
+"""IOMMU groups: the group of a device, or the reason for having none; the members, the node and the holders."""
 
 from __future__ import annotations
 
 import os
-import re
 import stat
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from pyvfio.errors import DeviceNotFoundError, GroupMember, Holder
-from pyvfio.kernel import Kernel
+from pyvfio.kernel import Kernel, LinuxKernel
+from pyvfio.pci.iommus import iommu_problems, iommu_units
 from pyvfio.pci.sysfs import (
+    CDEVS,
     PciDevice,
+    cdev_name,
     is_vfio_driver,
     link_name,
     list_names,
@@ -20,62 +23,86 @@ from pyvfio.pci.sysfs import (
     read_text,
 )
 
-# Drivers with `driver_managed_dma` that do not belong to VFIO. Any driver of a bridge was let through until Linux 5.18;
-# since "PCI: portdrv: Set driver_managed_dma" pcieport is, and shpchp is not.
+# Drivers with `driver_managed_dma` that are not drivers of VFIO. Until Linux 5.18 a bridge with any driver left the
+# group viable. Since "PCI: portdrv: Set driver_managed_dma" a bridge with pcieport does, and a bridge with shpchp does
+# not.
 _HARMLESS_DRIVERS = frozenset({"pcieport", "pci-stub"})
 _AT_BOOT = ("dmar", "ivhd")
 
 
-def group_of(kernel: Kernel, bdf: str) -> int:
-    """The number of the IOMMU group that a PCI function is in.
+def group_of(bdf: str, *, kernel: Kernel | None = None) -> int:
+    """Return the number of the IOMMU group of a PCI function.
 
-    Raises DeviceNotFoundError when there is no such device, and when it is in no group; then the error says which of
-    firmware, virtual machine and kernel command line is the cause, as far as sysfs and procfs show, and what to do.
+    Raises: ValueError if `bdf` is not a PCI address; DeviceNotFoundError if no such device exists, or if the device has
+    no IOMMU group. The second error names the cause as far as sysfs and procfs show the cause (firmware, virtual
+    machine, kernel command line), and the remedy.
+    Synchronization: any thread. Cost: as `read_device`.
+
+    Example:
+        >>> from pyvfio import pci
+        >>> from pyvfio.testing import FakeKernel
+        >>> pci.group_of("0000:00:02.0", kernel=FakeKernel())  # without kernel=: the running kernel
+        2
     """
-    device = read_device(kernel, bdf)
+    kernel = kernel or LinuxKernel()
+    device = read_device(bdf, kernel=kernel)
     if device.iommu_group is None:
         raise no_group(kernel, device)
     return device.iommu_group
 
 
 def no_group(kernel: Kernel, device: PciDevice, *, tried: bool = False) -> DeviceNotFoundError:
-    """The error for a device that is in no group. `tried`: also after a driver was bound to it."""
-    if not tried and comes_later(kernel, device):
+    """Return the error for a device without an IOMMU group. `tried`: binding a driver has made no group."""
+    if not tried and comes_later(device, kernel=kernel):
         return DeviceNotFoundError(
-            f"{device.bdf} is in no IOMMU group yet: the IOMMU makes one when a driver is first bound to it",
-            hint=f"scripts/bind {device.bdf}",
+            f"{device.bdf} is in no IOMMU group yet: the kernel makes the group when a driver is first bound",
+            hint=f"Bind a driver: pyvfio bind {device.bdf}",
         )
     reason, hint = _why_no_group(kernel)
     return DeviceNotFoundError(f"{device.bdf} is in no IOMMU group: {reason}", hint=hint)
 
 
 def has_iommus(kernel: Kernel) -> bool:
-    """Whether the kernel has taken up an IOMMU, whichever devices that covers."""
-    return bool(list_names(kernel.sysfs / "class/iommu"))
+    """Return whether the kernel has initialized an IOMMU. The IOMMU need not cover all devices."""
+    return bool(iommu_units(kernel))
 
 
-def comes_later(kernel: Kernel, device: PciDevice) -> bool:
-    """Whether a device without a group may get one when a driver is first bound to it.
+def comes_later(device: PciDevice, *, kernel: Kernel | None = None) -> bool:
+    """Return whether the kernel can make a group for `device` when a driver is first bound.
 
-    So it is before Linux 6.15 where firmware's tables say which IOMMU a device is behind: VIOT for virtio-iommu, IORT
-    on arm64 (`acpi_iommu_configure_id`, called by `pci_dma_configure` alone). Those of Intel and AMD, dmar0 and ivhd0,
-    make all groups at boot. A device that has a driver has no group to come, and neither has any device where the
-    kernel has made no group at all: there each bridge's driver would have had one made.
+    Before Linux 6.15 the kernel does so if a firmware table assigns devices to the IOMMU: VIOT for virtio-iommu, IORT
+    on arm64. The Intel and AMD drivers (dmar0, ivhd0) make all groups at boot. False for a device with a driver:
+    binding that driver has made no group. False if the kernel has no group at all: binding the drivers of bridges would
+    have made groups.
+
+    Synchronization: any thread. Cost: two directories.
+    Source: `acpi_iommu_configure_id`, which only `pci_dma_configure` calls.
     """
+    kernel = kernel or LinuxKernel()
     if device.iommu_group is not None or device.driver is not None or device.is_bridge:
         return False
     if not list_names(kernel.sysfs / "kernel/iommu_groups"):
         return False
-    return any(not name.startswith(_AT_BOOT) for name in list_names(kernel.sysfs / "class/iommu"))
+    return any(not name.startswith(_AT_BOOT) for name in iommu_units(kernel))
 
 
-def group_members(kernel: Kernel, group: int) -> tuple[GroupMember, ...]:
-    """All devices of an IOMMU group, also those that are not PCI, in the order of their names.
+def group_members(group: int, *, kernel: Kernel | None = None) -> tuple[GroupMember, ...]:
+    """Return all devices of an IOMMU group in the order of the names, devices of other buses than PCI included.
 
-    One blocks when it is bound to a driver that uses the kernel's DMA API: any but VFIO's, pcieport and pci-stub. No
-    driver is fine. Raises DeviceNotFoundError when there is no such group.
+    A member blocks the group if the member's driver uses the kernel's DMA API: any driver except VFIO's, pcieport and
+    pci-stub. A member without a driver does not block.
+
+    Raises: DeviceNotFoundError, with the numbers of all groups, if no such group exists.
+    Synchronization: any thread. Cost: one directory, and two links for each member.
     Source: `driver_managed_dma` in drivers/pci, `iommu_group_claim_dma_owner` in drivers/iommu/iommu.c.
+
+    Example:
+        >>> from pyvfio import pci
+        >>> from pyvfio.testing import FakeKernel
+        >>> pci.group_members(2, kernel=FakeKernel())  # without kernel=: the running kernel
+        (GroupMember(bdf='0000:00:02.0', driver='vfio-pci', blocks=False),)
     """
+    kernel = kernel or LinuxKernel()
     directory = kernel.sysfs / "kernel/iommu_groups" / str(group) / "devices"
     names = list_names(directory)
     if not names:
@@ -96,12 +123,21 @@ def _member(path: Path) -> GroupMember:
     )
 
 
-def group_node(kernel: Kernel, group: int) -> Path:
-    """The group's device node, which is there once a member is bound to a VFIO driver: `dev/vfio/7`.
+def group_node(group: int, *, kernel: Kernel | None = None) -> Path:
+    """Return the path of the device node of an IOMMU group.
 
-    A group that VFIO made up for a device without an IOMMU has `dev/vfio/noiommu-7`.
+    The node exists while a member of the group is bound to a VFIO driver. In no-IOMMU mode the node of a group that
+    VFIO has made is `noiommu-N`.
+
+    Synchronization: any thread. Cost: one small file.
     Source: `vfio_create_group` and `vfio_noiommu_group_alloc` in drivers/vfio/group.c.
+
+    Example:
+        >>> from pyvfio import pci
+        >>> pci.group_node(7)
+        PosixPath('/dev/vfio/7')
     """
+    kernel = kernel or LinuxKernel()
     made_up = read_text(kernel.sysfs / "kernel/iommu_groups" / str(group) / "name") == "vfio-noiommu"
     return kernel.dev / "vfio" / (f"noiommu-{group}" if made_up else str(group))
 
@@ -109,60 +145,77 @@ def group_node(kernel: Kernel, group: int) -> Path:
 # --- Holders -----------------------------------------------------------------------------------------------------
 
 
-def holders_of(kernel: Kernel, path: Path) -> tuple[Holder, ...]:
-    """The processes that have a file open, as far as this user may see; never raises.
+def holders_of(path: Path, *, kernel: Kernel | None = None) -> tuple[Holder, ...]:
+    """Return the processes that have `path` open, as far as the calling user is allowed to see.
 
-    A device node is told by its number, so that a node of another name in a container counts; another file by its
-    inode. Control characters in the name of a process are escaped. Not seen: other users' processes unless root asks,
-    other PID namespaces, mappings, and what only holds a device descriptor of a group. Cost: a readlink for each
-    descriptor of each process, some 10 ms on a desktop.
+    Device nodes are compared by device number: a node with another name in a container counts. Other files are compared
+    by inode. Control characters in the names of processes are escaped. Not found are:
+
+    * processes of other users, unless root calls;
+    * processes in other PID namespaces;
+    * mappings, and processes that hold only a device descriptor of the group.
+
+    Raises: nothing; an unreadable /proc has no holders.
+    Synchronization: any thread. Cost: a readlink for each descriptor of each process, 10 ms on a desktop.
     """
-    proc = kernel.proc
-    try:
-        wanted = _identity(os.stat(path))
-    except OSError:
+    return holders_of_any((path,), kernel)
+
+
+def holders_of_any(paths: Iterable[Path], kernel: Kernel | None = None) -> tuple[Holder, ...]:
+    """Return the processes that have one of `paths` open, as `holders_of`, in one pass over the processes."""
+    proc = (kernel or LinuxKernel()).proc
+    wanted: dict[tuple[int, ...], str] = {}
+    for path in paths:
+        with suppress(OSError):
+            wanted[_identity(os.stat(path))] = path.name
+    if not wanted:
         return ()
-    pids = process_ids(proc)
-    here = _this_process(proc)
+    here = this_process(proc)
     return tuple(
         Holder(pid, printable(read_text(proc / str(pid) / "comm") or "?"), is_this_process=pid == here)
-        for pid in pids
-        if _holds(proc, pid, path, wanted)
+        for pid in process_ids(proc)
+        if _holds(proc, pid, wanted)
     )
 
 
 def holders_of_group(kernel: Kernel, group: int) -> tuple[Holder, ...]:
-    """As `holders_of`, of the group's node and of the nodes of its devices: a device that is open by its own keeps the
-    group from being opened (`vfio_group_fops_open`, EBUSY)."""
+    """Return the holders of the group's node and of the nodes of all members.
+
+    While a member is bound to an iommufd through the member's own node, opening the group fails with EBUSY
+    (`vfio_group_fops_open`).
+    """
+    nodes = (path for _bdf, path in member_nodes(kernel, group))
+    return holders_of_any((group_node(group, kernel=kernel), *nodes), kernel)
+
+
+def member_nodes(kernel: Kernel, group: int) -> tuple[tuple[str, Path], ...]:
+    """Return the address and the node below /dev/vfio/devices of each member of a group that has such a node."""
     members = kernel.sysfs / "kernel/iommu_groups" / str(group) / "devices"
-    nodes = [group_node(kernel, group)]
-    for member in sorted(list_names(members)):
-        nodes += [kernel.dev / "vfio/devices" / name for name in sorted(list_names(members / member / "vfio-dev"))]
-    found = {holder.pid: holder for node in nodes for holder in holders_of(kernel, node)}
-    return tuple(found[pid] for pid in sorted(found))
+    names = ((member, cdev_name(members / member)) for member in sorted(list_names(members)))
+    return tuple((member, kernel.dev / CDEVS / name) for member, name in names if name is not None)
 
 
 def process_ids(proc: Path) -> list[int]:
-    """The processes that a procfs shows, ascending."""
+    """Return the process ids in a procfs, ascending."""
     return sorted(int(name) for name in list_names(proc) if name.isdecimal())
 
 
-def _this_process(proc: Path) -> int:
-    """The pid as that /proc counts, which may be of another namespace; 0 where it does not say."""
+def this_process(proc: Path) -> int:
+    """Return the pid of this process in that /proc, which can belong to another PID namespace; 0 if unknown."""
     with suppress(OSError, ValueError):
         return int(os.readlink(proc / "self"))
     return 0
 
 
-def _holds(proc: Path, pid: int, path: Path, wanted: tuple[int, ...]) -> bool:
+def _holds(proc: Path, pid: int, wanted: Mapping[tuple[int, ...], str]) -> bool:
     directory = proc / str(pid) / "fd"
+    names = set(wanted.values())
     for name in list_names(directory):
         with suppress(OSError):
             target = os.readlink(directory / name)
-            # stat() of a file on a dead network mount does not return, so only what may be the file is asked.
-            if (target.startswith("/dev/") or os.path.basename(target) == path.name) and _identity(
-                os.stat(directory / name)
-            ) == wanted:
+            # stat() on a dead network mount does not return. So only possible matches are examined.
+            possible = target.startswith("/dev/") or os.path.basename(target) in names
+            if possible and _identity(os.stat(directory / name)) in wanted:
                 return True
     return False
 
@@ -177,62 +230,9 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
 
 
 def _why_no_group(kernel: Kernel) -> tuple[str, str]:
-    units = ", ".join(sorted(list_names(kernel.sysfs / "class/iommu")))
-    tables = list_names(kernel.sysfs / "firmware/acpi/tables") & {"DMAR", "IVRS", "IORT", "VIOT"}
-    options = _iommu_options(kernel.proc)
-    off = sorted(word for word in options if word.endswith("=off"))
-    cases = (
-        (
-            bool(units) and not list_names(kernel.sysfs / "kernel/iommu_groups"),
-            f"the kernel has this machine's IOMMUs ({units}), and has made no group for any device",
-            "It has logged why: dmesg | grep -i iommu",
-        ),
-        (
-            bool(units),
-            f"none of this machine's IOMMUs ({units}) covers it",
-            "It can be used through VFIO only where one does, in another slot or behind another root port",
-        ),
-        (
-            bool(off),
-            f"the kernel was told not to use the IOMMU ({', '.join(off)})",
-            "Take that off the kernel command line and boot again",
-        ),
-        (
-            "DMAR" in tables and "intel_iommu=on" not in options,
-            "the firmware announces an IOMMU, and the kernel was not told to use it",
-            "Add intel_iommu=on to the kernel command line and boot again",
-        ),
-        (
-            bool(tables),
-            f"the firmware announces an IOMMU ({', '.join(sorted(tables))}), and the kernel has not taken it up",
-            "See dmesg | grep -i -e dmar -e iommu; its driver may be missing (virtio_iommu is often a module)",
-        ),
-        (
-            _is_virtual_machine(kernel),
-            "this virtual machine has no IOMMU of its own",
-            "Give it one; of QEMU: -machine q35,kernel-irqchip=split -device intel-iommu,intremap=on,caching-mode=on "
-            "(and intel_iommu=on on the guest's command line), or -device virtio-iommu-pci",
-        ),
-        (
-            True,
-            "the firmware announces no IOMMU",
-            "Turn it on in the firmware's set-up (Intel: VT-d, AMD: IOMMU or AMD-Vi); then add intel_iommu=on to the "
-            "kernel command line on Intel",
-        ),
+    if problems := iommu_problems(kernel):
+        return problems[0].reason, problems[0].hint
+    return (
+        f"none of this machine's IOMMUs ({', '.join(iommu_units(kernel))}) covers the device",
+        "Move the device to a slot or root port that an IOMMU covers",
     )
-    return next((reason, hint) for applies, reason, hint in cases if applies)
-
-
-def _iommu_options(proc: Path) -> set[str]:
-    """`intel_iommu=on,sm_on` of the kernel command line as `intel_iommu=on` and `intel_iommu=sm_on`."""
-    options = set()
-    for word in (read_text(proc / "cmdline") or "").split():
-        name, _, values = word.partition("=")
-        if name in {"iommu", "intel_iommu", "amd_iommu"}:
-            options |= {f"{name}={value}" for value in values.split(",")}
-    return options
-
-
-def _is_virtual_machine(kernel: Kernel) -> bool:
-    flags = re.search(r"^flags\s*:.*\bhypervisor\b", read_text(kernel.proc / "cpuinfo") or "", re.MULTILINE)
-    return flags is not None or read_text(kernel.sysfs / "class/dmi/id/sys_vendor") == "QEMU"

@@ -1,24 +1,24 @@
-"""What is refused before anything is written: a driver that is not there or does not take the device, and a device
-that is in use."""
+"""Checks before the first write: the driver is loaded and fits the device, and the device is not in use."""
 
 from __future__ import annotations
 
 import errno as errnos
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from pyvfio.errors import DeviceNotFoundError, GroupBusyError, Holder, UnavailableError, VfioError, nobody_found
 from pyvfio.kernel import Kernel
 from pyvfio.pci.groups import group_node, has_iommus, holders_of_group, no_group
-from pyvfio.pci.sysfs import NO_DRIVER, PciDevice, device_path, link_name, printable, read_device, read_text
-from pyvfio.pci.usage import uses_of
+from pyvfio.pci.noiommu import is_enabled
+from pyvfio.pci.sysfs import NO_DRIVER, PciDevice, device_path, link_name, printable, read_device
+from pyvfio.pci.usage import Use, find_uses
 
 _NAME_MAX = 255  # bytes: NAME_MAX of linux/limits.h
 
 
 def checked_name(driver: str) -> str:
-    """The name of a driver. ValueError for text that can be none: a path, or with control characters."""
+    """Return the name of a driver. Raises ValueError for a path, control characters, or more than 255 bytes."""
     if not isinstance(driver, str):
         raise TypeError(f"the name of a driver is text, not {type(driver).__name__}")
     if driver in {"", ".", ".."} or "/" in driver or not driver.isprintable() or len(driver.encode()) > _NAME_MAX:
@@ -26,64 +26,68 @@ def checked_name(driver: str) -> str:
     return driver
 
 
-def check_loaded(kernel: Kernel, driver: str) -> None:
-    """Refuse a driver that is not loaded (UnavailableError), and what is no name of one (ValueError)."""
+def check_loaded(kernel: Kernel, driver: str, bdf: str) -> None:
+    """Raise UnavailableError if the driver is not loaded, ValueError if the name is not valid. `bdf`: for the hint."""
     if not (kernel.sysfs / "bus/pci/drivers" / checked_name(driver)).is_dir():
-        raise UnavailableError(
-            f"no PCI driver {driver} is loaded", hint=f"Load the module that has it: modprobe {driver}"
-        )
+        hint = f"Load the driver's module: modprobe {driver}"
+        if "vfio" in driver:
+            hint += f". If there is no such module, pyvfio doctor {bdf} names the remedy"
+        raise UnavailableError(f"no PCI driver {driver} is loaded", hint=hint)
 
 
 def check_driver(kernel: Kernel, device: PciDevice, driver: str) -> None:
-    """Refuse a driver that is not loaded; and VFIO's for a bridge, and for a device that can get no group."""
+    """Refuse a driver that is not loaded, and a VFIO driver for a bridge or for a device that can have no group."""
     if driver == NO_DRIVER:
         return
-    check_loaded(kernel, driver)
+    check_loaded(kernel, driver, device.bdf)
     if "vfio" not in driver:
         return
     if device.is_bridge:
         raise VfioError(
-            f"{device.bdf} is a PCI bridge, which {driver} does not take",
-            hint="A bridge need not be bound to it: pcieport and no driver at all leave its group viable "
-            f"(scripts/unbind --driver {NO_DRIVER} {device.bdf} takes any other from it)",
+            f"{device.bdf} is a PCI bridge, and {driver} binds no bridges",
+            hint="The group is viable while the bridge has pcieport or no driver. To remove another driver: "
+            f"pyvfio unbind --driver {NO_DRIVER} {device.bdf}",
         )
-    if device.iommu_group is not None or _is_unsafe_mode(kernel):
+    if device.iommu_group is not None or is_enabled(kernel):
         return
-    # A device that has a driver has the group that it gets. Another may get one now, where there is an IOMMU.
+    # Binding a driver makes the group. So a device with a driver and without a group never gets a group.
     if device.driver is not None or not has_iommus(kernel):
         raise no_group(kernel, device)
 
 
-def _is_unsafe_mode(kernel: Kernel) -> bool:
-    """Whether VFIO makes up groups for devices without an IOMMU."""
-    return read_text(kernel.sysfs / "module/vfio/parameters/enable_unsafe_noiommu_mode") in {"Y", "1"}
-
-
 def without_group(kernel: Kernel, bdf: str, driver: str | None) -> DeviceNotFoundError | None:
-    """The reason for which VFIO's driver did not take a device, where that is the group which did not come."""
-    device = read_device(kernel, bdf)
-    if driver is None or "vfio" not in driver or device.iommu_group is not None or _is_unsafe_mode(kernel):
+    """Return the error if the missing group is the reason why the VFIO driver did not bind; None otherwise."""
+    device = read_device(bdf, kernel=kernel)
+    if driver is None or "vfio" not in driver or device.iommu_group is not None or is_enabled(kernel):
         return None
     return no_group(kernel, device, tried=True)
 
 
 def check_idle(kernel: Kernel, device: PciDevice, *, force: bool) -> None:
-    """Refuse a device whose group is open; and, unless forced, one that the machine itself is using.
+    """Refuse a device whose group is open; unless `force`, refuse a device that the machine itself uses.
 
-    A device's virtual functions go when its driver does, so that they are looked at as well.
+    The virtual functions are examined too: they disappear with the driver of the physical function.
     """
-    functions = [read_device(kernel, bdf) for bdf in _virtual_functions(kernel, device.bdf)]
+    functions = [read_device(bdf, kernel=kernel) for bdf in _virtual_functions(kernel, device.bdf)]
     for each in (device, *functions):
         if each.iommu_group is not None:
             _check_group_closed(kernel, each.iommu_group)
     if force or device.driver is None or device.is_bridge:
         return
     for each in (device, *functions):
-        if each.driver is not None and not each.is_vfio and (reasons := uses_of(kernel, each.bdf)):
+        if each.driver is not None and not each.is_vfio and (uses := find_uses(kernel, each.bdf)):
             raise VfioError(
-                f"{each.bdf} is in use through {printable(each.driver)}: {', '.join(reasons)}",
-                hint="Take the interface down, unmount the disk; or force it, and lose what depends on it",
+                f"{each.bdf} is in use through {printable(each.driver)}: {', '.join(use.text for use in uses)}",
+                hint=_how_to_end(uses),
             )
+
+
+def _how_to_end(uses: Sequence[Use]) -> str:
+    """Return the commands that end the uses, and the price of `force`."""
+    commands = "; ".join(use.command for use in uses if use.command)
+    losses = " and ".join(dict.fromkeys(use.loss for use in uses))
+    end = f"End the use: {commands}" if commands else "End the use first"
+    return f"{end}. Or pass --force (in Python: force=True) and lose {losses}"
 
 
 def _virtual_functions(kernel: Kernel, bdf: str) -> list[str]:
@@ -93,20 +97,22 @@ def _virtual_functions(kernel: Kernel, bdf: str) -> list[str]:
 
 def _check_group_closed(kernel: Kernel, group: int) -> None:
     holders = holders_of_group(kernel, group)
-    if holders or _is_open_somewhere(kernel, group_node(kernel, group)):
-        # Taking a device from VFIO would wait in the kernel until its user closes it (`vfio_unregister_group_dev`).
+    if holders or is_open_somewhere(kernel, group_node(group, kernel=kernel)):
+        # Unbinding from VFIO would wait in the kernel until the user closes the device (`vfio_unregister_group_dev`).
         raise GroupBusyError(group, holders, hint=_how_to_free(holders))
 
 
 def _how_to_free(holders: Collection[Holder]) -> str:
     if holders:
-        return "Its devices keep their drivers meanwhile: close them there, or end that process"
-    return f"Its devices keep their drivers meanwhile, and {nobody_found()}"
+        return "Close the devices of the group in that process, or end the process"
+    return f"No driver of the group can be changed while the group is open, and {nobody_found()}"
 
 
-def _is_open_somewhere(kernel: Kernel, node: Path) -> bool:
-    """Whether the kernel says so, which knows of other namespaces and of device descriptors that outlive the group's
-    (`vfio_group_fops_open`); False when this user may not ask."""
+def is_open_somewhere(kernel: Kernel, node: Path) -> bool:
+    """Return whether the kernel reports the group as open; False if this user is not allowed to open the node.
+
+    The kernel knows other namespaces, and device descriptors that outlive the group's (`vfio_group_fops_open`).
+    """
     if not node.exists():
         return False
     try:

@@ -1,4 +1,4 @@
-"""Where the program runs, as far as a hint depends on it: as root or not, in a container, in a service."""
+"""The surroundings of the process, for hints that fit: root or another user, a container, a systemd service."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pyvfio.kernel import Kernel
 from pyvfio.pci.sysfs import printable, read_text
 
 _MARKS = (".dockerenv", "run/.containerenv", "run/systemd/container")
-"""Files below the root of a container: of Docker, of Podman, of systemd-nspawn and others with systemd inside."""
+"""Files below the root of a container: Docker, Podman, and systemd-nspawn or others with systemd inside."""
 _VARIABLES = ("container=", "KUBERNETES_SERVICE_HOST=")
 _CGROUPS = re.compile(r"docker|kubepods|libpod|lxc|machine\.slice")
 _SERVICE = re.compile(r"/([^/\n]+\.service)(?=[/\n]|$)")
@@ -18,10 +18,12 @@ _SERVICE = re.compile(r"/([^/\n]+\.service)(?=[/\n]|$)")
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """A snapshot.
+    """A snapshot of the surroundings of the process.
 
-    `user` and `groups` are of the process, `container` says whether it is in one, `service` is the systemd unit that it
-    belongs to, and `user_namespace` says whether its user ids are those of a namespace (root has no rights outside).
+    * `user` and `groups` are the effective user and the supplementary groups.
+    * `container` tells whether the process is in a container.
+    * `service` is the systemd unit of the process, None outside of a service.
+    * `user_namespace` tells whether the user ids belong to a user namespace, whose root has no rights outside.
     """
 
     user: int = 0
@@ -32,15 +34,15 @@ class Surroundings:
 
     @property
     def root(self) -> bool:
-        """Whether the process is root."""
+        """Return whether the process is root."""
         return self.user == 0
 
 
 def look_around(kernel: Kernel) -> Surroundings:
-    """Find out where this process runs.
+    """Return the surroundings of this process.
 
-    A container is known by the files and variables that its runtime leaves there, and by its cgroup; a runtime that
-    leaves none is not noticed. Cost: a few small files, so for errors only.
+    A container is detected by the files, variables and cgroup names of known runtimes. Other runtimes are not detected.
+    Cost: six small files; for errors only.
     """
     own = kernel.proc / "self"
     status = read_text(own / "status") or ""
@@ -59,7 +61,7 @@ def look_around(kernel: Kernel) -> Surroundings:
 
 
 def _ids(status: str, name: str, *, default: tuple[int, ...]) -> tuple[int, ...]:
-    """The numbers of a line of /proc/self/status: real, effective, saved and file system's user of `Uid`."""
-    found = re.search(rf"^{name}:((?:\s+\d+)*)\s*$", status, re.MULTILINE)
+    """Return the numbers of a line of /proc/self/status; `Uid` has real, effective, saved and file system's user."""
+    found = re.search(rf"^{name}:((?:\s+[0-9]{{1,10}})*)\s*$", status, re.MULTILINE)
     numbers = tuple(map(int, found[1].split())) if found else ()
     return numbers if len(numbers) >= len(default) else default

@@ -1,8 +1,7 @@
-"""What sysfs says of a PCI function, and the small files, directories and links that it says it with."""
+"""PCI functions as sysfs describes them, and readers of the small files, directories and links of sysfs."""
 
 from __future__ import annotations
 
-import difflib
 import errno
 import logging
 import os
@@ -12,29 +11,41 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyvfio.errors import DeviceNotFoundError, VfioError, descriptor_hint
-from pyvfio.kernel import Kernel
+from pyvfio.kernel import Kernel, LinuxKernel
 
 _logger = logging.getLogger(__name__)
 
 NO_DRIVER = "none"
-"""As a driver to bind to: none at all. sysfs-bus-pci names this value of `driver_override` as the way to opt out."""
+"""The name of the driver that leaves a device without a driver.
+
+Source: `driver_override` in Documentation/ABI/testing/sysfs-bus-pci, which names "none" as the way to opt out.
+"""
+
+CDEVS = "vfio/devices"
+"""The directory of the nodes of devices, below the directory of device nodes."""
 
 _RUNNING_SYSFS = Path("/sys")
 _BDF = re.compile(r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}):([01][0-9a-f])\.([0-7])")
-# PCI-to-PCI, CardBus and semi-transparent bridges: what has a header of type 1 or 2. Host and ISA bridges are ordinary
-# devices to the kernel, and their drivers do keep a group from being viable.
+# PCI-to-PCI, CardBus and semi-transparent bridges, which have a configuration header of type 1 or 2. Host and ISA
+# bridges are ordinary devices to the kernel: their drivers do keep a group from being viable.
 _BRIDGE_CLASSES = frozenset({0x0604, 0x0607, 0x0609})
-_NO_SYSFS = "No kernel writes that: see what is mounted there"
-_SHOWN = 40  # characters of a text that is wrong
+NO_SYSFS = "No kernel writes this text: check the mount at this path with findmnt"
+"""The hint of errors about texts that sysfs cannot have."""
+
+_SHOWN = 40  # characters of a wrong text that an error quotes
 
 
 @dataclass(frozen=True, slots=True)
 class PciDevice:
-    """A snapshot of a PCI function: what its directory in sysfs said when it was read.
+    """A snapshot of a PCI function, read from the directory of the function in sysfs.
 
-    `class_code` is the 24-bit class, subclass and interface; `numa_node` is None where the platform says none;
-    `is_vfio` says that `driver` hands the device to user space through VFIO (vfio-pci or a variant of it);
-    `is_bridge` that it is a PCI-to-PCI or CardBus bridge, which VFIO never takes.
+    * `class_code` is the 24-bit class, subclass and interface.
+    * `driver` is the name of the driver, None without a driver; `driver_override` is None when no override is set.
+    * `iommu_group` is the number of the IOMMU group, None without a group.
+    * `numa_node` is None when the platform assigns no node.
+    * `is_vfio` tells whether `driver` is vfio-pci or a variant of vfio-pci.
+    * `is_bridge` tells whether the function is a PCI-to-PCI or CardBus bridge. VFIO never binds bridges.
+    * `cdev` is the name of the device's node below /dev/vfio/devices, such as `vfio0`; None without a node.
     """
 
     bdf: str
@@ -47,13 +58,20 @@ class PciDevice:
     numa_node: int | None
     is_bridge: bool
     is_vfio: bool
+    cdev: str | None = None
 
 
 def parse_bdf(text: str) -> str:
-    """The canonical address of a PCI function: `0000:00:02.0`, lower case, with its domain (0000 where none is given).
+    """Return the canonical address of a PCI function: lower case, with a domain.
 
-    Raises ValueError for any other text, TypeError for no text. Domains may have more than four digits, as those behind
-    Intel VMD do.
+    The domain is 0000 unless `text` has one. Domains can have up to eight digits, as behind Intel VMD.
+
+    Raises: ValueError if `text` is not a PCI address; TypeError if `text` is not a string.
+
+    Example:
+        >>> from pyvfio import pci
+        >>> pci.parse_bdf("3b:00.1")
+        '0000:3b:00.1'
     """
     if not isinstance(text, str):
         raise TypeError(f"a PCI address is text, such as '0000:00:02.0', not {type(text).__name__}")
@@ -70,13 +88,23 @@ def parse_bdf(text: str) -> str:
 # --- Reading -----------------------------------------------------------------------------------------------------
 
 
-def read_device(kernel: Kernel, bdf: str) -> PciDevice:
-    """What sysfs says about a PCI function now.
+def read_device(bdf: str, *, kernel: Kernel | None = None) -> PciDevice:
+    """Return a snapshot of a PCI function.
 
-    Raises ValueError for what is no address and DeviceNotFoundError, which names what is near, for what is not there;
-    VfioError, which names the file, where sysfs does not say a number that it should.
-    Cost: ten small files, well below a millisecond. Source: Documentation/ABI/testing/sysfs-bus-pci.
+    Raises: ValueError if `bdf` is not a PCI address; DeviceNotFoundError, with the nearest addresses, if no such
+    function exists; VfioError, with the name of the file, if sysfs has a text in place of a number.
+    Synchronization: any thread.
+    Cost: ten small files and one directory, less than a millisecond.
+    Source: Documentation/ABI/testing/sysfs-bus-pci; `vfio_device_init` in drivers/vfio/vfio_main.c for `cdev`.
+
+    Example:
+        >>> from pyvfio import pci
+        >>> from pyvfio.testing import FakeKernel
+        >>> kernel = FakeKernel()  # without kernel=: the running kernel
+        >>> pci.read_device("0000:00:02.0", kernel=kernel).driver
+        'vfio-pci'
     """
+    kernel = kernel or LinuxKernel()
     bdf = parse_bdf(bdf)
     path = device_path(kernel, bdf)
     vendor, device, class_code = (read_number(path / name, 16) for name in ("vendor", "device", "class"))
@@ -97,6 +125,7 @@ def read_device(kernel: Kernel, bdf: str) -> PciDevice:
         numa_node=None if node is None or node < 0 else node,
         is_bridge=class_code >> 8 in _BRIDGE_CLASSES,
         is_vfio=is_vfio_driver(path, driver),
+        cdev=cdev_name(path),
     )
 
 
@@ -105,41 +134,54 @@ def _not_found(kernel: Kernel, bdf: str) -> DeviceNotFoundError:
     bus = bdf.rpartition(":")[0]
     beside = [name for name in names if name.startswith(f"{bus}:")]
     if not names:
-        hint = f"There is no PCI device in {kernel.sysfs} at all"
+        hint = f"{kernel.sysfs} has no PCI device at all"
     elif beside:
-        hint = f"On bus {bus} there are {', '.join(beside)}; scripts/list shows all"
+        hint = f"Bus {bus} has {', '.join(beside)}; pyvfio list shows all devices"
     else:
+        import difflib  # noqa: PLC0415 (an error alone needs it)
+
         near = ", ".join(difflib.get_close_matches(bdf, names, n=3, cutoff=0.0))
-        hint = f"There is no bus {bus}; the nearest are {near}; scripts/list shows all"
+        hint = f"There is no bus {bus}; the nearest devices are {near}; pyvfio list shows all devices"
     return DeviceNotFoundError(f"there is no PCI device {bdf}", hint=hint)
 
 
-def enumerate_devices(kernel: Kernel) -> tuple[PciDevice, ...]:
-    """All PCI functions, in the order of their addresses; empty where there is no PCI.
+def devices(*, kernel: Kernel | None = None) -> tuple[PciDevice, ...]:
+    """Return all PCI functions in the order of the addresses; an empty tuple on a machine without PCI.
 
-    The running machine's sysfs is enumerated by pyudev; any other root by reading the directory, because libudev cannot
-    be given a root, and so is the machine's own where libudev is missing. Raises VfioError, which names the file, where
-    sysfs does not say an address or a number. Cost: some 0.3 ms a device.
+    pyudev enumerates the running machine's own sysfs. Any other sysfs is read as a directory: libudev has no option for
+    another root. Without libudev, the running machine's sysfs is read as a directory too.
+
+    Raises: VfioError, with the name of the file, if sysfs has a text in place of an address or a number.
+    Synchronization: any thread. A device that is removed meanwhile is left out.
+    Cost: 0.3 ms for each device.
+
+    Example:
+        >>> from pyvfio import pci
+        >>> from pyvfio.testing import FakeKernel
+        >>> kernel = FakeKernel()  # without kernel=: the running kernel
+        >>> [device.bdf for device in pci.devices(kernel=kernel) if device.is_vfio]
+        ['0000:00:02.0', '0000:00:03.0']
     """
-    devices = []
+    kernel = kernel or LinuxKernel()
+    found = []
     directory = kernel.sysfs / "bus/pci/devices"
     for bdf in sorted(_udev_names(kernel) or list_names(directory)):
         _check_address(directory, bdf)
-        # A device may go between the listing and the reading of it.
+        # The device can be removed between the listing and the read.
         with suppress(DeviceNotFoundError):
-            devices.append(read_device(kernel, bdf))
-    return tuple(devices)
+            found.append(read_device(bdf, kernel=kernel))
+    return tuple(found)
 
 
 def _check_address(directory: Path, name: str) -> None:
     try:
         parse_bdf(name)
     except ValueError as error:
-        raise VfioError(f"in {directory} there is {name!r}, which is no PCI address", hint=_NO_SYSFS) from error
+        raise VfioError(f"{directory} has an entry {name!r}, which is not a PCI address", hint=NO_SYSFS) from error
 
 
 def is_running(kernel: Kernel) -> bool:
-    """Whether this kernel's sysfs is the running machine's own, of which alone libudev knows."""
+    """Return whether `kernel.sysfs` is the running machine's own sysfs, the only one that libudev reads."""
     return kernel.sysfs.resolve() == _RUNNING_SYSFS
 
 
@@ -147,7 +189,7 @@ def _udev_names(kernel: Kernel) -> list[str]:
     if not is_running(kernel):
         return []
     try:
-        import pyudev  # noqa: PLC0415 (so that importing pyvfio needs no libudev)
+        import pyudev  # noqa: PLC0415 (importing pyvfio must not require libudev)
 
         return [str(device.sys_name) for device in pyudev.Context().list_devices(subsystem="pci")]
     except ImportError:
@@ -159,26 +201,35 @@ def _udev_names(kernel: Kernel) -> list[str]:
 
 
 def device_path(kernel: Kernel, bdf: str) -> Path:
-    """The directory of a PCI function; `bdf` is canonical."""
+    """Return the directory of a PCI function in sysfs; `bdf` must be canonical."""
     return kernel.sysfs / "bus/pci/devices" / bdf
 
 
 def is_vfio_driver(path: Path, driver: str | None) -> bool:
-    """Whether `driver`, which has the device at `path`, hands it to user space through VFIO."""
-    # A variant driver may have any name; what it registers with VFIO shows below the device since Linux 6.1.
+    """Return whether `driver`, which is bound to the device at `path`, is a driver of VFIO."""
+    # A variant driver can have any name. Since Linux 6.1 each VFIO device has a directory vfio-dev below the device.
     return driver is not None and ("vfio" in driver or (path / "vfio-dev").is_dir())
 
 
+def cdev_name(path: Path) -> str | None:
+    """Return the name of the node below /dev/vfio/devices of the device at `path`; None if the kernel made no node.
+
+    A kernel without CONFIG_VFIO_DEVICE_CDEV has the directory vfio-dev/vfioN too, without the file `dev`.
+    """
+    directory = path / "vfio-dev"
+    return next((name for name in sorted(list_names(directory)) if (directory / name / "dev").exists()), None)
+
+
 def _check_descriptors(error: OSError) -> None:
-    """What could not be read for want of a descriptor may well be there."""
+    """Raise VfioError if the process is out of descriptors: the file can exist nevertheless."""
     if error.errno in {errno.EMFILE, errno.ENFILE}:
         raise VfioError(f"sysfs cannot be read: {error.strerror}", hint=descriptor_hint(error.errno)) from error
 
 
 def read_text(path: Path) -> str | None:
-    """What a small file says, without the newline; None when it cannot be read."""
+    """Return the text of a small file without the final newline; None if the file cannot be read."""
     try:
-        # Not read_text(), which would take a carriage return in somebody's name for the end of a line.
+        # Not read_text(), which turns a carriage return in a name into a newline.
         return path.read_bytes().decode("utf-8", errors="replace").rstrip("\n")
     except OSError as error:
         _check_descriptors(error)
@@ -186,23 +237,24 @@ def read_text(path: Path) -> str | None:
 
 
 def parse_number(path: Path, text: str, base: int) -> int:
-    """The number that sysfs says at `path`. VfioError, which names the file, where `text` is none."""
+    """Return `text`, read from `path`, as a number. Raises VfioError with the name of the file."""
     try:
         return int(text, base)
     except ValueError as error:
-        raise VfioError(f"{path} says {text[:_SHOWN]!r}, which is no number", hint=_NO_SYSFS) from error
+        raise VfioError(f"{path} contains {text[:_SHOWN]!r}, which is not a number", hint=NO_SYSFS) from error
 
 
 def read_number(path: Path, base: int) -> int | None:
-    """What a small file says as a number; None when it cannot be read. VfioError where it says none."""
+    """Return the number in a small file; None if the file cannot be read. Raises VfioError for any other text."""
     text = read_text(path)
     return None if text is None else parse_number(path, text, base)
 
 
 def printable(text: str) -> str:
-    """A name as it can be printed: what would move a terminal's cursor, or turn its text around, as an escape.
+    """Return a name with all control and formatting characters escaped.
 
-    Processes, network interfaces and mount points have names that any user may choose.
+    Any user can choose the names of processes, network interfaces and mount points. Unescaped, such a name can move the
+    cursor of a terminal or reverse the direction of text.
     """
     if text.isprintable():
         return text
@@ -210,7 +262,7 @@ def printable(text: str) -> str:
 
 
 def list_names(path: Path) -> set[str]:
-    """What is in a directory; nothing when it cannot be read."""
+    """Return the names in a directory; an empty set if the directory cannot be read."""
     try:
         return set(os.listdir(path))
     except OSError as error:
@@ -219,7 +271,7 @@ def list_names(path: Path) -> set[str]:
 
 
 def link_name(path: Path) -> str | None:
-    """The last part of where a symbolic link leads; None when there is none."""
+    """Return the last part of the target of a symbolic link; None if `path` is not a link."""
     try:
         return os.path.basename(os.readlink(path))
     except OSError as error:

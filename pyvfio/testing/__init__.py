@@ -1,10 +1,10 @@
-"""What tests of programs on pyvfio can use: a kernel with VFIO that needs no hardware, and devices on it."""
+"""Tools for tests of programs on pyvfio: a fake kernel with VFIO, which needs no hardware, and fake devices."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pyvfio.testing.fake import DmaFault, FakeEdu, FakeKernel, FakePciDevice
+    from pyvfio.testing.fake import DepartureError, DmaFault, FakeEdu, FakeKernel, FakePciDevice, RecordedDevice
 else:
     # As in pyvfio itself: the plugin is imported by every pytest.
     def __getattr__(name):
@@ -16,4 +16,4 @@ else:
         return sorted({*globals(), *__all__})
 
 
-__all__ = ["DmaFault", "FakeEdu", "FakeKernel", "FakePciDevice"]
+__all__ = ["DepartureError", "DmaFault", "FakeEdu", "FakeKernel", "FakePciDevice", "RecordedDevice"]

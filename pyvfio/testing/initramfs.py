@@ -1,4 +1,4 @@
-"""The virtual machine's initramfs: a static busybox, the modules it needs to reach its root, and an init script."""
+"""The virtual machine's initramfs: a static busybox, the modules for the root file system, and an init script."""
 
 import contextlib
 import hashlib
@@ -14,8 +14,8 @@ from pathlib import Path
 from pyvfio.testing.kernels import GuestKernel
 from pyvfio.testing.vm_errors import KernelUnavailableError, MissingToolError, find_tool
 
-# In the order they are loaded. virtio_iommu comes before all that probes devices behind it. What a kernel has
-# neither as a module nor built in is left out; init says so in the kernel's log, and fails where it cannot go on.
+# In the order of loading. virtio_iommu precedes all modules that probe devices behind a virtio IOMMU. A module that a
+# kernel does not have is omitted; init notes that in the kernel's log, and fails if the machine cannot do without.
 MODULES = (
     "virtio_pci",
     "virtio_iommu",
@@ -28,8 +28,8 @@ MODULES = (
     "vfio-pci",
 )
 
-# Pid 1 stays in the initramfs, whose busybox it needs to the end; the command gets the overlay as its root. That is
-# moved over "/" and not only chrooted into, because the kernel refuses user namespaces to the chrooted.
+# Pid 1 stays in the initramfs, because init needs busybox to the end. The root of the command is the overlay, moved
+# over "/": after a chroot alone, the kernel refuses user namespaces.
 INIT = r"""#!/bin/busybox sh
 export PATH=/bin
 /bin/busybox --install -s /bin
@@ -41,11 +41,14 @@ exec >/dev/kmsg 2>&1
 fail() { echo "<2>vm: $*"; exit 1; }
 while read -r file; do insmod "/modules/$file" || echo "vm: $file was not loaded"; done </modules/order
 . /run/settings
-unsafe=/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts
-if [ "$unsafe_interrupts" ] && [ -e "$unsafe" ]; then echo 1 >"$unsafe"; fi
+# Each of the two refuses a device by its own parameter.
+for module in vfio_iommu_type1 iommufd; do
+    unsafe=/sys/module/$module/parameters/allow_unsafe_interrupts
+    if [ "$unsafe_interrupts" ] && [ -e "$unsafe" ]; then echo 1 >"$unsafe"; fi
+done
 
-# Before 6.15 a device behind a virtio IOMMU gets its group when a driver is first bound to it, and not before
-# (viot_iommu_configure, called by pci_dma_configure alone). It keeps the group afterwards.
+# Before 6.15, a device behind a virtio IOMMU gets the group when a driver is first bound to the device, and keeps the
+# group (viot_iommu_configure, called by pci_dma_configure alone).
 for device in /sys/bus/pci/devices/*; do
     read -r id <"$device/device"
     if [ "$id" = 0x11e8 ] && [ ! -e "$device/iommu_group" ]; then
@@ -56,7 +59,7 @@ for device in /sys/bus/pci/devices/*; do
     fi
 done || echo "vm: not every edu device has a group"
 
-# The number of a port's node depends on the order in which devices were probed; its name does not.
+# The number of a port's node depends on the order in which devices were probed; the name does not.
 port() {
     tries=0
     while [ "$tries" -lt 500 ]; do
@@ -67,7 +70,7 @@ port() {
     done
     fail "there is no port $1"
 }
-# Each is opened once only: a port has one owner at a time.
+# Each port is opened once, since a port has one owner at a time.
 port pyvfio.status; exec 9>"$port"
 port pyvfio.stdout; stdout=$port
 port pyvfio.stderr; stderr=$port
@@ -107,7 +110,7 @@ setsid sh /run/command >/run/out 2>/run/err </dev/null 9>&- &
 wait $!
 status=$?
 
-# What the command left running may hold its streams open for ever; what is in them is still delivered.
+# Processes that the command leaves behind can hold the streams open for ever. Their output so far is delivered.
 tries=0
 while [ -d "/proc/$out" ] || [ -d "/proc/$err" ]; do
     tries=$((tries + 1))
@@ -117,7 +120,7 @@ while [ -d "/proc/$out" ] || [ -d "/proc/$err" ]; do
             read -r line <"$stat" || continue
             # shellcheck disable=SC2086
             set -- ${line##*) }
-            # Session 0 is ours and the kernel's; setsid leads out of it, and nothing leads back.
+            # Session 0 has the processes of init and of the kernel. The command is in another, by setsid.
             [ "$4" = 0 ] || kill -9 "${pid%/stat}"
         done
     fi
@@ -132,7 +135,7 @@ _DIRECTORIES = ("bin", "dev", "proc", "sys", "modules", "run", "low", "up", "new
 
 @dataclass(frozen=True)
 class CpioEntry:
-    """A file of an archive, or a directory when ``data`` is None; ``name`` has no leading slash."""
+    """Describe a file of an archive, or a directory if ``data`` is None. ``name`` has no leading slash."""
 
     name: str
     data: bytes | None
@@ -140,7 +143,10 @@ class CpioEntry:
 
 
 def cpio_archive(entries: Iterable[CpioEntry]) -> bytes:
-    """A cpio archive as the kernel reads it ("newc"; the kernel's buffer-format.rst in driver-api/early-userspace)."""
+    """Return a cpio archive in the format of the kernel.
+
+    Source: "newc" in Documentation/driver-api/early-userspace/buffer-format.rst.
+    """
     parts = []
     for number, entry in enumerate([*entries, CpioEntry("TRAILER!!!", b"", 0)], 1):
         kind = 0o040000 if entry.data is None else 0o100000 if entry.mode else 0
@@ -153,15 +159,15 @@ def cpio_archive(entries: Iterable[CpioEntry]) -> bytes:
 
 
 def module_name(path: str) -> str:
-    """The name the kernel knows a module's file by: ``kernel/drivers/vfio/pci/vfio-pci.ko.xz`` is ``vfio_pci``."""
+    """Return the kernel's name for a module's file: ``vfio_pci`` for ``kernel/drivers/vfio/pci/vfio-pci.ko.xz``."""
     return path.rsplit("/", 1)[-1].split(".ko", 1)[0].replace("-", "_")
 
 
 def load_order(modules_dep: str, wanted: Sequence[str]) -> list[str]:
-    """The files of the wanted modules in an order in which each comes after what it needs.
+    """Return the files of the wanted modules, each after the modules that the module depends on.
 
-    ``modules_dep`` is the text of depmod's ``modules.dep``. Modules it does not have are left out: they may be
-    built in.
+    ``modules_dep`` is the text of depmod's ``modules.dep``. Modules that are not in the text are omitted, because they
+    may be built in.
     """
     needs = {}
     for line in modules_dep.splitlines():
@@ -172,13 +178,13 @@ def load_order(modules_dep: str, wanted: Sequence[str]) -> list[str]:
     for name in wanted:
         wanted_file = files.get(module_name(name))
         if wanted_file is not None:
-            # depmod names all that is needed, indirect needs too, the deepest last.
+            # depmod lists direct and indirect dependencies, the deepest last.
             order.update(dict.fromkeys([*reversed(needs[wanted_file]), wanted_file]))
     return list(order)
 
 
 def read_module(path: Path) -> bytes:
-    """A module as insmod wants it: busybox unpacks none."""
+    """Return a module without compression: busybox's insmod does not decompress."""
     data = path.read_bytes()
     if path.suffix == ".xz":
         return lzma.decompress(data)
@@ -188,7 +194,7 @@ def read_module(path: Path) -> bytes:
 
 
 def is_static(program: bytes) -> bool:
-    """Whether an x86-64 ELF program needs no dynamic loader (has no PT_INTERP)."""
+    """Return whether an x86-64 ELF program has no PT_INTERP, and so needs no dynamic loader."""
     if program[:5] != b"\x7fELF\x02":
         return False
     (offset,) = struct.unpack_from("<Q", program, 32)
@@ -197,11 +203,11 @@ def is_static(program: bytes) -> bool:
 
 
 def image_of(kernel: GuestKernel, *, cache: Path) -> bytes:
-    """The initramfs for a kernel, from the cache where it has one made from the same files.
+    """Return the initramfs for a kernel, from the cache if made from the same files.
 
-    Making it takes about a second.
+    Cost: about a second to make an initramfs.
 
-    :raises MissingToolError: there is no static busybox.
+    :raises MissingToolError: no static busybox is installed.
     :raises KernelUnavailableError: a module cannot be read.
     """
     busybox = Path(find_tool("busybox", package="busybox-static")).resolve()
@@ -209,7 +215,7 @@ def image_of(kernel: GuestKernel, *, cache: Path) -> bytes:
     if kernel.modules is not None:
         files = [kernel.modules / file for file in load_order((kernel.modules / "modules.dep").read_text(), MODULES)]
     digest = hashlib.sha256(repr([INIT, _DIRECTORIES, *map(_identity, [busybox, *files])]).encode()).hexdigest()
-    cached = cache / "initramfs" / f"{kernel.release}-{digest[:16]}.cpio"
+    cached = cache / "initramfs" / f"{kernel.label}-{digest[:16]}.cpio"
     with contextlib.suppress(FileNotFoundError):
         return cached.read_bytes()
     image = _make(busybox, files)
@@ -254,7 +260,7 @@ def _keep(image: bytes, path: Path) -> None:
 def command_archive(
     command: Sequence[str], *, cwd: str, environ: Mapping[str, str], token: str, settings: Mapping[str, str]
 ) -> bytes:
-    """What differs from run to run, as a second archive: the kernel unpacks one after the other."""
+    """Return a second archive, with the data of one run. The kernel unpacks both archives in order."""
     start = 'cd -- "$1" && shift && exec "$@"'
     words = ["env", "-i", *(f"{name}={value}" for name, value in environ.items())]
     words += ["chroot", ".", "/bin/sh", "-c", start, "sh", cwd, *command]

@@ -1,4 +1,4 @@
-"""Distribution kernels for the virtual machine: resolved when asked for, verified, and kept in a cache."""
+"""The distribution's kernels for the virtual machine: found, verified and kept in a cache when first used."""
 
 import contextlib
 import fcntl
@@ -7,91 +7,120 @@ import logging
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyvfio.testing.vm_errors import KernelUnavailableError, MissingToolError, find_tool
+from pyvfio.testing import iommufd_modules
+from pyvfio.testing.packages import Apt, index_targets, run_tool, source_list, unpack
+from pyvfio.testing.vm_errors import KernelUnavailableError, find_tool
 
 _log = logging.getLogger(__name__)
 
-_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-_DEBIAN_SUITES = {"bookworm", "trixie", "forky", "oldstable", "stable", "testing", "sid", "unstable"}
-_TARGET_FORMAT = "$(REPO_URI)|$(RELEASE)|$(COMPONENT)|$(CREATED_BY)"
+_IOMMUFD = "+iommufd"
 
 
 @dataclass(frozen=True)
 class KernelLine:
-    """A line of kernels that the distribution keeps up to date, and the suites its packages are in."""
+    """Describe a line of kernels that the distribution maintains, and the suites with the packages.
+
+    A line with iommufd has the packaged kernels of another line, :attr:`packaged`, with the modules of
+    :mod:`pyvfio.testing.iommufd_modules` in place of the packaged modules of VFIO. :attr:`libraries` is the suite with
+    the libraries of the tools that build the modules.
+    """
 
     name: str
     suites: tuple[str, ...]
+    packaged: str = ""
+    libraries: str = ""
+
+    @property
+    def flavour(self) -> str:
+        """Return ``+iommufd`` for a line with iommufd, else an empty string."""
+        return _IOMMUFD if self.packaged else ""
 
     def has(self, release: str) -> bool:
-        """Whether a kernel release (``uname -r``) belongs to this line."""
-        return release.startswith(f"{self.name}.")
+        """Return whether a kernel release (``uname -r``) belongs to this line. The release does not show iommufd."""
+        return release.startswith(f"{self.packaged or self.name}.")
 
+
+def _with_iommufd(line: KernelLine, libraries: str) -> KernelLine:
+    return KernelLine(f"{line.name}{_IOMMUFD}", line.suites, packaged=line.name, libraries=libraries)
+
+
+_PACKAGED = (
+    KernelLine("6.1", ("bookworm", "bookworm-updates", "bookworm-security")),
+    KernelLine("6.12", ("bookworm-backports",)),
+    KernelLine("7", ("trixie-backports",)),
+)
 
 LINES: Mapping[str, KernelLine] = {
     line.name: line
-    for line in (
-        KernelLine("6.1", ("bookworm", "bookworm-updates", "bookworm-security")),
-        KernelLine("6.12", ("bookworm-backports",)),
-        KernelLine("7", ("trixie-backports",)),
-    )
+    for line in (*_PACKAGED, _with_iommufd(_PACKAGED[1], "bookworm"), _with_iommufd(_PACKAGED[2], "trixie"))
 }
+"""The lines of kernels by name. The packaged kernels are built without iommufd."""
 
 
 @dataclass(frozen=True)
 class GuestKernel:
-    """A kernel that can be booted; a snapshot of paths.
+    """Describe a kernel that can be booted; a snapshot of paths.
 
-    :attr:`modules` is what ``/lib/modules/RELEASE`` would be, or None: then all that is needed must be built in.
+    :attr:`modules` is the directory for ``/lib/modules/RELEASE``. None: all drivers that are needed are built in.
+    :attr:`flavour` tells kernels of one release apart, as :attr:`KernelLine.flavour`.
     """
 
     release: str
     image: Path
     modules: Path | None
+    flavour: str = ""
+
+    @property
+    def label(self) -> str:
+        """Return the release with the flavour, for names of files in the cache."""
+        return self.release + self.flavour
 
 
 def cache_directory(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where kernels are kept unless told otherwise: ``$XDG_CACHE_HOME/pyvfio`` or ``~/.cache/pyvfio``."""
+    """Return the default cache directory: ``$XDG_CACHE_HOME/pyvfio`` or ``~/.cache/pyvfio``."""
     base = environ.get("XDG_CACHE_HOME", "")
-    # The base directory specification says that a relative path is to be ignored.
+    # The base directory specification says that a relative path is ignored.
     return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "pyvfio"
 
 
 def version_key(text: str) -> list[tuple[int, int, str]]:
-    """Orders releases and package names by their numbers: 6.1.0-9 comes before 6.1.0-10."""
+    """Return a key that orders releases and package names by number: 6.1.0-9 before 6.1.0-10."""
     parts = re.findall(r"\d+|\D+", text)
     return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in parts]
 
 
 def cached_kernels(line: KernelLine, cache: Path) -> list[GuestKernel]:
-    """The kernels of a line that are whole in the cache, newest first. Asks no network."""
-    # Half-made entries have a name that starts with a dot until the rename that ends their making.
+    """Return the complete kernels of a line in the cache, the newest first. Uses no network."""
+    # An entry is complete when renamed; until then the name begins with a dot.
     entries = [path for path in cache.glob(f"kernels/{line.name}/*") if not path.name.startswith(".")]
     entries = [path for path in entries if path.is_dir()]
     entries.sort(key=lambda path: version_key(path.name), reverse=True)
-    return [GuestKernel(path.name, path / "vmlinuz", path / "modules") for path in entries]
+    return [GuestKernel(path.name, path / "vmlinuz", path / "modules", line.flavour) for path in entries]
 
 
 def find_kernel(
     kernel: str, *, cache: Path | None = None, modules: Path | None = None, update: bool = False
 ) -> GuestKernel:
-    """The kernel that a name of :data:`LINES` or the path of a bzImage stands for.
+    """Return the kernel for a name of :data:`LINES` or for the path of a bzImage.
 
-    A line is fetched when the cache has none of it, or when ``update`` is true and there is a newer one; that takes
-    some ten to sixty seconds and 400 MB of disk. Else nothing is asked of any network.
+    A kernel of a line is fetched if the cache has none, or if ``update`` is true and a newer kernel exists. Otherwise
+    no network is used. A line with iommufd first takes the kernel of the line :attr:`KernelLine.packaged`.
 
-    Synchronization: processes that want the same line wait for one another (flock).
+    Synchronization: processes that fetch the same line wait for each other (flock).
 
-    :param modules: for a path: the directory with ``modules.dep``. By default the first that exists of: the image's own
-        directory, ``../lib/modules/RELEASE`` and ``lib/modules/RELEASE`` beside it, ``/lib/modules/RELEASE``.
-    :raises KernelUnavailableError: no such line or file, or the line could not be fetched and is not cached.
-    :raises MissingToolError: something must be fetched, and a tool for that is missing.
+    Cost: to fetch a kernel, ten to sixty seconds and 400 MB of disk. For iommufd, see
+    :func:`pyvfio.testing.iommufd_modules.build`.
+
+    :param modules: for a path: the directory with ``modules.dep``. The default is the first directory that exists of:
+        the image's directory; ``../lib/modules/RELEASE`` and ``lib/modules/RELEASE`` beside the image;
+        ``/lib/modules/RELEASE``.
+    :raises KernelUnavailableError: no such line or file, or the line is not in the cache and cannot be fetched.
+    :raises MissingToolError: a tool to fetch the kernel is missing.
     """
     if kernel not in LINES:
         return custom_kernel(Path(kernel), modules=modules)
@@ -99,12 +128,12 @@ def find_kernel(
     cache = cache_directory() if cache is None else cache
     found = cached_kernels(line, cache)
     if not found or update:
-        return _fetch(line, cache, before=found)
+        return _fetch(line, cache, before=found, update=update)
     return found[0]
 
 
 def custom_kernel(image: Path, *, modules: Path | None = None) -> GuestKernel:
-    """A bzImage of the caller's own; see :func:`find_kernel`."""
+    """Return the kernel of a bzImage that the caller provides; see :func:`find_kernel`."""
     if not image.is_file():
         raise KernelUnavailableError(f"{image} is neither a file nor one of the kernels {', '.join(LINES)}")
     if modules is not None and not (modules / "modules.dep").is_file():
@@ -118,7 +147,10 @@ def custom_kernel(image: Path, *, modules: Path | None = None) -> GuestKernel:
 
 
 def bzimage_release(image: Path) -> str:
-    """The release in a bzImage's header (the kernel's Documentation/arch/x86/boot.rst, ``kernel_version``)."""
+    """Return the release in the header of a bzImage.
+
+    Source: ``kernel_version`` in Documentation/arch/x86/boot.rst of the kernel.
+    """
     with image.open("rb") as file:
         head = file.read(0x10000)
     if head[0x202:0x206] != b"HdrS":
@@ -126,30 +158,38 @@ def bzimage_release(image: Path) -> str:
     start = 0x200 + int.from_bytes(head[0x20E:0x210], "little")
     words = head[start : start + 256].split(b"\0")[0].split()
     if start == 0x200 or not words:
-        raise KernelUnavailableError(f"{image} does not say which release it is")
+        raise KernelUnavailableError(f"{image} has no release in the header")
     return words[0].decode("ascii", "replace")
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(cache: Path, line: KernelLine) -> Iterator[None]:
+    path = cache / "kernels" / f"{line.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log.warning("waiting for another process, which fetches or removes kernels of the line %s", line.name)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _fetch(line: KernelLine, cache: Path, *, before: Sequence[GuestKernel]) -> GuestKernel:
-    with _locked(cache / "kernels" / f"{line.name}.lock"):
+def _fetch(line: KernelLine, cache: Path, *, before: Sequence[GuestKernel], update: bool) -> GuestKernel:
+    with _locked(cache, line):
         found = cached_kernels(line, cache)
-        if found and found != before:  # the one we waited for has fetched it
+        if found and found != before:  # another process has fetched the kernel
             return found[0]
         directory = cache / "kernels" / line.name
         directory.mkdir(exist_ok=True)
-        for stale in directory.glob(".making-*"):  # ours alone under the lock: its maker is dead
+        for stale in directory.glob(".making-*"):  # the process that made the entry is dead: this one holds the lock
             shutil.rmtree(stale, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=".making-", dir=directory) as work:
             try:
-                _fetch_into(line, directory, Path(work))
+                if line.packaged:
+                    _build_into(line, cache, Path(work), update=update)
+                else:
+                    _fetch_into(line, directory, Path(work))
             except KernelUnavailableError as error:
                 if not found:
                     raise
@@ -158,7 +198,7 @@ def _fetch(line: KernelLine, cache: Path, *, before: Sequence[GuestKernel]) -> G
 
 
 def _fetch_into(line: KernelLine, directory: Path, work: Path) -> None:
-    apt = _Apt(work, source_list(line, index_targets()))
+    apt = Apt(work, source_list(line.suites, index_targets()))
     apt.update()
     image = newest_image(line, apt.package_names(f"linux-image-{line.name}."))
     if image is None:
@@ -169,65 +209,55 @@ def _fetch_into(line: KernelLine, directory: Path, work: Path) -> None:
     _log.warning("fetching kernel %s", release)
     root = work / "root"
     for package in apt.download(kernel_packages(image, apt.dependencies)):
-        _run([find_tool("dpkg", package="dpkg"), "-x", str(package), str(root)])
-        package.unlink()
+        unpack(package, root)
     entry = arrange(root, release, work / "entry")
-    _run([find_tool("depmod", package="kmod"), "-b", str(root), release])
+    run_tool([find_tool("depmod", package="kmod"), "-b", str(root), release])
     (root / "lib/modules" / release).rename(entry / "modules")
     entry.rename(directory / release)
 
 
+def _build_into(line: KernelLine, cache: Path, work: Path, *, update: bool) -> None:
+    tools = iommufd_modules.find_tools(work)
+    kernel = find_kernel(line.packaged, cache=cache, update=update)
+    directory = cache / "kernels" / line.name
+    if (directory / kernel.release).is_dir():
+        return
+    apt = Apt(work, source_list(line.suites, index_targets()))
+    apt.update()
+    if not apt.package_names(f"linux-headers-{kernel.release}"):  # the distribution has replaced the kernel
+        kernel = find_kernel(line.packaged, cache=cache, update=True)
+    with in_use(kernel):
+        entry = iommufd_modules.build(
+            kernel.release, kernel.image.parent, work, tools=tools, apt=apt, libraries=line.libraries
+        )
+    entry.rename(directory / kernel.release)
+
+
 def arrange(root: Path, release: str, entry: Path) -> Path:
-    """Puts the image of unpacked packages at ``entry/vmlinuz``, and their modules where depmod looks for them."""
+    """Move the image of unpacked packages to ``entry/vmlinuz``, and the modules to the place where depmod searches."""
     merged, classic = root / "usr/lib/modules" / release, root / "lib/modules" / release
     if merged.is_dir():
         classic.parent.mkdir(parents=True, exist_ok=True)
         merged.rename(classic)
     images = [path for path in (root / "boot" / f"vmlinuz-{release}", classic / "vmlinuz") if path.is_file()]
     if not images or not classic.is_dir():
-        raise KernelUnavailableError(f"the packages of kernel {release} have no image or no modules where expected")
+        raise KernelUnavailableError(
+            f"the packages of kernel {release} have no image or no modules in the expected place"
+        )
     entry.mkdir()
     images[0].rename(entry / "vmlinuz")
     return entry
 
 
-def index_targets() -> str:
-    """What apt knows of the machine's own repositories; needs no package lists."""
-    apt = find_tool("apt-get", package="apt")
-    # Without --no-release-info apt leaves out what it has not downloaded yet: all of it on a fresh machine.
-    return _run([apt, "indextargets", "--no-release-info", "--format", _TARGET_FORMAT])
-
-
-def source_list(line: KernelLine, targets: str) -> str:
-    """An apt source list for a line's suites, from the output of :func:`index_targets`.
-
-    A suite that the machine does not use is taken from the mirror of one that it does.
-
-    :raises KernelUnavailableError: the machine has no Debian repository to take a mirror from.
-    """
-    rows = [fields for fields in (row.split("|") for row in targets.splitlines()) if len(fields) == 4]
-    uris = {suite: uri for uri, suite, component, kind in reversed(rows) if (component, kind) == ("main", "Packages")}
-    mirror = next((uri for suite, uri in reversed(uris.items()) if suite in _DEBIAN_SUITES), None)
-    if mirror is None:
-        raise KernelUnavailableError(
-            f"kernel {line.name} comes from Debian, and apt knows no Debian repository here",
-            hint="Give the path of a kernel instead",
-        )
-    options = f"[arch=amd64 signed-by={_KEYRING}]"
-    # Security updates have a mirror of their own; who does not use it gets them with the next point release.
-    found = {suite: uris.get(suite, mirror) for suite in line.suites if suite in uris or "security" not in suite}
-    return "".join(f"deb {options} {uri} {suite} main\n" for suite, uri in found.items())
-
-
 def newest_image(line: KernelLine, names: Sequence[str]) -> str | None:
-    """The newest generic kernel of a line among package names; no real-time, cloud or debug one."""
+    """Return the newest generic kernel of a line among package names, or None. Others are real-time, cloud or debug."""
     pattern = re.compile(r"linux-image-(\d+\.\d+[^-]*(?:-\d+)?-amd64)")
     matches = [found for found in map(pattern.fullmatch, names) if found and line.has(found[1])]
     return max((found[0] for found in matches), key=version_key, default=None)
 
 
 def kernel_packages(image: str, dependencies: Callable[[str], Sequence[str]]) -> list[str]:
-    """An image's package and those that hold parts of the same kernel (since 7.0 it is split in several)."""
+    """Return the package of an image and all packages with parts of the kernel (several packages since 7.0)."""
     release = image.removeprefix("linux-image-")
     wanted, todo = [], [image]
     while todo:
@@ -239,80 +269,11 @@ def kernel_packages(image: str, dependencies: Callable[[str], Sequence[str]]) ->
     return wanted
 
 
-class _Apt:
-    """apt-get with directories of its own, so that the machine's lists and caches stay as they are."""
-
-    def __init__(self, work: Path, sources: str) -> None:
-        if not _KEYRING.is_file():
-            raise MissingToolError(str(_KEYRING), package="debian-archive-keyring")
-        self._work = work
-        (work / "state/lists/partial").mkdir(parents=True)
-        (work / "cache/archives/partial").mkdir(parents=True)
-        (work / "status").touch()
-        (work / "sources.list").write_text(sources)
-        # The machine's hooks work on its own caches, whatever directories are given here.
-        hooks = [f"#clear APT::Update::{name};\n" for name in ("Pre-Invoke", "Post-Invoke", "Post-Invoke-Success")]
-        options = {
-            "Dir::Etc::sourcelist": f"{work}/sources.list",
-            "Dir::Etc::sourceparts": "-",
-            "Dir::Etc::preferences": "-",
-            "Dir::Etc::preferencesparts": "-",
-            "Dir::State": f"{work}/state",
-            "Dir::State::status": f"{work}/status",
-            "Dir::Cache": f"{work}/cache",
-            "APT::Architecture": "amd64",
-            "APT::Sandbox::User": "root",  # apt's own user cannot write to the caller's directories
-            "Acquire::Languages": "none",
-            "Acquire::Retries": "3",
-        }
-        settings = [f'{name} "{value}";\n' for name, value in options.items()]
-        (work / "apt.conf").write_text("".join(hooks + settings))
-
-    def _run(self, program: str, *arguments: str) -> str:
-        tool = find_tool(program, package="apt")
-        return _run([tool, "-c", str(self._work / "apt.conf"), *arguments], cwd=self._work)
-
-    def update(self) -> None:
-        # Without Error-Mode apt-get update ends with 0 though no list was had.
-        self._run("apt-get", "-q", "-o", "APT::Update::Error-Mode=any", "update")
-
-    def package_names(self, prefix: str) -> list[str]:
-        return self._run("apt-cache", "pkgnames", prefix).split()
-
-    def dependencies(self, package: str) -> list[str]:
-        record = self._run("apt-cache", "show", "--no-all-versions", package)
-        return parse_depends(record)
-
-    def download(self, packages: Sequence[str]) -> list[Path]:
-        self._run("apt-get", "-q", "download", *packages)
-        files = sorted(self._work.glob("*.deb"))
-        if len(files) != len(packages):
-            raise KernelUnavailableError(f"{len(files)} of the packages {', '.join(packages)} were downloaded")
-        return files
-
-
-def parse_depends(record: str) -> list[str]:
-    """The names in a package record's Depends, the first of each alternative."""
-    found = re.search(r"^Depends: (.*)$", record, re.MULTILINE)
-    return [item.split("|")[0].split()[0] for item in found[1].split(",")] if found else []
-
-
-def _run(command: Sequence[str], *, cwd: Path | None = None) -> str:
-    done = subprocess.run(  # noqa: S603 - the words are ours, and no shell sees them
-        command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
-    )
-    if done.returncode:
-        words = [line for line in (done.stderr or done.stdout).splitlines() if line.startswith(("E:", "W:"))]
-        reason = "; ".join(words[:4]) or (done.stderr or done.stdout).strip()[-400:]
-        raise KernelUnavailableError(f"{Path(command[0]).name} failed ({done.returncode}): {reason}")
-    return done.stdout
-
-
 @contextlib.contextmanager
 def in_use(kernel: GuestKernel, *, flock: int = fcntl.LOCK_SH) -> Iterator[None]:
-    """As long as this lasts :func:`prune` leaves the kernel alone.
+    """Keep :func:`prune` from removing the kernel while the context is entered.
 
-    :raises KernelUnavailableError: it has just been removed.
+    :raises KernelUnavailableError: the kernel has just been removed.
     """
     try:
         directory = os.open(kernel.image.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -329,7 +290,7 @@ def in_use(kernel: GuestKernel, *, flock: int = fcntl.LOCK_SH) -> Iterator[None]
 
 @dataclass(frozen=True)
 class LineState:
-    """A line of kernels, the suites it can be had from, and the releases of it in the cache, newest first."""
+    """Describe a line of kernels, the suites with the packages, and the releases in the cache, newest first."""
 
     kernel: str
     suites: tuple[str, ...]
@@ -337,7 +298,7 @@ class LineState:
 
 
 def describe(cache: Path | None = None) -> list[LineState]:
-    """What is cached and what can be had; asks no network."""
+    """Return the state of each line. Uses no network."""
     cache = cache_directory() if cache is None else cache
     return [
         LineState(line.name, line.suites, tuple(kernel.release for kernel in cached_kernels(line, cache)))
@@ -346,16 +307,16 @@ def describe(cache: Path | None = None) -> list[LineState]:
 
 
 def prune(line: KernelLine, cache: Path) -> list[str]:
-    """Removes the kernels of a line but the newest, and returns their releases; a running machine keeps its own."""
+    """Remove all kernels of a line but the newest, and return the releases. Kernels of running machines stay."""
     removed = []
-    with _locked(cache / "kernels" / f"{line.name}.lock"):
+    with _locked(cache, line):
         for kernel in cached_kernels(line, cache)[1:]:
             entry = kernel.image.parent
             trash = entry.with_name(f".making-{entry.name}")
             with contextlib.suppress(BlockingIOError), in_use(kernel, flock=fcntl.LOCK_EX | fcntl.LOCK_NB):
                 entry.rename(trash)
                 shutil.rmtree(trash, ignore_errors=True)
-                for image in cache.glob(f"initramfs/{glob.escape(kernel.release)}-*.cpio"):
+                for image in cache.glob(f"initramfs/{glob.escape(kernel.label)}-*.cpio"):
                     image.unlink(missing_ok=True)
                 removed.append(kernel.release)
     return removed

@@ -3,17 +3,23 @@
     def test_the_device_says_hello(vfio_device):
         assert vfio_device.config.read16(0) == 0x1234
 
-Fixtures: `fake_kernel`, `vfio_world`, `vfio_device`, and `vfio_groups`, to be overridden with devices of one's own.
-Options: `--vfio-world`, `--vfio-fake-version`, `--vfio-device`. docs/testing-without-hardware.md shows them.
+Fixtures: `fake_kernel`, `vfio_world`, `vfio_device`, and `vfio_groups`, which a test overrides with devices of its own.
+Options: `--vfio-world`, `--vfio-fake-version`, `--vfio-device`, `--vfio-record`, `--vfio-no-reset`,
+`--vfio-lock-timeout`, `--vfio-last`. Marker: `vfio_devices(count)`. docs/testing-without-hardware.md has examples.
 
-Nothing of pyvfio is imported before a fixture is used.
+No other module of pyvfio is imported before a fixture is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
-from typing import TYPE_CHECKING
+import hashlib
+import inspect
+import logging
+import re
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
 
@@ -23,12 +29,22 @@ if TYPE_CHECKING:
     from pyvfio.testing.fake.declaration import GroupDeclaration
     from pyvfio.testing.world import World
 
+logger = logging.getLogger(__name__)
+
 _WORLDS = ("fake", "vm", "hardware")
 _FAKE_VERSIONS = ("6.1", "6.12", "7.3")
+_LOCK_TIMEOUT = 600.0
+_LAST = 20
+_LONGEST_NAME = 200  # characters of a file name, before the digest and the suffix
+_Witness: TypeAlias = Callable[[], tuple[str, str]]
+"""Returns the heading and the text of a section for the report of a failure."""
+_WITNESSES = pytest.StashKey[list[_Witness]]()
+_FAILED = pytest.StashKey[bool]()
+_RECORDED = pytest.StashKey[dict[Path, str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--vfio-world`, `--vfio-fake-version`, `--vfio-device`."""
+    """Add the options of the plugin."""
     group = parser.getgroup("vfio", "tests of VFIO drivers")
     group.addoption(
         "--vfio-world",
@@ -38,7 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "virtual machine that this is, or on the hardware of --vfio-device; may be given more than once",
     )
     group.addoption(
-        "--vfio-fake-version", choices=_FAKE_VERSIONS, default="6.12", help="which kernel the fake is; default: 6.12"
+        "--vfio-fake-version", choices=_FAKE_VERSIONS, default="6.12", help="the version of the fake; default: 6.12"
     )
     group.addoption(
         "--vfio-device",
@@ -47,10 +63,42 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="BDF",
         help="a PCI device that is bound to vfio-pci, for --vfio-world hardware; may be given more than once",
     )
+    group.addoption(
+        "--vfio-record",
+        metavar="DIR|FILE",
+        help="record the accesses of vfio_device: a file for each test in a directory (an existing one, or with / at "
+        "the end), or one file for one test",
+    )
+    group.addoption(
+        "--vfio-no-reset",
+        action="store_true",
+        help="do not reset a real device before each test (the kernel resets a device that is opened or closed)",
+    )
+    group.addoption(
+        "--vfio-lock-timeout",
+        type=float,
+        default=_LOCK_TIMEOUT,
+        metavar="SECONDS",
+        help=f"how long a test waits for a device that another process tests; default: {_LOCK_TIMEOUT:g}",
+    )
+    group.addoption(
+        "--vfio-last",
+        type=int,
+        default=_LAST,
+        metavar="N",
+        help=f"show the last N accesses of vfio_device when a test fails; 0: none, and no cost; default: {_LAST}",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker."""
+    config.addinivalue_line(
+        "markers", "vfio_devices(count): how many devices of --vfio-device or of the virtual machine the test needs"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that uses `vfio_world` runs in each world that was asked for."""
+    """Run a test that uses `vfio_world` in each world of `--vfio-world`."""
     own: set[str] = set()
     for mark in metafunc.definition.iter_markers("parametrize"):
         names = mark.args[0] if mark.args else mark.kwargs["argnames"]
@@ -60,9 +108,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("vfio_world", list(dict.fromkeys(worlds)), indirect=True)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add the last register accesses and the faults of devices to the report of a test that failed."""
+    report = yield
+    if report.failed:
+        item.stash[_FAILED] = True
+        report.sections += [witness() for witness in item.stash.get(_WITNESSES, [])]
+    return report
+
+
+# ------------------------------------------------------------------------------------------------------ fake kernel
+
+
 @pytest.fixture
 def vfio_groups() -> list[GroupDeclaration]:
-    """The IOMMU groups of `fake_kernel`, as FakeKernel takes them: two `edu`, a group each. Override it for others."""
+    """The IOMMU groups of `fake_kernel`, as FakeKernel takes them: two `edu`, a group each. A test can override it."""
     from pyvfio.testing.fake import FakeEdu  # noqa: PLC0415 (a fixture that is not used costs nothing)
 
     return [(2, [FakeEdu("0000:00:02.0")]), (3, [FakeEdu("0000:00:03.0")])]
@@ -72,60 +133,187 @@ def vfio_groups() -> list[GroupDeclaration]:
 def fake_kernel(request: pytest.FixtureRequest, vfio_groups: list[GroupDeclaration]) -> Iterator[FakeKernel]:
     """A FakeKernel, new for each test: version `--vfio-fake-version`, devices of `vfio_groups`.
 
-    The test fails when memory went away while a device could reach it, and when a failure that it had planned with
-    `fail` never happened.
+    The test fails if memory was released while a device could reach it, if a failure that the test has planned with
+    `fail` has not happened, and if a `RecordedDevice` was not driven to the end of its record.
     """
-    from pyvfio.testing.fake import FakeKernel  # noqa: PLC0415
+    from pyvfio.testing.fake import FakeKernel, RecordedDevice  # noqa: PLC0415
 
     with FakeKernel(str(request.config.getoption("--vfio-fake-version")), groups=vfio_groups) as kernel:
         yield kernel
         kernel.check()
         if kernel.planned_failures:
             raise AssertionError(f"never happened: {'; '.join(kernel.planned_failures)}")
+        if not request.node.stash.get(_FAILED, False):  # a test that failed has ended before the record
+            for device in [device for _number, devices in vfio_groups for device in devices]:
+                if isinstance(device, RecordedDevice):
+                    device.check()
+
+
+# ------------------------------------------------------------------------------------------------------------ worlds
 
 
 @pytest.fixture
 def vfio_world(request: pytest.FixtureRequest) -> Iterator[World]:
-    """The world of `--vfio-world` (`pyvfio.testing.world.World`): a kernel, and the devices to be used on it.
+    """The world of `--vfio-world` (`pyvfio.testing.world.World`): a kernel, and the devices of the test.
 
-    On the fake its kernel is `fake_kernel`. In a virtual machine the edu devices are bound to vfio-pci for the time of
-    the test; it fails where there are none. On hardware it fails where no `--vfio-device` was given.
+    On the fake the kernel is `fake_kernel`. In a virtual machine the edu devices are bound to vfio-pci while the test
+    runs; the test fails if there are none. On hardware the test fails without `--vfio-device`.
+
+    Real devices are locked while the test runs (`pyvfio.testing.device_lock`), so that another process waits: one
+    device for a test that asks for `vfio_device` alone, as many as the marker `vfio_devices` says, else all.
     """
     from pyvfio.testing.world import FakeWorld, LinuxWorld  # noqa: PLC0415
 
-    match request.param:
-        case "fake":
-            yield FakeWorld(request.getfixturevalue("fake_kernel"))
-        case "vm":
-            with ExitStack() as stack:
-                yield _virtual_machine(stack)
-        case _:
-            bdfs: list[str] = request.config.getoption("--vfio-device") or []
-            if not bdfs:
-                pytest.fail("--vfio-world hardware needs --vfio-device BDF, bound to vfio-pci", pytrace=False)
-            yield LinuxWorld(bdfs)
+    with ExitStack() as stack:
+        world: World
+        match request.param:
+            case "fake":
+                world = FakeWorld(request.getfixturevalue("fake_kernel"))
+            case "vm":
+                world = _virtual_machine(request, stack)
+            case _:
+                named: list[str] = request.config.getoption("--vfio-device") or []
+                if not named:
+                    pytest.fail("--vfio-world hardware needs --vfio-device BDF, bound to vfio-pci", pytrace=False)
+                world = LinuxWorld(_locked(request, stack, list(dict.fromkeys(named))))
+        _watch_faults(request, stack, world)
+        yield world
 
 
-def _virtual_machine(stack: ExitStack) -> World:
+def _virtual_machine(request: pytest.FixtureRequest, stack: ExitStack) -> World:
     from pyvfio import pci  # noqa: PLC0415
     from pyvfio.kernel import LinuxKernel  # noqa: PLC0415
     from pyvfio.testing.edu import EDU_ID  # noqa: PLC0415
     from pyvfio.testing.world import LinuxWorld, WorldName  # noqa: PLC0415
 
     kernel = LinuxKernel()
-    found = [device.bdf for device in pci.enumerate_devices(kernel) if (device.vendor, device.device) == EDU_ID]
+    found = [device.bdf for device in pci.devices(kernel=kernel) if (device.vendor, device.device) == EDU_ID]
     if not found:
         pytest.fail("there is no edu device here; run: python -m pyvfio.cli.vm -- python -m pytest …", pytrace=False)
+    found = _locked(request, stack, found)
     for bdf in found:
-        stack.callback(pci.restore, kernel, pci.bind(kernel, bdf))
+        stack.callback(pci.restore, pci.bind(bdf, kernel=kernel), kernel=kernel)
     return LinuxWorld(found, name=WorldName.VM)
 
 
-@pytest.fixture
-def vfio_device(vfio_world: World) -> Iterator[Device]:
-    """The first device of `vfio_world`, open in a container of its own; memory decoding is on, bus mastering is off."""
-    import pyvfio  # noqa: PLC0415
+def _locked(request: pytest.FixtureRequest, stack: ExitStack, bdfs: Sequence[str]) -> list[str]:
+    """Lock as many of the devices as the test needs, until the end of the test."""
+    from pyvfio.testing.device_lock import LockTimeoutError, take_locks  # noqa: PLC0415
 
-    with pyvfio.open_device(vfio_world.bdfs[0], kernel=vfio_world.kernel) as device:
+    count = _devices_needed(request, len(bdfs))
+    if count > len(bdfs):
+        pytest.fail(f"the test needs {count} devices, and there are {len(bdfs)}", pytrace=False)
+
+    def say(message: str) -> None:
+        logger.warning("%s: %s", request.node.nodeid, message)
+        capture = request.config.pluginmanager.get_plugin("capturemanager")
+        reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:  # a worker of pytest-xdist has none
+            with nullcontext() if capture is None else capture.global_and_fixture_disabled():
+                reporter.write_line(f"{request.node.nodeid}: {message}")
+                reporter.flush()
+
+    timeout: float = request.config.getoption("--vfio-lock-timeout") or 0.0
+    try:
+        locks = take_locks(bdfs, count, timeout=timeout, waiting=say)
+    except LockTimeoutError as error:
+        pytest.fail(str(error), pytrace=False)
+    for lock in locks:
+        stack.callback(lock.release)
+    return [lock.bdf for lock in locks]
+
+
+def _devices_needed(request: pytest.FixtureRequest, there: int) -> int:
+    mark = request.node.get_closest_marker("vfio_devices")
+    if mark is not None:
+        return int(mark.args[0])
+    own = inspect.signature(request.function).parameters
+    return 1 if "vfio_device" in request.fixturenames and "vfio_world" not in own else there
+
+
+def _watch_faults(request: pytest.FixtureRequest, stack: ExitStack, world: World) -> None:
+    log = stack.enter_context(world.watch_faults())
+    last: list[list[str]] = []  # the lines of the log when it was closed
+    stack.callback(lambda: last.append(log.lines(timeout=0)))
+
+    def tell() -> tuple[str, str]:
+        lines = last[0] if last else log.lines(timeout=0)
+        if lines:
+            text = "\n".join(lines)
+        elif log.unreadable:
+            text = f"unknown: {log.unreadable}"
+        else:
+            text = "none" if world.logs_faults else "unknown: this IOMMU does not report faults"
+        return "IOMMU faults", text
+
+    _witnesses(request).append(tell)
+
+
+def _witnesses(request: pytest.FixtureRequest) -> list[_Witness]:
+    node: pytest.Item = request.node
+    return node.stash.setdefault(_WITNESSES, [])
+
+
+# ------------------------------------------------------------------------------------------------------------ devices
+
+
+@pytest.fixture
+def vfio_device(request: pytest.FixtureRequest, vfio_world: World) -> Iterator[Device]:
+    """The first device of `vfio_world`, open in a container of its own; memory decoding is on, bus mastering is off.
+
+    A real device that has a reset is reset before the test, and by `Device.close` after the test. With
+    `--vfio-record` the accesses are recorded. If the test fails, the report has the last accesses.
+    """
+    import pyvfio  # noqa: PLC0415
+    from pyvfio.testing.world import WorldName  # noqa: PLC0415
+
+    with ExitStack() as stack:
+        if not _witnesses(request):  # the test has a vfio_world of its own
+            _watch_faults(request, stack, vfio_world)
+        device = stack.enter_context(pyvfio.open_device(vfio_world.bdfs[0], kernel=vfio_world.kernel))
+        is_real = vfio_world.name is not WorldName.FAKE
+        if is_real and device.can_reset and not request.config.getoption("--vfio-no-reset"):
+            device.reset()
+        _record(request, stack, device)
         device.memory_enabled = True
         yield device
+
+
+def _record(request: pytest.FixtureRequest, stack: ExitStack, device: Device) -> None:
+    keep: int = request.config.getoption("--vfio-last") or 0
+    file = _record_file(request)
+    if file is None and not keep:
+        return
+    recording = stack.enter_context(device.record(file, allow_mmap=file is None, keep=keep))
+
+    def tell() -> tuple[str, str]:
+        lines = recording.last
+        return f"last accesses of {device.bdf}", "\n".join(lines) or "none"
+
+    if keep:
+        _witnesses(request).append(tell)
+
+
+def _file_name(nodeid: str) -> str:
+    """Return the name of a record. A digest keeps apart parameters such as `a/b` and `a:b`, and names that are cut."""
+    name = re.sub(r"[^\w.-]+", "_", nodeid).strip("_")
+    parameters = nodeid.partition("[")[2].removesuffix("]")
+    if re.fullmatch(r"[\w.-]*", parameters) and len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(nodeid.encode()).hexdigest()[:8]}"
+
+
+def _record_file(request: pytest.FixtureRequest) -> Path | None:
+    """The file for the record of a test; None where none is wanted."""
+    named: str | None = request.config.getoption("--vfio-record")
+    if named is None:
+        return None
+    wanted = Path(named)
+    if wanted.is_dir() or named.endswith("/"):
+        wanted.mkdir(parents=True, exist_ok=True)
+        return wanted / f"{_file_name(request.node.nodeid)}.record"
+    written = request.config.stash.setdefault(_RECORDED, {})
+    if other := written.get(wanted):
+        pytest.fail(f"--vfio-record {wanted} has the record of {other}; name a directory for several", pytrace=False)
+    written[wanted] = request.node.nodeid
+    return wanted

@@ -1,7 +1,7 @@
-"""What a device can reach, found out by having it try, and judged by the data alone.
+"""Find out which memory a device reaches: the device tries, and the data decides.
 
-The kernel's log is no witness: it limits its rate, and QEMU compresses faults. Nor is an error of the device: `edu` has
-none. So every access moves a pattern that has never been used before.
+The kernel's log does not decide, since the kernel limits the rate of reports and QEMU merges faults. Errors of the
+device do not decide, since `edu` reports none. So each access moves a pattern that no other access has moved.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ _NEITHER_0_NOR_FF = bytes((1, *range(1, 255), 254))
 
 
 def pattern(size: int) -> bytes:
-    """`size` bytes that no other call returns (from 8 bytes on), none of them 0 or 0xff."""
+    """Return `size` bytes, none of them 0 or 0xff. From 8 bytes on, no other call returns the same bytes."""
     return random.Random(next(_serial)).randbytes(size).translate(_NEITHER_0_NOR_FF)  # noqa: S311
 
 
 class Engine(Protocol):
-    """A device that copies between memory and a buffer of its own, as `pyvfio.testing.edu.Edu` does."""
+    """A device that copies between memory and a buffer in the device, as `pyvfio.testing.edu.Edu` does."""
 
     def read_memory(self, iova: int, size: int) -> None:
-        """Memory to buffer."""
+        """Copy `size` bytes at `iova` to the buffer."""
         ...
 
     def write_memory(self, iova: int, size: int) -> None:
-        """Buffer to memory."""
+        """Copy `size` bytes of the buffer to `iova`."""
         ...
 
 
@@ -40,10 +40,10 @@ class _Viewable(Protocol):
 
 
 class DmaProbe:
-    """Has `engine` read and write memory. `desk` is a page that it reaches at `iova`, through which its buffer is
-    filled and looked at.
+    """Has `engine` read and write memory. `desk` is a page that `engine` reaches at `iova`: through this page the probe
+    fills the buffer of the device, and looks at the buffer.
 
-    Synchronization: none. Cost: one to three transfers a call.
+    Synchronization: none. Cost: one to three transfers for each call.
     """
 
     def __init__(self, engine: Engine, *, desk: _Viewable, iova: int) -> None:
@@ -52,8 +52,10 @@ class DmaProbe:
         self._iova = iova
 
     def read(self, iova: int, size: int) -> bytes | None:
-        """What the device gets when it reads `size` bytes at `iova`; None when it is stopped: its buffer is then left
-        alone, or filled with all zeros or all ones, as the host bridge likes."""
+        """Return the bytes that the device gets for a read of `size` bytes at `iova`; None if the read is stopped.
+
+        A stopped read leaves the buffer unchanged, or fills the buffer with zeros or ones: host bridges differ.
+        """
         untouched = pattern(size)
         self._fill(untouched)
         self._engine.read_memory(iova, size)
@@ -65,7 +67,7 @@ class DmaProbe:
         return None if got in (untouched, bytes(size), b"\xff" * size) else got
 
     def write(self, iova: int, data: bytes) -> None:
-        """Have the device write `data` at `iova`; whether it is stopped is for the caller to find out."""
+        """Have the device write `data` at `iova`. The caller finds out whether the write was stopped."""
         self._fill(data)
         self._engine.write_memory(iova, len(data))
 
@@ -76,9 +78,9 @@ class DmaProbe:
 
 
 class PageWitness:
-    """Holds the physical page behind `vaddr`, so that a write to it is seen after the process has given it back.
+    """Holds the physical page behind `vaddr`: a write of the device is seen after the process has released the page.
 
-    vmsplice(2) puts the page itself into a pipe, not a copy of it. Raises OSError. `look` once, or `close`.
+    vmsplice(2) puts the page itself into a pipe, and no copy. Raises OSError. Call `look` once, or `close`.
     """
 
     def __init__(self, vaddr: int) -> None:
@@ -90,13 +92,13 @@ class PageWitness:
             raise OSError(ctypes.get_errno(), "vmsplice of a page failed")
 
     def look(self) -> bytes:
-        """What the page holds now; and let go of it."""
+        """Return the bytes of the page, and release the page."""
         try:
             return os.read(self._read, PAGE_SIZE)
         finally:
             self.close()
 
     def close(self) -> None:
-        """Let go of the page."""
+        """Release the page."""
         os.close(self._read)
         os.close(self._write)

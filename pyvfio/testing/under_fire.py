@@ -1,7 +1,7 @@
-"""A device that copies inside a block all the while something else is done to it, and how much did not arrive.
+"""A device that copies inside a block while another change is made to the block, and the number of lost copies.
 
-A transfer of QEMU's `edu` takes 100 ms, and moves all of its bytes at one instant of them. Whether it was stopped is
-judged by the data.
+A transfer of QEMU's `edu` takes 100 ms, and moves all bytes at one instant of that time. The data shows whether the
+transfer was stopped.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from pyvfio.units import PAGE_SIZE
 
 
 class SlowEngine(Protocol):
-    """A device whose transfers are under way for a while, as those of `pyvfio.testing.edu.Edu` are."""
+    """A device whose transfers take some time, as those of `pyvfio.testing.edu.Edu` do."""
 
     @property
     def idle(self) -> bool:
-        """Whether no transfer is under way."""
+        """Whether no transfer is in progress."""
         ...
 
     def start_read(self, iova: int, size: int) -> None:
-        """Memory to buffer; returns at once."""
+        """Start a transfer from memory to the buffer."""
         ...
 
     def start_write(self, iova: int, size: int) -> None:
-        """Buffer to memory; returns at once."""
+        """Start a transfer from the buffer to memory."""
         ...
 
 
@@ -35,8 +35,7 @@ class _Viewable(Protocol):
 
 
 class Copies(NamedTuple):
-    """`lost` of `made` copies, each of which is two transfers, did not arrive; `calls`: how often something else was
-    done while a transfer was under way."""
+    """The result: `lost` of `made` copies, of two transfers each, were lost. `calls`: the calls during transfers."""
 
     made: int
     lost: int
@@ -56,10 +55,13 @@ def copy_meanwhile(
     copies: int,
     calls: int = 0,
 ) -> Copies:
-    """Have the device copy `size` new bytes from the first page of `block`, which it reaches at `iova`, to the second,
-    again and again, and call `meanwhile` as long as a transfer is under way: until there are so many of both.
+    """Copy `size` bytes by DMA within `block` again and again, and call `meanwhile` during the transfers.
 
-    A device whose transfers are over at once never gets there, unless `calls` is 0. Raises what `meanwhile` raises.
+    The device copies new bytes from the first page of `block`, at `iova`, to the second page. `meanwhile` is called
+    repeatedly while a transfer is in progress. The function returns after `copies` copies and `calls` calls.
+
+    If the transfers of a device complete at once, the function returns only if `calls` is 0. Raises the errors of
+    `meanwhile`.
     """
     made, lost, called = 0, 0, 0
     while made < copies or called < calls:

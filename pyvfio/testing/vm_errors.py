@@ -1,4 +1,4 @@
-"""What can go wrong around a virtual machine, and where its tools are."""
+"""The errors of the virtual machine, and a search for the tools that the machine needs."""
 
 import os
 import shutil
@@ -8,9 +8,9 @@ from pyvfio.errors import VfioError
 
 
 class VmError(VfioError):
-    """The virtual machine, or something it needs, failed; the command's own failure is never one.
+    """The virtual machine, or a tool or kernel for the machine, failed. A failure of the command is not an error.
 
-    :attr:`log` is the kernel's log as far as it came, empty when nothing was booted.
+    :attr:`log` is the kernel's log until the failure; empty if nothing was booted.
     """
 
     def __init__(self, message: str, *, hint: str = "", log: str = "") -> None:
@@ -19,7 +19,7 @@ class VmError(VfioError):
 
 
 class VmLostError(VmError):
-    """QEMU ended before the command had: the kernel panicked or oopsed (:attr:`panicked`), or QEMU failed."""
+    """QEMU ended before the command: the kernel panicked or oopsed (:attr:`panicked`), or QEMU failed."""
 
     def __init__(self, message: str, *, panicked: bool, log: str = "") -> None:
         super().__init__(message, log=log)
@@ -27,11 +27,11 @@ class VmLostError(VmError):
 
 
 class VmTimeoutError(VmError, TimeoutError):
-    """The time was over before the command was; the machine has been ended."""
+    """The time-out passed before the command ended. The machine has been killed."""
 
 
 class MissingToolError(VmError):
-    """A program is not there; :attr:`package` is the Debian package that has it."""
+    """A program is missing; :attr:`package` is the Debian package of the program."""
 
     def __init__(self, program: str, *, package: str) -> None:
         super().__init__(f"{program} is missing", hint=f"Install it with: apt-get install {package}")
@@ -40,13 +40,17 @@ class MissingToolError(VmError):
 
 
 class KernelUnavailableError(VmError):
-    """The kernel asked for is neither in the cache nor to be had."""
+    """The kernel is not in the cache and cannot be fetched."""
+
+
+class KvmUnavailableError(VmError):
+    """KVM was asked for and does not work on this host."""
 
 
 def find_tool(program: str, *, package: str, environ: Mapping[str, str] = os.environ) -> str:
-    """The path of a program. The sbin directories count, which users' PATHs often lack.
+    """Return the path of a program. The sbin directories are searched too, because users' PATHs often lack them.
 
-    :raises MissingToolError: it is not there.
+    :raises MissingToolError: the program is missing.
     """
     path = os.pathsep.join([environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
     found = shutil.which(program, path=path)

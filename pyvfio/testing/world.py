@@ -1,7 +1,7 @@
-"""Where a test with a device runs, and what it must see and arrange there that no system call of pyvfio's is for.
+"""The place where a test with a device runs: kernel, devices, limits, and the log of faults.
 
-A test that takes its kernel, its device and what else it needs from a `World` runs on the fake kernel, in a virtual
-machine and on hardware from the same file.
+A test that takes all of these from a `World` runs from one file on the fake kernel, in a virtual machine and on
+hardware.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CAP_IPC_LOCK = 14
 
 
 class WorldName(StrEnum):
-    """What a world is."""
+    """The three kinds of world."""
 
     FAKE = "fake"
     VM = "vm"
@@ -32,21 +32,28 @@ class WorldName(StrEnum):
 
 
 class FaultLog(Protocol):
-    """What has been said of stopped DMA since the watch began."""
+    """The reports of stopped DMA since the watch began."""
+
+    @property
+    def unreadable(self) -> str:
+        """The reason why the log cannot be read; empty if it can."""
+        ...
 
     def lines(self, *, timeout: float) -> list[str]:
-        """A line for each that was told; waits for the first as long as the log says anything within `timeout`
-        seconds. One line may stand for several faults, for kernels limit their rate."""
+        """Return a line for each report. Wait for the first one while the log gets any line within `timeout` seconds.
+
+        One line may stand for several faults: kernels limit the rate of reports.
+        """
         ...
 
 
 class World(Protocol):
     """A kernel with devices.
 
-    `name` says which world it is, `release` which kernel, `bdfs` the devices to be used; hand `kernel` to whatever
-    opens something. `logs_faults`: whether the IOMMU reports what it stops.
+    `name` is the kind of world, `release` the kernel, `bdfs` the devices for the test. Pass `kernel` to each call that
+    opens an object. `logs_faults`: whether the IOMMU reports the DMA that the IOMMU stops.
 
-    Synchronization: none; limits are the process's or the machine's.
+    Synchronization: none. Limits hold for the process or the machine.
     """
 
     @property
@@ -56,39 +63,42 @@ class World(Protocol):
 
     @property
     def release(self) -> str:
-        """The kernel's, as uname -r prints it."""
+        """The release of the kernel, as uname -r prints it."""
         ...
 
     @property
     def kernel(self) -> Kernel:
-        """For `kernel=`."""
+        """The argument for `kernel=`."""
         ...
 
     @property
     def bdfs(self) -> tuple[str, ...]:
-        """The devices' PCI addresses; bound to vfio-pci."""
+        """The PCI addresses of the devices, which are bound to vfio-pci."""
         ...
 
     @property
     def logs_faults(self) -> bool:
-        """Whether `watch_faults` sees anything."""
+        """Whether the IOMMU reports faults, so that `watch_faults` sees them."""
         ...
 
     def locked_bytes(self) -> int:
-        """How many bytes this process has locked: each mapping for a device counts."""
+        """Return how many bytes this process has locked or pinned. Each mapping for a device counts.
+
+        type1 counts in VmLck, and iommufd in VmPin; with IOMMU_OPTION_RLIMIT_MODE, iommufd counts in both.
+        """
         ...
 
     def watch_faults(self) -> AbstractContextManager[FaultLog]:
-        """See what is stopped from now on. Where the log cannot be read, there is nothing in it."""
+        """Collect the reports of stopped DMA from now on. If the log cannot be read, `FaultLog.unreadable` says why."""
         ...
 
     def memlock_limit(self, limit: int) -> AbstractContextManager[None]:
-        """This process may lock `limit` bytes in all, and has no privilege to exceed it; OSError where that cannot be
-        arranged."""
+        """Let this process lock `limit` bytes at most, without a privilege that lifts the limit. Raises OSError."""
         ...
 
     def dma_entry_limit(self, limit: int) -> AbstractContextManager[None]:
-        """Containers that are opened meanwhile hold at most `limit` mappings; OSError. Changes the machine."""
+        """Let containers that are opened meanwhile hold `limit` mappings at most. Changes the machine. Raises
+        OSError."""
         ...
 
 
@@ -107,17 +117,17 @@ class FakeWorld:
         self.bdfs = kernel.bdfs
 
     def locked_bytes(self) -> int:
-        """The fake's own count, which is 0 when nothing is mapped."""
-        return self.kernel.memlock().used
+        """Return the counts of the fake, which are 0 while nothing is mapped."""
+        return self.kernel.memlock().used + self.kernel.pinned
 
     @contextmanager
     def watch_faults(self) -> Iterator[FaultLog]:
-        """`FakeKernel.faults`, from here on."""
+        """Collect `FakeKernel.faults` from now on."""
         yield _Recorded(self.kernel)
 
     @contextmanager
     def memlock_limit(self, limit: int) -> Iterator[None]:
-        """`FakeKernel.memlock_limit`; no setting of the process is changed."""
+        """Set `FakeKernel.memlock_limit`. No setting of the process changes."""
         former = (self.kernel.memlock_limit, self.kernel.privileged)
         self.kernel.memlock_limit, self.kernel.privileged = limit, False
         try:
@@ -127,7 +137,7 @@ class FakeWorld:
 
     @contextmanager
     def dma_entry_limit(self, limit: int) -> Iterator[None]:
-        """`FakeKernel.dma_entry_limit`."""
+        """Set `FakeKernel.dma_entry_limit`."""
         former, self.kernel.dma_entry_limit = self.kernel.dma_entry_limit, limit
         try:
             yield
@@ -136,6 +146,8 @@ class FakeWorld:
 
 
 class _Recorded:
+    unreadable = ""
+
     def __init__(self, kernel: FakeKernel) -> None:
         self._kernel = kernel
         self._start = len(kernel.faults)
@@ -150,30 +162,36 @@ class _Recorded:
 class LinuxWorld:
     """The running kernel, with devices that are bound to a VFIO driver."""
 
-    def __init__(self, bdfs: Sequence[str], *, name: WorldName = WorldName.HARDWARE) -> None:
+    def __init__(
+        self, bdfs: Sequence[str], *, name: WorldName = WorldName.HARDWARE, kernel: LinuxKernel | None = None
+    ) -> None:
         self.name = name
-        self.kernel = LinuxKernel()
+        self.kernel = kernel or LinuxKernel()
         self.release = os.uname().release
         self.bdfs = tuple(bdfs)
 
     @property
     def logs_faults(self) -> bool:
-        """QEMU's amd-iommu reports nothing: `amdvi_page_walk` returns without an event where there is no entry, and
-        checks the rights of all levels but the last."""
+        """False for QEMU's amd-iommu. `amdvi_page_walk` returns without an event if there is no entry, and checks the
+        rights of all levels but the last."""
         emulated = "hypervisor" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
         return not (emulated and any((self.kernel.sysfs / "class/iommu").glob("ivhd*")))
 
     def locked_bytes(self) -> int:
-        """VmLck."""
-        return self.kernel.memlock().used
+        """Return VmLck and VmPin of /proc/self/status."""
+        status = Path("/proc/self/status").read_bytes().split(b"\n")
+        return sum(int(line.split()[1]) * 1024 for line in status if line.startswith((b"VmLck:", b"VmPin:")))
 
     @contextmanager
     def watch_faults(self) -> Iterator[FaultLog]:
-        """/dev/kmsg."""
+        """Collect the lines of /dev/kmsg that report a fault."""
         try:
             log = Path("/dev/kmsg").open("rb", buffering=0)  # noqa: SIM115
-        except OSError:
-            yield _Unreadable()
+        except OSError as error:
+            yield _Unreadable(
+                f"/dev/kmsg cannot be read: {error.strerror}; root can read it, or sysctl "
+                "kernel.dmesg_restrict=0 lets all users"
+            )
             return
         with log:
             os.set_blocking(log.fileno(), False)
@@ -182,23 +200,28 @@ class LinuxWorld:
 
     @contextmanager
     def memlock_limit(self, limit: int) -> Iterator[None]:
-        """For this thread: RLIMIT_MEMLOCK is set, and CAP_IPC_LOCK, which lifts it, is laid down."""
+        """Set RLIMIT_MEMLOCK, and drop CAP_IPC_LOCK, which lifts the limit, in this thread."""
         with _memlock_limit(limit):
             yield
 
     @contextmanager
     def dma_entry_limit(self, limit: int) -> Iterator[None]:
-        """The parameter of the module vfio_iommu_type1."""
+        """Set the parameter of the module vfio_iommu_type1."""
         with dma_entry_limit(limit):
             yield
 
 
 class _Unreadable:
+    def __init__(self, why: str) -> None:
+        self.unreadable = why
+
     def lines(self, *, timeout: float) -> list[str]:  # noqa: ARG002 (nothing ever comes)
         return []
 
 
 class _KernelLog:
+    unreadable = ""
+
     def __init__(self, kernel: Kernel, fd: int) -> None:
         self._kernel = kernel
         self._fd = fd
@@ -213,7 +236,7 @@ class _KernelLog:
     def _read(self) -> None:
         with suppress(BlockingIOError):
             while True:
-                # A record that was overwritten before it was read is EPIPE, and the next read goes on behind it.
+                # EPIPE: a record was overwritten before it was read. The next read returns the record behind.
                 with suppress(BrokenPipeError):
                     record = os.read(self._fd, 8192).decode(errors="replace")
                     self._found += [match[0] for line in record.splitlines() if (match := _FAULT.search(line))]
@@ -241,7 +264,7 @@ def _memlock_limit(limit: int) -> Iterator[None]:
     if libc.capget(ctypes.byref(header), data) != 0:
         raise OSError(ctypes.get_errno(), "capget")
     effective = int(data[0].effective)
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, former[1]))
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, _raised(former[1], limit)))
     capset(effective & ~(1 << _CAP_IPC_LOCK))
     try:
         yield
@@ -250,9 +273,14 @@ def _memlock_limit(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, former)
 
 
+def _raised(hard: int, limit: int) -> int:
+    """Return the hard limit for a soft `limit`: the former one where that is high enough."""
+    return hard if hard == resource.RLIM_INFINITY else max(hard, limit)
+
+
 @contextmanager
 def dma_entry_limit(limit: int) -> Iterator[None]:
-    """Containers of the running kernel that are opened meanwhile hold at most `limit` mappings. OSError."""
+    """Let containers of the running kernel that are opened meanwhile hold `limit` mappings at most. Raises OSError."""
     parameter = Path("/sys/module/vfio_iommu_type1/parameters/dma_entry_limit")
     former = parameter.read_text(encoding="ascii")
     parameter.write_text(str(limit), encoding="ascii")

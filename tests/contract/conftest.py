@@ -1,7 +1,7 @@
-"""The worlds of the contract: the fake as each kernel, or, with `--device`, the running one with that device.
+"""The worlds of the contract: the fake as each kernel, or, with `--device`, the running kernel with that device.
 
-What needs other devices than that one takes a fixture named after the device; on a running kernel they are there in a
-virtual machine with `--devices contract` alone, and used with `--throwaway` alone.
+A test that needs other devices takes a fixture named after the device. On a running kernel, these devices exist only in
+a virtual machine with `--devices contract`, and are used only with `--throwaway`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -31,16 +32,47 @@ from tests.contract.devices import (
     find_company,
     find_functions,
 )
-from tests.contract.world import Attached, Sriov, World, real_memlock, real_message, real_rebind
+from tests.contract.iommufd import Cdev, Iommufd, Rig
+from tests.contract.world import Attached, Sriov, World, real_memlock, real_message, real_pinned, real_rebind
 
 ENTRIES = 64  # a kernel has 65535, which cost seconds to fill
 RUNNING = "running"
+FIRST_IOMMUFD = (6, 12)
+"""The first kernel of the contract with iommufd and cdevs."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test of the contract runs on each fake, or, with `--device`, on the running kernel instead."""
+    """Run each test of the contract on each fake, or, with `--device`, on the running kernel instead."""
     if "world_name" in metafunc.fixturenames:
-        metafunc.parametrize("world_name", [RUNNING] if metafunc.config.getoption("--device") else list(VERSIONS))
+        marker = metafunc.definition.get_closest_marker("iommufd")
+        fakes = [name for name in VERSIONS if marker is None or _has_iommufd(VERSIONS[name].number, marker)]
+        metafunc.parametrize("world_name", [RUNNING] if metafunc.config.getoption("--device") else fakes)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests that the world of this run cannot judge: there is nothing to skip.
+
+    On fakes, these are the tests of behaviours that a fake lacks. On the running kernel, these are the tests of iommufd
+    calls that the kernel is too old for.
+    """
+    left_out = [item for item in items if _left_out(item, running=bool(config.getoption("--device")))]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _left_out(item: pytest.Item, *, running: bool) -> bool:
+    if item.path.parent != Path(__file__).parent:
+        return False
+    if not running:
+        return item.get_closest_marker("real_kernel") is not None
+    marker = item.get_closest_marker("iommufd")
+    return marker is not None and not _has_iommufd(running_version(), marker)
+
+
+def _has_iommufd(version: tuple[int, ...], marker: pytest.Mark) -> bool:
+    since: tuple[int, int] = marker.kwargs.get("since", FIRST_IOMMUFD)
+    return tuple(version) >= since
 
 
 @contextlib.contextmanager
@@ -60,24 +92,30 @@ def _fake_world(kernel: FakeKernel) -> World:
         kernel.bind,
         kernel.violations.clear,
         lambda _fd, bdf: kernel.interrupt(bdf),
+        lambda: kernel.pinned,
     )
+
+
+def running_version() -> tuple[int, int]:
+    """Return the version of the running kernel."""
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    assert found is not None
+    return int(found[1]), int(found[2])
 
 
 def _running_world(bdf: str) -> World:
     kernel = LinuxKernel()
-    group = pci.group_of(kernel, bdf)
-    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
-    assert found is not None
-    version = (int(found[1]), int(found[2]))
+    group = pci.group_of(bdf, kernel=kernel)
     return World(
         kernel,
         bdf,
         group,
-        version,
+        running_version(),
         real_memlock,
         partial(real_rebind, kernel),
         lambda: None,
         partial(real_message, kernel),
+        real_pinned,
     )
 
 
@@ -90,9 +128,9 @@ def _running(request: pytest.FixtureRequest) -> Iterator[World]:
 
 
 @contextlib.contextmanager
-def _fake(name: str) -> Iterator[World]:
+def _fake(name: str, *, iommufd: bool) -> Iterator[World]:
     model = replace(iommu_model("intel", VERSIONS[name]), dma_entry_limit=ENTRIES)
-    with FakeKernel(name, iommu=model, groups=fake_groups()) as kernel:
+    with FakeKernel(name, iommu=model, groups=fake_groups(), iommufd=iommufd) as kernel:
         yield _fake_world(kernel)
         assert kernel.descriptors == ()
         assert kernel.memlock().used == 0
@@ -101,8 +139,13 @@ def _fake(name: str) -> Iterator[World]:
 
 @pytest.fixture
 def world(world_name: str, request: pytest.FixtureRequest) -> Iterator[World]:
-    """A kernel with a device; what a test leaves open is closed, and what it bound elsewhere is bound back."""
-    with _running(request) if world_name == RUNNING else _fake(world_name) as world:
+    """A kernel with a device. At the end, open descriptors are closed, and devices are bound back."""
+    iommufd = request.node.get_closest_marker("iommufd") is not None
+    with _running(request) if world_name == RUNNING else _fake(world_name, iommufd=iommufd) as world:
+        if iommufd and not (world.kernel.dev / "iommu").exists():
+            pytest.skip(
+                "this kernel has no /dev/iommu: packaged kernels have none, `scripts/vm --kernel 7+iommufd` has"
+            )
         yield world
         world.end()
 
@@ -119,6 +162,26 @@ def v1(world: World) -> Attached:
     return Attached.of(world, ioctls.VFIO_TYPE1_IOMMU)
 
 
+@pytest.fixture
+def iommufd(world: World) -> Iommufd:
+    """An open /dev/iommu."""
+    return Iommufd.of(world)
+
+
+@pytest.fixture
+def cdev(iommufd: Iommufd) -> Cdev:
+    """A cdev that is bound to the iommufd, and not attached."""
+    cdev = Cdev.of(iommufd.world)
+    cdev.bind(iommufd.fd)
+    return cdev
+
+
+@pytest.fixture
+def rig(iommufd: Iommufd) -> Rig:
+    """A device that is attached to an IOAS of the iommufd."""
+    return Rig.of(iommufd)
+
+
 # ------------------------------------------------------------------------------------------------------ other devices
 
 
@@ -132,9 +195,9 @@ def running_company(request: pytest.FixtureRequest) -> Iterator[Company]:
     if company is None:
         pytest.skip("this needs the devices of scripts/vm --devices contract")
     with ExitStack() as stack:
-        for device in pci.enumerate_devices(kernel):
+        for device in pci.devices(kernel=kernel):
             if Id(device.vendor, device.device) in TO_BIND:
-                stack.callback(pci.restore, kernel, pci.bind(kernel, device.bdf))
+                stack.callback(pci.restore, pci.bind(device.bdf, kernel=kernel), kernel=kernel)
         yield company
 
 
@@ -156,7 +219,7 @@ def company(world_name: str, request: pytest.FixtureRequest) -> Company:
 
 @pytest.fixture(scope="session")
 def running_function(request: pytest.FixtureRequest) -> Iterator[Member]:
-    """A physical function of the running machine, which vfio-pci has and may make virtual ones of."""
+    """A physical function of the running machine, bound to vfio-pci, which can make virtual functions."""
     if not request.config.getoption("--throwaway"):
         pytest.skip("this makes virtual functions: only in a virtual machine, with --throwaway")
     kernel = LinuxKernel()
@@ -164,17 +227,17 @@ def running_function(request: pytest.FixtureRequest) -> Iterator[Member]:
     if not found:
         pytest.skip("this needs the devices of scripts/vm --devices contract")
     with ExitStack() as stack:
-        stack.callback(pci.restore, kernel, pci.bind(kernel, found[0].bdf))
+        stack.callback(pci.restore, pci.bind(found[0].bdf, kernel=kernel), kernel=kernel)
         pci.write_sysfs(kernel.sysfs / "module/vfio_pci/parameters/enable_sriov", "1")
         yield found[0]
 
 
 @pytest.fixture
 def sriov(world_name: str, world: World, request: pytest.FixtureRequest) -> Iterator[Sriov]:
-    """The world around a physical function, and what makes a virtual one of it.
+    """The world around a physical function, and a call that makes a virtual one.
 
-    A test opens the physical one first, and keeps it open: where its reset comes later, QEMU's virtual functions are
-    gone, and kernels before 7 wait a minute for each.
+    A test opens the physical function first, and keeps it open. If its reset came later, QEMU's virtual functions would
+    disappear, and kernels before 7 would wait a minute for each.
     """
     if world_name != RUNNING:
         physical, virtual = (world.around(*each) for each in find_functions(world.kernel))
@@ -200,7 +263,7 @@ def other(world: World, company: Company) -> World:
 
 @pytest.fixture
 def xhci(world: World, company: Company) -> World:
-    """The world around a device with INTx, 16 vectors of MSI and 16 of MSI-X, PCI Express, that cannot be reset."""
+    """The world around a device with INTx, 16 vectors of MSI and 16 of MSI-X, PCI Express, and no reset."""
     return world.around(*company.xhci)
 
 
@@ -212,7 +275,7 @@ def functions(world: World, company: Company) -> tuple[World, World]:
 
 @pytest.fixture
 def bridged(world: World, company: Company) -> World:
-    """The world around a device behind a bridge; its sibling there, `company.rng`, has a kernel driver."""
+    """The world around a device behind a bridge. The sibling there, `company.rng`, has a kernel driver."""
     return world.around(*company.bridged)
 
 

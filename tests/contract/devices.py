@@ -1,6 +1,6 @@
-"""The devices of the contract: what a virtual machine with `--devices contract` has, and the same on the fake.
+"""The devices of the contract: those of a virtual machine with `--devices contract`, and the same on the fake.
 
-A test finds them by what they are, in sysfs, wherever they are plugged in.
+A test finds a device by its kind, in sysfs, wherever the device is plugged in.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ VFIO = "vfio-pci"
 
 
 POWER_MANAGEMENT = {6: b"\x10\x00", 0x34: b"\xc8", 0xC8: b"\x01\x00\x22\x00\x00\x00"}
-"""Configuration space whose one capability is power management, at 0xc8."""
+"""Configuration space with one capability: power management, at 0xc8."""
 
 
 class Id(NamedTuple):
-    """PCI vendor and device."""
+    """A PCI vendor and device."""
 
     vendor: int
     device: int
@@ -41,7 +41,7 @@ NVME = Id(0x1B36, 0x0010)
 FAKE = ("0000:00:03.0", 3)
 """The contract's device on the fake: address and group."""
 TO_BIND = (TESTDEV, XHCI, E1000E)
-"""What has no driver when the machine has booted, and vfio-pci while the contract runs."""
+"""Devices without a driver after the boot of the machine. vfio-pci has them while the contract runs."""
 
 
 class Member(NamedTuple):
@@ -52,9 +52,11 @@ class Member(NamedTuple):
 
 
 class Company(NamedTuple):
-    """The second edu; the device with many vectors; both functions of one device; a bridge, a device behind it and its
-    sibling there; a root port and the device below it, which can be reset; a slot, and the device in it, which may be
-    taken out."""
+    """The other devices.
+
+    The second edu; the device with many vectors; both functions of one device; a bridge, a device behind it and the
+    sibling there; a root port and the device below, which can be reset; a slot, and the removable device in it.
+    """
 
     edu: Member
     xhci: Member
@@ -69,15 +71,15 @@ class Company(NamedTuple):
 
 
 def find_functions(kernel: Kernel) -> list[Member]:
-    """The functions of a device with SR-IOV, the physical one first; each is in a group of its own."""
-    found = [device for device in pci.enumerate_devices(kernel) if Id(device.vendor, device.device) == NVME]
+    """Return the functions of a device with SR-IOV, the physical one first; each is in a separate group."""
+    found = [device for device in pci.devices(kernel=kernel) if Id(device.vendor, device.device) == NVME]
     return sorted(Member(device.bdf, device.iommu_group) for device in found if device.iommu_group is not None)
 
 
 def find_company(kernel: Kernel) -> Company | None:
-    """Who keeps the contract's device company; None where not all are there."""
+    """Find the other devices of the contract; None if some are missing."""
     found: dict[Id, list[Member]] = {}
-    for device in pci.enumerate_devices(kernel):
+    for device in pci.devices(kernel=kernel):
         if device.iommu_group is not None:
             found.setdefault(Id(device.vendor, device.device), []).append(Member(device.bdf, device.iommu_group))
     match [found.get(each, []) for each in (EDU, XHCI, TESTDEV, BRIDGE, RNG, ROOT_PORT, E1000E, NIC)]:
@@ -92,7 +94,7 @@ def _testdev(bdf: str, *, memory: int = 0) -> FakeDevice:
 
 
 def fake_groups() -> list[tuple[int, Sequence[FakeDevice | FakePciDevice]]]:
-    """The groups of a fake kernel with the contract's device and its company."""
+    """Return the groups of a fake kernel with the contract's device and the other devices."""
     xhci = FakeDevice(
         "0000:00:05.0",
         vendor=XHCI.vendor,

@@ -1,4 +1,4 @@
-"""What a container promises (kernel: drivers/vfio/container.c)."""
+"""The promises of a container (kernel: drivers/vfio/container.c)."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_an_iommu_is_set_once(v2: Attached, kind: int) -> None:
 
 
 def test_nested_type1_is_einval_where_the_iommu_does_not_nest_and_unknown_since_7_3(world: World) -> None:
-    # Seen on each of QEMU's IOMMUs: the extension is announced all the same.
+    # Seen on each of QEMU's IOMMUs: the extension is announced nevertheless.
     container, group = world.open("vfio"), world.open(str(world.group))
     world.set_container(group, container)
     with refused(errno.ENODEV if world.since(7, 0) else errno.EINVAL):

@@ -1,4 +1,4 @@
-"""What VFIO_IOMMU_DIRTY_PAGES promises, and which bytes it writes (kernel: `vfio_iommu_type1_dirty_pages`)."""
+"""The promises of VFIO_IOMMU_DIRTY_PAGES, and the bytes that it writes (kernel: `vfio_iommu_type1_dirty_pages`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.contract.world import BAD_ADDRESS, BASE, NONE, PAGE, Attached, refuse
 START, STOP, GET = 1, 2, 4
 FILL = 0xA5
 KERNEL_ADDRESS = 0xFFFF_8000_0000_0000
-NO_ADDRESS = 1 << 62  # between what a process can have and what the kernel has
+NO_ADDRESS = 1 << 62  # between the addresses of a process and those of the kernel
 WORDS = 8
 
 
@@ -27,22 +27,22 @@ class Bitmap:
 
     @property
     def vaddr(self) -> int:
-        """Where it is."""
+        """The address of the bitmap."""
         return ctypes.addressof(self._buffer)
 
     @property
     def words(self) -> tuple[int, ...]:
-        """What it holds."""
+        """The words of the bitmap."""
         return struct.unpack(f"={WORDS}Q", self._buffer.raw)
 
     @property
     def untouched(self) -> bool:
-        """Whether nobody wrote to it."""
+        """Whether nobody has written to the bitmap."""
         return self._buffer.raw == bytes([FILL]) * WORDS * 8
 
 
 def address_of(data: Bitmap | int) -> int:
-    """Of a bitmap, which whoever asks keeps alive."""
+    """Return the address of a bitmap, which the caller must keep alive."""
     return data if isinstance(data, int) else data.vaddr
 
 
@@ -50,7 +50,7 @@ UNTOUCHED = int.from_bytes(bytes([FILL]) * 8, "little")
 
 
 def dirty(attached: Attached, flags: int, argsz: int = 8) -> None:
-    """VFIO_IOMMU_DIRTY_PAGES with flags alone."""
+    """Call VFIO_IOMMU_DIRTY_PAGES with flags alone."""
     argument = bytearray(struct.pack("=II", argsz, flags))
     assert attached.world.ioctl(attached.container, ioctls.VFIO_IOMMU_DIRTY_PAGES, argument) == 0
     assert argument == struct.pack("=II", argsz, flags), "the kernel never writes to this structure"
@@ -67,7 +67,7 @@ def get(
     room: int = WORDS * 8,
     argsz: int = 48,
 ) -> None:
-    """VFIO_IOMMU_DIRTY_PAGES: the dirty pages of a range into a bitmap of `room` bytes at `data`."""
+    """Read the dirty pages of a range into a bitmap of `room` bytes at `data`, by VFIO_IOMMU_DIRTY_PAGES."""
     length = pages * PAGE if size is None else size
     argument = bytearray(struct.pack("=IIQQQQQ", argsz, GET, iova, length, pgsize, room, address_of(data)))
     assert attached.world.ioctl(attached.container, ioctls.VFIO_IOMMU_DIRTY_PAGES, argument) == 0
@@ -83,7 +83,7 @@ def unmap_with_bitmap(
     room: int = WORDS * 8,
     argsz: int = 48,
 ) -> int:
-    """VFIO_IOMMU_UNMAP_DMA with GET_DIRTY_BITMAP; how many bytes were unmapped."""
+    """Call VFIO_IOMMU_UNMAP_DMA with GET_DIRTY_BITMAP. Return the number of unmapped bytes."""
     argument = bytearray(struct.pack("=IIQQQQQ", argsz, 1, iova, pages * PAGE, pgsize, room, address_of(data)))
     before = bytes(argument)
     try:
@@ -184,7 +184,7 @@ def test_mappings_in_one_word_add_up(tracking: Attached) -> None:
 
 
 def test_bits_that_were_shifted_behind_a_mapping_come_out_again(tracking: Attached) -> None:
-    # The kernel shifts the mapping's own bitmap, and wipes no more of it than the mapping has pages.
+    # The kernel shifts the mapping's own bitmap, and clears only as many bits as the mapping has pages.
     tracking.map(iova=BASE + 16 * PAGE, size=4 * PAGE)
     first, second = Bitmap(0), Bitmap(0)
     get(tracking, first)
@@ -234,7 +234,7 @@ def test_the_bitmap_has_whole_words_enough_and_256_mib_at_most(tracking: Attache
 
 @pytest.mark.parametrize("data", [(1 << 47) - PAGE, 1 << 47, 1 << 62])
 def test_the_bitmap_has_an_address_of_a_process(tracking: Attached, data: int) -> None:
-    """With page tables of four levels. The last page has none."""
+    """With page tables of four levels. The last page is no valid address."""
     get(tracking, (1 << 47) - 2 * PAGE)  # nothing is written
     with refused(errno.EINVAL):
         get(tracking, data)

@@ -1,4 +1,4 @@
-"""What a device's descriptor answers to ioeventfds and features (kernel: vfio_main.c, vfio_pci_core.c)."""
+"""The answers of a device's descriptor to ioeventfds and features (kernel: vfio_main.c, vfio_pci_core.c)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def device(v2: Attached) -> int:
 
 
 def feature(world: World, fd: int, flags: int, *, argsz: int = 8, data: bytes = bytes(16)) -> None:
-    """VFIO_DEVICE_FEATURE."""
+    """Call VFIO_DEVICE_FEATURE."""
     argument = bytearray(struct.pack("=II", argsz, flags) + data)
     assert world.ioctl(fd, ioctls.VFIO_DEVICE_FEATURE, argument) == 0
 
@@ -34,13 +34,13 @@ def feature(world: World, fd: int, flags: int, *, argsz: int = 8, data: bytes = 
 def ioeventfd(
     world: World, fd: int, event: int, *, width: int = 4, offset: int = 0x10, data: int = 0, argsz: int = 28
 ) -> None:
-    """VFIO_DEVICE_IOEVENTFD."""
+    """Call VFIO_DEVICE_IOEVENTFD."""
     argument = bytearray(struct.pack("=IIQQi", argsz, width, offset, data, event))
     assert world.ioctl(fd, ioctls.VFIO_DEVICE_IOEVENTFD, argument) == 0
 
 
 def an_eventfd(world: World) -> int:
-    """One that does not block."""
+    """Return an eventfd that does not block."""
     return world.keep(world.kernel.eventfd(0, os.EFD_NONBLOCK))
 
 
@@ -126,7 +126,7 @@ def test_an_access_wakes_a_device_up_and_tells_an_eventfd_and_then_low_power_is_
 def dma_buf(
     world: World, fd: int, *ranges: tuple[int, int], region: int = 0, flags: int = 0, count: int | None = None
 ) -> int:
-    """The descriptor of a DMA-buf."""
+    """Return the descriptor of a DMA-buf."""
     count = len(ranges) if count is None else count
     data = struct.pack("=IIII", region, os.O_RDWR | os.O_CLOEXEC, flags, count)
     data += b"".join(struct.pack("=QQ", *each) for each in ranges)
@@ -171,7 +171,7 @@ def test_a_dma_buf_is_made_of_whole_pages_of_a_bar_of_memory(
     for given in ({"flags": 1}, {"count": 0}):
         with refused(errno.EINVAL):
             dma_buf(world, device, (0, PAGE), **given)
-    for region in (5, 6, 7, 8, 9, 1 << 31):  # without a look at the ranges
+    for region in (5, 6, 7, 8, 9, 1 << 31):  # refused before the ranges are checked
         with refused(errno.ENODEV):
             dma_buf(world, device, (0, 5), region=region)
     ports = functions[0].open_device(Attached.of(functions[0], ioctls.VFIO_TYPE1v2_IOMMU).group)
@@ -191,7 +191,7 @@ def test_precopy_is_known_since_7_1_and_then_einval_for_what_cannot_migrate(v2: 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
 def test_an_ioeventfd_is_made_once_and_taken_back_once(v2: Attached, device: int, width: int) -> None:
-    # Eight bytes on 6.1 too, though a read there is made of two halves.
+    # An ioeventfd of eight bytes works on 6.1 too, although a read there is made of two halves.
     event = an_eventfd(v2.world)
     for _ in range(2):
         with refused(errno.ENODEV):

@@ -1,4 +1,4 @@
-"""What a group promises, and how long what lives (kernel: drivers/vfio/group.c)."""
+"""The promises of a group, and the lifetimes of its objects (kernel: drivers/vfio/group.c)."""
 
 from __future__ import annotations
 
@@ -190,8 +190,8 @@ def test_a_device_cannot_be_opened_without_a_container_or_an_iommu_and_its_name_
 
 
 def members(world: World) -> set[str]:
-    """Who is in the world's group, as sysfs shows it."""
-    return {member.bdf for member in pci.group_members(world.kernel, world.group)}
+    """Return the members of the world's group, according to sysfs."""
+    return {member.bdf for member in pci.group_members(world.group, kernel=world.kernel)}
 
 
 def test_devices_behind_one_bridge_and_functions_of_one_device_share_a_group(

@@ -1,4 +1,4 @@
-"""What a reset of a whole bus promises (kernel: vfio_pci_core.c)."""
+"""The promises of a reset of a whole bus (kernel: vfio_pci_core.c)."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def device(v2: Attached) -> int:
 
 
 def hot_reset(world: World, fd: int, *groups: int, argsz: int = 12, flags: int = 0, count: int | None = None) -> None:
-    """VFIO_DEVICE_PCI_HOT_RESET with groups, whose `count` may be another."""
+    """Call VFIO_DEVICE_PCI_HOT_RESET with groups; `count` may differ from their number."""
     head = struct.pack("=III", argsz, flags, len(groups) if count is None else count)
     argument = bytearray(head + struct.pack(f"={len(groups)}i", *groups) + bytes(32))
     assert world.ioctl(fd, ioctls.VFIO_DEVICE_PCI_HOT_RESET, argument) == 0
 
 
 def hot_reset_info(world: World, fd: int, argsz: int) -> bytes:
-    """What VFIO_DEVICE_GET_PCI_HOT_RESET_INFO makes of a buffer of bytes 0xAA that says `argsz`; ENOSPC is no error."""
+    """Return the answer of VFIO_DEVICE_GET_PCI_HOT_RESET_INFO in bytes 0xAA with this `argsz`; ENOSPC is no error."""
     buffer = bytearray(struct.pack("=I", argsz) + b"\xaa" * 60)
     with contextlib.suppress(OSError):
         world.ioctl(fd, ioctls.VFIO_DEVICE_GET_PCI_HOT_RESET_INFO, buffer)
@@ -47,7 +47,7 @@ def hot_reset_info(world: World, fd: int, argsz: int) -> bytes:
 
 
 def entry(member: Member) -> bytes:
-    """How a device is named in it."""
+    """Return the entry of a device in that answer."""
     _domain, bus, rest = member.bdf.split(":")
     slot, function = rest.split(".")
     return struct.pack("=IHBB", member.group, 0, int(bus, 16), int(slot, 16) << 3 | int(function))
@@ -172,7 +172,7 @@ def test_the_groups_of_a_hot_reset_behind_a_bad_pointer_are_efault(behind: Attac
 
 @pytest.fixture(params=["VFIO_DEVICE_RESET", "VFIO_DEVICE_PCI_HOT_RESET"])
 def reset(request: pytest.FixtureRequest, e1000e: World) -> Reset:
-    """An e1000e that is open, decodes memory and is a bus master; and a reset of it, or of its bus."""
+    """An open e1000e that decodes memory and is a bus master, and a reset of the device, or of its bus."""
     group = Attached.of(e1000e, ioctls.VFIO_TYPE1v2_IOMMU).group
     fd = e1000e.open_device(group)
     e1000e.kernel.pwrite(fd, struct.pack("<H", MEMORY | MASTER | INTX_DISABLE), COMMAND)
@@ -182,14 +182,14 @@ def reset(request: pytest.FixtureRequest, e1000e: World) -> Reset:
 
 
 class Reset(NamedTuple):
-    """What `reset` gives."""
+    """The result of the fixture `reset`."""
 
     world: World
     fd: int
     make: Callable[[], object]
 
     def read(self, offset: int, size: int) -> bytes:
-        """Registers or configuration space."""
+        """Read registers or configuration space."""
         return self.world.kernel.pread(self.fd, size, offset)
 
 
@@ -252,7 +252,7 @@ def test_a_hot_reset_does_so_to_each_device_on_the_bus_and_keeps_its_command(
 
 
 def test_a_reset_takes_the_mapping_of_a_bar_from_no_other_device(e1000e: World, v2: Attached) -> None:
-    # Nothing tells type1 that a BAR goes: what is mapped stays, until it is unmapped.
+    # Nothing tells type1 that a BAR disappears: the mapping stays until the unmap.
     group = Attached.of(e1000e, ioctls.VFIO_TYPE1v2_IOMMU).group
     fd = e1000e.open_device(group)
     e1000e.kernel.pwrite(fd, struct.pack("<H", MEMORY), COMMAND)

@@ -1,4 +1,4 @@
-"""What VFIO_IOMMU_GET_INFO writes, byte by byte (kernel: `vfio_iommu_type1_get_info`)."""
+"""The bytes that VFIO_IOMMU_GET_INFO writes, one by one (kernel: `vfio_iommu_type1_get_info`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILL = b"\xaa"
 
 
 def total(attached: Attached) -> int:
-    """How many bytes the whole answer takes."""
+    """Return the number of bytes of the whole answer."""
     size: int = struct.unpack_from("=I", attached.raw_info(16))[0]
     return size
 

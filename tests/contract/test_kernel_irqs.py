@@ -1,4 +1,4 @@
-"""What the interrupts of a device promise (kernel: drivers/vfio/pci/vfio_pci_intrs.c)."""
+"""The promises of a device's interrupts (kernel: drivers/vfio/pci/vfio_pci_intrs.c)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def vectors(xhci: World) -> int:
 
 
 def irq_info(world: World, fd: int, index: int) -> tuple[int, int]:
-    """Flags and count of VFIO_DEVICE_GET_IRQ_INFO."""
+    """Return flags and count of VFIO_DEVICE_GET_IRQ_INFO."""
     answer = ioctls.vfio_irq_info(argsz=16, index=index)
     world.ioctl(fd, ioctls.VFIO_DEVICE_GET_IRQ_INFO, answer)
     return answer.flags, answer.count
@@ -41,7 +41,7 @@ def irq_info(world: World, fd: int, index: int) -> tuple[int, int]:
 def set_irqs(
     world: World, fd: int, index: int, flags: int, *, start: int = 0, count: int = 0, data: bytes = b""
 ) -> None:
-    """VFIO_DEVICE_SET_IRQS."""
+    """Call VFIO_DEVICE_SET_IRQS."""
     head = struct.pack("=IIIII", 20 + len(data), flags, index, start, count)
     assert world.ioctl(fd, ioctls.VFIO_DEVICE_SET_IRQS, bytearray(head + data)) == 0
 
@@ -53,12 +53,12 @@ def connect(world: World, fd: int, index: int, eventfds: Sequence[int], *, start
 
 
 def eventfds(world: World, count: int) -> list[int]:
-    """So many eventfds that do not block."""
+    """Return `count` eventfds that do not block."""
     return [world.keep(world.kernel.eventfd(0, os.EFD_NONBLOCK)) for _ in range(count)]
 
 
 def signalled(world: World, fds: Sequence[int]) -> list[int]:
-    """The counters of eventfds, which are 0 afterwards."""
+    """Read the counters of eventfds, which are 0 afterwards."""
     return [world.kernel.eventfd_read(fd) if world.kernel.poll(fd, 0) else 0 for fd in fds]
 
 
@@ -190,7 +190,7 @@ def test_the_first_vector_is_one_of_the_device_even_where_none_is_meant(xhci: Wo
 
 @pytest.mark.parametrize("index", [MSI, MSIX])
 def test_no_vectors_at_all_cannot_be_enabled(xhci: World, vectors: int, index: int) -> None:
-    """ERANGE, from pci_alloc_irq_vectors; and it is not enabled then."""
+    """ERANGE, from pci_alloc_irq_vectors; the kind is not enabled then."""
     with refused(errno.ERANGE):
         set_irqs(xhci, vectors, index, EVENTFD | TRIGGER)
     with refused(errno.EINVAL):
@@ -311,7 +311,7 @@ def test_msi_cannot_be_disabled_while_it_is_not_enabled(xhci: World, vectors: in
         set_irqs(xhci, vectors, MSI, NONE | TRIGGER)
 
 
-# Seen in random sequences.
+# Seen in random sequences of calls.
 
 
 def test_a_device_without_msix_says_that_it_cannot_grow(v2: Attached, device: int) -> None:
@@ -344,16 +344,16 @@ def test_one_eventfd_at_a_time_unmasks_intx(v2: Attached, device: int) -> None:
     set_irqs(v2.world, device, INTX, NONE | TRIGGER)
 
 
-# Vectors that are added, and INTx that an eventfd unmasks.
+# Added vectors, and INTx unmasked by an eventfd.
 
 
 def rising(world: World, fd: int, *, timeout: float = 10) -> int:
-    """The counter of an eventfd, as soon as it is not 0; 0 when the time has passed."""
+    """Return the counter of an eventfd as soon as it is not 0; 0 after the timeout."""
     return world.kernel.eventfd_read(fd) if world.kernel.poll(fd, timeout) else 0
 
 
 def is_read(world: World, fd: int) -> bool:
-    """Whether an eventfd is read by the kernel, some moment after it was written to."""
+    """Return whether the kernel reads an eventfd some moment after a write."""
     deadline = time.monotonic() + 10
     while world.kernel.poll(fd, 0) and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -361,13 +361,13 @@ def is_read(world: World, fd: int) -> bool:
 
 
 def unmask_by(world: World, device: int, eventfd: int) -> None:
-    """Let INTx be unmasked by an eventfd; -1: by none."""
+    """Let an eventfd unmask INTx; -1: none."""
     set_irqs(world, device, INTX, EVENTFD | UNMASK, count=1, data=struct.pack("=i", eventfd))
 
 
 @pytest.fixture
 def line(v2: Attached, device: int) -> Edu:
-    """The device's INTx line: up from an interrupt until it is acknowledged."""
+    """The device's INTx line: asserted from an interrupt until the acknowledgement."""
     kernel = v2.world.kernel
     kernel.pwrite(device, struct.pack("<H", 6), (7 << 40) + 4)  # memory and bus master in PCI COMMAND
 
@@ -375,11 +375,11 @@ def line(v2: Attached, device: int) -> Edu:
         """BAR 0."""
 
         def read32(self, offset: int) -> int:
-            """A register."""
+            """Read a register."""
             return int.from_bytes(kernel.pread(device, 4, offset), "little")
 
         def write32(self, offset: int, value: int) -> None:
-            """A register."""
+            """Write a register."""
             kernel.pwrite(device, value.to_bytes(4, "little"), offset)
 
         read64, write64 = read32, write32

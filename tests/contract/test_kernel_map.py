@@ -1,4 +1,4 @@
-"""What VFIO_IOMMU_MAP_DMA promises: what is refused, in which order, and what is locked (kernel: `vfio_dma_do_map`)."""
+"""The promises of VFIO_IOMMU_MAP_DMA: refusals, their order, and locked memory (kernel: `vfio_dma_do_map`)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LAST_PAGE = U64_MAX - PAGE + 1
 
 
 def overflow(world: World) -> int:
-    """The errno for iova + size beyond 2^64."""
+    """Return the errno for iova + size beyond 2^64."""
     return errno.EOVERFLOW if world.since(7, 0) else errno.EINVAL
 
 
@@ -305,7 +305,7 @@ def test_two_mib_of_huge_pages_are_charged_as_512_pages_and_not_unmapped_in_part
 
 @pytest.fixture
 def bar(v2: Attached) -> Iterator[int]:
-    """Four pages of the device's BAR 0 in this process's memory, behind and before a page of its own."""
+    """Four pages of the device's BAR 0 in this process's memory, between two pages of the process."""
     device = v2.world.open_device(v2.group)
     kernel, size = v2.world.kernel, 6 * PAGE
     vaddr = kernel.mmap(0, size, BOTH, PRIVATE)
@@ -355,7 +355,7 @@ def test_a_bar_needs_the_rights_that_the_device_gets(v2: Attached, bar: int) -> 
 
 
 def test_never_written_memory_that_is_only_read_is_charged_since_6_2(v2: Attached) -> None:
-    # Before, the device gets the page of zeros itself, which is nobody's.
+    # Before that, the device gets the shared zero page, which belongs to nobody.
     before = v2.locked()
     charged = 4 * PAGE if v2.world.since(6, 2) else 0
     v2.map(size=4 * PAGE, flags=READ)
@@ -385,7 +385,7 @@ def test_what_is_not_charged_does_not_count_towards_the_limit(v2: Attached) -> N
 
 
 def test_a_mapping_that_was_refused_for_the_limit_has_written_its_memory_all_the_same(v2: Attached) -> None:
-    # Pages are pinned 512 at a time and counted afterwards: what is beyond the limit has pages of its own now.
+    # Pages are pinned 512 at a time and counted afterwards. The bytes beyond the limit have pages of their own now.
     before = v2.locked()
     vaddr = v2.world.memory(16 * PAGE)
     with v2.world.memlock(before), refused(errno.ENOMEM):
@@ -395,7 +395,7 @@ def test_a_mapping_that_was_refused_for_the_limit_has_written_its_memory_all_the
 
 
 def test_memory_that_can_only_be_read_is_not_written_back_to(v2: Attached) -> None:
-    # The mapping is gone although the call says EFAULT: the answer is written last.
+    # The mapping is gone although the call returns EFAULT, because the answer is written last.
     v2.map()
     page = v2.world.memory()
     ctypes.memmove(page, struct.pack("=IIQQ", 24, 0, BASE, 2 * PAGE), 24)
@@ -409,7 +409,7 @@ def test_memory_that_can_only_be_read_is_not_written_back_to(v2: Attached) -> No
 
 
 def put_anew(kernel: Kernel, vaddr: int, size: int) -> None:
-    """Other memory at the same address."""
+    """Map other memory at the same address."""
     kernel.mmap(vaddr, size, BOTH, PRIVATE | MAP_FIXED)
 
 

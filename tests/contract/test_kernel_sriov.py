@@ -1,4 +1,4 @@
-"""What a kernel asks of a program that opens functions of SR-IOV (kernel: `vfio_pci_validate_vf_token`)."""
+"""The demands of a kernel on a program that opens functions of SR-IOV (kernel: `vfio_pci_validate_vf_token`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKEN, OTHER = (uuid.UUID(f"bd8d9d2b-5a5f-4f5a-a211-f591514ba1f{last}") for last
 
 
 class Pair:
-    """A physical function that is open, and a virtual one, in one container."""
+    """An open physical function and a virtual one, in one container."""
 
     def __init__(self, sriov: Sriov) -> None:
         self.world = physical = sriov.physical
@@ -31,23 +31,23 @@ class Pair:
         virtual.set_container(self.groups["virtual"], attached.container)
 
     def open(self, which: str, options: str = "") -> int:
-        """Open one of them; `options` come behind the name."""
+        """Open one of the functions; `options` follow the name."""
         return self.world.open_device(self.groups[which], self.names[which] + options)
 
     def set_token(self, fd: int, token: bytes, *, how: int = SET) -> None:
-        """VFIO_DEVICE_FEATURE_PCI_VF_TOKEN."""
+        """Call VFIO_DEVICE_FEATURE_PCI_VF_TOKEN."""
         argument = bytearray(struct.pack("=II", 8 + len(token), how | ioctls.VFIO_DEVICE_FEATURE_PCI_VF_TOKEN) + token)
         assert self.world.ioctl(fd, ioctls.VFIO_DEVICE_FEATURE, argument) == 0
 
 
 def option(token: uuid.UUID) -> str:
-    """The text behind a device's name."""
+    """Return the text behind a device's name."""
     return f" vf_token={token}"
 
 
 @pytest.fixture
 def pair(sriov: Sriov) -> Pair:
-    """A pair whose virtual function is opened with a token that nobody knows."""
+    """A pair whose virtual function is opened with a secret token."""
     return Pair(sriov)
 
 
@@ -137,11 +137,13 @@ def test_pyvfio_opens_a_virtual_function_with_a_token_and_says_whose_is_wanted(s
         opened = pyvfio.open_device(physical, container=container, vf_token=TOKEN)
         virtual = sriov.make_virtual().bdf
         for token in (None, OTHER):
-            with pytest.raises(pyvfio.IoctlError, match=rf"EACCES, .*{physical}, whose virtual function it is"):
+            with pytest.raises(pyvfio.IoctlError, match=rf"EACCES, .*{physical}, the physical function of"):
                 pyvfio.open_device(virtual, container=container, vf_token=token)
         device = pyvfio.open_device(virtual, container=container, vf_token=str(TOKEN))
         assert device.config.read32(0) == 0x00101B36
-        with pytest.raises(pyvfio.IoctlError, match=r"EACCES, .*Virtual functions of it are open: give vf_token"):
+        with pytest.raises(
+            pyvfio.IoctlError, match=r"EACCES, .*Virtual functions of .* are open: pass the token .* vf_token"
+        ):
             opened.group.get_device_fd(physical)
         opened.set_vf_token(OTHER)
         device.close()

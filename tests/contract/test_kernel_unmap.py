@@ -1,4 +1,4 @@
-"""What VFIO_IOMMU_UNMAP_DMA promises: whole mappings, and how many bytes (kernel: `vfio_dma_do_unmap`)."""
+"""The promises of VFIO_IOMMU_UNMAP_DMA: whole mappings, and a count of bytes (kernel: `vfio_dma_do_unmap`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LAST_PAGE = U64_MAX - PAGE + 1
 
 
 def three(attached: Attached) -> None:
-    """Mappings of 2, 3 and 4 pages at pages 0, 10 and 20 behind BASE."""
+    """Map 2, 3 and 4 pages at pages 0, 10 and 20 behind BASE."""
     for page, size in ((0, 2), (10, 3), (20, 4)):
         attached.map(iova=BASE + page * PAGE, size=size * PAGE)
 

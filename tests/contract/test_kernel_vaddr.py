@@ -1,4 +1,4 @@
-"""How a mapping gets a new address in the process (kernel: `vfio_dma_do_unmap` and `vfio_dma_do_map` with VADDR)."""
+"""New addresses of mappings in the process (kernel: `vfio_dma_do_unmap` and `vfio_dma_do_map` with VADDR)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_vaddr_is_given_up_once_and_a_call_that_fails_gives_up_none(v2: Attach
     with refused(errno.EINVAL):
         v2.unmap(size=5 * PAGE, flags=UNMAP)
     assert v2.unmap(flags=UNMAP) == PAGE
-    # Its neighbour's mark stayed, and so did the one behind it without a mark.
+    # The failed call changed neither the neighbour, already given up, nor the mapping behind.
     with refused(errno.EINVAL):
         v2.unmap(iova=BASE + 2 * PAGE, flags=UNMAP)
     assert v2.unmap(iova=BASE + 4 * PAGE, flags=UNMAP) == PAGE

@@ -10,23 +10,28 @@ import pytest
 import pyvfio
 from pyvfio import pci
 from pyvfio.kernel import Kernel
-from pyvfio.testing.fake import FakeKernel
 from pyvfio.testing.world import FakeWorld, LinuxWorld, World
 from tests.hw.rig import Rig, has_engine
+from tests.spaces import AddressSpace, charged, fake_of, linux_of, new_space
 
 
 @pytest.fixture
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
-    """A fake kernel, new for each test, with `--fake`; else the running one with the devices of `--device`."""
-    version: str | None = request.config.getoption("--fake")
-    if version is None:
-        yield LinuxWorld(request.getfixturevalue("bdfs"))
+    """A fake kernel, new for each test, with `--fake`; else the running one with the devices of `--device`. Each shows
+    the kind of address space that `--space` names."""
+    config = request.config
+    if not config.getoption("--fake"):
+        with (
+            linux_of(config) as linux,
+            charged(config, LinuxWorld(request.getfixturevalue("bdfs"), kernel=linux)) as made,
+        ):
+            yield made
         return
-    with FakeKernel(version) as kernel:
-        yield FakeWorld(kernel)
+    with fake_of(config) as kernel, charged(config, FakeWorld(kernel)) as made:
+        yield made
         kernel.check()
         assert kernel.descriptors == ()
-        assert kernel.memlock().used == 0
+        assert made.locked_bytes() == 0
 
 
 @pytest.fixture
@@ -51,15 +56,22 @@ def bdf(world: World) -> str:
 @pytest.fixture
 def engine_bdfs(world: World) -> tuple[str, ...]:
     """Those that are `edu` devices."""
-    found = tuple(bdf for bdf in world.bdfs if has_engine(pci.read_device(world.kernel, bdf)))
+    found = tuple(bdf for bdf in world.bdfs if has_engine(pci.read_device(bdf, kernel=world.kernel)))
     if not found:
         pytest.skip("this needs the DMA engine of an edu device")
     return found
 
 
 @pytest.fixture
+def space(kernel: Kernel) -> Iterator[AddressSpace]:
+    """An address space without a device."""
+    with new_space(kernel) as made:
+        yield made
+
+
+@pytest.fixture
 def device(bdf: str, kernel: Kernel) -> Iterator[pyvfio.Device]:
-    """The first device, open in a container of its own."""
+    """The first device, open in an address space of its own."""
     with pyvfio.open_device(bdf, kernel=kernel) as opened:
         yield opened
 

@@ -14,6 +14,7 @@ from pyvfio.memory import MemoryKind
 from pyvfio.testing import probe
 from pyvfio.testing.edu import EDU_ID, LIMIT, Edu
 from pyvfio.units import PAGE_SIZE
+from tests.spaces import AddressSpace, Cut, new_space
 
 SIZE = LIMIT
 
@@ -36,27 +37,31 @@ class Rig:
         bdf: str,
         *,
         kernel: Kernel,
-        container: pyvfio.Container | None = None,
+        space: AddressSpace | None = None,
+        cut: Cut = None,
         iommu_type: ioctls.VfioExtension | None = None,
         place: int | None = None,
-        resize: Literal["remap", "extend"] = "remap",
+        resize: Literal["remap", "extend", "cut"] = "remap",
         granule: int | None = None,
         memory: MemoryKind | None = None,
         dma_bits: int | None = None,
         policy_of: Callable[[pyvfio.RamBlock | pyvfio.BlockShape], pyvfio.Policy | None] | None = None,
     ) -> None:
         with ExitStack() as stack:
+            if cut is not None:
+                space = new_space(kernel, cut)
+                stack.enter_context(space)
             self.device = stack.enter_context(
-                pyvfio.open_device(bdf, kernel=kernel, container=container, iommu_type=iommu_type)
+                pyvfio.open_device(bdf, kernel=kernel, space=space, iommu_type=iommu_type)
             )
             self.device.memory_enabled = True
             self.device.bus_master = True
             self.engine = Edu(self.device.region(ioctls.VFIO_PCI_BAR0_REGION_INDEX))
-            self.container = self.device.container
+            self.space = self.device.space
             self.blocks = stack.enter_context(pyvfio.RamBlockList(kernel=kernel))
             self.mapper = stack.enter_context(
                 pyvfio.DmaMapper(
-                    self.container,
+                    self.space,
                     self.blocks,
                     resize=resize,
                     granule=granule,
@@ -69,6 +74,11 @@ class Rig:
             desk = self.blocks.add("desk", used_length=room, max_length=room, memory=memory)
             self._probe = probe.DmaProbe(self.engine, desk=desk, iova=self.mapper.iova(desk))
             self._stack = stack.pop_all()
+
+    @property
+    def container(self) -> pyvfio.Container:
+        """The container of the device, for a test of type1 alone."""
+        return self.device.container
 
     def device_reads(self, iova: int, size: int = SIZE) -> bytes | None:
         """What the device gets when it reads `size` bytes at `iova`; None when it is stopped."""

@@ -5,8 +5,10 @@ execve(2) is here, too, and imports nothing else: in a virtual machine importing
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
+from pathlib import Path
 
 from pyvfio import TakenOver, ioctls, take_over
 from pyvfio.kernel import LinuxKernel
@@ -75,6 +77,17 @@ def locked() -> int:
     return LinuxKernel().memlock().used
 
 
+def _status(name: str) -> int:
+    """A size in /proc/self/status, in bytes."""
+    found = re.search(rf"^{name}:\s*(\d+) kB$", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def charged() -> tuple[int, int]:
+    """What is pinned and what is locked for this process, in bytes."""
+    return _status("VmPin"), _status("VmLck")
+
+
 def after_exec() -> None:
     """What the program does that a process has become."""
     said_fd, state, iova, *fds = (int(argument) for argument in sys.argv[1:])
@@ -86,4 +99,16 @@ def after_exec() -> None:
         assert said.recv(10) == b"go"
         assert Taker(taken).hears(raised=1)
         Taker(taken).check(iova)
+    said.send(b"checked")
+
+
+def after_exec_of_ioas() -> None:
+    """The same, for an address space of iommufd. It says what is pinned for this process."""
+    said_fd, state, iova, *fds = (int(argument) for argument in sys.argv[1:])
+    said = socket.socket(fileno=said_fd)
+    with take_over(os.pread(state, 1 << 20, 0), fds) as taken:
+        said.send(b"%d" % charged()[0])
+        assert said.recv(10) == b"go"
+        Taker(taken).check(iova)
+    assert charged() == (0, 0)
     said.send(b"checked")

@@ -20,6 +20,7 @@ from pyvfio import ioctls
 from pyvfio.testing.world import World
 from pyvfio.units import GIB, MIB
 from tests.hw.rig import SIZE, Rig
+from tests.spaces import descriptors_of
 from tests.unit.processes import in_child, open_fds
 
 # What it has open, a line each, and an empty one; then it waits until its input ends.
@@ -61,12 +62,12 @@ def by_spawn() -> Iterator[Callable[[], str]]:
 def test_a_program_that_is_started_gets_no_descriptor_and_the_device_goes_on(
     engine_bdfs: tuple[str, ...], world: World, start: Callable[[], AbstractContextManager[Callable[[], str]]]
 ) -> None:
-    """Not of the container, the group, the device or an interrupt; one that is inheritable it does get."""
+    """Not of the address space, its owner, the device or an interrupt; one that is inheritable it does get."""
     before = set(open_fds().values())
     with Rig(engine_bdfs[0], kernel=world.kernel) as rig, tempfile.NamedTemporaryFile() as inheritable:
         block = rig.blocks.add("ring", used_length=2 * MIB, max_length=GIB)
         fds = rig.device.irq(ioctls.VFIO_PCI_MSI_IRQ_INDEX).enable(1)
-        mine = {open_fds()[fd] for fd in (rig.device.fd, rig.device.group.fd, rig.container.fd, *fds)}
+        mine = {open_fds()[fd] for fd in (*descriptors_of(rig.device), *fds)}
         os.set_inheritable(inheritable.fileno(), True)  # noqa: FBT003
         with start() as read_line:
             theirs = set(iter(lambda: read_line().rstrip("\n"), ""))
@@ -78,16 +79,16 @@ def test_a_program_that_is_started_gets_no_descriptor_and_the_device_goes_on(
         assert rig.reaches(block, 0)
 
 
-@pytest.mark.real_kernel("a fake refuses its calls in a child, whoever makes them")
+@pytest.mark.real_kernel("a fake refuses all calls in a child")
 def test_a_child_reaches_neither_the_memory_nor_the_device_and_takes_nothing_with_it(rig: Rig) -> None:
     """Closing does nothing there: the parent's device goes on."""
     block = rig.blocks.add("ring", used_length=2 * MIB, max_length=GIB)
-    mappings = rig.container.mappings
+    mappings = rig.space.mappings
 
     def child() -> None:
         for use in (
             lambda: block.resize(4 * MIB),
-            lambda: rig.container.unmap(iova=rig.mapper.iova(block), size=2 * MIB),
+            lambda: rig.space.unmap(iova=rig.mapper.iova(block), size=2 * MIB),
             lambda: rig.device.region(0).read32(0),
             block.view,
         ):
@@ -95,11 +96,11 @@ def test_a_child_reaches_neither_the_memory_nor_the_device_and_takes_nothing_wit
                 use()
         rig.mapper.close()
         rig.blocks.close()
-        rig.container.close()
+        rig.space.close()
 
     assert in_child(child) == 0
     assert in_child(lambda: os.pread(os.open("/proc/self/mem", os.O_RDONLY), 1, block.vaddr)) == 1
-    assert rig.container.mappings == mappings
+    assert rig.space.mappings == mappings
     assert rig.reaches(block, 2 * MIB - SIZE)
     block.resize(4 * MIB)
     assert rig.reaches(block, 4 * MIB - SIZE)
@@ -109,7 +110,7 @@ def test_finalizers_in_a_child_close_and_unmap_nothing(engine_bdfs: tuple[str, .
     """Though nobody has closed anything there, and nobody can any more."""
     rigs = [Rig(engine_bdfs[0], kernel=world.kernel)]
     rigs[0].blocks.add("ring", used_length=2 * MIB, max_length=GIB)
-    mine = {rigs[0].device.fd, rigs[0].device.group.fd, rigs[0].container.fd}
+    mine = set(descriptors_of(rigs[0].device))
 
     def child() -> None:
         device = weakref.ref(rigs[0].device)
@@ -125,8 +126,10 @@ def test_finalizers_in_a_child_close_and_unmap_nothing(engine_bdfs: tuple[str, .
         assert rig.reaches(rig.blocks["ring"], 4 * MIB - SIZE)
 
 
-@pytest.mark.real_kernel("the group of a fake is its process's own, and no child keeps it")
-def test_a_child_that_lives_keeps_the_group_and_nothing_else(engine_bdfs: tuple[str, ...], world: World) -> None:
+@pytest.mark.real_kernel("the group of a fake is in one process, and no child keeps the group")
+def test_a_child_that_lives_keeps_the_device_from_others_and_nothing_else(
+    engine_bdfs: tuple[str, ...], world: World
+) -> None:
     """It is named as the holder; what was mapped is unmapped and unlocked nevertheless."""
     locked = world.locked_bytes()
     with Rig(engine_bdfs[0], kernel=world.kernel) as rig:

@@ -9,6 +9,8 @@ from pyvfio.kernel import Kernel
 from pyvfio.units import MIB, PAGE_SIZE
 from tests.hw.rig import Rig, pattern
 
+pytestmark = pytest.mark.only_type1("the bitmap of dirty pages is that of a container")
+
 
 def test_what_is_mapped_may_have_been_written(rig: Rig) -> None:
     """All of a block, and of it as it grows and shrinks; whatever the device does, it goes on."""
@@ -27,14 +29,14 @@ def test_what_is_mapped_may_have_been_written(rig: Rig) -> None:
 def test_the_last_word_on_what_was_written_comes_with_the_unmap(rig: Rig) -> None:
     """Of memory of the caller's own; then it is out of reach."""
     block = rig.blocks.add("ring", used_length=4 * PAGE_SIZE, max_length=4 * PAGE_SIZE)
-    iova = rig.container.reserve_iova(4 * PAGE_SIZE, alignment=PAGE_SIZE, offset=0)
+    iova = rig.space.reserve_iova(4 * PAGE_SIZE, alignment=PAGE_SIZE, offset=0)
     for page in (0, 2):
-        rig.container.map(vaddr=block.vaddr + page * PAGE_SIZE, iova=iova + page * PAGE_SIZE, size=PAGE_SIZE)
+        rig.space.map(vaddr=block.vaddr + page * PAGE_SIZE, iova=iova + page * PAGE_SIZE, size=PAGE_SIZE)
     with DirtyTracking(rig.container) as tracking:
         found = tracking.unmap(iova=iova, size=4 * PAGE_SIZE)
     assert [(dirty.start - iova, dirty.size) for dirty in found.dirty] == [(0, PAGE_SIZE), (2 * PAGE_SIZE, PAGE_SIZE)]
     assert rig.device_reads(iova) is None
-    rig.container.release_iova(iova)
+    rig.space.release_iova(iova)
 
 
 def test_what_a_device_writes_is_dirty_after_a_resize_and_after_a_clear(rig: Rig) -> None:

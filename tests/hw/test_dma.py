@@ -52,7 +52,7 @@ def test_what_was_in_a_block_before_a_resize_is_there_for_the_device_after_it(ri
         assert rig.device_reads(rig.mapper.iova(block) + MIB) == kept
 
 
-@pytest.mark.real_kernel("a fake reaches memory by its address and pins no physical page")
+@pytest.mark.real_kernel("a fake reaches memory by virtual address and pins no physical page")
 def test_a_page_that_was_given_back_is_out_of_the_devices_reach(rig: Rig) -> None:
     """A witness holds the physical page: before the shrink the device's write is seen in it, after it is not."""
     block = rig.blocks.add("ring", used_length=2 * MIB, max_length=GIB)
@@ -144,6 +144,7 @@ def test_memory_that_is_mapped_for_reading_is_not_written(rig: Rig) -> None:
     rig.blocks.kernel.munmap(page, PAGE_SIZE)
 
 
+@pytest.mark.only_type1("iommufd has one kind of address space")
 def test_a_block_of_type1_v1_is_resized_as_one_of_v2_is(engine_bdfs: tuple[str, ...], kernel: Kernel) -> None:
     """The old type1, which unmaps by other rules, does for resizing too."""
     with Rig(engine_bdfs[0], kernel=kernel, iommu_type=ioctls.VFIO_TYPE1_IOMMU) as rig:
@@ -177,15 +178,15 @@ def test_every_range_of_the_iommu_is_reached_from_its_first_page_to_its_last(rig
     """In each range that the kernel reports, what is mapped at either end can be read by the device."""
     block = rig.blocks.add("source", used_length=2 * PAGE_SIZE, max_length=2 * PAGE_SIZE)
     desk = rig.mapper.iova(rig.blocks["desk"])
-    for offered in rig.container.iova_ranges:
+    for offered in rig.space.iova_ranges:
         for iova in (offered.start, offered.last + 1 - PAGE_SIZE):
             there = pattern()
             with block.view() as view:
                 view[:SIZE] = there
             assert desk < iova or desk >= iova + PAGE_SIZE
-            rig.container.map(vaddr=block.vaddr, iova=iova, size=PAGE_SIZE)
+            rig.space.map(vaddr=block.vaddr, iova=iova, size=PAGE_SIZE)
             assert rig.device_reads(iova) == there
-            rig.container.unmap(iova=iova, size=PAGE_SIZE)
+            rig.space.unmap(iova=iova, size=PAGE_SIZE)
             assert rig.device_reads(iova) is None
 
 
@@ -194,13 +195,13 @@ def test_a_failed_resize_leaves_the_device_what_it_had(rig: Rig) -> None:
     block = rig.blocks.add("ring", used_length=2 * MIB, max_length=4 * MIB)
     iova = rig.mapper.iova(block)
     stranger = rig.blocks.add("stranger", used_length=PAGE_SIZE, max_length=PAGE_SIZE)
-    rig.container.map(vaddr=stranger.vaddr, iova=iova + 3 * MIB, size=PAGE_SIZE)
+    rig.space.map(vaddr=stranger.vaddr, iova=iova + 3 * MIB, size=PAGE_SIZE)
     with pytest.raises(pyvfio.IovaOverlapError) as caught:
         block.resize(4 * MIB)
     assert [existing.start for existing in caught.value.existing] == [iova + 3 * MIB]
     assert block.used_length == 2 * MIB
     assert rig.reaches(block, 2 * MIB - SIZE)
-    rig.container.unmap(iova=iova + 3 * MIB, size=PAGE_SIZE)
+    rig.space.unmap(iova=iova + 3 * MIB, size=PAGE_SIZE)
     block.resize(4 * MIB)
     assert rig.reaches(block, 4 * MIB - SIZE)
 
@@ -230,7 +231,7 @@ def test_rings_are_remapped_beside_buffers_in_granules(engine_bdfs: tuple[str, .
         buffers = rig.blocks.add("buffers", used_length=2 * MIB, max_length=8 * MIB)
         ring.resize(3 * PAGE_SIZE)
         buffers.resize(4 * MIB)
-        assert len(rig.container.mappings) == 1 + 1 + 4
+        assert len(rig.space.mappings) == 1 + 1 + 4
         assert rig.reaches(ring, 3 * PAGE_SIZE - SIZE)
         assert rig.reaches(buffers, 4 * MIB - SIZE)
         with buffers.view(0, MIB) as view:
@@ -265,7 +266,7 @@ def test_temporary_mappings_come_from_the_top_and_go_with_a_reset(
         assert rig.mapper.dma_bits == bits or bits is None
         buffer[:SIZE] = there = pattern()
         temporary = rig.mapper.map_temporary(buffer)
-        ranges, limit = rig.container.iova_ranges, 1 << rig.mapper.dma_bits
+        ranges, limit = rig.space.iova_ranges, 1 << rig.mapper.dma_bits
         top = max(min(offered.last + 1, limit) for offered in ranges if offered.start < limit)
         assert temporary.iova == top - PAGE_SIZE
         assert rig.device_reads(temporary.iova) == there

@@ -1,4 +1,4 @@
-"""Two groups: one address space that they share, or one each."""
+"""Two devices in two groups: one address space that they share, or one each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pyvfio.kernel import Kernel
 from pyvfio.testing.world import World
 from pyvfio.units import GIB, MIB, PAGE_SIZE
 from tests.hw.rig import SIZE, Rig, pattern
+from tests.spaces import AddressSpace
 
 
 @pytest.fixture
@@ -20,14 +21,12 @@ def two(engine_bdfs: tuple[str, ...]) -> tuple[str, str]:
     return engine_bdfs[0], engine_bdfs[1]
 
 
-def test_two_groups_in_one_container_reach_the_same_block(two: tuple[str, str], kernel: Kernel) -> None:
+def test_two_groups_in_one_space_reach_the_same_block(
+    two: tuple[str, str], kernel: Kernel, space: AddressSpace
+) -> None:
     """What one device writes the other reads, before and after a resize, and both are stopped behind it."""
-    with (
-        pyvfio.Container(kernel=kernel) as container,
-        Rig(two[0], kernel=kernel, container=container) as one,
-        Rig(two[1], kernel=kernel, container=container) as other,
-    ):
-        assert one.device.group is not other.device.group
+    with Rig(two[0], kernel=kernel, space=space) as one, Rig(two[1], kernel=kernel, space=space) as other:
+        assert one.device.group_number != other.device.group_number
         block = one.blocks.add("shared", used_length=2 * MIB, max_length=GIB)
         iova = one.mapper.iova(block)
         for length in (2 * MIB, 4 * MIB, MIB):
@@ -39,20 +38,22 @@ def test_two_groups_in_one_container_reach_the_same_block(two: tuple[str, str], 
             assert other.device_reads(iova + length) is None
 
 
-def test_a_group_that_comes_later_reaches_what_is_mapped_already(two: tuple[str, str], kernel: Kernel) -> None:
+def test_a_group_that_comes_later_reaches_what_is_mapped_already(
+    two: tuple[str, str], kernel: Kernel, space: AddressSpace
+) -> None:
     """Ranges are read anew, reservations still hold, and existing mappings count for the new group."""
-    with pyvfio.Container(kernel=kernel) as container, Rig(two[0], kernel=kernel, container=container) as one:
+    with Rig(two[0], kernel=kernel, space=space) as one:
         block = one.blocks.add("shared", used_length=2 * MIB, max_length=GIB)
         there = pattern()
         with block.view() as view:
             view[:SIZE] = there
-        with Rig(two[1], kernel=kernel, container=container) as other:
+        with Rig(two[1], kernel=kernel, space=space) as other:
             assert other.device_reads(one.mapper.iova(block)) == there
         assert one.device_reads(one.mapper.iova(block)) == there
 
 
-def test_a_container_each_keeps_two_groups_apart(two: tuple[str, str], kernel: Kernel) -> None:
-    """A device does not reach what is mapped for another group's container at the same IOVA."""
+def test_a_space_each_keeps_two_groups_apart(two: tuple[str, str], kernel: Kernel) -> None:
+    """A device does not reach what is mapped for another group's space at the same IOVA."""
     with Rig(two[0], kernel=kernel) as one, Rig(two[1], kernel=kernel) as other:
         block = one.blocks.add("mine", used_length=2 * MIB, max_length=GIB)
         with block.view() as view:
@@ -61,35 +62,45 @@ def test_a_container_each_keeps_two_groups_apart(two: tuple[str, str], kernel: K
         assert one.reaches(block, 0)
 
 
-def test_a_device_is_opened_once_at_a_time(two: tuple[str, str], kernel: Kernel) -> None:
-    """The second try leaves the first device and its group as they are; the group goes with that device."""
+def test_a_device_is_opened_once_at_a_time(two: tuple[str, str], space: AddressSpace) -> None:
+    """The second try leaves the first device as it is."""
+    first = pyvfio.open_device(two[0], space=space)
+    with pytest.raises(pyvfio.VfioError, match="is open already in "):
+        pyvfio.open_device(two[0], space=space)
+    assert first.config.read16(0) == 0x1234
+    first.close()
+    pyvfio.open_device(two[0], space=space).close()
+
+
+@pytest.mark.only_type1("a device of iommufd opens no group")
+def test_a_group_goes_with_its_last_device(two: tuple[str, str], kernel: Kernel) -> None:
+    """Anybody can open it then."""
     with pyvfio.Container(kernel=kernel) as container:
         first = pyvfio.open_device(two[0], container=container)
-        with pytest.raises(pyvfio.VfioError, match="is open already in IOMMU group"):
-            pyvfio.open_device(two[0], container=container)
-        assert first.config.read16(0) == 0x1234
         first.close()
         assert container.groups == {}
         pyvfio.Group(first.group.number, kernel=kernel).close()
         pyvfio.open_device(two[0], container=container).close()
 
 
+@pytest.mark.only_type1("a device of iommufd opens no group, and mappings stay without a device")
 def test_the_last_group_does_not_leave_while_a_device_reaches_memory(bdf: str, kernel: Kernel) -> None:
     """Refused by `close` as by `detach`: the transfers go on. Without mappings it leaves with its device."""
     with pyvfio.Container(kernel=kernel) as container:
-        with Rig(bdf, kernel=kernel, container=container) as rig:
+        with Rig(bdf, kernel=kernel, space=container) as rig:
             group = rig.device.group
             block = rig.blocks.add("ring", used_length=2 * MIB, max_length=GIB)
             for leave in (group.close, lambda: container.detach(group)):
-                with pytest.raises(pyvfio.VfioError, match=r"last one, and \d+ mappings are left"):
+                with pytest.raises(pyvfio.VfioError, match=r"last group of the container, with \d+ mappings? left"):
                     leave()
             assert rig.reaches(block, 0)
         assert container.groups == {}
         assert not container.lost
-        with Rig(bdf, kernel=kernel, container=container) as again:
+        with Rig(bdf, kernel=kernel, space=container) as again:
             assert again.reaches(again.blocks.add("ring", used_length=MIB, max_length=GIB), 0)
 
 
+@pytest.mark.only_type1("a device of iommufd opens no group, and mappings stay without a device")
 def test_a_last_group_that_left_past_its_container_is_noticed(bdf: str, world: World) -> None:
     """The kernel has unmapped everything then: nothing is locked, and the container says so."""
     locked = world.locked_bytes()
@@ -107,6 +118,7 @@ def test_a_last_group_that_left_past_its_container_is_noticed(bdf: str, world: W
         group.close()
 
 
+@pytest.mark.only_type1("the kernel counts the mappings of a container alone")
 def test_after_an_unmap_past_the_container_its_table_is_what_the_kernel_has(bdf: str, kernel: Kernel) -> None:
     """By the number of mappings that the kernel counts; `unmap_all` ends them."""
     with pyvfio.open_device(bdf, kernel=kernel) as device, pyvfio.RamBlockList(kernel=kernel) as blocks:

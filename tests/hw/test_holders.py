@@ -42,8 +42,8 @@ def test_a_block_keeps_a_part_that_is_mapped_within_the_devices_reach(
 ) -> None:
     """It cannot lose the part; once that mapping is closed it can, and the device is stopped there."""
     with (
-        pyvfio.RamBlockList(kernel=rig.container.kernel) as blocks,
-        pyvfio.DmaMapper(rig.container, blocks, resize=resize) as mapper,
+        pyvfio.RamBlockList(kernel=rig.space.kernel) as blocks,
+        pyvfio.DmaMapper(rig.space, blocks, resize=resize) as mapper,
     ):
         block = blocks.add("held", used_length=4 * PAGE_SIZE, max_length=MIB)
         with block.view() as view, view[2 * PAGE_SIZE : 3 * PAGE_SIZE] as page:

@@ -80,7 +80,7 @@ def test_a_block_is_its_part_of_a_file_and_so_is_what_the_device_reaches(rig: Ri
         block.remove()
 
 
-@pytest.mark.real_kernel("a fake reaches memory by its address and pins no physical page")
+@pytest.mark.real_kernel("a fake reaches memory by virtual address and pins no physical page")
 @pytest.mark.parametrize("name", ["memfd", "file"])
 def test_a_page_of_a_file_that_was_given_back_is_out_of_the_devices_reach(rig: Rig, name: str) -> None:
     """Cut off or punched out of the file, and held by a pipe: the device writes to its address in vain."""
@@ -130,7 +130,7 @@ def _free_huge_pages() -> int:
     return int((POOL.parent / "free_hugepages").read_text(encoding="ascii"))
 
 
-@pytest.mark.real_kernel("the pool of huge pages is the machine's")
+@pytest.mark.real_kernel("the pool of huge pages belongs to the machine")
 def test_huge_pages_are_grown_to_the_end_of_their_pool_and_no_further(rig: Rig, world: World, throwaway: None) -> None:
     """The device reaches all of them; beyond, fallocate says that there are none, and nothing has changed."""
     with huge_pages(4):
@@ -150,7 +150,7 @@ def test_huge_pages_are_grown_to_the_end_of_their_pool_and_no_further(rig: Rig, 
         block.remove()
 
 
-@pytest.mark.real_kernel("the pool of huge pages is the machine's")
+@pytest.mark.real_kernel("the pool of huge pages belongs to the machine")
 def test_the_page_size_of_a_callers_file_is_found_out(rig: Rig, throwaway: None) -> None:
     """One on hugetlbfs has huge pages, of which lengths are multiples then."""
     fd = os.memfd_create("caller's", os.MFD_CLOEXEC | os.MFD_HUGETLB)
@@ -166,20 +166,20 @@ def test_the_page_size_of_a_callers_file_is_found_out(rig: Rig, throwaway: None)
     os.close(fd)
 
 
-@pytest.mark.real_kernel("what is charged under strict overcommit is the machine's")
+@pytest.mark.real_kernel("the charges under strict overcommit are those of the machine")
 def test_a_memfd_that_would_grow_beyond_the_commit_limit_is_refused(rig: Rig, world: World, throwaway: None) -> None:
     """By fallocate, before anybody touches what is not there; nothing has changed."""
     block = rig.blocks.add("ring", used_length=2 * MIB, max_length=64 * GIB, memory=Memfd())
     assert block.file is not None
     with strict_overcommit():
-        before = (os.fstat(block.file.fd).st_size, world.locked_bytes(), rig.container.mappings)
-        with pytest.raises(pyvfio.IoctlError, match="more memory could not be had"):
+        before = (os.fstat(block.file.fd).st_size, world.locked_bytes(), rig.space.mappings)
+        with pytest.raises(pyvfio.IoctlError, match="more memory could not be allocated"):
             block.resize(32 * GIB)
-        assert (os.fstat(block.file.fd).st_size, world.locked_bytes(), rig.container.mappings) == before
+        assert (os.fstat(block.file.fd).st_size, world.locked_bytes(), rig.space.mappings) == before
     assert rig.reaches(block, 2 * MIB - SIZE)
 
 
-@pytest.mark.real_kernel("what is charged under strict overcommit is the machine's")
+@pytest.mark.real_kernel("the charges under strict overcommit are those of the machine")
 def test_memory_is_not_left_unreserved_where_the_machine_reserves_all(throwaway: None) -> None:
     """It would be charged nevertheless: refused, with the reason."""
     refused = pytest.raises(ValueError, match=r"vm\.overcommit_memory is 2")
@@ -196,8 +196,8 @@ def test_a_block_that_is_whole_for_want_of_mappings_is_reached_as_far_as_it_is_u
         with mappings_left(2):  # a fake kernel has no memory then to read the list of all mappings
             block = blocks.add("ring", used_length=2 * PAGE_SIZE, max_length=4 * MIB, memory=memory)
         assert block.whole
-        blocks.kernel = rig.container.kernel
-        with pyvfio.DmaMapper(rig.container, blocks) as mapper:
+        blocks.kernel = rig.space.kernel
+        with pyvfio.DmaMapper(rig.space, blocks) as mapper:
             iova = mapper.iova(block)
             for length in (20, 2):
                 block.resize(length * PAGE_SIZE)

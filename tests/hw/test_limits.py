@@ -49,7 +49,7 @@ def test_a_resize_in_granules_above_the_memlock_limit_is_refused_with_the_number
 
 
 def test_what_is_mapped_is_locked_and_nothing_else(rig: Rig, world: World) -> None:
-    """VmLck follows used_length, not max_length."""
+    """The kernel's count follows used_length, not max_length."""
     before = world.locked_bytes()
     block = rig.blocks.add("ring", used_length=2 * MIB, max_length=64 * GIB)
     assert world.locked_bytes() - before == 2 * MIB
@@ -61,14 +61,15 @@ def test_what_is_mapped_is_locked_and_nothing_else(rig: Rig, world: World) -> No
     assert world.locked_bytes() == before
 
 
+@pytest.mark.only_type1("an I/O address space takes any number of mappings")
 def test_the_last_entry_is_followed_by_a_clear_refusal(engine_bdfs: tuple[str, ...], world: World) -> None:
     """ENOSPC says how many mappings there may be; temporary ones that are given up make room by themselves."""
     with world.dma_entry_limit(4), Rig(engine_bdfs[0], kernel=world.kernel) as rig:
-        assert rig.container.entries_left == 3  # the rig has one
+        assert rig.space.entries_left == 3  # the rig has one
         blocks = [rig.blocks.add(f"b{i}", used_length=PAGE_SIZE, max_length=MIB) for i in range(2)]
         buffer = mmap.mmap(-1, PAGE_SIZE)
         temporary = rig.mapper.map_temporary(buffer)
-        assert rig.container.entries_left == 0
+        assert rig.space.entries_left == 0
         with pytest.raises(pyvfio.EntryLimitError, match="all 4 mappings") as caught:
             rig.blocks.add("one too many", used_length=PAGE_SIZE, max_length=MIB)
         assert (caught.value.limit, caught.value.used) == (4, 4)
@@ -80,16 +81,34 @@ def test_the_last_entry_is_followed_by_a_clear_refusal(engine_bdfs: tuple[str, .
         buffer.close()
 
 
+@pytest.mark.real_kernel("65,536 mappings take a fake a minute")
+@pytest.mark.only_iommufd("a container takes no more mappings than a parameter allows")
+def test_a_space_takes_more_mappings_than_a_container(rig: Rig) -> None:
+    """One more than the usual limit of type1, in granules of a page; the device reaches the last one."""
+    assert rig.space.entries_left is None
+    pages = 65_536
+    with (
+        pyvfio.RamBlockList(kernel=rig.space.kernel) as blocks,
+        pyvfio.DmaMapper(rig.space, blocks, resize="extend", granule=PAGE_SIZE) as mapper,
+    ):
+        block = blocks.add("ring", used_length=pages * PAGE_SIZE, max_length=pages * PAGE_SIZE)
+        assert len(rig.space.mappings) == pages + 1  # the rig has one
+        with block.view() as view:
+            view[-SIZE:] = there = pattern()
+        assert rig.device_reads(mapper.iova(block) + pages * PAGE_SIZE - SIZE) == there
+
+
 def test_an_overlap_is_refused_and_says_what_is_there(rig: Rig) -> None:
     """EEXIST, with the mapping that is in the way."""
     block = rig.blocks.add("ring", used_length=2 * MIB, max_length=2 * MIB)
     iova = rig.mapper.iova(block)
     with pytest.raises(pyvfio.IovaOverlapError) as caught:
-        rig.container.map(vaddr=block.vaddr, iova=iova + MIB, size=2 * MIB)
+        rig.space.map(vaddr=block.vaddr, iova=iova + MIB, size=2 * MIB)
     assert caught.value.errno == errno.EEXIST
     assert caught.value.existing == (pyvfio.IovaRange.of(iova=iova, size=2 * MIB),)
 
 
+@pytest.mark.only_type1("the two versions of type1 differ; test_cuts says it of iommufd")
 @pytest.mark.parametrize("iommu_type", [ioctls.VFIO_TYPE1_IOMMU, ioctls.VFIO_TYPE1v2_IOMMU], ids=["v1", "v2"])
 def test_an_unmap_that_cuts_a_mapping_in_two_is_never_taken_for_done(
     engine_bdfs: tuple[str, ...], kernel: Kernel, iommu_type: ioctls.VfioExtension
@@ -100,7 +119,7 @@ def test_an_unmap_that_cuts_a_mapping_in_two_is_never_taken_for_done(
         iova = rig.mapper.iova(block)
         v1 = iommu_type == ioctls.VFIO_TYPE1_IOMMU
         with pytest.raises(pyvfio.UnmapSizeError, match="Nothing has been unmapped"):
-            rig.container.unmap(iova=iova + MIB, size=MIB)
+            rig.space.unmap(iova=iova + MIB, size=MIB)
         assert rig.reaches(block, 0)
         if v1:
             assert rig.container.unmap_dma(iova=iova, size=PAGE_SIZE) == 2 * MIB
@@ -114,14 +133,15 @@ def test_an_unmap_that_cuts_a_mapping_in_two_is_never_taken_for_done(
 def test_a_mapping_outside_the_ranges_is_refused_with_the_ranges(rig: Rig) -> None:
     """In the window of message-signalled interrupts, across its edge, and above the top."""
     block = rig.blocks.add("ring", used_length=2 * MIB, max_length=2 * MIB)
-    ranges = rig.container.iova_ranges
+    ranges = rig.space.iova_ranges
     for iova in (0xFEE00000, ranges[0].last + 1 - PAGE_SIZE):
         with pytest.raises(pyvfio.IovaRangeError) as caught:
-            rig.container.map(vaddr=block.vaddr, iova=iova, size=2 * PAGE_SIZE)
+            rig.space.map(vaddr=block.vaddr, iova=iova, size=2 * PAGE_SIZE)
         assert caught.value.ranges == ranges
         assert str(ranges[0]) in str(caught.value)
 
 
+@pytest.mark.only_type1("the kernel counts the mappings of a container alone")
 def test_the_last_page_of_64_bits_is_mapped_only_where_it_can_be_unmapped_again(rig: Rig) -> None:
     """Kernels up to 6.12 map it, and then unmap nothing at all when everything is to go."""
     block = rig.blocks.add("ring", used_length=PAGE_SIZE, max_length=PAGE_SIZE)
@@ -138,10 +158,10 @@ def test_the_last_page_of_64_bits_is_mapped_only_where_it_can_be_unmapped_again(
 
 def test_what_lies_between_the_ranges_is_what_the_group_has_reserved(device: pyvfio.Device, kernel: Kernel) -> None:
     """As sysfs lists it: no more, and no less, but for memory that is reserved until a driver takes the device."""
-    group = kernel.sysfs / f"kernel/iommu_groups/{device.group.number}/reserved_regions"
+    group = kernel.sysfs / f"kernel/iommu_groups/{device.group_number}/reserved_regions"
     lines = [line.split() for line in group.read_text(encoding="ascii").splitlines()]
     reserved = [(int(start, 16), int(last, 16)) for start, last, kind in lines if kind != "direct-relaxable"]
-    ranges = device.container.iova_ranges
+    ranges = device.space.iova_ranges
     for start, last in reserved:
         assert not any(found.start <= last and start <= found.last for found in ranges), hex(start)
     between = {(before.last + 1, after.start - 1) for before, after in pairwise(ranges)}
@@ -152,7 +172,7 @@ def test_memory_that_cannot_be_pinned_is_refused_with_what_is_there(rig: Rig) ->
     """EFAULT for the inaccessible tail of a block; the error shows the process's own mapping."""
     block = rig.blocks.add("ring", used_length=PAGE_SIZE, max_length=GIB)
     with pytest.raises(pyvfio.IoctlError, match="---p") as caught:
-        rig.container.map(vaddr=block.vaddr + MIB, iova=9 * GIB, size=MIB)
+        rig.space.map(vaddr=block.vaddr + MIB, iova=9 * GIB, size=MIB)
     assert caught.value.errno == errno.EFAULT
 
 
@@ -160,31 +180,31 @@ def test_a_full_iova_space_is_refused_before_any_memory_is_mapped(engine_bdfs: t
     """A block that no free range is long enough for ends in one error with the numbers, and is not there. The last
     range counts because the mapper lifts the limit of 39 bits."""
     with Rig(engine_bdfs[0], kernel=kernel, dma_bits=64) as rig:
-        for free in rig.container.allocator.free_ranges:
-            rig.container.reserve_iova_at(free.start, free.size)
-        rig.container.release_iova(rig.container.allocator.reservations[-1].start)
-        length = rig.container.allocator.largest_free
-        rig.container.reserve_iova_at(rig.container.allocator.free_ranges[0].start, length - GIB)
+        for free in rig.space.allocator.free_ranges:
+            rig.space.reserve_iova_at(free.start, free.size)
+        rig.space.release_iova(rig.space.allocator.reservations[-1].start)
+        length = rig.space.allocator.largest_free
+        rig.space.reserve_iova_at(rig.space.allocator.free_ranges[0].start, length - GIB)
         with pytest.raises(pyvfio.IovaRangeError, match="the longest free run has 1 GiB") as caught:
             rig.blocks.add("too long", used_length=PAGE_SIZE, max_length=GIB + PAGE_SIZE)
-        assert caught.value.ranges == rig.container.iova_ranges
+        assert caught.value.ranges == rig.space.iova_ranges
         assert caught.value.largest_free == GIB
         assert [block.idstr for block in rig.blocks] == ["desk"]
 
 
 def test_room_above_the_address_bits_of_a_device_is_named_and_not_used(rig: Rig) -> None:
     """When all IOVAs of 39 bits are taken, the error has what is free above, which a wider mapper finds."""
-    container, limit = rig.container, 1 << rig.mapper.dma_bits
-    for free in container.allocator.free_ranges:
+    space, limit = rig.space, 1 << rig.mapper.dma_bits
+    for free in space.allocator.free_ranges:
         if free.start < limit:
-            container.reserve_iova_at(free.start, min(free.last + 1, limit) - free.start)
-    above = container.allocator.largest_free
+            space.reserve_iova_at(free.start, min(free.last + 1, limit) - free.start)
+    above = space.allocator.largest_free
     with pytest.raises(pyvfio.IovaRangeError) as caught:
         rig.blocks.add("ring", used_length=PAGE_SIZE, max_length=GIB)
     assert (caught.value.largest_free, caught.value.largest_free_above) == (0, above)
     assert ("dma_bits=39" in caught.value.message) == (above > 0)
     if above:
-        with mmap.mmap(-1, PAGE_SIZE) as buffer, pyvfio.DmaMapper(container, dma_bits=64) as wide:
+        with mmap.mmap(-1, PAGE_SIZE) as buffer, pyvfio.DmaMapper(space, dma_bits=64) as wide:
             buffer[:SIZE] = there = pattern()
             with wide.map_buffer(buffer) as mapping:
                 assert mapping.iova >= limit

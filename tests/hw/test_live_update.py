@@ -31,6 +31,10 @@ from pyvfio.units import MIB, PAGE_SIZE
 from tests.hw.rig import SIZE, Rig
 from tests.hw.successor import USED, Taker, locked
 
+pytestmark = pytest.mark.only_type1(
+    "VFIO_UPDATE_VADDR, by which mappings go to another process, is of containers alone"
+)
+
 ROOT = Path(__file__).parents[2]
 BAR_SIZE = MIB
 
@@ -116,9 +120,7 @@ class Witness:
 def watched(rig: Rig, block: pyvfio.RamBlock) -> Iterator[Witness]:
     """While this lasts the device copies in `block`."""
     assert block.file is not None
-    witness = Witness(
-        rig.container.kernel, device_fd=rig.device.fd, memory_fd=block.file.fd, iova=rig.mapper.iova(block)
-    )
+    witness = Witness(rig.space.kernel, device_fd=rig.device.fd, memory_fd=block.file.fd, iova=rig.mapper.iova(block))
     try:
         yield witness
     finally:
@@ -176,13 +178,13 @@ def test_no_interrupt_is_lost_while_it_is_handed_over(rig: Rig, world: World) ->
 def test_a_hand_over_that_is_cancelled_loses_no_transfer(rig: Rig, world: World) -> None:
     """And the block can be resized as before."""
     block = add(rig)
-    before = rig.container.mappings
+    before = rig.space.mappings
     with watched(rig, block) as witness:
         with hand_over(rig.mapper):
             witness.wait()
         witness.wait()
         assert witness.stop().lost == 0
-    assert rig.container.mappings == before
+    assert rig.space.mappings == before
     rig.mapper._check()
     block.resize(8 * MIB)
     assert rig.reaches(block, 8 * MIB - SIZE)
@@ -258,7 +260,7 @@ def _takes_all(helper: Helper, state: bytes, fds: list[int]) -> None:
     assert locked() == 0
 
 
-@pytest.mark.real_kernel("a fake is in one process, and another has none of it")
+@pytest.mark.real_kernel("a fake is in one process, and other processes have no access")
 def test_another_process_takes_over_and_no_transfer_is_lost(engine_bdfs: tuple[str, ...], world: World) -> None:
     """It has what is locked, sees what the device writes, grows and shrinks the block, and closes it; by that time the
     old process has closed all that it had."""
@@ -276,7 +278,7 @@ def test_another_process_takes_over_and_no_transfer_is_lost(engine_bdfs: tuple[s
             assert world.locked_bytes() == before
             update.finish()
             rig.blocks.close()
-            rig.container.close()
+            rig.space.close()
             witness.wait()
             assert witness.stop().lost == 0
         os.close(own)
@@ -306,7 +308,7 @@ class _Mortal(LinuxKernel):
 
 
 @pytest.mark.one_iommu
-@pytest.mark.real_kernel("a fake is in one process, and another has none of it")
+@pytest.mark.real_kernel("a fake is in one process, and other processes have no access")
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_new_process_that_dies_in_the_middle_takes_nothing_with_it(
     engine_bdfs: tuple[str, ...], world: World, *, after: bool
@@ -315,7 +317,7 @@ def test_a_new_process_that_dies_in_the_middle_takes_nothing_with_it(
     helper = Helper(lambda _helper, state, fds: take_over(state, fds, kernel=_Mortal(after=after)).close())
     with Rig(engine_bdfs[0], kernel=world.kernel, resize="extend", memory=Memfd()) as rig:
         block = add(rig)
-        locked, before = world.locked_bytes(), rig.container.mappings
+        locked, before = world.locked_bytes(), rig.space.mappings
         with watched(rig, block) as witness:
             with hand_over(rig.mapper) as update:
                 helper.send(update)
@@ -325,7 +327,7 @@ def test_a_new_process_that_dies_in_the_middle_takes_nothing_with_it(
                 witness.wait()
             witness.wait()
             assert witness.stop().lost == 0
-        assert (world.locked_bytes(), rig.container.mappings) == (locked, before)
+        assert (world.locked_bytes(), rig.space.mappings) == (locked, before)
         block.resize(8 * MIB)
         assert rig.reaches(block, 8 * MIB - SIZE)
         block.resize(PAGE_SIZE)
@@ -388,7 +390,7 @@ def _becomes_another_program(bdf: str, said: socket.socket) -> None:
 
 
 @pytest.mark.one_iommu
-@pytest.mark.real_kernel("a fake is gone with the program that it is in")
+@pytest.mark.real_kernel("a fake ends with the program")
 def test_a_process_that_executes_another_program_hands_over_to_that(engine_bdfs: tuple[str, ...], world: World) -> None:
     """By inheritance; seen from another process, which has the device work all the while."""
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -425,7 +427,7 @@ def test_a_process_that_executes_another_program_hands_over_to_that(engine_bdfs:
 
 
 @pytest.mark.one_iommu
-@pytest.mark.real_kernel("a fake is in one process, and another has none of it")
+@pytest.mark.real_kernel("a fake is in one process, and other processes have no access")
 def test_the_programs_of_the_page_do_what_it_says(bdf: str, tmp_path: Path) -> None:
     """Word for word, but for the device's address."""
     text = (ROOT / "docs/live-update.md").read_text(encoding="utf-8")

@@ -49,7 +49,7 @@ def _maps(vaddr: int, size: int) -> list[str]:
     return found
 
 
-@pytest.mark.real_kernel("what is charged under strict overcommit is the machine's")
+@pytest.mark.real_kernel("the charges under strict overcommit are those of the machine")
 def test_a_tebibyte_is_reserved_under_strict_overcommit_and_nothing_is_charged() -> None:
     """Only what is used counts."""
     with strict_overcommit():
@@ -63,21 +63,21 @@ def test_a_tebibyte_is_reserved_under_strict_overcommit_and_nothing_is_charged()
         reservation.release()
 
 
-@pytest.mark.real_kernel("what is charged under strict overcommit is the machine's")
+@pytest.mark.real_kernel("the charges under strict overcommit are those of the machine")
 def test_growing_beyond_the_commit_limit_fails_and_changes_nothing(rig: Rig, world: World) -> None:
     """ENOMEM from the kernel itself: lengths, memory maps, what is locked and what the device reaches are as before."""
     block = rig.blocks.add("ring", used_length=2 * MIB, max_length=64 * GIB)
     with strict_overcommit():
-        before = (_maps(block.vaddr, block.max_length), world.locked_bytes(), rig.container.mappings)
-        with pytest.raises(pyvfio.IoctlError, match="more memory could not be had") as caught:
+        before = (_maps(block.vaddr, block.max_length), world.locked_bytes(), rig.space.mappings)
+        with pytest.raises(pyvfio.IoctlError, match="more memory could not be allocated") as caught:
             block.resize(32 * GIB)
         assert caught.value.errno == 12
-        assert (_maps(block.vaddr, block.max_length), world.locked_bytes(), rig.container.mappings) == before
+        assert (_maps(block.vaddr, block.max_length), world.locked_bytes(), rig.space.mappings) == before
     assert block.used_length == 2 * MIB
     assert rig.reaches(block, 2 * MIB - SIZE)
 
 
-@pytest.mark.real_kernel("whether memory is huge pages is the machine's; a fake takes either")
+@pytest.mark.real_kernel("the machine decides whether memory is huge pages; a fake takes either")
 def test_memory_of_a_block_is_backed_by_transparent_huge_pages(rig: Rig) -> None:
     """Where the machine has them; mapped for the device, the block is one huge page after another."""
     if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="ascii"):
@@ -99,24 +99,24 @@ def _script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_scripts_give_a_device_back_and_take_it_again(bdf: str) -> None:
     """`scripts/unbind` and `scripts/bind` on real sysfs, with what they say checked against it."""
     kernel = LinuxKernel()
-    assert pci.read_device(kernel, bdf).driver == "vfio-pci"
+    assert pci.read_device(bdf, kernel=kernel).driver == "vfio-pci"
     given_back = _script("unbind", bdf)
     assert given_back.returncode == 0, given_back.stderr
-    assert pci.read_device(kernel, bdf).driver is None
+    assert pci.read_device(bdf, kernel=kernel).driver is None
     refused = subprocess.run(
         [sys.executable, "-c", f"import pyvfio; pyvfio.open_device('{bdf}')"],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert f"scripts/bind {bdf}" in refused.stderr
+    assert f"pyvfio bind {bdf}" in refused.stderr
     plan = _script("bind", "--dry-run", bdf)
     assert plan.returncode == 0
     assert "driver_override" in plan.stdout
-    assert pci.read_device(kernel, bdf).driver is None
+    assert pci.read_device(bdf, kernel=kernel).driver is None
     taken = _script("bind", bdf)
     assert taken.returncode == 0, taken.stderr
-    assert pci.read_device(kernel, bdf).driver == "vfio-pci"
+    assert pci.read_device(bdf, kernel=kernel).driver == "vfio-pci"
 
 
 @pytest.mark.real_kernel("the scripts work on the machine's sysfs, which has no fake device")
@@ -135,4 +135,4 @@ def test_a_device_that_is_open_is_not_taken_away(device: pyvfio.Device) -> None:
     refused = _script("unbind", device.bdf)
     assert refused.returncode == 1
     assert "open" in refused.stderr
-    assert pci.read_device(LinuxKernel(), device.bdf).driver == "vfio-pci"
+    assert pci.read_device(device.bdf, kernel=LinuxKernel()).driver == "vfio-pci"

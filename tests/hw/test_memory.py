@@ -116,7 +116,7 @@ def _no_more_areas() -> Iterator[None]:
             os.pwrite(limit.fileno(), former, 0)
 
 
-@pytest.mark.real_kernel("how many areas a process may have is the machine's")
+@pytest.mark.real_kernel("the machine limits the number of memory areas of a process")
 def test_a_shrink_whose_memory_the_kernel_does_not_take_back_is_a_warning(rig: Rig, throwaway: None) -> None:
     """The block has its new length, the device reaches that, and what stayed reads zeros when it is used again."""
     block = rig.blocks.add("ring", used_length=4 * MIB, max_length=8 * MIB)
@@ -127,7 +127,7 @@ def test_a_shrink_whose_memory_the_kernel_does_not_take_back_is_a_warning(rig: R
         with _no_more_areas():
             block.resize(2 * MIB)
     assert [warning.category for warning in caught] == [pyvfio.MemoryNotReturnedWarning]
-    assert "shrank to 2 MiB, but 2 MiB could not be given back" in str(caught[0].message)
+    assert "shrank to 2 MiB, but 2 MiB could not be released" in str(caught[0].message)
     assert block.used_length == 2 * MIB
     assert rig.reaches(block, 2 * MIB - SIZE)
     assert rig.device_reads(iova + 2 * MIB) is None

@@ -14,6 +14,7 @@ from pyvfio.kernel import Kernel
 from pyvfio.testing.world import World
 from pyvfio.units import GIB, MIB, PAGE_SIZE
 from tests.hw.rig import Rig
+from tests.spaces import descriptors_of
 from tests.unit.processes import open_fds
 
 
@@ -22,7 +23,7 @@ def test_nothing_is_pinned_and_no_descriptor_is_open_after_close(bdf: str, world
     fds, locked = open_fds(), world.locked_bytes()
     device = pyvfio.open_device(bdf, kernel=world.kernel)
     blocks = pyvfio.RamBlockList(kernel=world.kernel)
-    mapper = pyvfio.DmaMapper(device.container, blocks)
+    mapper = pyvfio.DmaMapper(device.space, blocks)
     for number in range(3):
         blocks.add(f"b{number}", used_length=2 * MIB, max_length=GIB)
     device.memory_enabled = True
@@ -38,22 +39,22 @@ def test_nothing_is_pinned_and_no_descriptor_is_open_after_close(bdf: str, world
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_closing_the_mapper_leaves_nothing_mapped(device: pyvfio.Device, world: World, count: int) -> None:
-    """Odd or even number of blocks: all entries are free again, and nothing is pinned."""
-    locked, entries = world.locked_bytes(), device.container.entries_left
+    """Odd or even number of blocks: nothing is pinned, and all entries are free again where the kernel counts them."""
+    locked, entries = world.locked_bytes(), device.space.entries_left
     with pyvfio.RamBlockList(kernel=world.kernel) as blocks:
-        mapper = pyvfio.DmaMapper(device.container, blocks)
+        mapper = pyvfio.DmaMapper(device.space, blocks)
         for number in range(count):
             blocks.add(f"b{number}", used_length=(number + 1) * PAGE_SIZE, max_length=MIB)
-        assert device.container.entries_left == entries - count
+        assert device.space.entries_left == (None if entries is None else entries - count)
         mapper.close()
-        assert device.container.entries_left == entries
+        assert device.space.entries_left == entries
         assert world.locked_bytes() == locked
-        assert not device.container.mappings
+        assert not device.space.mappings
 
 
 def test_descriptors_are_close_on_exec(device: pyvfio.Device) -> None:
     """None of them is seen by a program that this process starts."""
-    for fd in (device.fd, device.group.fd, device.container.fd, *device.irq(ioctls.VFIO_PCI_MSI_IRQ_INDEX).enable(1)):
+    for fd in (*descriptors_of(device), *device.irq(ioctls.VFIO_PCI_MSI_IRQ_INDEX).enable(1)):
         assert not os.get_inheritable(fd)
 
 
@@ -65,12 +66,13 @@ def test_a_group_that_is_open_is_refused_with_its_holder(device: pyvfio.Device, 
 
 
 def test_a_device_can_be_opened_again_at_once(bdf: str, kernel: Kernel) -> None:
-    """Closing frees the group."""
+    """Closing frees the device."""
     for _ in range(3):
         with pyvfio.open_device(bdf, kernel=kernel) as device:
             assert device.info.num_regions >= 9
 
 
+@pytest.mark.only_type1("a group and a container are among the descriptors")
 def test_the_descriptors_of_a_launcher_are_used_as_ones_own(bdf: str, kernel: Kernel) -> None:
     """Each is known by its kind; memory is mapped through them, and they are closed with the objects."""
     before = open_fds()
@@ -90,7 +92,7 @@ def test_the_descriptors_of_a_launcher_are_used_as_ones_own(bdf: str, kernel: Ke
             pyvfio.Device.from_fd(group, bdf, wrong)
     device = pyvfio.Device.from_fd(group, bdf, fds[2])
     assert device.info.num_regions >= 9
-    with pyvfio.RamBlockList(kernel=kernel) as blocks, pyvfio.DmaMapper(device.container, blocks):
+    with pyvfio.RamBlockList(kernel=kernel) as blocks, pyvfio.DmaMapper(device.space, blocks):
         blocks.add("ring", used_length=2 * MIB, max_length=GIB)
         assert container.mappings
     container.close()
@@ -112,7 +114,7 @@ def test_registers_are_read_and_written_at_their_width(rig: Rig) -> None:
         bar.read32(bar.size)
 
 
-@pytest.mark.real_kernel("a fake's BAR, mapped raw, is memory without registers in it")
+@pytest.mark.real_kernel("a BAR of a fake, mapped raw, is memory without registers")
 def test_a_mapped_region_shows_the_registers(rig: Rig) -> None:
     """The identification register through a raw mapping, which a live view keeps open."""
     bar = rig.device.region(ioctls.VFIO_PCI_BAR0_REGION_INDEX)
@@ -172,8 +174,8 @@ def test_in_a_forked_child_a_device_is_an_error_and_closing_it_does_nothing(rig:
             lambda: block.resize(MIB),
             block.view,
             block.remove,
-            rig.container.get_info,
-            lambda: rig.container.map(vaddr=block.vaddr, iova=9 * GIB, size=MIB),
+            rig.space.unmap_all,
+            lambda: rig.space.map(vaddr=block.vaddr, iova=9 * GIB, size=MIB),
         ]
         for use in uses:
             with suppress(pyvfio.ForkedError):

@@ -46,7 +46,7 @@ def group_of(limit: int) -> Iterator[Path]:
             libc.umount(os.fsencode(GROUPS))
 
 
-@pytest.mark.real_kernel("a control group's limit is the machine's")
+@pytest.mark.real_kernel("the limit of a control group belongs to the machine")
 @pytest.mark.parametrize("memory", [Anonymous(), Memfd()], ids=["anonymous", "memfd"])
 def test_what_the_limit_of_a_control_group_has_no_room_for_is_refused_and_nobody_is_killed(
     kernel: Kernel, throwaway: None, memory: MemoryKind
@@ -80,7 +80,7 @@ def test_what_the_limit_of_a_control_group_has_no_room_for_is_refused_and_nobody
         assert in_child(killed) == -signal.SIGKILL
 
 
-@pytest.mark.real_kernel("the pool of huge pages is the machine's")
+@pytest.mark.real_kernel("the pool of huge pages belongs to the machine")
 def test_huge_pages_that_are_not_in_the_pool_are_refused_and_none_is_kept(
     rig: Rig, world: World, throwaway: None
 ) -> None:

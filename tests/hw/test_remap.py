@@ -160,7 +160,7 @@ def test_a_page_of_a_file_that_is_not_to_be_punched_stays_failed_and_the_error_s
         assert not readable(block.vaddr + OFFSET)
         with pytest.raises(pyvfio.RollbackError) as caught:
             block.remap(OFFSET, PAGE_SIZE)
-        assert "not to be punched; let that be with memory=File(fd, punch=True)" in str(caught.value)
+        assert "must not be punched; allow that with memory=File(fd, punch=True)" in str(caught.value)
         block.resize(2 * MIB)  # what is left of it is well
         rig.mapper._check()
 

@@ -114,7 +114,7 @@ def test_settings_are_on_memory_before_it_is_populated(rig: Rig, name: str) -> N
         check_life(rig, memory, ALL, prealloc=1, shared=name == "memfd")
 
 
-@pytest.mark.real_kernel("the pool of huge pages is the machine's")
+@pytest.mark.real_kernel("the pool of huge pages belongs to the machine")
 @pytest.mark.parametrize("settings", [ALL, NONE], ids=["all", "none"])
 def test_settings_stay_on_huge_pages(rig: Rig, throwaway: None, settings: MemorySettings) -> None:
     """The kernel shows them there, too, but for KSM, which takes no shared memory."""

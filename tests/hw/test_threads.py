@@ -100,7 +100,7 @@ def test_eight_threads_change_everything_at_once_and_nothing_is_left(
     """Blocks of their own, and one that two share; nothing raises, and the device reaches what is in use."""
     locked = world.locked_bytes()
     with Rig(engine_bdfs[0], kernel=world.kernel, resize=resize, granule=granule) as rig:
-        entries = rig.container.entries_left
+        entries = rig.space.entries_left
         shared = [
             rig.blocks.add(f"shared{number}", used_length=PAGE_SIZE, max_length=MIB) for number in range(THREADS // 2)
         ]
@@ -108,7 +108,7 @@ def test_eight_threads_change_everything_at_once_and_nothing_is_left(
         workers = [_Worker(rig, number, shared[number // 2], barrier) for number in range(THREADS)]
         with ThreadPoolExecutor(THREADS) as pool:
             assert sum(pool.map(_Worker.run, workers)) == THREADS * OPERATIONS
-        for structure in (rig.blocks, rig.mapper, rig.container, rig.blocks.discards):
+        for structure in (rig.blocks, rig.mapper, rig.space, rig.blocks.discards):
             structure._check()
         for block in shared:
             block.populate(0, PAGE_SIZE)
@@ -117,9 +117,9 @@ def test_eight_threads_change_everything_at_once_and_nothing_is_left(
             block.remove()
         assert rig.mapper.reset_temporary() == 0
         assert [block.idstr for block in rig.blocks] == ["desk"]
-        assert rig.container.entries_left == entries
+        assert rig.space.entries_left == entries
         rig.mapper.close()
-        assert rig.container.mappings == ()
+        assert rig.space.mappings == ()
         assert world.locked_bytes() == locked
 
 
@@ -150,10 +150,10 @@ def test_a_notifier_that_resizes_from_inside_is_refused_and_all_is_as_before(
             rig.blocks.add_notifier(rig.mapper)
         else:
             rig.blocks.add_notifier(meddler)
-        iova, mappings = rig.mapper.iova(block), rig.container.mappings
+        iova, mappings = rig.mapper.iova(block), rig.space.mappings
         with pytest.raises(pyvfio.ReentrancyError):
             block.resize(length)
-        assert (block.used_length, rig.mapper.iova(block), rig.container.mappings) == (2 * MIB, iova, mappings)
+        assert (block.used_length, rig.mapper.iova(block), rig.space.mappings) == (2 * MIB, iova, mappings)
         assert rig.reaches(block, 2 * MIB - SIZE)
         assert rig.device_reads(iova + 2 * MIB) is None
         rig.mapper._check()

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import pytest
 
@@ -24,23 +24,41 @@ from pyvfio.testing.under_fire import copy_meanwhile
 from pyvfio.testing.world import World
 from pyvfio.units import GIB, MIB, PAGE_SIZE
 from tests.hw.rig import SIZE, Rig, pattern
+from tests.spaces import Cut
 
 RESIZES, COPIES = 1000, 100
+
+
+class Setting(NamedTuple):
+    """How a mapper follows resizes, and how its address space cuts."""
+
+    resize: Literal["remap", "extend", "cut"]
+    granule: int | None = None
+    cut: Cut = None
+
+    def rig(self, bdf: str, kernel: Kernel) -> Rig:
+        """A device with that mapper."""
+        return Rig(bdf, kernel=kernel, resize=self.resize, granule=self.granule, cut=self.cut)
+
+
 KILLS = 100
 
+CUTS = pytest.mark.only_iommufd("type1 cuts no mapping")
 POLICIES = [
-    pytest.param("remap", None, id="remap"),
-    pytest.param("extend", None, id="extend"),
-    pytest.param("extend", PAGE_SIZE, id="granules"),
+    pytest.param(Setting(resize="remap"), id="remap"),
+    pytest.param(Setting(resize="extend"), id="extend"),
+    pytest.param(Setting(resize="extend", granule=PAGE_SIZE), id="granules"),
+    pytest.param(Setting(resize="cut", cut="pages"), id="cut", marks=CUTS),
+    pytest.param(Setting(resize="cut", cut="replace"), id="cut by replacing", marks=CUTS),
 ]
 
 
-@pytest.mark.parametrize(("resize", "granule"), POLICIES)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_the_device_reaches_exactly_what_is_in_use_under_each_policy(
-    engine_bdfs: tuple[str, ...], kernel: Kernel, resize: Literal["remap", "extend"], granule: int | None
+    engine_bdfs: tuple[str, ...], kernel: Kernel, policy: Setting
 ) -> None:
     """The first and last bytes of it, across pieces, and not the page behind it."""
-    with Rig(engine_bdfs[0], kernel=kernel, resize=resize, granule=granule) as rig:
+    with policy.rig(engine_bdfs[0], kernel) as rig:
         block = rig.blocks.add("ring", used_length=2 * PAGE_SIZE, max_length=MIB)
         iova = rig.mapper.iova(block)
         for pages in (5, 9, 6, 3, 0, 8, 1):
@@ -65,7 +83,7 @@ def _fire(rig: Rig, block: pyvfio.RamBlock, resize: Callable[[], object], *, res
     return done.lost
 
 
-@pytest.mark.real_kernel("a transfer of the fake edu is over at once: nothing can happen meanwhile")
+@pytest.mark.real_kernel("a transfer of the fake edu completes at once: nothing can happen in between")
 def test_with_granules_no_transfer_into_what_stays_is_lost(engine_bdfs: tuple[str, ...], kernel: Kernel) -> None:
     """Whatever is mapped and unmapped behind it at the same time."""
     with Rig(engine_bdfs[0], kernel=kernel, resize="extend", granule=64 * PAGE_SIZE) as rig:
@@ -76,7 +94,23 @@ def test_with_granules_no_transfer_into_what_stays_is_lost(engine_bdfs: tuple[st
         rig.mapper._check()
 
 
-@pytest.mark.real_kernel("a transfer of the fake edu is over at once: nothing can happen meanwhile")
+@CUTS
+@pytest.mark.real_kernel("a transfer of the fake edu completes at once: nothing can happen in between")
+@pytest.mark.parametrize("cut", ["pages", "replace"])
+def test_with_cuts_no_transfer_into_what_stays_is_lost(
+    engine_bdfs: tuple[str, ...], kernel: Kernel, cut: Literal["pages", "replace"]
+) -> None:
+    """At any length, inside of mappings that were made as one; the page behind is stopped in the end."""
+    with Setting(resize="cut", cut=cut).rig(engine_bdfs[0], kernel) as rig:
+        block = rig.blocks.add("ring", used_length=4 * MIB, max_length=16 * MIB)
+        lengths = cycle((4 * MIB - PAGE_SIZE, 2 * MIB, 3 * MIB + PAGE_SIZE, 2 * PAGE_SIZE, 16 * MIB, MIB))
+        assert _fire(rig, block, lambda: block.resize(next(lengths)), resizes=RESIZES, copies=COPIES) == 0
+        rig.mapper._check()
+        block.resize(2 * PAGE_SIZE)
+        assert rig.device_reads(rig.mapper.iova(block) + 2 * PAGE_SIZE) is None
+
+
+@pytest.mark.real_kernel("a transfer of the fake edu completes at once: nothing can happen in between")
 def test_a_remap_of_a_large_block_loses_transfers(engine_bdfs: tuple[str, ...], kernel: Kernel) -> None:
     """So that the sentence above is known to see it. How soon depends on how long the IOMMU takes to map."""
     with Rig(engine_bdfs[0], kernel=kernel, resize="remap") as rig:
@@ -104,7 +138,7 @@ def _resize_for_ever(bdf: str, kernel: Kernel, ready: int) -> None:
         block.resize(pages * PAGE_SIZE)
 
 
-@pytest.mark.real_kernel("a fake's state is its process's own, and dies with it")
+@pytest.mark.real_kernel("the state of a fake is in one process, and ends with the process")
 def test_a_process_that_is_killed_in_the_middle_of_a_resize_leaves_nothing_behind(
     engine_bdfs: tuple[str, ...], kernel: Kernel
 ) -> None:
@@ -147,25 +181,23 @@ def interruption() -> Iterator[Callable[[float], None]]:
     signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.real_kernel("how long a map takes is the machine's")
-@pytest.mark.parametrize(("resize", "granule"), POLICIES)
+@pytest.mark.real_kernel("the machine decides how long a map takes")
+@pytest.mark.parametrize("policy", POLICIES)
 def test_a_ctrl_c_during_a_long_grow_leaves_the_block_as_it_was(
     engine_bdfs: tuple[str, ...],
     world: World,
     interruption: Callable[[float], None],
-    resize: Literal["remap", "extend"],
-    granule: int | None,
+    policy: Setting,
 ) -> None:
     """Between two pieces, or behind the one call that there is: what had been mapped is unmapped again."""
-    unit = 64 * (granule or 0) or None
-    with Rig(engine_bdfs[0], kernel=world.kernel, resize=resize, granule=unit) as rig:
+    with policy._replace(granule=64 * (policy.granule or 0) or None).rig(engine_bdfs[0], world.kernel) as rig:
         block = rig.blocks.add("ring", used_length=2 * MIB, max_length=GIB)
-        locked, before = world.locked_bytes(), rig.container.mappings
+        locked, before = world.locked_bytes(), rig.space.mappings
         interruption(0.02)
         with pytest.raises(KeyboardInterrupt):
             block.resize(512 * MIB)
         rig.mapper._check()
-        assert (block.used_length, world.locked_bytes(), rig.container.mappings) == (2 * MIB, locked, before)
+        assert (block.used_length, world.locked_bytes(), rig.space.mappings) == (2 * MIB, locked, before)
         assert rig.reaches(block, 2 * MIB - SIZE)
         assert rig.device_reads(rig.mapper.iova(block) + 2 * MIB) is None
         block.resize(4 * MIB)

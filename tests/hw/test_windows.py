@@ -20,6 +20,7 @@ from pyvfio.kernel import Kernel, LinuxKernel
 from pyvfio.testing.fake import FakeKernel
 from pyvfio.units import MIB, PAGE_SIZE
 from tests.contract.devices import Company, fake_groups, find_company
+from tests.spaces import fake_of, linux_of
 
 pytestmark = pytest.mark.one_iommu
 
@@ -33,12 +34,12 @@ def running(request: pytest.FixtureRequest) -> Iterator[Kernel]:
     """The running kernel, with the devices bound to vfio-pci."""
     if not request.config.getoption("--throwaway"):
         pytest.skip("this uses devices that --device does not name: only in a virtual machine, with --throwaway")
-    kernel = LinuxKernel()
-    if (found := find_company(kernel)) is None:
-        pytest.skip("this needs the devices of scripts/vm --devices contract")
     with ExitStack() as stack:
+        kernel = stack.enter_context(linux_of(request.config))
+        if (found := find_company(kernel)) is None:
+            pytest.skip("this needs the devices of scripts/vm --devices contract")
         for member in (found.e1000e, found.in_slot, *found.functions):
-            stack.callback(pci.restore, kernel, pci.bind(kernel, member.bdf))
+            stack.callback(pci.restore, pci.bind(member.bdf, kernel=kernel), kernel=kernel)
         yield kernel
 
 
@@ -49,7 +50,7 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[Kernel]:
     if version is None:
         yield request.getfixturevalue("running")
         return
-    with FakeKernel(version, groups=fake_groups()) as fake:
+    with fake_of(request.config, fake_groups()) as fake:
         yield fake
         fake.check()
         assert fake.descriptors == ()
@@ -81,8 +82,12 @@ def capability(device: pyvfio.Device, number: int) -> int:
 
 def mapped(kernel: Kernel) -> list[int]:
     """The sizes of what this process has mapped of devices."""
-    name = "anon_inode:[vfio-device]" if isinstance(kernel, LinuxKernel) else "memfd:vfio-device"
-    lines = [line for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines() if name in line]
+    # A device of a group has no name in the file system, and a device that was opened by its own node has that one.
+    names = (
+        ("anon_inode:[vfio-device]", "/vfio/devices/") if isinstance(kernel, LinuxKernel) else ("memfd:vfio-device",)
+    )
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in maps if any(name in line for name in names)]
     return [end - start for start, end in ((int(each, 16) for each in line.split()[0].split("-")) for line in lines)]
 
 
@@ -228,7 +233,7 @@ def test_a_device_that_the_kernel_wants_back_is_asked_for_and_closes(kernel: Ker
     if isinstance(kernel, LinuxKernel):
         assert not (kernel.sysfs / "bus/pci/devices" / bdf).exists()
         pci.write_sysfs(kernel.sysfs / "bus/pci/rescan", "1")
-        pci.bind(kernel, bdf)
+        pci.bind(bdf, kernel=kernel)
 
 
 def _pull_out(kernel: Kernel, slot: str, bdf: str) -> None:
@@ -262,7 +267,7 @@ def test_a_device_that_is_pulled_out_raises_errors_and_closes(kernel: Kernel, co
     irq = device.irq(ioctls.VFIO_PCI_INTX_IRQ_INDEX)
     irq.enable()
     blocks = pyvfio.RamBlockList(kernel=kernel)
-    mapper = pyvfio.DmaMapper(device.container, blocks)
+    mapper = pyvfio.DmaMapper(device.space, blocks)
     block = blocks.add("data", used_length=PAGE_SIZE, max_length=MIB)
     ended: list[Exception] = []
     done = threading.Event()

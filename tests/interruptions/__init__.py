@@ -1,1 +1,1 @@
-"""Operations of the library, the points at which CPython can run other code in them, and the states that are legal."""
+"""Operations of the library, the points at which CPython can run other code in them, and the legal end states."""

@@ -1,4 +1,4 @@
-"""Runs an operation with something in the way at one of its points, and judges what is left."""
+"""Runs an operation with an interruption at one of its points, and judges the state afterwards."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from tests.unit.fakes import Interrupt
 Victim: TypeAlias = Callable[[Scene], Callable[[], object]]
 FIRST, SECOND = signal.SIGUSR1, signal.SIGUSR2
 HANDLED = Counter[int]()
-"""How often the handler of each signal has run."""
+"""The number of runs of each signal's handler."""
 
 
 class Dry(NamedTuple):
-    """An operation that nothing disturbs: how many points it has, the state behind it, and that when the object that it
-    has made is closed."""
+    """An undisturbed run of an operation: the number of points, and the state afterwards.
+
+    `closed`: the state after the object that the operation made is closed.
+    """
 
     points: int
     after: State
@@ -32,8 +34,10 @@ class Dry(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A signal at the point `first`, and another one at the point `second` from there. `counted`: the points behind
-    that are wanted."""
+    """A signal at the point `first`, and perhaps another at the point `second` after that.
+
+    `counted`: the points behind are to be counted too.
+    """
 
     first: int
     second: int | None = None
@@ -41,13 +45,13 @@ class Case(NamedTuple):
 
 
 def press(number: int) -> None:
-    """Have a signal arrive in this thread, now."""
+    """Send a signal to this thread now."""
     signal.raise_signal(number)
 
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """Both signals have a handler in Python, which raises Interrupt."""
+    """Install a Python handler for both signals, which raises Interrupt."""
 
     def handler(number: int, frame: FrameType | None) -> None:
         del frame
@@ -63,23 +67,24 @@ def raising() -> Iterator[None]:
 
 
 def handlers() -> list[object]:
-    """The handlers of all signals."""
+    """Return the handlers of all signals."""
     return [signal.getsignal(number) for number in signal.valid_signals()]
 
 
 def difference(found: State, *legal: State) -> str:
-    """In words, against that of the legal states which is nearest; nothing where it is one of them."""
+    """Describe the difference to the nearest legal state; an empty string if there is none."""
     wrong = [{key: (state[key], found[key]) for key in state if state[key] != found[key]} for state in legal]
     nearest = min(wrong, key=len)
     return "; ".join(f"{key}: {found!r} in place of {wanted!r}" for key, (wanted, found) in nearest.items())
 
 
 def rehearse(operation: Operation, kernel: SeenKernel) -> Dry:
-    """Make the operation twice, undisturbed: what is imported or cached for the first one is no point of it."""
+    """Make the operation twice, undisturbed. Imports and caches of the first run are no points of the operation."""
     for _ in range(2):
         scene = Scene(kernel)
         operation.prepare(scene)
         scene.note_iovas()
+        scene.state(checked=False)  # as before each case, because an answer that a block caches is no point either
         walk = Walk()
         scene.made = walk.run(partial(operation.call, scene))
         after = closed = scene.state()
@@ -91,7 +96,7 @@ def rehearse(operation: Operation, kernel: SeenKernel) -> Dry:
 
 
 class Examination:
-    """One case of one operation: `failure` says what is wrong, and where the signals arrived."""
+    """One case of one operation."""
 
     def __init__(self, operation: Operation, kernel: SeenKernel, dry: Dry, case: Case) -> None:
         self._operation = operation
@@ -103,11 +108,11 @@ class Examination:
             steps[case.first + case.second] = partial(press, SECOND)
         self.walk = Walk(steps, to_the_end=case.counted)
         self.interrupted: Interrupt | None = None
-        """The exception of a handler, which keeps alive whatever nobody has received."""
+        """The exception of a handler, which keeps objects alive that no caller received."""
         self._scene = Scene(kernel)
 
     def run(self) -> str:
-        """What is wrong, in words; nothing where all is right."""
+        """Describe the fault in words; an empty string if there is none."""
         scene, operation = self._scene, self._operation
         operation.prepare(scene)
         scene.note_iovas()
@@ -147,13 +152,13 @@ class Examination:
 
 
 def examine(operation: Operation, kernel: SeenKernel, dry: Dry, case: Case) -> tuple[str, int]:
-    """What is wrong, and how many points the call had from the first signal on."""
+    """Return the fault, and the number of points of the call from the first signal on."""
     examination = Examination(operation, kernel, dry, case)
     try:
         wrong = examination.run()
     except (Exception, Interrupt) as error:
         wrong = examination._say(f"{type(error).__name__}: {error}, line {_line(error)}")
-    examination.interrupted = None  # or its traceback would keep the scene until the next collection
+    examination.interrupted = None  # the traceback would otherwise keep the scene until the next collection
     return wrong, examination.walk.count - case.first
 
 
@@ -168,7 +173,7 @@ def _line(error: BaseException) -> int:
 
 
 class Outcome(NamedTuple):
-    """What a call raised, by name, and what there is then."""
+    """The exception that a call raised, by name, and the state afterwards."""
 
     error: str
     state: State
@@ -184,7 +189,7 @@ def _outcome(scene: Scene, call: Callable[[], object]) -> Outcome:
 
 
 def rehearse_collections(operation: Operation, kernel: SeenKernel, victim: Victim) -> tuple[int, list[Outcome]]:
-    """How many points there are, and what may come out: that of a close before the operation, and of one behind it."""
+    """Return the number of points, and the legal outcomes: those with a close before and after the operation."""
     outcomes = []
     for first in (True, False):
         scene = Scene(kernel)
@@ -206,7 +211,7 @@ def rehearse_collections(operation: Operation, kernel: SeenKernel, victim: Victi
 def examine_collection(
     operation: Operation, kernel: SeenKernel, victim: Victim, at: int, legal: Sequence[Outcome]
 ) -> str:
-    """What is wrong after an operation in which a victim has gone, in words."""
+    """Describe the fault after an operation during which a victim was collected; an empty string if there is none."""
     scene = Scene(kernel)
     operation.prepare(scene)
     walk = Walk({at: hold(victim(scene))}, to_the_end=False)

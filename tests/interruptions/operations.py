@@ -1,17 +1,18 @@
-"""Each call of the library that changes something, with what it begins with, and what a second call of it may say."""
+"""Each call of the library that changes state, with its preparation and the legal errors of a second call."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Literal, NamedTuple, TypeVar
 
 import pyvfio
 from pyvfio import ioctls
 from pyvfio.units import PAGE_SIZE
-from tests.interruptions.scene import GROUP, HOT_BDFS, MOST, Listener, Scene, Update
-from tests.unit.fakes import BDF
+from tests.interruptions.scene import GROUP, HOT_BDFS, MOST, Kind, Listener, Scene, Update
+from tests.spaces import Cut
+from tests.unit.fakes import BDF, OTHER_BDF
 
 _Thing = TypeVar("_Thing")
 INTX, MSI, MSIX = (
@@ -22,11 +23,11 @@ INTX, MSI, MSIX = (
 
 
 class Operation(NamedTuple):
-    """A call that changes something.
+    """A call that changes state.
 
-    `prepare` makes what it begins with. `makes`: it returns an object that nobody else has, so that nothing of it may
-    be left where nobody receives that. `refusals`: what a second call may raise when the first one has succeeded.
-    `tidy`: a call that a program makes between the two, for what a close leaves.
+    `prepare` makes the preconditions. `makes`: the call returns a new object. If no caller receives the object, nothing
+    of the object may be left. `refusals`: the exceptions that a second call may raise after the first one succeeded.
+    `tidy`: a call that a program makes between the two, for the remains of a close. `space`: the kind of address space.
     """
 
     name: str
@@ -35,13 +36,14 @@ class Operation(NamedTuple):
     makes: bool = False
     refusals: tuple[type[Exception], ...] = ()
     tidy: Callable[[Scene], object] | None = None
+    space: Kind = "type1"
 
     def __str__(self) -> str:
         return self.name
 
 
 def _nothing(scene: Scene) -> None:
-    """The program has opened nothing yet."""
+    """Prepare nothing: the program has opened nothing yet."""
 
 
 def _got(thing: _Thing | None) -> _Thing:
@@ -63,7 +65,7 @@ def _thing(scene: Scene, name: str, kind: type[_Thing]) -> _Thing:
 
 
 def _container(scene: Scene) -> None:
-    scene.container = pyvfio.Container(kernel=scene.kernel)
+    scene.space = pyvfio.Container(kernel=scene.kernel)
 
 
 def _container_and_group(scene: Scene) -> None:
@@ -77,11 +79,11 @@ def _attached(scene: Scene) -> None:
 
 
 def _attach(scene: Scene) -> None:
-    _got(scene.container).attach(_thing(scene, "group", pyvfio.Group))
+    scene.container.attach(_thing(scene, "group", pyvfio.Group))
 
 
 def _detach(scene: Scene) -> None:
-    _got(scene.container).detach(_thing(scene, "group", pyvfio.Group))
+    scene.container.detach(_thing(scene, "group", pyvfio.Group))
 
 
 def _device(scene: Scene) -> pyvfio.Device:
@@ -89,13 +91,13 @@ def _device(scene: Scene) -> pyvfio.Device:
 
 
 def _busy(scene: Scene) -> None:
-    """A device with interrupts, a mapped region, and memory of the program's that it reaches."""
+    """Open a device with interrupts, a mapped region, and memory of the program in reach."""
     device = scene.open()
     device.irq(MSI).enable(1)
     device.memory_enabled = True
     device.region(0).mmap()
     device.bus_master = True
-    scene.mapper = pyvfio.DmaMapper(device.container)
+    scene.mapper = pyvfio.DmaMapper(device.space)
     scene.mapper.map_buffer(scene.buffer("buffer"))
 
 
@@ -104,7 +106,7 @@ def _region(scene: Scene) -> None:
 
 
 def _window(scene: Scene) -> None:
-    """A window of a BAR, and a mapping of it."""
+    """Make a window of a BAR, and a mapping of the window."""
     _region_map(scene)
     _device(scene).region(0).read32(0)
 
@@ -128,13 +130,13 @@ def _interrupts(scene: Scene) -> None:
 
 
 class _Eventfd:
-    """An eventfd of the program's own."""
+    """An eventfd of the program."""
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK)
 
     def close(self) -> None:
-        """The program closes it itself."""
+        """Close the eventfd, as the program does."""
         os.close(self.fd)
 
 
@@ -154,7 +156,7 @@ def _line(scene: Scene) -> None:
 
 
 def _add_vectors(scene: Scene) -> None:
-    """Two, one of them with an eventfd of the program's own, and in place of one that there is."""
+    """Add two vectors, one of which replaces an existing one, with an eventfd of the program."""
     _device(scene).irq(MSIX).enable(fds=[_thing(scene, "eventfd", _Eventfd).fd] * 2, start=1)
 
 
@@ -182,7 +184,7 @@ def _opening() -> Iterator[Operation]:
     yield Operation(
         "open a device in a container",
         _container,
-        lambda s: pyvfio.open_device(BDF, container=s.container),
+        lambda s: pyvfio.open_device(BDF, space=s.space),
         makes=True,
     )
     yield Operation("Container()", _nothing, lambda s: pyvfio.Container(kernel=s.kernel), makes=True)
@@ -190,7 +192,7 @@ def _opening() -> Iterator[Operation]:
     yield Operation("attach", _container_and_group, _attach, refusals=(OSError, ValueError))
     yield Operation("detach", _attached, _detach, refusals=(ValueError,))
     yield Operation("close a group", _attached, partial(_close, "group"))
-    yield Operation("close a container", _busy, lambda s: _got(s.container).close())
+    yield Operation("close a container", _busy, lambda s: _got(s.space).close())
     yield Operation("close a device", _busy, partial(_close, "device"))
     yield Operation("map a region", _region, lambda s: _device(s).region(0).mmap(), makes=True)
     yield Operation("close a mapped region", _region_map, partial(_close, "map"))
@@ -208,7 +210,7 @@ def _opening() -> Iterator[Operation]:
 
 
 def _mixed(block: pyvfio.RamBlock | pyvfio.BlockShape) -> pyvfio.Policy | None:
-    """One block has granules, and all others are remapped."""
+    """Give granules to one block, and remap all others."""
     return pyvfio.Policy("extend", granule=PAGE_SIZE) if block.idstr == "ring" else None
 
 
@@ -220,7 +222,7 @@ def _blocks(scene: Scene, policy: str) -> None:
 
 
 def _unfollowed(scene: Scene) -> None:
-    """Blocks, and a container whose mapper does not follow them yet."""
+    """Make blocks, and a container whose mapper does not follow the blocks yet."""
     scene.open()
     scene.blocks = pyvfio.RamBlockList(kernel=scene.kernel)
     for name in ("ring", "other"):
@@ -228,7 +230,7 @@ def _unfollowed(scene: Scene) -> None:
 
 
 def _follow(scene: Scene) -> object:
-    return pyvfio.DmaMapper(_got(scene.container), scene.blocks)
+    return pyvfio.DmaMapper(_got(scene.space), scene.blocks)
 
 
 def _listened(scene: Scene) -> None:
@@ -279,7 +281,7 @@ def _changes() -> Iterator[Operation]:
 
 
 def _mapper(scene: Scene) -> None:
-    scene.mapper = pyvfio.DmaMapper(scene.open().container)
+    scene.mapper = pyvfio.DmaMapper(scene.open().space)
     for name in ("buffer", "first", "second", "third"):
         scene.buffer(name)
 
@@ -290,7 +292,7 @@ def _mapped(scene: Scene) -> None:
 
 
 def _temporary(scene: Scene) -> None:
-    """Two that have been given up, which are not neighbours, and one that has not."""
+    """Make two temporary mappings that are closed and not adjacent, and an open one."""
     _mapper(scene)
     first, second, third = (
         _got(scene.mapper).map_temporary(scene.buffer(name)) for name in ("first", "second", "third")
@@ -306,7 +308,7 @@ def _raw(scene: Scene) -> None:
 
 
 def _map(scene: Scene) -> None:
-    _got(scene.container).map(vaddr=scene.places["buffer"], iova=MOST, size=2 * PAGE_SIZE)
+    _got(scene.space).map(vaddr=scene.places["buffer"], iova=MOST, size=2 * PAGE_SIZE)
 
 
 def _raw_mapped(scene: Scene) -> None:
@@ -315,7 +317,7 @@ def _raw_mapped(scene: Scene) -> None:
 
 
 def _unmap(scene: Scene) -> None:
-    _got(scene.container).unmap(iova=MOST, size=2 * PAGE_SIZE)
+    _got(scene.space).unmap(iova=MOST, size=2 * PAGE_SIZE)
 
 
 def _map_dma(scene: Scene) -> object:
@@ -325,8 +327,7 @@ def _map_dma(scene: Scene) -> object:
 def _buffers() -> Iterator[Operation]:
     yield Operation("map", _raw, _map, refusals=(OSError,))
     yield Operation("unmap", _raw_mapped, _unmap, refusals=(pyvfio.VfioError, OSError))
-    if hasattr(pyvfio.Container, "unmap_all"):
-        yield Operation("unmap all", _raw_mapped, lambda s: getattr(s.container, "unmap_all")())  # noqa: B009
+    yield Operation("unmap all", _raw_mapped, lambda s: _got(s.space).unmap_all())
     yield Operation("map_dma", _mapper, _map_dma, makes=True)
     yield Operation("map_buffer", _mapper, lambda s: _got(s.mapper).map_buffer(s.buffer("buffer")), makes=True)
     yield Operation(
@@ -356,8 +357,8 @@ def _buffers() -> Iterator[Operation]:
 
 
 def _beside(scene: Scene) -> None:
-    """A mapper, and another device, with a region."""
-    scene.mapper = pyvfio.DmaMapper(scene.open().container)
+    """Make a mapper, and another device with a region."""
+    scene.mapper = pyvfio.DmaMapper(scene.open().space)
     scene.things["other"] = other = pyvfio.open_device(HOT_BDFS[0], kernel=scene.kernel)
     other.memory_enabled = True
 
@@ -376,10 +377,10 @@ def _beside_mapped(scene: Scene) -> None:
 
 
 def _hot(scene: Scene) -> None:
-    """Two devices of one bus, both bus masters, of which one reaches a BAR of the other."""
+    """Open two devices of one bus, both bus masters. One device reaches a BAR of the other."""
     scene.things["first"] = first = pyvfio.open_device(HOT_BDFS[0], kernel=scene.kernel)
-    scene.things["second"] = second = pyvfio.open_device(HOT_BDFS[1], container=first.container)
-    scene.mapper = pyvfio.DmaMapper(scene.open().container)
+    scene.things["second"] = second = pyvfio.open_device(HOT_BDFS[1], space=first.space)
+    scene.mapper = pyvfio.DmaMapper(scene.open().space)
     for device in (first, second):
         device.memory_enabled = True
         device.bus_master = True
@@ -412,7 +413,7 @@ def _tracked(scene: Scene) -> None:
 
 
 def _track(scene: Scene) -> None:
-    scene.things["tracking"] = pyvfio.DirtyTracking(_got(scene.container))
+    scene.things["tracking"] = pyvfio.DirtyTracking(scene.container)
 
 
 def _logged(scene: Scene) -> None:
@@ -421,7 +422,7 @@ def _logged(scene: Scene) -> None:
 
 
 def _dirty() -> Iterator[Operation]:
-    yield Operation("DirtyTracking()", _raw_mapped, lambda s: pyvfio.DirtyTracking(_got(s.container)), makes=True)
+    yield Operation("DirtyTracking()", _raw_mapped, lambda s: pyvfio.DirtyTracking(s.container), makes=True)
     yield Operation("close a DirtyTracking", _tracked, partial(_close, "tracking"))
     yield Operation(
         "DirtyLog()", partial(_blocks, policy="remap"), lambda s: pyvfio.DirtyLog(_got(s.blocks)), makes=True
@@ -463,6 +464,76 @@ def _live_update() -> Iterator[Operation]:
     yield Operation("take_over", _sent, _take, makes=True)
 
 
+# ------------------------------------------------------------------------------------------------ iommufd
+
+
+def _space(scene: Scene) -> None:
+    scene.space = pyvfio.Ioas(kernel=scene.kernel)
+
+
+def _two_spaces(scene: Scene) -> None:
+    """Map a buffer in the space of a device, and make a second space."""
+    _raw_mapped(scene)
+    scene.things["second"] = pyvfio.Ioas(scene.ioas.iommufd)
+
+
+def _second(scene: Scene) -> pyvfio.Ioas:
+    return _thing(scene, "second", pyvfio.Ioas)
+
+
+def _two_used_spaces(scene: Scene) -> None:
+    """Give the second space a device of its own, since nothing is mapped in a space without a device."""
+    _two_spaces(scene)
+    scene.things["other"] = pyvfio.open_device(OTHER_BDF, space=_second(scene))
+
+
+def _copy(scene: Scene) -> None:
+    _second(scene).copy(scene.ioas, iova=MOST, size=2 * PAGE_SIZE)
+
+
+def _cutting(scene: Scene, cut: Cut) -> None:
+    scene.space = pyvfio.Ioas(kernel=scene.kernel, cut=cut)
+    scene.open()
+    scene.fill(resize="cut")
+
+
+def _detached(scene: Scene) -> None:
+    _raw_mapped(scene)
+    _device(scene).detach()
+
+
+def _of_iommufd() -> Iterator[Operation]:
+    yield Operation("Iommufd()", _nothing, lambda s: pyvfio.Iommufd(kernel=s.kernel), makes=True)
+    yield Operation("Ioas()", _nothing, lambda s: pyvfio.Ioas(kernel=s.kernel), makes=True)
+    yield Operation("Ioas() that cuts", _nothing, lambda s: pyvfio.Ioas(kernel=s.kernel, cut="pages"), makes=True)
+    yield Operation("a second Ioas()", _space, lambda s: pyvfio.Ioas(s.ioas.iommufd), makes=True)
+    yield Operation("open a device", _nothing, lambda s: pyvfio.open_device(BDF, kernel=s.kernel), makes=True)
+    yield Operation("open a device in a space", _space, lambda s: pyvfio.open_device(BDF, space=s.space), makes=True)
+    yield Operation("close a device", _busy, partial(_close, "device"))
+    yield Operation("close a space", _busy, lambda s: s.ioas.close())
+    yield Operation("close an iommufd", _busy, lambda s: s.ioas.iommufd.close())
+    yield Operation("close a space without a device", _two_spaces, partial(_close, "second"))
+    yield Operation("move a device", _two_spaces, lambda s: _device(s).attach(_second(s)))
+    yield Operation("detach a device", _raw_mapped, lambda s: _device(s).detach())
+    yield Operation("attach a device", _detached, lambda s: _device(s).attach(s.ioas))
+    yield Operation("copy", _two_used_spaces, _copy, refusals=(OSError,))
+    cuts: dict[str, Callable[[Scene], object]] = {
+        "shrink": lambda s: _ring(s).resize(2 * PAGE_SIZE),
+        "grow": lambda s: _ring(s).resize(9 * PAGE_SIZE),
+        "discard": lambda s: _ring(s).discard(0, PAGE_SIZE),
+        "replace pages": lambda s: _ring(s).remap(0, 2 * PAGE_SIZE),
+    }
+    kinds: tuple[Cut, ...] = ("pages", "replace")
+    for name, call in cuts.items():
+        for kind in kinds:
+            yield Operation(f"{name}, cut by {kind}", partial(_cutting, cut=kind), call)
+
+
+def _on_iommufd(operations: Iterable[Operation]) -> Iterator[Operation]:
+    for operation in operations:
+        yield operation._replace(name=f"{operation.name}, iommufd", space="iommufd")
+
+
 OPERATIONS = (
     *_opening(),
     *_interrupts_of(),
@@ -471,4 +542,5 @@ OPERATIONS = (
     *_beside_each_other(),
     *_dirty(),
     *_live_update(),
+    *_on_iommufd((*_of_iommufd(), *_changes(), *_buffers())),
 )

@@ -1,9 +1,10 @@
-"""The points of a call at which CPython can run a signal handler or a finalizer of the program's.
+"""The points of a call at which CPython can run a signal handler or a finalizer of the program.
 
-CPython looks for signals when a function begins, when a C function has returned, and when a loop jumps back. A point is
-one of these, or the beginning of a line, which includes the loops. A system call of a fake kernel is a function in
-Python: its return counts as that of a C function. The lines of guard.py are no points: it decides by assignments,
-between which CPython does not look.
+CPython checks for signals when a function begins, when a C function returns, and when a loop jumps back. A point is one
+of these places, or the beginning of a line, which includes the loops. A system call of a fake kernel is a function in
+Python: its return counts as that of a C function. `eventfd_read` is an exception, as `Kernel` promises. The lines of
+guard.py are no points, nor are those of `Vectors._read_one`: they decide by assignments, and CPython does not check
+between these.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ _Result = TypeVar("_Result")
 
 @cache
 def _is_own(file: str) -> bool:
-    """Whether the file is the library's own; `testing` is the world around it."""
+    """Return whether the file belongs to the library; `testing` is the environment of the library."""
     path = Path(file)
     return HOUSE in path.parents and HOUSE / "testing" not in path.parents
 
 
 class Walk:
-    """Counts the points that a call passes. At some of them it makes a step, which may raise.
+    """Counts the points that a call passes. At some of them, the walk makes a step, which may raise.
 
-    `to_the_end`: also those behind the last step, which costs time.
+    `to_the_end`: points behind the last step are counted too, which costs time.
     """
 
     def __init__(self, steps: Mapping[int, Callable[[], object]] | None = None, *, to_the_end: bool = True) -> None:
@@ -43,10 +44,10 @@ class Walk:
         self._last = 0 if to_the_end else max(self._steps)
         self.count = 0
         self.where: list[str] = []
-        """The place of each step that was made: file, line, and the kind of the point."""
+        """The place of each step that was made: file, line, and kind of the point."""
 
     def run(self, call: Callable[[], _Result]) -> _Result:
-        """Make the call. In the main thread only, where Python runs signal handlers."""
+        """Make the call. Must run in the main thread, where Python runs signal handlers."""
         sys.setprofile(self._profile)
         sys.settrace(self._trace)
         try:
@@ -71,7 +72,7 @@ class Walk:
 
     def _line(self, frame: FrameType, event: str, argument: object) -> TraceFunction:
         del argument
-        if event == "line" and frame.f_code.co_filename != _GUARD:
+        if event == "line" and frame.f_code.co_filename != _GUARD and frame.f_code.co_name != "_read_one":
             self._pass(frame, "line")
         return self._line
 
@@ -84,11 +85,12 @@ class Walk:
             and caller
             and _is_own(caller.f_code.co_filename)
             and not _is_own(frame.f_code.co_filename)
+            and frame.f_code.co_name != "eventfd_read"
         ):
             self._pass(caller, f"return of {frame.f_code.co_name}")
 
 
 def stop() -> None:
-    """Count no more points."""
+    """Stop counting points."""
     sys.settrace(None)
     sys.setprofile(None)

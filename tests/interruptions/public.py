@@ -1,4 +1,4 @@
-"""Every public call of every class that has state, found by looking at the classes, with arguments by their names."""
+"""Every public call of every stateful class, found by inspection of the classes, with arguments by parameter name."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from tests.unit.fakes import BDF, OTHER_BDF
 STATELESS = {
     "protocols, which have no code": "AddressSpace Kernel RamBlockNotifier",
     "snapshots, which do not change": """
-        Anonymous BlockShape Capabilities Capability DeviceInfo DirtyBlock DirtyPages ExtendedVendorCapability Extent
-        FeatureAnswer File GroupMember Holder IommuInfo IovaRange IrqInfo Mapping Memfd Memlock MemorySettings
-        MsixCapability PcieCapability Plan PlannedBlock Policy PowerCapability Progress RegionInfo
-        VendorCapability
+        Anonymous BlockShape Capabilities Capability Command DeviceInfo Diagnosis DirtyBlock DirtyPages
+        ExtendedVendorCapability Extent FeatureAnswer File Finding GroupMember Holder HwInfo IommuInfo IovaRange IrqInfo
+        Mapping Memfd Memlock MemorySettings MsixCapability PcieCapability PhysicalMemory
+        PhysicalRange Plan PlannedBlock Policy PowerCapability
+        Progress RegionInfo VendorCapability
     """,
     "system calls alone, without a state": "Feature LinuxKernel",
     "pure, and documented to be the caller's to lock": "IovaAllocator",
@@ -35,8 +36,20 @@ PLAIN: Mapping[str, object] = {
     "bits": 0,
     "blocks": [],
     "data": bytes(4),
+    "dev_id": 1,
     "discarded": (),
+    "dst_ioas_id": 1,
+    "enabled": False,
     "fd": None,
+    "hwpt_id": 1,
+    "ioas_id": 1,
+    "object_id": 1,
+    "page_size": PAGE_SIZE,
+    "pt_id": 1,
+    "ranges": (),
+    "src_ioas_id": 1,
+    "src_iova": 0,
+    "start": 0,
     "extension": ioctls.VFIO_TYPE1v2_IOMMU,
     "idstr": "new",
     "index": 0,
@@ -56,32 +69,35 @@ PLAIN: Mapping[str, object] = {
     "timeout": 0,
     "stale": (),
     "used_length": PAGE_SIZE,
+    "vaddrs": (),
     "value": 0,
 }
-"""Arguments by the name of the parameter. A name that is new has to be added here."""
+"""Arguments by parameter name. A new parameter name must be added here."""
 OWN = frozenset(
     name
     for names in (
-        "add_dependent adopt all_regions begin begun buffers check_decoding check_made_by check_open check_present",
-        "check_stays check_unchanging close_dependents close_fd drop end_dependents follow forget give_up",
-        "has_dependents held in_use keep let_go must_stay note_left read_command receive release_fd resume",
-        "set_aside soil suspend take_back take_in use_fd why_silent",
+        "add_dependent adopt all_regions attach_device begin begun buffers check_decoding check_made_by check_open",
+        "check_present check_stays check_unchanging close_dependents close_fd cut_locked drop end_dependents follow",
+        "forget give_up has_dependents has_in_kernel held in_use is_mapped_locked keep let_go map_file_locked",
+        "map_locked must_stay note_attached note_detached note_left read_command receive release_fd requests",
+        "reserve_and_map_locked resume set_aside share soil suspend take_back take_in unmap_and_release_locked",
+        "unmap_locked unmap_neighbours_locked use_fd use_seam why_silent",
     )
     for name in names.split()
 )
-"""Methods that one part of the library has for another, of an object that it holds already: no public calls."""
+"""Methods that one part of the library calls on an object of another part: no public calls."""
 _SETTERS = {"bus_master", "memory_enabled"}
 
 
 class Call(NamedTuple):
-    """A public call, on one object."""
+    """A public call on one object."""
 
     name: str
     make: Callable[[], object]
 
 
 def stateful() -> list[type]:
-    """The classes that the package exports, but exceptions and those of STATELESS."""
+    """Return the classes that the package exports, without exceptions and without those of STATELESS."""
     names: list[str] = vars(pyvfio)["__all__"]
     exported = {name: getattr(pyvfio, name) for name in names}
     left_out = {name for names in STATELESS.values() for name in names.split()}
@@ -90,7 +106,7 @@ def stateful() -> list[type]:
 
 
 class World:
-    """One object of each class that has state. `close` closes all of them."""
+    """One object of each stateful class. `close` closes all of them."""
 
     def __init__(self, kernel: SeenKernel, *, progress: Callable[[pyvfio.Progress], None] | None = None) -> None:
         self.kernel = kernel
@@ -112,11 +128,13 @@ class World:
         self.register = device.region(0).register32(0)
         self.log = pyvfio.DirtyLog(self.blocks)
         self.tracking = pyvfio.DirtyTracking(self.container)
+        self.iommufd = pyvfio.Iommufd(kernel=kernel)
+        self.ioas = pyvfio.Ioas(self.iommufd)
         self.claim = self.blocks.discards.require_coordinated()
         self._hand_over()
 
     def _hand_over(self) -> None:
-        """Another device, whose blocks are on their way to another process: this one."""
+        """Hand over another device and its blocks to another process: in this test, the same process."""
         kernel = self.kernel
         self.other = pyvfio.open_device(OTHER_BDF, kernel=kernel)
         self.old_blocks = pyvfio.RamBlockList(kernel=kernel)
@@ -127,26 +145,26 @@ class World:
         self.taken = pyvfio.take_over(self.update.state, fds, kernel=kernel)
 
     def objects(self) -> list[object]:
-        """One of each class."""
+        """Return one object of each class."""
         blocks, device = self.blocks, self.device
         group = device.group
         mine: list[object] = [device, self.container, group, self.irq, device.region(0), self.region_map, blocks]
-        mine += [device.config, self.register]
+        mine += [device.config, self.register, self.iommufd, self.ioas]
         mine += [self.mapper, self.ring, self.mapping, self.log, self.tracking, blocks.discards, self.claim]
         return [*mine, self.dma_buf, self.update, self.taken]
 
     def close(self) -> None:
-        """Everything, whatever has been closed already."""
+        """Close everything, including objects that are closed already."""
         self.taken.close()
         self.update.finish()
         closes = (self.tracking, self.log, self.claim, self.region_map, self.mapping, self.mapper, self.blocks)
-        for thing in (self.dma_buf, *closes, self.old_mapper, self.old_blocks, self.device, self.other):
+        for thing in (self.dma_buf, *closes, self.old_mapper, self.old_blocks, self.device, self.other, self.iommufd):
             thing.close()
         self.memory.close()
         self.buffer.close()
 
     def arguments(self) -> dict[str, object]:
-        """By the name of the parameter."""
+        """Return arguments by parameter name."""
         return {
             **PLAIN,
             "block": self.ring,
@@ -155,6 +173,8 @@ class World:
             "container": self.container,
             "group": self.device.group,
             "region": self.device.region(0),
+            "source": self.ioas,
+            "space": self.container,
             "mapper": self.mapper,
             "memory": self.mapping,
             "notifier": self.listener,
@@ -163,14 +183,13 @@ class World:
         }
 
     def calls(self) -> list[Call]:
-        """Every public call on each of them, then each function that takes them."""
+        """Return every public call on each object, then each function that takes such objects."""
         arguments = self.arguments()
-        config = {**arguments, "size": 4}  # which is smaller than a page
-        found = [
-            call
-            for thing in self.objects()
-            for call in calls(thing, config if isinstance(thing, pyvfio.ConfigSpace) else arguments)
-        ]
+        own: Mapping[type, Mapping[str, object]] = {
+            pyvfio.ConfigSpace: {"size": 4},  # configuration space is smaller than a page
+            pyvfio.Iommufd: {"fd": 0},
+        }
+        found = [call for thing in self.objects() for call in calls(thing, {**arguments, **own.get(type(thing), {})})]
         functions: dict[str, Callable[[], object]] = {
             "open_device": lambda: pyvfio.open_device(BDF, container=self.container),
             "hand_over": lambda: pyvfio.hand_over(self.mapper),
@@ -183,7 +202,7 @@ class World:
 
 
 def calls(thing: object, arguments: Mapping[str, object]) -> Iterator[Call]:
-    """The public calls of an object: methods, properties, those that are set, and `repr`. `close` comes last."""
+    """Yield the public calls of an object: methods, properties, setters, and `repr`. `close` comes last."""
     kind = type(thing)
     names = sorted(
         (name for name in dir(kind) if not name.startswith("_") and name not in OWN),
@@ -192,7 +211,7 @@ def calls(thing: object, arguments: Mapping[str, object]) -> Iterator[Call]:
     yield Call(f"repr({kind.__name__})", partial(repr, thing))
     for name in names:
         member = inspect.getattr_static(kind, name)
-        if isinstance(member, classmethod | staticmethod):  # these make new objects, which are the child's own
+        if isinstance(member, classmethod | staticmethod):  # these make new objects, which a child may use
             continue
         full = f"{kind.__name__}.{name}"
         if isinstance(member, property) or not callable(member):
@@ -205,7 +224,7 @@ def calls(thing: object, arguments: Mapping[str, object]) -> Iterator[Call]:
 
 
 def _bound(method: Callable[..., object], arguments: Mapping[str, object], what: str) -> Callable[[], object]:
-    """The method with an argument for each parameter that has no default."""
+    """Return the method with an argument for each parameter without a default."""
     keywords, positional = dict[str, object](), list[object]()
     for name, parameter in inspect.signature(method).parameters.items():
         if parameter.default is not parameter.empty or parameter.kind in (

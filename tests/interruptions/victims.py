@@ -1,4 +1,4 @@
-"""Objects whose last reference goes in the middle of an operation, and whose finalizer closes them."""
+"""Objects whose last reference disappears in the middle of an operation, and whose finalizer closes them."""
 
 from __future__ import annotations
 
@@ -8,31 +8,37 @@ from functools import partial
 
 import pyvfio
 from pyvfio.units import PAGE_SIZE
-from tests.interruptions.scene import MOST, Closable, Scene
+from tests.interruptions.scene import HOT_BDFS, MOST, Closable, Scene
 from tests.unit.fakes import OTHER_BDF
 
 
 class Holder:
-    """An object of the program's own that holds one of the library's, and closes it when it is collected."""
+    """An object of the program that holds an object of the library, and closes that object when collected."""
 
     def __init__(self, close: Callable[[], object]) -> None:
         weakref.finalize(self, close)
 
 
+def _free_bdf(scene: Scene) -> str:
+    """Return the address of a device that the operation has not opened."""
+    taken = any(isinstance(thing, pyvfio.Device) and thing.bdf == OTHER_BDF for thing in scene.things.values())
+    return HOT_BDFS[0] if taken else OTHER_BDF
+
+
 def _other_device(scene: Scene) -> pyvfio.Device:
-    """A device that the operation has nothing to do with."""
+    """Return a device that is not part of the operation."""
     found = scene.things.get("other device")
     if found is None:
-        found = scene.things["other device"] = pyvfio.open_device(OTHER_BDF, kernel=scene.kernel)
+        found = scene.things["other device"] = pyvfio.open_device(_free_bdf(scene), kernel=scene.kernel)
     assert isinstance(found, pyvfio.Device)
     return found
 
 
 def _mapper(scene: Scene) -> pyvfio.DmaMapper:
-    """The operation's own, or another one."""
+    """Return the mapper of the operation, or another one."""
     if scene.mapper is not None and not scene.handing:
         return scene.mapper
-    mapper = pyvfio.DmaMapper(_other_device(scene).container)
+    mapper = pyvfio.DmaMapper(_other_device(scene).space)
     scene.things["other mapper"] = mapper
     return mapper
 
@@ -66,12 +72,12 @@ def _device(scene: Scene) -> Callable[[], object]:
 
 
 def _device_beside(scene: Scene) -> Callable[[], object]:
-    """In the operation's own container, where it has one with a group."""
+    """Return the close of a device in the operation's space, if that has a device."""
     if scene.portable or not isinstance(scene.things.get("device"), pyvfio.Device):
         return _device(scene)
-    device: Closable = pyvfio.open_device(OTHER_BDF, container=scene.container)
-    scene.things["other device"] = device
-    return device.close
+    beside: Closable = pyvfio.open_device(_free_bdf(scene), space=scene.space)
+    scene.things["other device"] = beside
+    return beside.close
 
 
 VICTIMS: dict[str, Callable[[Scene], Callable[[], object]]] = {
@@ -85,6 +91,6 @@ VICTIMS: dict[str, Callable[[Scene], Callable[[], object]]] = {
 
 
 def hold(close: Callable[[], object]) -> Callable[[], None]:
-    """A step that drops the last reference to a holder."""
+    """Return a step that drops the last reference to a holder."""
     holders = [Holder(close)]
     return partial(holders.clear)

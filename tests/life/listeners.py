@@ -1,4 +1,4 @@
-"""Notifiers that know what they were told, hold it against what is true, and refuse when they are asked to."""
+"""Notifiers that record their calls, compare the record with the truth, and refuse on demand."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from tests.life.model import BlockModel
 
 
 class RefusalError(Exception):
-    """A hook or a callback does not want it."""
+    """A hook or a callback refuses."""
 
 
 class Listener:
-    """Reaches whole blocks. `truth` is how the blocks are before the change that is being made; `journal` gets the
-    listener with each hook that returns."""
+    """A notifier that reaches whole blocks.
+
+    `truth`: the state of the blocks before the present change. `journal` gets the listener for each hook that returns.
+    """
 
     careful = False
 
@@ -43,38 +45,38 @@ class Listener:
         self._journal.append(self)
 
     def ram_block_added(self, block: RamBlock, used_length: int, max_length: int) -> None:
-        """A block has come."""
+        """Record a new block."""
         assert block.idstr not in self.lengths
         assert (used_length, max_length) == (block.used_length, block.max_length)
         self._turn(block, used_length)
         self.lengths[block.idstr], self.holes[block.idstr] = used_length, _pages(block.discarded)
 
     def ram_block_removed(self, block: RamBlock, used_length: int, max_length: int) -> None:
-        """A block goes."""
+        """Record the removal of a block."""
         assert (self.lengths[block.idstr], block.max_length) == (used_length, max_length)
         self._turn(block, used_length)
         del self.lengths[block.idstr], self.holes[block.idstr]
 
     def ram_block_resized(self, block: RamBlock, old_length: int, new_length: int) -> None:
-        """A block changes."""
+        """Record a new length."""
         assert self.lengths[block.idstr] == old_length
         self._turn(block, max(old_length, new_length))
         self.lengths[block.idstr] = new_length
 
 
 class CarefulListener(Listener):
-    """Lets parts of blocks go and come back."""
+    """A notifier that follows discards, populates and remaps of parts."""
 
     careful = True
 
     def ram_block_resized(self, block: RamBlock, old_length: int, new_length: int) -> None:
-        """What was discarded behind the new end is no part of the block, unless it comes back with an undo."""
+        """Record a new length. Holes behind the new end are forgotten, and return only with an undo."""
         super().ram_block_resized(block, old_length, new_length)
         holes = self._truth[block.idstr].discarded
         self.holes[block.idstr] = {page for page in holes if page < new_length // PAGE_SIZE}
 
     def ram_block_discarded(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        """All of it was there."""
+        """Record holes, all of which must have been populated."""
         pages = _pages(parts)
         assert pages, "a listener was told of nothing"
         assert not pages & self.holes[block.idstr]
@@ -82,7 +84,7 @@ class CarefulListener(Listener):
         self.holes[block.idstr] |= pages
 
     def ram_block_populated(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        """Nothing of it was there."""
+        """Record populated pages, all of which must have been holes."""
         pages = _pages(parts)
         assert pages, "a listener was told of nothing"
         assert pages <= self.holes[block.idstr]
@@ -90,13 +92,13 @@ class CarefulListener(Listener):
         self.holes[block.idstr] -= pages
 
     def ram_block_remapping(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        """All of it was there."""
+        """Check that all pages are populated."""
         assert _pages(parts), "a listener was told of nothing"
         assert not _pages(parts) & self.holes[block.idstr]
         self._turn(block, parts[-1].end)
 
     def ram_block_remapped(self, block: RamBlock, parts: Sequence[Extent]) -> None:
-        """And it is, with other contents, or as it was where that was refused."""
+        """Check that all pages are still populated, with new contents, or with the old contents after a refusal."""
         assert not _pages(parts) & self.holes[block.idstr]
         self._journal.append(self)
 

@@ -1,7 +1,7 @@
-"""A random life of blocks, listeners, a mapper and a device, against a model: the same on a fake and on real kernels.
+"""A random life of blocks, listeners, a mapper and a device, compared with a model, on a fake or on a real kernel.
 
-Every step is one that a program could make. The model says whether it must succeed, must be refused or may be, and what
-is true then; all of that is looked at after each step, and the device itself is asked what it reaches. `live` runs it.
+A program could make every step. The model decides whether a step must succeed, must be refused or may be refused, and
+predicts the state afterwards. After each step that state is checked, and the device itself is tried. `live` runs lives.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from pyvfio.units import PAGE_SIZE, Iova, Vaddr
 from tests.life.listeners import CarefulListener, Listener, RefusalError
 from tests.life.model import BlockModel, Piece, Way, runs_of
 from tests.life.troubles import (
+    CUTS,
     CallbackRefusal,
     Failing,
     FailingCalls,
@@ -51,16 +52,18 @@ from tests.life.troubles import (
     plans,
     refusals,
 )
+from tests.spaces import REQUESTS, Cut, new_space
 
 NAMES = ("a", "b", "c")
 MAX_PAGES = 8
 MAX_LISTENERS, MAX_BUFFERS = 3, 4
 FEW_ENTRIES = 12
-SIZE = 512  # bytes that the device moves at a time
+SIZE = 512  # bytes of one DMA transfer
 STEPS = 50
-"""In a life."""
+"""The steps of one life."""
 
 SHIFTS = (0, PAGE_SIZE // 4, PAGE_SIZE - SIZE, PAGE_SIZE - SIZE // 2)
+CUT: tuple[Cut, ...] = (None, "pages", "replace")
 WAYS = (
     Way("remap"),
     Way("extend"),
@@ -68,31 +71,33 @@ WAYS = (
     Way("extend", 1),
     Way("extend", 2),
     Way("extend", 2, allow_gap=False),
+    Way("cut"),
+    Way("cut"),
 )
 REFUSED = (
     *(RefusalError, ValueError, BufferError, pyvfio.IoctlError, pyvfio.PinLimitError, pyvfio.EntryLimitError),
     *(pyvfio.GapError, pyvfio.DiscardError, pyvfio.UnsupportedError, pyvfio.RollbackError),
 )
-"""How a change can end that is not made."""
+"""The exceptions with which a change can be refused."""
 
 which = st.integers(0, 11)
-SELDOM = 11  # of them
+SELDOM = 11  # one of these numbers, for rare choices
 page = st.integers(0, MAX_PAGES - 1)
 pages = st.integers(0, MAX_PAGES)
 
 
 class Tally(Counter[str]):
-    """How often each step came to each end; `steps` in all, `lives` begun."""
+    """The number of times that each step had each result; `steps` in all, and `lives` begun."""
 
     steps = 0
     lives = 0
 
     def ends(self) -> set[str]:
-        """Of all steps: that they were made, or what refused them."""
+        """The results of all steps: success, or the names of refusals."""
         return {end.partition(": ")[2] for end in self}
 
     def both_ways(self) -> bool:
-        """Whether the device has reached something, and has been stopped."""
+        """Whether the device has reached memory at least once, and was stopped at least once."""
         return self["dma: arrived"] > 0 and self["dma: stopped"] > 0
 
     def __str__(self) -> str:
@@ -102,7 +107,7 @@ class Tally(Counter[str]):
 
 @dataclass
 class Own:
-    """A buffer of the program's own that is mapped. `temporary`: by `map_temporary`; `given_up`: it has been closed."""
+    """A mapped buffer of the program. `temporary`: made by `map_temporary`; `given_up`: closed."""
 
     mapping: pyvfio.DmaMapping
     buffer: mmap.mmap
@@ -110,17 +115,17 @@ class Own:
     given_up: bool = False
 
     def entry(self) -> Mapping:
-        """As the container has it."""
+        """The mapping in the address space."""
         return Mapping(self.mapping.iova, self.mapping.size, self.mapping.vaddr)
 
 
 class RandomLife(RuleBasedStateMachine):
-    """Three names for blocks of eight pages at most, a mapper of one policy after the other, listeners, own buffers."""
+    """Three names for blocks of at most eight pages, mappers with changing policies, listeners, and own buffers."""
 
     worlds: ClassVar[Sequence[Callable[[], AbstractContextManager[World]]]]
     tally: ClassVar[Tally]
     transfers: ClassVar[int]
-    """How many times the device is asked in a life."""
+    """The number of transfers that the device tries in a life."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,24 +136,27 @@ class RandomLife(RuleBasedStateMachine):
         self.mapper: pyvfio.DmaMapper | None = None
         self.way = WAYS[0]
         self.own: list[Own] = []
-        self.leaked: set[Mapping] = set()  # an undo has failed, and nobody knows them any more
-        self.former: list[Iova] = []  # where something was mapped once
+        self.leaked: set[Mapping] = set()  # left by a failed undo; the mapper unmaps them on close
+        self.orphans: set[Mapping] = set()  # left by a mapper that could not be made; unmapped with the space
+        self.former: list[Iova] = []  # IOVAs that were mapped earlier
         self.met = Trouble()
         self.called: list[tuple[str, int]] = []
         self.questions = self.transfers
         self.changed = False
-        self.unsure = False  # the last change met trouble: what is mapped may be in other pieces, if it is the same
-        self.spilled = False  # and something may be mapped that nobody knows of
+        self.unsure = False  # the last change met trouble: the same bytes may be mapped in other pieces
+        self.spilled = False  # in addition, mappings may exist that nobody knows of
         self.kept = False  # memory may be kept in this life
         self.in_order = False
         self.tally.lives += 1
 
-    @initialize(number=which, way=st.sampled_from(WAYS), few=st.booleans(), used=pages)
-    def begin(self, *, number: int, way: Way, few: bool, used: int) -> None:
-        """A device in a container that takes many mappings or few, a page to look at the device's buffer, a block."""
+    @initialize(number=which, way=st.sampled_from(WAYS), few=st.booleans(), cut=st.sampled_from(CUT), used=pages)
+    def begin(self, *, number: int, way: Way, few: bool, cut: Cut, used: int) -> None:
+        """Make a device in a space of the world's kind, a page for the device's buffer, and a block.
+
+        A container takes `few` mappings or many, and an I/O address space can `cut` mappings or not.
+        """
         self.world = self.stack.enter_context(self.worlds[number % len(self.worlds)]())
         self.fake = self.world.kernel if isinstance(self.world.kernel, FakeKernel) else None
-        self.entries = FEW_ENTRIES if few else None
         kernel = self.world.kernel
         self.locked = self.world.locked_bytes()
         self.stack.callback(self._check_nothing_left)
@@ -156,19 +164,21 @@ class RandomLife(RuleBasedStateMachine):
             "desk", used_length=PAGE_SIZE, max_length=PAGE_SIZE
         )
         with self.world.dma_entry_limit(FEW_ENTRIES) if few else nullcontext():
-            device = self.stack.enter_context(pyvfio.open_device(self.world.bdfs[0], kernel=kernel))
+            self.space = new_space(kernel, cut)
+            self.stack.enter_context(self.space)
+            device = self.stack.enter_context(pyvfio.open_device(self.world.bdfs[0], space=self.space))
+        self.entries = FEW_ENTRIES if few and self.space.entries_left is not None else None
         device.memory_enabled = device.bus_master = True
-        self.container = device.container
-        iova = self.container.reserve_iova(PAGE_SIZE, alignment=1, offset=0, top_down=True)
-        self.container.map(vaddr=desk.vaddr, iova=iova, size=PAGE_SIZE)
+        iova = self.space.reserve_iova(PAGE_SIZE, alignment=1, offset=0, top_down=True)
+        self.space.map(vaddr=desk.vaddr, iova=iova, size=PAGE_SIZE)
         self.desk = Mapping(iova, PAGE_SIZE, desk.vaddr)
         self.probe = DmaProbe(Edu(device.region(ioctls.VFIO_PCI_BAR0_REGION_INDEX)), desk=desk, iova=iova)
         self.blocks = self.stack.enter_context(pyvfio.RamBlockList(kernel=kernel))
-        self._open_mapper(way, None)
+        self._open_mapper(way if self._allows(way) else WAYS[0], None)
         self.add(number=1, used=used, more=MAX_PAGES, plan=None)
 
     def teardown(self) -> None:
-        """All of it goes; after a failure in silence, so that what has failed is heard of."""
+        """Close everything; after a failure in silence, so that the first failure is reported."""
         with nullcontext() if self.in_order else suppress(Exception), self.stack:
             for model in self.model.values():
                 model.views.clear()
@@ -184,7 +194,7 @@ class RandomLife(RuleBasedStateMachine):
     def _pick(
         self, number: int, fit: Callable[[BlockModel], object] = lambda _model: True
     ) -> tuple[str, BlockModel, pyvfio.RamBlock]:
-        """A block; most times one that fits, where there is one."""
+        """Return a block; mostly one that fits, if there is one."""
         fitting = sorted(idstr for idstr, model in self.model.items() if fit(model) or number == SELDOM)
         names = fitting or sorted(self.model)
         idstr = names[number % len(names)]
@@ -200,10 +210,10 @@ class RandomLife(RuleBasedStateMachine):
         growth: int = 0,
         plan: Plan | Trouble = None,
     ) -> Exception | None:
-        """Make a change, and let come between what `plan` says; why it was not made, which the model must have known.
+        """Make a change, with the trouble of `plan`. Return the refusal, which the model must have predicted, or None.
 
-        Each of `refused` keeps it from being made; `told` hear of it, in that order; `growth` more pages are locked
-        then.
+        Each exception of `refused` prevents the change. `told`: the listeners called, in this order. `growth`: the
+        number of pages that the change locks in addition.
         """
         self.in_order, self.changed = False, True
         self.journal.clear()
@@ -224,7 +234,10 @@ class RandomLife(RuleBasedStateMachine):
         return refusal
 
     def _trouble(self, plan: Plan, *, hopeless: bool) -> Trouble:
-        """None where this world has not what it takes. A `hopeless` change will be undone, which none may refuse."""
+        """Return the trouble of a plan, if this world supports the plan.
+
+        A `hopeless` change will be undone, and no listener may refuse the undo.
+        """
         match plan:
             case RefusingListener(number, turn) if self.listeners:
                 return Refusal(self.listeners[number % len(self.listeners)], 1 if hopeless else turn)
@@ -233,7 +246,9 @@ class RandomLife(RuleBasedStateMachine):
             case LittleMemory(room):
                 return MemoryLimit(self.world, room)
             case Failing(calls) if self.fake is not None:
-                return FailingCalls(self.fake, calls, hits_undo=hopeless or len(calls) > 1)
+                requests = REQUESTS[type(self.space)]
+                known = [call for call in calls if call.name in requests or call.name not in CUTS]
+                return FailingCalls(self.fake, known, requests, hits_undo=hopeless or len(calls) > 1)
         return Trouble()
 
     def _exceeds(self, room: int | None, growth: int) -> bool:
@@ -263,7 +278,7 @@ class RandomLife(RuleBasedStateMachine):
         assert self.journal[half:] == self.journal[:half][::-1], f"{what}: the undo was told in another order"
 
     def _entry_refusal(self, model: BlockModel | None, after: list[Piece] | None) -> type[Exception] | None:
-        """Whether the container takes the mappings that a block is to have; None as `model`: a buffer's."""
+        """Return EntryLimitError if the container has too few entries for a block's pieces. `model` None: a buffer."""
         if self.entries is None or after is None:
             return None
         others = len(self._entries()) - sum(own.given_up for own in self.own) - (len(model.pieces) if model else 0)
@@ -271,7 +286,7 @@ class RandomLife(RuleBasedStateMachine):
         return pyvfio.EntryLimitError if others + needed > self.entries else None
 
     def _budget_refusal(self, *maxima: int, others: int) -> type[Exception] | None:
-        """Whether there is an entry for each granule that blocks may ever need, beside `others`."""
+        """Return EntryLimitError if, beside `others`, not every granule of the blocks can get an entry."""
         needed = sum(map(self.way.entries, maxima))
         return (
             pyvfio.EntryLimitError if self.entries is not None and needed and needed + others > self.entries else None
@@ -281,7 +296,7 @@ class RandomLife(RuleBasedStateMachine):
         return None if self.mapper is None or self.way.suits(length, wanted) else ValueError
 
     def _hurt(self, model: BlockModel, refusal: Exception | None, changing: set[int]) -> None:
-        """What an undo that failed leaves; a change that was made heals."""
+        """Record the damage of a failed undo. A change that succeeds heals the block."""
         if self.mapper is None:
             return
         if isinstance(refusal, pyvfio.RollbackError):
@@ -291,7 +306,7 @@ class RandomLife(RuleBasedStateMachine):
             model.hurt, model.suspect = False, set()
 
     def _growth(self, model: BlockModel, wanted: set[int]) -> int:
-        """How many more pages are locked when just these are in reach."""
+        """Return the number of further pages that are locked when exactly `wanted` is in reach."""
         return len(wanted) - len(model.reached) if self.mapper else 0
 
     def _remap(self, model: BlockModel, after: list[Piece] | None) -> None:
@@ -299,7 +314,7 @@ class RandomLife(RuleBasedStateMachine):
             model.pieces = after
 
     def _resized(self, idstr: str, length: int) -> None:
-        """The callback of every block."""
+        """Check the length. The callback of every block."""
         assert self.blocks[idstr].used_length == length, "the callback was called before the block had changed"
         self.called.append((idstr, length))
         self.met.meet()
@@ -308,13 +323,14 @@ class RandomLife(RuleBasedStateMachine):
 
     @rule(number=which, used=pages, more=pages, plan=plans)
     def add(self, *, number: int, used: int, more: int, plan: Plan) -> None:
-        """A block that reads zero; or there is no such block."""
+        """Add a block, which must read zeros; after a refusal there is no such block."""
         free = [name for name in NAMES if name not in self.model]
         name = free[0] if free and number != SELDOM else NAMES[0]
         maximum = max(1, min(used + more, MAX_PAGES))
         new = BlockModel(maximum, bytearray(used * PAGE_SIZE), 0)
         after = self.way.after([], new.populated) if self.mapper else []
         entries = len(self._entries()) + sum(self.way.entries(m.maximum) - len(m.pieces) for m in self.model.values())
+        entries -= sum(own.given_up for own in self.own)  # an add that needs their entries resets them
         refusal = self._change(
             "add",
             lambda: self.blocks.add(
@@ -342,12 +358,12 @@ class RandomLife(RuleBasedStateMachine):
             self.model[name] = new
             self._fill(number, new, block)
 
-    add_2 = add  # a name more is a turn more
+    add_2 = add  # a second rule doubles the probability
 
     @precondition(lambda self: self.model)
     @rule(number=which, plan=st.one_of(plans, refusals))
     def remove(self, *, number: int, plan: Plan) -> None:
-        """Unless a view of it lives."""
+        """Remove a block, unless a view is alive."""
         idstr, model, block = self._pick(number)
         refusal = self._change(
             "remove", block.remove, refused=(BufferError if model.seen else None,), told=self.listeners, plan=plan
@@ -363,7 +379,7 @@ class RandomLife(RuleBasedStateMachine):
     @precondition(lambda self: self.model)
     @rule(number=which, length=pages, plan=plans)
     def resize(self, *, number: int, length: int, plan: Plan) -> None:
-        """What is below stays, what is new reads zero, and the block's callback is told; or all is as it was."""
+        """Resize a block. Old bytes stay, new bytes read zeros, and the callback is called; or nothing changes."""
         idstr, model, block = self._pick(number, lambda model: model.hurt)
         length = model.length if number == SELDOM else length % (model.maximum + 2)
         old, wanted = model.length, set(range(length)) - model.discarded
@@ -396,7 +412,7 @@ class RandomLife(RuleBasedStateMachine):
 
     @staticmethod
     def _part(model: BlockModel, number: int, among: set[int], start: int, size: int) -> tuple[int, int]:
-        """A part of a block, most times with pages `among` it, and seldom beyond its end."""
+        """Return a part of a block: mostly with pages `among` it, and rarely beyond the end."""
         if among and number != SELDOM:
             start = sorted(among)[start % len(among)]
         return start, size if number == SELDOM else max(0, min(size, model.length - start))
@@ -404,7 +420,7 @@ class RandomLife(RuleBasedStateMachine):
     @precondition(lambda self: any(model.populated for model in self.model.values()))
     @rule(number=which, start=page, size=st.integers(1, MAX_PAGES), plan=plans)
     def discard(self, *, number: int, start: int, size: int, plan: Plan) -> None:
-        """It reads zero, and no device reaches it; unless somebody could not follow."""
+        """Discard a part. It reads zeros, and no device reaches it, unless a listener could not follow."""
         _idstr, model, block = self._pick(number, lambda model: model.populated)
         start, size = self._part(model, number, model.populated, start, size)
         asked = set(range(start, start + size))
@@ -435,7 +451,7 @@ class RandomLife(RuleBasedStateMachine):
     @precondition(lambda self: any(model.discarded for model in self.model.values()))
     @rule(number=which, start=page, size=st.integers(1, MAX_PAGES), plan=plans)
     def populate(self, *, number: int, start: int, size: int, plan: Plan) -> None:
-        """Devices reach it again, with what has been written there meanwhile."""
+        """Populate a part. Devices reach it again, with all writes since the discard."""
         _idstr, model, block = self._pick(number, lambda model: model.discarded)
         start, size = self._part(model, number, model.discarded, start, size)
         parts = set(range(start, start + size)) & model.discarded
@@ -464,18 +480,18 @@ class RandomLife(RuleBasedStateMachine):
     discard_2 = discard_3 = discard_4 = discard_5 = discard_6 = discard
     populate_2 = populate_3 = populate_4 = populate
 
-    # In a container that takes few mappings the pieces on the way may be too many, and pages that a failed undo has
-    # left to a device are not replaced; what fails, tests/unit shows.
+    # If the container accepts few mappings, a remap may need too many in between. Pages that a failed undo left to a
+    # device are not replaced. tests/unit covers both cases.
     @precondition(lambda self: self.entries is None and not self.kept)
     @precondition(lambda self: any(model.length for model in self.model.values()))
     @rule(number=which, start=page, size=st.integers(1, MAX_PAGES))
     def replace_pages(self, *, number: int, start: int, size: int) -> None:
-        """They read zero, for the process and for the device; unless somebody could not follow."""
+        """Replace pages. They read zeros for the process and the device, unless a listener could not follow."""
         _idstr, model, block = self._pick(number, lambda model: model.length)
         start, size = self._part(model, number, set(range(model.length)), start, size)
         asked = set(range(start, start + size))
         parts = asked & model.populated
-        # As those with the part discarded and populated again, but for what is in one granule with it.
+        # The result is that of a discard and populate, except for other pages of the same granule.
         gone = {page for part in parts for page in self.way.neighbours(part)}
         unexpected = bool(self.mapper) and not self.way.allow_gap and gone != parts
         between = self.way.after(model.pieces, model.populated - gone) if self.mapper else []
@@ -501,13 +517,13 @@ class RandomLife(RuleBasedStateMachine):
     @precondition(lambda self: any(model.length for model in self.model.values()))
     @rule(number=which, at=page)
     def write(self, *, number: int, at: int) -> None:
-        """The process writes from a page on: also what is discarded."""
+        """Write from the process, beginning at a page; discarded pages included."""
         _idstr, model, block = self._pick(number, lambda model: model.length)
         at = min(at, model.length)
         self._write(model, block, at * PAGE_SIZE, pattern(16) * ((model.length - at) * PAGE_SIZE // 16))
 
     def _fill(self, number: int, model: BlockModel, block: pyvfio.RamBlock) -> None:
-        """Most new memory is written at once, so that it shows where it is seen again."""
+        """Write most new memory at once, so that its contents are recognized wherever they appear."""
         with block.view() as view:
             assert bytes(view) == model.contents, "new memory does not read zero"
         if number % 4:
@@ -521,14 +537,14 @@ class RandomLife(RuleBasedStateMachine):
     @precondition(lambda self: self.model)
     @rule(number=which)
     def look(self, *, number: int) -> None:
-        """And keep the view."""
+        """Take a view, and keep it."""
         _idstr, model, block = self._pick(number)
         model.views.append(block.view())
 
     @precondition(lambda self: any(model.views for model in self.model.values()))
     @rule(number=which)
     def look_away(self, *, number: int) -> None:
-        """Let go of one view."""
+        """Release one view."""
         seen = [model for _idstr, model in sorted(self.model.items()) if model.views]
         views = seen[number % len(seen)].views
         views.pop(number % len(views)).release()
@@ -540,7 +556,7 @@ class RandomLife(RuleBasedStateMachine):
         kind=st.sampled_from((CarefulListener, CarefulListener, CarefulListener, Listener)), refuse_in=st.integers(0, 4)
     )
     def follow(self, *, kind: type[Listener], refuse_in: int) -> None:
-        """A listener comes, and is told of all blocks; or it does not, and knows nothing."""
+        """Add a listener, which is called for all blocks; after a refusal, the listener knows nothing."""
         listener = kind(self.model, self.journal)
         holed = any(model.discarded for model in self.model.values())
         refusal = self._change(
@@ -561,7 +577,7 @@ class RandomLife(RuleBasedStateMachine):
     @precondition(lambda self: self.listeners)
     @rule(number=which, plan=plans)
     def leave(self, *, number: int, plan: Plan) -> None:
-        """A listener goes, and knows nothing any more; or it stays."""
+        """Remove a listener, which then knows nothing; or the listener stays."""
         listener = self.listeners[number % len(self.listeners)]
         refusal = self._change(
             "leave", lambda: self.blocks.remove_notifier(listener), told=[listener] * len(self.model), plan=plan
@@ -573,7 +589,7 @@ class RandomLife(RuleBasedStateMachine):
     @precondition(lambda self: self.mapper is not None)
     @rule(way=st.sampled_from((*WAYS, None)), plan=plans)
     def replace_mapper(self, *, way: Way | None, plan: Plan) -> None:
-        """It goes and takes all that it had mapped with it; one that follows in another way may come."""
+        """Close the mapper, which unmaps everything. A mapper with another policy may follow."""
         assert self.mapper is not None
         before = self._reached() | self._reachable()
         refusal = self._change("close the mapper", self.mapper.close, plan=plan)
@@ -581,6 +597,7 @@ class RandomLife(RuleBasedStateMachine):
             assert self._reached() <= before
             self.mapper.close()
         self.mapper = None
+        self.leaked.clear()
         for own in self.own:
             own.buffer.close()
             self.former.append(own.mapping.iova)
@@ -594,15 +611,15 @@ class RandomLife(RuleBasedStateMachine):
     replace_mapper_2 = replace_mapper
 
     def _reached(self) -> set[tuple[int, int]]:
-        """The pages that the device reaches: IOVA and vaddr."""
+        """Return the pages that the device reaches, as (IOVA, vaddr)."""
         return {
             (mapping.iova + offset, mapping.vaddr + offset)
-            for mapping in self.container.mappings
+            for mapping in self.space.mappings
             for offset in range(0, mapping.size, PAGE_SIZE)
         }
 
     def _reachable(self) -> set[tuple[int, int]]:
-        """The pages of blocks that it is to reach."""
+        """Return the pages of blocks that the device must reach, as (IOVA, vaddr)."""
         return {
             (model.iova + page * PAGE_SIZE, model.vaddr + page * PAGE_SIZE)
             for model in self.model.values()
@@ -613,7 +630,7 @@ class RandomLife(RuleBasedStateMachine):
     @precondition(lambda self: self.mapper is None)
     @rule(way=st.sampled_from(WAYS), plan=plans)
     def open_mapper(self, *, way: Way, plan: Plan) -> None:
-        """It finds blocks as they are, also with discarded parts."""
+        """Open a mapper, which must take the blocks as they are, also with discarded parts."""
         self._open_mapper(way, plan)
 
     def _open_mapper(self, way: Way, plan: Plan) -> None:
@@ -626,7 +643,7 @@ class RandomLife(RuleBasedStateMachine):
             "open a mapper",
             lambda: made.append(
                 pyvfio.DmaMapper(
-                    self.container,
+                    self.space,
                     self.blocks,
                     resize=way.resize,
                     granule=way.granule and way.granule * PAGE_SIZE,
@@ -635,6 +652,7 @@ class RandomLife(RuleBasedStateMachine):
             ),
             refused=(
                 None if suits else ValueError,
+                None if self._allows(way) else pyvfio.UnsupportedError,
                 pyvfio.EntryLimitError if too_many else None,
                 self._budget_refusal(*(model.maximum for model in self.model.values()), others=len(self._entries())),
             ),
@@ -647,12 +665,16 @@ class RandomLife(RuleBasedStateMachine):
             for idstr, model in self.model.items():
                 model.iova, model.pieces = self.mapper.iova(self.blocks[idstr]), after[idstr]
 
+    def _allows(self, way: Way) -> bool:
+        """Return whether the space can do what a mapper of that way needs."""
+        return way.resize != "cut" or self.space.can_cut
+
     # ------------------------------------------------------------------------------------------------ own buffers
 
     @precondition(lambda self: self.mapper is not None and len(self.own) < MAX_BUFFERS)
     @rule(size=st.integers(1, 3), temporary=st.booleans(), plan=plans)
     def map_buffer(self, *, size: int, temporary: bool, plan: Plan) -> None:
-        """It cannot be closed from now on; or it is not mapped, and can."""
+        """Map a buffer, which then cannot be closed; after a refusal it can."""
         assert self.mapper is not None
         buffer, made = mmap.mmap(-1, size * PAGE_SIZE), list[pyvfio.DmaMapping]()
         map_it = self.mapper.map_temporary if temporary else self.mapper.map_buffer
@@ -675,7 +697,7 @@ class RandomLife(RuleBasedStateMachine):
     @precondition(lambda self: any(not own.given_up for own in self.own))
     @rule(number=which, plan=plans)
     def close_mapping(self, *, number: int, plan: Plan) -> None:
-        """It is unmapped, or stays where it is for the next reset; or it stays mapped."""
+        """Close a mapping: it is unmapped, or waits for the next reset; after a refusal it stays mapped."""
         held = [own for own in self.own if not own.given_up]
         own = held[number % len(held)]
         with pytest.raises(BufferError):
@@ -698,7 +720,7 @@ class RandomLife(RuleBasedStateMachine):
     @precondition(lambda self: self.mapper is not None and any(own.given_up for own in self.own))
     @rule(plan=plans)
     def reset_temporary(self, *, plan: Plan) -> None:
-        """What was given up is unmapped; what is still held stays."""
+        """Reset temporary mappings: closed ones are unmapped, open ones stay."""
         assert self.mapper is not None
         left: list[int] = []
         mapper = self.mapper
@@ -710,7 +732,7 @@ class RandomLife(RuleBasedStateMachine):
     @precondition(lambda self: self.mapper is not None and self.model)
     @rule(number=which, start=page, size=st.integers(1, MAX_PAGES))
     def translate(self, *, number: int, start: int, size: int) -> None:
-        """Part of a block is found where all of it is in reach, both ways; it is not mapped twice."""
+        """Translate a part of a block both ways, if all of it is in reach. The part is not mapped twice."""
         assert self.mapper is not None
         _idstr, model, block = self._pick(number)
         start = min(start, model.maximum - 1)
@@ -724,7 +746,7 @@ class RandomLife(RuleBasedStateMachine):
         with nullcontext() if there else pytest.raises(ValueError, match="grow the block"):
             mapping = self.mapper.map_dma(vaddr=vaddr, size=size * PAGE_SIZE)
             assert mapping.iova == iova
-            mapping.close()  # the block cannot lose the part before
+            mapping.close()  # the mapping would keep the block from losing the part
         self.tally[f"translate: {'found' if there else 'not found'}"] += 1
 
     # ------------------------------------------------------------------------------------------------ the device
@@ -732,7 +754,7 @@ class RandomLife(RuleBasedStateMachine):
     @precondition(lambda self: self.questions and any(model.iova is not None for model in self.model.values()))
     @rule(number=which, at=page, shift=st.sampled_from(SHIFTS), writes=st.booleans())
     def dma(self, *, number: int, at: int, shift: int, writes: bool) -> None:
-        """The device moves bytes of a block where it reaches it, across pieces too, and none elsewhere."""
+        """Let the device move bytes of a block: it succeeds within reach, also across pieces, and fails elsewhere."""
         _idstr, model, block = self._pick(number)
         if number % 2 and model.reached:
             at = sorted(model.reached)[at % len(model.reached)]
@@ -741,7 +763,7 @@ class RandomLife(RuleBasedStateMachine):
         offset = at * PAGE_SIZE + shift
         asked = {offset // PAGE_SIZE, (offset + SIZE - 1) // PAGE_SIZE}
         if asked & model.reached and not asked <= model.reached:
-            offset, asked = at * PAGE_SIZE, {at}  # how far a transfer comes that is stopped is the device's
+            offset, asked = at * PAGE_SIZE, {at}  # the device decides how far a stopped transfer gets
         self.in_order = False
         self.questions -= 1
         if asked <= model.reached:
@@ -753,14 +775,14 @@ class RandomLife(RuleBasedStateMachine):
 
     def _dma_inside(self, model: BlockModel, block: pyvfio.RamBlock, offset: int, *, writes: bool) -> None:
         end = offset + SIZE
-        if model.iova is None or end > len(model.contents):  # what a failed undo has left
+        if model.iova is None or end > len(model.contents):  # the remains of a failed undo
             return
         if writes:
             sent = pattern(SIZE)
             self.probe.write(model.iova + offset, sent)
             model.contents[offset:end] = sent
         else:
-            if not any(model.contents[offset:end]):  # a device that is stopped may see zeros
+            if not any(model.contents[offset:end]):  # a stopped device may read zeros
                 self._write(model, block, offset, pattern(SIZE))
             assert self.probe.read(model.iova + offset, SIZE) == bytes(model.contents[offset:end])
         self.tally["dma: arrived"] += 1
@@ -774,14 +796,14 @@ class RandomLife(RuleBasedStateMachine):
         self.tally["dma: stopped"] += 1
 
     def _check_stopped(self, iova: int) -> None:
-        """What the device writes there it does not read there."""
+        """Check that the device cannot read back bytes that it wrote there."""
         self.probe.write(iova, pattern(SIZE))
         assert self.probe.read(iova, SIZE) is None, f"the device reaches IOVA {iova:#x}"
 
     @precondition(lambda self: self.questions and self.own)
     @rule(number=which, writes=st.booleans())
     def dma_of_a_buffer(self, *, number: int, writes: bool) -> None:
-        """Also one that was given up and is not unmapped yet."""
+        """Let the device move bytes of a buffer, also of a closed one that is not unmapped yet."""
         own = self.own[number % len(self.own)]
         self.in_order = False
         self.questions -= 1
@@ -797,7 +819,7 @@ class RandomLife(RuleBasedStateMachine):
     @precondition(lambda self: self.questions and self.former)
     @rule(number=which)
     def dma_of_the_past(self, *, number: int) -> None:
-        """Where a block or buffer was that is gone the device reaches nothing, unless another is there now."""
+        """Check that the device reaches nothing at a former IOVA, unless something else is mapped there now."""
         iova = self.former[-1 - number % len(self.former)]
         if not any(entry.iova <= iova < entry.iova + entry.size for entry in self._entries()):
             self.in_order = False
@@ -808,8 +830,8 @@ class RandomLife(RuleBasedStateMachine):
     # ------------------------------------------------------------------------------------------------ what is true
 
     def _entries(self) -> set[Mapping]:
-        """All that is to be mapped."""
-        entries = {self.desk, *self.leaked, *(own.entry() for own in self.own)}
+        """Return all mappings that must exist."""
+        entries = {self.desk, *self.leaked, *self.orphans, *(own.entry() for own in self.own)}
         for model in self.model.values():
             for start, end in model.pieces:
                 iova, vaddr = (model.iova or 0) + start * PAGE_SIZE, model.vaddr + start * PAGE_SIZE
@@ -817,34 +839,34 @@ class RandomLife(RuleBasedStateMachine):
         return entries
 
     def _reserved(self) -> set[tuple[int, int]]:
-        """Which IOVAs are spoken for: start and size."""
+        """Return the IOVAs that must be reserved, as (start, size)."""
         whole = {(m.iova, m.maximum * PAGE_SIZE) for m in self.model.values() if m.iova is not None}
         return whole | {(entry.iova, entry.size) for entry in (self.desk, *(own.entry() for own in self.own))}
 
     def _learn(self) -> None:
-        """What trouble leaves open: in which pieces a block is mapped, and whether what was given up is still there."""
-        there = set(self.container.mappings)
+        """Read the facts that trouble leaves open: the pieces of each block, and which closed mappings still exist."""
+        there = set(self.space.mappings)
         for own in [own for own in self.own if own.given_up and own.entry() not in there]:
             self._forget(own)
         for model in self.model.values():
             if model.iova is not None:
-                found = self.container.mappings_in(iova=model.iova, size=model.maximum * PAGE_SIZE)
+                found = self.space.mappings_in(iova=model.iova, size=model.maximum * PAGE_SIZE)
                 starts = [(mapping.iova - model.iova) // PAGE_SIZE for mapping in found]
                 model.pieces = [
                     Piece(start, start + m.size // PAGE_SIZE) for start, m in zip(starts, found, strict=True)
                 ]
         if self.spilled:
-            self.leaked |= there - self._entries()
+            (self.orphans if self.mapper is None else self.leaked).update(there - self._entries())
         self.unsure = self.spilled = False
 
     @invariant()
     def agrees(self) -> None:
-        """Blocks, memory, listeners, mappings and what is locked are what the model says."""
+        """Compare blocks, memory, listeners, mappings and locked memory with the model."""
         self.in_order = False
         self.tally.steps += 1
         if self.unsure or self.spilled:
             self._learn()
-        if self.changed:  # it is looked up in /proc/self/maps, which takes as long as all the rest
+        if self.changed:  # the check reads /proc/self/maps, which takes as long as all the rest
             self._check_structures()
         for idstr, model in self.model.items():
             self._check_block(model, self.blocks[idstr])
@@ -858,7 +880,7 @@ class RandomLife(RuleBasedStateMachine):
 
     def _check_structures(self) -> None:
         self.blocks._check()
-        self.container._check()
+        self.space._check()
         self.blocks.discards._check()
         if self.mapper is not None and not any(model.hurt for model in self.model.values()):
             self.mapper._check()
@@ -882,11 +904,9 @@ class RandomLife(RuleBasedStateMachine):
 
     def _check_mappings(self) -> None:
         entries = self._entries()
-        assert set(self.container.mappings) == entries
+        assert set(self.space.mappings) == entries
         assert self.world.locked_bytes() - self.locked == sum(entry.size for entry in entries)
-        assert self.kept or self._reserved() == {
-            (span.start, span.size) for span in self.container.allocator.reservations
-        }
+        assert self.kept or self._reserved() == {(span.start, span.size) for span in self.space.allocator.reservations}
         if self.fake is not None:
             assert {Mapping(m.iova, m.size, m.vaddr) for m in self.fake.mappings(self.world.bdfs[0])} == entries
             self.fake.check()
@@ -907,12 +927,11 @@ def live(
     shrink: bool = True,
     until: Iterable[type[Exception]] = (),
 ) -> Tally:
-    """Let lives of `a_time` steps, each in one of `worlds`, pass until there were `steps`, and, within three times as
-    many, `until` each of these refusals has been met and the device has both reached something and been stopped; how
-    they went.
+    """Run lives of `a_time` steps, each in one of `worlds`, until there were `steps`. Return how they went.
 
-    The device is asked `transfers` times in each. `seed` says what happens: with the same one, the same. `shrink`: look
-    for the shortest life that fails.
+    The lives continue, for at most three times as many steps, until each refusal of `until` has occurred, and the
+    device has both reached memory and been stopped. The device tries `transfers` in each life. The same `seed` gives
+    the same lives. `shrink`: search for the shortest life that fails.
     """
     tally, names = Tally(), {refusal.__name__ for refusal in until}
     while tally.steps < steps or (tally.steps < 3 * steps and not (names <= tally.ends() and tally.both_ways())):

@@ -1,5 +1,7 @@
-"""What must be true of blocks and of what a device reaches of them, said once more and as simply as can be: in sets of
-pages. It shares no code with what it judges."""
+"""A model of blocks and of the memory that a device reaches: as simple as possible, in sets of pages.
+
+The model shares no code with the library that it judges.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +13,24 @@ from pyvfio.units import PAGE_SIZE
 
 
 class Piece(NamedTuple):
-    """Pages [start, end) of a block, one mapping of the kernel's."""
+    """Pages [start, end) of a block: one mapping of the kernel."""
 
     start: int
     end: int
 
     @property
     def pages(self) -> set[int]:
-        """Each."""
+        """The numbers of the pages."""
         return set(range(self.start, self.end))
 
 
 def pages_of(pieces: Iterable[Piece]) -> set[int]:
-    """All that they cover."""
+    """Return all pages of the pieces."""
     return {page for piece in pieces for page in range(piece.start, piece.end)}
 
 
 def runs_of(pages: Collection[int]) -> list[Piece]:
-    """The longest pieces that cover just these pages."""
+    """Return the longest pieces that cover exactly these pages."""
     starts = sorted(page for page in pages if page - 1 not in pages)
     ends = sorted(page + 1 for page in pages if page + 1 not in pages)
     return [Piece(start, end) for start, end in zip(starts, ends, strict=True)]
@@ -36,35 +38,35 @@ def runs_of(pages: Collection[int]) -> list[Piece]:
 
 @dataclass(frozen=True)
 class Way:
-    """How a mapper is told to follow resizes. `granule` in pages."""
+    """The way that a mapper follows resizes. `granule` in pages."""
 
-    resize: Literal["remap", "extend"]
+    resize: Literal["remap", "extend", "cut"]
     granule: int | None = None
     allow_gap: bool = True
 
     @property
     def joins(self) -> bool:
-        """Whether pieces become one where the container takes no more."""
+        """Whether pieces are joined if the container accepts no more mappings."""
         return self.resize == "extend" and self.granule is None and self.allow_gap
 
     def suits(self, length: int, pages: set[int]) -> bool:
-        """Whether granules make up the length, and what is populated of it."""
+        """Return whether the length and the populated pages consist of whole granules."""
         if self.granule is None:
             return True
         granules = [set(range(start, start + self.granule)) for start in range(0, length, self.granule)]
         return length % self.granule == 0 and all(granule <= pages or not granule & pages for granule in granules)
 
     def entries(self, maximum: int) -> int:
-        """The mappings that a block may ever need and that are kept free for it: none but with a granule."""
+        """Return the number of mappings reserved for a block: 0 without a granule."""
         return -(-maximum // self.granule) if self.granule else 0
 
     def neighbours(self, page: int) -> range:
-        """The pages that can be let go of only together with it, but for its piece."""
+        """Return the pages that can be unmapped only together with `page`, apart from its piece."""
         step = self.granule or 1
         return range(page // step * step, page // step * step + step)
 
     def after(self, pieces: Iterable[Piece], wanted: set[int]) -> list[Piece] | None:
-        """The pieces of a block once just `wanted` is in reach; None where that makes a gap that is not allowed."""
+        """Return the pieces of a block that reaches exactly `wanted`; None if that needs a forbidden gap."""
         if self.resize == "remap":
             return runs_of(wanted)
         stay: list[Piece] = []
@@ -81,10 +83,10 @@ class Way:
 
 @dataclass
 class BlockModel:
-    """A block: what it contains, what is discarded of it, what is mapped of it and where.
+    """A block: contents, discarded pages, and mapped pieces with their IOVA.
 
-    `maximum` and `discarded` are in pages. `hurt`: an undo has failed, so that a device may reach less than is
-    populated, or some of what was being changed, which is in `suspect`; it is well after the next change.
+    `maximum` and `discarded` are in pages. `hurt`: an undo has failed. A device may then reach fewer pages than are
+    populated, or some pages of the failed change, which are in `suspect`. The next success heals the block.
     """
 
     maximum: int
@@ -99,36 +101,36 @@ class BlockModel:
 
     @property
     def length(self) -> int:
-        """In pages."""
+        """The length in pages."""
         return len(self.contents) // PAGE_SIZE
 
     @property
     def populated(self) -> set[int]:
-        """What a device is to reach."""
+        """The pages that a device must reach."""
         return set(range(self.length)) - self.discarded
 
     @property
     def reached(self) -> set[int]:
-        """What a device does reach."""
+        """The pages that a device reaches."""
         return pages_of(self.pieces)
 
     @property
     def seen(self) -> int:
-        """How far the longest live view reaches, in bytes."""
+        """The end of the longest live view, in bytes."""
         return max(map(len, self.views), default=0)
 
     def resize(self, length: int) -> None:
-        """What stays is as it was, what is new reads zero."""
+        """Change the length: old pages keep their contents, new pages read zeros."""
         size = length * PAGE_SIZE
         self.contents = self.contents[:size] + bytes(max(0, size - len(self.contents)))
         self.discarded = {page for page in self.discarded if page < length}
 
     def discard(self, pages: set[int]) -> None:
-        """They read zero."""
+        """Discard pages, which then read zeros."""
         self.clear(pages - self.discarded)
         self.discarded |= pages
 
     def clear(self, pages: set[int]) -> None:
-        """They read zero."""
+        """Zero pages."""
         for page in pages:
             self.contents[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = bytes(PAGE_SIZE)

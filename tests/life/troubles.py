@@ -1,9 +1,9 @@
-"""What can come between a change and its success: calls that fail, listeners that refuse, too little memory to lock."""
+"""Obstacles to the success of a change: failing calls, listeners that refuse, and too little lockable memory."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -17,11 +17,14 @@ from pyvfio.units import PAGE_SIZE
 from tests.life.listeners import Listener, RefusalError
 
 CAN_FAIL_AFTER = ("madvise", "munmap")
-"""What can fail when it has been made and leave nothing that nobody knows of."""
+"""The calls that can fail after they were made, without leaving anything that the library does not know of."""
 
 
 class FailingCall(NamedTuple):
-    """The `nth` call of its name, a system call's or an ioctl's in C, fails. `after`: where it can be, it is made."""
+    """The `nth` call with this name fails: a system call, or an ioctl by its kind in tests.spaces.REQUESTS.
+
+    `after`: if possible, the call is made and then fails.
+    """
 
     name: str
     number: int
@@ -31,14 +34,14 @@ class FailingCall(NamedTuple):
 
 @dataclass(frozen=True)
 class Failing:
-    """One call fails, or two, of which the second may be one of the undo."""
+    """One call fails, or two, of which the second may belong to the undo."""
 
     calls: tuple[FailingCall, ...]
 
 
 @dataclass(frozen=True)
 class RefusingListener:
-    """The listener with that number raises in its `turn`-th hook."""
+    """The listener with this number raises in its `turn`-th hook."""
 
     number: int
     turn: int
@@ -46,63 +49,66 @@ class RefusingListener:
 
 @dataclass(frozen=True)
 class RefusingCallback:
-    """A block's own callback raises."""
+    """The block's own callback raises."""
 
 
 @dataclass(frozen=True)
 class LittleMemory:
-    """No more than so many pages can be locked beside those that are."""
+    """At most this number of further pages can be locked."""
 
     pages: int
 
 
 Plan: TypeAlias = Failing | RefusingListener | RefusingCallback | LittleMemory | None
-"""What is to come between, in words that hold for every world."""
+"""The obstacle to arrange, in terms that are valid for every world."""
 
 
 class Trouble:
-    """None."""
+    """No obstacle; base of the others."""
 
     happened = False
-    """Whether it came to that, in the change that was made under it."""
+    """Whether the obstacle occurred in the change made under it."""
     certain = True
-    """Whether the change has failed when it did."""
+    """Whether a change fails for certain if the obstacle occurs."""
 
     @contextmanager
     def arranged(self) -> Iterator[None]:
-        """Make the change inside of this."""
+        """Make the change inside this context manager."""
         yield
 
-    def explains(self, error: Exception) -> bool:  # noqa: ARG002 (there is nothing to explain it)
-        """Whether it may have come to this error because of the trouble."""
+    def explains(self, error: Exception) -> bool:  # noqa: ARG002 (no trouble explains no error)
+        """Return whether the trouble can be the reason for this error."""
         return False
 
     def room(self) -> int | None:
-        """How many more pages may be locked; None: as many as there are."""
+        """Return the number of further pages that may be locked; None: no limit."""
         return None
 
     def meet(self) -> None:
-        """What a block's callback calls."""
+        """Be called by a block's callback."""
 
 
 class FailingCalls(Trouble):
-    """System calls of a fake kernel fail: also one that nothing depends on, and, with `hits_undo`, one of the undo."""
+    """System calls of a fake kernel fail, perhaps irrelevant ones, or with `hits_undo` one of the undo."""
 
     certain = False
 
-    def __init__(self, kernel: FakeKernel, calls: Sequence[FailingCall], *, hits_undo: bool) -> None:
+    def __init__(
+        self, kernel: FakeKernel, calls: Sequence[FailingCall], requests: Mapping[str, str], *, hits_undo: bool
+    ) -> None:
         self._kernel = kernel
         self._calls = calls
+        self._requests = requests
         self._hits_undo = hits_undo
 
     @contextmanager
     def arranged(self) -> Iterator[None]:
-        """Nothing fails afterwards."""
+        """Arrange the failures, and clear the rest afterwards."""
         for name, number, nth, after in self._calls:
-            is_ioctl = name.startswith("VFIO")
+            request = self._requests.get(name)
             self._kernel.fail(
-                call="ioctl" if is_ioctl else name,
-                request=name if is_ioctl else None,
+                call=name if request is None else "ioctl",
+                request=request,
                 errno=number,
                 nth=nth,
                 after=after and name in CAN_FAIL_AFTER,
@@ -114,12 +120,12 @@ class FailingCalls(Trouble):
             self._kernel.clear_failures()
 
     def explains(self, error: Exception) -> bool:
-        """What has failed once is undone."""
+        """Return whether a failed call can be the reason: one failure is undone, two may hit the undo."""
         return isinstance(error, OSError) or (isinstance(error, RollbackError) and self._hits_undo)
 
 
 class Refusal(Trouble):
-    """A listener raises in its `turn`-th hook from now; 0: in none."""
+    """A listener raises in its `turn`-th hook from now on; 0: in none."""
 
     def __init__(self, listener: Listener, turn: int) -> None:
         self._listener = listener
@@ -127,7 +133,7 @@ class Refusal(Trouble):
 
     @contextmanager
     def arranged(self) -> Iterator[None]:
-        """It refuses nothing afterwards."""
+        """Let the listener refuse during the change only."""
         self._listener.refuse_in, self._listener.refused = self._turn, False
         try:
             yield
@@ -135,7 +141,7 @@ class Refusal(Trouble):
             self.happened, self._listener.refuse_in = self._listener.refused, 0
 
     def explains(self, error: Exception) -> bool:
-        """Only what it has raised."""
+        """Return whether the error is the listener's refusal."""
         return isinstance(error, RefusalError)
 
 
@@ -147,7 +153,7 @@ class CallbackRefusal(Trouble):
 
     @contextmanager
     def arranged(self) -> Iterator[None]:
-        """From now on."""
+        """Let the callback raise during the change only."""
         self._armed = True
         try:
             yield
@@ -155,18 +161,18 @@ class CallbackRefusal(Trouble):
             self._armed = False
 
     def meet(self) -> None:
-        """It raises."""
+        """Raise, if armed."""
         if self._armed:
             self.happened = True
             raise RefusalError
 
     def explains(self, error: Exception) -> bool:
-        """Only what it has raised."""
+        """Return whether the error is the callback's refusal."""
         return isinstance(error, RefusalError)
 
 
 class MemoryLimit(Trouble):
-    """No more than `pages` can be locked beside those that are: on the fake as on any kernel."""
+    """At most `pages` further pages can be locked, on the fake as on a real kernel."""
 
     def __init__(self, world: World, pages: int) -> None:
         self._world = world
@@ -174,34 +180,37 @@ class MemoryLimit(Trouble):
 
     @contextmanager
     def arranged(self) -> Iterator[None]:
-        """Without the privilege that lifts the limit."""
+        """Set the limit, without the privilege that lifts the limit."""
         with self._world.memlock_limit(self._world.locked_bytes() + self._pages * PAGE_SIZE):
             yield
 
     def room(self) -> int | None:
-        """Exactly."""
+        """Return the exact number."""
         return self._pages
 
 
 _CALLS = (
-    *("VFIO_IOMMU_MAP_DMA", "VFIO_IOMMU_UNMAP_DMA", "mmap") * 2,
-    *("VFIO_IOMMU_GET_INFO", "mprotect", "madvise", "munmap"),
+    *("map", "unmap", "mmap") * 2,
+    *("info", "mprotect", "madvise", "munmap"),
 )
+CUTS = ("cut", "new space", "copy", "move", "old space")
+"""The kinds of requests by which an I/O address space cuts mappings."""
 _ERRNOS = (errno.ENOMEM, errno.ENOSPC, errno.EINVAL, errno.EFAULT)
-# The second call is one of the undo: of a remap and a cut piece, of granules that come, and of parts that go.
+# The second call belongs to the undo: of a remap and a cut piece, of new granules, and of discarded parts.
 _PAIRS = [
     Failing((FailingCall(one, errno.EFAULT, nth, False), FailingCall(other, errno.EINVAL, again, False)))  # noqa: FBT003
     for one, nth, other, again in (
-        ("VFIO_IOMMU_MAP_DMA", 1, "VFIO_IOMMU_MAP_DMA", 2),
-        ("VFIO_IOMMU_MAP_DMA", 2, "VFIO_IOMMU_UNMAP_DMA", 1),
-        ("VFIO_IOMMU_MAP_DMA", 3, "VFIO_IOMMU_UNMAP_DMA", 1),
-        ("VFIO_IOMMU_UNMAP_DMA", 2, "VFIO_IOMMU_MAP_DMA", 1),
+        ("map", 1, "map", 2),
+        ("map", 2, "unmap", 1),
+        ("map", 3, "unmap", 1),
+        ("unmap", 2, "map", 1),
+        ("move", 1, "old space", 1),
     )
 ]
 
 _calls = st.builds(
     FailingCall,
-    st.sampled_from(_CALLS),
+    st.sampled_from((*_CALLS, *CUTS)),
     number=st.sampled_from(_ERRNOS),
     nth=st.sampled_from((1, 1, 1, 2, 2, 3)),
     after=st.booleans(),
@@ -217,4 +226,4 @@ plans = st.sampled_from((0, 0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 5, 5)).flatmap(
         st.builds(LittleMemory, st.integers(0, 8)),
     ).__getitem__
 )
-"""Nothing, mostly."""
+"""Mostly no trouble."""

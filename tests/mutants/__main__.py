@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.mutants import addresses, fake, guarding, library, listeners, windows
+from tests.mutants import addresses, blocks, fake, fake_iommufd, guarding, library, listeners, windows
 from tests.mutants.checkout import borrowed, copies, first_failure, rewritten
 from tests.mutants.mutant import Mutant, Suite
 
@@ -42,7 +42,7 @@ def run(suite: Suite, mutants: Sequence[Mutant], *, jobs: int) -> list[Mutant]:
 
         for witness in pool.map(find_fault, {tuple(suite.rounds(mutant)[-1]) for mutant in mutants}):
             if witness is not None:
-                sys.exit(f"mutants: without any mistake, {witness} fails: nothing can be said of mutants")
+                sys.exit(f"mutants: {witness} fails without any mistake: repair that first, or no mutant can be judged")
 
         def judge(mutant: Mutant) -> tuple[Mutant, str | None]:
             with borrowed(queue) as checkout:
@@ -63,9 +63,9 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="WORD", help="those that have this in their line")
     parser.add_argument("--library", action="store_true", help="mistakes in the library, in place of the fake's")
     options = parser.parse_args()
-    suites: tuple[Suite, ...] = (fake.SUITE,)
+    suites: tuple[Suite, ...] = (fake.SUITE, fake_iommufd.SUITE)
     if options.library:
-        suites = (library.SUITE, listeners.SUITE, guarding.SUITE, addresses.SUITE, windows.SUITE)
+        suites = (library.SUITE, listeners.SUITE, guarding.SUITE, addresses.SUITE, windows.SUITE, blocks.SUITE)
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # the copies go in any case
     count, missed = 0, 0
     for suite in suites:

@@ -145,11 +145,15 @@ _MUTANTS = (
     Mutant("Group.get_status", "VIABLE) if self.viable else 0", "VIABLE)"),
     Mutant(
         "FakeKernel.bind",
-        "            if group.container is not None and not group.viable:\n                device.driver = None\n",
+        "            if group.claimed and not group.viable:\n                device.driver = None\n",
         "",
     ),
-    Mutant("HotReset.reset", "is_vfio_driver(device.driver) and group in given", "group in given"),
-    Mutant("HotReset.reset", "is_vfio_driver(device.driver) and group in given", "is_vfio_driver(device.driver)"),
+    Mutant(
+        "HotReset.reset",
+        "if not all(owned) or not all(is_vfio_driver(device.driver) for _group, device in affected):",
+        "if not all(owned):",
+    ),
+    Mutant("HotReset.reset", "not all(owned) or ", ""),
     Mutant("HotReset.reset", "if not 0 < count <= len(affected):", "if not count:"),
     Mutant(
         "HotReset.reset",

@@ -16,24 +16,28 @@ _WITNESSES: dict[str, list[list[str]]] = {
 
 _MUTANTS = (
     # ----------------------------------------------------------------------------------------------------------- forks
-    Mutant("guarded", "        if getpid() != guard.pid:\n            guard.check()\n", "", "forks"),
-    # The child of a hook, in a call of its own.
-    Mutant("guarded", "                guard.check()\n", "                pass\n", "forks"),
-    Mutant("making", "                guard.check()\n", "                pass\n", "forks"),
+    Mutant("_enclosed", "            guard.check()\n", "            pass\n", "forks"),
+    # A child takes itself for its parent.
+    Mutant(
+        "_Signals.after_fork",
+        "        self.main, self.process = get_ident(), os.getpid()\n",
+        "        self.main = get_ident()\n",
+        "forks",
+    ),
     Mutant("reading", "            guard.check()\n", "            pass\n", "forks"),
     # A child waits for a lock that nobody releases.
     Mutant(
-        "guarded",
-        "        if getpid() != guard.pid:\n            guard.check()\n",
+        "_enclosed",
+        "        if guard.pid != _signals.process:\n            guard.check()\n",
         "        with lock:\n            guard.check()\n",
         "forks",
     ),
-    Mutant("closing", "        if not self.guard.forked:\n", "        if True:\n", "forks"),
-    Mutant("closing_in_hooks", "        elif not guard.forked:\n", "        else:\n", "forks"),
+    Mutant("closing", "        if guard.pid != _signals.process:\n", "        if False:\n", "forks"),
+    Mutant("closing_in_hooks", "        if guard.pid != _signals.process:\n", "        if False:\n", "forks"),
     # The child of a hook counts as inside of the call.
     Mutant("_after_fork", "    _thread.place = _Place()\n", "", "forks"),
     # The child of a hook makes the closes that its parent has put off.
-    Mutant("_after_fork", "    _thread.place.put_off.clear()  # the parent's\n", "", "forks"),
+    Mutant("_after_fork", "    _thread.place.put_off.clear()  # these belong to the parent\n", "", "forks"),
     # The child handles the signals of its parent.
     Mutant("_Signals.after_fork", "        self.noted.clear()\n", "", "forks"),
     # The child of another thread handles no signal.
@@ -45,7 +49,8 @@ _MUTANTS = (
     ),
     # ------------------------------------------------------------------------------------------------------ finalizers
     Mutant("run_outside", "    if place.inside or place.looking:\n", "    if False:\n", "finalizers"),
-    Mutant("closing", "run_outside(partial(_close, self, call, _own))", "_close(self, call, _own)", "finalizers"),
+    Mutant("closing", "        if place.inside or place.looking:\n", "        if False:\n", "finalizers"),
+    Mutant("closing", "        if place.inside or place.looking:\n", "        if place.inside:\n", "finalizers"),
     Mutant("_handle", "        if place.put_off:\n            _catch_up(place)\n", "", "finalizers"),
     Mutant(
         "reading",
@@ -56,16 +61,24 @@ _MUTANTS = (
     Mutant("closing_in_hooks", "if place.busy or", "if place.inside or", "finalizers"),
     Mutant("_catch_up", "except Exception:", "except ValueError:", "finalizers"),
     # --------------------------------------------------------------------------------------------------------- signals
-    Mutant("_Signals.replace", "            _set_handler(number, self._route)\n", "            pass\n", "signals"),
-    Mutant("_unmake", "                    undo(*made)\n", "                    pass\n", "signals"),
-    # What nobody puts off leaves the lock behind.
+    Mutant("_Signals.replace", "(found := _set_handler(number, route))", "(found := handler)", "signals"),
+    # A handler that is equal to the one before is another.
+    Mutant("_Signals.replace", "                self._learn(number, found)\n", "                pass\n", "signals"),
+    Mutant("_undo", "            undo()\n", "            pass\n", "signals"),
+    # A handler that is set between two calls is not put off.
+    Mutant("_Signals.replace", "            self._look(seen)\n", "            pass\n", "signals"),
+    # What nobody puts off leaves the lock behind, or the state.
+    Mutant("_enclosed", "            place.lock = lock\n", "            place.lock = None\n", "signals"),
+    Mutant("_enclosed", "            _abandon(place, undo, result)\n", "            pass\n", "signals"),
     Mutant(
-        "guarded",
-        "        try:  # around `_enter`, too: what is not put off may raise when it returns\n"
-        "            _enter(place, lock)\n",
-        "        _enter(place, lock)\n        try:\n",
+        "_abandon",
+        "            if place.inside:  # an exception set by another thread interrupted the first `_leave`\n"
+        "                _leave(place)\n",
+        "            pass\n",
         "signals",
     ),
+    # The handlers of signals that came in the last steps of a call wait for the next call.
+    Mutant("_Signals.put_back", "        if self.noted:\n            self.deliver()\n", "", "signals"),
     # What a handler changes in a look-up is taken for a step of it.
     Mutant("reading", "            place.looking = True\n", "            place.inside = True\n", "signals"),
     # The handler that a program keeps and sets again is the guard's own, and leads nowhere.
@@ -77,9 +90,9 @@ _MUTANTS = (
     ),
     # An undo is skipped where a second handler raises when it begins.
     Mutant(
-        "_unmake",
-        "            finally:\n                with undoing:\n                    undo(*made)\n",
-        "            except ValueError:\n                raise\n            undo(*made)\n",
+        "_undo",
+        "    finally:\n        with undoing:\n            undo()\n",
+        "    except ValueError:\n        raise\n    undo()\n",
         "signals",
     ),
     # The handler is lost that a replacement stands for which was left behind.
@@ -114,7 +127,7 @@ _MUTANTS = (
         "signals",
     ),
     # ----------------------------------------------------------------------------------------------------------- locks
-    Mutant("guarded", "        lock = guard.lock\n", "        lock = RLock()\n", "locks"),
+    Mutant("_enclosed", "        lock = guard.lock\n", "        lock = RLock()\n", "locks"),
     Mutant("reading", "            with guard.lock:", "            if True:", "locks"),
     Mutant("_close", "uppermost(thing).lock", "None", "locks"),
 )

@@ -40,7 +40,7 @@ _MUTANTS = (
         "open",
     ),
     Mutant("_open_in", "        close_now(group)\n        raise\n", "        raise\n", "open"),
-    Mutant("open_device", "            close_now(container)\n            raise\n", "            raise\n", "open"),
+    Mutant("_open_with", "        close_now(space)\n        raise\n", "        raise\n", "open"),
     Mutant("Container.open_group", "            group.close_fd()\n            raise\n", "            raise\n", "open"),
     # A group that could not be attached stays inside, or nobody hears that it would not leave.
     Mutant(
@@ -71,7 +71,7 @@ _MUTANTS = (
     Mutant("Reservation._reserve", "            self._abort(start, end)\n", "", "add"),
     # A mapping that the kernel refused is in the table.
     Mutant(
-        "Container._map_unguarded",
+        "Container.map_locked",
         "        except OSError as error:\n",
         "        except OSError as error:\n            self.table.add(iova, size, vaddr)\n",
         "add",
@@ -110,8 +110,8 @@ _MUTANTS = (
     ),
     # What was mapped before a resize that failed is not mapped again.
     Mutant(
-        "Window.change",
-        "            self._restore(before, region, whole or error)\n",
+        "Window._undo",
+        "        self._restore(before, concerned, whole or error)\n",
         "",
         "grow",
     ),
@@ -124,12 +124,12 @@ _MUTANTS = (
         "shrink",
     ),
     # How much the kernel says it unmapped is not looked at.
-    Mutant("Container._unmap_known", "        if unmapped == size:\n", "        if unmapped <= size:\n", "shrink"),
+    Mutant("IovaSpace._note_unmap", "        if unmapped != size:\n", "        if unmapped > size:\n", "shrink"),
     # A mapping that the kernel refused to unmap is forgotten, or one of which it unmapped nothing.
     Mutant(
-        "Container._unmap_known",
-        "        unmapped = self._unmap_dma(iova, size, 0, bitmap)\n",
-        "        self.table.discard(iova=iova, size=size)\n        unmapped = self._unmap_dma(iova, size, 0, bitmap)\n",
+        "IovaSpace.unmap_locked",
+        "        self._note_unmap(iova,",
+        "        self.table.discard(iova=iova, size=size)\n        self._note_unmap(iova,",
         "shrink",
     ),
     Mutant("Container._is_gone", "error.errno == errno.ENOENT", "error.errno == errno.EINVAL", "shrink"),
@@ -195,27 +195,11 @@ _MUTANTS = (
         "remove",
     ),
     # ------------------------------------------------------------------------------------------------- temporary map
-    # IOVA goes before the mapping, and what was not unmapped is forgotten.
-    Mutant(
-        "BufferMapper._unmap_run",
-        "        if all(map(self._is_mapped, run)):\n"
-        "            self._space.unmap(iova=run[-1].iova, size=sum(memory.size for memory in run))\n",
-        "        for memory in run:\n            self._space.release_iova(memory.iova)\n            memory.release()\n"
-        "        if all(map(self._is_mapped, run)):\n"
-        "            self._space.unmap(iova=run[-1].iova, size=sum(memory.size for memory in run))\n",
-        "temporary map",
-    ),
     # A map that failed leaves its IOVA reserved, or its buffer exported.
     Mutant(
-        "Container._reserve_and_map",
+        "IovaSpace.reserve_and_map_locked",
         "                allocator.release(place)\n",
         "                pass\n",
-        "temporary map",
-    ),
-    Mutant(
-        "BufferMapper._map_for_once",
-        "            view.release()\n            raise\n",
-        "            raise\n",
         "temporary map",
     ),
     # --------------------------------------------------------------------------------------------------------- close

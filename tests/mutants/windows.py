@@ -16,7 +16,11 @@ _MUTANTS = (
     # Another is taken for one.
     Mutant("ConfigSpace._effect", "data[PCI_COMMAND - offset] & PCI_COMMAND_MEMORY", "False"),
     # Decoding begins between the look at the device and the write.
-    Mutant("ConfigSpace.write", "            self._start(offset, data)\n", "            super().write(offset, data)\n"),
+    Mutant("ConfigSpace._write", "            self._start(offset, data)\n", "            self._pwrite(offset, data)\n"),
+    # A write is not looked at.
+    Mutant("ConfigSpace._put", "self._watched_bytes >> offset & (1 << width) - 1", "False"),
+    Mutant("ConfigSpace._put", "(1 << width) - 1", "1"),
+    Mutant("ConfigSpace._find_watched", ", 1 << PCI_COMMAND)", ", 0)"),
     # Windows go when the device answers no more.
     Mutant(
         "Windows._change",
@@ -30,16 +34,15 @@ _MUTANTS = (
     # Another device reaches a BAR that goes.
     Mutant("Windows._change", "            return []\n", "            pass\n"),
     # An access that meets a window which is dropped fails.
-    Mutant(
-        "Region._load",
-        "                if window in self._windows:\n                    raise\n",
-        "                raise\n",
-    ),
-    Mutant(
-        "Region._store",
-        "                if window in self._windows:\n                    raise\n",
-        "                raise\n",
-    ),
+    Mutant("Region._check_dropped", "if window in self._windows:", "if True:"),
+    Mutant("Region.read32", "except (IndexError, ValueError):", "except IndexError:"),
+    Mutant("Region.write32", "except (IndexError, ValueError, TypeError):", "except (IndexError, TypeError):"),
+    # Another register is reached.
+    Mutant("Region.read32", "offset >= start and not offset & 3", "not offset & 3"),
+    Mutant("Region.write32", "offset >= start and not offset & 3", "offset >= start"),
+    Mutant("Region._load", "offset < start or offset % width", "offset < start"),
+    Mutant("Region.read32", "numbers[offset - start >> 2]", "numbers[offset >> 2]"),
+    Mutant("MappedRegisters.numbers", "[: size // width]", "[:]"),
     Mutant("Register.read", "        except ValueError:\n", "        except KeyError:\n"),
     # The wrong part is mapped.
     Mutant("Region._part", "min(start + size, window + _WINDOW_SIZE) - first", "_WINDOW_SIZE + _WINDOW_SIZE"),
@@ -50,11 +53,15 @@ _MUTANTS = (
     Mutant("ConfigSpace.why_silent", "state := self.read8(power + _PM_CONTROL) & _PM_STATE", "state := 0"),
     # A child of this process reaches the device.
     Mutant("_after_fork", "        thing.forget()\n", "        pass\n"),
+    Mutant("CallbackRegisters.forget", "        self._closed = True\n", "        pass\n"),
+    Mutant("_Usable.forget", "        self.fd = -1\n", "        pass\n"),
     # A window is unmapped under an access.
     Mutant("MappedRegisters.close", "        self.forget()\n", ""),
-    Mutant("MappedRegisters.forget", "(*self._cells.values(), *self._views.values())", "self._views.values()"),
+    Mutant("MappedRegisters.forget", "*self._cells.values(), ", ""),
+    Mutant("MappedRegisters.numbers", "        self._parts.append(view)\n", ""),
     # A device that has gone is taken for one that is there.
-    Mutant("Region._load", "            self._device.check_present()\n", "            pass\n"),
+    Mutant("Region._check_ones", "            self._device.check_present()\n", "            pass\n"),
+    Mutant("Region.read32", "                        self._check_ones()\n", "                        pass\n"),
     Mutant("ConfigSpace.check_present", "status | _STATUS_CAP_LIST == _NO_DEVICE", "status == 0xABCD"),
     Mutant("Device._reset_unless_removed", "error.errno != errno.EAGAIN", "True"),
     Mutant("poll", "            raise RegisterTimeoutError(", "            raise ValueError("),

@@ -17,13 +17,20 @@ MANY = 10_000
 
 
 @contextmanager
-def fake(version: str, iommu: str) -> Iterator[World]:
+def fake(version: str, iommu: str, space: str = "type1") -> Iterator[World]:
     """A new one for each life."""
-    with FakeKernel(version, iommu=iommu) as kernel:
+    with FakeKernel(version, iommu=iommu, iommufd=space == "iommufd", type1=space == "type1") as kernel:
         yield FakeWorld(kernel)
 
 
-WORLDS = [partial(fake, "6.1", "intel"), partial(fake, "6.12", "virtio"), partial(fake, "7.3", "amd")]
+WORLDS = [
+    partial(fake, "6.1", "intel"),
+    partial(fake, "6.12", "virtio"),
+    partial(fake, "7.3", "amd"),
+    partial(fake, "6.12", "intel", "iommufd"),
+    partial(fake, "7.3", "virtio", "iommufd"),
+    partial(fake, "7.3", "amd", "iommufd"),
+]
 
 
 def test_whatever_happens_the_device_reaches_what_is_populated_and_nothing_else(

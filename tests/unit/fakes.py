@@ -13,6 +13,7 @@ from typing import Self, TypeVar
 import pyvfio
 from pyvfio import ioctls
 from pyvfio.extents import Extent, without
+from pyvfio.iommufd_ioctls import IOMMU_IOAS_UNMAP
 from pyvfio.kernel import MAP_FIXED, IoctlArgument
 from pyvfio.memory import MemoryKind
 from pyvfio.testing.fake import Call, FakeDevice, FakeKernel, IommuModel
@@ -36,7 +37,7 @@ def nothing_left(kernel: FakeKernel) -> Iterator[None]:
     assert open_fds() == before
     assert kernel.descriptors == ()
     assert kernel.mappings() == ()
-    assert kernel.memlock().used == 0
+    assert kernel.memlock().used + kernel.pinned == 0
     kernel.check()
 
 
@@ -72,9 +73,15 @@ class SpecialKernel(PlacedKernel):
     INTERRUPTIBLE = ("ioctl", "mmap", "mprotect", "madvise", "munmap", "ftruncate", "fallocate")
 
     def __init__(
-        self, version: str = "6.12", *, groups: Sequence[tuple[int, Sequence[FakeDevice]]] | None = None
+        self,
+        version: str = "6.12",
+        *,
+        groups: Sequence[tuple[int, Sequence[FakeDevice]]] | None = None,
+        iommu: IommuModel | str = "intel",
+        iommufd: bool = False,
+        type1: bool = True,
     ) -> None:
-        super().__init__(version, groups=groups)
+        super().__init__(version, groups=groups, iommu=iommu, iommufd=iommufd, type1=type1)
         self.answers: dict[str, int] = {}
         self.top: int | None = None
         self.areas: list[Extent] = []
@@ -83,7 +90,7 @@ class SpecialKernel(PlacedKernel):
         self._short = 0
 
     def fall_short_at(self, nth: int) -> None:
-        """VFIO_IOMMU_UNMAP_DMA succeeds then, with a size of 0; 0: at none."""
+        """An unmap succeeds then, with a size of 0; 0: at none."""
         self._short = nth
 
     def interrupt_at(self, nth: int, *, after: bool) -> None:
@@ -105,10 +112,10 @@ class SpecialKernel(PlacedKernel):
         for name, answer in self.answers.items():
             if request == vars(ioctls)[name]:
                 return answer
-        if request == ioctls.VFIO_IOMMU_UNMAP_DMA:
+        if request in {ioctls.VFIO_IOMMU_UNMAP_DMA, IOMMU_IOAS_UNMAP}:
             self._short -= 1
             if self._short == 0 and not isinstance(argument, int):
-                struct.pack_into("=Q", argument, 16, 0)  # its size
+                struct.pack_into("=Q", argument, 16, 0)  # the size, or the length
                 return 0
         result = self._interrupted(lambda: FakeKernel.ioctl(self, fd, request, argument))
         if self.top is not None and self.trace[-1].request == "VFIO_IOMMU_GET_INFO" and isinstance(argument, bytearray):
@@ -162,24 +169,35 @@ class SpecialKernel(PlacedKernel):
 
 
 class Rig:
-    """A device, in a container of its own unless one is given, a list of blocks, a mapper that follows it."""
+    """A device, in an address space of its own unless one is given, a list of blocks, a mapper that follows it."""
 
     def __init__(
         self,
         kernel: FakeKernel,
         *,
         mapper: MapperFactory = pyvfio.DmaMapper,
-        container: pyvfio.Container | None = None,
+        container: pyvfio.Container | pyvfio.Ioas | None = None,
+        space: pyvfio.Ioas | None = None,
         iommu_type: ioctls.VfioExtension | None = None,
         memory: MemoryKind | None = None,
     ) -> None:
         self.kernel = kernel
         self.memory_kind = memory
-        self.device = pyvfio.open_device(BDF, container=container, kernel=kernel, iommu_type=iommu_type)
-        self.container = self.device.container
-        self.group = self.device.group
+        self.device = pyvfio.open_device(BDF, space=space or container, kernel=kernel, iommu_type=iommu_type)
+        self.space = self.device.space
         self.blocks = pyvfio.RamBlockList(kernel=kernel)
-        self.mapper = mapper(self.container, self.blocks)
+        self.mapper = mapper(self.space, self.blocks)  # type: ignore[arg-type]  # most factories are for containers
+
+    @property
+    def container(self) -> pyvfio.Container:
+        """The space, for a test of type1 alone."""
+        assert isinstance(self.space, pyvfio.Container)
+        return self.space
+
+    @property
+    def group(self) -> pyvfio.Group:
+        """That of the device, for a test of type1 alone."""
+        return self.device.group
 
     def add(self, idstr: str = "ring", *, used: int = 2 * PAGE_SIZE, maximum: int = MIB) -> pyvfio.RamBlock:
         """A block."""
@@ -211,13 +229,15 @@ class Rig:
         self.kernel.check()
         self.mapper._check()
         self.blocks._check()
-        self.container._check()
+        self.space._check()
 
     def close(self) -> None:
         """Everything; twice is fine."""
         self.device.close()
         self.mapper.close()
         self.blocks.close()
+        if self.device.iommufd is not None:  # the caller has made the space
+            self.device.iommufd.close()
 
     def __enter__(self) -> Self:
         return self

@@ -63,10 +63,12 @@ class SysfsTree:
         numa_node: int = -1,
         device_id: int = 0x10D3,
         late_group: int | None = None,
+        behind: str | None = None,
     ) -> Path:
         """A device that has `driver`, and that `matches` (by default the same) takes when nothing overrides it. It gets
-        its `late_group` when a driver probes it."""
-        directory = self.sysfs / f"devices/pci{bdf[:7]}" / bdf
+        its `late_group` when a driver probes it. `behind`: the bridge whose secondary bus it is on."""
+        bus = self.sysfs / f"devices/pci{bdf[:7]}" if behind is None else (self.pci / "devices" / behind).resolve()
+        directory = bus / bdf
         directory.mkdir(parents=True)
         files = {
             "vendor": "0x8086",
@@ -112,6 +114,43 @@ class SysfsTree:
         node = self.dev / "vfio" / str(group)
         node.touch()
         return node
+
+    def add_cdev(self, bdf: str, name: str, *, node: bool = True) -> Path:
+        """Give a bound device a node of its own, as kernels with CONFIG_VFIO_DEVICE_CDEV do, and the machine iommufd.
+
+        Other kernels have the directory, without `dev`. `node`: this /dev has the nodes."""
+        number = int(name.removeprefix("vfio"))
+        place = (self.pci / "devices" / bdf).resolve() / "vfio-dev" / name
+        place.mkdir(parents=True)
+        (place / "dev").write_text(f"243:{number}\n")
+        link(self.sysfs / "class/vfio-dev" / name, place)
+        self.add_iommufd(node=node)
+        path = self.dev / "vfio/devices" / name
+        if node:
+            path.parent.mkdir(exist_ok=True)
+            path.touch(0o600)
+        return path
+
+    def add_iommufd(self, *, node: bool = True) -> Path:
+        """Load iommufd."""
+        directory = self.sysfs / "class/misc/iommu"
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "dev").write_text("10:260\n")
+        parameters = self.sysfs / "module/iommufd/parameters"
+        parameters.mkdir(parents=True, exist_ok=True)
+        (parameters / "allow_unsafe_interrupts").write_text("N\n")
+        path = self.dev / "iommu"
+        if node and not path.exists():
+            path.touch()
+            path.chmod(0o660)
+        return path
+
+    def place_holder(self, pid: int, node: Path, command: str = "qemu") -> None:
+        """Let a process of this procfs have a node open."""
+        directory = self.proc / str(pid) / "fd"
+        directory.mkdir(parents=True, exist_ok=True)
+        (self.proc / str(pid) / "comm").write_text(command + "\n")
+        (directory / "3").symlink_to(node)
 
     def driver_of(self, bdf: str) -> str | None:
         place = self.pci / "devices" / bdf / "driver"

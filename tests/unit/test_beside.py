@@ -298,7 +298,7 @@ def test_a_log_that_raises_behind_the_map_leaves_nothing(pair: Pair) -> None:
                 raise RuntimeError("filtered")
             return True
 
-    logger, refuse = logging.getLogger("pyvfio.container"), Refuse()
+    logger, refuse = logging.getLogger("pyvfio.iommu.iova_space"), Refuse()
     before = logger.level
     logger.addFilter(refuse)
     logger.setLevel(logging.DEBUG)
@@ -446,7 +446,7 @@ def test_a_device_whose_bar_is_mapped_again_and_again_stays_open(pair: Pair) -> 
     region = pair.other.region(0)
     turns: list[int] = []
     region.dependents.append(lambda: turns.append(1))
-    with pytest.raises(pyvfio.VfioError, match="cannot be closed: a BAR of it is mapped"):
+    with pytest.raises(pyvfio.VfioError, match=r"cannot be closed: a BAR of .* is mapped"):
         pair.other.close()
     assert not pair.other.closed
     assert len(turns) > 1

@@ -175,25 +175,25 @@ def test_an_extended_capability_that_vfio_hides_is_left_out() -> None:
 
 
 BROKEN: Mapping[str, tuple[str, Mapping[int, bytes]]] = {
-    "a loop": ("a loop: it comes to 0x40", {0x34: b"\x40", 0x40: b"\x05\x50", 0x50: b"\x05\x40"}),
-    "a loop of one": ("a loop: it comes to 0x40", {0x34: b"\x40", 0x40: b"\x05\x40"}),
-    "into the header": ("goes on at 0x10, and", {0x34: b"\x40", 0x40: b"\x05\x10"}),
-    "begins in the header": ("goes on at 0x4, and", {0x34: b"\x04"}),
-    "all ones": ("at 0x40 that reads 0xffff", {0x34: b"\x40", 0x40: b"\xff\xff"}),
-    "MSI-X at the end": ("of 12 bytes, where 12 to 4", {0x34: b"\xfc", 0xFC: b"\x11\x00"}),
-    "power at the end": ("of 8 bytes, where 8 to 4", {0x34: b"\xfc", 0xFC: b"\x01\x00"}),
-    "a link at the end": ("of 20 bytes", {0x34: b"\xf0", 0xF0: b"\x10\x00"}),
-    "a vendor's that is too long": ("of 255 bytes", {0x34: b"\x40", 0x40: b"\x09\x00\xff"}),
-    "a vendor's that is too short": ("of 2 bytes, where 3", {0x34: b"\x40", 0x40: b"\x09\x00\x02"}),
-    "an extended loop": ("a loop: it comes to 0x100", {0x100: bytes.fromhex("01000110")}),
+    "a loop": ("a loop: the list reaches 0x40", {0x34: b"\x40", 0x40: b"\x05\x50", 0x50: b"\x05\x40"}),
+    "a loop of one": ("a loop: the list reaches 0x40", {0x34: b"\x40", 0x40: b"\x05\x40"}),
+    "into the header": ("continues at 0x10, and", {0x34: b"\x40", 0x40: b"\x05\x10"}),
+    "begins in the header": ("continues at 0x4, and", {0x34: b"\x04"}),
+    "all ones": ("at 0x40 reads 0xffff", {0x34: b"\x40", 0x40: b"\xff\xff"}),
+    "MSI-X at the end": ("has 12 bytes: 12 is the least, and 4 fit", {0x34: b"\xfc", 0xFC: b"\x11\x00"}),
+    "power at the end": ("has 8 bytes: 8 is the least, and 4 fit", {0x34: b"\xfc", 0xFC: b"\x01\x00"}),
+    "a link at the end": ("has 20 bytes", {0x34: b"\xf0", 0xF0: b"\x10\x00"}),
+    "a vendor's that is too long": ("has 255 bytes", {0x34: b"\x40", 0x40: b"\x09\x00\xff"}),
+    "a vendor's that is too short": ("has 2 bytes: 3 is the least", {0x34: b"\x40", 0x40: b"\x09\x00\x02"}),
+    "an extended loop": ("a loop: the list reaches 0x100", {0x100: bytes.fromhex("01000110")}),
     "out of extended space": (
-        "goes on at 0x40, and .* from 0x100 to 0xfff",
+        "continues at 0x40, and .* from 0x100 to 0xfff",
         {0x100: bytes.fromhex("01000104")},
     ),
-    "extended ones": ("at 0x200 that reads 0xffffffff", {0x100: bytes.fromhex("01000120"), 0x200: b"\xff" * 4}),
-    "a vendor's extended one": ("of 4095 bytes", {0x100: bytes.fromhex("0b000100 0000f0ff".replace(" ", ""))}),
+    "extended ones": ("at 0x200 reads 0xffffffff", {0x100: bytes.fromhex("01000120"), 0x200: b"\xff" * 4}),
+    "a vendor's extended one": ("has 4095 bytes", {0x100: bytes.fromhex("0b000100 0000f0ff".replace(" ", ""))}),
     "a vendor's at the end": (
-        "of 8 bytes",
+        "has 8 bytes",
         {0x100: bytes.fromhex("010001fc"), 0xFC0: bytes.fromhex("0100c1ff"), 0xFFC: b"\x0b\x00\x01\x00"},
     ),
 }
@@ -203,7 +203,7 @@ BROKEN: Mapping[str, tuple[str, Mapping[int, bytes]]] = {
 def test_a_list_that_no_device_can_have_is_an_error(kind: str) -> None:
     """CapabilityError says where; nothing hangs."""
     message, parts = BROKEN[kind]
-    with pytest.raises(pyvfio.CapabilityError, match=f"{BDF} .*{message}|{message}"):
+    with pytest.raises(pyvfio.CapabilityError, match=f"{BDF} .*{message}"):
         capabilities({**LISTED, **parts})
 
 

@@ -115,7 +115,7 @@ def test_a_chain_may_run_backwards() -> None:
 @pytest.mark.parametrize(
     ("buffer", "first", "complaint"),
     [
-        (bytes(24) + capability(4, 24), 24, "capability 4 at offset 24 names offset 24 .* came before"),
+        (bytes(24) + capability(4, 24), 24, "capability 4 at offset 24 names offset 24 .* is a loop"),
         (bytes(24) + capability(4, 32) + capability(5, 24), 24, "capability 5 at offset 32 names offset 24"),
         (bytes(24) + capability(4, 8), 24, "capability 4 at offset 24 names .* offset 8, inside the structure of 24"),
         (bytes(24) + capability(4, 25), 24, "capability 4 at offset 24 names .* offset 25, whose header does not fit"),
@@ -172,7 +172,10 @@ def test_no_range_at_all_is_not_the_same_as_ranges_that_are_not_named() -> None:
 @pytest.mark.parametrize(
     ("chain", "complaint"),
     [
-        (iova_ranges((0x2000, 0x1FFF)), "capability 1 at offset 24: the range from 0x2000 ends before it, at 0x1fff"),
+        (
+            iova_ranges((0x2000, 0x1FFF)),
+            "capability 1 at offset 24: the range from 0x2000 ends before its start, at 0x1fff",
+        ),
         (iova_ranges((0, 0x1000), (0x1000, 0x1FFF)), "from 0x1000 overlaps one that ends at 0x1000"),
         (iova_ranges((0, 1), count=2), "capability 1 at offset 24 has 32 bytes, and its 2 entries end at 48"),
         (iova_ranges(count=0xFFFF_FFFF), "capability 1 at offset 24 has 16 bytes"),

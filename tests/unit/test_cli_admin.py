@@ -15,6 +15,7 @@ import pytest
 
 from pyvfio.cli import bind, common, unbind
 from pyvfio.cli import list as list_command
+from pyvfio.cli.pci_words import class_name
 from pyvfio.errors import VfioError
 from pyvfio.kernel import LinuxKernel
 from tests.unit.sysfs import BRIDGE, DISK, SysfsTree, link, place_process
@@ -24,8 +25,12 @@ NIC, SOUND, PORT = "0000:01:00.0", "0000:01:00.1", "0000:00:1c.0"
 
 
 @pytest.fixture
-def tree(tmp_path: Path) -> SysfsTree:
-    """Group 7: a bridge with two devices behind it, one of them with vfio-pci; and a disk without a group."""
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SysfsTree:
+    """Group 7: a bridge with two devices behind it, one of them with vfio-pci; and a disk without a group.
+
+    No terminal limits the width of a line.
+    """
+    monkeypatch.delenv("COLUMNS", raising=False)
     tree = SysfsTree(tmp_path)
     tree.add_device(PORT, driver="pcieport", group=7, class_code=BRIDGE)
     tree.add_device(NIC, driver="e1000e", group=7, numa_node=0)
@@ -44,7 +49,7 @@ def run_unbind(tree: SysfsTree, *arguments: str) -> int:
 
 def listed(tree: SysfsTree, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, object]]:
     assert list_command.main([*arguments, "--json"], kernel=tree.kernel) == 0
-    found: list[dict[str, object]] = json.loads(capsys.readouterr().out)
+    found: list[dict[str, object]] = json.loads(capsys.readouterr().out)["devices"]
     return found
 
 
@@ -56,11 +61,11 @@ def test_the_table_shows_each_device_and_what_keeps_its_group(
 ) -> None:
     assert list_command.main([], kernel=tree.kernel) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "BDF           ID         CLASS                DRIVER    GROUP  VIABLE            NUMA  OPEN BY",
-        "0000:00:1c.0  8086:10d3  PCI bridge           pcieport  7      no: 0000:01:00.0  -     -",
-        "0000:01:00.0  8086:10d3  Ethernet controller  e1000e    7      no: 0000:01:00.0  0     -",
-        "0000:01:00.1  8086:10d3  Ethernet controller  vfio-pci  7      no: 0000:01:00.0  -     -",
-        "0000:02:00.0  8086:0a54  NVMe controller      -         -      -                 -     -",
+        "BDF           ID         DEVICE               DRIVER    GROUP  NUMA  STATE",
+        "0000:00:1c.0  8086:10d3  PCI bridge           pcieport  7      -     bridge",
+        "0000:01:00.0  8086:10d3  Ethernet controller  e1000e    7      0     not bound",
+        "0000:01:00.1  8086:10d3  Ethernet controller  vfio-pci  7      -     blocked: 0000:01:00.0",
+        "0000:02:00.0  8086:0a54  NVMe controller      -         -      -     no IOMMU",
     ]
 
 
@@ -68,7 +73,8 @@ def test_the_table_names_who_has_the_group_open(tree: SysfsTree, capsys: pytest.
     tree.use_real_proc()
     with tree.add_group_node(7).open():
         list_command.main([], kernel=tree.kernel)
-    assert f"({os.getpid()})" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.count(f"in use: {(Path('/proc/self/comm').read_text()).strip()} ({os.getpid()})") == 2
 
 
 def test_a_device_is_told_to_programs_by_these_keys(tree: SysfsTree, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,17 +86,23 @@ def test_a_device_is_told_to_programs_by_these_keys(tree: SysfsTree, capsys: pyt
             "device": "10d3",
             "class": "020000",
             "class_name": "Ethernet controller",
+            "vendor_name": None,
+            "device_name": None,
+            "state": "not bound",
             "driver": "e1000e",
             "driver_override": None,
             "is_bridge": False,
             "is_vfio": False,
             "numa_node": 0,
+            "parent": None,
+            "physical_function": None,
             "iommu_group": 7,
             "group_after_bind": False,
             "group_viable": False,
             "group_blockers": [NIC],
             "group_node": str(node),
             "group_holders": [],
+            "cdev": None,
         }
     ]
 
@@ -117,7 +129,7 @@ def test_a_list_can_be_narrowed(
     [
         (["--group", "3"], ["no IOMMU group 3. The groups are: 7"], []),
         (["1234:5678"], ["no PCI device 1234:5678"], []),
-        (["01:00.5", NIC], [r"no PCI device 0000:01:00.5. On bus 0000:01"], [NIC]),
+        (["01:00.5", NIC], [r"no PCI device 0000:01:00.5. Bus 0000:01 has"], [NIC]),
         (
             ["09:00.0", "8086:ffff", "8086:0a54"],
             ["no PCI device 0000:09:00.0", "no PCI device 8086:ffff"],
@@ -132,7 +144,7 @@ def test_what_was_asked_for_and_does_not_exist_is_said_and_status_1(
     """What exists is shown all the same."""
     assert list_command.main([*arguments, "--json"], kernel=tree.kernel) == 1
     out, err = capsys.readouterr()
-    assert [device["bdf"] for device in json.loads(out)] == found
+    assert [device["bdf"] for device in json.loads(out)["devices"]] == found
     for line, words in zip(err.splitlines(), said, strict=True):
         assert words in line
     assert list_command.main(arguments, kernel=tree.kernel) == 1
@@ -145,7 +157,7 @@ def test_a_group_that_comes_with_the_first_driver_is_said_to(
     """Of a device that has none yet, where the IOMMU makes groups late."""
     (tree.sysfs / "class/iommu/0000:00:03.0").mkdir(parents=True)
     assert list_command.main(["8086:0a54"], kernel=tree.kernel) == 0
-    assert "NVMe controller  -       after the first bind  -" in capsys.readouterr().out
+    assert "no group yet: after the first bind\n" in capsys.readouterr().out
     assert [device["group_after_bind"] for device in listed(tree, capsys)] == [False, False, False, True]
 
 
@@ -153,7 +165,7 @@ def test_a_group_without_an_iommu_is_not_called_viable(tree: SysfsTree, capsys: 
     """VFIO has made it up."""
     (tree.sysfs / "kernel/iommu_groups/7/name").write_text("vfio-noiommu\n")
     assert list_command.main([SOUND], kernel=tree.kernel) == 0
-    assert "7      no: no IOMMU" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith("7      -     unsafe: no IOMMU\n")
     assert listed(tree, capsys, SOUND)[0]["group_viable"] is False
 
 
@@ -195,15 +207,15 @@ def test_garbage_in_sysfs_is_one_line_that_names_the_file(
     options = ["--json"] if json_too else []
     assert common.guard(lambda: list_command.main(options, kernel=tree.kernel), name="list") == 1
     out, err = capsys.readouterr()
-    assert f"{NIC}/class says '???'" in err
-    assert out == ("[]\n" if json_too else "")
+    assert f"{NIC}/class contains '???'" in err
+    assert out == ('{\n  "schema": "pyvfio.list/1",\n  "devices": []\n}\n' if json_too else "")
 
 
 @pytest.mark.parametrize(
     ("code", "name"), [(0x010601, "SATA controller"), (0x078000, "communication"), (0x990000, "class 990000")]
 )
 def test_a_class_is_said_in_words_where_there_are_words(code: int, name: str) -> None:
-    assert list_command.class_name(code) == name
+    assert class_name(code) == name
 
 
 # --- bind and unbind
@@ -254,7 +266,7 @@ def test_one_failure_is_said_and_the_others_are_done(tree: SysfsTree, capsys: py
     assert run_bind(tree, NIC, "0000:09:00.0", SOUND) == 1
     out, err = capsys.readouterr()
     assert out == f"{SOUND}: vfio-pci already\n"
-    assert [line.partition(" ")[0] for line in err.splitlines()] == ["bind:", "bind:"]
+    assert [line.partition(": ")[0] for line in err.splitlines()] == ["pyvfio bind", "pyvfio bind"]
     assert "enp1s0 is up" in err
     assert run_bind(tree, NIC, "--force") == 0
 
@@ -265,7 +277,7 @@ def test_programs_are_told_what_was_written_and_what_was_there(
     place_process(tree.proc, user=1000)
     tree.fail = lambda path, _value: PermissionError(errno.EACCES, "") if f"{NIC}/" in path else None
     assert run_unbind(tree, SOUND, "--json") == 0
-    (done,) = json.loads(capsys.readouterr().out)
+    (done,) = json.loads(capsys.readouterr().out)["results"]
     assert done == {
         "bdf": SOUND,
         "done": True,
@@ -278,9 +290,10 @@ def test_programs_are_told_what_was_written_and_what_was_there(
             {"path": f"{tree.pci}/drivers/vfio-pci/unbind", "value": SOUND},
             {"path": f"{tree.pci}/drivers_probe", "value": SOUND},
         ],
+        "nodes": [],
     }
     assert run_bind(tree, NIC, "--json") == 1
-    (failed,) = json.loads(capsys.readouterr().out)
+    (failed,) = json.loads(capsys.readouterr().out)["results"]
     assert (failed["bdf"], failed["done"]) == (NIC, False)
     assert "run as root" in failed["error"]
 
@@ -294,7 +307,10 @@ def test_wrong_usage_ends_with_status_2(
     with pytest.raises(SystemExit) as caught:
         run_bind(tree, *arguments)
     assert caught.value.code == 2
-    assert capsys.readouterr().err.startswith("usage: bind")
+    err = capsys.readouterr().err
+    assert err.startswith("pyvfio bind: ")
+    assert err.endswith("; see pyvfio bind --help\n")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["..", ".", "../x", "a/b"])
@@ -325,9 +341,9 @@ def test_a_command_that_is_asked_to_end_finishes_a_change_and_begins_no_other(
     assert signal.getsignal(number) == former
     assert (tree.driver_of(NIC), tree.override_of(NIC)) == ("vfio-pci", "vfio-pci")
     out, err = capsys.readouterr()
-    assert [line.count(f"left as it was: {number.name} came first") for line in err.splitlines()] == [1, 1]
+    assert [line.count(f"was not changed: {number.name} came first") for line in err.splitlines()] == [1, 1]
     if json_too:
-        assert [(each["bdf"], each["done"]) for each in json.loads(out)] == [
+        assert [(each["bdf"], each["done"]) for each in json.loads(out)["results"]] == [
             (NIC, True),
             (SOUND, False),
             ("0000:02:00.0", False),
@@ -371,7 +387,7 @@ def test_a_process_that_is_told_to_end_again_and_again_ends_with_a_document(tmp_
             child.stdin.flush()
         out, err = child.communicate(timeout=600)
     assert child.returncode - 128 in {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}  # which comes first is chance
-    assert [(each["bdf"], each["done"]) for each in json.loads(out)] == [(NIC, True), (SOUND, False)]
+    assert [(each["bdf"], each["done"]) for each in json.loads(out)["results"]] == [(NIC, True), (SOUND, False)]
     assert err.count("\n") == 1
 
 
@@ -399,9 +415,9 @@ def test_programs_get_one_document_whatever_happens(tree: SysfsTree, capsys: pyt
 
     with pytest.raises(ZeroDivisionError):
         unbind.main([NIC, SOUND, "--json", "--driver", "none"], kernel=tree.kernel, write=write)
-    assert [(each["bdf"], each["done"]) for each in json.loads(capsys.readouterr().out)] == [(NIC, True)]
+    assert [(each["bdf"], each["done"]) for each in json.loads(capsys.readouterr().out)["results"]] == [(NIC, True)]
     assert common.guard(lambda: run_bind(tree, "--group", "3", "--json"), name="bind") == 1
-    (failed,) = json.loads(capsys.readouterr().out)
+    (failed,) = json.loads(capsys.readouterr().out)["results"]
     assert (failed["bdf"], failed["done"]) == (None, False)
     assert "no IOMMU group 3" in failed["error"]
 
@@ -438,7 +454,7 @@ def test_a_signal_while_devices_are_looked_up_leaves_a_document(
     finally:
         signal.signal(signal.SIGHUP, former)
     assert status == 128 + signal.SIGHUP
-    assert [(each["bdf"], each["done"]) for each in json.loads(capsys.readouterr().out)] == [
+    assert [(each["bdf"], each["done"]) for each in json.loads(capsys.readouterr().out)["results"]] == [
         (NIC, False),
         (SOUND, False),
     ]
@@ -451,7 +467,7 @@ def test_a_document_is_written_before_signals_can_end_the_process() -> None:
         [sys.executable, "-c", script], stdout=subprocess.PIPE, check=False, cwd=ROOT, env=buffered_environment()
     )
     assert done.returncode == 7
-    assert len(json.loads(done.stdout)) == 2
+    assert len(json.loads(done.stdout)["results"]) == 2
 
 
 # --- What the commands share
@@ -474,11 +490,11 @@ def test_a_document_does_not_depend_on_stderr(stderr: str) -> None:
     finally:
         os.close(writer)
     assert done.returncode == 1
-    assert [each["bdf"] for each in json.loads(done.stdout)] == ["0000:ff:1f.7", "0000:ff:1f.6"]
+    assert [each["bdf"] for each in json.loads(done.stdout)["results"]] == ["0000:ff:1f.7", "0000:ff:1f.6"]
 
 
 @pytest.mark.parametrize(
-    ("stdout", "status", "said"), [(">&-", 0, ""), (">/dev/full", 1, "list: [Errno 28] "), (">&0", 128 + 13, "")]
+    ("stdout", "status", "said"), [(">&-", 0, ""), (">/dev/full", 1, "pyvfio list: [Errno 28] "), (">&0", 128 + 13, "")]
 )
 def test_a_command_whose_stdout_cannot_be_written_ends_without_a_traceback(stdout: str, status: int, said: str) -> None:
     """Closed, full, or a pipe that nobody reads."""

@@ -12,10 +12,12 @@ import pytest
 
 from pyvfio import ioctls
 from pyvfio.cli.common import Json
-from pyvfio.cli.side_by_side import LENGTH, STEP, Figures, SideBySide, WatchedContainer
+from pyvfio.cli.main_job import Space
+from pyvfio.cli.side_by_side import LENGTH, STEP, Figures, Policy, SideBySide, WatchedContainer
 from pyvfio.device import open_device
 from pyvfio.errors import UnmapSizeError
 from pyvfio.extents import Extent
+from pyvfio.iommufd_ioctls import IOMMU_IOAS_UNMAP
 from pyvfio.kernel import IoctlArgument
 from pyvfio.testing.fake import FakeEdu, FakeKernel
 from pyvfio.testing.plugin import _FAKE_VERSIONS
@@ -42,6 +44,42 @@ def test_the_demo_holds_on_the_fake(kernel: str) -> None:
     assert "stopped at IOVA" in done.stdout
     assert "Every step held." in done.stdout
     assert done.stdout.count("ok  ") == 13
+
+
+@pytest.mark.parametrize("kernel", ["6.12", "7.3", "7+iommufd"])
+def test_the_main_job_holds_on_iommufd_and_says_which_space_and_why(kernel: str) -> None:
+    """The same steps; a name of a virtual machine's kernel goes for the fake, too."""
+    done = demo("--fake", "--space", "iommufd", "--kernel", kernel)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "I/O address space 1 of iommufd, no limit of mappings; the program asked for iommufd" in done.stdout
+    assert done.stdout.count("ok  ") == 13
+
+
+def test_type1_is_the_default_and_an_explicit_choice_is_named() -> None:
+    """With the reason."""
+    report_of = {
+        words: (answer["space"], answer["why"]) for words in [(), ("--space", "type1")] for answer in [report(*words)]
+    }
+    assert report_of == {
+        (): ("type1", "type1 is the default where the machine has type1"),
+        ("--space", "type1"): ("type1", "the program asked for type1"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--space", "iommufd", "--kernel", "6.1"], "Linux 6.1 has no iommufd"),
+        (["--resize", "cut"], "--resize cut needs --space iommufd"),
+        (["--space", "type1", "--resize", "cut"], "--resize cut needs --space iommufd"),
+        (["--space", "vfio"], "invalid choice"),
+    ],
+)
+def test_a_space_that_cannot_be_is_wrong_usage(words: list[str], message: str) -> None:
+    """With the reason, and without a step."""
+    done = demo("--fake", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize(("iommu", "seen"), [("intel48", "dma_bits=64: DMA at 0xfffffffff000"), ("intel", "")])
@@ -122,8 +160,8 @@ def test_extend_is_shown_beside_remap_in_pairs_of_steps() -> None:
         "mappings",
         "out of the device's reach",
     ]
-    assert "say nothing of a kernel" in done.stdout
-    assert "over at once: whether one would be lost is left out" in done.stdout
+    assert "not those of a real kernel" in done.stdout
+    assert "completes a copy at once: lost copies are not measured" in done.stdout
 
 
 def test_programs_are_told_what_each_policy_cost() -> None:
@@ -176,12 +214,12 @@ class WorstMoment(FakeKernel):
     def __init__(self, *, spoil: bool = False) -> None:
         self.edu = LateEdu(BDF)
         self.spoil = spoil
-        super().__init__(groups=[(2, [self.edu])])
+        super().__init__("7.3", groups=[(2, [self.edu])], iommufd=True)
 
     def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
         """As it is, and then the device."""
         answer = super().ioctl(fd, request, argument)
-        if request == ioctls.VFIO_IOMMU_UNMAP_DMA:
+        if request in (ioctls.VFIO_IOMMU_UNMAP_DMA, IOMMU_IOAS_UNMAP):
             if self.spoil:
                 self.edu.buffer[:] = bytes(len(self.edu.buffer))
             self.edu.move()
@@ -203,9 +241,10 @@ def kernel() -> Iterator[WorstMoment]:
         assert made.memlock().used == 0
 
 
-def carry_out(kernel: WorstMoment) -> tuple[SideBySide, list[str]]:
-    """All steps; those that did not hold, by name."""
-    job = SideBySide(BDF, world=MachineWorld(kernel), ways=("remap", "extend"), iommu="intel")
+def carry_out(kernel: WorstMoment, space: Space = "type1") -> tuple[SideBySide, list[str]]:
+    """All steps; those that did not hold, by name. On iommufd, cuts too."""
+    ways: tuple[Policy, ...] = ("remap", "extend", "cut") if space == "iommufd" else ("remap", "extend")
+    job = SideBySide(BDF, world=MachineWorld(kernel), ways=ways, iommu="intel", space=space)
     return job, [step.name for step in job.steps() if not step.ok]
 
 
@@ -230,6 +269,27 @@ def test_a_copy_that_is_lost_under_granules_is_a_step_that_did_not_hold(kernel: 
     assert job.figures[1].copies.lost == job.figures[1].copies.made
 
 
+def test_a_device_at_work_loses_nothing_under_cuts(kernel: WorstMoment) -> None:
+    """Nor is a byte that stays unmapped, though the shrink ends inside a mapping."""
+    job, failed = carry_out(kernel, "iommufd")
+    remap, _extend, cut = job.figures
+    assert failed == []
+    assert remap.copies is not None
+    assert remap.copies.lost == remap.copies.made == 20
+    assert cut.copies is not None
+    assert (cut.copies.made, cut.copies.lost, cut.out_of_reach) == (20, 0, 0)
+    assert any(call.request == "VFIO_IOMMU_UNMAP_DMA" for call in kernel.trace), "cuts are calls of type1"
+
+
+def test_a_copy_that_is_lost_under_cuts_is_a_step_that_did_not_hold(kernel: WorstMoment) -> None:
+    """As under granules."""
+    kernel.spoil = True
+    _job, failed = carry_out(kernel, "iommufd")
+    assert failed == ["extend, granule=2 MiB: resize while the device copies"]
+    job = SideBySide(BDF, world=MachineWorld(kernel), ways=("cut",), iommu="intel", space="iommufd")
+    assert [step.name for step in job.steps() if not step.ok] == ["cut: resize while the device copies"]
+
+
 def test_a_byte_that_stays_and_is_unmapped_under_granules_is_a_step_that_did_not_hold(kernel: WorstMoment) -> None:
     """Counted by what the kernel says it unmapped, whoever asked it to."""
     job = SideBySide(BDF, world=MachineWorld(kernel), ways=("extend",), iommu="intel")
@@ -239,13 +299,13 @@ def test_a_byte_that_stays_and_is_unmapped_under_granules_is_a_step_that_did_not
 
     class Intruder:
         def ram_block_resized(self, *_given: object) -> None:
-            side._container.unmap(iova=side.iova, size=STEP)
-            side._container.map(vaddr=side.block.vaddr, iova=side.iova, size=STEP)
+            side._space.unmap(iova=side.iova, size=STEP)
+            side._space.map(vaddr=side.block.vaddr, iova=side.iova, size=STEP)
 
     side._blocks.add_notifier(Intruder())
     step = next(steps)
     assert (step.ok, job.figures[0].out_of_reach) == (False, STEP)
-    assert "2 MiB of 256 MiB that stay were out of the device's reach" in step.seen
+    assert "2 MiB of the 256 MiB that stay were unmapped during a resize" in step.seen
     assert list(steps) == []
 
 

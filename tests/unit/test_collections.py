@@ -41,7 +41,7 @@ def test_what_a_finalizer_closes_in_the_middle_of_an_operation_is_closed_before_
     """A mapping, a temporary one, a view, a mapped region, a device: the operation is made, too."""
     failures, points, count = list[str](), 0, 0
     option = request.config.getoption
-    kernel = SeenKernel()
+    kernel = SeenKernel(operation.space)
     for name, victim in VICTIMS.items():
         passed, legal = rehearse_collections(operation, kernel, victim)
         points += passed
@@ -52,7 +52,7 @@ def test_what_a_finalizer_closes_in_the_middle_of_an_operation_is_closed_before_
             if wrong:
                 failures.append(f"{name}, {wrong}")
                 kernel.shutdown()
-                kernel = SeenKernel()
+                kernel = SeenKernel(operation.space)
             if len(failures) == ENOUGH:
                 break
     kernel.shutdown()

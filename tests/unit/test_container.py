@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import pyvfio
@@ -150,7 +149,7 @@ def test_v1_is_taken_where_there_is_no_v2() -> None:
 def test_a_group_of_which_no_device_is_bound_is_refused_with_its_devices(kernel: SpecialKernel) -> None:
     """And the command that binds them."""
     kernel.bind(BDF, None)
-    with nothing_left(kernel), pytest.raises(pyvfio.NotBoundError, match=f"IOMMU group 2.*scripts/bind {BDF}"):
+    with nothing_left(kernel), pytest.raises(pyvfio.NotBoundError, match=f"IOMMU group 2.*pyvfio bind {BDF}"):
         Group(2, kernel=kernel)
 
 
@@ -175,8 +174,8 @@ def test_a_group_with_a_device_of_a_kernel_driver_is_refused_with_those_that_blo
     with FakeKernel(groups=[(2, devices)]) as kernel, nothing_left(kernel), Container(kernel=kernel) as container:
         with Group(2, kernel=kernel) as group, pytest.raises(pyvfio.GroupNotViableError) as caught:
             container.attach(group)
-        assert "its 3 devices these belong to kernel drivers: 0000:00:02.1 (e1000e)" in str(caught.value)
-        assert str(caught.value).endswith("scripts/bind 0000:00:02.1")
+        assert "kernel drivers own 1 of 3 devices: 0000:00:02.1 (e1000e)" in str(caught.value)
+        assert str(caught.value).endswith("pyvfio bind 0000:00:02.1")
         assert [(member.bdf, member.blocks) for member in caught.value.members] == [
             (BDF, False),
             ("0000:00:02.1", True),
@@ -231,7 +230,7 @@ def test_a_group_that_can_neither_be_used_nor_taken_out_is_said_to_be(kernel: Sp
         group = Group(2, kernel=kernel)
         for request in ("VFIO_SET_IOMMU", "VFIO_GROUP_UNSET_CONTAINER"):
             kernel.fail(call="ioctl", request=request, errno=errno.EIO)
-        with pytest.raises(pyvfio.RollbackError, match="could not be taken out") as caught:
+        with pytest.raises(pyvfio.RollbackError, match="could not be removed") as caught:
             container.attach(group)
         assert len(caught.value.exceptions) == 2
         group.close()
@@ -242,7 +241,7 @@ def test_a_group_is_attached_once(container: Container) -> None:
     """The kernel says EINVAL; the error says why."""
     group = container.group(2)
     assert group is not None
-    with pytest.raises(pyvfio.IoctlError, match="in a container already"):
+    with pytest.raises(pyvfio.IoctlError, match="already has a container"):
         container.attach(group)
 
 
@@ -259,7 +258,7 @@ def test_several_groups_share_a_container(kernel: SpecialKernel, memory: int) ->
         assert container.group(2) is None
         assert kernel.mappings(BDF) == ()
         assert kernel.mappings(OTHER_BDF) != ()
-        with pytest.raises(pyvfio.VfioError, match="1 mappings are left"):
+        with pytest.raises(pyvfio.VfioError, match="with 1 mapping left"):
             container.detach(two)
         with pytest.raises(ValueError, match="group 2 is not in this container"):
             container.detach(one)
@@ -347,7 +346,7 @@ def test_the_last_page_of_64_bits_is_not_mapped_where_it_could_not_be_unmapped(v
         container.map(vaddr=memory, iova=MIB, size=PAGE_SIZE)
         kernel.clear_trace()
         for iova, size in ((U64_MAX + 1 - PAGE_SIZE, PAGE_SIZE), (U64_MAX + 1 - 2 * PAGE_SIZE, 2 * PAGE_SIZE)):
-            with pytest.raises(pyvfio.IovaRangeError, match="maps and cannot unmap again") as caught:
+            with pytest.raises(pyvfio.IovaRangeError, match="can map but not unmap") as caught:
                 container.map(vaddr=memory, iova=iova, size=size)
             assert caught.value.ranges == container.iova_ranges
             with pytest.raises(pyvfio.IovaRangeError):
@@ -405,86 +404,7 @@ def test_nothing_can_be_reserved_before_there_is_a_group(kernel: SpecialKernel) 
             container.map(vaddr=MIB, iova=MIB, size=PAGE_SIZE)
 
 
-@pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint32, np.uint64])
-def test_numbers_of_numpy_are_numbers(container: Container, memory: int, kind: Callable[[int], int]) -> None:
-    """Whatever their width: what is done with an IOVA of 39 bits does not overflow."""
-    container.reserve_iova_at(0x10000, container.iova_ranges[0].size - 0x10000)
-    iova = container.reserve_iova(kind(MIB), alignment=kind(1 << 30), offset=kind(PAGE_SIZE), top_down=True)
-    assert iova == (1 << 39) - GIB + PAGE_SIZE
-    own = container.reserve_iova_at(kind(2 * PAGE_SIZE), kind(PAGE_SIZE))
-    assert [type(each) for each in (iova, own, container.reserved_iova[0].start)] == [int, int, int]
-    mapped = container.reserve_and_map(vaddr=memory, size=PAGE_SIZE, iova=kind(PAGE_SIZE), alignment=kind(1))
-    container.unmap_and_release(iova=mapped, size=PAGE_SIZE, vaddr=memory)
-    container.release_iova(kind(2 * PAGE_SIZE))
-    assert {type(start) for start, _last in container.allocator._free} == {int}
-
-
-def test_numbers_of_another_class_are_told_before_anything_is_reserved(container: Container, memory: int) -> None:
-    """Also where there is no group."""
-    for use in (
-        partial(container.reserve_iova, 4096.0, alignment=PAGE_SIZE, offset=0),  # type: ignore[arg-type]
-        partial(container.reserve_iova, PAGE_SIZE, alignment="4096", offset=0),  # type: ignore[arg-type]
-        partial(container.reserve_iova, PAGE_SIZE, alignment=PAGE_SIZE, offset=None),  # type: ignore[arg-type]
-        partial(container.reserve_iova_at, 4096.0, PAGE_SIZE),  # type: ignore[arg-type]
-        partial(container.reserve_iova_at, MIB, "4096"),  # type: ignore[arg-type]
-        partial(container.release_iova, "4096"),  # type: ignore[arg-type]
-        partial(container.reserve_and_map, vaddr=memory, size=PAGE_SIZE, iova=4096.0),  # type: ignore[arg-type]
-        partial(container.reserve_and_map, vaddr=memory, size=PAGE_SIZE, alignment=1.0),  # type: ignore[arg-type]
-    ):
-        with pytest.raises(TypeError):
-            use()
-    assert container.reserved_iova == ()
-
-
 # -------------------------------------------------------------------------------------------------------- mapping
-
-
-def test_what_is_mapped_is_known(container: Container, memory: int) -> None:
-    """By IOVA, in order, and no longer when it is unmapped: one mapping or several in one call."""
-    for number in (2, 0, 1):
-        container.map(vaddr=memory + number * PAGE_SIZE, iova=MIB + number * PAGE_SIZE, size=PAGE_SIZE)
-    assert [mapping.iova - MIB for mapping in container.mappings] == [0, PAGE_SIZE, 2 * PAGE_SIZE]
-    found = container.mapping_at(MIB + PAGE_SIZE + 5)
-    assert found == (MIB + PAGE_SIZE, PAGE_SIZE, memory + PAGE_SIZE)
-    assert container.mapping_at(MIB + 3 * PAGE_SIZE) is None
-    container.unmap(iova=MIB + PAGE_SIZE, size=2 * PAGE_SIZE)
-    assert [mapping.iova for mapping in container.mappings] == [MIB]
-    container.unmap(iova=MIB, size=PAGE_SIZE)
-    assert container.mappings == ()
-
-
-@pytest.mark.parametrize(
-    ("vaddr", "iova", "size", "words"),
-    [
-        (1, MIB, PAGE_SIZE, "no process has"),
-        (MIB, 1, PAGE_SIZE, "multiples of 0x1000"),
-        (MIB, MIB, 1, "multiples of 0x1000"),
-        (MIB, MIB, 0, "multiples of 0x1000"),
-        (MIB, MIB, -PAGE_SIZE, "multiples of 0x1000"),
-        (MIB, -PAGE_SIZE, PAGE_SIZE, "multiples of 0x1000"),
-        (-PAGE_SIZE, MIB, PAGE_SIZE, "no process has"),
-        (1 << 64, MIB, PAGE_SIZE, "no process has"),
-        (MIB, 1 << 64, PAGE_SIZE, "multiples of 0x1000"),
-        (MIB, U64_MAX + 1 - PAGE_SIZE, 2 * PAGE_SIZE, "multiples of 0x1000"),
-        (U64_MAX + 1 - PAGE_SIZE, MIB, 2 * PAGE_SIZE, "no process has"),
-    ],
-)
-def test_what_can_never_be_mapped_is_refused_before_any_call(
-    kernel: SpecialKernel, container: Container, vaddr: int, iova: int, size: int, *, words: str
-) -> None:
-    """Misaligned, empty, negative, behind the end of all addresses."""
-    kernel.clear_trace()
-    with pytest.raises(ValueError, match=words):
-        container.map(vaddr=vaddr, iova=iova, size=size)
-    assert not kernel.trace
-
-
-def test_a_mapping_that_nobody_may_use_is_refused(kernel: SpecialKernel, container: Container, memory: int) -> None:
-    """Neither read nor write."""
-    kernel.clear_trace()
-    with pytest.raises(ValueError, match="read or write"):
-        container.map(vaddr=memory, iova=MIB, size=PAGE_SIZE, read=False, write=False)
-    assert not kernel.trace
 
 
 @pytest.mark.parametrize(("limit", "lock"), [(3 * PAGE_SIZE, 2), (PAGE_SIZE, 0)])
@@ -517,20 +437,6 @@ def test_the_pin_limit_is_told_with_all_numbers(
     kernel.memlock_limit = None
 
 
-@pytest.mark.parametrize("why", ["unlimited", "privileged", "enough"])
-def test_a_lack_of_memory_that_is_not_the_limits_doing_is_not_blamed_on_it(
-    kernel: SpecialKernel, container: Container, memory: int, why: str
-) -> None:
-    """`limit` is None, and the text says so."""
-    kernel.memlock_limit = {"unlimited": None, "privileged": PAGE_SIZE, "enough": GIB}[why]
-    kernel.privileged = why == "privileged"
-    kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.ENOMEM)
-    with pytest.raises(pyvfio.PinLimitError, match="RLIMIT_MEMLOCK is not what stands in the way") as caught:
-        container.map(vaddr=memory, iova=MIB, size=2 * PAGE_SIZE)
-    assert caught.value.limit is None
-    assert "missing" not in str(caught.value)
-
-
 def test_the_entry_limit_is_told_with_how_many_are_in_use() -> None:
     """And the parameter that raises it."""
     with FakeKernel(iommu=small_iommu(3)) as kernel, nothing_left(kernel), Rig(kernel) as rig:
@@ -558,37 +464,6 @@ def test_the_entry_limit_is_what_it_was_when_the_iommu_was_set(kernel: SpecialKe
         assert (caught.value.used, caught.value.limit) == (1, 7)
 
 
-def test_an_overlap_is_told_with_what_is_there(container: Container, memory: int) -> None:
-    """Every mapping that shares an address."""
-    for number in (0, 1, 5):
-        container.map(vaddr=memory, iova=MIB + number * PAGE_SIZE, size=PAGE_SIZE)
-    with pytest.raises(pyvfio.IovaOverlapError, match="mapped already: 0x100000-0x100fff, 0x101000-0x101fff") as caught:
-        container.map(vaddr=memory, iova=MIB, size=3 * PAGE_SIZE)
-    assert caught.value.errno == errno.EEXIST
-    assert caught.value.existing == tuple(mapping.range for mapping in container.mappings[:2])
-
-
-def test_an_overlap_with_a_mapping_of_another_object_says_whose_it_can_be(
-    kernel: SpecialKernel, container: Container, memory: int
-) -> None:
-    """A launcher's and a driver's object of one descriptor do not know of each other's mappings."""
-    argument = ioctls.vfio_iommu_type1_dma_map(32, ioctls.VFIO_DMA_MAP_FLAG_READ, memory, MIB, PAGE_SIZE)
-    kernel.ioctl(container.fd, ioctls.VFIO_IOMMU_MAP_DMA, argument)
-    with pytest.raises(pyvfio.IovaOverlapError, match="by another process, or by another Container") as caught:
-        container.map(vaddr=memory, iova=MIB, size=PAGE_SIZE)
-    assert caught.value.existing == ()
-    kernel.ioctl(container.fd, ioctls.VFIO_IOMMU_UNMAP_DMA, ioctls.vfio_iommu_type1_dma_unmap(24, 0, MIB, PAGE_SIZE))
-
-
-@pytest.mark.parametrize("iova", [0xFEE00000, 0xFEDFF000, 1 << 39], ids=["interrupts", "across", "above"])
-def test_addresses_outside_the_ranges_are_told_with_the_ranges(container: Container, memory: int, iova: int) -> None:
-    """As attribute and in the text."""
-    with pytest.raises(pyvfio.IovaRangeError, match=r"The IOMMU offers 0x0-0xfedfffff, 0xfef00000-0x7f") as caught:
-        container.map(vaddr=memory, iova=iova, size=2 * PAGE_SIZE)
-    assert caught.value.ranges == container.iova_ranges
-    assert caught.value.errno == errno.EINVAL
-
-
 def test_an_einval_that_is_not_about_the_range_is_not_blamed_on_it(kernel: SpecialKernel, container: Container) -> None:
     """The lower call checks nothing itself."""
     with pytest.raises(pyvfio.IoctlError, match="multiples of 0x1000") as caught:
@@ -597,59 +472,7 @@ def test_an_einval_that_is_not_about_the_range_is_not_blamed_on_it(kernel: Speci
     assert caught.value.arguments == {"vaddr": 1, "iova": MIB, "size": PAGE_SIZE, "flags": 3}
 
 
-def test_memory_that_cannot_be_pinned_is_told_with_what_the_process_has_there(
-    kernel: SpecialKernel, container: Container
-) -> None:
-    """Its rights, or that there is nothing."""
-    vaddr = kernel.mmap(0, 2 * PAGE_SIZE, 0, 0x22)
-    with pytest.raises(pyvfio.IoctlError, match=rf"cannot be pinned.*{vaddr:#x}.* ---p") as caught:
-        container.map(vaddr=vaddr, iova=MIB, size=2 * PAGE_SIZE)
-    assert caught.value.errno == errno.EFAULT
-    kernel.munmap(vaddr, 2 * PAGE_SIZE)
-    with pytest.raises(pyvfio.IoctlError, match="nothing mapped at 0x1000-0x1fff"):
-        container.map(vaddr=PAGE_SIZE, iova=MIB, size=PAGE_SIZE)
-
-
-@pytest.mark.parametrize("number", [errno.EIO, errno.EINTR])
-def test_other_refusals_are_told_as_they_are(
-    kernel: SpecialKernel, container: Container, memory: int, number: int
-) -> None:
-    """With the arguments; nothing is recorded."""
-    kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=number)
-    with pytest.raises(pyvfio.IoctlError, match=errno.errorcode[number]) as caught:
-        container.map(vaddr=memory, iova=MIB, size=PAGE_SIZE)
-    assert caught.value.errno == number
-    assert container.mappings == ()
-
-
 # ------------------------------------------------------------------------------------------------------ unmapping
-
-
-@pytest.mark.parametrize("iommu_type", [V1, V2])
-def test_an_unmap_that_can_only_fail_is_refused_before_the_call(
-    kernel: SpecialKernel, memory: int, iommu_type: ioctls.VfioExtension
-) -> None:
-    """A range that cuts a mapping, has a gap, or has nothing: the error names both boundaries, and nothing changes."""
-    with nothing_left(kernel), Container(kernel=kernel, iommu_type=iommu_type) as container:
-        container.attach(Group(2, kernel=kernel))
-        container.map(vaddr=memory, iova=MIB, size=2 * PAGE_SIZE)
-        container.map(vaddr=memory, iova=MIB + 3 * PAGE_SIZE, size=3 * PAGE_SIZE)
-        before = container.mappings
-        kernel.clear_trace()
-        whole = ((0, 2), (3, 6))
-        for start, end in (pair for pair in itertools.combinations(range(-1, 8), 2) if pair not in whole):
-            iova, size = MIB + start * PAGE_SIZE, (end - start) * PAGE_SIZE
-            known = ", ".join(str(m.range) for m in container.mappings_in(iova=iova, size=size)) or "none"
-            with pytest.raises(pyvfio.UnmapSizeError, match=f"{iova:#x}-{iova + size - 1:#x} cannot .* are {known}"):
-                container.unmap(iova=iova, size=size)
-        assert not kernel.trace
-        assert container.mappings == before
-        for start, end in whole:
-            container.unmap(iova=MIB + start * PAGE_SIZE, size=(end - start) * PAGE_SIZE)
-        for start, end in whole:
-            container.map(vaddr=memory, iova=MIB + start * PAGE_SIZE, size=(end - start) * PAGE_SIZE)
-        container.map(vaddr=memory, iova=MIB + 2 * PAGE_SIZE, size=PAGE_SIZE)
-        container.unmap(iova=MIB, size=6 * PAGE_SIZE)
 
 
 @pytest.mark.parametrize("iommu_type", [V1, V2])
@@ -687,20 +510,6 @@ def test_after_each_raw_call_the_table_is_what_the_kernel_has(version: str, iomm
         check()
         assert container.mappings == ()
         kernel.munmap(memory, 8 * PAGE_SIZE)
-
-
-def test_after_an_unmap_of_another_size_the_table_is_what_the_kernel_has(
-    kernel: SpecialKernel, container: Container, memory: int
-) -> None:
-    """Another process, or a call past this object, has unmapped it: the error comes once, and close succeeds."""
-    for number in range(3):
-        container.map(vaddr=memory, iova=MIB + number * PAGE_SIZE, size=PAGE_SIZE)
-    argument = ioctls.vfio_iommu_type1_dma_unmap(24, 0, MIB + PAGE_SIZE, PAGE_SIZE)
-    kernel.ioctl(container.fd, ioctls.VFIO_IOMMU_UNMAP_DMA, argument)
-    with pytest.raises(pyvfio.UnmapSizeError) as caught:
-        container.unmap(iova=MIB, size=2 * PAGE_SIZE)
-    assert (caught.value.asked, caught.value.unmapped) == (2 * PAGE_SIZE, PAGE_SIZE)
-    assert [m.iova for m in container.mappings] == [m.iova for m in kernel.mappings()] == [MIB + 2 * PAGE_SIZE]
 
 
 @pytest.mark.parametrize("has_the_flag", [True, False])
@@ -795,7 +604,7 @@ def test_everything_may_be_closed_in_every_order_and_twice(kernel: SpecialKernel
             closers = _closers(rig)
             for name in order:
                 if name == "group" and rig.container.must_stay(rig.group):
-                    with pytest.raises(pyvfio.VfioError, match=r"last one, and .* mappings are left"):
+                    with pytest.raises(pyvfio.VfioError, match=r"last group of the container, with .* left"):
                         closers[name]()
                     continue
                 closers[name]()
@@ -821,7 +630,7 @@ def test_the_last_group_does_not_leave_while_memory_is_mapped(
     device = pyvfio.Device(group, BDF)
     container.map(vaddr=memory, iova=MIB, size=PAGE_SIZE)
     ways: dict[str, Callable[[], None]] = {"close": group.close, "detach": partial(container.detach, group)}
-    with pytest.raises(pyvfio.VfioError, match=r"group 2 is the container's last one, and 1 mappings .*unmap_all"):
+    with pytest.raises(pyvfio.VfioError, match=r"group 2 is the last group .* 1 mapping left.*unmap_all"):
         ways[leave]()
     assert len(kernel.mappings(BDF)) == len(container.mappings) == 1
     assert not device.closed
@@ -983,5 +792,5 @@ def test_in_a_forked_child_a_container_is_an_error_and_closing_it_does_nothing(
 def test_a_device_node_is_found_by_the_groups_number(kernel: SpecialKernel) -> None:
     """The file that is opened is the group's."""
     with nothing_left(kernel), Group(3, kernel=kernel) as group:
-        assert str(kernel.trace[0].given[0]) == str(pci.group_node(kernel, 3))
+        assert str(kernel.trace[0].given[0]) == str(pci.group_node(3, kernel=kernel))
         assert group.number == 3

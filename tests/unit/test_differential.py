@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import errno
+import importlib
 import os
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -16,8 +18,9 @@ import pytest
 from pyvfio.testing.fake import VERSIONS
 from pyvfio.testing.fake.iommu import iommu_model
 from pyvfio.units import PAGE_SIZE, U64_MAX
-from tools import comparison, differential, sequences
-from tools.comparison import Episode, FakeStage, Op, Outcome, changes, first_difference, play, shortest
+from tools import comparison, differential, iommufd_sequences, sequences
+from tools.comparison import Episode, Op, Outcome, changes, first_difference, play, shortest
+from tools.stage import FakeStage
 
 RANGES = iommu_model("intel", VERSIONS["6.12"]).ranges
 GOOD = Outcome(0, 0, (), (), 0)
@@ -42,6 +45,12 @@ def outcomes(*ops: Op, version: str = "6.12", entry_limit: int = 65535) -> list[
 
 def test_the_same_seed_makes_the_same_calls_and_another_others() -> None:
     first, again, other = (sequences.episodes(seed=seed, ops=500, ranges=RANGES) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_the_same_seed_makes_the_same_calls_on_iommufd_too() -> None:
+    first, again, other = (iommufd_sequences.episodes(seed=seed, ops=500, ranges=RANGES) for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
@@ -71,6 +80,26 @@ def test_each_request_is_made_and_each_kind_of_answer_met() -> None:
         assert met["VFIO_IOMMU_MAP_DMA", number] > 3, errno.errorcode.get(number)
     for request in ("VFIO_IOMMU_UNMAP_DMA", "VFIO_IOMMU_DIRTY_PAGES", "VFIO_DEVICE_SET_IRQS", "VFIO_IOMMU_GET_INFO"):
         assert met[request, 0] > 10, request
+
+
+def test_each_request_of_iommufd_is_made_and_each_kind_of_answer_met() -> None:
+    stage, met = FakeStage("7.3", "intel", "iommufd"), Counter[tuple[str, int]]()
+    for episode in iommufd_sequences.episodes(seed=3, ops=8000, ranges=RANGES):
+        met.update((op.request, done.errno) for op, done in zip(episode.ops, play(stage, episode), strict=True))
+    for request, numbers in {
+        "IOMMU_IOAS_MAP": (0, errno.EINVAL, errno.EEXIST, errno.EFAULT, errno.ENOMEM, errno.EOVERFLOW, errno.ENOENT),
+        "IOMMU_IOAS_UNMAP": (0, errno.ENOENT, errno.EINVAL),
+        "IOMMU_IOAS_COPY": (0, errno.ENOENT, errno.EEXIST, errno.EPERM),
+        "IOMMU_IOAS_MAP_FILE": (0, errno.EINVAL, errno.EBADF),
+        "IOMMU_IOAS_CHANGE_PROCESS": (0, errno.EINVAL),
+        "VFIO_IOMMU_UNMAP_DMA": (0, errno.ENOENT, errno.EINVAL),
+        "VFIO_DEVICE_ATTACH_IOMMUFD_PT": (0, errno.EINVAL, errno.EFAULT, errno.EADDRINUSE, errno.ENOENT),
+        "VFIO_DEVICE_BIND_IOMMUFD": (0, errno.EINVAL, errno.EBUSY, errno.EBADFD),
+        "IOMMU_DESTROY": (0, errno.EBUSY, errno.ENOENT),
+        "IOMMU_IOAS_ALLOW_IOVAS": (0, errno.EINVAL, errno.EADDRINUSE),
+    }.items():
+        for number in numbers:
+            assert met[request, number], (request, errno.errorcode.get(number))
 
 
 def test_nothing_is_mapped_where_a_kernel_would_lose_it() -> None:
@@ -135,6 +164,48 @@ def test_memory_limits_and_entries_are_part_of_the_play() -> None:
     assert outcomes(MAP, entry_limit=0)[0].errno == errno.ENOSPC
 
 
+@pytest.mark.parametrize("iommu", ["intel", "amd", "virtio"])
+def test_each_number_of_a_sequence_fits_the_structure(iommu: str) -> None:
+    ranges = iommu_model(iommu, VERSIONS["6.12"]).ranges
+    for episode in iommufd_sequences.episodes(seed=51, ops=5000, ranges=ranges):
+        for op in episode.ops:
+            numbers = [0 if isinstance(field, str) else field for field in op.fields]
+            if op.layout.startswith("="):
+                assert struct.pack(op.layout, *numbers)
+            assert all(number < 1 << 64 for number in numbers)
+
+
+def test_calls_on_iommufd_are_played_and_pinned_pages_are_part_of_the_outcome() -> None:
+    ops = (
+        Op("open", "i0"),
+        Op("ioctl", "i0", "IOMMU_IOAS_ALLOC", "=III", (12, 0, 0)),
+        Op("open", "v0"),
+        Op("ioctl", "v0", "VFIO_DEVICE_BIND_IOMMUFD", "=IIiI", (16, 0, "i0", 0)),
+        Op("ioctl", "v0", "VFIO_DEVICE_ATTACH_IOMMUFD_PT", "=III", (12, 0, 1)),
+        Op("file", "f0", fields=(2,)),
+        Op("dup", "i0", into="i1"),
+        Op("close", "i0"),
+        Op("ioctl", "i1", "IOMMU_IOAS_MAP_FILE", "=IIIiQQQ", (40, 7, 1, "f0", 0, 2 * PAGE_SIZE, 0)),
+        Op("poke", fields=(8, 3)),
+        Op("ioctl", "i1", "IOMMU_IOAS_IOVA_RANGES", "=IIIIQQ", (32, 1, 1, 0, "b+0", 0)),
+        Op("resize", "f0", fields=(0,)),
+        Op("open", "g0"),
+    )
+    found = list(play(FakeStage("7.3", "intel", "iommufd"), Episode(65535, ops)))
+    numbers = [done.errno for done in found]
+    assert numbers == [0] * 10 + [errno.EMSGSIZE, 0, errno.EBUSY]
+    assert [done.pinned for done in found] == [0] * 8 + [2] * 5
+    assert found[9].bitmap == ((8, "0300000000000000"),)
+    assert found[10].bitmap[0][0] == 0
+
+
+def test_nothing_of_iommufd_is_left_behind() -> None:
+    before = os.listdir("/proc/self/fd")
+    for episode in iommufd_sequences.episodes(seed=5, ops=500, ranges=RANGES):
+        assert len(list(play(FakeStage("7.3", "intel", "iommufd"), episode))) == len(episode.ops)
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_nothing_is_left_behind() -> None:
     before = os.listdir("/proc/self/fd")
     for episode in sequences.episodes(seed=5, ops=300, ranges=RANGES):
@@ -197,7 +268,10 @@ def test_episodes_and_outcomes_survive_being_written_down() -> None:
 def test_the_program_has_the_calls_in_it_and_is_python() -> None:
     episode = Episode(8, (*START, MAP))
     text = comparison.program(episode, version="6.1", iommu="intel", real=GOOD, fake=GOOD._replace(errno=22))
-    ast.parse(text)
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module or "")
+            assert all(hasattr(module, each.name) for each in node.names), node.module
     assert "VFIO_IOMMU_MAP_DMA" in text
     assert "fake: EINVAL" in text
 
@@ -235,6 +309,12 @@ def compared(tmp_path: Path, *, answer: Outcome | None = None, lost: int = 0, st
     ended = differential.compare(options, machine)
     assert machine.first == ["pytest", "-q", "--bind"]
     return ended
+
+
+def test_packaged_kernels_have_no_iommufd(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        differential.main(["--space", "iommufd", "--kernel", "6.12"])
+    assert "6.12 has no /dev/iommu" in capsys.readouterr().err
 
 
 def test_no_difference_is_success_unless_the_command_in_the_same_machine_failed(

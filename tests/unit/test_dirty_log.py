@@ -11,17 +11,21 @@ from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, SupportsIndex
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import pyvfio
 from pyvfio import DirtyBlock, DirtyLog, DirtyTracking, Memfd, RamBlock, RamBlockList
 from pyvfio.extents import Extent
-from pyvfio.testing.fake import FakeDevice, FakeKernel
+from pyvfio.testing.fake import FakeDevice
 from pyvfio.units import MIB, PAGE_SIZE
+from tests.unit.counting import called
 from tests.unit.fakes import BDF, Interrupt, MapperFactory, Rig, SpecialKernel
 from tests.unit.processes import in_child
+from tests.unit.tracking import KINDS, READS, Kind, tracked_kernel, tracked_rig
 
 if TYPE_CHECKING:
     from _typeshed import TraceFunction
@@ -303,16 +307,24 @@ def test_pages_are_as_large_as_those_of_the_blocks_memory(kernel: SpecialKernel)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_what_devices_may_have_written_is_collected_mapping_by_mapping(kernel: SpecialKernel, policy: str) -> None:
-    """All that is mapped of the block, wherever that lies in IOVA; not what is discarded, nor what others have."""
-    with Rig(kernel, mapper=POLICIES[policy]) as rig, DirtyLog(rig.blocks) as log:
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_devices_may_have_written_is_collected_mapping_by_mapping(kind: Kind, policy: str) -> None:
+    """What is mapped of the block, wherever that lies in IOVA; not what is discarded, nor what others have."""
+    with (
+        tracked_kernel(kind) as kernel,
+        tracked_rig(kernel, kind, mapper=POLICIES[policy]) as rig,
+        DirtyLog(rig.blocks) as log,
+    ):
         rig.add("before")
         block, other = rig.add(used=2 * PAGE_SIZE), rig.add("other")
         block.resize(6 * PAGE_SIZE)
         block.discard(PAGE_SIZE, PAGE_SIZE)
-        with DirtyTracking(rig.container) as tracking:
+        with DirtyTracking(rig.space) as tracking:
             for each in (block, other):
                 log.snapshot(each, clear=True)
+            for page in (0, 2, 3, 4, 5):
+                kernel.dma_write(BDF, rig.mapper.iova(block) + page * PAGE_SIZE, b"written")
+            kernel.dma_write(BDF, rig.mapper.iova(other), b"written")
             log.collect(block, tracking, rig.mapper)
             assert dirty(log, block) == [0, 2, 3, 4, 5]
             assert dirty(log, other) == []
@@ -321,31 +333,35 @@ def test_what_devices_may_have_written_is_collected_mapping_by_mapping(kernel: S
             assert dirty(log, block) == []
 
 
-class Precise(DirtyTracking):
-    """Of an IOMMU that knows what was written, as type1 does not: pages 2 and 3 of each mapping."""
-
-    def _ranges(self, mapping: pyvfio.Mapping, bits: bytes) -> Iterator[pyvfio.IovaRange]:
-        assert any(bits)
-        assert mapping.size >= 4 * PAGE_SIZE
-        yield pyvfio.IovaRange.of(iova=pyvfio.Iova(mapping.iova + 2 * PAGE_SIZE), size=2 * PAGE_SIZE)
-
-
-def test_only_what_the_kernel_names_becomes_dirty(rig: Rig, log: DirtyLog) -> None:
+def test_only_what_the_kernel_names_becomes_dirty() -> None:
     """Where it knows what was written."""
-    block = rig.add(used=6 * PAGE_SIZE)
-    with Precise(rig.container) as tracking:
+    with (
+        tracked_kernel("iommufd") as kernel,
+        tracked_rig(kernel, "iommufd") as rig,
+        DirtyLog(rig.blocks) as log,
+        DirtyTracking(rig.space) as tracking,
+    ):
+        block = rig.add(used=6 * PAGE_SIZE)
         log.snapshot(block, clear=True)
+        kernel.dma_write(BDF, rig.mapper.iova(block) + 3 * PAGE_SIZE - 1, b"of two pages")
         log.collect(block, tracking, rig.mapper)
         assert dirty(log, block) == [2, 3]
 
 
-def test_a_mapping_that_could_not_be_asked_for_is_dirty(kernel: SpecialKernel) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mapping_that_could_not_be_asked_for_is_dirty(kind: Kind) -> None:
     """The kernel may have forgotten what it was about to tell; what was read before it is kept, too."""
-    with Rig(kernel, mapper=POLICIES["granule"]) as rig, DirtyLog(rig.blocks) as log:
+    with (
+        tracked_kernel(kind) as kernel,
+        tracked_rig(kernel, kind, mapper=POLICIES["granule"]) as rig,
+        DirtyLog(rig.blocks) as log,
+    ):
         block = rig.add(used=4 * PAGE_SIZE)
-        with DirtyTracking(rig.container) as tracking:
+        with DirtyTracking(rig.space) as tracking:
             log.snapshot(block, clear=True)
-            kernel.fail(call="ioctl", request="VFIO_IOMMU_DIRTY_PAGES", nth=3, errno=errno.EFAULT, after=True)
+            for page in (0, 1):
+                kernel.dma_write(BDF, rig.mapper.iova(block) + page * PAGE_SIZE, b"written")
+            kernel.fail(call="ioctl", request=READS[kind], nth=3, errno=errno.EFAULT, after=True)
             with pytest.raises(pyvfio.IoctlError):
                 log.collect(block, tracking, rig.mapper)
             assert dirty(log, block) == [0, 1, 2]
@@ -394,10 +410,23 @@ class Copying:
         disturb()
 
 
-def test_a_copy_that_is_made_in_that_order_misses_no_transfer(rig: Rig, log: DirtyLog) -> None:
+CUTS: dict[str, Literal["pages", "replace"]] = {"cut, pages": "pages", "cut, replace": "replace"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy"),
+    [*((kind, policy) for kind in KINDS for policy in POLICIES), *(("iommufd", cut) for cut in CUTS)],
+)
+def test_a_copy_that_is_made_in_that_order_misses_no_transfer(kind: Kind, policy: str) -> None:
     """A device writes between any two steps, the block is resized, parts of it go and come: in the end the copy is the
     block."""
-    with DirtyTracking(rig.container) as tracking:
+    mapper = POLICIES.get(policy, partial(pyvfio.DmaMapper, resize="cut"))
+    with (
+        tracked_kernel(kind) as kernel,
+        tracked_rig(kernel, kind, mapper=mapper, cut=CUTS.get(policy)) as rig,
+        DirtyLog(rig.blocks) as log,
+        DirtyTracking(rig.space) as tracking,
+    ):
         copying = Copying(rig, log, tracking)
         for _ in range(200):
             copying.change()
@@ -476,17 +505,22 @@ class Signaller:
             signal.signal(signal.SIGUSR1, before)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_never_is_too_little_dirty_wherever_a_signal_handler_raises(name: str) -> None:
+@pytest.mark.parametrize(("name", "kind"), [*((name, "type1") for name in OPERATIONS), ("collect", "iommufd")])
+def test_never_is_too_little_dirty_wherever_a_signal_handler_raises(name: str, kind: Kind) -> None:
     """In the log, in the list, in the mapper: what had been dirty and nobody was told of still is."""
-    with FakeKernel(groups=[(2, [FakeDevice(BDF)])]) as kernel:
+    with tracked_kernel(kind) as kernel:
         at, lines = 0, 1
         while at <= lines:
-            with Rig(kernel) as rig, DirtyLog(rig.blocks) as log, DirtyTracking(rig.container) as tracking:
+            with (
+                tracked_rig(kernel, kind) as rig,
+                DirtyLog(rig.blocks) as log,
+                DirtyTracking(rig.space) as tracking,
+            ):
                 block = rig.add("ring", used=4 * PAGE_SIZE)
                 block.discard(3 * PAGE_SIZE, PAGE_SIZE)
                 log.snapshot(block, clear=True)
                 log.mark(block, 2 * PAGE_SIZE, 1)
+                kernel.dma_write(BDF, rig.mapper.iova(block) + PAGE_SIZE, b"written")
                 interrupter = Signaller(at)
                 ended = False
                 with suppress(Interrupt, pyvfio.RollbackError):
@@ -496,17 +530,25 @@ def test_never_is_too_little_dirty_wherever_a_signal_handler_raises(name: str) -
                     lines = interrupter.lines
                 if not (ended and name == "clear") and "ring" in [each.idstr for each in rig.blocks]:
                     assert must_be_dirty(name, block) <= set(dirty(log, block)), interrupter.where
+                    log.collect(block, tracking, rig.mapper)
+                    assert 1 in dirty(log, block), interrupter.where
                 log._check()
             at += 1
     print(f"{name}: {lines} lines")
 
 
-def test_what_a_failed_ioctl_kept_from_being_told_is_dirty(rig: Rig, kernel: SpecialKernel, log: DirtyLog) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_failed_ioctl_kept_from_being_told_is_dirty(kind: Kind) -> None:
     """The kernel may have told it, and forgotten it."""
-    block = rig.add(used=4 * PAGE_SIZE)
-    with DirtyTracking(rig.container) as tracking:
+    with (
+        tracked_kernel(kind) as kernel,
+        tracked_rig(kernel, kind) as rig,
+        DirtyLog(rig.blocks) as log,
+        DirtyTracking(rig.space) as tracking,
+    ):
+        block = rig.add(used=4 * PAGE_SIZE)
         log.snapshot(block, clear=True)
-        kernel.fail(call="ioctl", request="VFIO_IOMMU_DIRTY_PAGES", errno=errno.EFAULT)
+        kernel.fail(call="ioctl", request=READS[kind], errno=errno.EFAULT)
         with pytest.raises(pyvfio.IoctlError):
             log.collect(block, tracking, rig.mapper)
         assert dirty(log, block) == [0, 1, 2, 3]
@@ -520,10 +562,10 @@ def test_a_log_and_a_mapper_and_a_tracking_belong_together(kernel: SpecialKernel
         for ask in (log.snapshot, partial(log.mark, offset=0, size=1)):
             with pytest.raises(ValueError, match="not in the list that this log follows"):
                 ask(stranger)
-        with DirtyTracking(rig.container) as tracking, pytest.raises(ValueError, match="another container"):
+        with DirtyTracking(rig.space) as tracking, pytest.raises(ValueError, match="another address space"):
             log.collect(block, tracking, pyvfio.DmaMapper(container))
-        with DirtyTracking(rig.container) as tracking, pytest.raises(ValueError, match="not followed"):
-            log.collect(block, tracking, pyvfio.DmaMapper(rig.container))
+        with DirtyTracking(rig.space) as tracking, pytest.raises(ValueError, match="does not follow"):
+            log.collect(block, tracking, pyvfio.DmaMapper(rig.space))
     with pytest.raises(TypeError, match="RamBlockList"):
         DirtyLog([])  # type: ignore[arg-type]
 
@@ -548,7 +590,7 @@ def test_who_takes_it_out_of_its_list_ends_it(rig: Rig) -> None:
     with DirtyLog(rig.blocks) as log:
         log.snapshot(block, clear=True)
         rig.blocks.remove_notifier(log)
-        with pytest.raises(pyvfio.ClosedError, match="taken out of the list"):
+        with pytest.raises(pyvfio.ClosedError, match="removed from its list"):
             log.snapshot(block)
         rig.blocks.add_notifier(log)
         assert dirty(log, block) == [0, 1]
@@ -577,3 +619,89 @@ def test_a_snapshot_can_be_read() -> None:
     assert str(many).endswith("0xe000-0xefff, …")
     with pytest.raises(AttributeError):
         found.dirty = ()  # type: ignore[misc]
+
+
+PAGES = 12
+_ranges_of_pages = st.tuples(st.integers(0, PAGES - 1), st.integers(0, PAGES)).map(lambda pair: range(*pair))
+_steps = st.lists(
+    st.tuples(
+        st.sampled_from(["mark", "clear", "discard", "populate", "collect", "remap", "resize"]), _ranges_of_pages
+    ),
+    max_size=20,
+)
+
+
+class Told(DirtyTracking):
+    """Of an IOMMU that knows what was written, and is told here: pages from BASE on."""
+
+    written: frozenset[int] = frozenset()
+    base = 0
+
+    def read(self, *, iova: SupportsIndex, size: SupportsIndex, clear: bool = True) -> pyvfio.DirtyPages:
+        found = super().read(iova=iova, size=size, clear=clear)
+        asked = pyvfio.IovaRange.of(iova=int(iova), size=int(size))
+        pages = [
+            pyvfio.IovaRange.of(iova=self.base + page * PAGE_SIZE, size=PAGE_SIZE) for page in sorted(self.written)
+        ]
+        return pyvfio.DirtyPages(found.page_size, found.pages, tuple(page for page in pages if asked.contains(page)))
+
+
+@given(st.sampled_from(sorted(POLICIES)), _steps)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_the_log_is_a_set_of_pages(policy: str, life: list[tuple[str, range]]) -> None:
+    """Whatever happens, in whichever order."""
+    with (
+        SpecialKernel(groups=[(2, [FakeDevice(BDF)])]) as kernel,
+        Rig(kernel, mapper=POLICIES[policy]) as rig,
+        DirtyLog(rig.blocks) as log,
+        Told(rig.space) as tracking,
+    ):
+        block = rig.add(used=PAGES * PAGE_SIZE)
+        tracking.base = rig.mapper.iova(block)
+        length, clean, discarded = PAGES, set[int](), set[int]()
+        for kind, part in life:
+            pages = {page for page in part if page < length}
+            offset, size = min(pages, default=0) * PAGE_SIZE, len(pages) * PAGE_SIZE
+            match kind:
+                case "mark":
+                    log.mark(block, offset, size)
+                    clean -= pages
+                case "clear":
+                    log.snapshot(block, clear=True)
+                    clean = set(range(length)) - discarded
+                case "discard":
+                    block.discard(offset, size)
+                    discarded |= pages
+                case "populate":
+                    block.populate(offset, size)
+                    clean -= pages & discarded
+                    discarded -= pages
+                case "remap":
+                    block.remap(offset, size)
+                    clean -= pages - discarded
+                case "collect":
+                    tracking.written = frozenset(pages)
+                    log.collect(block, tracking, rig.mapper)
+                    clean -= pages - discarded
+                case "resize":
+                    length = part.stop or length
+                    if length != block.used_length // PAGE_SIZE:
+                        clean = set()
+                    block.resize(length * PAGE_SIZE)
+                    discarded = {page for page in discarded if page < length}
+            log._check()
+            assert dirty(log, block) == sorted(set(range(length)) - clean - discarded)
+
+
+def test_a_page_is_marked_without_a_look_at_the_other_clean_parts(rig: Rig, log: DirtyLog) -> None:
+    """Among 300 as among three."""
+    block = rig.add(used=1000 * PAGE_SIZE, maximum=1000 * PAGE_SIZE)
+    log.snapshot(block, clear=True)
+    takes = []
+    for first, end in ((0, 6), (6, 600)):
+        for page in range(first, end, 2):
+            log.mark(block, page * PAGE_SIZE, PAGE_SIZE)
+        takes.append(called(partial(log.mark, block, (900 + first) * PAGE_SIZE, PAGE_SIZE)))
+    assert takes[0] == takes[1]
+    assert log.snapshot(block).count == 302
+    log._check()

@@ -389,7 +389,7 @@ def test_claims_go_together_or_not_as_in_qemu(first: str, second: str) -> None:
         CLAIMS[second](guard).close()
         return
     for claim in held:
-        with pytest.raises(pyvfio.DiscardError, match=f"'{second}' does not go together with '{first}'"):
+        with pytest.raises(pyvfio.DiscardError, match=f"'{second}' is not compatible with '{first}'"):
             CLAIMS[second](guard)
         claim.close()
         claim.close()

@@ -166,7 +166,7 @@ def test_a_temporary_mapping_at_its_own_iova_follows_one_that_was_closed_there(r
             assert rig.reached() == [(iova, fixed.vaddr, PAGE_SIZE)]
             with rig.mapper.map_temporary(one, iova=iova) as known:
                 assert known.iova == iova
-            with pytest.raises(ValueError, match="is mapped at IOVA 0x100000000, so it is not mapped at"):
+            with pytest.raises(ValueError, match="is already mapped at IOVA 0x100000000, and cannot be mapped at"):
                 rig.mapper.map_temporary(one, iova=iova + PAGE_SIZE)
 
 

@@ -27,6 +27,7 @@ from pyvfio.errors import (
     PinLimitError,
     RollbackError,
     UnmapSizeError,
+    UnsafeNoIommuWarning,
     VfioError,
     describe_ranges,
     raise_collected,
@@ -49,7 +50,12 @@ def test_every_error_is_a_vfio_error() -> None:
     """One except clause catches all that pyvfio finds wrong."""
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     others = {kind for kind in kinds if not issubclass(kind, VfioError) and kind.__module__ == errors.__name__}
-    assert others == {MemoryNotReturnedWarning, CannotBePinnedWarning, PersistenceWarning}
+    assert others == {
+        MemoryNotReturnedWarning,
+        CannotBePinnedWarning,
+        PersistenceWarning,
+        UnsafeNoIommuWarning,
+    }
     assert len(kinds) > 15
 
 
@@ -148,7 +154,7 @@ def test_a_group_that_is_not_viable_names_only_the_members_that_block_it() -> No
         ],
     )
     assert "0000:00:01.0 (e1000)" in str(error)
-    assert "scripts/bind 0000:00:01.0" in error.hint
+    assert "pyvfio bind 0000:00:01.0" in error.hint
     assert "0000:00:02.0" not in str(error)
     assert len(error.members) == 2
 

@@ -18,10 +18,11 @@ import pytest
 import pyvfio
 from pyvfio import ioctls
 from pyvfio.extents import Extent
-from pyvfio.mapper.buffers import OwnMemory
+from pyvfio.mapper.held import OwnMemory
 from pyvfio.memory import MemoryKind
 from pyvfio.testing.fake import Call, FakeDevice, FakeKernel
 from pyvfio.units import PAGE_SIZE
+from tests.spaces import Cut
 from tests.unit.fakes import BDF, Interrupt, MapperFactory, Rig, SpecialKernel, nothing_left, requests
 
 ERRNOS = (errno.ENOMEM, errno.EINVAL, errno.EFAULT, errno.EINTR, errno.EIO)
@@ -32,13 +33,18 @@ DEVICE = FakeDevice(BDF, resettable=True)
 GIVES_A_DESCRIPTOR = ("open", "VFIO_GROUP_GET_DEVICE_FD", "eventfd", "memfd_create", "dup")
 # These fail and have done nothing (vfio_dma_do_map, as tests/contract shows; test_memory): only a signal comes after.
 MEMORY = ("mmap", "mprotect", "madvise", "munmap", "fallocate", "ftruncate")
-ALL_OR_NOTHING = ("VFIO_IOMMU_MAP_DMA", "mprotect")
+ALL_OR_NOTHING = ("VFIO_IOMMU_MAP_DMA", "IOMMU_IOAS_MAP", "IOMMU_IOAS_MAP_FILE", "IOMMU_IOAS_COPY", "mprotect")
+UNMAPS = ("VFIO_IOMMU_UNMAP_DMA", "IOMMU_IOAS_UNMAP")
 
 
 @pytest.fixture
-def kernel() -> Iterator[SpecialKernel]:
-    """A kernel with a device that can be reset."""
-    with SpecialKernel(groups=[(2, [DEVICE])]) as made:
+def kernel(request: pytest.FixtureRequest) -> Iterator[SpecialKernel]:
+    """A kernel with a device that can be reset, and with the kind of address space that the policy needs."""
+    callspec = getattr(request.node, "callspec", None)
+    iommufd = callspec is not None and callspec.params.get("policy") in IOMMUFD
+    with SpecialKernel(
+        "7.3" if iommufd else "6.12", groups=[(2, [DEVICE])], iommufd=iommufd, type1=not iommufd
+    ) as made:
         yield made
 
 
@@ -65,7 +71,7 @@ class Case:
         elif self.number == SHORT:
             kernel.fall_short_at(self.nth)
         else:
-            request = self.name if self.name.startswith("VFIO") else None
+            request = self.name if self.name.startswith(("VFIO", "IOMMU")) else None
             call = "ioctl" if request else self.name
             for nth in range(self.nth, self.nth + self.times):
                 kernel.fail(call=call, request=request, nth=nth, errno=self.number, after=self.after)
@@ -80,7 +86,7 @@ def cases(trace: list[Call]) -> Iterator[Case]:
         seen[name] = seen.get(name, 0) + 1
         interruptible = call.call in SpecialKernel.INTERRUPTIBLE
         position += interruptible
-        if name == "VFIO_IOMMU_UNMAP_DMA":
+        if name in UNMAPS:
             yield Case(index, position, name, seen[name], SHORT, after=False)
         for number in (*([None] if interruptible else []), *ERRNOS):
             for after in (False, True):
@@ -282,10 +288,14 @@ class Scene:
         kernel: SpecialKernel,
         make_mapper: MapperFactory = pyvfio.DmaMapper,
         memory: MemoryKind | None = None,
+        cut: Cut = None,
     ) -> None:
         self.kernel = kernel
         self.stack = ExitStack()
-        self.rig = Rig(kernel, mapper=make_mapper, memory=memory)
+        space = None if cut is None else pyvfio.Ioas(kernel=kernel, cut=cut)
+        self.rig = Rig(kernel, mapper=make_mapper, container=space, memory=memory)
+        if space is not None:
+            self.stack.callback(space.close)
         self.block = self.rig.add("ring", used=2 * PAGE_SIZE)
         self.empty = self.rig.add("empty", used=0)
         self.holed = self.rig.add("holed", used=4 * PAGE_SIZE)
@@ -302,7 +312,7 @@ class Scene:
 
     def late_mapper(self) -> None:
         """A second one for the same container, which is told of the blocks that there are."""
-        self.late = pyvfio.DmaMapper(self.rig.container, self.rig.blocks)
+        self.late = pyvfio.DmaMapper(self.rig.space, self.rig.blocks)
 
     def own(self) -> object:
         """One more mapping of the caller's own."""
@@ -340,18 +350,19 @@ class Scene:
         """The invariant; unless it is `exact`, the kernel may have taken away what it said it had not."""
         self.kernel.check()
         self.rig.blocks._check()
-        self.rig.container._check()
+        self.rig.space._check()
         if not keeps_memory(error):
             self.rig.mapper._check()
         reached = joined(self.rig.reached())
         for iova, _vaddr, size in reached:  # that its memory is there, the kernel's own check has seen
             # DmaFault or AssertionError where the memory is gone.
             self.kernel.dma_write(BDF, iova + size - 1, b"\1")
-        taken = self.rig.container.allocator.reservations
+        taken = self.rig.space.allocator.reservations
         for iova, _vaddr, size in self.rig.reached():
             assert any(place.start <= iova and iova + size - 1 <= place.last for place in taken), "IOVA was given back"
         for own in self.own_mappings():
-            assert own.view is None or own.view.nbytes == own.size, "a buffer was given back"
+            view = own.export if isinstance(own.export, memoryview | None) else own.export.view
+            assert view is None or view.nbytes >= own.size, "a buffer was given back"
         if keeps_memory(error):
             return
         assert all(any(map(lies_in(one), self.known())) for one in reached), "the device reaches what is not in use"
@@ -466,8 +477,12 @@ POLICIES: dict[str, MapperFactory] = {
     "granule": partial(pyvfio.DmaMapper, resize="extend", granule=PAGE_SIZE),
     "prefault": partial(pyvfio.DmaMapper, prefault=1),
     "memfd": pyvfio.DmaMapper,
+    "iommufd": pyvfio.DmaMapper,
+    "cut": partial(pyvfio.DmaMapper, resize="cut"),
+    "cut by replacing": partial(pyvfio.DmaMapper, resize="cut"),
 }
 MEMORIES = {"memfd": pyvfio.Memfd()}
+IOMMUFD: dict[str, Cut] = {"iommufd": None, "cut": "pages", "cut by replacing": "replace"}
 # Those in which a policy shows; the others do the same under each.
 RESIZES = (
     *("add", "grow", "shrink", "shrink to nothing", "grow from nothing"),
@@ -476,13 +491,20 @@ RESIZES = (
 
 
 POPULATES = ("add", "grow", "populate")
-SHOWN_BY = {"remap": tuple(OPERATIONS), "extend": RESIZES, "granule": RESIZES, "prefault": POPULATES, "memfd": RESIZES}
+CUTS = ("shrink", "shrink to nothing", "discard", "replace pages", "remove", "leave")
+SHOWN_BY = {
+    "remap": tuple(OPERATIONS),
+    **dict.fromkeys(("extend", "granule", "memfd"), RESIZES),
+    "prefault": POPULATES,
+    "iommufd": tuple(OPERATIONS),
+    **dict.fromkeys(("cut", "cut by replacing"), CUTS),
+}
 SCENES = [(policy, name) for policy, names in SHOWN_BY.items() for name in names]
 
 
 def _trace_of(kernel: SpecialKernel, policy: str, name: str) -> list[Call]:
     """What an operation calls when nothing fails."""
-    scene = Scene(kernel, POLICIES[policy], MEMORIES.get(policy))
+    scene = Scene(kernel, POLICIES[policy], MEMORIES.get(policy), IOMMUFD.get(policy))
     kernel.clear_trace()
     OPERATIONS[name](scene)
     calls = list(kernel.trace)
@@ -494,7 +516,7 @@ def _trace_of(kernel: SpecialKernel, policy: str, name: str) -> list[Call]:
 def _is_exact(plans: Sequence[Case]) -> bool:
     """Whether what is known to be mapped is; not where the kernel refused and did it, nor where it was asked after a
     signal whether it had done it, and refused to say."""
-    lied = any(plan.name == "VFIO_IOMMU_UNMAP_DMA" and plan.after and plan.number for plan in plans)
+    lied = any(plan.name in UNMAPS and plan.after and plan.number for plan in plans)
     return not lied and not (plans[0].number is None and len(plans) > 1)
 
 
@@ -514,7 +536,7 @@ def _check_refusal(scene: Scene, before: object, error: BaseException | None, pl
 def _fail(kernel: SpecialKernel, policy: str, name: str, *plans: Case) -> list[Call]:
     """Make an operation while that fails, and look at what it leaves; the calls that it made."""
     operation, areas, exact = OPERATIONS[name], list(kernel.areas), _is_exact(plans)
-    scene = Scene(kernel, POLICIES[policy], MEMORIES.get(policy))
+    scene = Scene(kernel, POLICIES[policy], MEMORIES.get(policy), IOMMUFD.get(policy))
     before = scene.blocks()
     kernel.clear_trace()
     for plan in plans:
@@ -566,7 +588,7 @@ def test_the_device_never_reaches_too_much_when_a_step_of_the_undo_fails_too(
             undo = first.index + (first.number is not None or first.after)
             for position in range(undo, len(calls)):
                 nth = names[: position + 1].count(names[position])
-                for times in (1, 5) if names[position] == "VFIO_IOMMU_UNMAP_DMA" else (1,):
+                for times in (1, 5) if names[position] in UNMAPS else (1,):
                     second = Case(position, 0, names[position], nth, errno.EIO, after=False, times=times)
                     _fail(kernel, policy, name, first, second)
                     count += 1

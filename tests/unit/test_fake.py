@@ -18,12 +18,14 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import pyvfio
 from pyvfio import ioctls
 from pyvfio.kernel import MAP_FIXED, MAP_FIXED_NOREPLACE, PROT_NONE, Kernel, LinuxKernel
 from pyvfio.testing.fake import Bar, DmaFault, FakeDevice, FakeKernel, IommuModel
-from pyvfio.testing.fake.pins import Mapped, VaddrIndex
+from pyvfio.testing.fake.pins import ByIova, Mapped, VaddrIndex, Violation
 from pyvfio.testing.fake.process import (
     Pagemap,
     can_be_pinned,
@@ -349,6 +351,31 @@ def test_memlock_is_what_the_test_says_it_is(kernel: FakeKernel) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- memory taken away
+
+
+def test_memory_of_many_mappings_that_goes_is_said_in_a_few_words(kernel: FakeKernel) -> None:
+    """The error names the first and counts the others; `violations` has each, and another look adds none."""
+    container, _group = attach(kernel)
+    vaddr = kernel.mmap(0, 20 * PAGE, BOTH, PRIVATE)
+    for page in range(20):
+        map_dma(kernel, container, vaddr + page * PAGE, iova=BASE + page * PAGE)
+    kernel.munmap(vaddr, 20 * PAGE)
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="and 4 more in `violations`") as caught:
+            kernel.check()
+        assert str(caught.value).count("munmap took") == 16
+        assert len(kernel.violations) == 20
+
+
+@given(
+    spans=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 12)), max_size=8),
+    asked=st.tuples(st.integers(0, 60), st.integers(1, 12)),
+)
+def test_what_is_known_to_have_gone_is_found_by_iova(spans: list[tuple[int, int]], asked: tuple[int, int]) -> None:
+    """As a look at each says."""
+    known = ByIova([Violation("munmap", Iova(start), Vaddr(0), size) for start, size in spans])
+    start, end = asked[0], asked[0] + asked[1]
+    assert known.meet(start, end) == any(first < end and start < first + size for first, size in spans)
 
 
 @pytest.mark.parametrize("call", ["munmap", "mprotect", "madvise", "mmap"])

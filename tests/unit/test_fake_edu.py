@@ -166,7 +166,9 @@ def test_what_is_mapped_for_reading_is_not_written(edu: Bench) -> None:
     kept = pattern(64)
     edu.put(kept)
     edu.copy(source=BUFFER, destination=9 * MIB, count=64, command=3)
-    assert [(fault.iova, fault.reason) for fault in edu.kernel.faults] == [(9 * MIB, "the mapping does not allow it")]
+    assert [(fault.iova, fault.reason) for fault in edu.kernel.faults] == [
+        (9 * MIB, "the mapping does not allow the access")
+    ]
     assert edu.get(64) == kept
 
 

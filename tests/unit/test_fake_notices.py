@@ -201,7 +201,7 @@ def test_an_access_of_a_device_to_memory_that_is_gone_is_on_record(kernel: FakeK
 
 def _spoil(kernel: FakeKernel, what: str) -> Callable[[], object]:
     """Put one thing out of order; what mends it."""
-    container = kernel._groups[2].container
+    container = kernel._machine.groups[2].container
     assert container is not None
     iommu = container.iommu
     assert iommu is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ from pyvfio.guard import (
     ContextManager,
     Guard,
     call_out,
+    call_out_each,
     checkpoint,
     close_now,
     closing,
@@ -32,6 +34,7 @@ from pyvfio.guard import (
     guarded,
     making,
     reading,
+    run_outside,
     undoing,
     uninterrupted,
 )
@@ -50,6 +53,18 @@ class FrozenError(Exception):
     """An exception with which nothing can be noted."""
 
     code: int
+
+
+@dataclass
+class Pressed:
+    """A handler that is equal to another one until it has run."""
+
+    times: int = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Count."""
+        del number, frame
+        self.times += 1
 
 
 class Thing:
@@ -100,6 +115,49 @@ def press(number: int = signal.SIGUSR1) -> None:
     signal.raise_signal(number)
 
 
+def _raise_in_line(thing: Thing, name: str, skipped: int) -> bool:
+    """Call that method, and raise in a line of the guard's own, after so many others: whether there was another line.
+
+    Lines of a `finally`, and of the return of a result that exists, are left out: to be there is to be at the end.
+    """
+    method = getattr(Thing, name)
+    codes = {method.__code__, guard._run.__code__}
+    seen: list[str] = []
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
+        def each_line(frame: FrameType, event: str, argument: Any) -> Callable[..., Any]:
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+            if (
+                event == "line"
+                and not line.startswith(("return result", "return made"))
+                and "looking" not in line
+                and line not in seen
+            ):
+                seen.append(line)
+                if len(seen) > skipped:
+                    raise ValueError
+            return each_line
+
+        return each_line if frame.f_code in codes else None
+
+    sys.settrace(trace)
+    try:
+        with suppress(ValueError):
+            method(thing)
+    finally:
+        sys.settrace(None)
+    return len(seen) > skipped
+
+
+def _is_free(lock: threading.RLock) -> bool:
+    """Whether another thread can have the lock."""
+    taken: list[bool] = []
+    asker = threading.Thread(target=lambda: taken.append(lock.acquire(timeout=0.1)))
+    asker.start()
+    asker.join()
+    return taken == [True]
+
+
 @pytest.fixture
 def raising() -> Iterator[None]:
     """SIGUSR1 raises InterruptionError."""
@@ -122,6 +180,22 @@ class TestSignals:
         with pytest.raises(InterruptionError):
             thing.change(press)
         assert thing.events == ["begin", "end"]
+
+    @pytest.mark.parametrize("when", ["within", "behind"])
+    def test_a_handler_that_is_equal_to_the_one_before_is_another(self, when: str) -> None:
+        thing, old, new = Thing(), Pressed(), Pressed()
+        before = signal.signal(signal.SIGUSR1, old)
+        try:
+            thing.change()
+            signal.signal(signal.SIGUSR1, new)
+            thing.change(partial(signal.raise_signal, signal.SIGUSR1) if when == "within" else lambda: None)
+            found: object = signal.getsignal(signal.SIGUSR1)
+            assert found is new
+            if when == "behind":
+                signal.raise_signal(signal.SIGUSR1)
+            assert (old.times, new.times) == (0, 1)
+        finally:
+            signal.signal(signal.SIGUSR1, before)
 
     def test_a_checkpoint_lets_it_refuse(self) -> None:
         thing = Thing()
@@ -219,29 +293,40 @@ class TestSignals:
             Thing().make(fail)
 
     @pytest.mark.parametrize("name", ["change", "make", "look"])
-    def test_what_raises_where_nothing_is_put_off_leaves_no_lock_behind(self, name: str) -> None:
-        """A signal that is none of the ten, or an exception that another thread has set: when the call has begun."""
+    def test_what_raises_in_any_line_of_an_outermost_call_leaves_nothing_behind(self, name: str) -> None:
+        """An exception that another thread has set, or a handler of a signal that is none of the ten."""
+        handler, raised = signal.getsignal(signal.SIGUSR1), 0
+        while _raise_in_line(thing := Thing(), name, raised):
+            raised += 1
+            place = guard._thread.place
+            assert (place.inside, place.busy, place.looking, place.lock) == (False, False, False, None)
+            assert _is_free(thing.guard.lock)
+            assert signal.getsignal(signal.SIGUSR1) is handler
+            assert not hasattr(thing, "made") or thing.made.events == ["undone"]
+        assert raised >= (10 if name == "change" else 5)
 
-        def trace(frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
-            def late(frame: FrameType, event: str, argument: Any) -> Callable[..., Any]:
-                if event == "return" and frame.f_code is guard._enter.__code__:
-                    raise ValueError
-                return late
+    def test_what_raises_where_a_call_begins_to_end_does_not_keep_it_from_ending(self) -> None:
+        """An exception that another thread has set, in a call that raises: the call ends all the same."""
+        raised: list[bool] = []
 
-            return late if frame.f_code is guard._enter.__code__ else None
+        def trace(frame: FrameType, event: str, argument: Any) -> None:
+            if frame.f_code is guard._leave.__code__ and not raised:
+                raised.append(True)
+                raise InterruptionError
 
-        thing, free = Thing(), list[bool]()
-        sys.settrace(trace)
+        def fail() -> None:
+            sys.settrace(trace)
+            raise ValueError
+
+        thing = Thing()
         try:
-            with suppress(ValueError):
-                getattr(thing, name)()
+            with pytest.raises(InterruptionError):
+                thing.change(fail)
         finally:
             sys.settrace(None)
-        asker = threading.Thread(target=lambda: free.append(thing.guard.lock.acquire(timeout=0.1)))
-        asker.start()
-        asker.join()
-        assert free == [True]
-        assert not guard._thread.place.inside
+        place = guard._thread.place
+        assert (raised, place.inside, place.busy, place.lock) == ([True], False, False, None)
+        assert _is_free(thing.guard.lock)
 
     def test_a_signal_that_comes_twice_is_handled_once(self) -> None:
         seen: list[int] = []
@@ -452,6 +537,12 @@ class TestLocks:
 class TestFinalizers:
     """Closes in the middle of something else."""
 
+    def test_a_step_of_a_finalizer_waits_for_the_end_of_a_change_or_of_a_look(self) -> None:
+        thing = Thing()
+        thing.change(lambda: run_outside(partial(thing.events.append, "step")))
+        thing.look(lambda: run_outside(partial(thing.events.append, "another")))
+        assert thing.events == ["begin", "end", "step", "looked", "another"]
+
     def test_a_close_inside_of_a_change_is_put_off_to_its_end(self) -> None:
         thing, other = Thing(), Thing()
         thing.change(each(other.close, lambda: thing.events.extend(other.events)))
@@ -482,6 +573,11 @@ class TestFinalizers:
 
         thing.change(partial(call_out, hook, ()))
         assert thing.events == ["begin", "dropped", "end", "closed"]
+
+    def test_each_hook_of_a_change_can_close_at_once_what_is_below(self) -> None:
+        thing, called = Thing(), list[Thing]()
+        thing.change(lambda: call_out_each([thing], "drop", (), called))
+        assert (thing.events, called) == (["begin", "dropped", "end"], [thing])
 
     def test_an_owner_closes_its_own_at_once(self) -> None:
         thing = Thing()

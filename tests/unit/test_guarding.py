@@ -63,24 +63,40 @@ def test_a_lock_is_found_wherever_it_hides(source: str) -> None:
 
 UNGUARDED = {
     "a fact, or one attribute that is replaced as a whole": """
-        Container.check_here Container.check_usable Container.closed Container.dma_bits Container.fd Container.info
-        Container.group Container.iommu_type Container.iova_pgsizes Container.iova_ranges Container.kernel
-        Container.page_size DmaBuf.check_here DmaBuf.check_usable DmaBuf.closed DmaBuf.fd DmaBuf.kernel
+        Container.can_cut Container.check_here Container.check_usable Container.closed Container.dma_bits Container.fd
+        Container.info
+        Container.changes Container.group Container.maps_files Container.iommu_type Container.iova_pgsizes
+        Container.iova_ranges
+        Container.kernel Container.page_size DmaBuf.check_here DmaBuf.check_usable DmaBuf.closed DmaBuf.fd DmaBuf.kernel
         Device.can_reset Device.check_here Device.check_usable Device.check_views Device.closed
-        Device.container Device.fd Device.kernel DirtyTracking.page_size DmaMapper.space DmaMapping.closed
-        Group.check_here Group.check_usable Group.closed Group.fd Group.kernel Irq.can_grow Irq.count
-        ConfigSpace.check_usable ConfigSpace.check_views ConfigSpace.kernel ConfigSpace.mappable ConfigSpace.size
-        Irq.fds RamBlock.discarded RamBlock.file RamBlock.max_length RamBlock.populated RamBlock.prealloc
+        Device.container Device.fd Device.group Device.group_number Device.iommufd Device.kernel Device.open_neighbours
+        Device.seam Device.space Device.dev_id Device.unsafe_noiommu Container.dirty_page_size Ioas.dirty_page_size
+        DmaMapper.space DmaMapping.closed
+        Group.check_here Group.check_usable Group.closed Group.fd Group.kernel
+        Iommufd.check_here Iommufd.check_usable Iommufd.closed Iommufd.fd Iommufd.kernel Iommufd.maps_files
+        Ioas.can_cut Ioas.changes Ioas.check_here Ioas.check_usable Ioas.closed Ioas.dma_bits Ioas.entries_left Ioas.fd
+        Ioas.iova_ranges Ioas.kernel Ioas.maps_files Ioas.page_size TakenOver.container
+        Irq.can_grow Irq.count
+        ConfigSpace.check_usable ConfigSpace.check_views ConfigSpace.mappable ConfigSpace.size
+        Irq.fds RamBlock.discarded RamBlock.file RamBlock.guard RamBlock.idstr RamBlock.max_length RamBlock.page_size
+        RamBlock.populated RamBlock.prealloc
         RamBlock.settings RamBlock.used_length RamBlock.vaddr RamBlock.whole RamBlockList.block_at RamBlockList.knows
         RamBlockList.notifiers
-        Region.check_usable Region.check_views Region.kernel Region.mappable Region.size RegionMap.check_views
+        Region.check_usable Region.check_views Region.mappable Region.size RegionMap.check_views
     """,
     "a system call of which nothing is recorded": """
         ConfigSpace.read ConfigSpace.read16 ConfigSpace.read32 ConfigSpace.read64 ConfigSpace.read8
         Container.check_extension Container.get_api_version Container.get_info Container.ioctl Container.set_iommu
         Device.get_pci_hot_reset_info Device.hot_reset_groups Device.ioctl Device.set_vf_token DmaBuf.ioctl
         Group.check_viable Group.get_device_fd
-        Group.get_status Group.ioctl Group.set_container Irq.mask Irq.trigger Irq.unmask Region.read Region.read16
+        Group.get_status Group.ioctl Group.set_container
+        Iommufd.clear_vfio_ioas Iommufd.counts_by_process Iommufd.destroy Iommufd.get_hw_info Iommufd.huge_pages
+        Iommufd.hwpt_alloc Iommufd.hwpt_get_dirty_bitmap
+        Iommufd.hwpt_set_dirty_tracking Iommufd.ioas_alloc Iommufd.ioas_allow_iovas Iommufd.ioas_change_process
+        Iommufd.ioas_copy Iommufd.ioas_iova_ranges Iommufd.ioas_map Iommufd.ioas_map_file Iommufd.ioas_noiommu_get_pa
+        Ioas.ioctl Iommufd.ioas_unmap Iommufd.ioas_unmap_all Iommufd.ioctl Iommufd.set_counts_by_process
+        Iommufd.set_huge_pages
+        Iommufd.set_vfio_ioas Iommufd.vfio_ioas Irq.mask Irq.trigger Irq.unmask Region.read Region.read16
         Region.read32 Region.read64 Region.read8 Region.write Region.write16 Region.write32 Region.write64 Region.write8
         Register.read Register.write
     """,
@@ -88,15 +104,19 @@ UNGUARDED = {
         ConfigSpace.register16 ConfigSpace.register32 ConfigSpace.register64 ConfigSpace.register8
         Region.register16 Region.register32 Region.register64 Region.register8
     """,
-    "made once, and the first one stays": "Device.config Device.describe_irqs Device.irq Device.irqs Device.region",
+    "looks with no lock, and under the lock where that is not enough": "DmaMapper.translate_vaddr",
+    "made once, and the first one stays": "Device.describe_irqs Device.irq Device.irqs Device.region",
     "a snapshot, or an object without a state of its own": "Device.capabilities Device.feature Device.low_power",
     "waits for a device, with no lock": "ConfigSpace.poll32 Irq.wait Irq.wait_any Region.poll32",
     "each step of it is guarded": """
         Container.map Container.map_dma Container.reserve_and_map Container.unmap Container.unmap_and_release
+        Ioas.map Ioas.reserve_and_map Ioas.unmap Ioas.unmap_and_release
         ConfigSpace.change16 ConfigSpace.close ConfigSpace.write ConfigSpace.write16 ConfigSpace.write32
         ConfigSpace.write64 ConfigSpace.write8 Device.drop_windows Region.close
         Device.bus_master Device.bus_master= Device.memory_enabled Device.memory_enabled= DirtyLog.snapshot
+        DirtyTracking.read
         DmaMapper.map_buffer DmaMapper.map_dma DmaMapper.map_region DmaMapper.map_temporary
+        DmaMapper.segment_arrays DmaMapper.translate_vaddrs
         Device.enter_low_power Device.exit_low_power
         Irq.enable RamBlock.discard RamBlock.populate RamBlock.remap RamBlock.remove RamBlock.resize
     """,

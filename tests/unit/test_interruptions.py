@@ -10,23 +10,24 @@ import gc
 import random
 import secrets
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
 import pytest
 
 from tests.interruptions.examine import Case, Dry, examine, raising, rehearse
 from tests.interruptions.operations import OPERATIONS, Operation
-from tests.interruptions.scene import SeenKernel
+from tests.interruptions.scene import Kind, SeenKernel
 
 ENOUGH = 5  # failures of one operation
 
 
 class Laboratory:
-    """A kernel, a new one where a failure has left something in it, and the cases to examine of each operation."""
+    """A kernel of each kind, a new one where a failure has left something, and the cases of each operation."""
 
     def __init__(self, operations: Sequence[Operation], seed: int, sample: int | None) -> None:
-        self.kernel = SeenKernel()
+        self.kernels: dict[Kind, SeenKernel] = {kind: SeenKernel(kind) for kind in get_args(Kind)}
         self.chance = random.Random(seed)  # noqa: S311 (nothing secret)
-        self.dry = {operation.name: rehearse(operation, self.kernel) for operation in operations}
+        self.dry = {operation.name: rehearse(operation, self.kernels[operation.space]) for operation in operations}
         self._share = 1.0 if sample is None else min(0.8 * sample / self.points, 1)
 
     @property
@@ -41,11 +42,12 @@ class Laboratory:
 
     def examine(self, operation: Operation, case: Case) -> tuple[str, int]:
         """As `examine`."""
-        wrong, left = examine(operation, self.kernel, self.dry[operation.name], case)
+        kernel = self.kernels[operation.space]
+        wrong, left = examine(operation, kernel, self.dry[operation.name], case)
         if wrong:
-            self.kernel.shutdown()
+            kernel.shutdown()
             gc.collect()
-            self.kernel = SeenKernel()
+            self.kernels[operation.space] = SeenKernel(operation.space)
         return wrong, left
 
 
@@ -64,7 +66,8 @@ def laboratory(request: pytest.FixtureRequest) -> Iterator[Laboratory]:
         print(f"\n{made.points} points of {len(taken)} operations: --hypothesis-seed={seed}", flush=True)
     with raising():
         yield made
-    made.kernel.shutdown()
+    for kernel in made.kernels.values():
+        kernel.shutdown()
     gc.enable()
 
 

@@ -22,7 +22,9 @@ import pytest
 import pyvfio
 from pyvfio import ioctls
 from pyvfio.device import Irq
-from pyvfio.kernel import IoctlArgument
+from pyvfio.device.eventfds import Eventfd, Vectors
+from pyvfio.guard import Guard
+from pyvfio.kernel import IoctlArgument, LinuxKernel
 from pyvfio.testing.fake import FakeDevice, FakeKernel
 from tests.interruptions.points import Walk
 from tests.unit.fakes import BDF, Interrupt, SpecialKernel, nothing_left, requests
@@ -351,7 +353,7 @@ def test_where_none_can_be_added_the_error_says_so_before_any_call(version: str,
         why = "2 of .* and vector 3 cannot be added: " + ("only MSI-X" if index == MSI else "that needs Linux 6.5")
         with pytest.raises(pyvfio.UnsupportedError, match=why) as got:
             irq.enable(fds=[own[1], own[2], None], start=2)
-        assert "None in fds keeps the place" in str(got.value)
+        assert "None in fds reserves a vector" in str(got.value)
         assert requests(kernel.trace) == []
         irq.enable(fds=[own[1], None, None], start=1)
         kernel.interrupt(BDF, 1)
@@ -472,7 +474,7 @@ def test_a_refused_first_call_enables_nothing(kernel: SpecialKernel, device: pyv
         ({"fds": [1 << 31]}, ValueError, "no file descriptor"),
         ({"fds": [None], "start": "0"}, TypeError, "start"),
         ({"fds": [None], "start": 1.0}, TypeError, "start"),
-        ({"fds": [None], "start": -1}, ValueError, "first vector"),
+        ({"fds": [None], "start": -1}, ValueError, "start must be 0"),
         ({"fds": [None], "start": 16}, pyvfio.UnsupportedError, "has 16 vectors, so 16 to 16"),
         ({"fds": [None] * 17}, pyvfio.UnsupportedError, "has 16 vectors, so 17"),
         ({"vectors": 2, "start": 15}, pyvfio.UnsupportedError, "has 16 vectors, so 15 to 16"),
@@ -548,7 +550,9 @@ def test_want_of_descriptors_names_how_many_are_needed_and_how_many_there_can_be
     calls: tuple[Callable[[], object], ...] = (lambda: irq.enable(8), lambda: irq.enable(fds=own))
     for call in calls:
         with _descriptors_left(5) as limit:
-            said = rf"EMFILE.* for 8 vectors.* 9 descriptors are needed.* \d could be had.* can have {limit} open"
+            said = (
+                rf"EMFILE.* for 8 vectors.* 9 descriptors are needed.* \d of them could be made.* can have {limit} open"
+            )
             with pytest.raises(pyvfio.IoctlError, match=said) as caught:
                 call()
             assert caught.value.arguments == {"device": BDF, "index": MSIX, "vectors": 8}
@@ -692,6 +696,161 @@ def test_what_cannot_unmask_intx_is_refused_and_changes_nothing(
     assert caught.value.errno == errno.ENOTTY
 
 
+@pytest.mark.parametrize("own_ones", [False, True])
+def test_threads_that_wait_for_the_same_vectors_share_what_comes(
+    kernel: SpecialKernel, device: pyvfio.Device, own: Sequence[int], *, own_ones: bool
+) -> None:
+    """Each signal is received once; none of the threads hears of the others."""
+    irq = device.irq(MSIX)
+    if own_ones:
+        irq.enable(fds=own[:2])
+    else:
+        irq.enable(2)
+    received: list[int] = []
+    wrong: list[BaseException] = []
+
+    def wait(turn: int) -> None:
+        try:
+            while sum(received) < 400:
+                got = irq.wait_any(timeout=0.05) if turn % 2 else {1: irq.wait(1, timeout=0.05)}
+                received.append(sum(got.values()))
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=wait, args=(turn,)) for turn in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(400):
+        kernel.interrupt(BDF, 1)
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert sum(received) == 400
+
+
+class RacedKernel(SpecialKernel):
+    """A fake kernel whose device raises vector 1 when somebody polls; `others` signals more are read by another thread,
+    between the poll of this one and its read."""
+
+    others = 3
+
+    def poll(self, fd: int, timeout: float | None, *others: int) -> tuple[int, ...]:
+        """Raise it first."""
+        self.interrupt(BDF, 1)
+        return super().poll(fd, timeout, *others)
+
+    def eventfd_read(self, fd: int) -> int:
+        """Read it twice, where it is another thread's."""
+        count = super().eventfd_read(fd)
+        if self.others == 0:
+            return count
+        self.others -= 1
+        return super().eventfd_read(fd)
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+@pytest.mark.parametrize("own_ones", [False, True])
+@pytest.mark.parametrize(
+    "wait", [lambda irq, end: irq.wait(1, timeout=end), lambda irq, end: irq.wait_any(timeout=end).get(1, 0)]
+)
+def test_a_wait_goes_on_where_another_thread_has_read_first(
+    own: Sequence[int], wait: Callable[[Irq, float | None], int], *, own_ones: bool, timeout: float | None
+) -> None:
+    """0 is the end of the time, and nothing else."""
+    with RacedKernel(groups=[(2, [DEVICE])]) as kernel, pyvfio.open_device(BDF, kernel=kernel) as device:
+        irq = device.irq(MSIX)
+        if own_ones:
+            irq.enable(fds=own[:2])
+        else:
+            irq.enable(2)
+        assert wait(irq, timeout) == 1
+        assert kernel.others == 0
+
+
+class ReplacingKernel(SpecialKernel):
+    """A fake kernel in which `meanwhile` happens once, between the look of a thread that waits and its read."""
+
+    meanwhile: Callable[[], object] | None = None
+
+    def eventfd_read(self, fd: int) -> int:
+        """Do that first."""
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+        return super().eventfd_read(fd)
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize(
+    "wait", [lambda irq: {0: irq.wait(0, timeout=0)}, lambda irq: irq.wait_any(timeout=0)], ids=["wait", "wait_any"]
+)
+@pytest.mark.parametrize("changes", [1, 2, 3])
+def test_a_thread_that_is_about_to_read_has_its_eventfd_whatever_others_change(
+    wait: Callable[[Irq], dict[int, int]], *, both: bool, changes: int
+) -> None:
+    """Its vector is kept by some changes, and stopped at last: until it has read, no other file gets the number."""
+    before = open_fds()
+    with ReplacingKernel(groups=[(2, [DEVICE])]) as kernel, pyvfio.open_device(BDF, kernel=kernel) as device:
+        irq = device.irq(MSIX)
+        irq.enable(4)
+
+        def change() -> None:
+            for vector in range(1, changes + 1):
+                irq.disable(vector)
+            irq.disable()
+
+        for vector in range(1 + both):
+            kernel.interrupt(BDF, vector)
+        kernel.meanwhile = change
+        assert wait(irq)[0] == 1
+        assert irq.fds == ()
+    gc.collect()
+    assert open_fds() == before
+
+
+def test_a_thread_that_comes_when_the_eventfds_are_closed_hears_the_end() -> None:
+    """With the poll of the running kernel, which takes no number of a closed one."""
+    kernel, guard = LinuxKernel(), Guard("an interrupt")
+    row = (Eventfd(kernel, guard, kernel.eventfd(0, os.EFD_NONBLOCK)),)
+    waits: tuple[Callable[[Vectors], object], ...] = (lambda it: it.wait_one(0, None), lambda it: it.wait((0,), None))
+    for wait in waits:
+        vectors = Vectors(kernel, guard, row, Eventfd(kernel, guard, kernel.eventfd(0, os.EFD_NONBLOCK)))
+        vectors.end(pyvfio.VfioError("it was disabled"))
+        with pytest.raises(pyvfio.VfioError, match="it was disabled"):
+            wait(vectors)
+
+
+def test_an_interrupt_that_is_there_is_read_without_a_poll(kernel: SpecialKernel, device: pyvfio.Device) -> None:
+    """One system call; an eventfd of the program's own may block, and is polled before."""
+    irq = device.irq(MSI)
+    irq.enable()
+    kernel.interrupt(BDF)
+    kernel.clear_trace()
+    assert irq.wait() == 1
+    assert requests(kernel.trace) == ["eventfd_read"]
+    irq.disable()
+    fd = os.eventfd(0)
+    irq.enable(fds=[fd])
+    kernel.interrupt(BDF)
+    kernel.clear_trace()
+    assert irq.wait() == 1
+    assert irq.wait(timeout=0) == 0
+    assert requests(kernel.trace) == ["poll", "eventfd_read", "poll"]
+    irq.disable()
+    os.close(fd)
+
+
+def test_a_program_that_waits_for_many_combinations_keeps_few_polls(device: pyvfio.Device) -> None:
+    """So that memory stays small."""
+    irq = device.irq(MSIX)
+    irq.enable(4)
+    for first in range(4):
+        for second in range(4):
+            assert irq.wait_any((first, second, 3), timeout=0) == {}
+    assert irq._enabled is not None
+    assert len(irq._enabled._turns) <= 5
+
+
 def _wait_for_first(irq: Irq) -> dict[int, int]:
     return {0: irq.wait(0, timeout=0)}
 
@@ -706,6 +865,7 @@ def test_a_signal_handler_that_raises_in_a_wait_loses_no_interrupt(
     def handler(*_: object) -> None:
         raise Interrupt
 
+    gc.collect()  # no finalizer of another test's objects is to run under the walk, where the handler would raise
     irq = device.irq(MSIX)
     irq.enable(fds=[own[0], own[0] if shared else own[1]])
     before = signal.signal(signal.SIGUSR1, handler)
@@ -733,6 +893,21 @@ def test_a_signal_handler_that_raises_in_a_wait_loses_no_interrupt(
         signal.signal(signal.SIGUSR1, before)
     assert walk.count > 20
     assert put_back > 20
+
+
+def test_nothing_is_put_back_into_an_eventfd_that_is_closed(device: pyvfio.Device) -> None:
+    """Its number may be another file's, or none."""
+    irq = device.irq(MSIX)
+    irq.enable(1)
+    vectors = irq._enabled
+    assert vectors is not None
+    eventfd = vectors.row[0]
+    assert eventfd is not None
+    vectors.put_back([(eventfd, 3)])
+    assert irq.wait(0, timeout=0) == 3
+    irq.disable()
+    vectors.put_back([(eventfd, 3)])
+    assert eventfd.fd < 0
 
 
 def test_where_a_handler_disables_the_interrupt_and_raises_nothing_is_put_back(device: pyvfio.Device) -> None:

@@ -8,16 +8,20 @@ import fcntl
 import mmap
 import os
 import resource
+import signal
 import struct
 import termios
 import threading
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
 from pyvfio.kernel import PROT_NONE, Kernel, LinuxKernel, MappedRegisters, Memlock
 from pyvfio.testing import FakeKernel
 from pyvfio.units import PAGE_SIZE, Vaddr
+from tests.unit.fakes import Interrupt
 from tests.unit.processes import in_child, maps
 
 READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
@@ -174,6 +178,48 @@ def test_an_eventfd_counts_and_reading_it_takes_the_count(kernel: LinuxKernel) -
     with pytest.raises(BlockingIOError):
         kernel.eventfd_read(fd)
     kernel.close(fd)
+
+
+def test_a_signal_handler_that_raises_in_a_read_loses_no_count(kernel: LinuxKernel) -> None:
+    """Wherever in the read signals come, until a hundred have: the count stays in the eventfd, or is returned."""
+    fd = kernel.eventfd(0, os.EFD_NONBLOCK)
+    written = received = raised = 0
+
+    def handler(_number: int, frame: FrameType | None) -> None:
+        if frame is not None and frame.f_code.co_name == "eventfd_read":
+            raise Interrupt
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        while raised < 100 and written < 300_000:
+            os.eventfd_write(fd, 1)
+            written += 1
+            signal.setitimer(signal.ITIMER_REAL, 1e-6 * (1 + written % 16))
+            try:
+                received += kernel.eventfd_read(fd)
+            except Interrupt:
+                raised += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    with suppress(BlockingIOError):
+        received += kernel.eventfd_read(fd)
+    kernel.close(fd)
+    assert received == written
+
+
+def test_a_poll_may_be_made_again_and_again(kernel: LinuxKernel) -> None:
+    """It sees what is there each time, in milliseconds."""
+    fds = [kernel.eventfd(0, os.EFD_NONBLOCK) for _ in range(3)]
+    poll = kernel.poller(*fds)
+    assert not poll(0)
+    for fd in fds:
+        os.eventfd_write(fd, 1)
+        assert [ready for ready, _events in poll(None)] == [fd]
+        assert kernel.eventfd_read(fd) == 1
+    assert not poll(1)
+    for fd in fds:
+        kernel.close(fd)
 
 
 def test_polling_waits_until_there_is_something_to_read(kernel: LinuxKernel) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -19,11 +20,17 @@ PACKAGE = Path(pyvfio.__file__).parent
 ROOF = "pyvfio"
 
 FLOORS = {
-    **dict.fromkeys(("ioctls", "kernel", "errors", "units", "extents", "handle", "info", "guard"), 0),
-    **dict.fromkeys(("memory", "pci", "iommu", "blocks"), 1),
-    **dict.fromkeys(("container", "ramblock", "mapper"), 2),
+    **dict.fromkeys(
+        (
+            *("fields", "ioctls", "iommufd_ioctls", "kernel", "errors", "units", "extents", "extent_set", "handle"),
+            *("info", "guard", "findings"),
+        ),
+        0,
+    ),
+    **dict.fromkeys(("memory", "pci", "iommu", "blocks", "picture", "recording"), 1),
+    **dict.fromkeys(("container", "ioas", "iommufd", "noiommu", "page_tables", "ramblock", "mapper"), 2),
     **dict.fromkeys(("dma", "device"), 3),
-    **dict.fromkeys(("live_update", "dirty"), 4),
+    **dict.fromkeys(("live_update", "dirty", "diagnosis"), 4),
 }
 # What a module may not import though it is on the same floor.
 APART = {
@@ -122,6 +129,17 @@ def test_imports_go_downwards_only() -> None:
     assert breaches(SOURCES, PACKAGES) == []
 
 
+def test_one_import_goes_upwards_and_only_when_it_is_asked_for() -> None:
+    """By name, so that the other tests do not see it: an error has the checks of the examination."""
+    named = {
+        (name, argument)
+        for name, source in SOURCES.items()
+        if floor(name) is not None
+        for argument in re.findall(r"import_module\(\"(pyvfio[^\"]*)\"\)", source)
+    }
+    assert named == {("errors", "pyvfio.diagnosis")}
+
+
 def test_no_two_modules_import_each_other() -> None:
     """Not on one floor either, in however many steps."""
     graph = {name: set(imports(source, name, set(SOURCES))) - {name} for name, source in SOURCES.items()}
@@ -210,6 +228,30 @@ def test_importing_needs_neither_root_nor_vfio_nor_libudev() -> None:
         cwd="/",
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("names", [("open_device", "Container"), ("DmaMapper", "RamBlockList"), ("pci", "ioctls")])
+def test_a_program_that_opens_a_device_imports_no_more_than_it_needs(names: tuple[str, ...]) -> None:
+    """Each module costs at every start: those here are for errors, commands, changes of drivers, numpy, live update."""
+    unneeded = {"asyncio", "concurrent", "difflib", "json", "numpy", "platform"}
+    unneeded |= {"pyudev", "socket", "statistics", "subprocess", "tempfile", "uuid"}
+    unneeded |= {"pyvfio.cli", "pyvfio.dirty", "pyvfio.live_update", "pyvfio.pci.binding", "pyvfio.pci.events"}
+    unneeded |= {"pyvfio.testing"}
+    script = f"import pyvfio\nfor name in {names!r}: getattr(pyvfio, name)\nimport sys; print(*sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # -S: what the environment's own .pth files import is none of pyvfio's.
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", script], env=environment, capture_output=True, text=True, check=True, cwd="/"
+    )
+    assert "pyvfio.pci.groups" in done.stdout or "pyvfio.dma" in done.stdout
+    assert unneeded & set(done.stdout.split()) == set()
+
+
+def test_a_name_that_is_imported_later_is_there_all_the_same() -> None:
+    """Whether it has been asked for or not, and no other name is."""
+    assert {"bind", "monitor", *pyvfio.pci.__all__} <= set(dir(pyvfio.pci))
+    assert all(hasattr(pyvfio.pci, name) for name in pyvfio.pci.__all__)
+    assert not hasattr(pyvfio.pci, "unheard_of")
 
 
 def assertions(tree: ast.AST, inside: str = "") -> Iterator[str]:

@@ -134,7 +134,7 @@ def test_a_mapper_follows_the_list_that_it_was_made_with_and_no_other(kernel: Fa
         with pyvfio.DmaMapper(rig.container) as without:
             for mapper in (rig.mapper, without):
                 others.add_notifier(mapper)
-                with pytest.raises(ValueError, match="of another list than this mapper follows"):
+                with pytest.raises(ValueError, match="is in another list: a DmaMapper follows only"):
                     others.add("other", used_length=PAGE_SIZE, max_length=MIB)
                 others.remove_notifier(mapper)
         block = rig.add()

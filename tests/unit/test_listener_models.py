@@ -325,7 +325,7 @@ def test_a_hook_cannot_discard_by_itself(rig: Rig) -> None:
 
     block = rig.add(used=4 * PAGE_SIZE)
     Impatient(rig.blocks)
-    with pytest.raises(pyvfio.ReentrancyError, match="make the change after that"):
+    with pytest.raises(pyvfio.ReentrancyError, match="make the second change afterwards"):
         block.resize(6 * PAGE_SIZE)
     assert (block.used_length, block.discarded) == (4 * PAGE_SIZE, ())
     assert reached_pages(rig, block) == [0, 1, 2, 3]

@@ -90,7 +90,7 @@ def test_the_hint_says_whether_munlockall_is_enough(kernel: LockingKernel, by_ml
     """Of what is missing, 3 MiB."""
     kernel.lock, kernel.by_mlock = Memlock(8 * MIB, 6 * MIB, privileged=False), by_mlock
     hint = refusal(kernel, 5 * MIB, 0).hint
-    assert f"gives {by_mlock // MIB} MiB back, which {enough}" in hint
+    assert f"frees {by_mlock // MIB} MiB, which {enough}" in hint
     assert "ulimit -l 11264 (KiB)" in hint
 
 
@@ -135,7 +135,7 @@ def test_a_refused_mlockall_says_how_much_it_would_need(kernel: LockingKernel) -
     with pytest.raises(PinLimitError) as caught:
         pyvfio.lock_all_memory(kernel=kernel)
     assert "lets this process lock 64 MiB" in caught.value.message
-    assert "is 100 MiB, so 36 MiB are missing; 2 MiB that are mapped for devices count besides" in caught.value.message
+    assert "is 100 MiB, so 36 MiB are missing; 2 MiB mapped for devices are charged in addition" in caught.value.message
     assert caught.value.hint.startswith(f"ulimit -l {102 * 1024} (KiB)")
     assert (caught.value.limit, caught.value.asked, caught.value.errno) == (64 * MIB, 100 * MIB, errno.ENOMEM)
 
@@ -152,7 +152,7 @@ def test_where_the_limit_is_not_to_blame_it_is_not_blamed(kernel: LockingKernel,
     """The kernel's errno, and that."""
     kernel.lock = lock
     kernel.fail(call="mlockall", errno=number)
-    with pytest.raises(pyvfio.IoctlError, match="RLIMIT_MEMLOCK is not what stands in the way") as caught:
+    with pytest.raises(pyvfio.IoctlError, match="RLIMIT_MEMLOCK is not the cause") as caught:
         pyvfio.lock_all_memory(kernel=kernel)
     assert (type(caught.value), caught.value.errno) == (pyvfio.IoctlError, number)
 
@@ -169,7 +169,7 @@ def test_address_space_that_may_not_be_locked_is_refused_with_the_numbers(kernel
     """EAGAIN from mmap, under mlockall; the kernel is asked for 2 MiB more, to align it."""
     kernel.lock, kernel.by_mlock = Memlock(64 * MIB, 32 * MIB, privileged=False), 32 * MIB
     kernel.fail(call="mmap", errno=errno.EAGAIN)
-    with pytest.raises(PinLimitError, match="1 GiB of address space could not be reserved: mlockall") as caught:
+    with pytest.raises(PinLimitError, match="1 GiB of address space could not be reserved: under mlockall") as caught:
         Reservation(kernel, max_length=GIB)
     assert "994 MiB are missing" in caught.value.message
     assert (caught.value.errno, caught.value.limit, caught.value.asked) == (errno.EAGAIN, 64 * MIB, GIB + 2 * MIB)

@@ -180,6 +180,7 @@ class Worker:
             "memory": world.shared[0],
             "notifier": Listener(),
             "region": world.sides[0].device.region(0),
+            "space": world.sides[0].container,
             "used_length": 2 * PAGE_SIZE,
             "vaddr": ctypes.addressof(ctypes.c_char.from_buffer(world.memory)),
         }

@@ -282,7 +282,7 @@ def test_a_growth_that_the_process_may_not_have_changes_nothing(kind: int) -> No
 
 def refuse_growth(memory: Reservation) -> IoctlError:
     """What growing to all of it raises."""
-    with pytest.raises(IoctlError, match="more memory could not be had") as raised:
+    with pytest.raises(IoctlError, match="more memory could not be allocated") as raised:
         memory.activate(memory.max_length)
     assert raised.value.request == "mprotect"
     assert "RLIMIT_DATA" in raised.value.hint
@@ -646,7 +646,7 @@ def test_a_description_says_what_is_mapped_and_what_is_not() -> None:
     """For the message of a map that failed with EFAULT."""
     memory = reserve(active=MIB)
     vaddr = memory.vaddr
-    assert describe(vaddr, 2 * MIB).startswith(f"This process has there: {vaddr:#x}-{vaddr + MIB - 1:#x} rw-p, ")
+    assert describe(vaddr, 2 * MIB).startswith(f"This process has mapped there: {vaddr:#x}-{vaddr + MIB - 1:#x} rw-p, ")
     assert "not mapped" not in describe(vaddr, 2 * MIB)
     memory.release()
     high = (1 << 63) + PAGE_SIZE
@@ -658,7 +658,7 @@ def test_a_description_counts_the_bytes_that_are_missing() -> None:
     linux = LinuxKernel()
     vaddr = linux.mmap(0, 3 * PAGE_SIZE, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     linux.munmap(vaddr + PAGE_SIZE, PAGE_SIZE)
-    assert describe(vaddr, 3 * PAGE_SIZE).endswith(f"; {PAGE_SIZE:#x} bytes of it are not mapped at all")
+    assert describe(vaddr, 3 * PAGE_SIZE).endswith(f"; {PAGE_SIZE:#x} bytes of the range are not mapped at all")
     linux.munmap(vaddr, PAGE_SIZE)
     linux.munmap(vaddr + 2 * PAGE_SIZE, PAGE_SIZE)
 
@@ -704,9 +704,7 @@ def test_pages_that_a_device_may_reach_for_ever_are_not_replaced(kernel: FakeKer
     with pytest.raises(ValueError, match="are active"):
         memory.replace(MIB, 3 * MIB, provide=True)
     memory.keep()
-    with pytest.raises(
-        IoctlError, match=r"EBUSY, other pages for 4 KiB .* a device may still reach.*Use another block"
-    ):
+    with pytest.raises(IoctlError, match=r"EBUSY, new pages for 4 KiB .* a device may still reach.*Use another block"):
         memory.replace(0, PAGE_SIZE, provide=True)
     memory._kept = False  # which nothing else takes back
     memory.release()

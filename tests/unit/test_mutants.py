@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants import addresses, fake, guarding, library, listeners, windows
+from tests.mutants import addresses, blocks, fake, fake_iommufd, guarding, library, listeners, windows
 from tests.mutants.mutant import ROOT, Mutant, Suite
 
 OPERATIONS = (
@@ -27,7 +27,16 @@ def dump(source: str) -> str:
     ("suite", "mutant"),
     [
         (suite, mutant)
-        for suite in (fake.SUITE, library.SUITE, listeners.SUITE, guarding.SUITE, addresses.SUITE, windows.SUITE)
+        for suite in (
+            fake.SUITE,
+            fake_iommufd.SUITE,
+            library.SUITE,
+            listeners.SUITE,
+            guarding.SUITE,
+            addresses.SUITE,
+            windows.SUITE,
+            blocks.SUITE,
+        )
         for mutant in suite.mutants
     ],
     ids=lambda given: given.what[:60] if isinstance(given, Mutant) else "",
@@ -41,11 +50,13 @@ def test_each_mutant_changes_one_place_and_is_still_python(suite: Suite, mutant:
 def test_there_are_enough_of_them() -> None:
     """Of each kind."""
     assert len(fake.SUITE.mutants) >= 25
+    assert len(fake_iommufd.SUITE.mutants) >= 25
     assert len(library.SUITE.mutants) >= 20
     assert len(listeners.SUITE.mutants) >= 15
     assert len(guarding.SUITE.mutants) >= 20
     assert len(addresses.SUITE.mutants) >= 15
     assert len(windows.SUITE.mutants) >= 24
+    assert len(blocks.SUITE.mutants) >= 14
 
 
 def test_each_operation_has_a_mistake_of_its_own() -> None:
@@ -57,8 +68,8 @@ def test_each_part_that_listens_or_hands_over_has_a_mistake_of_its_own() -> None
     """And tests that there are have to notice it."""
     parts = {mutant.operation: listeners.SUITE.rounds(mutant) for mutant in listeners.SUITE.mutants}
     assert set(parts) == {
-        *("whole block", "dirty log", "pages replaced", "held memory", "interrupts"),
-        *("hot reset", "region of another device", "hand-over"),
+        *("whole block", "dirty log", "dirty pages", "pages replaced", "held memory", "interrupts"),
+        *("hot reset", "region of another device", "hand-over", "nodes of devices", "hand-over of an Ioas"),
     }
     assert all((ROOT / arguments[0]).is_file() for rounds in parts.values() for arguments in rounds)
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -28,6 +29,7 @@ from nvme_queues import (
     QueuePair,
     Request,
 )
+from pyvfio.iommufd_ioctls import IOMMU_IOAS_MAP
 from pyvfio.kernel import IoctlArgument
 from pyvfio.pci import PciDevice
 from pyvfio.testing import FakeEdu, FakeKernel, FakePciDevice
@@ -36,6 +38,8 @@ BDF = "0000:01:00.0"
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples/nvme.py"
 IOVA = 0x12_3456_7000
+
+Iommu = Literal["type1", "iommufd"]
 
 
 # ------------------------------------------------------------------------------------------------------------- queues
@@ -187,14 +191,27 @@ def kernels() -> Iterator[list[FakeKernel]]:
             assert kernel.memlock().used == 0
 
 
+@pytest.fixture(params=["type1", "iommufd"])
+def iommu(request: pytest.FixtureRequest) -> Iommu:
+    """The kind of address space."""
+    kind: Iommu = request.param
+    return kind
+
+
+def unmapped(kernel: FakeKernel) -> list[int]:
+    """The lengths of all unmaps."""
+    fields = {"VFIO_IOMMU_UNMAP_DMA": "size", "IOMMU_IOAS_UNMAP": "length"}
+    return [int(call.arguments[fields[call.request]]) for call in kernel.trace if call.request in fields]
+
+
 @pytest.fixture
-def opened(kernels: list[FakeKernel]) -> Iterator[Opens]:
-    """Opens a device on a fake kernel of its own."""
+def opened(kernels: list[FakeKernel], iommu: Iommu) -> Iterator[Opens]:
+    """Opens a device on a fake kernel of its own, in an address space of either kind."""
     devices: list[pyvfio.Device] = []
 
     def open_it(fake: FakePciDevice) -> pyvfio.Device:
-        kernels.append(FakeKernel(groups=[(4, [fake])]))
-        devices.append(pyvfio.open_device(fake.bdf, kernel=kernels[-1]))
+        kernels.append(FakeKernel("7.3", groups=[(4, [fake])], iommufd=True))
+        devices.append(pyvfio.open_device(fake.bdf, iommu=iommu, kernel=kernels[-1]))
         return devices[-1]
 
     yield open_it
@@ -362,7 +379,7 @@ def test_an_admin_command_that_fails_leaves_nothing_behind(opened: Opens) -> Non
     device = opened(Refusing(BDF))
     with pytest.raises(CommandError, match="create submission queue failed: invalid queue size"):
         Nvme(device)
-    assert device.container.mappings == ()
+    assert device.space.mappings == ()
     assert not device.irq(pyvfio.ioctls.VFIO_PCI_MSIX_IRQ_INDEX).fds
     assert not device.bus_master
 
@@ -510,24 +527,24 @@ class Dead(FakeNvme):
 
 
 @pytest.mark.parametrize(
-    ("fake", "message"),
+    ("kind", "message"),
     [
-        (FakeEdu(BDF), "is not an NVMe controller"),
-        (Simple(BDF), "no NVM command set"),
-        (Empty(BDF), "no namespace"),
-        (Annotated(BDF), "8 bytes of metadata"),
-        (Dead(BDF), "did not change its state"),
+        (FakeEdu, "is not an NVMe controller"),
+        (Simple, "no NVM command set"),
+        (Empty, "no namespace"),
+        (Annotated, "8 bytes of metadata"),
+        (Dead, "did not change its state"),
     ],
-    ids=lambda value: type(value).__name__,
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
 def test_a_device_that_will_not_do_is_refused_and_nothing_is_left(
-    opened: Opens, fake: FakePciDevice, message: str
+    opened: Opens, kind: type[FakePciDevice], message: str
 ) -> None:
     """No mapping, no interrupt, no DMA."""
-    device = opened(fake)
+    device = opened(kind(BDF))
     with pytest.raises(pyvfio.VfioError, match=message):
         Nvme(device)
-    assert device.container.mappings == ()
+    assert device.space.mappings == ()
     assert not device.irq(pyvfio.ioctls.VFIO_PCI_MSIX_IRQ_INDEX).fds
     assert not device.bus_master
 
@@ -559,8 +576,7 @@ def test_the_data_block_grows_and_shrinks_while_commands_are_unanswered_and_none
         serve_all(fake)
         assert set(disk.wait()) == {first, third}
         assert get(disk, BUFFER, BUFFER) == pattern(BUFFER)
-    unmaps = [call.arguments for call in kernels[0].trace if call.request == "VFIO_IOMMU_UNMAP_DMA"]
-    assert unmaps[0]["size"] == 6 * BUFFER
+    assert unmapped(kernels[0])[0] == 6 * BUFFER
     assert not kernels[0].faults
 
 
@@ -589,17 +605,19 @@ class Eventful(FakeKernel):
 
     def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
         """It does."""
-        if request == pyvfio.ioctls.VFIO_IOMMU_MAP_DMA:
+        if request in (pyvfio.ioctls.VFIO_IOMMU_MAP_DMA, IOMMU_IOAS_MAP):
             self.happens()
         return super().ioctl(fd, request, argument)
 
 
 @pytest.mark.parametrize("kind", [Nvme, Hasty])
-def test_a_remap_without_the_wait_stops_a_command_and_with_it_none(kernels: list[FakeKernel], kind: type[Nvme]) -> None:
+def test_a_remap_without_the_wait_stops_a_command_and_with_it_none(
+    kernels: list[FakeKernel], kind: type[Nvme], iommu: Iommu
+) -> None:
     """The controller works in the middle of the resize, where no byte of the block is mapped."""
     fake = FakeNvme(BDF, pause=None)
-    kernels.append(kernel := Eventful(groups=[(4, [fake])]))
-    with pyvfio.open_device(BDF, kernel=kernel) as device, kind(device, policy=REMAP) as disk:
+    kernels.append(kernel := Eventful("7.3", groups=[(4, [fake])], iommufd=True))
+    with pyvfio.open_device(BDF, iommu=iommu, kernel=kernel) as device, kind(device, policy=REMAP) as disk:
         disk.resize(BUFFER)
         request = disk.read(0, 8, offset=0)
         kernel.happens = fake.serve
@@ -623,7 +641,7 @@ def test_a_driver_that_ends_with_commands_in_flight_leaves_nothing_in_reach(
         requests = [disk.write(lba, 8, offset=0) for lba in range(0, 80, 8)]
     assert not fake.serve()
     assert not kernels[0].faults
-    assert device.container.mappings == ()
+    assert device.space.mappings == ()
     assert not device.bus_master
     for request in requests:
         with pytest.raises(AbortedError, match="was aborted: the driver was closed"):
@@ -749,9 +767,9 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("policy", ["extend", "remap"])
-def test_the_program_moves_blocks_on_the_fake_and_says_what_it_saw(policy: str) -> None:
-    """For programs: JSON."""
-    done = run("--fake", "--json", "--blocks", "3000", "--resizes", "20", "--policy", policy)
+def test_the_program_moves_blocks_on_the_fake_and_says_what_it_saw(policy: str, iommu: Iommu) -> None:
+    """For programs: JSON; in an address space of either kind."""
+    done = run("--fake", "--json", "--blocks", "3000", "--resizes", "20", "--policy", policy, "--iommu", iommu)
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
     assert (report["ok"], report["resizes"], report["lost"], report["policy"]) == (True, 20, 0, policy)

@@ -1,8 +1,9 @@
-"""README.md and the pages it links to: what is copied from them runs, and what is followed is there."""
+"""README.md and the pages of docs/: programs that are copied from them run, and links lead to files that exist."""
 
 from __future__ import annotations
 
 import ast
+import code
 import os
 import re
 import subprocess
@@ -21,8 +22,7 @@ from tests.mutants.mutant import definitions
 from tests.unit.sysfs import SysfsTree
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-FIRST = """with pyvfio.open_device("0000:00:02.0") as device, pyvfio.RamBlockList() as blocks:\n"""
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 INSIDE = 8 * " "
 
 
@@ -37,7 +37,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
     """Those within the repository."""
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
@@ -70,21 +70,132 @@ def test_the_page_on_architecture_names_what_the_package_has() -> None:
             assert f"{owner}.{last}".strip(".") in defined or (owner in defined and last in attributes), name
 
 
+def test_the_programs_of_each_page_run_in_a_test() -> None:
+    """A page with Python on it is named, by its path, in a file of tests."""
+    tests = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")]
+    named = {name for test in tests for name in re.findall(r"docs/[\w/-]+\.md|README\.md", test)}
+    with_programs = {name for page in PAGES if programs(name := str(page.relative_to(ROOT)))}
+    assert len(with_programs) > 10
+    assert with_programs <= named
+
+
+def test_the_first_program_of_the_readme_is_that_of_the_start_page(capsys: pytest.CaptureFixture[str]) -> None:
+    """It runs, and prints one IOVA for two lengths."""
+    assert programs("README.md")[0] == programs("docs/index.md")[0]
+    names: dict[str, object] = {}
+    exec(programs("docs/index.md")[0], names)  # noqa: S102
+    large, small = capsys.readouterr().out.splitlines()
+    assert (large.split()[0], small.split()[0]) == ("4", "1")
+    assert large.split()[1:] == small.split()[1:]
+    assert isinstance(names["kernel"], FakeKernel)
+    names["kernel"].check()
+
+
+def test_the_test_that_the_readme_shows_passes(tmp_path: Path) -> None:
+    """With the plugin, in a file of its own."""
+    (tmp_path / "test_mine.py").write_text(programs("README.md")[1], encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_mine.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+
+
 @pytest.mark.parametrize("page", ["docs/addresses.md", "docs/memory.md", "docs/resizing.md"])
-def test_the_programs_of_the_pages_go_on_from_that_of_the_readme(page: str) -> None:
-    """One after the other, with the objects that they take for granted; the fake in place of the running kernel."""
-    first = next(program for program in programs("README.md") if FIRST in program)
-    program = first.replace(
-        FIRST, FIRST.replace('2.0"', '2.0", kernel=kernel').replace("List()", "List(kernel=kernel)")
-    )
+def test_the_programs_of_the_pages_go_on_from_the_first_one(page: str) -> None:
+    """One after the other, with the objects that they take for granted."""
+    program = programs("docs/index.md")[0]
     for more in programs(page):
         program += "".join(INSIDE + line for line in more.splitlines(keepends=True))
-    with FakeKernel() as kernel:
-        names: dict[str, object] = {"kernel": kernel}
-        exec(program, names)  # noqa: S102
-        assert isinstance(names["ring"], pyvfio.RamBlock)
+    names: dict[str, object] = {}
+    exec(program, names)  # noqa: S102
+    assert isinstance(names["ring"], pyvfio.RamBlock)
+    assert isinstance(names["kernel"], FakeKernel)
+    assert names["kernel"].mappings() == ()
+    names["kernel"].check()
+
+
+def test_the_steps_of_the_tutorial_run_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the assertions that they make, and the output that the page speaks of."""
+    *steps, _whole = programs("docs/tutorial/fake.md")
+    names: dict[str, object] = {}
+    for step in steps:
+        exec(step, names)  # noqa: S102
+    said = capsys.readouterr().out
+    assert "vendor 0x1234, device 0x11e8" in said
+    assert "1 interrupt\n" in said
+    assert isinstance(names["kernel"], FakeKernel)
+    assert names["kernel"].descriptors == ()
+
+
+def test_the_steps_of_the_tutorial_can_be_typed_at_the_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    """Line by line, as Python's own prompt takes them: without an error, and without an echo of a value."""
+    *steps, _whole = programs("docs/tutorial/fake.md")
+    names: dict[str, object] = {}
+    for step in steps:
+        exec(step, names)  # noqa: S102
+    printed = capsys.readouterr().out.splitlines()
+    console = code.InteractiveConsole()
+    for step in steps:
+        waits = False
+        for line in step.splitlines():
+            waits = console.push(line)
+        if waits:
+            assert not console.push("")  # the empty line that ends an indented block
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert len(out.splitlines()) == len(printed)
+
+
+def test_only_the_tutorial_asks_the_reader_to_type_at_the_prompt() -> None:
+    """Another page that asks for that needs the test above."""
+    pages = [page for page in PAGES if "prompt of Python" in page.read_text(encoding="utf-8")]
+    assert [str(page.relative_to(ROOT)) for page in pages] == ["docs/tutorial/fake.md"]
+
+
+def test_the_pages_make_one_environment() -> None:
+    """Under one name, so that a reader who goes from page to page needs no second one."""
+    made = re.findall(
+        r"^python3 -m venv (\S+)$", "".join(page.read_text(encoding="utf-8") for page in PAGES), re.MULTILINE
+    )
+    assert len(made) >= 3
+    assert set(made) == {".venv/mine"}
+
+
+def test_no_command_of_a_page_takes_the_user_from_the_environment() -> None:
+    """A shell of root has no USER, or root's."""
+    assert [page.name for page in PAGES if "$USER" in page.read_text(encoding="utf-8")] == []
+
+
+def test_the_table_of_the_page_on_virtual_machines_has_the_columns_of_list() -> None:
+    page = (ROOT / "docs/tutorial/vm.md").read_text(encoding="utf-8")
+    header = re.search(r"^BDF .*$", page, re.MULTILINE)
+    assert header is not None
+    # The kernel of the page is a packaged one, which makes no nodes of devices.
+    assert header[0].split() == [name for name in list_command.HEADER if name != "CDEV"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_whole_driver_of_the_tutorial_runs(version: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """On each kernel; nothing stays mapped."""
+    names: dict[str, object] = {"__name__": "copier"}
+    exec(programs("docs/tutorial/fake.md")[-1], names)  # noqa: S102
+    main = names["main"]
+    assert callable(main)
+    with FakeKernel(version) as kernel:
+        main("0000:00:02.0", kernel)
         assert kernel.mappings() == ()
+        assert kernel.descriptors == ()
         kernel.check()
+    assert capsys.readouterr().out == "hello\n"
+
+
+def test_the_program_of_the_page_on_hardware_opens_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the fake, with the address of the page."""
+    (program,) = programs("docs/tutorial/hardware.md")
+    with FakeKernel(groups=[(7, [FakeDevice("0000:01:00.0")])]) as kernel:
+        exec(program.replace('0.0"', '0.0", kernel=kernel'), {"kernel": kernel})  # noqa: S102
+    assert "9 regions" in capsys.readouterr().out
 
 
 def test_the_commands_and_the_program_of_the_page_on_binding_run(tmp_path: Path) -> None:
@@ -93,7 +204,7 @@ def test_the_commands_and_the_program_of_the_page_on_binding_run(tmp_path: Path)
     tree.add_device("0000:00:02.0", driver="e1000e", group=7)
     mains = {"bind": bind.main, "unbind": unbind.main}
     page = (ROOT / "docs/binding.md").read_text(encoding="utf-8")
-    lines = re.findall(r"^scripts/(\w+) ?([^#\n]*)", page, re.MULTILINE)
+    lines = re.findall(r"^pyvfio (\w+) ?([^#\n]*)", page[: page.index("## ")], re.MULTILINE)
     assert {name for name, _arguments in lines} == {"list", *mains}
     for name, words in lines:
         if name == "list":
@@ -103,9 +214,7 @@ def test_the_commands_and_the_program_of_the_page_on_binding_run(tmp_path: Path)
     assert tree.driver_of("0000:00:02.0") is None
     (program,) = programs("docs/binding.md")
     names: dict[str, object] = {"tree": tree}
-    for before, after in (("pyvfio.LinuxKernel()", "tree.kernel"), ("(kernel, ", "(kernel, write=tree.write, bdf=")):
-        program = program.replace(before, after)
-    exec(program.replace("bdf=binding", "binding=binding"), names)  # noqa: S102
+    exec(re.sub(r"(pci\.\w+\([^()]*)\)", r"\1, kernel=tree.kernel, write=tree.write)", program), names)  # noqa: S102
     assert isinstance(names["binding"], pci.Binding)
     assert names["binding"].driver == "vfio-pci"
     assert tree.driver_of("0000:00:02.0") is None
@@ -164,6 +273,28 @@ def test_the_programs_of_the_page_on_opening_run_one_after_the_other() -> None:
         made = {call.request for call in kernel.trace}
         assert made >= {"VFIO_DEVICE_FEATURE", "VFIO_GROUP_GET_STATUS", "VFIO_DEVICE_GET_INFO"}
         kernel.check()
+
+
+def test_the_programs_of_the_page_on_iommufd_run_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the fake kernel that the page makes; all is closed at the end."""
+    names: dict[str, object] = {}
+    exec("".join(programs("docs/iommufd.md")), names)  # noqa: S102
+    kernel = names["kernel"]
+    assert isinstance(kernel, FakeKernel)
+    with kernel:
+        assert kernel.descriptors == ()
+        kernel.check()
+    assert capsys.readouterr().out.split("\n")[1:] == ["['0x101000']", "True", "2 0", ""]
+
+
+def test_the_program_of_the_page_on_devices_without_an_iommu_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the fake kernel that the page names."""
+    (program,) = programs("docs/noiommu.md")
+    with FakeKernel("7.3", iommu="none") as kernel:
+        with pytest.warns(pyvfio.UnsafeNoIommuWarning):
+            exec(program.replace('noiommu")', 'noiommu", kernel=kernel)'), {"kernel": kernel})  # noqa: S102
+        assert kernel.descriptors == ()
+    assert "0x200000 bytes at physical address" in capsys.readouterr().out
 
 
 def run_the_first_driver(directory: Path, *changes: tuple[str, str]) -> subprocess.CompletedProcess[str]:

@@ -38,7 +38,7 @@ OVERRIDE = f"bus/pci/devices/{BDF}/driver_override"
 
 @pytest.fixture
 def tree(tmp_path: Path) -> SysfsTree:
-    """A machine with an IOMMU and one network device, which e1000e has."""
+    """A machine with an IOMMU and one network device, bound to e1000e."""
     tree = SysfsTree(tmp_path)
     tree.add_device(BDF, driver="e1000e", group=7)
     (tree.sysfs / "class/iommu/dmar0").mkdir(parents=True)
@@ -46,11 +46,11 @@ def tree(tmp_path: Path) -> SysfsTree:
 
 
 def bind(tree: SysfsTree, driver: str = "vfio-pci", *, force: bool = False, patience: float = 0.0) -> pci.Binding:
-    return pci.bind(tree.kernel, BDF, driver, force=force, patience=patience, write=tree.write)
+    return pci.bind(BDF, driver, force=force, patience=patience, write=tree.write, kernel=tree.kernel)
 
 
 def unbind(tree: SysfsTree, to: str | None = None) -> pci.Binding:
-    return pci.unbind(tree.kernel, BDF, to=to, patience=0.0, write=tree.write)
+    return pci.unbind(BDF, to=to, patience=0.0, write=tree.write, kernel=tree.kernel)
 
 
 def placed(tree: SysfsTree) -> tuple[str | None, str | None]:
@@ -58,7 +58,7 @@ def placed(tree: SysfsTree) -> tuple[str | None, str | None]:
 
 
 def failing(number: int, *places: str) -> Callable[[str, str], OSError | None]:
-    """A write to a file whose path ends in one of `places` fails with this errno."""
+    """Return a failure with this errno for writes to files whose path ends in one of `places`."""
     return lambda path, _value: OSError(number, os.strerror(number)) if path.endswith(places) else None
 
 
@@ -89,7 +89,7 @@ def test_what_is_no_address_is_an_error_that_shows_one(text: str) -> None:
 
 def test_a_device_is_read_as_sysfs_shows_it(tree: SysfsTree) -> None:
     tree.add_device("0000:01:00.0", driver="vfio-pci", group=8, override="vfio-pci", numa_node=1, class_code=DISK)
-    assert pci.read_device(tree.kernel, "01:00.0") == pci.PciDevice(
+    assert pci.read_device("01:00.0", kernel=tree.kernel) == pci.PciDevice(
         bdf="0000:01:00.0",
         vendor=0x8086,
         device=0x10D3,
@@ -105,31 +105,31 @@ def test_a_device_is_read_as_sysfs_shows_it(tree: SysfsTree) -> None:
 
 def test_a_device_without_driver_override_and_node_has_none_of_them(tree: SysfsTree) -> None:
     tree.add_device("0000:01:00.0")
-    device = pci.read_device(tree.kernel, "0000:01:00.0")
+    device = pci.read_device("0000:01:00.0", kernel=tree.kernel)
     assert (device.driver, device.driver_override, device.numa_node, device.iommu_group) == (None, None, None, None)
 
 
 def test_a_missing_device_is_an_error_that_names_those_on_its_bus(tree: SysfsTree) -> None:
-    with pytest.raises(DeviceNotFoundError, match=r"no PCI device 0000:00:03\.0\. On bus 0000:00 there are .*00:02\.0"):
-        pci.read_device(tree.kernel, "00:03.0")
+    with pytest.raises(DeviceNotFoundError, match=r"no PCI device 0000:00:03\.0\. Bus 0000:00 has .*00:02\.0"):
+        pci.read_device("00:03.0", kernel=tree.kernel)
 
 
 def test_a_missing_bus_is_an_error_that_names_the_nearest_device(tree: SysfsTree) -> None:
-    with pytest.raises(DeviceNotFoundError, match=r"no bus 0000:05; the nearest are 0000:00:02\.0"):
-        pci.read_device(tree.kernel, "05:02.0")
+    with pytest.raises(DeviceNotFoundError, match=r"no bus 0000:05; the nearest devices are 0000:00:02\.0"):
+        pci.read_device("05:02.0", kernel=tree.kernel)
 
 
 def test_a_machine_without_pci_says_so(tmp_path: Path) -> None:
     kernel = LinuxKernel(sysfs=tmp_path)
-    assert pci.enumerate_devices(kernel) == ()
-    with pytest.raises(DeviceNotFoundError, match=r"no PCI device in .* at all"):
-        pci.read_device(kernel, BDF)
+    assert pci.devices(kernel=kernel) == ()
+    with pytest.raises(DeviceNotFoundError, match=r"has no PCI device at all"):
+        pci.read_device(BDF, kernel=kernel)
 
 
 def test_devices_are_enumerated_in_the_order_of_their_addresses(tree: SysfsTree) -> None:
     for bdf in ("0000:01:00.0", "0000:00:1f.0"):
         tree.add_device(bdf)
-    found = [device.bdf for device in pci.enumerate_devices(tree.kernel)]
+    found = [device.bdf for device in pci.devices(kernel=tree.kernel)]
     assert found == [BDF, "0000:00:1f.0", "0000:01:00.0"]
 
 
@@ -137,18 +137,18 @@ def test_the_running_machine_is_enumerated_as_its_directory_shows_it() -> None:
     directory = Path("/sys/bus/pci/devices")
     if not directory.is_dir():
         pytest.skip("no PCI bus here")
-    assert [device.bdf for device in pci.enumerate_devices(LinuxKernel())] == sorted(os.listdir(directory))
+    assert [device.bdf for device in pci.devices(kernel=LinuxKernel())] == sorted(os.listdir(directory))
 
 
 def test_events_are_the_running_machines_only(tree: SysfsTree) -> None:
     with pytest.raises(ValueError, match="running machine"):
-        pci.monitor(tree.kernel)
+        pci.monitor(kernel=tree.kernel)
 
 
 def test_watching_ends_when_nothing_happens_for_the_time_given() -> None:
-    """In a thread, since what does not end would not fail either. A minute guards against hanging."""
+    """In a thread: an endless iterator would hang the test. A minute is the limit."""
     try:
-        events = pci.monitor(LinuxKernel(), timeout=0.01)
+        events = pci.monitor(timeout=0.01, kernel=LinuxKernel())
     except UnsupportedError as error:
         pytest.skip(str(error))
     seen: list[pci.PciEvent] = []
@@ -162,12 +162,12 @@ def test_watching_ends_when_nothing_happens_for_the_time_given() -> None:
 
 
 def test_a_device_knows_its_group(tree: SysfsTree) -> None:
-    assert pci.group_of(tree.kernel, BDF) == 7
+    assert pci.group_of(BDF, kernel=tree.kernel) == 7
 
 
 @dataclass(frozen=True)
 class Ungrouped:
-    """A machine on which no device has a group, and what is to be said about it."""
+    """A machine on which no device has a group, and the expected reason and remedy."""
 
     reason: str
     remedy: str
@@ -179,11 +179,11 @@ class Ungrouped:
 
 
 UNGROUPED = [
-    Ungrouped(r"IOMMUs \(dmar0\) covers it", "another slot", "dmar0", "DMAR", "intel_iommu=on"),
+    Ungrouped(r"IOMMUs \(dmar0\) covers the device", "a slot or root port", "dmar0", "DMAR", "intel_iommu=on"),
     Ungrouped("no group for any device", "dmesg", "0000:00:01.0", "VIOT", others=False),
-    Ungrouped("told not to .*intel_iommu=off", "Take that off", tables="DMAR", cmdline="quiet intel_iommu=off"),
-    Ungrouped("not told to use it", "Add intel_iommu=on", tables="DMAR", cmdline="quiet intel_iommu=sm_on"),
-    Ungrouped("has not taken it up", "dmesg", tables="DMAR", cmdline="intel_iommu=on,sm_on"),
+    Ungrouped("told not to .*intel_iommu=off", "Remove the option", tables="DMAR", cmdline="quiet intel_iommu=off"),
+    Ungrouped("not told to use the IOMMU", "Add intel_iommu=on", tables="DMAR", cmdline="quiet intel_iommu=sm_on"),
+    Ungrouped("has not initialized the IOMMU", "dmesg", tables="DMAR", cmdline="intel_iommu=on,sm_on"),
     Ungrouped(r"announces an IOMMU \(IVRS\)", "dmesg", tables="IVRS"),
     Ungrouped("virtual machine", "-device intel-iommu", cpuinfo="flags\t\t: fpu hypervisor lahf_lm\n"),
     Ungrouped("firmware announces no IOMMU", "VT-d", tables="FACP", cmdline="intel_iommu=on"),
@@ -201,7 +201,7 @@ def test_a_device_without_a_group_is_an_error_that_says_why(tmp_path: Path, mach
     (tree.proc / "cmdline").write_text(machine.cmdline + "\n")
     (tree.proc / "cpuinfo").write_text(machine.cpuinfo)
     with pytest.raises(DeviceNotFoundError, match=machine.reason) as caught:
-        pci.group_of(tree.kernel, BDF)
+        pci.group_of(BDF, kernel=tree.kernel)
     assert machine.remedy in caught.value.hint
 
 
@@ -211,7 +211,7 @@ def test_a_device_blocks_its_group_when_its_driver_uses_the_kernels_dma(tree: Sy
     tree.add_device("0000:00:02.3", driver="pci-stub", group=7)
     tree.add_device("0000:00:1f.0", driver="lpc_ich", group=7, class_code=ISA_BRIDGE)
     tree.add_device("0000:00:00.0", driver="skx_uncore", group=7, class_code=HOST_BRIDGE)
-    assert pci.group_members(tree.kernel, 7) == (
+    assert pci.group_members(7, kernel=tree.kernel) == (
         GroupMember("0000:00:00.0", "skx_uncore", blocks=True),
         GroupMember(BDF, "e1000e", blocks=True),
         GroupMember("0000:00:02.1", "vfio-pci", blocks=False),
@@ -224,33 +224,33 @@ def test_a_device_blocks_its_group_when_its_driver_uses_the_kernels_dma(tree: Sy
 @pytest.mark.parametrize("driver", ["pcieport", None])
 def test_a_bridge_with_the_ports_own_driver_or_none_does_not_block(tree: SysfsTree, driver: str | None) -> None:
     tree.add_device("0000:00:1c.0", driver=driver, group=9, class_code=BRIDGE)
-    assert pci.group_members(tree.kernel, 9) == (GroupMember("0000:00:1c.0", driver, blocks=False),)
+    assert pci.group_members(9, kernel=tree.kernel) == (GroupMember("0000:00:1c.0", driver, blocks=False),)
 
 
 def test_a_bridge_blocks_with_a_driver_that_uses_its_registers(tree: SysfsTree) -> None:
     tree.add_device("0000:00:1c.0", driver="shpchp", group=9, class_code=BRIDGE)
-    assert pci.group_members(tree.kernel, 9) == (GroupMember("0000:00:1c.0", "shpchp", blocks=True),)
+    assert pci.group_members(9, kernel=tree.kernel) == (GroupMember("0000:00:1c.0", "shpchp", blocks=True),)
 
 
 def test_a_variant_driver_of_vfio_does_not_block_whatever_its_name(tree: SysfsTree) -> None:
     device = tree.add_device("0000:00:03.0", driver="acme_live_migration", group=9)
     (device / "vfio-dev/vfio0").mkdir(parents=True)
-    assert not pci.group_members(tree.kernel, 9)[0].blocks
-    assert pci.read_device(tree.kernel, "0000:00:03.0").is_vfio
+    assert not pci.group_members(9, kernel=tree.kernel)[0].blocks
+    assert pci.read_device("0000:00:03.0", kernel=tree.kernel).is_vfio
 
 
 def test_a_missing_group_is_an_error_that_names_those_there_are(tree: SysfsTree) -> None:
     with pytest.raises(DeviceNotFoundError, match=r"no IOMMU group 8\. The groups are: 7"):
-        pci.group_members(tree.kernel, 8)
+        pci.group_members(8, kernel=tree.kernel)
 
 
 def test_a_group_has_a_node_by_its_number(tree: SysfsTree) -> None:
-    assert pci.group_node(tree.kernel, 7) == tree.dev / "vfio/7"
+    assert pci.group_node(7, kernel=tree.kernel) == tree.dev / "vfio/7"
 
 
 def test_a_group_without_an_iommu_has_a_node_that_says_so(tree: SysfsTree) -> None:
     (tree.sysfs / "kernel/iommu_groups/7/name").write_text("vfio-noiommu\n")
-    assert pci.group_node(tree.kernel, 7) == tree.dev / "vfio/noiommu-7"
+    assert pci.group_node(7, kernel=tree.kernel) == tree.dev / "vfio/noiommu-7"
 
 
 # --- Holders
@@ -260,8 +260,8 @@ def test_a_process_that_has_a_file_open_is_a_holder_until_it_closes_it(tree: Sys
     tree.use_real_proc()
     node = tree.add_group_node(7)
     with node.open():
-        assert [holder.pid for holder in pci.holders_of(tree.kernel, node)] == [os.getpid()]
-    assert pci.holders_of(tree.kernel, node) == ()
+        assert [holder.pid for holder in pci.holders_of(node, kernel=tree.kernel)] == [os.getpid()]
+    assert pci.holders_of(node, kernel=tree.kernel) == ()
 
 
 def test_a_file_is_known_by_what_it_is_and_not_by_its_name(tree: SysfsTree, tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_a_file_is_known_by_what_it_is_and_not_by_its_name(tree: SysfsTree, tmp_
     other = tmp_path / node.name
     other.touch()
     with other.open():
-        assert pci.holders_of(tree.kernel, node) == ()
+        assert pci.holders_of(node, kernel=tree.kernel) == ()
 
 
 def test_a_device_node_is_known_by_its_number(tree: SysfsTree, tmp_path: Path) -> None:
@@ -279,14 +279,14 @@ def test_a_device_node_is_known_by_its_number(tree: SysfsTree, tmp_path: Path) -
     other = tmp_path / "full"
     other.symlink_to("/dev/full")
     with open("/dev/zero", "rb"):
-        (holder,) = [each for each in pci.holders_of(tree.kernel, alias) if each.pid == os.getpid()]
+        (holder,) = [each for each in pci.holders_of(alias, kernel=tree.kernel) if each.pid == os.getpid()]
         assert holder.command == Path("/proc/self/comm").read_text(encoding="utf-8").strip()
-        assert os.getpid() not in [each.pid for each in pci.holders_of(tree.kernel, other)]
+        assert os.getpid() not in [each.pid for each in pci.holders_of(other, kernel=tree.kernel)]
 
 
 def test_nothing_holds_a_file_that_is_not_there(tree: SysfsTree, tmp_path: Path) -> None:
-    assert pci.holders_of(tree.kernel, tmp_path / "missing") == ()
-    assert pci.holders_of(LinuxKernel(proc=tmp_path / "no-proc"), tmp_path) == ()
+    assert pci.holders_of(tmp_path / "missing", kernel=tree.kernel) == ()
+    assert pci.holders_of(tmp_path, kernel=LinuxKernel(proc=tmp_path / "no-proc")) == ()
 
 
 # --- Binding
@@ -313,7 +313,7 @@ def test_a_debug_log_has_each_step(tree: SysfsTree, caplog: pytest.LogCaptureFix
 
 
 def test_a_dry_run_plans_the_same_and_writes_nothing(tree: SysfsTree) -> None:
-    planned = pci.bind(tree.kernel, BDF, dry_run=True, write=tree.write)
+    planned = pci.bind(BDF, dry_run=True, write=tree.write, kernel=tree.kernel)
     assert tree.writes == []
     assert placed(tree) == ("e1000e", None)
     assert planned == bind(tree)
@@ -333,7 +333,7 @@ def test_what_is_bound_already_is_left_alone(tree: SysfsTree) -> None:
 
 def test_restoring_brings_back_the_former_driver_and_override(tree: SysfsTree) -> None:
     binding = bind(tree)
-    back = pci.restore(tree.kernel, binding, write=tree.write)
+    back = pci.restore(binding, write=tree.write, kernel=tree.kernel)
     assert placed(tree) == ("e1000e", None)
     assert (back.driver, back.former_driver, back.former_override) == ("e1000e", "vfio-pci", "vfio-pci")
 
@@ -341,7 +341,7 @@ def test_restoring_brings_back_the_former_driver_and_override(tree: SysfsTree) -
 def test_restoring_a_device_that_had_no_driver_leaves_it_without(tmp_path: Path) -> None:
     tree = SysfsTree(tmp_path)
     tree.add_device(BDF, matches="e1000e", override="none", group=7)
-    pci.restore(tree.kernel, bind(tree), write=tree.write)
+    pci.restore(bind(tree), write=tree.write, kernel=tree.kernel)
     assert placed(tree) == (None, "none")
 
 
@@ -350,7 +350,7 @@ def test_restoring_when_the_former_driver_is_gone_says_so_and_changes_nothing(tr
     directory = tree.pci / "drivers/e1000e"
     directory.rename(tree.pci / "e1000e")
     with pytest.raises(UnavailableError, match="modprobe e1000e"):
-        pci.restore(tree.kernel, binding, write=tree.write)
+        pci.restore(binding, write=tree.write, kernel=tree.kernel)
     assert placed(tree) == ("vfio-pci", "vfio-pci")
 
 
@@ -378,7 +378,7 @@ def test_unbinding_a_device_that_only_an_override_keeps_from_its_driver_frees_it
 def test_unbinding_a_device_without_driver_and_override_lets_the_kernel_choose(
     tmp_path: Path, driver: str | None
 ) -> None:
-    """The device is probed; that no driver matches is no error."""
+    """The device is probed. No error if no driver matches."""
     tree = SysfsTree(tmp_path)
     tree.add_device(BDF, matches=driver, group=7)
     assert unbind(tree).driver == driver
@@ -402,7 +402,7 @@ def test_unbinding_leaves_a_device_that_is_at_home_alone(tree: SysfsTree) -> Non
 def test_unbinding_from_a_driver_that_takes_the_device_again_is_an_error(tmp_path: Path) -> None:
     tree = SysfsTree(tmp_path)
     tree.add_device(BDF, driver="vfio-pci", group=7)
-    with pytest.raises(VfioError, match=r"vfio-pci took it again.*ids="):
+    with pytest.raises(VfioError, match=r"vfio-pci has bound the device again.*ids="):
         unbind(tree)
     assert placed(tree) == ("vfio-pci", None)
 
@@ -412,7 +412,7 @@ def test_unbinding_from_a_driver_that_takes_the_device_again_is_an_error(tmp_pat
 
 def test_a_driver_that_does_not_take_the_device_is_an_error_and_the_former_one_is_back(tree: SysfsTree) -> None:
     tree.unwilling.add("vfio-pci")
-    with pytest.raises(VfioError, match=r"was to have driver vfio-pci, and no driver took it.*dmesg"):
+    with pytest.raises(VfioError, match=r"was to have driver vfio-pci, and no driver has bound the device.*dmesg"):
         bind(tree)
     assert placed(tree) == ("e1000e", None)
 
@@ -442,23 +442,23 @@ def test_a_step_that_fails_leaves_the_device_as_it_was(tmp_path: Path, place: st
 def test_a_device_is_as_it_was_whatever_its_override_names(
     tmp_path: Path, driver: str | None, override: str | None
 ) -> None:
-    """The override may be written or cleared after the driver was bound. The undo and `restore` bring both back."""
+    """The override can be written or cleared after the bind. The undo and `restore` restore driver and override."""
     tree = SysfsTree(tmp_path)
     tree.add_device(BDF, driver=driver, matches="e1000e", override=override, group=7)
     tree.add_driver("igb")
     binding = bind(tree, "igb")
     assert placed(tree) == ("igb", "igb")
-    pci.restore(tree.kernel, binding, write=tree.write)
+    pci.restore(binding, write=tree.write, kernel=tree.kernel)
     assert placed(tree) == (driver, override)
     tree.unwilling.add("igb")
-    with pytest.raises(VfioError, match="igb, and no driver took it") as caught:
+    with pytest.raises(VfioError, match="igb, and no driver has bound the device") as caught:
         bind(tree, "igb")
     assert not isinstance(caught.value, RollbackError)
     assert placed(tree) == (driver, override)
 
 
 def test_a_failed_unbind_from_a_driver_whose_override_was_cleared_is_undone(tmp_path: Path) -> None:
-    """As dpdk-devbind clears it: the driver does not match the device by itself."""
+    """As dpdk-devbind does: without the override, the driver does not match the device."""
     tree = SysfsTree(tmp_path)
     tree.add_device(BDF, driver="vfio-pci", matches="e1000e", group=7)
     tree.fail = failing(errno.EIO, "drivers_probe")
@@ -475,7 +475,7 @@ def test_a_failure_after_the_effect_is_undone_too(tree: SysfsTree) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pci.bind(tree.kernel, BDF, write=write)
+        pci.bind(BDF, write=write, kernel=tree.kernel)
     assert placed(tree) == ("e1000e", None)
 
 
@@ -491,7 +491,7 @@ def test_what_could_not_be_undone_is_said_and_the_rest_is_undone(tree: SysfsTree
     with pytest.raises(RollbackError) as caught:
         bind(tree)
     assert re.search(f"EIO.*then.*{place}: EBUSY", str(caught.value))
-    # With its override in the way, the former driver is not taken either; and the override is written twice.
+    # The override keeps the former driver from binding too; and the override is written twice.
     assert len(caught.value.exceptions) == (4 if place == "driver_override" else 2)
     assert placed(tree) == (None, "vfio-pci" if place == "driver_override" else None)
 
@@ -500,12 +500,12 @@ def test_an_undo_that_the_kernel_accepts_and_does_not_do_is_said(tree: SysfsTree
     tree.unwilling |= {"vfio-pci", "e1000e"}
     with pytest.raises(RollbackError) as caught:
         bind(tree)
-    assert "it has driver None and override None now" in str(caught.value)
+    assert "the device now has driver None and override None" in str(caught.value)
 
 
 @dataclass(frozen=True)
 class Writer:
-    """Who writes to sysfs, and what is to be said."""
+    """A process that writes to sysfs, and the expected words of the error."""
 
     number: int
     said: str
@@ -515,8 +515,8 @@ class Writer:
 
 
 WRITERS = [
-    Writer(errno.EACCES, "by root: run as root", user=1000),
-    Writer(errno.EPERM, "by root: run as root", user=1000),
+    Writer(errno.EACCES, "requires root: run as root", user=1000),
+    Writer(errno.EPERM, "requires root: run as root", user=1000),
     Writer(errno.EACCES, "security module"),
     Writer(errno.EACCES, "user namespace", uid_map="0 1000 1"),
     Writer(errno.EROFS, "read-only: mount -o remount,rw /sys"),
@@ -527,7 +527,7 @@ WRITERS = [
 
 @pytest.mark.parametrize("writer", WRITERS, ids=lambda writer: f"{writer.number}-{writer.said}")
 def test_who_may_not_write_to_sysfs_is_told_what_helps_there(tree: SysfsTree, writer: Writer) -> None:
-    """Root is not told to be root."""
+    """Root is not advised to run as root."""
     place_process(tree.proc, user=writer.user, container=writer.container, uid_map=writer.uid_map)
     tree.fail = failing(writer.number, "driver_override")
     with pytest.raises(
@@ -560,14 +560,14 @@ def refused(tree: SysfsTree, error: type[VfioError], match: str, *, driver: str 
 
 def test_a_driver_that_is_not_loaded_is_refused_with_the_command_that_loads_it(tree: SysfsTree) -> None:
     (tree.pci / "drivers/vfio-pci").rename(tree.pci / "elsewhere")
-    refused(tree, UnavailableError, "modprobe vfio-pci")
+    refused(tree, UnavailableError, f"modprobe vfio-pci. If there is no such module, pyvfio doctor {BDF}")
 
 
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "../devices", "vfio-pci/module", "vfio-pci\n", "\x1b[2J", "x" * 256, "é" * 128]
 )
 def test_what_is_no_name_of_a_driver_is_refused_before_the_device_is_touched(tree: SysfsTree, name: str) -> None:
-    """`..` is a directory below drivers, too."""
+    """`..` is a directory below drivers too."""
     for change in (bind, unbind):
         with pytest.raises(ValueError, match="not the name of a driver"):
             change(tree, name)
@@ -590,16 +590,16 @@ def test_a_wrong_patience_is_refused_before_the_device_is_touched(
 ) -> None:
     tree.fail = failing(errno.EIO, "driver_override")
     with pytest.raises(error, match="patience is a number of seconds"):
-        pci.bind(tree.kernel, BDF, patience=patience, dry_run=dry_run, write=tree.write)
+        pci.bind(BDF, patience=patience, dry_run=dry_run, write=tree.write, kernel=tree.kernel)
     for to in ("vfio-pci", None):
         with pytest.raises(error, match="patience is a number of seconds"):
-            pci.unbind(tree.kernel, BDF, to=to, patience=patience, dry_run=dry_run, write=tree.write)
+            pci.unbind(BDF, to=to, patience=patience, dry_run=dry_run, write=tree.write, kernel=tree.kernel)
     assert tree.writes == []
 
 
 @pytest.mark.parametrize("iommu", ["dmar0", "0000:00:01.0"])
 def test_vfio_pci_is_not_given_a_device_with_a_driver_and_without_a_group(tmp_path: Path, iommu: str) -> None:
-    """It would have the group by now: its driver keeps it, whatever the IOMMU."""
+    """Binding the present driver has made no group, with any IOMMU."""
     tree = SysfsTree(tmp_path)
     tree.add_device(BDF, driver="e1000e")
     tree.add_device("0000:00:1c.0", driver="pcieport", group=1, class_code=BRIDGE)
@@ -617,26 +617,28 @@ def test_vfio_pci_is_not_tried_where_there_is_no_iommu(tmp_path: Path) -> None:
 
 
 def test_a_group_that_comes_with_the_first_driver_is_had_by_binding(tmp_path: Path) -> None:
-    """As behind virtio-iommu before Linux 6.15; what cannot be opened yet says how."""
+    """As behind virtio-iommu before Linux 6.15. The error of an open names the command."""
     tree = SysfsTree(tmp_path)
     tree.add_device(BDF, matches="e1000e", late_group=7)
     tree.add_device("0000:00:1c.0", driver="pcieport", group=1, class_code=BRIDGE)
     (tree.sysfs / "class/iommu/0000:00:01.0").mkdir(parents=True)
-    assert pci.comes_later(tree.kernel, pci.read_device(tree.kernel, BDF))
-    with pytest.raises(DeviceNotFoundError, match=f"in no IOMMU group yet.*scripts/bind {BDF}"):
-        pci.group_of(tree.kernel, BDF)
+    assert pci.comes_later(pci.read_device(BDF, kernel=tree.kernel), kernel=tree.kernel)
+    with pytest.raises(DeviceNotFoundError, match=f"in no IOMMU group yet.*pyvfio bind {BDF}"):
+        pci.group_of(BDF, kernel=tree.kernel)
     assert bind(tree).driver == "vfio-pci"
-    assert pci.group_of(tree.kernel, BDF) == 7
+    assert pci.group_of(BDF, kernel=tree.kernel) == 7
 
 
 @pytest.mark.parametrize("override", [None, "none"])
 def test_where_no_group_comes_the_device_is_as_it_was(tmp_path: Path, override: str | None) -> None:
-    """vfio-pci does not take it, and the reason is the group; it is not said to be in another slot before that."""
+    """vfio-pci does not bind, and the error names the missing group. Only then is another slot advised."""
     tree = SysfsTree(tmp_path)
     tree.add_device(BDF, matches="e1000e", override=override)
     tree.add_device("0000:00:1c.0", driver="pcieport", group=1, class_code=BRIDGE)
     (tree.sysfs / "class/iommu/0000:00:01.0").mkdir(parents=True)
-    with pytest.raises(DeviceNotFoundError, match=r"none of this machine's IOMMUs .* covers it.*another slot"):
+    with pytest.raises(
+        DeviceNotFoundError, match=r"none of this machine's IOMMUs .* covers the device.*a slot or root port"
+    ):
         bind(tree)
     assert [path for path, _value in tree.writes][:2] == [OVERRIDE, "bus/pci/drivers_probe"]
     assert placed(tree) == (None, override)
@@ -662,7 +664,7 @@ def test_a_device_of_an_open_group_is_refused_with_its_holder(
 
 def test_an_open_group_is_refused_also_when_its_holder_is_not_seen(tree: SysfsTree) -> None:
     class Busy(LinuxKernel):
-        """What vfio_group_fops_open says of a group that is open in another PID namespace."""
+        """Answer as vfio_group_fops_open for a group that is open in another PID namespace."""
 
         def open(self, path: str, flags: int) -> int:
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path, flags)
@@ -673,31 +675,30 @@ def test_an_open_group_is_refused_also_when_its_holder_is_not_seen(tree: SysfsTr
 
 
 def test_a_device_that_is_open_by_its_own_node_is_refused(tree: SysfsTree) -> None:
-    (tree.pci / "devices" / BDF / "vfio-dev/vfio3").mkdir(parents=True)
-    (tree.dev / "vfio/devices").mkdir()
+    cdev = tree.add_cdev(BDF, "vfio3")
     tree.use_real_proc()
-    with (tree.dev / "vfio/devices/vfio3").open("w"):
+    with cdev.open("w"):
         refused(tree, GroupBusyError, rf"\(pid {os.getpid()}, this process\)", driver=pci.NO_DRIVER)
 
 
 def test_a_device_is_refused_also_where_another_of_its_group_is_open_by_its_own_node(tree: SysfsTree) -> None:
-    sibling = tree.add_device("0000:00:02.1", driver="vfio-pci", group=7)
-    (sibling / "vfio-dev/vfio3").mkdir(parents=True)
-    (tree.dev / "vfio/devices").mkdir()
+    tree.add_device("0000:00:02.1", driver="vfio-pci", group=7)
+    cdev = tree.add_cdev("0000:00:02.1", "vfio3")
     tree.use_real_proc()
-    with (tree.dev / "vfio/devices/vfio3").open("w"):
+    with cdev.open("w"):
         refused(tree, GroupBusyError, rf"\(pid {os.getpid()}, this process\)")
 
 
 def test_asking_whether_a_group_is_open_leaves_no_descriptor_behind(tree: SysfsTree) -> None:
     node = tree.add_group_node(7)
     bind(tree)
-    assert pci.holders_of(tree.kernel, node) == ()
+    assert pci.holders_of(node, kernel=tree.kernel) == ()
 
 
 def test_a_network_interface_that_is_up_keeps_its_device_unless_forced(tree: SysfsTree) -> None:
     tree.add_interface(BDF, "enp0s2", up=True)
-    refused(tree, VfioError, "in use through e1000e: network interface enp0s2 is up")
+    hint = r"End the use: ip link set dev enp0s2 down. Or pass --force \(in Python: force=True\) and lose connections$"
+    refused(tree, VfioError, f"in use through e1000e: network interface enp0s2 is up. {hint}")
     assert bind(tree, force=True).driver == "vfio-pci"
 
 
@@ -741,12 +742,12 @@ def test_a_disk_that_is_in_use_keeps_its_device(tmp_path: Path, mountinfo: str, 
 
 
 def test_a_file_system_that_the_host_shares_keeps_its_device_unless_forced(tmp_path: Path) -> None:
-    """Taken away while it is mounted, it would hang whoever asks, and the machine whose root it is."""
+    """Unbinding the device of a mounted file system would hang the caller, and a machine with that root."""
     tree = SysfsTree(tmp_path)
     device = tree.add_device(BDF, driver="virtio-pci", group=7)
     (device / "virtio0").mkdir()
     (device / "virtio0/mount_tag").write_text("root\0")
-    refused(tree, VfioError, "the host shares file system 'root' through it")
+    refused(tree, VfioError, "the host shares file system 'root' through the device")
     assert bind(tree, force=True).driver == "vfio-pci"
 
 
@@ -765,7 +766,7 @@ def test_a_disk_of_a_multipath_subsystem_keeps_each_of_its_controllers(tmp_path:
     tree.add_disk(subsystem, "nvme0n1", "259:0")
     link(subsystem / "nvme0", controller)
     (tree.proc / "self/mountinfo").write_text(MOUNT.format(number="259:0", source="/dev/nvme0n1"))
-    refused(tree, VfioError, "nvme0n1 is mounted at /srv")
+    refused(tree, VfioError, "nvme0n1 is mounted at /srv. End the use: umount /srv. Or pass --force .* and lose data$")
 
 
 def test_a_disk_that_nothing_uses_does_not_keep_its_device(tmp_path: Path) -> None:
@@ -780,7 +781,7 @@ def with_disk(tree: SysfsTree, bdf: str = BDF, group: int = 7) -> Path:
 
 
 def test_a_disk_that_is_mounted_in_another_namespace_keeps_its_device(tmp_path: Path) -> None:
-    """Each process's mounts are looked at, once for each namespace; whose it is is said, without its tricks."""
+    """All mounts are read, once for each namespace. The error names the process, control characters escaped."""
     tree = SysfsTree(tmp_path)
     with_disk(tree)
     link(tree.proc / "self/ns/mnt", Path("mnt:[1]"))
@@ -796,7 +797,7 @@ def test_a_disk_that_is_mounted_in_another_namespace_keeps_its_device(tmp_path: 
 
 
 class ClaimedKernel(LinuxKernel):
-    """Its disks answer with an errno; `asked` has the flags."""
+    """A kernel whose disks answer with an errno; `asked` has the flags."""
 
     def __init__(self, tree: SysfsTree, number: int) -> None:
         super().__init__(sysfs=tree.sysfs, dev=tree.dev, proc=tree.proc)
@@ -804,7 +805,7 @@ class ClaimedKernel(LinuxKernel):
         self.asked: list[int] = []
 
     def open(self, path: str, flags: int) -> int:
-        """Refuse."""
+        """Refuse the open."""
         self.asked.append(flags)
         raise OSError(self.number, os.strerror(self.number), path)
 
@@ -812,13 +813,13 @@ class ClaimedKernel(LinuxKernel):
 @pytest.mark.parametrize(
     ("number", "reason"),
     [
-        (errno.EBUSY, "sda is claimed: it is mounted in a namespace that is not seen from here, swapped to"),
-        (errno.EPERM, "sda may be in use, which cannot be asked: .*/dev/sda cannot be opened"),
+        (errno.EBUSY, "sda is claimed: mounted in a namespace that this process cannot see, swapped to"),
+        (errno.EPERM, "sda may be in use: .*/dev/sda cannot be opened"),
         (errno.ENOMEDIUM, None),
     ],
 )
 def test_a_disk_is_asked_for_by_opening_it_for_oneself_alone(tmp_path: Path, number: int, reason: str | None) -> None:
-    """O_EXCL is refused while it is mounted anywhere. Where it cannot be asked, it may be in use."""
+    """O_EXCL is refused while the disk is mounted anywhere. A disk that cannot be opened counts as in use."""
     tree = SysfsTree(tmp_path)
     with_disk(tree)
     tree.kernel = ClaimedKernel(tree, number)
@@ -831,15 +832,15 @@ def test_a_disk_is_asked_for_by_opening_it_for_oneself_alone(tmp_path: Path, num
 
 
 def test_a_disk_whose_node_is_not_here_may_be_in_use(tmp_path: Path) -> None:
-    """As in a container: what the host does with it is not seen."""
+    """As in a container, from which the uses of the host are not visible."""
     tree = SysfsTree(tmp_path)
     with_disk(tree)
     (tree.dev / "sda").unlink()
-    refused(tree, VfioError, "sda may be in use, which cannot be asked: .*/dev/sda cannot be opened")
+    refused(tree, VfioError, "sda may be in use: .*/dev/sda cannot be opened")
 
 
 def test_a_disk_that_a_process_has_open_keeps_its_device(tmp_path: Path) -> None:
-    """As a virtual machine has a whole disk."""
+    """As a virtual machine uses a whole disk."""
     tree = SysfsTree(tmp_path)
     with_disk(tree)
     tree.use_real_proc()
@@ -858,18 +859,18 @@ def test_a_mount_point_may_have_any_name(tmp_path: Path) -> None:
 
 
 def test_a_table_of_mounts_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
-    """Nothing is taken for idle then."""
+    """No device counts as idle then."""
     tree = SysfsTree(tmp_path)
     with_disk(tree)
     (tree.proc / "self/mountinfo").write_text("36 35 8:0 / /srv rw\n")
-    refused(tree, VfioError, "self/mountinfo has a line that is no mount: '36 35 8:0 / /srv rw'")
+    refused(tree, VfioError, "self/mountinfo has a line that describes no mount: '36 35 8:0 / /srv rw'")
 
 
 def test_an_interface_in_another_network_namespace_keeps_its_device_unless_forced(tree: SysfsTree) -> None:
-    """Its directory is there and looks empty: the kernel has one for interfaces of any namespace."""
+    """The directory exists and looks empty: the kernel makes one for interfaces of any namespace."""
     place = (tree.pci / "devices" / BDF).resolve() / "virtio0/net"
     place.mkdir(parents=True)
-    refused(tree, VfioError, "1 network interface of it is in another network namespace, and may be up")
+    refused(tree, VfioError, "1 network interface of the device is in another network namespace, and may be up")
     assert bind(tree, force=True).driver == "vfio-pci"
 
 
@@ -880,12 +881,12 @@ def test_an_interface_in_another_network_namespace_keeps_its_device_unless_force
 def test_interfaces_that_are_not_seen_are_counted_by_the_links_of_their_directory(
     links: int, visible: int, hidden: int
 ) -> None:
-    """A file system that counts no links (one for each directory) shows that there are some, where none is visible."""
+    """On a file system that counts one link for each directory, an empty directory still shows hidden interfaces."""
     assert hidden_interfaces(links=links, visible=visible) == hidden
 
 
 def test_virtual_functions_keep_the_device_that_they_go_with(tmp_path: Path) -> None:
-    """One whose group is open, in any case: the kernel would wait. One whose interface is up, unless forced."""
+    """If the group is open, always: the kernel would wait. If an interface is up, unless forced."""
     tree = SysfsTree(tmp_path)
     device = tree.add_device(BDF, driver="e1000e", group=7)
     function = tree.add_device("0000:00:02.1", driver="igbvf", group=8)
@@ -908,11 +909,11 @@ def test_virtual_functions_keep_the_device_that_they_go_with(tmp_path: Path) -> 
     [("vendor", "x"), ("device", ""), ("class", "0x02\x1b[2J"), ("numa_node", "none"), ("vendor", "0x8086 0x1")],
 )
 def test_garbage_in_sysfs_is_an_error_that_names_the_file(tree: SysfsTree, name: str, garbage: str) -> None:
-    """And shows it, without its tricks."""
+    """The error quotes the text, control characters escaped."""
     path = (tree.pci / "devices" / BDF).resolve() / name
     path.write_text(garbage + "\n")
-    for use in (lambda: pci.read_device(tree.kernel, BDF), lambda: pci.enumerate_devices(tree.kernel)):
-        with pytest.raises(VfioError, match=f"{BDF}/{name} says '.*', which is no number") as caught:
+    for use in (lambda: pci.read_device(BDF, kernel=tree.kernel), lambda: pci.devices(kernel=tree.kernel)):
+        with pytest.raises(VfioError, match=f"{BDF}/{name} contains '.*', which is not a number") as caught:
             use()
         assert str(caught.value).isprintable()
 
@@ -921,28 +922,28 @@ def test_a_group_that_is_no_number_is_an_error_that_names_the_link(tree: SysfsTr
     path = (tree.pci / "devices" / BDF).resolve() / "iommu_group"
     path.unlink()
     link(path, tree.sysfs / "kernel/iommu_groups/seven")
-    with pytest.raises(VfioError, match=f"{BDF}/iommu_group says 'seven', which is no number"):
-        pci.read_device(tree.kernel, BDF)
+    with pytest.raises(VfioError, match=f"{BDF}/iommu_group contains 'seven', which is not a number"):
+        pci.read_device(BDF, kernel=tree.kernel)
 
 
 def test_a_device_that_has_no_address_is_an_error_that_names_the_directory(tree: SysfsTree) -> None:
     (tree.pci / "devices/lost+found").mkdir()
-    with pytest.raises(VfioError, match="bus/pci/devices there is 'lost\\+found', which is no PCI address"):
-        pci.enumerate_devices(tree.kernel)
+    with pytest.raises(VfioError, match="bus/pci/devices has an entry 'lost\\+found', which is not a PCI address"):
+        pci.devices(kernel=tree.kernel)
 
 
 def test_a_group_without_a_number_does_not_keep_the_others_from_being_named(tree: SysfsTree) -> None:
     (tree.sysfs / "kernel/iommu_groups/junk").mkdir()
     (tree.sysfs / "kernel/iommu_groups/10").mkdir()
     with pytest.raises(DeviceNotFoundError, match="The groups are: junk, 7, 10"):
-        pci.group_members(tree.kernel, 8)
+        pci.group_members(8, kernel=tree.kernel)
 
 
 def test_the_flags_of_an_interface_are_a_number(tree: SysfsTree) -> None:
-    """Else it might be up."""
+    """Otherwise the interface could be up."""
     tree.add_interface(BDF, "enp0s2", up=False)
     (tree.sysfs / "class/net/enp0s2/flags").write_text("down\n")
-    refused(tree, VfioError, "enp0s2/flags says 'down', which is no number")
+    refused(tree, VfioError, "enp0s2/flags contains 'down', which is not a number")
 
 
 # --- SR-IOV
@@ -954,18 +955,26 @@ def test_functions_of_sriov_take_an_address_in_every_way_it_is_written(tmp_path:
     (physical / "sriov_totalvfs").write_text("4\n")
     link(tree.add_device("0000:0a:02.1", group=8) / "physfn", physical)
     for text in (BDF, "00:02.0", " 0000:00:02.0"):
-        assert pci.is_physical_function(tree.kernel, text)
-        assert pci.physical_function(tree.kernel, text) is None
+        assert pci.is_physical_function(text, kernel=tree.kernel)
+        assert pci.physical_function(text, kernel=tree.kernel) is None
     for text in ("0000:0a:02.1", "0a:02.1", "0A:02.1\n"):
-        assert pci.physical_function(tree.kernel, text) == BDF
-        assert not pci.is_physical_function(tree.kernel, text)
+        assert pci.physical_function(text, kernel=tree.kernel) == BDF
+        assert not pci.is_physical_function(text, kernel=tree.kernel)
 
 
 @pytest.mark.parametrize("text", ["", "../devices", "a" * 5000, "\0"])
 def test_functions_of_sriov_refuse_text_that_is_no_address(tree: SysfsTree, text: str) -> None:
     for ask in (pci.is_physical_function, pci.physical_function):
         with pytest.raises(ValueError, match="not a PCI address"):
-            ask(tree.kernel, text)
+            ask(text, kernel=tree.kernel)
+
+
+def test_a_link_to_no_pci_device_names_no_physical_function(tmp_path: Path) -> None:
+    """As in a directory that is not sysfs: the error names the link."""
+    tree = SysfsTree(tmp_path)
+    link(tree.add_device(BDF) / "physfn", tmp_path)
+    with pytest.raises(VfioError, match=r"physfn names .* not a PCI address"):
+        pci.physical_function(BDF, kernel=tree.kernel)
 
 
 # --- Signals
@@ -981,7 +990,7 @@ def _handle(_number: int, _frame: object) -> None:
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """Those of three signals raise, as Ctrl-C's does."""
+    """The handlers of three signals raise, as the handler of Ctrl-C does."""
     former = {number: signal.signal(number, _handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in former.items():
@@ -989,12 +998,12 @@ def handlers() -> Iterator[None]:
 
 
 def _changed(tree: SysfsTree, what: str) -> Callable[[], pci.Binding]:
-    """A device of a driver's, and a change of it."""
+    """Return a change of a device that has a driver."""
     tree.add_device(BDF, driver="e1000e", group=7)
     if what == "bind":
         return lambda: bind(tree)
     bound = bind(tree)
-    return lambda: unbind(tree) if what == "unbind" else pci.restore(tree.kernel, bound, write=tree.write)
+    return lambda: unbind(tree) if what == "unbind" else pci.restore(bound, write=tree.write, kernel=tree.kernel)
 
 
 def _press_all() -> None:
@@ -1005,7 +1014,7 @@ def _press_all() -> None:
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("what", ["bind", "unbind", "restore"])
 def test_signals_in_the_middle_of_a_change_leave_the_device_as_it_was(tmp_path: Path, what: str) -> None:
-    """Three of them at once, at any point of it: the handlers raise, so that nobody hears of the change."""
+    """Three signals at once, at any point of the change. The handlers raise, so the caller hears of no change."""
     dry = Walk()
     dry.run(_changed(SysfsTree(tmp_path / "dry"), what))
     for point in range(1, dry.count + 1, max(1, dry.count // 100)):
@@ -1022,7 +1031,7 @@ def test_signals_in_the_middle_of_a_change_leave_the_device_as_it_was(tmp_path: 
 
 
 def test_a_wait_for_a_driver_can_be_interrupted(tree: SysfsTree) -> None:
-    """Between two looks at it; the device has its former driver then."""
+    """Between two looks for the driver. The former driver is restored."""
 
     def write(path: Path, value: str) -> None:
         tree.write(path, value)
@@ -1031,17 +1040,17 @@ def test_a_wait_for_a_driver_can_be_interrupted(tree: SysfsTree) -> None:
 
     tree.probes_ignored = 1000
     with pytest.raises(KeyboardInterrupt):
-        pci.bind(tree.kernel, BDF, patience=1.0, write=write)
+        pci.bind(BDF, patience=1.0, write=write, kernel=tree.kernel)
     assert placed(tree) == ("e1000e", None)
     assert [path for path, _value in tree.writes].count("bus/pci/drivers_probe") == 1
 
 
 def test_want_of_descriptors_is_not_taken_for_want_of_a_device(tree: SysfsTree) -> None:
-    """What cannot be read may be there; the error says what to raise."""
+    """An unreadable file can exist. The error names the limit to raise."""
     former = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, former[1]))
     try:
         with pytest.raises(VfioError, match="ulimit -n"):
-            pci.read_device(tree.kernel, "0000:01:00.0")
+            pci.read_device("0000:01:00.0", kernel=tree.kernel)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, former)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import re
 from functools import partial
 
 import pytest
@@ -154,7 +155,7 @@ def test_a_plan_can_be_read(kernel: SpecialKernel) -> None:
     assert lines[0].startswith("a: 4 MiB of 64 MiB at IOVA 0x")
     assert lines[2] == "mappings: 2, at most 544; 65535 are left"
     assert lines[3].startswith("locked memory: 4 MiB, at most 1088 MiB; 0 bytes are locked")
-    assert lines[5].startswith("time: some ")
+    assert re.fullmatch(r"time: about \d+\.\d m?s", lines[5])
 
 
 def test_a_longer_block_takes_more_time(kernel: SpecialKernel) -> None:
@@ -219,7 +220,7 @@ def test_more_than_a_process_has_addresses_for_does_not_fit(shift: int) -> None:
 @pytest.mark.parametrize("wrong", [1 << 64, 1 << 80])
 def test_lengths_beyond_an_address_are_refused(kernel: SpecialKernel, wrong: int) -> None:
     """They can never be right."""
-    with Rig(kernel) as rig, pytest.raises(ValueError, match="an address has bits"):
+    with Rig(kernel) as rig, pytest.raises(ValueError, match=r"above 0 and below 2\^64"):
         rig.mapper.plan([BlockShape("a", 0, wrong)])
 
 
@@ -227,12 +228,12 @@ def test_what_is_no_set_of_blocks_is_refused(kernel: SpecialKernel) -> None:
     """One shape without a list, the same name twice, a name or a block that is there."""
     with Rig(kernel) as rig:
         there = rig.add("there")
-        with pytest.raises(TypeError, match="in a list, not of str"):
+        with pytest.raises(TypeError, match="takes a list of BlockShapes and RamBlocks, not of str"):
             rig.mapper.plan(BlockShape("a", 0, MIB))  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="'a' is planned more than once"):
             rig.mapper.plan([BlockShape("a", 0, MIB)] * 2)
         for known in (BlockShape("there", 0, MIB), there):
-            with pytest.raises(ValueError, match="'there' already"):
+            with pytest.raises(ValueError, match="already follows a RAM block 'there'"):
                 rig.mapper.plan([known])
 
 

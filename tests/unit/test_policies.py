@@ -146,7 +146,7 @@ def test_a_block_keeps_its_policy_through_the_undo_of_a_removal(kernel: SpecialK
 def narrow() -> Iterator[SpecialKernel]:
     """A kernel whose containers hold eight mappings."""
     with SpecialKernel(groups=[(2, [FakeDevice(BDF)])]) as made, nothing_left(made):
-        made._model = small_iommu(8)
+        made._machine.iommu = small_iommu(8)
         yield made
 
 
@@ -244,7 +244,7 @@ def test_a_plan_of_granules_and_rings_finds_what_adding_them_would(narrow: Speci
         shapes = [BlockShape("ring", 0, MIB), BlockShape("buffers", 0, 7 * PAGE_SIZE), BlockShape("late", 0, MIB)]
         plan = rig.mapper.plan(shapes)
         assert [error.message for error in plan.shortages] == [
-            "RAM block 'late' may need 1 mappings, and 0 are left when all others have those they may need"
+            "RAM block 'late' may need 1 mappings, and 0 are left when all other blocks have theirs"
         ]
         for shape in shapes[:2]:
             rig.add(shape.idstr, used=shape.used_length, maximum=shape.max_length)
@@ -289,6 +289,7 @@ def test_promises_hold_after_a_hand_over(narrow: SpecialKernel) -> None:
         update = hand_over(rig.mapper)
         with take_over(update.state, [narrow.dup(fd) for fd in update.fds], kernel=narrow) as taken:
             update.finish()
+            rig.mapper._check()
             with pytest.raises(pyvfio.EntryLimitError, match="'more' may need 1 mappings, and 0 are left"):
                 taken.blocks.add("more", used_length=0, max_length=PAGE_SIZE)
             taken.blocks["buffers"].resize(7 * PAGE_SIZE)

@@ -193,7 +193,7 @@ def test_blocks_are_found_by_name_and_by_address(blocks: RamBlockList) -> None:
         assert blocks.block_at(block.vaddr - 1) is not block
         assert blocks.block_at(block.vaddr + MAX) is not block
     assert blocks.block_at(0) is None
-    with pytest.raises(KeyError, match=r"no RAM block is named .*; there are .*d.*c.*b.*a"):
+    with pytest.raises(KeyError, match=r"no RAM block is named .*; the list has .*d.*c.*b.*a"):
         blocks["e"]
     blocks.close()
     assert len(blocks) == 0
@@ -216,7 +216,7 @@ def test_a_name_is_taken_once(kernel: FakeKernel, blocks: RamBlockList) -> None:
     """ValueError before any system call; free again once the block has gone."""
     ram(blocks)
     kernel.clear_trace()
-    with pytest.raises(ValueError, match="there is a RAM block 'ram' already"):
+    with pytest.raises(ValueError, match="already has a RAM block 'ram'"):
         ram(blocks)
     assert kernel.trace == []
     blocks["ram"].remove()
@@ -253,7 +253,7 @@ def test_a_block_for_which_there_is_no_memory_is_not_made(kernel: FakeKernel, bl
     blocks.add_notifier(notifier)
     for nth in (1, 2):  # nor is there for all of it
         kernel.fail(call="mprotect", errno=errno.ENOMEM, nth=nth)
-    with pytest.raises(IoctlError, match="more memory could not be had"):
+    with pytest.raises(IoctlError, match="more memory could not be allocated"):
         ram(blocks)
     assert kernel.trace[-1].call == "munmap"
     assert kernel.trace[-1].given[1] == MAX + PAGE_SIZE
@@ -382,7 +382,7 @@ def test_address_space_that_cannot_be_given_back_does_not_keep_the_block(
     kernel.fail(call="munmap", errno=errno.ENOMEM)
     block.remove()
     assert len(blocks) == 0
-    assert "could not be given back" in caplog.text
+    assert "could not be unmapped" in caplog.text
 
 
 def test_the_end_of_a_with_statement_removes_all_blocks(kernel: FakeKernel) -> None:
@@ -568,7 +568,7 @@ def test_a_growth_for_which_there_is_no_memory_is_told_to_nobody(kernel: FakeKer
     block, log = observed(kernel, blocks, 2 * MIB)
     data = filled(block)
     kernel.fail(call="mprotect", errno=errno.ENOMEM)
-    with pytest.raises(IoctlError, match="2 MiB more memory could not be had") as raised:
+    with pytest.raises(IoctlError, match="2 MiB more memory could not be allocated") as raised:
         block.resize(4 * MIB)
     assert raised.value.errno == errno.ENOMEM
     assert (log, block.used_length, contents(block)) == ([], 2 * MIB, data)
@@ -802,7 +802,7 @@ def test_an_undo_that_fails_is_told_with_its_cause_and_the_rest_is_undone(
     log.clear()
     notifiers["a"].refuse["resized"] = [cause("why")]
     notifiers["b"].refuse["resized 6 4"] = [failure("undo")]
-    with pytest.raises(RollbackError, match="from 4 MiB to 6 MiB failed, and so did its undo") as raised:
+    with pytest.raises(RollbackError, match="from 4 MiB to 6 MiB failed, and the undo failed too") as raised:
         block.resize(6 * MIB)
     assert [line[0] for line in log] == ["c", "b", "a", "b", "c"]
     first, second = raised.value.exceptions
@@ -925,7 +925,7 @@ def test_a_shrink_whose_memory_stays_is_a_warning(kernel: FakeKernel, blocks: Ra
     block = ram(blocks)
     data = filled(block)
     kernel.fail(call="mmap", errno=errno.ENOMEM)
-    with pytest.warns(MemoryNotReturnedWarning, match="shrank to 1 MiB, but 3 MiB could not be given back") as caught:
+    with pytest.warns(MemoryNotReturnedWarning, match="shrank to 1 MiB, but 3 MiB could not be released") as caught:
         block.resize(MIB)
     assert caught[0].filename == __file__
     assert (block.used_length, notifier.known["ram"], contents(block)) == (MIB, MIB, data[:MIB])
@@ -982,7 +982,7 @@ def test_a_refused_growth_whose_memory_stays_is_no_further_failure(
     with pytest.raises(RefusalError):
         block.resize(6 * MIB)
     notifier.hook = lambda _block: None
-    assert "keeps the memory that it was to grow by" in caplog.text
+    assert "keeps the memory of a refused grow" in caplog.text
     assert (block.used_length, block.state.memory.retained) == (4 * MIB, 2 * MIB)
     block.resize(6 * MIB)
     assert contents(block) == bytes(6 * MIB)
@@ -999,7 +999,7 @@ def test_a_refused_block_whose_address_space_stays_is_no_further_failure(
     notifier.hook = lambda _block: kernel.fail(call="munmap", errno=errno.ENOMEM)
     with pytest.raises(RefusalError):
         ram(blocks)
-    assert "could not be given back" in caplog.text
+    assert "could not be unmapped" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------------------- views
@@ -1063,7 +1063,7 @@ def test_a_block_does_not_shrink_or_go_under_a_live_view(kernel: FakeKernel, blo
         block.remove,
     ]
     for refused in changes:
-        with pytest.raises(BufferError, match="live view up to 4 MiB"):
+        with pytest.raises(BufferError, match="a live view reaches 4 MiB"):
             refused()
     assert (notifier.log, kernel.trace, block.used_length) == ([], [], 4 * MIB)
     block.resize(6 * MIB)
@@ -1078,7 +1078,7 @@ def test_a_view_holds_what_it_reaches_and_no_more(blocks: RamBlockList) -> None:
     block = ram(blocks, 2 * MIB)
     view = block.view()
     block.resize(MAX)
-    with block.view(), pytest.raises(BufferError, match="view up to 8 MiB"):
+    with block.view(), pytest.raises(BufferError, match="view reaches 8 MiB"):
         block.resize(6 * MIB)
     block.resize(2 * MIB)
     with pytest.raises(BufferError, match="shrunk to 1 MiB"):
@@ -1099,13 +1099,13 @@ def test_a_view_of_a_part_lets_the_block_shrink_to_the_end_of_the_part(blocks: R
     block.resize(2 * PAGE_SIZE)
     changes: list[Callable[[], None]] = [lambda: block.resize(PAGE_SIZE), block.remove]
     for refused in changes:
-        with pytest.raises(BufferError, match="live view up to 8 KiB"):
+        with pytest.raises(BufferError, match="a live view reaches 8 KiB"):
             refused()
     block.resize(4 * MIB)
     assert contents(block)[: 2 * PAGE_SIZE] == data[: 2 * PAGE_SIZE]
     del kept[0]
     block.resize(PAGE_SIZE)
-    with pytest.raises(BufferError, match="live view up to 4 KiB, so it cannot be emptied or removed"):
+    with pytest.raises(BufferError, match="cannot be emptied or removed: a live view reaches 4 KiB"):
         block.resize(0)
     kept.clear()
     block.remove()
@@ -1230,7 +1230,7 @@ def test_a_view_that_a_hook_has_taken_meanwhile_refuses_the_change(
     data = filled(block)
     views: list[memoryview] = []
     notifiers["b"].hook = lambda block: views.append(block.view())
-    with pytest.raises(BufferError, match="live view up to 4 MiB"):
+    with pytest.raises(BufferError, match="a live view reaches 4 MiB"):
         block.remove() if change == "remove" else block.resize(0)
     assert {n.known["ram"] for n in notifiers.values()} == {4 * MIB}
     assert bytes(views[0]) == contents(block) == data

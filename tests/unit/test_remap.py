@@ -226,7 +226,7 @@ def test_a_device_that_cannot_have_the_pages_back_reaches_less_until_the_next_ch
         first = maps_of_a_remap(rig, block)
         for nth in range(first, first + 12):
             rig.kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", nth=nth, errno=errno.ENOMEM)
-        with pytest.raises(pyvfio.RollbackError, match="reach less of it than it has"):
+        with pytest.raises(pyvfio.RollbackError, match="reach less of the block than the block has"):
             block.remap(5 * PAGE_SIZE, PAGE_SIZE)
         rig.kernel.clear_failures()
         rig.mapper._check()
@@ -248,7 +248,7 @@ def test_who_may_hold_pages_and_is_not_told_keeps_them_from_being_replaced(rig: 
     rig.blocks.add_notifier(other := Registration())
     block = filled(rig)
     rig.kernel.clear_trace()
-    with pytest.raises(pyvfio.UnsupportedError, match=r"Registration.*may hold those of RAM block 'ring'"):
+    with pytest.raises(pyvfio.UnsupportedError, match=r"Registration.*may hold pages of RAM block 'ring'"):
         block.remap(5 * PAGE_SIZE, PAGE_SIZE)
     assert not rig.kernel.trace
     rig.blocks.remove_notifier(other)
@@ -308,13 +308,13 @@ def test_pages_that_cannot_be_had_are_an_error_with_what_to_do(rig: Rig, file: i
     """The pool is empty, say; of a caller's file that is not to be punched nothing can be replaced at all."""
     block = filled(rig, Memfd())
     rig.kernel.fail(call="fallocate", nth=2, errno=errno.ENOSPC)
-    with pytest.raises(pyvfio.IoctlError, match=r"4 KiB could not be had.*remap it once more"):
+    with pytest.raises(pyvfio.IoctlError, match=r"4 KiB could not be allocated.*remap the range once more"):
         block.remap(5 * PAGE_SIZE, PAGE_SIZE)
     rig.check()
     block.remove()
     block = filled(rig, File(file))
     rig.kernel.fail(call="madvise", nth=2, errno=errno.EFAULT)
-    with pytest.raises(pyvfio.IoctlError, match=r"not to be punched; let that be with memory=File\(fd, punch=True\)"):
+    with pytest.raises(pyvfio.IoctlError, match=r"must not be punched; allow that with memory=File\(fd, punch=True\)"):
         block.remap(5 * PAGE_SIZE, PAGE_SIZE)
     assert seen(rig, block) == list(range(1, 17))
     rig.check()
@@ -369,7 +369,7 @@ def test_what_is_discarded_and_in_reach_since_an_undo_failed_keeps_its_pages(ker
         _populates_in_vain(rig, block)
         assert len(rig.reached()) == 13
         kernel.clear_trace()
-        with pytest.raises(pyvfio.DiscardError, match=r"8 KiB of RAM block 'ring' are discarded.*Populate them"):
+        with pytest.raises(pyvfio.DiscardError, match=r"8 KiB of RAM block 'ring' are discarded.*Populate these parts"):
             block.remap(0, 4 * PAGE_SIZE)
         assert not kernel.trace
         block.remap(2 * PAGE_SIZE, 4 * PAGE_SIZE)

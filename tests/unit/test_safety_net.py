@@ -104,7 +104,7 @@ def test_a_block_that_cannot_be_had_in_full_is_refused(rig: Rig, kernel: Special
     before = proc_areas()
     for nth in (1, 2):
         kernel.fail(call="mprotect", errno=errno.ENOMEM, nth=nth)
-    with pytest.raises(pyvfio.IoctlError, match="1 MiB more memory could not be had"):
+    with pytest.raises(pyvfio.IoctlError, match="1 MiB more memory could not be allocated"):
         rig.add(used=0, maximum=MIB)
     assert (len(rig.blocks), proc_areas()) == (0, before)
     rig.blocks.remove_notifier(listener)
@@ -113,7 +113,7 @@ def test_a_block_that_cannot_be_had_in_full_is_refused(rig: Rig, kernel: Special
 def test_who_cannot_follow_a_resize_cannot_come_where_blocks_can_be_resized(rig: Rig) -> None:
     """It would reach what is no memory, or go on reaching what was given back. It is told nothing."""
     block = rig.add(used=PAGE_SIZE)
-    with pytest.raises(pyvfio.UnsupportedError, match=r"cannot follow a resize.*'ring'.*Add it before"):
+    with pytest.raises(pyvfio.UnsupportedError, match=r"not resizes.*'ring'.*Add the notifier before"):
         rig.blocks.add_notifier(Registration(rig.container))
     block.resize(2 * PAGE_SIZE)
     assert rig.reached() == rig.expected()
@@ -185,7 +185,9 @@ def test_a_block_of_which_a_part_could_not_be_had_is_allocated_in_full(
         nothing_but_the_whole(kernel)
         with caplog.at_level(logging.WARNING, "pyvfio"):
             block = rig.add(used=2 * PAGE_SIZE, maximum=MIB)
-        assert "RAM block 'ring' is allocated in full, 1 MiB: a part of it could not be: mprotect" in caplog.text
+        assert (
+            "RAM block 'ring' is allocated in full, 1 MiB: a part could not be allocated alone: mprotect" in caplog.text
+        )
         assert block.whole
         for length in (4, 0, 256, 1):
             block.resize(length * PAGE_SIZE)
@@ -211,7 +213,7 @@ def test_pages_of_such_a_memfd_come_when_it_grows(kernel: SpecialKernel) -> None
         assert block.file is not None
         assert [os.fstat(block.file.fd).st_size, os.fstat(block.file.fd).st_blocks * 512] == [MIB, PAGE_SIZE]
         kernel.fail(call="fallocate", errno=errno.ENOSPC)
-        with pytest.raises(pyvfio.IoctlError, match="more memory could not be had"):
+        with pytest.raises(pyvfio.IoctlError, match="more memory could not be allocated"):
             block.resize(3 * PAGE_SIZE)
         block.resize(4 * PAGE_SIZE)
         assert os.fstat(block.file.fd).st_blocks * 512 == 4 * PAGE_SIZE
@@ -259,7 +261,7 @@ def test_when_not_even_the_whole_can_be_had_the_first_refusal_is_what_is_heard(
         nothing_but_the_whole(kernel)
         # The first fallocate is that of the part, and the first ftruncate gives that back.
         kernel.fail(call=call, errno=errno.EIO, nth=2)
-        with pytest.raises(pyvfio.IoctlError, match=r"mprotect.* 8 KiB more memory could not be had") as raised:
+        with pytest.raises(pyvfio.IoctlError, match=r"mprotect.* 8 KiB more memory could not be allocated") as raised:
             blocks.add("ram", used_length=2 * PAGE_SIZE, max_length=MIB, memory=kind)
         assert raised.value.errno == errno.ENOMEM
         assert (len(blocks), proc_areas(), open_fds(), kernel.areas) == (0, before, fds, areas)
@@ -283,7 +285,7 @@ def test_a_commit_limit_refuses_the_whole_as_well() -> None:
     def child() -> None:
         limit_memory(resource.RLIMIT_DATA, headroom=8 * MIB)
         with RamBlockList() as blocks:
-            with pytest.raises(pyvfio.IoctlError, match="32 MiB more memory could not be had"):
+            with pytest.raises(pyvfio.IoctlError, match="32 MiB more memory could not be allocated"):
                 blocks.add("ram", used_length=32 * MIB, max_length=64 * MIB)
             assert len(blocks) == 0
 

@@ -122,7 +122,7 @@ def test_a_temporary_mapping_has_segments_until_it_is_closed(rig: Rig) -> None:
     with mmap.mmap(-1, 2 * PAGE_SIZE) as memory:
         mapping = rig.mapper.map_temporary(memory)
         assert rig.mapper.segments(mapping, PAGE_SIZE) == [(mapping.iova + PAGE_SIZE, PAGE_SIZE)]
-        with pytest.raises(LookupError, match="give the DmaMapping itself"):
+        with pytest.raises(LookupError, match="pass the DmaMapping itself"):
             rig.mapper.segments(memory)
         mapping.close()
         with pytest.raises(pyvfio.ClosedError, match=r"DmaMapping.*closed"):
@@ -221,7 +221,7 @@ def test_a_part_that_a_failed_change_has_left_unmapped_is_refused(rig: Rig, use:
         rig.kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", nth=nth, errno=errno.EFAULT)
     with pytest.raises(pyvfio.RollbackError):
         block.resize(4 * PAGE_SIZE)
-    with pytest.raises(LookupError, match="resize the block once more"):
+    with pytest.raises(LookupError, match="resize the block again"):
         use(block, 0, PAGE_SIZE)
     block.resize(4 * PAGE_SIZE)
     assert use(block, 0, PAGE_SIZE)
@@ -270,7 +270,7 @@ def test_memory_that_has_no_segments_here_is_refused(rig: Rig) -> None:
     with pyvfio.DmaMapper(rig.container) as other, mmap.mmap(-1, PAGE_SIZE) as memory:
         with other.map_buffer(memory) as mapping, pytest.raises(ValueError, match="another mapper has made"):
             segments(mapping)
-        with pytest.raises(ValueError, match="not followed by this mapper"):
+        with pytest.raises(ValueError, match="this mapper does not follow"):
             other.segments(rig.add())
 
 

@@ -65,10 +65,26 @@ def test_the_machines_have_each_kernel_that_the_page_promises() -> None:
     assert sorted(contracts) == sorted(series.KERNELS)
 
 
+def test_on_each_interpreter_each_unit_test_is_in_one_stage() -> None:
+    """A file that one stage ignores is named by another."""
+    commands = [stage.command for stage in stages.host_stages([sys.executable])]
+    (unit,) = [words for words in commands if "tests/unit" in words]
+    ignored = [word.removeprefix("--ignore=") for word in unit if word.startswith("--ignore=")]
+    assert set(ignored) == {*stages.TOOLS, *stages.LINTERS, stages.FAILURES, stages.SITE, stages.MANY_THREADS}
+    for name in ignored:
+        assert sum(name in words for words in commands) == 1, name
+
+
 def test_stages_keep_their_output_apart() -> None:
     """Each has a name of its own."""
     all_of_them = [*stages.host_stages([sys.executable]), *stages.machine_stages(sys.executable)]
     assert len({stage.file for stage in all_of_them}) == len(all_of_them)
+
+
+def test_machines_with_packaged_kernels_leave_out_the_tests_of_iommufd() -> None:
+    for stage in stages.machine_stages(sys.executable):
+        if "--device" in stage.command and "+iommufd" not in stage.name:
+            assert "not iommufd" in " ".join(stage.command)
 
 
 def test_each_pair_of_the_random_calls_is_played_once_and_in_a_machine_of_the_matrix_where_there_is_one() -> None:
@@ -77,7 +93,7 @@ def test_each_pair_of_the_random_calls_is_played_once_and_in_a_machine_of_the_ma
         stage.command for stage in stages.machine_stages(sys.executable) if "tools.differential" in stage.command
     ]
     pairs = [(words[words.index("--kernel") + 1], words[words.index("--iommu") + 1]) for words in players]
-    assert sorted(pairs) == sorted(stages.DIFFERENTIAL)
+    assert sorted(pairs) == sorted(stages.DIFFERENTIAL + stages.IOMMUFD_CALLS)
     with_tests = {pair for pair, words in zip(pairs, players, strict=True) if "tests/hw" in words}
     assert with_tests == set(stages.DIFFERENTIAL) & set(stages.MATRIX)
     for words in players:

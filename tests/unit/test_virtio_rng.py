@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -20,6 +21,8 @@ from virtio_rng import BUFFER, FILL, LOW, NeedsResetError, Report, VirtioRng, dr
 
 BDF = "0000:00:04.0"
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples/virtio_rng.py"
+
+Iommu = Literal["type1", "iommufd"]
 
 
 # ------------------------------------------------------------------------------------------------------- capabilities
@@ -152,14 +155,27 @@ def kernels() -> Iterator[list[FakeKernel]]:
             assert kernel.memlock().used == 0
 
 
+@pytest.fixture(params=["type1", "iommufd"])
+def iommu(request: pytest.FixtureRequest) -> Iommu:
+    """The kind of address space."""
+    kind: Iommu = request.param
+    return kind
+
+
+def unmapped(kernel: FakeKernel) -> list[int]:
+    """The lengths of all unmaps."""
+    fields = {"VFIO_IOMMU_UNMAP_DMA": "size", "IOMMU_IOAS_UNMAP": "length"}
+    return [int(call.arguments[fields[call.request]]) for call in kernel.trace if call.request in fields]
+
+
 @pytest.fixture
-def opened(kernels: list[FakeKernel]) -> Iterator[Opens]:
-    """Opens a device on a fake kernel of its own."""
+def opened(kernels: list[FakeKernel], iommu: Iommu) -> Iterator[Opens]:
+    """Opens a device on a fake kernel of its own, in an address space of either kind."""
     devices: list[pyvfio.Device] = []
 
     def open_it(fake: FakePciDevice) -> pyvfio.Device:
-        kernels.append(FakeKernel(groups=[(4, [fake])]))
-        devices.append(pyvfio.open_device(fake.bdf, kernel=kernels[-1]))
+        kernels.append(FakeKernel("7.3", groups=[(4, [fake])], iommufd=True))
+        devices.append(pyvfio.open_device(fake.bdf, iommu=iommu, kernel=kernels[-1]))
         return devices[-1]
 
     yield open_it
@@ -191,8 +207,7 @@ def test_a_resize_takes_nothing_that_stays_out_of_reach(opened: Opens, kernels: 
     with VirtioRng(opened(FakeVirtioRng(BDF, pause=None))) as rng:
         rng.resize(8)
         rng.resize(3)
-        unmaps = [call.arguments for call in kernels[0].trace if call.request == "VFIO_IOMMU_UNMAP_DMA"]
-        assert [arguments["size"] for arguments in unmaps] == [5 * BUFFER]
+        assert unmapped(kernels[0]) == [5 * BUFFER]
 
 
 def test_a_driver_that_ends_has_stopped_the_device_before_memory_goes(opened: Opens, kernels: list[FakeKernel]) -> None:
@@ -350,23 +365,23 @@ class Poor(FakeVirtioRng):
 
 
 @pytest.mark.parametrize(
-    ("fake", "message"),
+    ("kind", "message"),
     [
-        (FakeEdu(BDF), "capabilities of a virtio 1.x device"),
-        (Bypassing(BDF), "past the IOMMU"),
-        (Demanding(BDF), "offers features 0x10300000000, and refuses 0x300000000"),
-        (Poor(BDF), "did not take MSI-X vector 0"),
+        (FakeEdu, "capabilities of a virtio 1.x device"),
+        (Bypassing, "past the IOMMU"),
+        (Demanding, "offers features 0x10300000000, and refuses 0x300000000"),
+        (Poor, "did not take MSI-X vector 0"),
     ],
-    ids=lambda value: type(value).__name__,
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
 def test_a_device_that_will_not_do_is_refused_and_nothing_is_left(
-    opened: Opens, fake: FakePciDevice, message: str
+    opened: Opens, kind: type[FakePciDevice], message: str
 ) -> None:
     """No mapping, no interrupt: it can be opened and closed."""
-    device = opened(fake)
+    device = opened(kind(BDF))
     with pytest.raises(pyvfio.VfioError, match=message):
         VirtioRng(device)
-    assert device.container.mappings == ()
+    assert device.space.mappings == ()
     device.irq(pyvfio.ioctls.VFIO_PCI_MSI_IRQ_INDEX)
     assert not device.irq(pyvfio.ioctls.VFIO_PCI_MSIX_IRQ_INDEX).fds
 
@@ -379,9 +394,10 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, EXAMPLE, *words], capture_output=True, text=True, check=False)
 
 
-def test_the_program_draws_on_the_fake_and_says_what_it_saw(tmp_path: Path) -> None:
-    """For programs: JSON; the bytes in a file."""
-    done = run("--fake", "--json", "--bytes", "100000", "--output", str(tmp_path / "drawn"))
+def test_the_program_draws_on_the_fake_and_says_what_it_saw(tmp_path: Path, iommu: Iommu) -> None:
+    """For programs: JSON; the bytes in a file. In an address space of either kind."""
+    words = ("--json", "--bytes", "100000", "--output", str(tmp_path / "drawn"), "--iommu", iommu)
+    done = run("--fake", *words)
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
     assert (report["ok"], report["bytes"], report["lost"], report["stopped"]) == (True, 100000, 0, True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pyvfio.cli import vm as cli
-from pyvfio.testing import initramfs, kernels, vm
+from pyvfio.testing import initramfs, kernels, packages, vm, vm_machine
 from pyvfio.testing.vm_errors import KernelUnavailableError, MissingToolError, VmTimeoutError, find_tool
 
 TARGETS = """\
@@ -26,13 +26,15 @@ http://vendor.invalid/apt/|bookworm-vendor|main|Packages
 
 def machine(
     iommu: str = "intel", *, icount: bool = False, memory: str = "2G", cpus: int = 1, devices: str = "edu"
-) -> vm.Machine:
-    return vm.Machine(iommu, memory, cpus, icount=icount, devices=devices, qemu_args=("-s",))
+) -> vm_machine.Machine:
+    return vm_machine.Machine(iommu, memory, cpus, icount=icount, devices=devices, qemu_args=("-s",))
 
 
-def command_line(of: vm.Machine) -> list[str]:
-    files = {"initrd": "/dev/fd/9", "log": "/dev/fd/8", "disk": "/dev/fd/4"}
-    return vm.qemu_command("qemu", of, Path("/k/vmlinuz"), streams=(5, 6, 7), **files)
+def command_line(of: vm_machine.Machine) -> list[str]:
+    image, streams = Path("/k/vmlinuz"), (5, 6, 7)
+    return vm_machine.qemu_command(
+        "qemu", of, image, initrd="/dev/fd/9", log="/dev/fd/8", streams=streams, disk="/dev/fd/4"
+    )
 
 
 def option(words: list[str], name: str) -> list[str]:
@@ -62,6 +64,13 @@ def test_the_iommu_comes_before_the_devices_it_translates_for(iommu: str) -> Non
     assert devices[-2:] == ["edu,dma_mask=0xffffffffffffffff"] * 2
 
 
+def test_a_machine_without_an_iommu_has_the_same_devices() -> None:
+    """And the same command line of its kernel, but for the word that switches an IOMMU on."""
+    without, with_one = command_line(machine(vm.NO_IOMMU)), command_line(machine("intel"))
+    assert option(without, "-device") == option(with_one, "-device")[1:]
+    assert option(without, "-append") == [option(with_one, "-append")[0].replace(" intel_iommu=on", "")]
+
+
 def test_every_list_of_devices_begins_with_the_two_that_do_dma() -> None:
     for name, devices in vm.DEVICES.items():
         assert list(devices[:2]) == ["edu,dma_mask=0xffffffffffffffff"] * 2
@@ -83,12 +92,12 @@ def test_a_disk_is_there_before_the_devices_that_refer_to_it() -> None:
 
 
 def test_only_the_intel_iommus_are_switched_on_by_name() -> None:
-    on = {name for name, iommu in vm.IOMMUS.items() if "intel_iommu=on" in vm.kernel_parameters(iommu).split()}
+    on = {name for name, iommu in vm.IOMMUS.items() if "intel_iommu=on" in vm_machine.kernel_parameters(iommu).split()}
     assert on == {"intel", "intel48"}
 
 
 def test_no_kernel_outlives_its_oops() -> None:
-    parameters = vm.kernel_parameters(vm.IOMMUS["amd"]).split()
+    parameters = vm_machine.kernel_parameters(vm.IOMMUS["amd"]).split()
     assert {"oops=panic", "panic=-1"} <= set(parameters)
     assert "-no-reboot" in command_line(machine())
 
@@ -107,6 +116,12 @@ def test_the_clock_counts_instructions_only_when_asked_to() -> None:
     assert "-icount" not in command_line(machine())
 
 
+def test_the_processor_suits_the_accelerator() -> None:
+    words = {accel: command_line(vm_machine.Machine(accel=accel)) for accel in ("kvm", "tcg")}
+    assert {accel: option(line, "-accel") for accel, line in words.items()} == {"kvm": ["kvm"], "tcg": ["tcg"]}
+    assert option(words["kvm"], "-cpu") != option(words["tcg"], "-cpu")
+
+
 def test_each_stream_is_a_port_of_its_own() -> None:
     words = command_line(machine())
     sockets = [word for word in option(words, "-chardev") if word.startswith("socket")]
@@ -123,7 +138,7 @@ def test_each_stream_is_a_port_of_its_own() -> None:
         (machine(cpus=0), "processors"),
     ],
 )
-def test_what_can_never_be_right_is_a_value_error(of: vm.Machine, words: str) -> None:
+def test_what_can_never_be_right_is_a_value_error(of: vm_machine.Machine, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         vm.check_arguments(["true"], "6.12", of, None)
 
@@ -132,6 +147,14 @@ def test_what_can_never_be_right_is_a_value_error(of: vm.Machine, words: str) ->
 def test_a_command_is_a_sequence_of_words(command: list[str]) -> None:
     with pytest.raises(ValueError, match="command"):
         vm.check_arguments(command, "6.12", machine(), None)
+
+
+@pytest.mark.parametrize(
+    ("accel", "words"), [("kvm", "KVM cannot count instructions"), ("xen", "'xen'.*auto, kvm, tcg")]
+)
+def test_kvm_does_not_count_instructions_and_other_accelerators_are_unknown(accel: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        vm.check_arguments(["true"], "6.12", machine(icount=True), None, accel=accel)
 
 
 def test_a_time_out_leaves_time() -> None:
@@ -255,13 +278,13 @@ def test_a_commands_words_reach_the_machine_as_they_are() -> None:
 
 
 def test_a_suite_that_the_machine_lacks_comes_from_the_mirror_of_its_own() -> None:
-    text = kernels.source_list(kernels.LINES["7"], TARGETS)
+    text = packages.source_list(kernels.LINES["7"].suites, TARGETS)
     assert text.endswith(" http://mirror.invalid/debian/ trixie-backports main\n")
     assert "signed-by=" in text
 
 
 def test_security_updates_come_from_their_own_mirror() -> None:
-    lines = kernels.source_list(kernels.LINES["6.1"], TARGETS).splitlines()
+    lines = packages.source_list(kernels.LINES["6.1"].suites, TARGETS).splitlines()
     assert [line.split()[-3:] for line in lines] == [
         ["http://mirror.invalid/debian/", "bookworm", "main"],
         ["http://mirror.invalid/debian/", "bookworm-updates", "main"],
@@ -271,12 +294,12 @@ def test_security_updates_come_from_their_own_mirror() -> None:
 
 def test_a_machine_without_security_updates_does_without() -> None:
     targets = TARGETS.splitlines()[0]
-    assert "security" not in kernels.source_list(kernels.LINES["6.1"], targets)
+    assert "security" not in packages.source_list(kernels.LINES["6.1"].suites, targets)
 
 
 def test_without_a_debian_repository_there_is_no_line_to_be_had() -> None:
     with pytest.raises(KernelUnavailableError, match="no Debian repository"):
-        kernels.source_list(kernels.LINES["6.12"], "http://vendor.invalid/|nodistro|main|Packages\n")
+        packages.source_list(kernels.LINES["6.12"].suites, "http://vendor.invalid/|nodistro|main|Packages\n")
 
 
 def test_the_newest_kernel_is_found_by_its_numbers() -> None:
@@ -292,7 +315,7 @@ def test_a_kernel_in_several_packages_is_found_whole() -> None:
         "linux-image-7.9-amd64": "Package: x\nDepends: linux-base-7.9-amd64, linux-modules-7.9-amd64 (= 1), kmod\n",
         "linux-base-7.9-amd64": "Depends: linux-base (>= 4), linux-binary-7.9-amd64 (= 1) | linux-binary-other\n",
     }
-    found = kernels.kernel_packages("linux-image-7.9-amd64", lambda name: kernels.parse_depends(records.get(name, "")))
+    found = kernels.kernel_packages("linux-image-7.9-amd64", lambda name: packages.parse_depends(records.get(name, "")))
     parts = ("image", "base", "binary", "modules")
     assert set(found) == {f"linux-{part}-7.9-amd64" for part in parts}
     assert len(found) == len(parts)
@@ -325,6 +348,29 @@ def test_the_newest_cached_kernel_is_used(tmp_path: Path) -> None:
     for release in ("6.12.9+deb12-amd64", "6.12.10+deb12-amd64"):
         cached_kernel(tmp_path, "6.12", release)
     assert kernels.find_kernel("6.12", cache=tmp_path).release == "6.12.10+deb12-amd64"
+
+
+def test_kernels_of_one_release_with_and_without_iommufd_are_kept_apart(tmp_path: Path) -> None:
+    """So are the files that are made for them: removing those of one leaves those of the other."""
+    for line in ("6.12", "6.12+iommufd"):
+        for release in ("6.12.8", "6.12.9"):
+            cached_kernel(tmp_path, line, release)
+    found = {name: kernels.find_kernel(name, cache=tmp_path) for name in ("6.12", "6.12+iommufd")}
+    assert {kernel.release for kernel in found.values()} == {"6.12.9"}
+    assert {name: kernel.image.parents[1].name for name, kernel in found.items()} == {name: name for name in found}
+    (tmp_path / "initramfs").mkdir()
+    images = [tmp_path / "initramfs" / name for name in ("6.12.8-0123.cpio", "6.12.8+iommufd-4567.cpio")]
+    for image in images:
+        image.touch()
+    assert kernels.prune(kernels.LINES["6.12"], tmp_path) == ["6.12.8"]
+    assert [image.exists() for image in images] == [False, True]
+    assert kernels.prune(kernels.LINES["6.12+iommufd"], tmp_path) == ["6.12.8"]
+    assert [image.exists() for image in images] == [False, False]
+
+
+def test_a_release_belongs_to_the_line_with_iommufd_as_to_the_packaged_line() -> None:
+    """A kernel does not say in its release with which modules it runs."""
+    assert [name for name, line in kernels.LINES.items() if line.has("6.12.9+deb12-amd64")] == ["6.12", "6.12+iommufd"]
 
 
 def test_pruning_leaves_the_newest_kernel_and_those_in_use(tmp_path: Path) -> None:
@@ -385,6 +431,8 @@ def test_an_argument_for_qemu_may_begin_with_a_dash() -> None:
     """In two words as in one; a command without `--` keeps its own words."""
     options = cli.parse(["--qemu-arg", "-device", "--qemu-arg=edu", "--qemu-arg", "-s", "--cpus", "2", "--", "x"])
     assert (options.qemu_arg, options.cpus, options.command) == (["-device", "edu", "-s"], 2, ["x"])
+    named = cli.parse(["--qemu-arg", "-name", "--qemu-arg", "guest=a b,process=--", "--accel", "tcg", "x"])
+    assert (named.qemu_arg, named.accel, named.command) == (["-name", "guest=a b,process=--"], "tcg", ["x"])
     assert cli.parse(["--qemu-arg", "-s", "sh", "--qemu-arg", "-s"]).command == ["sh", "--qemu-arg", "-s"]
 
 
@@ -401,7 +449,7 @@ def test_a_variable_without_a_value_takes_the_callers() -> None:
 
 
 def test_a_variable_without_a_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="no name"):
+    with pytest.raises(ValueError, match="name is missing"):
         cli.environment(["=x"])
 
 
@@ -417,8 +465,8 @@ def test_the_statuses_of_a_failed_machine_are_distinct_and_documented() -> None:
 def test_the_list_of_kernels_asks_for_nothing_but_the_cache(tmp_path: Path) -> None:
     cached_kernel(tmp_path, "7", "7.9.1")
     states = {state.kernel: state for state in kernels.describe(tmp_path)}
-    assert list(states) == ["6.1", "6.12", "7"]
-    assert (states["7"].cached, states["6.1"].cached) == (("7.9.1",), ())
+    assert list(states) == ["6.1", "6.12", "7", "6.12+iommufd", "7+iommufd"]
+    assert (states["7"].cached, states["6.1"].cached, states["7+iommufd"].cached) == (("7.9.1",), (), ())
 
 
 def test_a_sink_gets_bytes_as_they_come() -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import random
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from enum import IntEnum
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -15,7 +18,7 @@ import pytest
 
 import pyvfio
 from pyvfio import ioctls
-from pyvfio.device import PCI_COMMAND, PCI_COMMAND_MASTER, PCI_COMMAND_MEMORY
+from pyvfio.device import PCI_COMMAND, PCI_COMMAND_MASTER, PCI_COMMAND_MEMORY, Region
 from pyvfio.device.register import Register
 from pyvfio.kernel import Cell, IoctlArgument, LinuxKernel
 from pyvfio.testing.fake import Bar, FakeDevice, FakeKernel, FakePciDevice
@@ -62,6 +65,7 @@ def groups() -> list[tuple[int, list[FakeDevice | FakePciDevice]]]:
         2: Bar(BIG),
         3: Bar(16 * KIB, sparse=((0, PAGE_SIZE), (8 * KIB, 8 * KIB))),
         4: Bar(256),
+        5: Bar(16 * KIB, sparse=((PAGE_SIZE, 12 * KIB),)),
     }
     plain = FakeDevice(SIBLING, bars=bars, config=LIST, resettable=True)
     return [(2, [Nic(BDF), plain])]
@@ -160,6 +164,37 @@ def test_after_a_write_that_ends_decoding_registers_raise_and_later_work_again(
     for write in RESUMES:
         nic.config.write(*write)
     assert (register.read(), region.read32(0)) == (3, 4)
+
+
+@pytest.mark.parametrize("width", [8, 16, 32, 64])
+@pytest.mark.parametrize("change", [(PCI_COMMAND, 0, 2), (PMCSR, 3, 0)], ids=["COMMAND", "PMCSR"])
+def test_a_register_of_configuration_space_drops_windows_as_its_width_does(
+    kernel: WatchedKernel, plain: pyvfio.Device, width: int, change: tuple[int, int, int]
+) -> None:
+    """Before the write; and a view of a mapping refuses it."""
+    offset, off, on = change
+    registers: dict[int, Callable[[int], Register]] = {
+        8: plain.config.register8,
+        16: plain.config.register16,
+        32: plain.config.register32,
+        64: plain.config.register64,
+    }
+    register = registers[width](offset // (width // 8) * (width // 8))
+    at = offset % (width // 8) * 8
+    plain.region(0).read32(0)
+    with plain.region(0).mmap() as mapped:
+        view, kernel.mapped = mapped.view(), []
+        with pytest.raises(BufferError, match="view"):
+            register.write(off << at)
+        assert kernel.mapped == []
+        view.release()
+    register.write(off << at)
+    assert kernel.mapped == [0]
+    with pytest.raises(pyvfio.VfioError):
+        plain.region(0).read32(0)
+    register.write(on << at)
+    plain.memory_enabled = True
+    plain.region(0).read32(0)
 
 
 @pytest.mark.parametrize("width", [8, 16, 32])
@@ -554,6 +589,140 @@ def test_a_register_of_a_closed_device_raises(kernel: FakeKernel) -> None:
             access()
 
 
+# ------------------------------------------------------------------------------------------ accesses of the last window
+
+
+class _At(IntEnum):
+    """An offset as drivers name theirs."""
+
+    CONTROL = 8
+
+
+_LOADS = {1: Region.read8, 2: Region.read16, 4: Region.read32, 8: Region.read64}
+_STORES = {1: Region.write8, 2: Region.write16, 4: Region.write32, 8: Region.write64}
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+@pytest.mark.parametrize("bar", [0, 1, 3, 4], ids=["whole", "below a page", "in parts", "by pread"])
+def test_what_is_no_offset_is_refused_before_and_after_a_window_is_there(
+    plain: pyvfio.Device, bar: int, width: int
+) -> None:
+    """Negative ones, those behind the end and between, and what is no whole number; nothing is stored."""
+    region = plain.region(bar)
+    size = region.size
+    for _ in range(2):
+        for offset in (-1, -width, -size, -(1 << 70), size, size - width + 1, 1 << 64, 1 << 70):
+            with pytest.raises(ValueError, match=r"bytes: no|misaligned"):
+                _LOADS[width](region, offset)
+            with pytest.raises(ValueError, match=r"bytes: no|misaligned"):
+                _STORES[width](region, offset, 0xFF)
+        for wrong in (8.0, "8", None, Fraction(8)):
+            with pytest.raises(TypeError):
+                _LOADS[width](region, wrong)  # type: ignore[arg-type]
+            with pytest.raises(TypeError):
+                _STORES[width](region, wrong, 0xFF)  # type: ignore[arg-type]
+        for value in (-1, 1 << 8 * width):
+            with pytest.raises(ValueError, match="does not fit"):
+                _STORES[width](region, 0, value)
+        with pytest.raises(TypeError):
+            _STORES[width](region, 0, 1.0)  # type: ignore[arg-type]
+        assert region.read(0, size) == bytes(size)
+        assert _LOADS[width](region, 0) == 0  # which maps a window
+        assert _LOADS[width](region, False) == 0  # noqa: FBT003 (a number, by accident)
+
+
+def test_an_offset_of_any_kind_of_number_is_that_register(plain: pyvfio.Device) -> None:
+    """Numbers of numpy, whose differences would wrap, and of an enumeration; in a window that does not begin at 0, too.
+
+    The last access was elsewhere in the BAR each time.
+    """
+    numpy = pytest.importorskip("numpy")
+    region = plain.region(3)
+    for start in (0, 8 * KIB, 3 * PAGE_SIZE):
+        region.write(start, bytes(8) + (start + 7).to_bytes(4, "little"))
+    for last in (8 * KIB + 16, 16):
+        for kind in (numpy.uint8, numpy.uint16, numpy.int64, _At, int):
+            region.read32(last)
+            assert region.read32(kind(8)) == 7
+            region.read32(last)
+            region.write32(kind(8), numpy.uint8(7))
+        for kind in (numpy.uint16, numpy.uint64, int):
+            assert region.read32(kind(8 * KIB + 8)) == 8 * KIB + 7
+    assert region.read(0, 12) == bytes(8) + b"\7\0\0\0"
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+@pytest.mark.parametrize("bar", [3, 5])
+def test_accesses_in_turn_of_all_parts_of_a_bar_reach_their_registers(
+    plain: pyvfio.Device, bar: int, width: int
+) -> None:
+    """In windows, between them, and over their ends; the memory of the device says what was stored."""
+    region = plain.region(bar)
+    model = bytearray(region.size)
+    chance = random.Random(width)  # noqa: S311 (no secret)
+    for _ in range(300):
+        offset = chance.randrange(0, region.size, width)
+        value = chance.getrandbits(8 * width)
+        _STORES[width](region, offset, value)
+        model[offset : offset + width] = value.to_bytes(width, "little")
+        other = chance.randrange(0, region.size, width)
+        assert _LOADS[width](region, other) == int.from_bytes(model[other : other + width], "little")
+    assert region.read(0, region.size) == model
+
+
+def test_all_ones_of_mapped_memory_are_looked_at_and_returned(kernel: FakeKernel, plain: pyvfio.Device) -> None:
+    """A read of configuration space more, each time; no second load of the register."""
+    region = plain.region(0)
+    region.write64(8, (1 << 64) - 1)
+    kernel.clear_trace()
+    assert (region.read32(8), region.read64(8)) == ((1 << 32) - 1, (1 << 64) - 1)
+    assert [call.call for call in kernel.trace] == ["pread", "pread"]
+    kernel.pull_out(SIBLING)
+    for load in (region.read32, region.read64):
+        with pytest.raises(pyvfio.DeviceGoneError):
+            load(8)
+
+
+def test_in_a_child_no_access_of_any_kind_reaches_the_device(kernel: FakeKernel, plain: pyvfio.Device) -> None:
+    """Memory, callbacks, ports, configuration space, descriptors; also where the parent has used them last."""
+    nic = pyvfio.open_device(BDF, container=plain.container, kernel=kernel)
+    regions = (nic.region(0), plain.region(0), plain.region(4), plain.config, nic.config)
+    for region in (*regions, *regions):
+        region.read32(4)
+
+    def in_the_child() -> None:
+        for region in regions:
+            for access in (partial(region.read32, 4), partial(region.read8, 4), partial(region.write32, 4, 0)):
+                with pytest.raises(pyvfio.ForkedError):
+                    access()
+        for use in (plain.check_usable, lambda: plain.fd, partial(plain.ioctl, "VFIO_DEVICE_RESET")):
+            with pytest.raises(pyvfio.ForkedError):
+                use()
+        assert not plain.closed
+
+    kernel.clear_trace()
+    assert in_child(in_the_child) == 0
+    assert plain.region(0).read32(4) == 0
+    assert not kernel.trace
+    nic.close()
+
+
+def test_a_write_beside_what_ends_decoding_costs_one_system_call(kernel: FakeKernel, plain: pyvfio.Device) -> None:
+    """Also among the capabilities, once these are known; and one that ends decoding is known all the same."""
+    plain.config.write8(PMCSR + 1, 0)
+    region = plain.region(0)
+    region.read32(0)
+    kernel.clear_trace()
+    for offset in (0x0C, PM, PMCSR + 2, 0xF0, 0x3C):
+        plain.config.write16(offset, 0)
+    assert [call.call for call in kernel.trace] == ["pwrite"] * 5
+    region.read32(0)
+    assert not made(kernel)
+    plain.config.write16(PMCSR, 3)
+    with pytest.raises(pyvfio.VfioError, match="D3"):
+        region.read32(0)
+
+
 # -------------------------------------------------------------------------------------------------------------- races
 
 
@@ -659,7 +828,7 @@ def test_a_device_that_was_pulled_out_is_told_apart_and_closes(kernel: FakeKerne
         partial(region.mmap),
     )
     for access in gone:
-        with pytest.raises(pyvfio.DeviceGoneError, match=f"{SIBLING} may have gone"):
+        with pytest.raises(pyvfio.DeviceGoneError, match=f"{SIBLING} may be gone"):
             access()
     assert device.config.read16(0) == 0x1234
     region.write32(0, 1)
@@ -759,7 +928,7 @@ def test_poll_reads_once_at_least_and_says_what_it_saw(nic: pyvfio.Device) -> No
     error = caught.value
     assert isinstance(error, pyvfio.RegisterTimeoutError)
     assert (error.last, error.mask, error.value) == (1, 0xF0, 0x10)
-    assert str(error) == f"BAR0 (region 0) of {BDF}, offset 0x0 is 0x1 after 0 s: & 0xf0 it is 0x0, not 0x10"
+    assert str(error) == f"BAR0 (region 0) of {BDF}, offset 0x0 is 0x1 after 0 s: & 0xf0 gives 0x0, not 0x10"
     with pytest.raises(pyvfio.RegisterTimeoutError, match=r"after 0\.01 s"):
         region.poll32(4, value=0, timeout=0.01, interval=0.001)
 
@@ -806,11 +975,15 @@ def test_a_mapped_window_that_was_closed_raises_and_reaches_no_memory() -> None:
     assert cell is not None
     assert cell is window.cell(8, 4)
     cell[()] = 5
-    assert (cell[()], window.read(8, 4)) == (5, 5)
+    numbers = window.numbers(4, 16)
+    assert numbers is not None
+    assert (cell[()], window.read(8, 4), numbers[2]) == (5, 5, 5)
+    with pytest.raises(IndexError):
+        numbers[4]
     window.close()
     window.close()
     kernel.close(fd)
-    for access in (lambda: cell[()], lambda: window.read(8, 4), lambda: window.write(8, 4, 1)):
+    for access in (lambda: cell[()], lambda: numbers[2], lambda: window.read(8, 4), lambda: window.write(8, 4, 1)):
         with pytest.raises(ValueError, match="released"):
             access()
 

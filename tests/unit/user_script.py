@@ -1,4 +1,4 @@
-"""A user's program with every row of README's table, for type checkers: it is read, and not run.
+"""A user's program with every row of the table of docs/at-a-glance.md, for type checkers: it is read, and not run.
 
 The first line of each function's docstring is the row's first column.
 """
@@ -6,13 +6,14 @@ The first line of each function's docstring is the row's first column.
 from __future__ import annotations
 
 import sys
+from array import array
 from uuid import UUID
 
 import pyvfio
 
 
 def open_devices(bdf: str, other: str) -> pyvfio.Container:
-    """a device, its group and a container in one call"""
+    """a device, the group of the device and a container in one call"""
     device = pyvfio.open_device(bdf)
     return pyvfio.open_device(other, container=device.container).container
 
@@ -26,8 +27,8 @@ def resize(blocks: pyvfio.RamBlockList, idstr: str, n: int) -> pyvfio.RamBlock:
 
 
 def give_reach(device: pyvfio.Device, blocks: pyvfio.RamBlockList, block: pyvfio.RamBlock) -> pyvfio.Iova:
-    """the device to reach it"""
-    with pyvfio.DmaMapper(device.container, blocks) as mapper:
+    """the device to reach that memory"""
+    with pyvfio.DmaMapper(device.space, blocks) as mapper:
         return mapper.iova(block)
 
 
@@ -59,6 +60,12 @@ def limit_addresses(container: pyvfio.Container, blocks: pyvfio.RamBlockList) ->
 def gather(mapper: pyvfio.DmaMapper, block: pyvfio.RamBlock, offset: int, size: int) -> list[tuple[pyvfio.Iova, int]]:
     """entries of a scatter-gather or PRP list"""
     return mapper.segments(block, offset, size, max_segment=pyvfio.MIB, boundary=4096)
+
+
+def list_many(mapper: pyvfio.DmaMapper, block: pyvfio.RamBlock, offsets: array[int], size: int) -> array[int]:
+    """the same for thousands of addresses or parts in one call"""
+    mapper.segment_arrays(block, offsets, size, boundary=4096)
+    return mapper.translate_vaddrs(array("Q", [block.vaddr + offset for offset in offsets]))
 
 
 def choose_policies(container: pyvfio.Container, blocks: pyvfio.RamBlockList, n: int) -> pyvfio.DmaMapper:
@@ -128,7 +135,7 @@ class Listener:
 
 
 def listen(blocks: pyvfio.RamBlockList) -> None:
-    """to be told of resizes, and refuse them"""
+    """to follow resizes, and to refuse them"""
     blocks.add_notifier(Listener())
 
 
@@ -141,30 +148,30 @@ def add_other_kinds(blocks: pyvfio.RamBlockList, fd: int, offset: int) -> None:
 
 
 def add_with_settings(blocks: pyvfio.RamBlockList) -> None:
-    """what of it goes into children, dumps, huge pages or KSM"""
+    """whether memory goes into forked children, core dumps, huge pages or KSM"""
     settings = pyvfio.MemorySettings(dontdump=True)
     blocks.add("ring", used_length=pyvfio.MIB, max_length=pyvfio.GIB, settings=settings)
 
 
 def add_readonly(blocks: pyvfio.RamBlockList) -> None:
-    """a device only to read it; pages to be there"""
+    """a device that only reads; pages allocated beforehand"""
     blocks.add("firmware", used_length=pyvfio.MIB, max_length=pyvfio.MIB, readonly=True)
     blocks.add("ring", used_length=pyvfio.MIB, max_length=pyvfio.GIB, prealloc=4)
 
 
 def lock() -> None:
-    """nothing to be swapped out, now or later"""
+    """no memory swapped out, now or later"""
     pyvfio.lock_all_memory()
     pyvfio.unlock_all_memory()
 
 
 def plan(mapper: pyvfio.DmaMapper, used_length: int, max_length: int) -> None:
-    """to know beforehand what fits"""
+    """to know beforehand whether blocks fit"""
     print(mapper.plan([pyvfio.BlockShape("next", used_length, max_length)]))
 
 
 def prefault(container: pyvfio.Container, blocks: pyvfio.RamBlockList) -> pyvfio.DmaMapper:
-    """long work to be quicker, and seen"""
+    """long work faster, and with progress shown"""
 
     def tell(progress: pyvfio.Progress) -> None:
         print(progress.block.idstr, progress.step, progress.done, progress.total, file=sys.stderr)
@@ -172,16 +179,16 @@ def prefault(container: pyvfio.Container, blocks: pyvfio.RamBlockList) -> pyvfio
     return pyvfio.DmaMapper(container, blocks, prefault=4, progress=tell)
 
 
-def track(container: pyvfio.Container, iova: pyvfio.Iova, size: int) -> None:
-    """to know what a device may have written"""
-    with pyvfio.DirtyTracking(container) as tracking:
+def track(device: pyvfio.Device, iova: pyvfio.Iova, size: int) -> None:
+    """the pages that a device may have written"""
+    with pyvfio.DirtyTracking(device.space) as tracking:
         print(tracking.read(iova=iova, size=size))
 
 
 def copy_again(
     blocks: pyvfio.RamBlockList, block: pyvfio.RamBlock, tracking: pyvfio.DirtyTracking, mapper: pyvfio.DmaMapper
 ) -> list[tuple[int, int]]:
-    """to know what of a block has to be copied again"""
+    """the parts of a block that must be copied again"""
     log = pyvfio.DirtyLog(blocks)
     log.mark(block, 0, pyvfio.PAGE_SIZE)
     log.collect(block, tracking, mapper)
@@ -196,7 +203,7 @@ def replace_process(mapper: pyvfio.DmaMapper) -> pyvfio.TakenOver:
 
 
 def give_back(blocks: pyvfio.RamBlockList, block: pyvfio.RamBlock, offset: int, size: int) -> None:
-    """to give part of a block back for a while"""
+    """to return part of a block for a while"""
     block.discard(offset, size)
     block.populate(offset, size)
     with blocks.discards.disable():
@@ -204,12 +211,12 @@ def give_back(blocks: pyvfio.RamBlockList, block: pyvfio.RamBlock, offset: int, 
 
 
 def renew(block: pyvfio.RamBlock, offset: int, size: int) -> None:
-    """to put fresh pages where memory has failed"""
+    """fresh pages in place of failed memory"""
     block.remap(offset, size)
 
 
 def use_the_kernel(container: pyvfio.Container, vaddr: pyvfio.Vaddr, iova: pyvfio.Iova) -> bool:
-    """the kernel's interface as it is"""
+    """the kernel's own interface"""
     container.map_dma(vaddr=vaddr, iova=iova, size=pyvfio.PAGE_SIZE, flags=pyvfio.ioctls.VFIO_DMA_MAP_FLAG_READ)
     container.unmap_dma(iova=iova, size=pyvfio.PAGE_SIZE)
     container.unmap_all()
@@ -218,7 +225,7 @@ def use_the_kernel(container: pyvfio.Container, vaddr: pyvfio.Vaddr, iova: pyvfi
 
 def use_the_modules(kernel: pyvfio.Kernel, bdf: str) -> str:
     """Read the modules that `import pyvfio` alone hands on; no row of the table."""
-    found: pyvfio.pci.PciDevice = pyvfio.pci.read_device(kernel, bdf)
+    found: pyvfio.pci.PciDevice = pyvfio.pci.read_device(bdf, kernel=kernel)
     with pyvfio.testing.FakeKernel() as fake:
         fake.check()
     return found.bdf

@@ -1,6 +1,6 @@
-"""What `bind` says of a disk and a network interface that are in use where this process does not see it.
+"""The refusals of `bind` for a disk and a network interface in use where this process cannot see the use.
 
-A program for a virtual machine, as root: it prints JSON. `tests/vm/test_binding.py` runs it.
+A program for a virtual machine, as root, that prints JSON. `tests/vm/test_binding.py` runs it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ KERNEL = LinuxKernel()
 
 
 def run(*words: str) -> None:
-    """Run a program; its complaint is ours."""
+    """Run a program. A failure ends this program with the output."""
     done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}: {done.stdout}")
 
 
 def wait_for(path: str) -> str:
-    """Until a driver has made it."""
+    """Wait until a driver has made a path."""
     for _ in range(600):
         if os.path.exists(path):
             return path
@@ -39,14 +39,14 @@ def wait_for(path: str) -> str:
 
 
 def first(identity: tuple[int, int]) -> str:
-    """The first such device."""
-    return next(each.bdf for each in pci.enumerate_devices(KERNEL) if (each.vendor, each.device) == identity)
+    """Return the first such device."""
+    return next(each.bdf for each in pci.devices(kernel=KERNEL) if (each.vendor, each.device) == identity)
 
 
 def refusal(bdf: str) -> str:
-    """What binding would say; nothing where it would be done."""
+    """Return the error that a bind would raise; empty if the device would be bound."""
     try:
-        pci.bind(KERNEL, bdf, dry_run=True)
+        pci.bind(bdf, dry_run=True, kernel=KERNEL)
     except VfioError as error:
         return str(error)
     return ""
@@ -54,7 +54,7 @@ def refusal(bdf: str) -> str:
 
 @contextlib.contextmanager
 def elsewhere(kind: str, command: str) -> Iterator[int]:
-    """A process in a namespace of its own, in which a command has run."""
+    """Start a process in a new namespace in which a command has run."""
     words = ["unshare", kind, "sh", "-c", f"{command} && echo ready && exec sleep 1000"]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
         try:
@@ -66,7 +66,7 @@ def elsewhere(kind: str, command: str) -> Iterator[int]:
 
 
 def look_at_disk() -> dict[str, str]:
-    """A file system and a swap, mounted by others."""
+    """Check a disk: mounted elsewhere, mounted for nobody, swapped to, open, bound."""
     run("modprobe", "nvme")
     run("modprobe", "ext4")
     node, bdf = wait_for("/dev/nvme0n1"), first(DISK)
@@ -84,15 +84,15 @@ def look_at_disk() -> dict[str, str]:
     with open(node, "rb"):
         said["disk, open"] = refusal(bdf).replace(str(os.getpid()), "PID")
     said["disk, idle again"] = refusal(bdf)
-    bound = pci.bind(KERNEL, bdf)
+    bound = pci.bind(bdf, kernel=KERNEL)
     said["disk, bound"] = f"{bound.former_driver} {bound.driver} {os.path.exists(node)}"
-    pci.restore(KERNEL, bound)
+    pci.restore(bound, kernel=KERNEL)
     wait_for(node)
     return said
 
 
 def look_at_interface() -> dict[str, str]:
-    """An interface that is up, here and in another namespace."""
+    """Check an interface that is up, here and in another namespace."""
     run("modprobe", "e1000e")
     wait_for("/sys/class/net/eth0")
     bdf = first(NIC)
@@ -103,8 +103,8 @@ def look_at_interface() -> dict[str, str]:
     with elsewhere("--net", "true") as pid:
         run("busybox", "ip", "link", "set", "eth0", "netns", str(pid))
         said["interface, elsewhere"] = refusal(bdf)
-        said["interface, elsewhere and forced"] = pci.bind(KERNEL, bdf, force=True).driver or "none"
-        pci.unbind(KERNEL, bdf)
+        said["interface, elsewhere and forced"] = pci.bind(bdf, force=True, kernel=KERNEL).driver or "none"
+        pci.unbind(bdf, kernel=KERNEL)
         wait_for("/sys/class/net/eth0")
         run("busybox", "ip", "link", "set", "eth0", "netns", str(pid))
     for _ in range(600):  # the namespace goes some time after its last process

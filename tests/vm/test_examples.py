@@ -24,10 +24,13 @@ def _machine_can_be_had() -> None:
         pytest.skip(str(error))
 
 
-def test_the_driver_loses_nothing_while_its_buffers_come_and_go_and_reaches_nothing_behind_them() -> None:
+@pytest.mark.parametrize(("kernel", "space"), [("6.12", "type1"), ("7+iommufd", "iommufd")])
+def test_the_driver_loses_nothing_while_its_buffers_come_and_go_and_reaches_nothing_behind_them(
+    kernel: str, space: str
+) -> None:
     """The device is slow, so that it has requests to answer in resizes; in how many is the host's business."""
-    command = [sys.executable, str(EXAMPLES / "virtio_rng.py"), "--bind", "--json", "--bytes", "100000"]
-    result = vm.run(command, devices="virtio-rng", timeout=900)
+    program = [sys.executable, str(EXAMPLES / "virtio_rng.py"), "--bind", "--json", "--iommu", space]
+    result = vm.run([*program, "--bytes", "100000"], kernel=kernel, devices="virtio-rng", timeout=900)
     assert result.status == 0, result.stderr.decode()
     report = json.loads(result.stdout)
     assert (report["ok"], report["bytes"], report["lost"], report["stopped"]) == (True, 100000, 0, True)
@@ -35,13 +38,13 @@ def test_the_driver_loses_nothing_while_its_buffers_come_and_go_and_reaches_noth
     assert report["at_work"] > 0
 
 
-@pytest.mark.parametrize("kernel", ["6.1", "7"])
-def test_the_disk_loses_no_block_through_a_hundred_resizes_of_the_memory_for_its_data(kernel: str) -> None:
+@pytest.mark.parametrize(("kernel", "space"), [("6.1", "type1"), ("7", "type1"), ("7+iommufd", "iommufd")])
+def test_the_disk_loses_no_block_through_a_hundred_resizes_of_the_memory_for_its_data(kernel: str, space: str) -> None:
     """With "extend" the controller has commands in flight during resizes; with "remap" it is quiesced before each.
 
     The disk is paced, so that there are commands in flight; in how many resizes is the host's business.
     """
-    program = [sys.executable, str(EXAMPLES / "nvme.py"), "--bind", "--overwrite", "--json"]
+    program = [sys.executable, str(EXAMPLES / "nvme.py"), "--bind", "--overwrite", "--json", "--iommu", space]
     moves = [
         ["--policy=extend", "--blocks=10000", "--resizes=100"],
         ["--policy=remap", "--blocks=1000", "--resizes=10"],

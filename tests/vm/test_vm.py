@@ -6,11 +6,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from pyvfio.testing import vm
+from pyvfio.testing import kernels, vm
 from pyvfio.testing.vm_errors import find_tool
 
 # Asks type 1 for the IOVA ranges with nothing but the standard library: what is tested is the machine, not pyvfio.
@@ -111,3 +112,28 @@ def test_each_iommu_has_its_own_reach(iommu: str) -> None:
     result = vm.run(["/usr/bin/python3", "-c", RANGES], iommu=iommu, timeout=600)
     assert result.status == 0, result.stderr.decode()
     assert result.stdout.decode().splitlines() == [*RANGES_OF[iommu], "2 devices"]
+
+
+def test_the_machine_runs_under_kvm_exactly_where_kvm_works(tmp_path: Path) -> None:
+    """With an empty cache, so that each verdict is of a probe boot of its own."""
+    guest = kernels.find_kernel("6.12")
+    run = partial(vm.run, kernel=str(guest.image), modules=guest.modules, cache=tmp_path, timeout=600)
+    first = run(["uname", "-r"])
+    assert (first.status, first.stdout.decode().strip()) == (0, guest.release)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("accel/*.json")}
+    again = run(["true"])
+    assert (again.accel, again.accel_reason) == (first.accel, first.accel_reason)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("accel/*.json")} == before
+    if first.accel == "kvm":
+        assert run(["true"], accel="kvm").accel == "kvm"
+    else:
+        with pytest.raises(vm.KvmUnavailableError, match="KVM does not work here"):
+            run(["true"], accel="kvm")
+
+
+def test_arguments_for_qemu_work_as_they_are_typed() -> None:
+    """In one word or in two, with a dash in front, commas and spaces."""
+    words = ["--qemu-arg", "-device", "--qemu-arg", "pci-testdev,addr=1c.0", "--qemu-arg=-name", "--qemu-arg=guest=a b"]
+    process = run_script([*words, "--", "cat", "/sys/bus/pci/devices/0000:00:1c.0/device"])
+    out, err = process.communicate(timeout=600)
+    assert (process.returncode, out) == (0, b"0x0005\n"), err

@@ -1,44 +1,55 @@
-"""A kernel with VFIO that needs no device, no IOMMU and no privilege: `FakeKernel`, handed in as `kernel=`.
+"""A fake kernel with VFIO that needs no device, no IOMMU and no privilege: `FakeKernel`, passed as `kernel=`.
 
-It answers as Linux 6.1, 6.12 or 7.3 does, errno by errno and in the kernel's order of checks; `tests/contract` holds
-fake and real kernels to the same sentences. A file for each thing that a kernel has: `kernel` takes the calls, those on
-memory in `memory`, `descriptors` knows who answers for which, and `record` how each call passes and which are to fail;
-`group` has containers and groups, `device`, `irqs` and `feature` PCI devices, `type1` and `dirty` the IOMMU, `pins`
-locked memory, `process` the memory of this process, `tree` sysfs and /dev, `dma` what lies between devices and memory,
-`hot_reset` buses, `virqfd` eventfds that the kernel listens to; `unmodelled` knows what the fake only seems to do;
-`pci_device` is the base class for devices that do something, and `edu` QEMU's; `declaration` says how all are declared,
-and `versions` has all that differs between kernels.
+The fake answers as Linux 6.1, 6.12 or 7.3 does, with the errno and the order of checks of that kernel. `tests/contract`
+runs the same tests on the fake and on real kernels. Each file models one part of a kernel:
 
-Not modelled. What the fake does not know, it refuses as a kernel refuses what it does not know, and `FakeKernel.
-unmodelled` has what a driver asked of it:
+* `kernel` receives all calls, and `memory` those on process memory. `descriptors` finds the object behind a descriptor.
+  `record` keeps the trace and the planned failures.
+* `group` has containers and groups. `device`, `irqs` and `feature` have PCI devices, `hot_reset` has buses, `virqfd`
+  has the eventfds that the kernel reads.
+* `type1` and `dirty` have the IOMMU, `pins` has locked memory, `process` has the memory of this process. `dma` connects
+  devices and memory, `machine` finds devices and opens nodes, and `tree` makes sysfs and /dev.
+* `iommufd` has /dev/iommu, with the requests of containers in `iommufd_compat`. `ioas` has address spaces, `pages` the
+  memory behind areas, `hwpt` page tables, and `cdev` the nodes of devices.
+* `pci_device` is the base class for devices with behaviour, and `edu` models the device of QEMU. `recorded` makes a
+  device from a record, and `replay` compares accesses with the record. `declaration` checks declarations. `versions`
+  has all differences between kernels. `unmodelled` lists requests that the fake accepts without effect.
 
-* nested translation: type 6 of an `IommuModel` that nests is type1 v2.
-* devices: no ROM, VGA, capabilities in configuration space but those that a device gives as bytes, MSI-X table in a BAR
-  that is mapped; no virtual functions but those that are declared (sriov_numvfs changes nothing); every bus but bus 0
-  can be reset; an ioeventfd and an eventfd that unmasks INTx are taken, and do nothing when they are signalled; in low
-  power a device keeps its state; a DMA-buf is a file of the right size, and no driver takes it; a raw mapping of a BAR
-  is memory without side effects; a register window keeps its device's memory, but not its group, after the descriptor
-  is closed.
-* configuration space: BARs of memory are 32-bit ones; what `sysfs` shows of it is as after power-on.
-* memory that goes past the seam: `FakeKernel.check` and DMA find what is not there or lost its rights. They cannot see
-  memory that was replaced (mmap with MAP_FIXED, mremap onto it) or discarded (MADV_DONTNEED, MADV_FREE) past it, and
-  through the seam they cannot see what is done to a file by another way to it: another mapping of the same memfd,
-  fallocate, ftruncate (DMA finds what lies behind the end).
-* a live update: between VFIO_DMA_UNMAP_FLAG_VADDR and VFIO_DMA_MAP_FLAG_VADDR a real device goes on reaching its pages;
-  here, DMA is a NotImplementedError once the memory at the old address is gone.
-* dirty pages: every mapped page always is, as with all devices that cannot report what they wrote.
-* an eventfd that unmasks INTx is forgotten by a kernel when its last descriptor is closed; here it stays.
-* pinning: where the running kernel is older than 6.11, a shared writable file on a disk may be mapped for writing
-  (refused from 6.12 on). Never-written memory mapped for reading is coherent on 6.1 too (a device there goes on reading
-  zeros). A process that is not allowed MADV_POPULATE_* (kernels before 5.14) is asked for the rights in /proc/self/maps
-  only. What the process itself locks with mlock is not counted. A process has addresses below 2^47, as with page
+Not modelled. The fake refuses an unknown request as a kernel refuses an unknown request, and `FakeKernel.unmodelled`
+lists the requests of a driver that are not modelled:
+
+* nested translation: type 6 of an `IommuModel` that nests behaves as type1 v2.
+* devices: no ROM, no VGA, and no MSI-X table in a mapped BAR. Configuration space has only the capabilities that a
+  device declares as bytes. Only declared virtual functions exist, and a write to sriov_numvfs changes nothing. Every
+  bus but bus 0 can be reset.
+* devices: an ioeventfd is accepted and does nothing when signalled. In low power a device keeps its state. A DMA-buf
+  is a file of the right size, and no driver imports the file. A raw mapping of a BAR is memory without side
+  effects. After the descriptor is closed, a register window keeps the memory of the device, but not the group.
+* configuration space: memory BARs are 32-bit BARs. In `sysfs` configuration space is as after power-on.
+* memory that is changed past the seam: `FakeKernel.check` and DMA find memory that is gone or has lost access rights.
+  They cannot see memory that was replaced (mmap with MAP_FIXED, mremap onto the memory) or discarded (MADV_DONTNEED,
+  MADV_FREE) past the seam. Changes through the seam by another path to a file stay unseen too: another mapping of the
+  same memfd, fallocate, ftruncate (DMA finds the part behind the end).
+* live update: between VFIO_DMA_UNMAP_FLAG_VADDR and VFIO_DMA_MAP_FLAG_VADDR a real device still reaches its pages. On
+  the fake, DMA raises NotImplementedError once the memory at the old address is gone.
+* dirty pages: every mapped page is always dirty, as with all devices that cannot report writes.
+* an eventfd that unmasks INTx: a kernel forgets the eventfd when the last descriptor is closed. The fake keeps the
+  eventfd.
+* pinning: if the running kernel is older than 6.11, a shared writable file on a disk can be mapped for writing, which
+  kernels refuse from 6.12 on. Never-written memory mapped for reading is coherent on 6.1 too, where a real device still
+  reads zeros. If MADV_POPULATE_* is not available (kernels before 5.14), only the rights in /proc/self/maps are
+  checked. Memory that the process locks with mlock is not counted. Process addresses are below 2^47, as with page
   tables of four levels.
-* after memory was taken away under a mapping a real device still reaches the old pages; here it reaches what is at the
-  address now. The violation is on record.
-* a mapping that ends at 2^64 (virtio, amd) is found by its bytes on every version, and given back; 6.x kernels lose it,
-  and the memory locked for it for ever.
-* no iommufd, no device nodes without groups, no no-IOMMU mode, no mediated devices, one IOMMU for all groups, one
-  process; ioctls in a forked child are a RuntimeError.
+* memory that was unmapped under a mapping: a real device still reaches the old pages. On the fake, a device reaches the
+  memory that is at the address now. The violation is recorded.
+* a mapping that ends at 2^64 (virtio, amd): on every version the fake finds the mapping by the bytes and unpins the
+  memory. 6.x kernels lose the mapping, and the memory stays locked.
+* iommufd: no nested translation, fault queues, virtual IOMMUs or PASIDs. A group takes no iommufd as container. A
+  DMA-buf maps as a memory file. A file that is sealed against writing can be mapped for device writes, but a write of
+  a device then raises AssertionError. Only writes of a device mark pages dirty.
+* no-IOMMU mode: physical addresses are made up, and a released page leaves its address to the memory that comes there.
+* no mediated devices, one IOMMU for all groups, one process. In a forked child ioctls raise
+  RuntimeError.
 """
 
 from pyvfio.testing.fake.device import Bar, FakeDevice
@@ -49,6 +60,7 @@ from pyvfio.testing.fake.kernel import FakeKernel
 from pyvfio.testing.fake.pci_device import FakePciDevice
 from pyvfio.testing.fake.pins import Mapped, Violation
 from pyvfio.testing.fake.record import Call
+from pyvfio.testing.fake.recorded import DepartureError, RecordedDevice
 from pyvfio.testing.fake.unmodelled import Unmodelled
 from pyvfio.testing.fake.versions import VERSIONS
 
@@ -56,6 +68,7 @@ __all__ = [
     "VERSIONS",
     "Bar",
     "Call",
+    "DepartureError",
     "DmaFault",
     "FakeDevice",
     "FakeEdu",
@@ -63,6 +76,7 @@ __all__ = [
     "FakePciDevice",
     "IommuModel",
     "Mapped",
+    "RecordedDevice",
     "Unmodelled",
     "Violation",
 ]

@@ -1,4 +1,4 @@
-"""How the IOMMU groups of a fake kernel and the devices in them are declared."""
+"""The declaration of the IOMMU groups of a fake kernel and of the devices in these groups."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pyvfio.testing.fake.device import FakeDevice
 from pyvfio.testing.fake.edu import FakeEdu
 from pyvfio.testing.fake.pci_device import FakePciDevice
+from pyvfio.testing.fake.versions import KernelVersion
 
 GroupDeclaration = tuple[int, Sequence[FakeDevice | FakePciDevice]]
-"""Its number, and its devices."""
+"""The number of a group, and the devices in the group."""
 
 
 def default_groups() -> list[GroupDeclaration]:
-    """Two, with an edu each."""
+    """Return two groups with an edu each."""
     return [(2, [FakeEdu("0000:00:02.0")]), (3, [FakeEdu("0000:00:03.0")])]
 
 
@@ -39,8 +40,23 @@ def _check_functions(groups: Sequence[GroupDeclaration]) -> None:
             raise ValueError(f"{device.bdf} is a virtual function, and {device.pf} no physical one: FakeDevice(sriov=)")
 
 
+def check_interfaces(version: KernelVersion, *, iommufd: bool, type1: bool) -> None:
+    """Raise ValueError for interfaces that no kernel of that version can have."""
+    if iommufd and not version.iommufd_last:
+        raise ValueError(f"Linux {version.name} has no iommufd: the fake has it on 6.12 and 7.3")
+    if not (iommufd or type1):
+        raise ValueError("without type1 and without iommufd no device can be opened: type1=False needs iommufd=True")
+
+
+def check_alone(groups: Sequence[GroupDeclaration]) -> None:
+    """Raise ValueError for a group of several devices on a machine without an IOMMU."""
+    for number, devices in groups:
+        if len(devices) > 1:
+            raise ValueError(f"IOMMU group {number}: without an IOMMU, VFIO makes a group for each device alone")
+
+
 def check_groups(groups: Sequence[GroupDeclaration]) -> None:
-    """ValueError for what cannot be."""
+    """Raise ValueError for groups that no machine can have."""
     for declaration in groups:
         _check_declaration(declaration)
     numbers = [number for number, _devices in groups]

@@ -1,4 +1,4 @@
-"""The descriptors of a fake kernel: who answers for which, also where somebody closes one without telling."""
+"""The descriptors of a fake kernel: which object answers for which descriptor, also after a close past the seam."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ logger = logging.getLogger(__name__)
 
 
 class Descriptors:
-    """Real ones, of this process. `files`: the objects behind those that are open.
+    """Real descriptors of this process. `files`: the object behind each open one.
 
-    Synchronization: `lock` is held by whoever changes something; `find` takes it where it has to.
+    Synchronization: the caller holds `lock` for changes. `find` takes the lock if necessary.
     """
 
     def __init__(self, lock: threading.RLock) -> None:
@@ -23,34 +23,36 @@ class Descriptors:
         self._owner = os.getpid()
         self.files: dict[int, Handler] = {}
         self._identities: dict[int, tuple[int, int]] = {}
-        self._let_go: set[int] = set()  # numbers that were ours and are not: their owner's close is none
+        self._let_go: set[int] = set()  # closed by the fake: one more close by the holder does nothing
         self._is_shut_down = False
 
     def check_usable(self) -> None:
-        """RuntimeError in a forked child, and after `shut_down`."""
+        """Raise RuntimeError in a forked child, and after `shut_down`."""
         if self.in_child:
-            raise RuntimeError(f"this fake kernel is in process {self._owner}, and this is a child: make another here")
+            raise RuntimeError(
+                f"this fake kernel is in process {self._owner}, and this is a child: make another in the child"
+            )
         if self._is_shut_down:
-            raise RuntimeError("this fake kernel was shut down (shutdown, or the end of its `with`): make another")
+            raise RuntimeError("this fake kernel was shut down (`shutdown`, or the end of the `with`): make another")
 
     @property
     def in_child(self) -> bool:
-        """Whether this is a forked child."""
+        """Whether this process is a forked child."""
         return os.getpid() != self._owner
 
     def adopt(self, fd: int, handler: Handler) -> None:
-        """From now on `handler` answers for `fd`."""
+        """Let `handler` answer for `fd` from now on."""
         self.given_out(fd)
         self.files[fd] = handler
         self._identities[fd] = _identity(fd)
 
     def given_out(self, fd: int) -> None:
-        """The running kernel gave this number out anew, so if it was one of these, somebody closed it with os.close."""
+        """Note that the running kernel returned `fd`: an old descriptor with that number was closed by os.close."""
         self.forget(fd)
         self._let_go.discard(fd)
 
     def forget(self, fd: int) -> None:
-        """It is closed: so is what was open by it, unless it has another."""
+        """Forget a closed descriptor, and release the object if no other descriptor refers to the object."""
         self._identities.pop(fd, None)
         stale = self.files.pop(fd, None)
         if stale is None:
@@ -62,7 +64,7 @@ class Descriptors:
             stale.live_on(fd, other)
 
     def find(self, fd: int) -> Handler | None:
-        """Who answers for it; None where it is no VFIO descriptor. RuntimeError where `check_usable` says so."""
+        """Return the object behind `fd`, or None for a file that is not VFIO. Raises RuntimeError as `check_usable`."""
         handler = self.files.get(fd)
         if handler is None:
             if fd in self._let_go and self._is_shut_down:
@@ -77,18 +79,22 @@ class Descriptors:
         return None
 
     def _lose(self, fd: int) -> None:
-        # Somebody has closed it with os.close, and the number may be another file's: not ours to answer for or close.
-        logger.warning("descriptor %d was closed past the seam; the fake kernel lets it go", fd)
+        # A program closed the descriptor with os.close. The number may belong to another file now, which must stay
+        # open.
+        logger.warning("descriptor %d was closed past the seam: the fake kernel forgets the descriptor", fd)
         self.forget(fd)
         self._let_go.add(fd)
 
     def sweep(self) -> None:
-        """Let go what was closed past the seam."""
+        """Forget descriptors that were closed past the seam."""
         for fd in [fd for fd in self.files if not _is_same_file(fd, self._identities)]:
             self._lose(fd)
 
     def is_closed_already(self, fd: int) -> bool:
-        """Whether its owner, who closes it now, did so past the seam; the number may be another file's by now."""
+        """Return whether `fd`, which the holder closes now, was closed already.
+
+        The number may belong to another file now.
+        """
         if fd in self.files:
             self.find(fd)
         if fd in self._let_go:
@@ -97,12 +103,12 @@ class Descriptors:
         return False
 
     def close(self, fd: int) -> None:
-        """Close it, and what hangs on it; or a descriptor that is none of these."""
+        """Close a descriptor with all dependent state, or a descriptor of another file."""
         os.close(fd)
         self.forget(fd)
 
     def shut_down(self) -> None:
-        """Close all that are left. Their owners may close each once more."""
+        """Close all open descriptors. The holder may close each one once more."""
         self.sweep()
         for fd in list(self.files):
             self.close(fd)
@@ -110,8 +116,10 @@ class Descriptors:
         self._is_shut_down = True
 
     def finalize(self) -> None:
-        """Close all that are left, of a kernel that nobody refers to, or when the interpreter ends. Their owners may
-        close each once more."""
+        """Close all open descriptors: the kernel is garbage, or the interpreter ends.
+
+        The holder may close each descriptor once more.
+        """
         for fd in list(self.files):
             self._let_go.add(fd)
             handler = self.files.pop(fd)
@@ -126,7 +134,8 @@ def _identity(fd: int) -> tuple[int, int]:
 
 
 def _is_same_file(fd: int, identities: Mapping[int, tuple[int, int]]) -> bool:
-    # With each call on a descriptor: a microsecond, a tenth of what a mapping costs, for never touching another's file.
+    # Checked with each call on a descriptor: 1 µs, a tenth of the cost of a mapping, so that no other file is ever
+    # used.
     try:
         return _identity(fd) == identities[fd]
     except OSError:

@@ -1,7 +1,7 @@
-"""A PCI device bound to a VFIO driver: what a test declares, and what its descriptors answer.
+"""A PCI device bound to a VFIO driver: the declaration by a test, and the answers of the device's descriptors.
 
-`FakeDevice` and `Bar` are declarations. `PciDevice` is the live thing behind all descriptors of one device. A device
-that does something, with registers, interrupts and DMA, is a `FakePciDevice` (`pci_device`).
+`FakeDevice` and `Bar` are declarations. `PciDevice` is the live object behind all descriptors of one device. A device
+with behaviour (registers, interrupts, DMA) is a `FakePciDevice` (`pci_device`).
 
 Source: drivers/vfio/pci/vfio_pci_core.c, vfio_pci_rdwr.c, vfio_pci_config.c.
 """
@@ -21,6 +21,7 @@ from itertools import pairwise
 
 from pyvfio import ioctls
 from pyvfio.kernel import LinuxKernel, Registers
+from pyvfio.testing.fake.callbacks import CallbackRegisters, Follower, ReadCallback, WriteCallback
 from pyvfio.testing.fake.irqs import Irqs
 from pyvfio.testing.fake.power import Power
 from pyvfio.testing.fake.process import DEVICE_MEMORY, Argument, refuse
@@ -54,25 +55,22 @@ _CAPABILITY_LIST = 0x34
 _PM = 1
 _PM_CONTROL = 4
 _D3HOT = 3
-# What the kernel answers itself, and a device that has gone keeps: vendor, device, BARs, the list, the interrupt.
+# The kernel answers for these bytes, so that they outlive the device: vendor, device, BARs, capability list, interrupt.
 _VIRTUAL = frozenset((*range(4), *range(0x10, 0x28), *range(0x2C, 0x34), 0x34, 0x3C, 0x3D))
-
-_Read = Callable[[int, int], int]
-_Write = Callable[[int, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A BAR of `size` bytes (a power of two), of memory or (`io`) of I/O ports. Plain memory, unless
-    `read(offset, width)` and `write(offset, width, value)` are given: then every register access calls them.
+    """A BAR of `size` bytes (a power of two), of memory or (`io`) of I/O ports.
 
-    `own_page`: nothing else is in the page of a BAR that is smaller, so that the kernel maps it. `sparse`: the parts
-    that may be mapped, as (offset, size); None: all of it. Some drivers beside vfio-pci name parts.
+    `read(offset, width)` and `write(offset, width, value)`: called for each register access. Without both, the BAR is
+    plain memory. `own_page`: the page of a smaller BAR has no other BAR, so that the kernel maps the BAR. `sparse`: the
+    parts that can be mapped, as (offset, size); None: the whole BAR. Some variant drivers of vfio-pci report parts.
     """
 
     size: int
-    read: _Read | None = None
-    write: _Write | None = None
+    read: ReadCallback | None = None
+    write: WriteCallback | None = None
     io: bool = False
     own_page: bool = False
     sparse: tuple[tuple[int, int], ...] | None = None
@@ -91,13 +89,16 @@ class Bar:
 
 @dataclass(frozen=True)
 class FakeDevice:
-    """A PCI device to be declared to a FakeKernel; as it stands, it looks like QEMU's edu, with memory in its BAR.
+    """A declared PCI device of a FakeKernel. With the defaults, the device looks like QEMU's edu with memory in BAR 0.
 
-    `driver` is what it is bound to (None: nothing); `intx` whether it has a pin; `msi` and `msix` count vectors, and
-    `msix_bar` is where the MSI-X table lies, at `msix_offset` (None: where no access meets it). `reset` is called after
+    `driver`: the driver of the device, or None. `intx`: whether the device has a pin. `msi` and `msix`: the numbers of
+    vectors. `msix_bar`: the BAR of the MSI-X table, at `msix_offset` (None: no access hits it). `reset` is called after
     VFIO_DEVICE_RESET, and when a `resettable` device is opened, as VFIO does. `config` has read-only bytes of
-    configuration space by offset. `sriov`: it is a physical function with SR-IOV; `pf`: it is a virtual function of the
-    device at that address. ValueError for what no device can be.
+    configuration space by offset. `sriov`: the device is a physical function with SR-IOV. `pf`: the address of the
+    physical function, if the device is a virtual function. `follower`: an object that answers accesses in place of the
+    fake, for `RecordedDevice`.
+
+    Raises ValueError for a declaration that no device can have.
     """
 
     bdf: str
@@ -118,6 +119,7 @@ class FakeDevice:
     config: Mapping[int, bytes] = field(default_factory=dict)
     sriov: bool = False
     pf: str | None = None
+    follower: Follower | None = None
 
     def __post_init__(self) -> None:
         if not _BDF.fullmatch(self.bdf):
@@ -169,17 +171,17 @@ class FakeDevice:
 
     @property
     def config_size(self) -> int:
-        """How many bytes of configuration space it has."""
+        """The size of configuration space in bytes."""
         return 4096 if self.pcie else 256
 
     def msix_table(self, bar: int) -> range:
-        """Which bytes of a BAR are the MSI-X table, which VFIO keeps for itself."""
+        """Return the bytes of a BAR that hold the MSI-X table, which VFIO does not let user space access."""
         if self.msix_offset is None or bar != self.msix_bar:
             return range(0)
         return range(self.msix_offset, self.msix_offset + _MSIX_ENTRY * self.msix)
 
     def config_space(self) -> bytearray:
-        """Configuration space as it is after VFIO enabled the device: memory decoding on, bus master off."""
+        """Return configuration space as after VFIO enabled the device: memory decoding on, bus mastering off."""
         space = bytearray(self.config_size)
         struct.pack_into("<HHH", space, 0, self.vendor, self.device, _COMMAND_MEMORY)
         space[9:12] = self.class_code.to_bytes(3, "little")
@@ -192,51 +194,15 @@ class FakeDevice:
 
 
 def is_vfio_driver(driver: str | None) -> bool:
-    """Whether a driver gives its devices to user space."""
+    """Return whether a driver lets user space open devices."""
     return driver is not None and ("vfio-pci" in driver or "vfio_pci" in driver)
 
 
-class CallbackRegisters:
-    """Registers that call a Bar's callbacks; `start` is where the window begins in the BAR.
-
-    Synchronization: `lock` is the fake kernel's, so that no access goes on when `close` has returned.
-    """
-
-    def __init__(self, *, start: int, read: _Read, write: _Write, lock: AbstractContextManager[object]) -> None:
-        self._start = start
-        self._read = read
-        self._write = write
-        self._lock = lock
-        self._closed = False
-
-    def read(self, offset: int, width: int) -> int:
-        """Call the BAR's `read`."""
-        with self._lock:
-            self._check_open()
-            return self._read(self._start + offset, width)
-
-    def write(self, offset: int, width: int, value: int) -> None:
-        """Call the BAR's `write`."""
-        with self._lock:
-            self._check_open()
-            self._write(self._start + offset, width, value)
-
-    def cell(self, offset: int, width: int) -> None:
-        """None: these registers are no memory."""
-
-    def close(self) -> None:
-        """Nothing was mapped; each later access is ValueError."""
-        with self._lock:
-            self._closed = True
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ValueError("operation forbidden on a register window that was closed")
-
-
 class PciDevice:
-    """A device while it is there. Its `descriptors` are one memory file, laid out as VFIO lays out a device, a region
-    every 2^40 bytes, so that they can be really mapped, read and written."""
+    """A live device. All `descriptors` are one memory file with the layout of a VFIO device, a region every 2^40 bytes.
+
+    A program can therefore map, read and write the file.
+    """
 
     def __init__(self, declared: FakeDevice, version: KernelVersion, lock: threading.RLock) -> None:
         self.declared = declared
@@ -245,7 +211,7 @@ class PciDevice:
         self.power = Power()
         self.config = declared.config_space()
         self.gone = False
-        """Whether it was pulled out."""
+        """Whether the device was removed by surprise."""
         self.vf_token: bytes | None = None
         self.renew_vf_token()
         self._version = version
@@ -254,40 +220,44 @@ class PciDevice:
         self._has_err = has_err
         self.irqs = Irqs(version=version, counts=counts, lock=lock)
         self.on_bars_gone: Callable[[str, str], object] = lambda _call, _bdf: None
-        """Called with what ends the device's answers in its BARs, and with its address."""
+        """Called when the BARs of the device stop answering, with the cause and the address of the device."""
         self.requests: dict[int, tuple[str, Callable[[Argument], int]]] = {
             ioctls.VFIO_DEVICE_GET_INFO: ("VFIO_DEVICE_GET_INFO", self.get_info),
             ioctls.VFIO_DEVICE_GET_REGION_INFO: ("VFIO_DEVICE_GET_REGION_INFO", self.get_region_info),
             ioctls.VFIO_DEVICE_GET_IRQ_INFO: ("VFIO_DEVICE_GET_IRQ_INFO", self.get_irq_info),
-            ioctls.VFIO_DEVICE_SET_IRQS: ("VFIO_DEVICE_SET_IRQS", self.irqs.set_irqs),
+            ioctls.VFIO_DEVICE_SET_IRQS: ("VFIO_DEVICE_SET_IRQS", self.set_irqs),
             ioctls.VFIO_DEVICE_RESET: ("VFIO_DEVICE_RESET", self.reset),
         }
 
     @property
     def bdf(self) -> str:
-        """Its PCI address."""
+        """The PCI address of the device."""
         return self.declared.bdf
 
     @property
+    def _follower(self) -> Follower | None:
+        """The object that answers for the device; none for a device that has gone."""
+        return None if self.gone else self.declared.follower
+
+    @property
     def command(self) -> int:
-        """PCI COMMAND."""
+        """The PCI COMMAND register."""
         return int.from_bytes(self.config[_COMMAND : _COMMAND + 2], "little")
 
     @property
     def bus_master(self) -> bool:
-        """Whether it may do DMA."""
+        """Whether the device may do DMA."""
         return bool(self.command & _COMMAND_MASTER) and not self.gone
 
     @property
     def decodes(self) -> bool:
-        """Whether it answers in its memory BARs, so that the kernel lets them be accessed
-        (`__vfio_pci_memory_enabled`)."""
+        """Whether memory BARs answer, so that the kernel lets them be accessed (`__vfio_pci_memory_enabled`)."""
         at = self._power_control()
         powered = not at or self.config[at] & _D3HOT != _D3HOT
         return bool(self.descriptors and self.command & _COMMAND_MEMORY) and powered
 
     def _power_control(self) -> int:
-        """Where the control register of power management is in configuration space; 0 where there is none."""
+        """Return the offset of the power management control register in configuration space, or 0."""
         space = self.declared.config_space()
         at, seen = space[_CAPABILITY_LIST] if space[_STATUS] & _STATUS_CAP_LIST else 0, set[int]()
         while at and at not in seen:
@@ -298,25 +268,25 @@ class PciDevice:
         return 0
 
     def pull_out(self) -> None:
-        """The device goes without a word: nothing answers any more."""
+        """Remove the device without notice: no register answers any more."""
         self.gone = True
         for fd in tuple(self.descriptors)[:1]:
             for number, bar in self.declared.bars.items():
-                if bar.read is None:  # what is mapped of it is this memory
+                if bar.read is None:  # mapped parts of the BAR are this memory
                     os.pwrite(fd, b"\xff" * min(bar.size, 64 * MIB), number << _REGION_SHIFT)
 
     def renew_vf_token(self) -> None:
-        """A driver has the device anew: its token, where it has one, is random (`vfio_pci_vf_init`)."""
+        """Make a new random token, if the device has one: a driver was bound (`vfio_pci_vf_init`)."""
         self.vf_token = os.urandom(16) if self.declared.sriov else None
 
     def check_vector(self, vector: int) -> None:
-        """ValueError when it has no such interrupt."""
+        """Raise ValueError if the device has no such interrupt vector."""
         count = max(self.declared.msi, self.declared.msix, 1)
         if not 0 <= vector < count:
             raise ValueError(f"{self.bdf} has interrupt vectors 0 to {count - 1}, not {vector}")
 
     def open(self) -> int:
-        """A new file descriptor, not counted before `hold`; EMFILE."""
+        """Return a new file descriptor, which counts only after `hold`. Raises EMFILE."""
         if self.descriptors:
             return os.dup(next(iter(self.descriptors)))
         fd = os.memfd_create(f"{DEVICE_MEMORY} {self.bdf}")
@@ -324,15 +294,17 @@ class PciDevice:
         return fd
 
     def hold(self, fd: int) -> None:
-        """A descriptor was given out. BARs and configuration are fresh at the first, for VFIO resets the device."""
+        """Count a descriptor. The first one resets BARs and configuration space, since VFIO resets the device."""
         if not self.descriptors:
             self.config = self.declared.config_space()
             if self.declared.resettable and self.declared.reset is not None:
                 self.declared.reset()
+            if self._follower is not None:
+                self._follower.opened()
         self.descriptors.add(fd)
 
     def release(self, fd: int) -> None:
-        """A descriptor was closed; at the last the device is off the bus (`vfio_pci_core_disable`)."""
+        """Forget a closed descriptor. The last close takes the device off the bus (`vfio_pci_core_disable`)."""
         self.descriptors.discard(fd)
         if not self.descriptors:
             self.irqs.release()
@@ -355,7 +327,7 @@ class PciDevice:
         return 0
 
     def get_region_info(self, argument: Argument) -> int:
-        """`vfio_pci_ioctl_get_region_info`: EFAULT, EINVAL. `cap_offset` stays the caller's where there is none."""
+        """`vfio_pci_ioctl_get_region_info`: EFAULT, EINVAL. `cap_offset` is not changed if there is no capability."""
         argsz, _flags, index, cap_offset, _size, _offset = _REGION.unpack(argument.read(_REGION.size))
         if argsz < _REGION.size or index >= ioctls.VFIO_PCI_VGA_REGION_INDEX:
             refuse(errno.EINVAL)
@@ -382,7 +354,7 @@ class PciDevice:
         return flags, bar.size
 
     def _capabilities(self, index: int) -> bytes:
-        """The chain behind the fixed structure of a BAR: the parts that may be mapped, and the MSI-X table."""
+        """Return the capability chain of a BAR: the parts that can be mapped, and the MSI-X table."""
         sparse, chain = self.declared.bars[index].sparse, b""
         has_table = self.declared.msix and self.declared.msix_bar == index
         if sparse is not None:
@@ -404,21 +376,28 @@ class PciDevice:
         argument.write(_IRQ.pack(argsz, self.irqs.info(index)[0], index, self.irqs.info(index)[1]))
         return 0
 
+    def set_irqs(self, argument: Argument) -> int:
+        """As `Irqs.set_irqs`."""
+        answer = self.irqs.set_irqs(argument)
+        if self._follower is not None:
+            self._follower.set_irqs()
+        return answer
+
     def reset(self, _argument: Argument) -> int:
-        """`vfio_pci_ioctl_reset`: EINVAL. BARs are zero afterwards; mappings and interrupts stay."""
+        """`vfio_pci_ioctl_reset`: EINVAL. Clears the BARs; mappings and interrupts stay."""
         if not self.declared.resettable:
             refuse(errno.EINVAL)
-        if self.gone:  # no capability tells of a function-level reset; a bus can be reset all the same
+        if self.gone:  # a removed device shows no capability of a function-level reset; a bus reset still works
             return refuse(errno.ENOTTY) if self.declared.pcie else 0
-        self.clear()
+        self.clear(hot=False)
         if at := self._power_control():  # vfio_pci_ioctl_reset wakes the device
             self.config[at] &= ~_D3HOT
         return 0
 
-    def clear(self) -> None:
-        """What any reset does to the device. One that nobody has open is fresh in any case when it is opened.
+    def clear(self, *, hot: bool = True) -> None:
+        """Reset the device, for each kind of reset. A closed device is not changed: the next open makes fresh BARs.
 
-        COMMAND, BAR addresses and what signals which interrupt stay (`pci_dev_save_and_disable`, `pci_dev_restore`).
+        COMMAND, BAR addresses and the eventfds of interrupts stay (`pci_dev_save_and_disable`, `pci_dev_restore`).
         """
         if not self.descriptors:
             return
@@ -429,6 +408,8 @@ class PciDevice:
         os.ftruncate(memory, ioctls.VFIO_PCI_NUM_REGIONS << _REGION_SHIFT)
         if self.declared.reset is not None:
             self.declared.reset()
+        if self._follower is not None:
+            self._follower.was_reset(hot=hot)
 
     # ------------------------------------------------------------------------------------- reading, writing, mmap
 
@@ -441,8 +422,11 @@ class PciDevice:
         if index == _CONFIG:
             self._check_config(position, size)
             places = range(position, position + size)
-            return bytes(0xFF if self.gone and at not in _VIRTUAL else self.config[at] for at in places)
+            data = bytes(0xFF if self.gone and at not in _VIRTUAL else self.config[at] for at in places)
+            return data if self._follower is None else self._follower.read_config(position, data)
         bar, size = self._accessible(index, position, size)
+        if self._follower is not None:
+            return self._follower.read_block(index, position, size)
         answer = b""
         for at, count, is_table in self._pieces(index, position, size):
             wide = self._version.eight_byte_access
@@ -460,7 +444,7 @@ class PciDevice:
         return answer
 
     def pwrite(self, fd: int, data: bytes, offset: int) -> int:
-        """As `pread`; how many bytes were taken."""
+        """As `pread`. Returns the number of bytes that were written."""
         if not data:
             return 0
         self.power.resume()
@@ -474,15 +458,24 @@ class PciDevice:
                 elif at == self._power_control() and value & _D3HOT in (0, _D3HOT):  # the device has no D1 and no D2
                     self.config[at] = self.config[at] & ~_D3HOT | value & _D3HOT
             self._settle_header()
-            if decoded and not self.decodes:
-                self.on_bars_gone("a write to COMMAND", self.bdf)
+            self._end_write(position, data, decoded=decoded)
             return len(data)
         bar, size = self._accessible(index, position, len(data))
+        if self._follower is not None:
+            self._follower.write_block(index, position, data[:size])
+            return size
         for at, count, is_table in self._pieces(index, position, size):
             if not is_table:
                 piece = data[at - position : at - position + count]
                 self._write(fd, bar, offset - position + at, piece, wide=self._version.eight_byte_access)
         return size
+
+    def _end_write(self, position: int, data: bytes, *, decoded: bool) -> None:
+        """Tell of a write of configuration space; `decoded`: whether BARs were accessible before."""
+        if decoded and not self.decodes:
+            self.on_bars_gone("a write to COMMAND", self.bdf)
+        if self._follower is not None:
+            self._follower.wrote_config(position, data)
 
     def _write(self, fd: int, bar: Bar, offset: int, data: bytes, *, wide: bool) -> None:
         if self.gone:
@@ -495,7 +488,7 @@ class PciDevice:
             bar.write(at, width, int.from_bytes(data[at - start : at - start + width], "little"))
 
     def _pieces(self, index: int, position: int, size: int) -> Iterator[tuple[int, int, bool]]:
-        # What lies before, in and behind the MSI-X table: start, size, and whether it is the table.
+        # The pieces before, in and behind the MSI-X table: start, size, and whether the piece is the table.
         table = self.declared.msix_table(index)
         cuts = sorted(
             {position, position + size, *(at for at in (table.start, table.stop) if at - position in range(size))}
@@ -503,19 +496,19 @@ class PciDevice:
         return ((start, end - start, start in table) for start, end in pairwise(cuts))
 
     def load(self, offset: int, size: int) -> bytes:
-        """What another device reads at `offset` of the device's file, in a BAR that may be mapped."""
+        """Return the bytes that another device reads at `offset` of the device's file, in a BAR that can be mapped."""
         return self._read(next(iter(self.descriptors)), self._bar_at(offset), offset, size, wide=True)
 
     def store(self, offset: int, data: bytes) -> None:
-        """What another device writes, as `load`."""
+        """Write the bytes that another device writes, as `load` reads."""
         self._write(next(iter(self.descriptors)), self._bar_at(offset), offset, data, wide=True)
 
     def _bar_at(self, offset: int) -> Bar:
         return self.declared.bars[self._locate(offset)[0]]
 
     def _settle_header(self) -> None:
-        # What hardware does with bits that are not there, vfio_bar_fixup with those that say a BAR's size, and
-        # vfio_basic_config_write with the one that masks INTx.
+        # Hardware clears reserved bits of COMMAND. vfio_bar_fixup clears the size bits of BARs, and
+        # vfio_basic_config_write acts on the bit that masks INTx.
         struct.pack_into("<H", self.config, _COMMAND, self.command & _COMMAND_BITS)
         for number in range(_ROM):
             at, bar = _BARS_AT + 4 * number, self.declared.bars.get(number)
@@ -543,7 +536,7 @@ class PciDevice:
         return bar, min(size, bar.size - position)
 
     def check_mmap(self, offset: int, size: int) -> int:
-        """`vfio_pci_core_mmap` for a shared mapping: EINVAL unless it lies in a BAR that may be mapped; its index."""
+        """`vfio_pci_core_mmap` for a shared mapping: return the BAR number. EINVAL if the range cannot be mapped."""
         index, position = self._locate(offset)
         flags, region_size = self._region(index)
         if not flags & _MMAP:
@@ -557,7 +550,7 @@ class PciDevice:
     def registers(
         self, linux: LinuxKernel, fd: int, offset: int, size: int, *, lock: AbstractContextManager[object]
     ) -> Registers:
-        """The BAR's callbacks, or a real mapping of its plain memory; EINVAL as mmap."""
+        """Return the callbacks of the BAR, or a real mapping of plain memory. EINVAL as mmap."""
         bar = self.declared.bars[self.check_mmap(offset, size)]
         if bar.read is None or bar.write is None:
             return linux.registers(fd, offset, size)
@@ -566,11 +559,11 @@ class PciDevice:
             start=start, read=partial(self._load, bar.read), write=partial(self._store, bar.write), lock=lock
         )
 
-    def _load(self, read: _Read, offset: int, width: int) -> int:
+    def _load(self, read: ReadCallback, offset: int, width: int) -> int:
         self.power.check_touch(f"a BAR of {self.bdf}")
         return (1 << 8 * width) - 1 if self.gone else read(offset, width)
 
-    def _store(self, write: _Write, offset: int, width: int, value: int) -> None:
+    def _store(self, write: WriteCallback, offset: int, width: int, value: int) -> None:
         self.power.check_touch(f"a BAR of {self.bdf}")
         if not self.gone:
             write(offset, width, value)

@@ -1,4 +1,4 @@
-"""Accesses of a device to memory, and to the BARs of others: through the IOMMU's table, as far as it lets them."""
+"""Accesses of devices to memory and to BARs of other devices, through the table of the IOMMU."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pyvfio.units import Iova, Vaddr
 logger = logging.getLogger(__name__)
 
 
-class DmaFault(Exception):  # noqa: N818 (what an IOMMU calls it)
-    """An access of a device was stopped at `iova`, its first byte that may not be accessed; `reason` says why."""
+class DmaFault(Exception):  # noqa: N818 (the name of the event in the IOMMU)
+    """A stopped access of a device: `iova` is the first byte that may not be accessed, and `reason` says why."""
 
     def __init__(self, bdf: str, *, iova: int, write: bool, reason: str) -> None:
         super().__init__(f"DMA {'write' if write else 'read'} of {bdf} stopped at IOVA {iova:#x}: {reason}")
@@ -29,17 +29,17 @@ class DmaFault(Exception):  # noqa: N818 (what an IOMMU calls it)
 
 
 class DmaPath:
-    """What lies between devices and memory. `faults` keeps each stopped access; `on_fault` is told of it."""
+    """The path between devices and memory. `faults` keeps each stopped access, and `on_fault` is called with each."""
 
     def __init__(self, violations: list[Violation]) -> None:
         self._violations = violations
         self.devices: dict[str, PciDevice] = {}
-        """Whose BARs can be reached, by address."""
+        """The devices whose BARs can be reached, by address."""
         self.faults: list[DmaFault] = []
         self.on_fault: Callable[[DmaFault], object] | None = None
 
     def stop(self, device: PciDevice, *, iova: int, write: bool, reason: str) -> DmaFault:
-        """Put an access that is stopped on record; to be raised."""
+        """Record a stopped access, and return the fault for the caller to raise."""
         fault = DmaFault(device.bdf, iova=iova, write=write, reason=reason)
         self.faults.append(fault)
         logger.info("%s", fault)
@@ -48,7 +48,7 @@ class DmaPath:
         return fault
 
     def read(self, group: Group, device: PciDevice, *, iova: int, size: int) -> bytes:
-        """DmaFault, AssertionError (the process took the memory away)."""
+        """Read memory as a device. Raises DmaFault, and AssertionError if the process released the memory."""
         parts = []
         for entry, at, count, area in self._pieces(group, device, iova=iova, size=size, write=False):
             if area is not None:
@@ -62,7 +62,7 @@ class DmaPath:
         return b"".join(parts)
 
     def write(self, group: Group, device: PciDevice, *, iova: int, data: bytes) -> None:
-        """As `read`."""
+        """Write memory as a device. Raises as `read`."""
         for entry, at, count, area in self._pieces(group, device, iova=iova, size=len(data), write=True):
             piece = data[at - iova : at - iova + count]
             if area is not None:
@@ -73,11 +73,13 @@ class DmaPath:
                 write_memory(entry.vaddr + at - entry.iova, piece)
             except OSError as error:
                 raise self._gone(group, entry, at, count) from error
+            if group.translation is not None:
+                group.translation.wrote(at, count)
 
     def _target(
         self, device: PciDevice, area: DeviceArea, position: int, *, iova: int, write: bool
     ) -> tuple[PciDevice, int]:
-        """The device whose BAR is reached, and where. A BAR that is not decoded answers nobody."""
+        """Return the device whose BAR is mapped, and the offset. Raises DmaFault if that device does not decode."""
         target, offset = self.devices[area.bdf], area.offset + position - area.start
         if not target.decodes:
             reason = f"{area.bdf} does not decode memory accesses, and its BAR is mapped there"
@@ -85,13 +87,13 @@ class DmaPath:
         return target, offset
 
     def _gone(self, group: Group, entry: Mapped, at: int, count: int) -> Exception:
-        """What to raise; on record too, since a device's own thread may be where it is raised."""
+        """Return the exception for lost memory. The violation is recorded too, since a thread of a device may raise."""
         vaddr = Vaddr(entry.vaddr + at - entry.iova)
-        iommu = None if group.container is None else group.container.iommu
+        iommu = group.translation
         if iommu is not None and iommu.is_suspended(entry):
             return NotImplementedError(
-                f"IOVA {at:#x} has given up its address {vaddr:#x} (VFIO_DMA_UNMAP_FLAG_VADDR) and its memory is "
-                "gone: a real device goes on reaching its pages, which the fake kernel does not keep"
+                f"IOVA {at:#x} has no address (VFIO_DMA_UNMAP_FLAG_VADDR at {vaddr:#x}), and the memory is gone: a "
+                "real device still reaches the pages, which the fake kernel does not keep"
             )
         self._violations.append(Violation("something", Iova(at), vaddr, count))
         return AssertionError(
@@ -101,14 +103,14 @@ class DmaPath:
     def _pieces(
         self, group: Group, device: PciDevice, *, iova: int, size: int, write: bool
     ) -> Iterator[tuple[Mapped, int, int, DeviceArea | None]]:
-        iommu = None if group.container is None else group.container.iommu
+        iommu = group.translation
         end = iova + size
         while iova < end:
             entry = None if iommu is None else iommu.table.at(iova)
             if iommu is None or entry is None:
                 raise self.stop(device, iova=iova, write=write, reason="nothing is mapped there")
             if not iommu.allows(entry, write=write):
-                raise self.stop(device, iova=iova, write=write, reason="the mapping does not allow it")
+                raise self.stop(device, iova=iova, write=write, reason="the mapping does not allow the access")
             area, limit = _area_at(entry, iova - entry.iova)
             count = min(end, entry.iova + limit) - iova
             yield entry, iova, count, area
@@ -116,7 +118,7 @@ class DmaPath:
 
 
 def _area_at(entry: Mapped, position: int) -> tuple[DeviceArea | None, int]:
-    """The BAR that a mapping has at `position`, None for memory; and where in the mapping that ends."""
+    """Return the BAR that a mapping has at `position`, or None for memory, and where in the mapping that part ends."""
     for area in entry.bars:
         if position < area.start:
             return None, area.start
@@ -126,7 +128,7 @@ def _area_at(entry: Mapped, position: int) -> tuple[DeviceArea | None, int]:
 
 
 class DeviceSlot:
-    """What a `FakePciDevice` is plugged into: `pci_device.Slot`."""
+    """The machine around a `FakePciDevice`: `pci_device.Slot`."""
 
     def __init__(self, path: DmaPath, group: Group, device: PciDevice, lock: threading.RLock) -> None:
         self.lock = lock
@@ -136,7 +138,7 @@ class DeviceSlot:
 
     @property
     def command(self) -> int:
-        """PCI COMMAND."""
+        """The PCI COMMAND register."""
         return self._device.command
 
     @property
@@ -150,21 +152,21 @@ class DeviceSlot:
 
     @uninterrupted()
     def dma_read(self, *, iova: int, size: int) -> bytes:
-        """DmaFault, AssertionError (the process took the memory away)."""
+        """Read memory. Raises DmaFault, and AssertionError if the process released the memory."""
         with self.lock:
             self._check_master(iova=iova, write=False)
             return self._path.read(self._group, self._device, iova=iova, size=size)
 
     @uninterrupted()
     def dma_write(self, *, iova: int, data: bytes) -> None:
-        """As `dma_read`."""
+        """Write memory. Raises as `dma_read`."""
         with self.lock:
             self._check_master(iova=iova, write=True)
             self._path.write(self._group, self._device, iova=iova, data=data)
 
     @uninterrupted()
     def raise_interrupt(self, vector: int) -> None:
-        """A message, which is a write of a bus master; or the INTx line. ValueError: there is no such vector."""
+        """Send a message, which needs bus mastering, or raise INTx. Raises ValueError if there is no such vector."""
         with self.lock:
             self._device.check_vector(vector)
             irqs = self._device.irqs
@@ -174,7 +176,13 @@ class DeviceSlot:
                 irqs.raise_interrupt(vector)
 
     @uninterrupted()
+    def signal(self, index: int, vector: int, times: int) -> bool:
+        """As `Irqs.signal`."""
+        with self.lock:
+            return self._device.irqs.signal(index, vector, times)
+
+    @uninterrupted()
     def lower_interrupt(self) -> None:
-        """The INTx line."""
+        """Lower the INTx line."""
         with self.lock:
             self._device.irqs.set_line(up=False)

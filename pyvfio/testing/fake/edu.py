@@ -25,22 +25,26 @@ _VANISHES = 34  # 34! is a multiple of 2^32
 
 
 class FakeEdu(FakePciDevice):
-    """An `edu`: `pyvfio.testing.edu.Edu` drives it, as it drives QEMU's.
+    """An `edu`. `pyvfio.testing.edu.Edu` drives this device and the one of QEMU.
 
-    It differs in three things. A transfer, and a factorial, is over before the write that starts it returns, where
-    QEMU's takes 100 ms. One that is stopped leaves `buffer` as it is, where QEMU's may be filled with zeros or ones;
-    what is stopped is in `FakeKernel.faults`. And one that leaves the buffer is a ValueError, where QEMU aborts (7.2
-    already does at the buffer's last byte). DMA addresses have 64 bits, as with QEMU's `dma_mask=0xffffffffffffffff`.
+    The differences to QEMU:
+
+    * A transfer or factorial completes before the starting write returns. QEMU needs 100 ms for a transfer.
+    * A stopped transfer leaves `buffer` unchanged. In QEMU the buffer may be filled with zeros or ones.
+      `FakeKernel.faults` has the stopped accesses.
+    * A transfer beyond the buffer raises ValueError. QEMU aborts; 7.2 aborts at the last byte of the buffer already.
+
+    DMA addresses have 64 bits, as with `dma_mask=0xffffffffffffffff` of QEMU.
     """
 
     vendor, device = 0x1234, 0x11E8
     class_code = 0x00FF00
-    bar_sizes = {0: MIB}  # noqa: RUF012 (the base class says that it is a class's)
+    bar_sizes = {0: MIB}  # noqa: RUF012 (a ClassVar of the base class)
     resettable = False
     config = {0x06: b"\x10\x00", 0x34: b"\x40", 0x40: b"\x05\x00\x80\x00"}  # noqa: RUF012 (MSI, of 64 bits)
 
     def reset(self) -> None:
-        """All registers and the buffer are zero."""
+        """Clear all registers and the buffer."""
         self.buffer = bytearray(_BUFFER_SIZE)
         self._liveness = 0
         self._factorial = 0
@@ -49,7 +53,7 @@ class FakeEdu(FakePciDevice):
         self._dma = dict.fromkeys(_DMA_REGISTERS, 0)
 
     def read_register(self, _bar: int, offset: int, width: int, /) -> int:
-        """`edu_mmio_read`: all ones where nothing is, and for widths that the register does not take."""
+        """`edu_mmio_read`: all ones where no register is, and for widths that the register does not accept."""
         if not _accepts(offset, width):
             return -1
         if offset in self._dma:
@@ -104,8 +108,8 @@ class FakeEdu(FakePciDevice):
     def _start(self, command: int) -> None:
         if not command & _START:
             return
-        self._dma[_COMMAND] = command & ~_START  # what is read when it is over, which it is when anybody can look
-        with contextlib.suppress(DmaFault):  # `edu` does not tell whether it was stopped
+        self._dma[_COMMAND] = command & ~_START  # the driver can read the register only after the transfer
+        with contextlib.suppress(DmaFault):  # `edu` does not report a stopped transfer
             self._transfer(to_memory=bool(command & _TO_MEMORY))
         if command & _INTERRUPT:
             self._raise(_DMA_DONE)
@@ -114,7 +118,7 @@ class FakeEdu(FakePciDevice):
         source, destination, count = (self._dma[name] for name in (_SOURCE, _DESTINATION, _COUNT))
         start = (source if to_memory else destination) - _BUFFER
         if start < 0 or start + count > _BUFFER_SIZE:
-            raise ValueError(f"edu's buffer is 0x40000-0x40fff, and {start + _BUFFER:#x} with {count} bytes leaves it")
+            raise ValueError(f"{count:#x} bytes at {start + _BUFFER:#x} exceed the buffer of edu, 0x40000-0x40fff")
         if to_memory:
             self.dma_write(destination, bytes(self.buffer[start : start + count]))
         else:

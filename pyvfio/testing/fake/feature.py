@@ -1,4 +1,4 @@
-"""What a device's descriptor answers besides regions and interrupts: ioeventfds and features.
+"""Requests on a device descriptor other than regions and interrupts: ioeventfds and features.
 
 Source: drivers/vfio/vfio_main.c and pci/vfio_pci_core.c, vfio_pci_rdwr.c; the functions named below are there.
 """
@@ -28,14 +28,14 @@ _IOEVENTFDS = 1000  # VFIO_PCI_IOEVENTFD_MAX
 _REGION_SHIFT = 40
 _DMA_BUF_NUMBER = int(ioctls.VFIO_DEVICE_FEATURE_DMA_BUF)
 _RANGE = 16
-_BAR_ADDRESS = 0xFE00_0000  # on the bus; no fake device says where its BARs are
+_BAR_ADDRESS = 0xFE00_0000  # an address on the bus: no fake device declares the addresses of BARs
 _BARS = 6
 
 
 class DeviceFeatures:
-    """What all descriptors of one device share: its ioeventfds and its features.
+    """The state that all descriptors of one device share: ioeventfds and features.
 
-    Nothing is written when an ioeventfd is signalled, and a DMA-buf is a file of the right size that no driver takes.
+    A signalled ioeventfd writes nothing. A DMA-buf is a file of the right size that no driver imports.
     """
 
     def __init__(self, device: PciDevice, version: KernelVersion) -> None:
@@ -56,7 +56,7 @@ class DeviceFeatures:
         }
 
     def release(self) -> None:
-        """The last descriptor of the device was closed."""
+        """Drop the ioeventfds after the last descriptor of the device was closed."""
         for held in self._ioeventfds.values():
             os.close(held)
         self._ioeventfds.clear()
@@ -99,14 +99,14 @@ class DeviceFeatures:
     # ----------------------------------------------------------------------------------------- VFIO_DEVICE_FEATURE
 
     def feature(self, argument: Argument) -> int:
-        """`vfio_ioctl_device_feature`: EFAULT, EINVAL, ENOTTY (this device or kernel does not have it)."""
+        """`vfio_ioctl_device_feature`: EFAULT, EINVAL, ENOTTY (not in this kernel, or not for this device)."""
         argsz, flags = struct.unpack("=II", argument.read(8))
         both = _GET | _SET
         if argsz < 8 or flags & ~(_FEATURE | both | _PROBE) or flags & (both | _PROBE) == both:
             refuse(errno.EINVAL)
         number = flags & _FEATURE
         if number == ioctls.VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2 and self._version.precopy_info_v2:
-            refuse(errno.EINVAL)  # there is one, but not for a device that has no PRE_COPY
+            refuse(errno.EINVAL)  # the feature exists, but not for a device without PRE_COPY
         found = self._features.get(number)
         if found is None:
             refuse(errno.ENOTTY)
@@ -114,7 +114,7 @@ class DeviceFeatures:
 
     @staticmethod
     def _is_wanted(flags: int, size: int, *, needed: int, operation: int = _SET) -> bool:
-        # vfio_check_feature for a feature with one operation; whether more is wanted than to know that it exists.
+        # vfio_check_feature for a feature with one operation. Returns whether the call is more than a probe.
         if flags & (_GET | _SET) & ~operation:
             refuse(errno.EINVAL)
         if flags & _PROBE:
@@ -178,7 +178,7 @@ class DeviceFeatures:
 
 
 def makes_descriptor(request: str, given: int | bytes) -> bool:
-    """Whether an ioctl on a device makes a descriptor where it succeeds: a DMA-buf."""
+    """Return whether an ioctl on a device makes a descriptor if the ioctl succeeds: a DMA-buf."""
     if request != "VFIO_DEVICE_FEATURE" or isinstance(given, int) or len(given) < 8:
         return False
     flags = int.from_bytes(given[4:8], "little")

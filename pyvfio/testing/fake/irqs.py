@@ -53,8 +53,9 @@ class _Set:
 
 
 def hold_eventfd(fd: int) -> int | None:
-    """A descriptor of one's own for an eventfd, None for a number below 0; EBADF, EINVAL (no eventfd)."""
-    # The kernel holds the eventfd's context, so that the caller may close its descriptor: a duplicate does the same.
+    """Return a new descriptor of an eventfd, or None for a negative `fd`. Raises EBADF, EINVAL (no eventfd)."""
+    # The kernel holds the context of the eventfd, so that the caller may close the descriptor. A duplicate does the
+    # same.
     if fd < 0:
         return None
     try:
@@ -67,15 +68,17 @@ def hold_eventfd(fd: int) -> int | None:
     return held
 
 
-def _signal(held: int | None) -> None:
+def _signal(held: int | None, times: int = 1) -> None:
     if held is not None:
         with contextlib.suppress(BlockingIOError):  # a counter at its maximum stays there
-            os.eventfd_write(held, 1)
+            os.eventfd_write(held, times)
 
 
 class Irqs:
-    """Which eventfd each vector signals. One of INTx, MSI and MSI-X is enabled at a time; `counts` says how many
-    vectors the device has of each index."""
+    """The eventfd that each vector signals. One of INTx, MSI and MSI-X is enabled at a time.
+
+    `counts`: the number of vectors of the device by index.
+    """
 
     def __init__(self, *, version: KernelVersion, counts: Sequence[int], lock: threading.RLock) -> None:
         self._version = version
@@ -100,7 +103,7 @@ class Irqs:
         }
 
     def info(self, index: int) -> tuple[int, int]:
-        """The flags and count of `VFIO_DEVICE_GET_IRQ_INFO`."""
+        """Return the flags and the count of `VFIO_DEVICE_GET_IRQ_INFO`."""
         flags = ioctls.VFIO_IRQ_INFO_EVENTFD
         if index == INTX:
             flags |= ioctls.VFIO_IRQ_INFO_MASKABLE | ioctls.VFIO_IRQ_INFO_AUTOMASKED
@@ -110,16 +113,16 @@ class Irqs:
 
     @property
     def enabled(self) -> int | None:
-        """Which of INTx, MSI and MSI-X is enabled."""
+        """The enabled one of INTx, MSI and MSI-X, or None."""
         return self._enabled
 
     def set_line(self, *, up: bool) -> None:
-        """The device's INTx line: as long as it is up, an unmasked INTx signals and masks itself."""
+        """Set the INTx line of the device. While the line is up, an unmasked INTx is signalled and masked."""
         self._line = up
         self._deliver_line()
 
     def quieten(self) -> None:
-        """The device was reset: its line is down. What signals which interrupt stays, and so does a mask."""
+        """Lower the line after a reset of the device. Eventfds and the mask stay."""
         self._line = self._pending = False
 
     def _deliver_line(self) -> None:
@@ -128,7 +131,7 @@ class Irqs:
             _signal(self._triggers[0])
 
     def set_intx_disable(self, *, disabled: bool) -> None:
-        """PCI COMMAND's INTx disable bit, which masks and unmasks when it changes (`vfio_basic_config_write`)."""
+        """Set the INTx disable bit of PCI COMMAND, which masks and unmasks on a change (`vfio_basic_config_write`)."""
         if disabled == self._disabled:
             return
         self._disabled = disabled
@@ -136,14 +139,14 @@ class Irqs:
             self._set_masked(masked=disabled)
 
     def _set_masked(self, *, masked: bool) -> None:
-        self._masked = masked or self._disabled  # vfio_pci_intx_unmask_handler does nothing while it is disabled
+        self._masked = masked or self._disabled  # while INTx is disabled, vfio_pci_intx_unmask_handler does nothing
         if self._pending and not self._masked:
             self._pending = False
             self.raise_interrupt(0)
         self._deliver_line()
 
     def release(self) -> None:
-        """The last descriptor of the device closed: nothing is signalled any more."""
+        """Drop all eventfds after the last descriptor of the device was closed."""
         self._disable()
         self._disabled = False
         for index, held in self._single.items():
@@ -151,7 +154,7 @@ class Irqs:
             self._single[index] = None
 
     def raise_interrupt(self, vector: int) -> None:
-        """What the device itself does: a message, or its INTx line, which masks itself until it is unmasked."""
+        """Raise an interrupt as the device: a message, or INTx, which is then masked until the driver unmasks INTx."""
         if self._enabled == INTX:
             if self._masked:
                 self._pending = True
@@ -160,8 +163,15 @@ class Irqs:
         if vector < len(self._triggers):
             _signal(self._triggers[vector])
 
+    def signal(self, index: int, vector: int, times: int) -> bool:
+        """Add `times` to the eventfd of a vector, also of a masked INTx. Return whether the vector has an eventfd."""
+        triggers = self._triggers if self._enabled == index else []
+        held = self._single.get(index) if index in self._single else (triggers[vector : vector + 1] or [None])[0]
+        _signal(held, times)
+        return held is not None
+
     def request(self) -> None:
-        """The kernel asks for the device: VFIO_PCI_REQ_IRQ_INDEX (`vfio_pci_core_request`)."""
+        """Signal VFIO_PCI_REQ_IRQ_INDEX: the kernel requests the device back (`vfio_pci_core_request`)."""
         _signal(self._single[REQ])
 
     # ------------------------------------------------------------------------------------- VFIO_DEVICE_SET_IRQS
@@ -200,8 +210,8 @@ class Irqs:
         self._triggers, self._enabled, self._masked, self._pending = [], None, False, False
 
     def _set_trigger(self, vector: int, fd: int) -> None:
-        # The old eventfd is let go first, and stays so when the new one is refused (vfio_msi_set_vector_signal).
-        if vector >= len(self._triggers):  # of MSI, which has no more (vfio_msi_alloc_irq)
+        # The old eventfd is released first, and stays released if the new one is refused (vfio_msi_set_vector_signal).
+        if vector >= len(self._triggers):  # MSI cannot grow (vfio_msi_alloc_irq)
             return None if fd < 0 else refuse(errno.EINVAL)
         self._let_go(self._triggers[vector])
         self._triggers[vector] = None
@@ -223,7 +233,7 @@ class Irqs:
         return 0
 
     def _connect_intx(self, new: int | None) -> None:
-        # A refused eventfd changes nothing, for it is taken first; so in 6.1 too, from 6.1.84 on.
+        # The new eventfd is taken first, so that a refused one changes nothing. 6.1 does the same from 6.1.84 on.
         if self._enabled is None:
             self._enable(INTX, vectors=1)
             self._masked = self._disabled
@@ -255,7 +265,7 @@ class Irqs:
         return 0
 
     def _unmask_signalled(self) -> None:
-        # vfio_pci_intx_unmask_handler; where the line is still up, vfio_send_intx_eventfd follows.
+        # vfio_pci_intx_unmask_handler; if the line is still up, vfio_send_intx_eventfd follows
         self._set_masked(masked=False)
 
     def _end_unmask(self) -> None:
@@ -299,7 +309,8 @@ class Irqs:
         return 0
 
     def _grow(self, request: _Set) -> None:
-        # From 6.5 on MSI-X vectors are allocated one by one, and any vector beyond may be "connected" to nothing.
+        # From 6.5 on MSI-X vectors are allocated one by one. Any vector beyond the enabled ones can be set to no
+        # eventfd.
         end = request.start + request.count
         if not self._version.dynamic_msix:
             refuse(errno.EINVAL)
@@ -335,7 +346,7 @@ class Irqs:
         if not request.count:
             refuse(errno.EINVAL)
         fd = request.values[0]
-        if fd < -1:  # 6.1 does nothing and is content
+        if fd < -1:  # 6.1 does nothing and returns 0
             return 0 if self._version.number < (6, 5) else refuse(errno.EINVAL)
         new = hold_eventfd(fd)
         self._let_go(held)

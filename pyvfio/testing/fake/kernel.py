@@ -1,9 +1,9 @@
-"""`FakeKernel`: what tests see of it and arrange, and calls on descriptors, sent to the object behind each."""
+"""`FakeKernel`: the attributes for tests, and the calls on descriptors, which are passed to the object behind each."""
 
 from __future__ import annotations
 
-import errno
 import os
+import select
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -14,18 +14,26 @@ from typing import Self
 
 from pyvfio import ioctls
 from pyvfio.guard import uninterrupted
-from pyvfio.kernel import IoctlArgument, Memlock, Registers
-from pyvfio.testing.fake.declaration import GroupDeclaration, check_groups, default_groups
+from pyvfio.kernel import IoctlArgument, LinuxKernel, Memlock, Poll, Registers
+from pyvfio.testing.fake.declaration import (
+    GroupDeclaration,
+    check_alone,
+    check_groups,
+    check_interfaces,
+    default_groups,
+)
 from pyvfio.testing.fake.descriptors import Descriptors
-from pyvfio.testing.fake.device import FakeDevice, PciDevice
-from pyvfio.testing.fake.dma import DeviceSlot, DmaFault, DmaPath
+from pyvfio.testing.fake.device import PciDevice, is_vfio_driver
+from pyvfio.testing.fake.dma import DmaFault
 from pyvfio.testing.fake.feature import makes_descriptor
-from pyvfio.testing.fake.group import Container, DeviceHandle, Group, Handler, device_behind
+from pyvfio.testing.fake.group import Container, Group, Handler, device_behind
 from pyvfio.testing.fake.iommu import IommuModel, iommu_model
+from pyvfio.testing.fake.iommufd import Iommufd
+from pyvfio.testing.fake.machine import Machine
 from pyvfio.testing.fake.memory import MemoryCalls
-from pyvfio.testing.fake.pci_device import FakePciDevice
-from pyvfio.testing.fake.pins import Mapped, Pins, Violation
-from pyvfio.testing.fake.process import AddressArgument, BufferArgument, FileAreas, refuse
+from pyvfio.testing.fake.noiommu import FramesOfProcess, NoIommu, without_huge_pages
+from pyvfio.testing.fake.pins import Mapped, Pins, Violation, describe
+from pyvfio.testing.fake.process import AddressArgument, BufferArgument, FileAreas
 from pyvfio.testing.fake.record import KEPT, Failure, Record
 from pyvfio.testing.fake.tree import Tree
 from pyvfio.testing.fake.unmodelled import unmodelled_part
@@ -35,20 +43,39 @@ _GET_DEVICE_FD = ioctls.VFIO_GROUP_GET_DEVICE_FD
 
 
 class FakeKernel(MemoryCalls):
-    """A kernel with VFIO and an IOMMU, for tests on a machine that has none.
+    """A kernel with VFIO and an IOMMU, for tests on a machine without them.
 
-    It answers VFIO's system calls as Linux `version` ("6.1", "6.12" or "7.3") does, in the kernel's order of checks;
-    calls on process memory are the real ones. `iommu` is "intel" (39 bits), "intel48", "amd", "virtio" or an
-    `IommuModel`. `groups` are (number, devices) pairs; without it groups 2 and 3 with an edu each, 0000:00:02.0 and
-    0000:00:03.0, bound to vfio-pci. ValueError when they cannot be.
+    The fake answers the system calls of VFIO as Linux `version` ("6.1", "6.12" or "7.3") does, in the order of checks
+    of that kernel. Calls on process memory are real. `iommu`: "intel" (39 bits), "intel48", "amd", "virtio" or an
+    `IommuModel`; "none": the machine has none, and `noiommu` is VFIO's mode for that. `groups`: (number, devices)
+    pairs. By default, groups 2 and 3 have an edu each, 0000:00:02.0 and 0000:00:03.0, bound to vfio-pci. `iommufd`: the
+    kernel also has /dev/iommu and a node for each device, as a kernel built with CONFIG_IOMMUFD and
+    CONFIG_VFIO_DEVICE_CDEV ("6.12" and "7.3"). `type1=False`: the kernel has only these, no containers and no nodes of
+    groups. Raises ValueError for arguments that no machine can have.
 
-    Descriptors are real, so that a leak shows in /proc/self/fd; one that is closed past the seam (os.close) is noticed
-    at the next call, and whatever has its number by then is neither answered for nor closed. `shutdown`, also as a
-    context manager's end, closes what is open and removes `sysfs` and `dev`. In a forked child, closing a descriptor
-    closes it there and nothing else; other VFIO calls are a RuntimeError, for the fake's state is the parent's.
+    Descriptors are real, so that a leak shows in /proc/self/fd. If a descriptor is closed past the seam (os.close), the
+    next call notices. Another file with the same number is then neither answered for nor closed. `shutdown`, also at
+    the end of a `with`, closes all open descriptors and removes `sysfs` and `dev`. In a forked child, a close closes
+    the descriptor in the child and changes nothing else. Other VFIO calls there raise RuntimeError, since the state
+    belongs to the parent.
 
-    Synchronization: one lock; any thread may call anything, and callbacks of devices may call back. As in a kernel, no
-    signal handler and no finalizer runs in the middle of a call: it would wait for locks of a thread that waits here.
+    Synchronization: one lock. Any thread may make any call, and callbacks of devices may call the fake. As in a kernel,
+    no signal handler and no finalizer runs in the middle of a call: they would wait for locks of a waiting thread.
+
+    Example:
+        >>> import pyvfio
+        >>> kernel = pyvfio.testing.FakeKernel("6.1", iommu="amd")
+        >>> device = pyvfio.open_device("0000:00:02.0", kernel=kernel)
+        >>> blocks = pyvfio.RamBlockList(kernel=kernel)
+        >>> mapper = pyvfio.DmaMapper(device.space, blocks)
+        >>> ring = blocks.add("ring", used_length=4096, max_length=pyvfio.MIB)
+        >>> with ring.view(0, 5) as memory:
+        ...     memory[:] = b"hello"
+        >>> device.bus_master = True
+        >>> kernel.dma_read("0000:00:02.0", mapper.iova(ring), 5)
+        b'hello'
+        >>> [call.request for call in kernel.trace if "DMA" in call.request]
+        ['VFIO_IOMMU_UNMAP_DMA', 'VFIO_IOMMU_MAP_DMA']
     """
 
     def __init__(
@@ -57,13 +84,17 @@ class FakeKernel(MemoryCalls):
         *,
         iommu: IommuModel | str = "intel",
         groups: Sequence[GroupDeclaration] | None = None,
+        iommufd: bool = False,
+        type1: bool = True,
     ) -> None:
         declared = default_groups() if groups is None else list(groups)
         check_groups(declared)
         if not isinstance(iommu, str | IommuModel):
-            raise ValueError(f"iommu is intel, intel48, amd, virtio or an IommuModel, not {iommu!r}")  # noqa: TRY004
+            raise ValueError(f"iommu is intel, intel48, amd, virtio, none or an IommuModel, not {iommu!r}")  # noqa: TRY004
         self._version = kernel_version(version)
-        self._model = iommu_model(iommu, self._version) if isinstance(iommu, str) else iommu
+        check_interfaces(self._version, iommufd=iommufd, type1=type1)
+        if iommu == "none":
+            check_alone(declared)
         lock, record = threading.RLock(), Record()
         super().__init__(
             lock=lock,
@@ -71,30 +102,30 @@ class FakeKernel(MemoryCalls):
             pins=Pins(file_areas=FileAreas() if self._version.refuses_tracked_files else None),
             record=record,
         )
-        self._dma = DmaPath(self._pins.violations)
-        self._groups = {number: self._group(number, devices) for number, devices in declared}
+        self._machine = Machine(
+            declared,
+            version=self._version,
+            model=iommu_model(iommu, self._version) if isinstance(iommu, str) else iommu,
+            iommufd=iommufd,
+            type1=type1,
+            lock=lock,
+            descriptors=self._descriptors,
+            pins=self._pins,
+            record=record,
+            noiommu=NoIommu() if iommu == "none" else None,
+        )
+        self._dma = self._machine.dma
         self._tree: Tree | None = None
         self._finalizer = weakref.finalize(self, _finalize, self._descriptors, self._pins)
         self.trace = record.trace
-        """Each call on the seam, in their order, with what it returned."""
+        """All calls on the seam, in order, with the results."""
         self.unmodelled = record.unmodelled
-        """What was asked for that the fake only seems to do, or does not have: once each, with a warning in the log."""
-
-    def _group(self, number: int, devices: Sequence[FakeDevice | FakePciDevice]) -> Group:
-        declared = [device.declaration if isinstance(device, FakePciDevice) else device for device in devices]
-        # A weak reference: the group must not keep the kernel, or the finalizer would wait for the garbage collector.
-        group = Group(
-            number, [PciDevice(device, self._version, self._lock) for device in declared], weakref.proxy(self)
-        )
-        for device, live in zip(devices, group.devices, strict=True):
-            live.on_bars_gone = self._pins.bars_gone
-            self._dma.devices[live.bdf] = live
-            if isinstance(device, FakePciDevice):
-                device._plug(DeviceSlot(self._dma, group, live, self._lock))
-        return group
+        """The requests that the fake accepts without effect, or refuses although a kernel knows them. Each is listed
+        and logged once, as a warning.
+        """
 
     def __repr__(self) -> str:
-        devices = sum(len(group.devices) for group in self._groups.values())
+        devices = len(self.bdfs)
         mapped = [mapping.size for mapping in self.mappings()]
         return (
             f"<{type(self).__name__} {self._version.name}: {devices} devices, "
@@ -111,10 +142,10 @@ class FakeKernel(MemoryCalls):
 
     @uninterrupted()
     def shutdown(self) -> None:
-        """Close every VFIO descriptor that is left and remove `sysfs` and `dev`. Twice is fine; nothing in a child.
+        """Close all open VFIO descriptors, and remove `sysfs` and `dev`; twice is fine. Does nothing in a child.
 
-        Whoever still holds one of them may close it once: nothing happens then. Any other use is a RuntimeError, but
-        for calls on memory and on descriptors that are not VFIO's.
+        The holder of a descriptor may close the descriptor once more, without effect. Other calls raise RuntimeError,
+        except calls on memory and on descriptors of other files.
         """
         if self._descriptors.in_child:
             return
@@ -129,22 +160,32 @@ class FakeKernel(MemoryCalls):
 
     @property
     def version(self) -> KernelVersion:
-        """Which kernel this is."""
+        """The kernel that the fake models."""
         return self._version
 
     @property
     def iommu(self) -> IommuModel:
-        """The IOMMU in front of every device."""
-        return self._model
+        """The IOMMU in front of all devices."""
+        return self._machine.iommu
+
+    @property
+    def noiommu(self) -> NoIommu:
+        """No-IOMMU mode: whether the mode is on, the rights of the process, and physical memory.
+
+        Huge pages are ordinary memory, so that tests need none. Raises ValueError for a machine with an IOMMU.
+        """
+        if self._machine.noiommu is None:
+            raise ValueError('the fake machine has an IOMMU: FakeKernel(..., iommu="none") has none')
+        return self._machine.noiommu
 
     @property
     def bdfs(self) -> tuple[str, ...]:
-        """The PCI addresses of all devices, in the order of their declaration."""
-        return tuple(device.bdf for group in self._groups.values() for device in group.devices)
+        """The PCI addresses of all devices, in the order of the declaration."""
+        return tuple(device.bdf for _group, device in self._machine.places.values())
 
     @property
     def memlock_limit(self) -> int | None:
-        """RLIMIT_MEMLOCK in bytes (None: unlimited, as it is at first); may be set at any time."""
+        """RLIMIT_MEMLOCK in bytes; None, the default, means unlimited. Can be set at any time."""
         return self._pins.limit
 
     @memlock_limit.setter
@@ -156,7 +197,7 @@ class FakeKernel(MemoryCalls):
 
     @property
     def privileged(self) -> bool:
-        """CAP_IPC_LOCK, which lifts the limit; may be set at any time, False at first."""
+        """Whether the process has CAP_IPC_LOCK, which lifts the limit. Can be set at any time; the default is False."""
         return self._pins.privileged
 
     @privileged.setter
@@ -165,26 +206,61 @@ class FakeKernel(MemoryCalls):
 
     @property
     def dma_entry_limit(self) -> int:
-        """How many mappings a container holds whose IOMMU is set from now on; may be set at any time."""
-        return self._model.dma_entry_limit
+        """The mapping limit of containers whose IOMMU is set from now on. Can be set at any time."""
+        return self._machine.iommu.dma_entry_limit
 
     @dma_entry_limit.setter
     def dma_entry_limit(self, limit: int) -> None:
-        self._model = replace(self._model, dma_entry_limit=limit)
+        self._machine.iommu = replace(self._machine.iommu, dma_entry_limit=limit)
+
+    @property
+    def allow_unsafe_interrupts(self) -> bool:
+        """The module parameter of iommufd: without, a bind is EPERM if the IOMMU remaps no interrupts (amd, virtio).
+
+        Can be set at any time; the default is True.
+        """
+        return self._machine.allow_unsafe_interrupts
+
+    @allow_unsafe_interrupts.setter
+    @uninterrupted()
+    def allow_unsafe_interrupts(self, allow: bool) -> None:
+        with self._lock:
+            self._machine.allow_unsafe_interrupts = allow
+            if self._tree is not None:
+                self._tree.show_parameter(allow=allow)
+
+    @property
+    def may_set_limits(self) -> bool:
+        """Whether the process has CAP_SYS_RESOURCE, which IOMMU_OPTION_RLIMIT_MODE requires. The default is True."""
+        return self._machine.may_set_limits
+
+    @may_set_limits.setter
+    def may_set_limits(self, may: bool) -> None:
+        self._machine.may_set_limits = may
+
+    @property
+    def pinned(self) -> int:
+        """The bytes that iommufd has pinned, as VmPin counts; type1 does not count there."""
+        return self._pins.pinned
+
+    @property
+    def charged_to_user(self) -> int:
+        """The bytes that iommufd charges to the user, which `memlock_limit` limits. No file of a kernel shows them."""
+        return self._pins.by_user
 
     @property
     def violations(self) -> list[Violation]:
-        """Each time that memory went away while a device could reach it."""
+        """All cases in which memory was released while a device could reach the memory."""
         return self._pins.violations
 
     @property
     def faults(self) -> list[DmaFault]:
-        """Each access of a device that was stopped: by the IOMMU, or because bus mastering was off."""
+        """All DMA accesses that were stopped: by the IOMMU, or because bus mastering was off."""
         return self._dma.faults
 
     @property
     def on_fault(self) -> Callable[[DmaFault], object] | None:
-        """Called with each fault when it happens, with the fake's lock held; may be set at any time, None at first."""
+        """Called with each fault at once, under the lock of the fake. Can be set at any time; the default is None."""
         return self._dma.on_fault
 
     @on_fault.setter
@@ -193,42 +269,30 @@ class FakeKernel(MemoryCalls):
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        """The VFIO descriptors that are open."""
+        """The open VFIO descriptors."""
         return tuple(self._descriptors.files)
 
     @uninterrupted()
     def check(self) -> None:
-        """AssertionError when memory went away under a mapping, through the seam or so that it shows: each live mapping
-        is looked at. And when the fake itself is not in order. O(n) of the mappings; reads /proc/self/maps."""
+        """Check each live mapping, and the consistency of the fake.
+
+        Raises AssertionError if memory under a mapping was released: through the seam, or past the seam if the check
+        can see the change. The error names the first of `violations`. Cost: O(n log n) for n mappings; reads
+        /proc/self/maps.
+        """
         with self._lock:
-            self._check_state()
+            self._machine._check_state()
             self._pins.look_at_all()
         if self.violations:
-            raise AssertionError("; ".join(map(str, self.violations)))
-
-    def _check_state(self) -> None:
-        containers = {handler for handler in self._descriptors.files.values() if isinstance(handler, Container)}
-        containers |= {group.container for group in self._groups.values() if group.container is not None}
-        tables = [container.iommu for container in containers if container.iommu is not None]
-        for container in containers:
-            assert container.groups or container.iommu is None, "an IOMMU without a group"
-            assert all(group.container is container for group in container.groups)
-        for iommu in tables:
-            iommu._check()
-        self._pins._check([entry for iommu in tables for entry in iommu.visible()], sum(i.charged() for i in tables))
-        for group in self._groups.values():
-            assert group.container is None or group in group.container.groups
-            assert group.fd is None or self._descriptors.files.get(group.fd) is group
-            for device in group.devices:
-                assert all(isinstance(self._descriptors.files.get(fd), DeviceHandle) for fd in device.descriptors)
+            raise AssertionError(describe(self.violations))
 
     @property
     def planned_failures(self) -> tuple[str, ...]:
-        """What `fail` was asked for and has not happened yet, in words."""
+        """The failures that `fail` has planned and that have not happened yet, in words."""
         return tuple(map(str, self._record.failures))
 
     def clear_trace(self) -> None:
-        """Forget the calls so far."""
+        """Clear `trace`."""
         self.trace.clear()
 
     def fail(
@@ -240,162 +304,136 @@ class FakeKernel(MemoryCalls):
         nth: int = 1,
         after: bool = False,
     ) -> None:
-        """Let a call fail with `errno`: the `nth` from now that matches, before (or `after`) it took effect.
+        """Make a call fail with `errno`: the `nth` matching call from now on, before the call takes effect or `after`.
 
-        A descriptor or a register window that was made is closed when the call fails after it; close always closes.
+        If a call fails after the effect, the new descriptor or register window is closed. A failing close always closes
+        the descriptor.
 
-        `call` is a method of `Kernel`, None any of them; `request` limits an ioctl to a number or, as numbers repeat
-        between containers and devices, to a name in C. ValueError for what cannot match. `planned_failures` has what
-        has not happened, `clear_failures` forgets it.
+        `call` is a method of `Kernel`; None matches all methods. `request` limits an ioctl to a number or a C name:
+        numbers repeat between containers and devices. Raises ValueError for arguments that match no call.
+        `planned_failures` lists the failures that have not happened, and `clear_failures` cancels them.
         """
         self._record.failures.plan(Failure(call, request, nth, errno, after))
 
     def clear_failures(self) -> None:
-        """Let nothing fail any more."""
+        """Cancel all planned failures."""
         self._record.failures.clear()
 
     @uninterrupted()
     def bind(self, bdf: str, driver: str | None) -> None:
-        """Give a device to another driver (None: to none), in sysfs too; ValueError when there is no such device.
+        """Bind a device to another driver (None: to no driver), in sysfs too. Raises ValueError for an unknown device.
 
-        While its group is in use a kernel driver's probe fails and the device stays without one, as in
+        While the group of the device is in use, the probe of a kernel driver fails and the device has no driver, as in
         `iommu_device_use_default_domain`.
         """
         self._descriptors.check_usable()
-        group, device = self._find(bdf)
+        group, device = self._machine.find(bdf)
         with self._lock:
             device.driver = driver
             device.renew_vf_token()
-            if group.container is not None and not group.viable:
+            if self._machine.noiommu is not None and not self._machine.noiommu.enabled and is_vfio_driver(driver):
+                device.driver = None
+            if group.claimed and not group.viable:
                 device.driver = None
             if self._tree is not None:
                 self._tree.bind(group, device)
 
     @uninterrupted()
     def pull_out(self, bdf: str) -> None:
-        """Surprise removal: a device goes while it may be open; ValueError when there is no such device.
+        """Remove a device by surprise, even while the device is open. Raises ValueError for an unknown device.
 
-        Its BARs and most of its configuration space read all ones, writes are lost, and the device does no DMA and
-        raises no interrupt. The kernel answers for the vendor, the BARs and the capability list, and sysfs shows the
-        device, as where no hotplug driver notices.
+        BARs and most of the configuration space then read all ones, and writes are lost. The device does no DMA and
+        raises no interrupt. The kernel still answers for the vendor, the BARs and the capability list. The device stays
+        in sysfs, as if no hotplug driver noticed the removal.
         """
         self._descriptors.check_usable()
         with self._lock:
-            self._find(bdf)[1].pull_out()
+            self._machine.find(bdf)[1].pull_out()
 
     @uninterrupted()
     def ask_for(self, bdf: str) -> None:
-        """The kernel wants a device back, as when it is removed or unbound: VFIO_PCI_REQ_IRQ_INDEX is signalled.
-        ValueError when there is no such device."""
+        """Request a device back, as a kernel does before a removal or an unbind: VFIO_PCI_REQ_IRQ_INDEX is signalled.
+
+        Raises ValueError for an unknown device.
+        """
         self._descriptors.check_usable()
         with self._lock:
-            self._find(bdf)[1].irqs.request()
+            self._machine.find(bdf)[1].irqs.request()
 
     @uninterrupted()
     def mappings(self, bdf: str | None = None) -> tuple[Mapped, ...]:
-        """What devices can reach, by IOVA: all containers, or what `bdf` can; ValueError when it does not exist."""
-        groups = list(self._groups.values()) if bdf is None else [self._find(bdf)[0]]
+        """Return the mappings that devices can reach, by IOVA: of all containers and address spaces, or of `bdf`.
+
+        Without an IOMMU nothing is mapped. Raises ValueError for an unknown device.
+        """
+        if self._machine.noiommu is not None:
+            return ()
+        groups = list(self._machine.groups.values()) if bdf is None else [self._machine.find(bdf)[0]]
         with self._lock:
-            tables = {id(g.container): g.container.iommu.table for g in groups if g.container and g.container.iommu}
+            translations = [group.translation for group in groups]
+            tables = {id(each.table): each.table for each in translations if each is not None}
             return tuple(sorted(entry for table in tables.values() for entry in table))
 
     @uninterrupted()
     def interrupt(self, bdf: str, vector: int = 0) -> None:
-        """The device raises an interrupt: what is enabled of INTx, MSI and MSI-X signals its eventfd. ValueError for a
-        vector that the device does not have."""
+        """Raise an interrupt of a device: the enabled one of INTx, MSI and MSI-X signals the eventfd.
+
+        Raises ValueError for a vector that the device does not have.
+        """
         self._descriptors.check_usable()
         with self._lock:
-            device = self._find(bdf)[1]
+            device = self._machine.find(bdf)[1]
             device.check_vector(vector)
             if not device.gone:
                 device.irqs.raise_interrupt(vector)
 
     @uninterrupted()
     def dma_read(self, bdf: str, iova: int, size: int) -> bytes:
-        """A device reads memory, whatever its bus master bit says (that of a `FakePciDevice` counts for what it does
-        itself); DmaFault where the IOMMU stops it, AssertionError where the memory is gone."""
+        """Read memory as a device. Bus mastering is not checked; a `FakePciDevice` checks its own accesses.
+
+        Raises DmaFault if the IOMMU stops the access, and AssertionError if the memory is gone.
+        """
         self._descriptors.check_usable()
         with self._lock:
-            return self._dma.read(*self._find(bdf), iova=iova, size=size)
+            return self._dma.read(*self._machine.find(bdf), iova=iova, size=size)
 
     @uninterrupted()
     def dma_write(self, bdf: str, iova: int, data: bytes) -> None:
-        """The device writes memory; as `dma_read`. What comes before the stopped byte has been written."""
+        """Write memory as a device, as `dma_read` reads. Bytes before the stopped byte are written."""
         self._descriptors.check_usable()
         with self._lock:
-            self._dma.write(*self._find(bdf), iova=iova, data=data)
-
-    def _find(self, bdf: str) -> tuple[Group, PciDevice]:
-        for group in self._groups.values():
-            for device in group.devices:
-                if device.bdf == bdf:
-                    return group, device
-        raise ValueError(f"the fake kernel has no device {bdf}")
-
-    # -------------------------------------------------------------------------------- what groups need of the kernel
-
-    def container(self, fd: int) -> Container | None:
-        """The container behind a descriptor, None when it is another file; EBADF when it is not open."""
-        handler = self._descriptors.find(fd)
-        if handler is None:
-            _check_open(fd)
-        return handler if isinstance(handler, Container) else None
-
-    def group_number(self, fd: int) -> int | None:
-        """The number of the group behind a descriptor, None when it is another file; EBADF when it is not open."""
-        handler = self._descriptors.find(fd)
-        if handler is None:
-            _check_open(fd)
-        return handler.number if isinstance(handler, Group) else None
-
-    def on_bus_of(self, bdf: str) -> list[tuple[int, PciDevice]]:
-        """The devices on the bus of one, itself too, by address, with the numbers of their groups."""
-        bus = bdf.rpartition(":")[0]
-        devices = [(group.number, device) for group in self._groups.values() for device in group.devices]
-        return sorted((each for each in devices if each[1].bdf.rpartition(":")[0] == bus), key=lambda each: each[1].bdf)
-
-    def device_at(self, bdf: str) -> PciDevice | None:
-        """The device at that address, if there is one."""
-        return next((each for group in self._groups.values() for each in group.devices if each.bdf == bdf), None)
-
-    def virtual_functions(self, bdf: str) -> list[PciDevice]:
-        """Those of a physical function."""
-        return [each for group in self._groups.values() for each in group.devices if each.declared.pf == bdf]
-
-    def adopt(self, fd: int, handler: Handler) -> None:
-        """From now on `handler` answers for `fd`."""
-        self._descriptors.adopt(fd, handler)
+            self._dma.write(*self._machine.find(bdf), iova=iova, data=data)
 
     # ------------------------------------------------------------------------------------------------ descriptors
 
     def _directories(self) -> Tree:
         self._descriptors.check_usable()
         if self._tree is None:
-            self._tree = Tree(tuple(self._groups.values()), self._model)
+            self._tree = Tree(self._machine)
         return self._tree
 
     @property
     @uninterrupted()
     def sysfs(self) -> Path:
-        """Its sysfs: a directory."""
+        """The directory that stands for /sys."""
         with self._lock:
             return self._directories().sys
 
     @property
     @uninterrupted()
     def dev(self) -> Path:
-        """Its /dev: a directory."""
+        """The directory that stands for /dev."""
         with self._lock:
             return self._directories().dev
 
     @property
     def proc(self) -> Path:
-        """The machine's own: this process is on it."""
+        """The real /proc, since this process runs on the real machine."""
         return self._linux.proc
 
     @uninterrupted()
     def open(self, path: str, flags: int) -> int:
-        """A container, a group (EBUSY, `vfio_group_fops_open`), or any other file."""
+        """Open a container, an iommufd, a group, a device or any other file. EBUSY for a group that is in use."""
         self._descriptors.check_usable()
         with self._lock:
             return self._record.observed(
@@ -403,29 +441,21 @@ class FakeKernel(MemoryCalls):
             )
 
     def _open(self, path: str, flags: int) -> int:
-        self._descriptors.sweep()  # a group whose descriptor is gone is not busy
+        self._descriptors.sweep()  # A group whose descriptor was closed past the seam is not busy.
         fd = self._linux.open(path, flags)
         self._descriptors.given_out(fd)
-        node = Path(path)
-        if node.parent != self.dev / "vfio":
+        if self._machine.noiommu is not None and path == str(self.proc / "self/pagemap"):
+            self._descriptors.adopt(fd, FramesOfProcess(self._machine.noiommu))
             return fd
-        if node.name == "vfio":
-            self._descriptors.adopt(fd, Container(version=self._version, machine=weakref.proxy(self), pins=self._pins))
-        elif node.name.isdecimal() and int(node.name) in self._groups:
-            self._open_group(self._groups[int(node.name)], fd)
-        return fd
-
-    def _open_group(self, group: Group, fd: int) -> None:
-        if group.busy:
-            os.close(fd)
-            refuse(errno.EBUSY)
-        group.fd = fd
-        self._descriptors.adopt(fd, group)
+        node = os.path.relpath(path, self.dev) if os.path.isabs(path) else ""
+        return self._machine.open_node(node, fd)
 
     @uninterrupted()
     def close(self, fd: int | None = None) -> None:
-        """Close a descriptor: of a group and a device, also what hangs on it. It is closed also when the call is made
-        to fail, as on Linux. Without a descriptor, `shutdown`."""
+        """Close a descriptor, and for a group or device all dependent state; without a descriptor, call `shutdown`.
+
+        A planned failure still closes the descriptor, as on Linux.
+        """
         if fd is None:
             self.shutdown()
         elif self._descriptors.in_child:
@@ -437,11 +467,11 @@ class FakeKernel(MemoryCalls):
 
     @uninterrupted()
     def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
-        """Answered by what is behind `fd`; a descriptor that is not VFIO's goes to the running kernel."""
+        """Pass the ioctl to the object behind `fd`, or to the running kernel if `fd` is no VFIO descriptor."""
         handler = self._descriptors.find(fd)
         if handler is None:
             return self._linux.ioctl(fd, request, argument)
-        if not isinstance(handler, Container):  # these look at other descriptors, and duplicate them
+        if not isinstance(handler, Container | Iommufd):  # these read and duplicate other descriptors
             with self._lock:
                 self._descriptors.sweep()
         number = request & 0xFFFF_FFFF  # the kernel's cmd is an unsigned int
@@ -453,7 +483,8 @@ class FakeKernel(MemoryCalls):
             given = seen.read(min(seen.size, KEPT))
         with self._lock:
             name = handler.request_name(number)
-            self._record.warn(unmodelled_part(self._version, name, given))
+            noiommu = self._machine.noiommu is not None
+            self._record.warn(unmodelled_part(self._version, name, given, noiommu=noiommu))
             undo = self._undo_of(handler, number, given)
             answer = self._record.observed(
                 "ioctl",
@@ -472,25 +503,23 @@ class FakeKernel(MemoryCalls):
             self._descriptors.given_out(fd)
 
     def _undo_of(self, handler: Handler, number: int, given: int | bytes) -> Callable[[int], object] | None:
-        """What closes the descriptor that an ioctl has made; None where it has made none."""
+        """Return the function that closes the descriptor which an ioctl makes; None for other ioctls."""
         if isinstance(handler, Group) and number == _GET_DEVICE_FD:
             return self._descriptors.close
         return os.close if makes_descriptor(handler.request_name(number), given) else None
 
     @uninterrupted()
     def pread(self, fd: int, size: int, offset: int) -> bytes:
-        """Registers and configuration space of a device; EINVAL on containers and groups."""
+        """Read registers or configuration space of a device. Raises EINVAL for containers and groups."""
         handler = self._descriptors.find(fd)
         if handler is None:
             return self._linux.pread(fd, size, offset)
         with self._lock:
-            return self._record.observed(
-                "pread", (fd, size, offset), lambda: device_behind(handler).pread(fd, size, offset)
-            )
+            return self._record.observed("pread", (fd, size, offset), lambda: _behind(handler).pread(fd, size, offset))
 
     @uninterrupted()
     def pwrite(self, fd: int, data: bytes, offset: int) -> int:
-        """As `pread`."""
+        """Write as `pread` reads."""
         handler = self._descriptors.find(fd)
         if handler is None:
             return self._linux.pwrite(fd, data, offset)
@@ -501,7 +530,7 @@ class FakeKernel(MemoryCalls):
 
     @uninterrupted()
     def registers(self, fd: int, offset: int, size: int) -> Registers:
-        """A BAR: its callbacks, or plain memory; EINVAL where it cannot be mapped."""
+        """Map a BAR: the callbacks of the BAR, or plain memory. Raises EINVAL if the BAR cannot be mapped."""
         handler = self._descriptors.find(fd)
         if handler is None:
             return self._linux.registers(fd, offset, size)
@@ -517,9 +546,13 @@ class FakeKernel(MemoryCalls):
         self._pins.device_memory_is_mapped = True
         return device.registers(self._linux, fd, offset, size, lock=self._lock)
 
+    def memfd_create(self, name: str, flags: int) -> int:
+        """Make a real memfd. Without an IOMMU, ordinary memory stands for huge pages of 2 MiB."""
+        return super().memfd_create(name, flags if self._machine.noiommu is None else without_huge_pages(flags))
+
     @uninterrupted()
     def eventfd(self, initial: int, flags: int) -> int:
-        """A real one."""
+        """Make a real eventfd."""
         with self._lock:
             fd = self._record.observed(
                 "eventfd", (initial, flags), lambda: self._linux.eventfd(initial, flags), undo=os.close
@@ -528,30 +561,46 @@ class FakeKernel(MemoryCalls):
             return fd
 
     def eventfd_read(self, fd: int) -> int:
-        """Of a real one; may block."""
-        return self._record.observed("eventfd_read", (fd,), lambda: self._linux.eventfd_read(fd))
+        """Read a real eventfd. The call can block."""
+        return _read_eventfd(self._record, self._linux, fd)[0]
 
     def eventfd_write(self, fd: int, value: int) -> None:
-        """Of a real one."""
+        """Write a real eventfd."""
         self._record.observed("eventfd_write", (fd, value), lambda: self._linux.eventfd_write(fd, value))
 
     def poll(self, fd: int, timeout: float | None, *others: int) -> tuple[int, ...]:
-        """The real one; may block."""
+        """Poll real descriptors. The call can block."""
         return self._record.observed("poll", (fd, *others), lambda: self._linux.poll(fd, timeout, *others))
 
+    def poller(self, *fds: int) -> Poll:
+        """Return a poller as of `poll`. Calls of the poller are in the trace."""
+
+        def wait(timeout: float | None) -> list[tuple[int, int]]:
+            seconds = None if timeout is None else timeout / 1000
+            return [(fd, select.POLLIN) for fd in self.poll(fds[0], seconds, *fds[1:])]
+
+        return wait
+
     def memlock(self) -> Memlock:
-        """The fake's own: `memlock_limit` in whole pages, the sum of live mappings, `privileged`."""
+        """Return the values of the fake: `memlock_limit` in whole pages, the sum of live mappings, `privileged`."""
         if self._descriptors.in_child:
             self._descriptors.check_usable()
         answer = Memlock(limit=self._pins.page_limit, used=self._pins.used, privileged=self._pins.privileged)
         return self._record.observed("memlock", (), lambda: answer)
 
 
-def _check_open(fd: int) -> None:
-    try:
-        os.fstat(fd)
-    except (OSError, OverflowError):
-        refuse(errno.EBADF)
+def _behind(handler: Handler) -> PciDevice | FramesOfProcess:
+    return handler if isinstance(handler, FramesOfProcess) else device_behind(handler)
+
+
+def _write_back(read: tuple[int, int]) -> None:
+    os.eventfd_write(read[1], read[0])
+
+
+@uninterrupted(_write_back)
+def _read_eventfd(record: Record, linux: LinuxKernel, fd: int) -> tuple[int, int]:
+    """Return the value and the descriptor, so that the value is written back if a signal handler raises."""
+    return record.observed("eventfd_read", (fd,), lambda: linux.eventfd_read(fd)), fd
 
 
 def _finalize(descriptors: Descriptors, pins: Pins) -> None:

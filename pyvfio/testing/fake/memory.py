@@ -1,4 +1,4 @@
-"""Calls on the memory of this process: the real ones, but seen, for devices may reach what they take away."""
+"""Calls on the memory of this process: real, and observed, since devices may reach memory that a call releases."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _Answer = TypeVar("_Answer")
 _MAP_FIXED_NOREPLACE = 0x100000
 _MAP_SHARED = 1
 _READ_WRITE = 3
-# MADV_NORMAL to _WILLNEED, _DONTFORK to _POPULATE_WRITE, _COLLAPSE: whatever else there is takes pages away.
+# MADV_NORMAL to _WILLNEED, _DONTFORK to _POPULATE_WRITE, _COLLAPSE. All other advice can release pages.
 _HARMLESS = frozenset((0, 1, 2, 3, *range(10, 24), 25))
 
 
 class MemoryCalls:
-    """The part of a `Kernel` that is about process memory, and about the files that it is made of.
+    """The part of a `Kernel` that concerns process memory, and the files of that memory.
 
-    In a forked child they are the real ones and no more.
+    In a forked child the calls are not observed.
     """
 
     def __init__(self, *, lock: threading.RLock, descriptors: Descriptors, pins: Pins, record: Record) -> None:
@@ -40,7 +40,10 @@ class MemoryCalls:
         self._record = record
 
     def mmap(self, vaddr: int, size: int, protection: int, flags: int, *, fd: int = -1, offset: int = 0) -> Vaddr:
-        """The real one, seen: with MAP_FIXED it takes away what is there. A BAR is memory without side effects."""
+        """Map memory; the call is real and observed. MAP_FIXED releases the former memory.
+
+        A BAR is memory without side effects.
+        """
 
         def act() -> Vaddr:
             handler = self._descriptors.find(fd)
@@ -49,7 +52,7 @@ class MemoryCalls:
                     refuse(errno.EINVAL)
                 bar = device_behind(handler).declared.bars[device_behind(handler).check_mmap(offset, size)]
                 if bar.read is not None:
-                    self._record.warn(Unmodelled("mmap", "a BAR's memory, without the registers that are in it"))
+                    self._record.warn(Unmodelled("mmap", "memory, without the registers of the BAR"))
                 self._pins.device_memory_is_mapped = True
             return self._linux.mmap(vaddr, size, protection, flags, fd=fd, offset=offset)
 
@@ -58,7 +61,7 @@ class MemoryCalls:
         return self._memory_call("mmap", given, act, takes=_READ_WRITE if replaces else 0)
 
     def mprotect(self, vaddr: int, size: int, protection: int) -> None:
-        """The real one, seen: it takes away memory whose rights a mapping has and it no longer."""
+        """Change access rights; the call is real and observed. Mappings that need a removed right lose the memory."""
         self._memory_call(
             "mprotect",
             (vaddr, size, protection),
@@ -67,7 +70,7 @@ class MemoryCalls:
         )
 
     def madvise(self, vaddr: int, size: int, advice: int) -> None:
-        """The real one, seen: discarding takes memory away."""
+        """Advise; the call is real and observed. Discarding releases memory."""
         self._memory_call(
             "madvise",
             (vaddr, size, advice),
@@ -76,12 +79,12 @@ class MemoryCalls:
         )
 
     def munmap(self, vaddr: int, size: int) -> None:
-        """The real one, seen."""
+        """Unmap memory; the call is real and observed."""
         self._memory_call("munmap", (vaddr, size), lambda: self._linux.munmap(vaddr, size), takes=_READ_WRITE)
 
     @uninterrupted()
     def _memory_call(self, call: str, given: tuple[int, ...], action: Callable[[], _Answer], *, takes: int) -> _Answer:
-        """`takes`: PROT_* bits; mappings that have one of them lose the memory."""
+        """Make a call. `takes`: PROT_* bits; mappings that have one of these bits lose the memory."""
         if self._descriptors.in_child:
             return action()
         with self._lock:
@@ -100,34 +103,34 @@ class MemoryCalls:
                 return self._record.observed(call, given, act)
             finally:
                 if made and takes:
-                    # A call that fails may have come half way: what is left of the memory tells, but for madvise, which
-                    # goes on behind a hole and says ENOMEM at the end.
+                    # A failed call can have done a part of the work, so the remaining memory is checked. Not so for
+                    # madvise with ENOMEM, which continues behind a hole and fails at the end.
                     asked = bool(number) and (call, number) != ("madvise", errno.ENOMEM)
                     self._pins.gone(call, vaddr=given[0], size=given[1], takes=takes, only_lost=asked)
 
     def mlockall(self, flags: int) -> None:
-        """The real one."""
+        """Make the real call."""
         self._record.observed("mlockall", (flags,), lambda: self._linux.mlockall(flags))
 
     def munlockall(self) -> None:
-        """The real one."""
+        """Make the real call."""
         self._record.observed("munlockall", (), self._linux.munlockall)
 
     def munlock(self, vaddr: int, size: int) -> None:
-        """The real one."""
+        """Make the real call."""
         self._record.observed("munlock", (vaddr, size), lambda: self._linux.munlock(vaddr, size))
 
     def mlocked(self) -> int:
-        """0: what the process locks is not counted here, by `memlock` either."""
+        """Return 0: memory that the process locks is not counted, nor does `memlock` count such memory."""
         return self._record.observed("mlocked", (), lambda: 0)
 
     def resident(self, vaddr: int, size: int) -> int:
-        """The real one."""
+        """Make the real call."""
         return self._record.observed("resident", (vaddr, size), lambda: self._linux.resident(vaddr, size))
 
     @uninterrupted()
     def memfd_create(self, name: str, flags: int) -> int:
-        """The real one."""
+        """Make the real call."""
         if self._descriptors.in_child:
             return self._linux.memfd_create(name, flags)
         with self._lock:
@@ -139,7 +142,7 @@ class MemoryCalls:
 
     @uninterrupted()
     def dup(self, fd: int) -> int:
-        """The real one, also of the fake's own descriptors: an object of the kernel's goes with the last descriptor."""
+        """Duplicate a descriptor, also one of the fake, whose object lives until the last descriptor is closed."""
         if self._descriptors.in_child:
             return self._linux.dup(fd)
         with self._lock:
@@ -151,11 +154,11 @@ class MemoryCalls:
             return copy
 
     def ftruncate(self, fd: int, size: int) -> None:
-        """The real one, seen: what is cut off is taken from whoever has it mapped."""
+        """Set the size of a file; the call is real and observed. Mappings of the cut part lose the memory."""
         self._file_call("ftruncate", (fd, size), lambda: self._linux.ftruncate(fd, size), fd=fd, start=size)
 
     def fallocate(self, fd: int, mode: int, offset: int, size: int) -> None:
-        """The real one, seen: a hole that is punched takes memory away."""
+        """Allocate or punch a hole; the call is real and observed. A punched hole releases memory."""
 
         def act() -> None:
             self._linux.fallocate(fd, mode, offset, size)
@@ -164,7 +167,7 @@ class MemoryCalls:
         self._file_call("fallocate", (fd, mode, offset, size), act, fd=fd, start=offset, end=end)
 
     def allocate(self, fd: int, offset: int, size: int) -> None:
-        """The real one; in the trace, and where it is to fail, it is a `fallocate`."""
+        """Allocate by the real call. The trace and planned failures name the call `fallocate`."""
 
         def act() -> None:
             self._linux.allocate(fd, offset, size)
@@ -172,20 +175,20 @@ class MemoryCalls:
         self._file_call("fallocate", (fd, 0, offset, size), act, fd=fd, start=offset, end=offset)
 
     def file_status(self, fd: int) -> FileStatus:
-        """The real one."""
+        """Make the real call."""
         return self._record.observed("file_status", (fd,), lambda: self._linux.file_status(fd))
 
     @uninterrupted()
     def _file_call(
         self, call: str, given: tuple[int, ...], action: Callable[[], None], *, fd: int, start: int, end: int = U64_MAX
     ) -> None:
-        """The pages of a file from `start` to `end` go, and what devices reach of them with them."""
+        """Make a call that releases the pages of a file from `start` to `end`, which devices may reach."""
         if self._descriptors.in_child:
             action()
             return
         with self._lock:
-            # Before, for what is behind the new end of a file has no pages to be found by.
-            areas = list(file_areas(fd, start, end)) if start < end and self._pins.used else []
+            # Looked up before the call: afterwards, pages behind the new end of the file cannot be found.
+            areas = list(file_areas(fd, start, end)) if start < end and (self._pins.used or self._pins.pinned) else []
             made = False
 
             def act() -> None:

@@ -1,7 +1,7 @@
-"""The base class for a fake PCI device that does something: registers with effects, interrupts, DMA.
+"""The base class of fake PCI devices with behaviour: registers with effects, interrupts, DMA.
 
-`FakeDevice` declares what a device looks like; a `FakePciDevice` declares that and behaves. `edu` is one, and another,
-of thirty lines, is in docs/testing-without-hardware.md.
+A `FakeDevice` declares a device; a `FakePciDevice` also behaves as one. `edu` is an example, and
+docs/testing-without-hardware.md has another, of thirty lines.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from pyvfio.units import PAGE_SIZE
 
 
 class Slot(Protocol):
-    """Where a device is plugged in: what it needs of the machine around it."""
+    """The place of a device in the fake machine: the services that a device needs."""
 
     @property
     def lock(self) -> contextlib.AbstractContextManager[object]:
-        """The fake kernel's, which any thread may take again while it has it."""
+        """The lock of the fake kernel, which is reentrant."""
         ...
 
     @property
     def command(self) -> int:
-        """PCI COMMAND, 16 bits, as the driver wrote it."""
+        """PCI COMMAND, 16 bits, as the driver wrote the register."""
         ...
 
     @property
@@ -35,38 +35,49 @@ class Slot(Protocol):
         ...
 
     def dma_read(self, *, iova: int, size: int) -> bytes:
-        """Memory through the IOMMU; DmaFault."""
+        """Read memory through the IOMMU. Raises DmaFault."""
         ...
 
     def dma_write(self, *, iova: int, data: bytes) -> None:
-        """Memory through the IOMMU; DmaFault."""
+        """Write memory through the IOMMU. Raises DmaFault."""
         ...
 
     def raise_interrupt(self, vector: int) -> None:
-        """A message, or the INTx line up."""
+        """Send a message, or raise the INTx line."""
         ...
 
     def lower_interrupt(self) -> None:
-        """The INTx line down."""
+        """Lower the INTx line."""
+        ...
+
+    def signal(self, index: int, vector: int, times: int) -> bool:
+        """Add to the eventfd of a vector, also of a masked INTx; whether the vector has one."""
         ...
 
 
 class FakePciDevice(ABC):
-    """A PCI device on a fake kernel: subclass it, and give an instance to `FakeKernel(groups=[(2, [Mine(bdf)])])`.
+    """The base class of a PCI device on a fake kernel.
 
-    Class attributes say what it is: `vendor`, `device`, `class_code`; `bar_sizes`, bytes by number of the BAR (powers
-    of two); `intx`, and how many `msi` and `msix` vectors (with `msix_bar`, where their table lies); `resettable`,
-    whether VFIO_DEVICE_RESET is there, which is also done when a driver opens the device; `pcie`; `config`, read-only
-    bytes of configuration space by offset (revision, subsystem, capabilities). ValueError for what no device can be.
+    Make a subclass and pass an instance: `FakeKernel(groups=[(2, [Mine(bdf)])])`. Class attributes declare the device:
 
-    Define `reset`, `read_register` and `write_register`. In them call `dma_read`, `dma_write`, `raise_interrupt` and
-    `lower_interrupt`; they may be called from a thread of the device's own as well. What the device does in
-    `write_register` is over before the driver's write returns: a transfer may complete at once.
+    * `vendor`, `device`, `class_code`, `pcie`: the identity.
+    * `bar_sizes`: bytes (powers of two) by the number of the BAR.
+    * `intx`: whether the device has a pin. `msi`, `msix`: the numbers of vectors. `msix_bar`: the BAR of the MSI-X
+      table.
+    * `resettable`: whether VFIO_DEVICE_RESET works. VFIO then also resets the device when a driver opens the device.
+    * `config`: read-only bytes of configuration space by offset (revision, subsystem, capabilities).
 
-    A raw mapping of a BAR (`Region.mmap`) is memory without side effects: none of this is called for it.
+    Raises ValueError for attributes that no device can have.
 
-    Synchronization: the overridden methods are called with the fake kernel's lock held, one at a time. A thread of the
-    device's own takes no lock for `dma_read` and its kin, which have it already, and `self.lock` for its own state.
+    Define `reset`, `read_register` and `write_register`. These methods, and threads of the device, can call `dma_read`,
+    `dma_write`, `raise_interrupt` and `lower_interrupt`. Effects of `write_register` complete before the write of the
+    driver returns: a transfer may complete at once.
+
+    A raw mapping of a BAR (`Region.mmap`) is memory without side effects: accesses through the mapping call no method.
+
+    Synchronization: the fake calls the overridden methods one at a time, under the lock of the fake kernel. `dma_read`,
+    `dma_write` and the interrupt methods take that lock. A thread of the device takes `self.lock` to access the state
+    of the device.
     """
 
     vendor: ClassVar[int] = 0x1234
@@ -106,51 +117,59 @@ class FakePciDevice(ABC):
 
     @abstractmethod
     def reset(self) -> None:
-        """Back to the state after power-on. Called when the device is made, by VFIO_DEVICE_RESET, and (where
-        `resettable`) when a driver opens it. Set up the device's state here."""
+        """Set the state after power-on. Set up the attributes of the device here.
+
+        Called when the device is made, by VFIO_DEVICE_RESET, and (if `resettable`) when a driver opens the device.
+        """
 
     @abstractmethod
     def read_register(self, bar: int, offset: int, width: int, /) -> int:
-        """What a load of `width` bytes (1, 2, 4, 8) at `offset` of a BAR gets. What does not fit is cut off, so that
-        -1 is all ones, as where no register is."""
+        """Return the result of a load of `width` bytes (1, 2, 4, 8) at `offset` of a BAR.
+
+        Bits above `width` bytes are cut off: return -1 for all ones, as where no register is.
+        """
 
     @abstractmethod
     def write_register(self, bar: int, offset: int, width: int, value: int, /) -> None:
-        """A store of `width` bytes at `offset` of a BAR."""
+        """Handle a store of `width` bytes at `offset` of a BAR."""
 
     # ----------------------------------------------------------------------------------------- what a device can do
 
     @property
     def lock(self) -> contextlib.AbstractContextManager[object]:
-        """The fake kernel's lock, for threads of the device's own; may be taken again by who has it."""
+        """The lock of the fake kernel, for threads of the device. The lock is reentrant."""
         return self._plugged.lock
 
     @property
     def bus_master(self) -> bool:
-        """Whether the driver lets it do DMA and send messages (PCI COMMAND, bit 2)."""
+        """Whether the driver allows DMA and messages (PCI COMMAND, bit 2)."""
         return bool(self._plugged.command & 4)
 
     def dma_read(self, iova: int, size: int) -> bytes:
-        """`size` bytes of memory at `iova`.
+        """Return `size` bytes of memory at `iova`.
 
-        Raises DmaFault where it is stopped: the IOMMU has nothing there, or nothing that may be read, or bus mastering
-        is off. A device catches it and does what it does then; the fault is in `FakeKernel.faults` in any case. Raises
-        AssertionError when the process took mapped memory away, which no device can be meant to survive.
+        Raises DmaFault if the access is stopped: the IOMMU has no mapping there, or none that allows reads, or bus
+        mastering is off. The device catches the fault and reacts as hardware does. `FakeKernel.faults` has the fault in
+        any case. Raises AssertionError if the process released mapped memory, which no device can handle.
         """
         return self._plugged.dma_read(iova=iova, size=size)
 
     def dma_write(self, iova: int, data: bytes) -> None:
-        """Put `data` into memory at `iova`; as `dma_read`. What lies before the byte that is stopped has been
-        written, as of a transfer that crosses into a page which is not mapped."""
+        """Write `data` to memory at `iova`. Raises as `dma_read`.
+
+        Bytes before the stopped byte are written, as in a transfer that crosses into an unmapped page.
+        """
         self._plugged.dma_write(iova=iova, data=data)
 
     def raise_interrupt(self, vector: int = 0) -> None:
-        """Send the message of `vector`, where the driver enabled MSI or MSI-X (lost when bus mastering is off, for a
-        message is a write); else pull up INTx, which stays up until `lower_interrupt`."""
+        """Send the message of `vector` if MSI or MSI-X is enabled; otherwise raise INTx until `lower_interrupt`.
+
+        If bus mastering is off, the message is lost, because a message is a memory write.
+        """
         self._plugged.raise_interrupt(vector)
 
     def lower_interrupt(self) -> None:
-        """Let INTx go down: the driver has dealt with the cause. Nothing for messages."""
+        """Lower INTx: the driver has handled the cause. Has no effect on messages."""
         self._plugged.lower_interrupt()
 
     # --------------------------------------------------------------------------------------------------- inside
@@ -163,7 +182,7 @@ class FakePciDevice(ABC):
 
     def _plug(self, slot: Slot) -> None:
         if self._slot is not None:
-            raise ValueError(f"{self.bdf} is in a fake kernel already; make another {type(self).__name__}")
+            raise ValueError(f"{self.bdf} is in a fake kernel already: make another {type(self).__name__}")
         self._slot = slot
 
     def _bar(self, number: int, size: int) -> Bar:
@@ -175,8 +194,8 @@ class FakePciDevice(ABC):
             value = self.read_register(bar, offset, width)
             if not isinstance(value, int):
                 raise TypeError(
-                    f"{type(self).__name__}.read_register({bar}, {offset:#x}, {width}) returned {value!r}, and a load "
-                    "gets a number; -1 where no register is"
+                    f"{type(self).__name__}.read_register({bar}, {offset:#x}, {width}) returned {value!r}, which is no "
+                    "number: return -1 where no register is"
                 )
             return value & ((1 << 8 * width) - 1)
 
@@ -186,6 +205,8 @@ class FakePciDevice(ABC):
             self.write_register(bar, offset, width, value)
 
     def _check_decoding(self, bar: int) -> None:
-        # pread and pwrite have refused it with EIO by now; what comes here is a load or store on a mapping.
+        # pread and pwrite have raised EIO before, so this is a load or store on a mapping.
         if not self._plugged.decodes:
-            raise AssertionError(f"BAR {bar} of {self.bdf} was touched with memory decoding off: SIGBUS on a kernel")
+            raise AssertionError(
+                f"BAR {bar} of {self.bdf} was accessed with memory decoding off, which is SIGBUS on a kernel"
+            )

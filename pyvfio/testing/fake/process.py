@@ -1,4 +1,4 @@
-"""This process's memory as a kernel sees it: reached by address, a bad address is EFAULT and never a crash."""
+"""The memory of this process as a kernel accesses the memory: by address. A bad address is EFAULT, never a crash."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pyvfio.units import PAGE_SIZE, U64_MAX, align_down, align_up
 _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
 DEVICE_MEMORY = "vfio-device"
-"""What the memory files of fake devices are called, by which their mappings are known."""
+"""The name of the memory files of fake devices, by which mappings of BARs are found."""
 
 _PAGEMAP_SCAN = 0xC060_6610  # linux/fs.h, since 6.7
 _SCAN = struct.Struct("=12Q")  # struct pm_scan_arg
@@ -60,18 +60,26 @@ def refuse(number: int) -> NoReturn:
     raise OSError(number, os.strerror(number))
 
 
+def check_open(fd: int) -> None:
+    """Raise EBADF if a descriptor of this process is not open."""
+    try:
+        os.fstat(fd)
+    except (OSError, OverflowError):
+        refuse(errno.EBADF)
+
+
 def _transfer(*, vaddr: int, buffer: ctypes.Array[ctypes.c_char], write: bool) -> None:
-    # process_vm_* checks the far side page by page, where memmove would end the process.
+    # process_vm_* checks the pages of the other side, where memmove would end the process.
     call = _libc.process_vm_writev if write else _libc.process_vm_readv
     done, size, start = 0, len(buffer), ctypes.addressof(buffer)
     while done < size:
         here, there = _Iovec(start + done, size - done), _Iovec(vaddr + done, size - done)
         moved = int(call(os.getpid(), here, 1, there, 1, 0))
         if moved < 0 and ctypes.get_errno() != errno.EFAULT:
-            # The memory is not to blame, and a driver under test must not be told that it is.
+            # The memory is not at fault, so a driver under test must not see EFAULT.
             raise RuntimeError(
-                f"the fake kernel reaches this process's memory with {call.__name__}, which fails: "
-                f"{os.strerror(ctypes.get_errno())}. A sandbox (seccomp) has to allow process_vm_readv and _writev."
+                f"{call.__name__}, by which the fake kernel accesses the memory of this process, failed: "
+                f"{os.strerror(ctypes.get_errno())}. A sandbox (seccomp) must allow process_vm_readv and _writev."
             )
         if moved <= 0:
             refuse(errno.EFAULT)
@@ -79,20 +87,21 @@ def _transfer(*, vaddr: int, buffer: ctypes.Array[ctypes.c_char], write: bool) -
 
 
 def read_memory(vaddr: int, size: int) -> bytes:
-    """`size` bytes of this process; EFAULT where it may not read."""
+    """Return `size` bytes of this process. Raises EFAULT if the process may not read the memory."""
     buffer = ctypes.create_string_buffer(size)
     _transfer(vaddr=vaddr, buffer=buffer, write=False)
     return buffer.raw
 
 
 def write_memory(vaddr: int, data: bytes) -> None:
-    """Put `data` at `vaddr`; EFAULT where this process may not write (a part may have been written)."""
+    """Write `data` at `vaddr`. Raises EFAULT if the process may not write all of the memory; a part may be written."""
     _transfer(vaddr=vaddr, buffer=(ctypes.c_char * len(data)).from_buffer_copy(data), write=True)
 
 
 @functools.cache
 def _populate_exists() -> bool:
-    # A kernel before 5.14 answers EINVAL, as a newer one does for memory without the right: ask where it cannot fail.
+    # A kernel before 5.14 answers EINVAL, as newer kernels do for memory without the right. Therefore the call is tried
+    # on a page with that right.
     with contextlib.closing(mmap.mmap(-1, PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)) as page:
         window = ctypes.c_char.from_buffer(page)
         answer = int(_libc.madvise(ctypes.addressof(window), PAGE_SIZE, _MADV_POPULATE_READ))
@@ -108,8 +117,10 @@ def _areas(lines: Iterator[str]) -> Iterator[tuple[int, int, str]]:
 
 
 class DeviceArea(NamedTuple):
-    """A part of a range that is a mapping of a fake device's BAR: where in the range it begins, its size, the device,
-    and where in the device's file it begins."""
+    """A part of a range that is a mapping of a BAR of a fake device.
+
+    `start`: the offset in the range. `offset`: the offset in the memory file of the device.
+    """
 
     start: int
     size: int
@@ -118,11 +129,14 @@ class DeviceArea(NamedTuple):
 
 
 def device_areas(vaddr: int, size: int) -> Iterator[DeviceArea]:
-    """What of a range is mappings of fake devices' BARs, ascending. Source: /proc/self/maps."""
+    """Yield the parts of a range that are mappings of BARs of fake devices, ascending. Source: /proc/self/maps."""
     mark = f"/memfd:{DEVICE_MEMORY} "
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if mark not in line:
-            continue
+    data = Path("/proc/self/maps").read_bytes()  # read for each mapping, so that only the lines of BARs are parsed
+    at = data.find(mark.encode())
+    while at >= 0:
+        end_of_line = data.find(b"\n", at)
+        line = data[data.rfind(b"\n", 0, at) + 1 : end_of_line].decode("ascii", "replace")
+        at = data.find(mark.encode(), end_of_line)
         first, last = (int(part, 16) for part in line.split(" ", 1)[0].split("-"))
         start, end = max(first, vaddr), min(last, vaddr + size)
         if start < end:
@@ -131,7 +145,7 @@ def device_areas(vaddr: int, size: int) -> Iterator[DeviceArea]:
 
 
 def maps_allow(vaddr: int, size: int, *, write: bool) -> bool:
-    """Whether /proc/self/maps has the whole range with the right; knows nothing of a file that is too short."""
+    """Return whether /proc/self/maps has the whole range with the right. A file that is too short is not noticed."""
     reached = vaddr
     for start, end, rights in _areas(iter(Path("/proc/self/maps").read_text().splitlines())):
         if end <= reached:
@@ -145,7 +159,7 @@ def maps_allow(vaddr: int, size: int, *, write: bool) -> bool:
 
 
 class MemoryAreas:
-    """/proc/self/maps as it is now. O(n) once, O(log n) a question."""
+    """A snapshot of /proc/self/maps. Cost: O(n) to make, O(log n) for each look-up."""
 
     def __init__(self) -> None:
         lines = Path("/proc/self/maps").read_bytes().decode("ascii", "replace").split("\n")[:-1]
@@ -153,7 +167,7 @@ class MemoryAreas:
         self._ends = [end for _start, end, _rights in self._areas]
 
     def have(self, vaddr: int, size: int, *, rights: int) -> bool:
-        """Whether all of a range is there, with PROT_READ or PROT_WRITE in `rights`."""
+        """Return whether the process has the whole range, with PROT_READ or PROT_WRITE if they are in `rights`."""
         reached = vaddr
         for start, end, there in self._areas[bisect_right(self._ends, vaddr) :]:
             if start > reached or (rights & 1 and there[0] != "r") or (rights & 2 and there[1] != "w"):
@@ -165,10 +179,10 @@ class MemoryAreas:
 
 
 def can_be_pinned(vaddr: int, size: int, *, write: bool) -> bool:
-    """Whether the running kernel would pin all of [`vaddr`, `vaddr + size`), found by populating it.
+    """Return whether the running kernel would pin all of [`vaddr`, `vaddr + size`). The call populates the memory.
 
-    MADV_POPULATE_READ and _WRITE fail where `pin_user_pages` with and without FOLL_WRITE does. Kernels before 5.14 do
-    not have them: the rights of the memory areas decide there, and memory behind the end of its file passes.
+    MADV_POPULATE_READ and _WRITE fail where `pin_user_pages` without and with FOLL_WRITE fails. Kernels before 5.14 do
+    not have this advice. There the rights of the memory areas decide, and memory behind the end of a file passes.
     """
     if not _populate_exists():
         return maps_allow(vaddr, size, write=write)
@@ -188,7 +202,7 @@ def _pagemap_scan_exists() -> bool:
 
 
 class Pagemap:
-    """/proc/self/pagemap, opened when it is first asked, as opening costs more than asking, and until `close`."""
+    """/proc/self/pagemap, open from the first look-up until `close`, since opening costs more than a look-up."""
 
     def __init__(self) -> None:
         self._fd: int | None = None
@@ -199,21 +213,31 @@ class Pagemap:
         return self._fd
 
     def close(self) -> None:
-        """Until it is asked again; twice is fine."""
+        """Close the file until the next look-up; twice is fine."""
         if self._fd is not None:
             fd, self._fd = self._fd, None
             os.close(fd)
 
+    def is_present(self, vaddr: int) -> bool:
+        """Return whether the page at `vaddr` is in memory."""
+        data = os.pread(self._open(), 8, vaddr // PAGE_SIZE * 8)
+        return len(data) == 8 and bool(struct.unpack("=Q", data)[0] & _PRESENT)
+
     def zero_pages(self, vaddr: int, size: int) -> int:
-        """How many pages of [`vaddr`, `vaddr + size`) are the one page of zeros that all never-written private memory
-        is read from; all of them must be there. Some 5 µs; source: PAGEMAP_SCAN, or `zero_pages_by_flags`."""
+        """Return how many pages of [`vaddr`, `vaddr + size`), all present, are the shared page of zeros.
+
+        Reads of never-written private memory map that page. Cost: some 5 µs. Source: PAGEMAP_SCAN, or
+        `zero_pages_by_flags`.
+        """
         if not _pagemap_scan_exists():
             return self.zero_pages_by_flags(vaddr, size)
         return _scan_for_zero(self._open(), vaddr, vaddr + size)
 
     def zero_pages_by_flags(self, vaddr: int, size: int) -> int:
-        """As `zero_pages`, on kernels before 6.7: pages that are neither a file's nor this process's alone, which are
-        those and, after a fork, what is still shared with the child."""
+        """Count as `zero_pages`, on kernels before 6.7: pages that are neither of a file nor exclusive to this process.
+
+        After a fork, pages that are still shared with the child count too.
+        """
         data = os.pread(self._open(), size // PAGE_SIZE * 8, vaddr // PAGE_SIZE * 8)
         entries = struct.unpack(f"={size // PAGE_SIZE}Q", data)
         return sum(entry & (_PRESENT | _OF_FILE | _EXCLUSIVE) == _PRESENT for entry in entries)
@@ -234,7 +258,7 @@ def _scan_for_zero(pagemap: int, vaddr: int, end: int) -> int:
 
 @functools.cache
 def _file_systems() -> dict[tuple[int, int], str]:
-    """The type of each mounted file system, by the numbers of its device."""
+    """Return the type of each mounted file system, by the device number."""
     found = {}
     for line in Path("/proc/self/mountinfo").read_bytes().decode("ascii", "replace").split("\n")[:-1]:
         before, _, after = line.partition(" - ")
@@ -244,11 +268,11 @@ def _file_systems() -> dict[tuple[int, int], str]:
 
 
 def file_areas(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Where this process has bytes `start` to `end` of a file mapped: vaddr, size. Source: /proc/self/maps."""
+    """Yield where this process has bytes `start` to `end` of a file mapped: vaddr, size. Source: /proc/self/maps."""
     status = os.fstat(fd)
     mark = b" %02x:%02x %d " % (os.major(status.st_dev), os.minor(status.st_dev), status.st_ino)
     for line in Path("/proc/self/maps").read_bytes().split(b"\n"):
-        if mark not in line:  # as the kernel writes it (show_vma_header_prefix); a path with it in goes by what follows
+        if mark not in line:  # the format of show_vma_header_prefix; a path can contain the mark too
             continue
         span, _rights, offset, device, inode = line.split(maxsplit=5)[:5]
         if mark != b" %s %s " % (device, inode):
@@ -261,23 +285,26 @@ def file_areas(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 class FileAreas:
-    """Finds shared writable mappings of files, in /proc/self/maps by PROCMAP_QUERY: 2 µs, on kernels from 6.11 on.
+    """Finds shared writable mappings of files in /proc/self/maps, by PROCMAP_QUERY: 2 µs, on kernels from 6.11 on.
 
-    Opened at once and until `close`, so that no descriptor appears in the middle of a test.
+    The file is open from the start until `close`, so that no descriptor appears in the middle of a test.
     """
 
     def __init__(self) -> None:
         self._fd: int | None = os.open("/proc/self/maps", os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
-        """Twice is fine."""
+        """Close the file; twice is fine."""
         if self._fd is not None:
             fd, self._fd = self._fd, None
             os.close(fd)
 
     def first_tracked(self, vaddr: int, size: int) -> int | None:
-        """Where in [`vaddr`, `vaddr + size`) a shared writable mapping of a file begins whose file system must hear of
-        what is written; memory files, and where the running kernel cannot be asked, are None."""
+        """Return where in [`vaddr`, `vaddr + size`) the first mapping begins of a file that devices must not write.
+
+        Such a mapping is shared and writable, and the file system must see writes. None: there is no such mapping
+        (memory files do not count), or the running kernel does not have PROCMAP_QUERY.
+        """
         at = vaddr
         while at < vaddr + size and (found := self._next(at)) is not None:
             start, end, device = found
@@ -293,18 +320,18 @@ class FileAreas:
         struct.pack_into("=Q", argument, 16, vaddr)
         try:
             fcntl.ioctl(-1 if self._fd is None else self._fd, _PROCMAP_QUERY, argument)
-        except (OSError, ValueError):  # there is none, or a kernel before 6.11
+        except (OSError, ValueError):  # no such mapping, or a kernel before 6.11
             return None
         answer = _QUERY.unpack(argument)
         return answer[3], answer[4], (answer[9], answer[10])
 
 
 class Argument(Protocol):
-    """The third argument of an ioctl, as the kernel uses it: a number, or memory to copy from and to."""
+    """The third argument of an ioctl as the kernel uses the argument: a number, or memory to copy from and to."""
 
     @property
     def value(self) -> int:
-        """The argument itself; the address, where it is a buffer."""
+        """The argument as a number: for a buffer, the address."""
         ...
 
     def read(self, size: int, offset: int = 0) -> bytes:
@@ -317,7 +344,7 @@ class Argument(Protocol):
 
 
 class AddressArgument:
-    """A number: a value, or an address that the caller vouches for and the kernel does not trust."""
+    """A number: a value, or an address that the caller passes and the kernel checks."""
 
     __slots__ = ("value",)
 
@@ -325,49 +352,49 @@ class AddressArgument:
         self.value = value & U64_MAX
 
     def read(self, size: int, offset: int = 0) -> bytes:
-        """From this process; EFAULT."""
+        """Read memory of this process. Raises EFAULT."""
         return read_memory(self.value + offset, size)
 
     def write(self, data: bytes, offset: int = 0) -> None:
-        """To this process; EFAULT."""
+        """Write memory of this process. Raises EFAULT."""
         write_memory(self.value + offset, data)
 
 
 class BufferArgument:
-    """A buffer. Where a kernel would go beyond its end, which no errno reports, BufferError says so."""
+    """A buffer. Raises BufferError for an access beyond the end, which a kernel would make without an errno."""
 
     __slots__ = ("_buffer", "_size")
 
     def __init__(self, buffer: WritableBuffer) -> None:
         with memoryview(buffer) as view:
             if view.readonly:
-                raise TypeError("an ioctl's buffer must be writable: the kernel answers in it")
+                raise TypeError("the buffer of an ioctl must be writable, for the answer of the kernel")
             self._size = view.nbytes
         self._buffer = buffer
 
     @property
     def value(self) -> int:
-        """Where the buffer is."""
+        """The address of the buffer."""
         return ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
 
     @property
     def size(self) -> int:
-        """How many bytes the buffer has."""
+        """The size of the buffer in bytes."""
         return self._size
 
     def _inside(self, size: int, offset: int) -> None:
         if offset + size > self._size:
             raise BufferError(
-                f"the kernel reaches byte {offset + size} of a buffer of {self._size}: wrong argsz or size"
+                f"the kernel accesses byte {offset + size} of a buffer of {self._size} bytes: argsz or size is wrong"
             )
 
     def read(self, size: int, offset: int = 0) -> bytes:
-        """From the buffer."""
+        """Read the buffer."""
         self._inside(size, offset)
         data: bytes = struct.unpack_from(f"{size}s", self._buffer, offset)[0]
         return data
 
     def write(self, data: bytes, offset: int = 0) -> None:
-        """To the buffer."""
+        """Write the buffer."""
         self._inside(len(data), offset)
         struct.pack_into(f"{len(data)}s", self._buffer, offset, data)

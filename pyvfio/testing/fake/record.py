@@ -1,4 +1,4 @@
-"""What the fake kernel was asked, and which calls are to fail."""
+"""The trace of the calls on a fake kernel, and the calls that shall fail."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from errno import errorcode as errno_names
 from typing import NamedTuple, TypeVar
 
-from pyvfio import ioctls
+from pyvfio import ioctls, iommufd_ioctls
 from pyvfio.testing.fake.process import refuse
 from pyvfio.testing.fake.unmodelled import Unmodelled
 
@@ -25,7 +25,7 @@ _MEMORY_CALLS = frozenset(
 )
 _LOCK_CALLS = frozenset(("mlockall", "munlockall", "munlock", "mlocked", "resident"))
 CALLS = _FILE_CALLS | _MEMORY_CALLS | _LOCK_CALLS
-KEPT = 256  # bytes of an ioctl's buffer that are remembered
+KEPT = 256  # the bytes of an ioctl's buffer that the trace keeps
 
 
 class _ContainerFd(ctypes.Structure):
@@ -53,12 +53,29 @@ _STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "VFIO_GROUP_SET_CONTAINER": _ContainerFd,
     "VFIO_DEVICE_FEATURE": ioctls.vfio_device_feature,
     "VFIO_DEVICE_IOEVENTFD": ioctls.vfio_device_ioeventfd,
+    "VFIO_DEVICE_BIND_IOMMUFD": ioctls.vfio_device_bind_iommufd,
+    "VFIO_DEVICE_ATTACH_IOMMUFD_PT": ioctls.vfio_device_attach_iommufd_pt,
+    "VFIO_DEVICE_DETACH_IOMMUFD_PT": ioctls.vfio_device_detach_iommufd_pt,
+    "IOMMU_DESTROY": iommufd_ioctls.iommu_destroy,
+    "IOMMU_IOAS_ALLOC": iommufd_ioctls.iommu_ioas_alloc,
+    "IOMMU_IOAS_ALLOW_IOVAS": iommufd_ioctls.iommu_ioas_allow_iovas,
+    "IOMMU_IOAS_COPY": iommufd_ioctls.iommu_ioas_copy,
+    "IOMMU_IOAS_IOVA_RANGES": iommufd_ioctls.iommu_ioas_iova_ranges,
+    "IOMMU_IOAS_MAP": iommufd_ioctls.iommu_ioas_map,
+    "IOMMU_IOAS_MAP_FILE": iommufd_ioctls.iommu_ioas_map_file,
+    "IOMMU_IOAS_UNMAP": iommufd_ioctls.iommu_ioas_unmap,
+    "IOMMU_OPTION": iommufd_ioctls.iommu_option,
+    "IOMMU_VFIO_IOAS": iommufd_ioctls.iommu_vfio_ioas,
+    "IOMMU_HWPT_ALLOC": iommufd_ioctls.iommu_hwpt_alloc,
 }
 
 
 class Call(NamedTuple):
-    """One system call: `call` is the method's name, `request` an ioctl's name in C (else ""), `result` what it
-    returned (None: nothing), `errno` 0 or the number of the OSError, `error` another exception in words."""
+    """A system call.
+
+    `call`: the name of the method. `request`: the C name of an ioctl, or "". `result`: the returned number, or None.
+    `errno`: the number of the OSError, or 0. `error`: another exception in words.
+    """
 
     call: str
     request: str
@@ -69,7 +86,7 @@ class Call(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, int | str | bytes]:
-        """The arguments by name; of a VFIO ioctl the fields of its structure, as they were before the call."""
+        """The arguments by name. For a VFIO ioctl: the fields of the structure before the call."""
         if self.call != "ioctl":
             return {f"argument{number}": value for number, value in enumerate(self.given)}
         fd, number, argument = self.given
@@ -92,7 +109,7 @@ class Call(NamedTuple):
 
 @dataclass
 class Failure:
-    """A call that is to fail: the `nth` that matches, from when it was asked for. `after`: it has taken effect."""
+    """A planned failure of the `nth` matching call from now on. `after`: the call takes effect before the failure."""
 
     call: str | None
     request: int | str | None
@@ -103,12 +120,12 @@ class Failure:
     def __post_init__(self) -> None:
         if self.errno not in errno_names:
             raise ValueError(f"no such errno: {self.errno}")
-        if isinstance(self.request, str) and not hasattr(ioctls, self.request):
-            raise ValueError(f"no such request: {self.request!r}; its name is the one in linux/vfio.h")
+        if isinstance(self.request, str) and not any(hasattr(each, self.request) for each in (ioctls, iommufd_ioctls)):
+            raise ValueError(f"no such request: {self.request!r}: use a name of linux/vfio.h or linux/iommufd.h")
         if self.call is not None and self.call not in CALLS:
             raise ValueError(f"no such call: {self.call!r}; one of {', '.join(sorted(CALLS))}")
         if self.nth < 1:
-            raise ValueError(f"calls are counted from 1, not {self.nth}")
+            raise ValueError(f"nth is 1 or more, not {self.nth}")
         if self.request is not None and self.call not in ("ioctl", None):
             raise ValueError(f"{self.call} has no request")
 
@@ -117,12 +134,12 @@ class Failure:
         return f"call {self.nth} from now of {what} fails with {errno_names[self.errno]}"
 
     def matches(self, call: str, number: int, request: str) -> bool:
-        """Whether this is such a call."""
+        """Return whether a call matches."""
         return self.call in (call, None) and (self.request is None or self.request in (number, request))
 
 
 class Failures:
-    """The calls that are to fail; each fails once and is then forgotten."""
+    """The calls that shall fail. Each fails once and is then removed."""
 
     def __init__(self) -> None:
         self._planned: list[Failure] = []
@@ -134,15 +151,15 @@ class Failures:
         return iter(self._planned)
 
     def plan(self, failure: Failure) -> None:
-        """One more."""
+        """Add a failure."""
         self._planned.append(failure)
 
     def clear(self) -> None:
-        """None any more."""
+        """Remove all failures."""
         self._planned.clear()
 
     def due(self, call: str, number: int, request: str) -> Failure | None:
-        """Count this call; the failure whose turn it is."""
+        """Count a call, and return the failure that applies now, or None."""
         found = None
         for failure in [planned for planned in self._planned if planned.matches(call, number, request)]:
             failure.nth -= 1
@@ -153,7 +170,7 @@ class Failures:
 
 
 class Record:
-    """How every call passes: what there was to see of it is in `trace`, and whether it is to fail, `failures` says."""
+    """The way of every call through the fake: `trace` keeps the call, and `failures` decides whether the call fails."""
 
     def __init__(self) -> None:
         self.trace: list[Call] = []
@@ -161,7 +178,7 @@ class Record:
         self.unmodelled: list[Unmodelled] = []
 
     def warn(self, part: Unmodelled | None) -> None:
-        """It was asked for; once each, with a warning in the log."""
+        """Note a request that is not modelled, and log a warning. Each request is noted once."""
         if part is not None and part not in self.unmodelled:
             self.unmodelled.append(part)
             logger.warning("%s", part)
@@ -177,8 +194,11 @@ class Record:
         always: bool = False,
         undo: Callable[[_Answer], object] | None = None,
     ) -> _Answer:
-        """Make a call, unless it is to fail. `always`: one that is made to fail takes effect in any case. `undo`: what
-        it has made is lost to a caller to whom it fails afterwards, so it goes."""
+        """Make a call, unless a failure is planned.
+
+        `always`: the call takes effect even if a failure is planned. `undo`: called with the result if the call fails
+        after the effect, since the caller never receives the result.
+        """
         failure = self.failures.due(call, number, request) if self.failures else None
         try:
             if failure is not None and not failure.after and not always:

@@ -1,4 +1,4 @@
-"""Virtual functions of a fake kernel's devices, and the token without which none is opened.
+"""Virtual functions of devices of a fake kernel, and the token that opening a virtual function requires.
 
 Source: `vfio_pci_core_match`, `vfio_pci_validate_vf_token` and `vfio_pci_core_feature_token` in
 drivers/vfio/pci/vfio_pci_core.c; `uuid_parse` in lib/uuid.c.
@@ -22,16 +22,16 @@ class Functions(Protocol):
     """All devices of the machine."""
 
     def device_at(self, bdf: str) -> PciDevice | None:
-        """The device at that address, if there is one."""
+        """Return the device at an address, or None."""
         ...
 
     def virtual_functions(self, bdf: str) -> list[PciDevice]:
-        """Those of a physical function."""
+        """Return the virtual functions of a physical function."""
         ...
 
 
 def parse_options(text: str) -> bytes | None:
-    """The token in the text behind a device's name, if there is one; EINVAL for anything else, as for two tokens."""
+    """Return the token in the text behind the name of a device, or None. EINVAL for other text, and for two tokens."""
     token: bytes | None = None
     while text := text.lstrip(" "):
         if token is not None or not text.startswith(_OPTION):
@@ -44,8 +44,10 @@ def parse_options(text: str) -> bytes | None:
 
 
 def check_token(device: PciDevice, token: bytes | None, functions: Functions) -> None:
-    """EINVAL for a token that nobody wants; EACCES without the one that is wanted. A physical function without users of
-    its virtual ones takes the token as the new one."""
+    """Check the token for opening a device. EINVAL for an unexpected token, EACCES for a missing or wrong token.
+
+    A physical function whose virtual functions are not open takes the token as the new one.
+    """
     if device.declared.pf is not None:
         _check_virtual(functions.device_at(device.declared.pf), token)
     elif device.vf_token is not None:

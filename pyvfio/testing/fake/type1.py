@@ -1,4 +1,4 @@
-"""The type1 IOMMU of a container: its table of mappings, and the ioctls on it in the kernel's order of checks.
+"""The type1 IOMMU of a container: the table of mappings, and the ioctls in the order of checks of the kernel.
 
 Source: drivers/vfio/vfio_iommu_type1.c; the functions named below are there.
 """
@@ -39,7 +39,7 @@ _INFO_MINSZ = 16
 
 
 class DmaTable:
-    """Mappings by IOVA: disjoint, found by bisection. Adding and removing move a list of numbers, O(log n) else."""
+    """Disjoint mappings by IOVA. Cost: O(log n); adding and removing also move a list of numbers."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []
@@ -52,7 +52,7 @@ class DmaTable:
         return (self._entries[start] for start in self._starts)
 
     def at(self, iova: int) -> Mapped | None:
-        """The mapping that holds the byte at `iova`."""
+        """Return the mapping of the byte at `iova`, or None."""
         index = bisect_right(self._starts, iova) - 1
         if index < 0:
             return None
@@ -60,26 +60,26 @@ class DmaTable:
         return entry if iova < entry.iova + entry.size else None
 
     def overlaps(self, start: int, last: int) -> bool:
-        """Whether a mapping has a byte in [start, last]."""
+        """Return whether a mapping has a byte in [start, last]."""
         index = bisect_left(self._starts, start)
         return (index < len(self._starts) and self._starts[index] <= last) or self.at(start) is not None
 
     def starting_in(self, start: int, last: int) -> list[Mapped]:
-        """The mappings whose first byte is in [start, last]."""
+        """Return the mappings whose first byte is in [start, last]."""
         first, end = bisect_left(self._starts, start), bisect_right(self._starts, last)
         return [self._entries[key] for key in self._starts[first:end]]
 
     def add(self, entry: Mapped) -> None:
-        """Enter a mapping that overlaps none."""
+        """Add a mapping that overlaps no other one."""
         self._starts.insert(bisect_left(self._starts, entry.iova), entry.iova)
         self._entries[entry.iova] = entry
 
     def replace(self, entry: Mapped) -> None:
-        """Change what a mapping that is there says of itself, but not where it is."""
+        """Replace a mapping by one with the same IOVA and size."""
         self._entries[entry.iova] = entry
 
     def remove(self, entry: Mapped) -> None:
-        """Strike out a mapping that is there."""
+        """Remove a mapping that is in the table."""
         del self._starts[bisect_left(self._starts, entry.iova)]
         del self._entries[entry.iova]
 
@@ -90,7 +90,7 @@ class DmaTable:
 
 
 class Type1:
-    """One container's IOMMU. `v2` is VFIO_TYPE1v2_IOMMU: a mapping is unmapped whole or the call fails."""
+    """The IOMMU of a container. `v2`: VFIO_TYPE1v2_IOMMU, where an unmap takes whole mappings or fails."""
 
     def __init__(self, *, version: KernelVersion, model: IommuModel, pins: Pins, v2: bool) -> None:
         self._version = version
@@ -99,9 +99,9 @@ class Type1:
         self._v2 = v2
         self._range_starts = [span.start for span in model.ranges]
         self._page = model.reported_pgsizes & -model.reported_pgsizes
-        self._entry_limit = model.dma_entry_limit  # read when the IOMMU is set: later changes are for later containers
+        self._entry_limit = model.dma_entry_limit  # read when the IOMMU is set: later changes apply to later containers
         self.table = DmaTable()
-        self._invalid: set[int] = set()  # IOVAs of mappings whose vaddr was given up
+        self._invalid: set[int] = set()  # IOVAs of mappings without an address
         self._bitmaps: dict[int, Bitmap] | None = None  # by IOVA, while dirty pages are tracked
         self.requests: dict[int, tuple[str, Callable[[Argument], int]]] = {
             ioctls.VFIO_IOMMU_GET_INFO: ("VFIO_IOMMU_GET_INFO", self.get_info),
@@ -111,20 +111,20 @@ class Type1:
         }
 
     def release(self) -> None:
-        """The last group left: everything is unmapped and no longer charged (`vfio_iommu_unmap_unpin_all`)."""
-        for entry in reversed(list(self.table)):  # from the end of every list, which costs nothing
+        """Unmap and uncharge everything after the last group left (`vfio_iommu_unmap_unpin_all`)."""
+        for entry in reversed(list(self.table)):  # from the end of each list, which costs nothing
             self._remove(entry)
 
     def visible(self) -> list[Mapped]:
-        """The mappings that have an address."""
+        """Return the mappings that have an address."""
         return [entry for entry in self.table if entry.iova not in self._invalid]
 
     def is_suspended(self, entry: Mapped) -> bool:
-        """Whether its address was given up."""
+        """Return whether a mapping has no address (VFIO_DMA_UNMAP_FLAG_VADDR)."""
         return entry.iova in self._invalid
 
     def charged(self) -> int:
-        """How many bytes are locked for it."""
+        """Return the number of bytes that are locked for the mappings."""
         return sum(entry.size - entry.uncharged for entry in self.table)
 
     def _check(self) -> None:
@@ -139,7 +139,7 @@ class Type1:
 
     @property
     def has_invalid_vaddr(self) -> bool:
-        """Whether a mapping waits for its new address (`vaddr_invalid_count`): no group can be added meanwhile."""
+        """Whether a mapping waits for a new address (`vaddr_invalid_count`). Meanwhile no group can be attached."""
         return bool(self._invalid)
 
     def _remove(self, entry: Mapped) -> None:
@@ -150,11 +150,14 @@ class Type1:
             del self._bitmaps[entry.iova]
 
     def allows(self, entry: Mapped, *, write: bool) -> bool:
-        """Whether the IOMMU lets a device read, or write, through a mapping."""
+        """Return whether the IOMMU lets a device read, or write, through a mapping."""
         if write:
             return bool(entry.flags & WRITE)
         leaky = self._model.write_is_readable and self._version.write_is_readable
         return bool(entry.flags & READ) or leaky
+
+    def wrote(self, iova: int, size: int) -> None:
+        """Do nothing: every page is always dirty."""
 
     # ---------------------------------------------------------------------------------------- VFIO_IOMMU_GET_INFO
 
@@ -195,8 +198,10 @@ class Type1:
     # ----------------------------------------------------------------------------------------- VFIO_IOMMU_MAP_DMA
 
     def map_dma(self, argument: Argument) -> int:
-        """`vfio_dma_do_map`: EFAULT, EINVAL, EOVERFLOW (7.3), EEXIST, ENOSPC, EINVAL (range), EFAULT or ENOMEM; with
-        VFIO_DMA_MAP_FLAG_VADDR: ENOENT, EINVAL."""
+        """`vfio_dma_do_map`: EFAULT, EINVAL, EOVERFLOW (7.3), EEXIST, ENOSPC, EINVAL (range), EFAULT or ENOMEM.
+
+        With VFIO_DMA_MAP_FLAG_VADDR: ENOENT, EINVAL.
+        """
         argsz, flags, vaddr, iova, size = _MAP.unpack(argument.read(_MAP.size))
         if argsz < _MAP.size or flags & ~(READ | WRITE | _MAP_VADDR):
             refuse(errno.EINVAL)
@@ -246,9 +251,10 @@ class Type1:
     # --------------------------------------------------------------------------------------- VFIO_IOMMU_UNMAP_DMA
 
     def unmap_dma(self, argument: Argument) -> int:
-        """`vfio_dma_do_unmap`: EFAULT, EINVAL, EOVERFLOW (7.3). `size` is written back, on success alone.
+        """`vfio_dma_do_unmap`: EFAULT, EINVAL, EOVERFLOW (7.3). `size` is written back on success only.
 
-        With GET_DIRTY_BITMAP and a bad pointer EFAULT, and what was reported before is gone."""
+        With GET_DIRTY_BITMAP and a bad pointer: EFAULT, and the mappings that were reported before are gone.
+        """
         argsz, flags, iova, size = _UNMAP.unpack(argument.read(_UNMAP.size))
         if argsz < _UNMAP.size or flags & ~(_GET_DIRTY | _ALL | _VADDR):
             refuse(errno.EINVAL)
@@ -274,7 +280,7 @@ class Type1:
         return pgsize, bitmap_size, data
 
     def _unmap(self, entries: Sequence[Mapped], *, base: int, data: int | None) -> None:
-        # Without a bitmap the order is nobody's to see, and from the end of every list it costs nothing.
+        # Without a bitmap the order cannot be seen, and removing from the end of each list costs nothing.
         for entry in entries if data is not None else reversed(entries):
             if self._bitmaps is not None and data is not None:
                 self._bitmaps[entry.iova].report(data, first=(entry.iova - base) // self._page)
@@ -308,9 +314,9 @@ class Type1:
         else:
             first = self.table.at(iova)
             if first is not None and first.iova != iova:
-                return []  # v1 stops at a mapping that starts earlier, whatever else is in the range
+                return []  # v1 stops at a mapping that starts before the range
         if last == U64_MAX and not self._version.unmaps_end_of_u64:
-            return []  # the exclusive end wraps to 0, and every mapping starts at or behind it
+            return []  # the exclusive end wraps to 0, so every mapping starts at or behind the end
         return self.table.starting_in(iova, last)
 
     def _check_not_cut(self, iova: int, last: int) -> None:
@@ -366,7 +372,7 @@ class Type1:
 
 
 def info_write_back(version: KernelVersion, argsz: int) -> int:
-    """How many bytes of an info structure a kernel writes back."""
+    """Return the number of bytes of an info structure that a kernel writes back."""
     if version.info_whole_tail:
         return version.info_tail if argsz >= version.info_tail else _INFO_MINSZ
     return min(argsz, version.info_tail)

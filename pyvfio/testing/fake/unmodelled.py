@@ -1,4 +1,4 @@
-"""What a driver asked of the fake that it takes without doing it, or refuses though a kernel has it."""
+"""The requests that the fake accepts without effect, or refuses although a kernel knows them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pyvfio.testing.fake.versions import KernelVersion
 
 
 class Unmodelled(NamedTuple):
-    """`name` in C, and what the fake answers, in words."""
+    """A request. `name`: the C name. `answered`: the answer of the fake, in words."""
 
     name: str
     answered: str
@@ -63,9 +63,31 @@ _ASKED: Mapping[str, tuple[int, Callable[[KernelVersion, bytes], Unmodelled | No
 }
 
 
-def unmodelled_part(version: KernelVersion, request: str, given: int | bytes) -> Unmodelled | None:
-    """What of an ioctl is not modelled; `given` is its argument, as far as the trace keeps it."""
+_IOMMUFD = frozenset(
+    (
+        "IOMMU_HWPT_INVALIDATE",
+        "IOMMU_FAULT_QUEUE_ALLOC",
+        "IOMMU_VIOMMU_ALLOC",
+        "IOMMU_VDEVICE_ALLOC",
+        "IOMMU_VEVENTQ_ALLOC",
+        "IOMMU_HW_QUEUE_ALLOC",
+        "IOMMU_IOAS_NOIOMMU_GET_PA",
+    )
+)
+
+
+def unmodelled_part(
+    version: KernelVersion, request: str, given: int | bytes, *, noiommu: bool = False
+) -> Unmodelled | None:
+    """Return the part of an ioctl that is not modelled, or None. `given`: the argument, as kept in the trace.
+
+    `noiommu`: the machine has no IOMMU.
+    """
+    if request == "IOMMU_IOAS_NOIOMMU_GET_PA" and noiommu:
+        return None
     if request == "VFIO_SET_IOMMU" and given == ioctls.VFIO_TYPE1_NESTING_IOMMU and version.nesting:
-        return Unmodelled("VFIO_TYPE1_NESTING_IOMMU", "what type1 v2 does")
+        return Unmodelled("VFIO_TYPE1_NESTING_IOMMU", "the behaviour of type1 v2")
+    if request in _IOMMUFD:
+        return Unmodelled(request, "EOPNOTSUPP")
     size, part = _ASKED.get(request, (0, None))
     return None if part is None or isinstance(given, int) or len(given) < size else part(version, given)

@@ -1,6 +1,6 @@
-"""In which numbers and rules the kernels differ that the fake can be; nothing else in the fake knows a version.
+"""The differences between the kernels that the fake models. No other module of the fake tests a version.
 
-Source: drivers/vfio/ of 6.1, 6.12 and 7.3, and what those kernels answered in a virtual machine.
+Source: drivers/vfio/ of 6.1, 6.12 and 7.3, and the answers of these kernels in a virtual machine.
 """
 
 from __future__ import annotations
@@ -11,42 +11,46 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class KernelVersion:
-    """What tells one kernel from another. Sizes are in bytes."""
+    """The properties of a kernel. Sizes are in bytes."""
 
     name: str
     number: tuple[int, int]
     nesting: bool
-    """Extension 6 exists, and so does the IOMMU type (`vfio_iommu_type1_open`)."""
+    """Extension 6 and the IOMMU type of that number exist (`vfio_iommu_type1_open`)."""
     info_tail: int
-    """Where `vfio_iommu_type1_info` and `vfio_device_info` end for the write-back: after cap_offset, or after pad."""
+    """The end of `vfio_iommu_type1_info` and `vfio_device_info` for the write-back: after cap_offset, or after pad."""
     info_whole_tail: bool
-    """The write-back stops at cap_offset or behind it, never inside (up to 6.4)."""
+    """The write-back ends before or behind cap_offset, never inside (up to 6.4)."""
     capability_alignment: int
-    """How `vfio_info_cap_add` rounds up each capability's size."""
+    """The alignment of capability sizes in `vfio_info_cap_add`."""
     not_a_container: int
     """errno of VFIO_GROUP_SET_CONTAINER for a file that is no container."""
     overflow: int
-    """errno for `iova + size` beyond 2^64 in map and unmap; EOVERFLOW is also found earlier in map."""
+    """errno for `iova + size` beyond 2^64 in map and unmap. In map, EOVERFLOW is also checked earlier."""
     unmaps_end_of_u64: bool
-    """A range that ends at 2^64 finds its mappings (`vfio_find_dma_first_node` compares inclusive ends)."""
+    """An unmap of a range that ends at 2^64 finds the mappings (`vfio_find_dma_first_node` compares inclusive ends)."""
     dynamic_msix: bool
-    """MSI-X vectors may be added while others are enabled."""
+    """MSI-X vectors can be added while other vectors are enabled."""
     err_irq_always: bool
     """VFIO_PCI_ERR_IRQ_INDEX exists on conventional PCI too."""
     write_is_readable: bool
-    """A mapping with WRITE alone can be read by the device, where the IOMMU's format allows it."""
+    """A device can read through a mapping with WRITE alone, if the format of the IOMMU allows reads."""
     hot_reset_counts_first: bool
-    """VFIO_DEVICE_PCI_HOT_RESET without a group is EINVAL before it is known whether the bus can be reset."""
+    """VFIO_DEVICE_PCI_HOT_RESET without a group is EINVAL before the bus is checked."""
     dma_buf: bool
     """The feature VFIO_DEVICE_FEATURE_DMA_BUF is known (6.19)."""
     precopy_info_v2: bool
     """The feature VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2 is known."""
     zero_page_is_free: bool
-    """Never-written private memory is mapped for reading as the page of zeros, and charged to nobody (up to 6.1)."""
+    """Never-written private memory is mapped for reading as the page of zeros, which is not charged (up to 6.1)."""
     refuses_tracked_files: bool
     """A shared writable file on a disk cannot be mapped for writing (since 6.5)."""
     eight_byte_access: bool
     """pread and pwrite on a BAR make 8-byte accesses (`vfio_pci_core_do_io_rw`)."""
+    iommufd_last: int
+    """The number of the last ioctl of iommufd; 0 on kernels without iommufd and device nodes."""
+    bind_structs: bool
+    """VFIO_DEVICE_BIND_IOMMUFD takes a token and refuses trailing bytes, and attach and detach take a PASID."""
 
 
 VERSIONS = {
@@ -71,6 +75,8 @@ VERSIONS = {
             zero_page_is_free=True,
             refuses_tracked_files=False,
             eight_byte_access=False,
+            iommufd_last=0,
+            bind_structs=False,
         ),
         KernelVersion(
             name="6.12",
@@ -91,6 +97,8 @@ VERSIONS = {
             zero_page_is_free=False,
             refuses_tracked_files=True,
             eight_byte_access=True,
+            iommufd_last=0x8E,
+            bind_structs=False,
         ),
         KernelVersion(
             name="7.3",
@@ -111,17 +119,19 @@ VERSIONS = {
             zero_page_is_free=False,
             refuses_tracked_files=True,
             eight_byte_access=True,
+            iommufd_last=0x95,
+            bind_structs=True,
         ),
     )
 }
 
 
-# The lines that scripts/vm boots have these names; 6.1 and 6.12 are called the same there.
+# The kernel lines that scripts/vm boots have these names. 6.1 and 6.12 have the same name there.
 _LINES = {"7": "7.3"}
 
 
 def kernel_version(name: str) -> KernelVersion:
-    """The kernel of that name, or of that line of scripts/vm; ValueError when there is none."""
+    """Return the kernel of a name, or of a line of scripts/vm. Raises ValueError for an unknown name."""
     found = VERSIONS.get(_LINES.get(name, name))
     if found is None:
         raise ValueError(f"unknown kernel version {name!r}: the fake can be {', '.join(VERSIONS)}")

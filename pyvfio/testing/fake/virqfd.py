@@ -1,6 +1,6 @@
-"""An eventfd that the kernel listens to: a call follows each time that somebody writes to it.
+"""An eventfd that the kernel reads: each write to the eventfd causes a call.
 
-Source: drivers/vfio/virqfd.c (`vfio_virqfd_enable`, `virqfd_wakeup`). A thread does here what a wait queue does there.
+Source: drivers/vfio/virqfd.c (`vfio_virqfd_enable`, `virqfd_wakeup`). A thread replaces the wait queue of the kernel.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import threading
 import weakref
 from collections.abc import Callable
 
-_PATIENCE = 0.01  # seconds between two looks at whether it has ended, while another thread has the lock
+_PATIENCE = 0.01  # seconds between two checks for the end, while another thread has the lock
 
 
 class Virqfd:
-    """Calls `signalled`, a method, with the fake's lock held, when the eventfd is written to, and reads the eventfd.
+    """Calls the method `signalled` under the lock of the fake after each write to the eventfd, and reads the eventfd.
 
-    `held` is closed by `close`. `pending`: somebody had written to it before; that is left in it, as by a kernel.
-    Neither the object of `signalled` nor the fake is kept by the thread.
+    `held` is closed by `close`. `pending`: the eventfd had a count before. The count stays in the eventfd, as with a
+    kernel. The thread keeps neither the object of `signalled` nor the fake alive.
     """
 
     def __init__(self, held: int, lock: threading.RLock, signalled: Callable[[], None]) -> None:
@@ -27,7 +27,7 @@ class Virqfd:
         self._signalled = weakref.WeakMethod(signalled)
         self._stop = os.eventfd(0, os.EFD_NONBLOCK)
         self._epoll = select.epoll()
-        # Edges: what is left in the counter is no event, and each write is one.
+        # Edge-triggered: a remaining count is no event, and each write is one.
         self._epoll.register(held, select.EPOLLIN | select.EPOLLET)
         self.pending = bool(self._epoll.poll(0))
         self._epoll.register(self._stop, select.EPOLLIN)
@@ -46,7 +46,7 @@ class Virqfd:
                     self._lock.release()
 
     def _have_lock(self) -> bool:
-        """Take the lock; False: `close`, which has it, waits for this thread."""
+        """Take the lock. Returns False if `close`, which has the lock, waits for this thread."""
         while not self._ended:
             if self._lock.acquire(timeout=_PATIENCE):
                 return True
@@ -62,7 +62,7 @@ class Virqfd:
         signalled()
 
     def close(self) -> None:
-        """Listen no more; with the fake's lock held."""
+        """Stop the thread. The caller holds the lock of the fake."""
         self._ended = True
         os.eventfd_write(self._stop, 1)
         if threading.current_thread() is not self._thread:

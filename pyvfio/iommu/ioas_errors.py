@@ -1,0 +1,70 @@
+"""The errors of IOMMU_IOAS_MAP and IOMMU_IOAS_MAP_FILE.
+
+Source: `iommufd_ioas_map`, `iopt_map_pages`, `pfn_reader_user_pin` and `do_update_pinned` in drivers/iommu/iommufd.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+
+from pyvfio.errors import IoctlError, PinLimitError
+from pyvfio.iommu.map_errors import MapRefusal
+from pyvfio.memory import locking
+from pyvfio.units import format_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IoasMapRefusal(MapRefusal):
+    """An IOMMU_IOAS_MAP or IOMMU_IOAS_MAP_FILE that failed.
+
+    `by_process`: whether pinned pages count for the process; False: for the user, over all its processes.
+    `file`: the descriptor and the offset of a map by descriptor.
+    """
+
+    by_process: bool
+    file: tuple[int, int] | None = None
+
+    call = "IOMMU_IOAS_MAP"
+
+    @property
+    def request(self) -> str:
+        """IOMMU_IOAS_MAP, or IOMMU_IOAS_MAP_FILE."""
+        return self.call if self.file is None else f"{self.call}_FILE"
+
+    def explain_errno(self, number: int) -> IoctlError | None:
+        """As `MapRefusal.explain_errno`."""
+        if number == errno.ENOENT:
+            return self.say(
+                IoctlError,
+                "the address space does not exist any more",
+                "Another holder of the descriptor destroyed the space",
+            )
+        if number == errno.EADDRINUSE:
+            return self.say(
+                IoctlError, "IOMMU_IOAS_ALLOW_IOVAS does not allow that range", "Choose an IOVA in the allowed ranges"
+            )
+        return MapRefusal.explain_errno(self, number)
+
+    def memory(self) -> PinLimitError:
+        """Explain ENOMEM.
+
+        By user, no file shows how much all processes have pinned. The error then has the limit and the part of this
+        space.
+        """
+        lock = self.kernel.memlock()
+        if self.by_process:
+            return MapRefusal.memory(self)
+        if lock.limit is None or lock.privileged:
+            return self.no_memory()
+        here = self.table.mapped
+        explained = self.say(
+            PinLimitError,
+            f"RLIMIT_MEMLOCK lets the processes of this user pin {format_size(lock.limit)} in all; this address space "
+            f"has {format_size(here)}, other processes and address spaces of the user have an unknown number, and "
+            f"{format_size(self.size)} were asked for",
+            "End other programs of the user that map memory for devices, or raise the limit: "
+            f"{locking.raise_limit(here + self.size)}",
+        )
+        explained.limit, explained.used, explained.asked, explained.mapped = lock.limit, here, self.size, here
+        return explained

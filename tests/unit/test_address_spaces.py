@@ -1,0 +1,509 @@
+"""What every address space does, of type1 and of iommufd: one suite for `Container` and `Ioas`."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+import numpy as np
+import pytest
+
+import pyvfio
+from pyvfio import ioctls
+from pyvfio.testing.fake import FakeKernel
+from pyvfio.units import GIB, MIB, PAGE_SIZE, U64_MAX
+from tests.unit.fakes import BDF, PRIVATE, READ_WRITE, nothing_left
+from tests.unit.processes import in_child
+
+ROOM = 16 * PAGE_SIZE
+Space: TypeAlias = pyvfio.Container | pyvfio.Ioas
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of address space: the kernel, and the names of its calls."""
+
+    version: str
+    iommufd: bool
+
+    @property
+    def map_request(self) -> str:
+        """The call that maps."""
+        return "IOMMU_IOAS_MAP" if self.iommufd else "VFIO_IOMMU_MAP_DMA"
+
+    def make(self, kernel: FakeKernel, cut: str | None = None) -> Space:
+        """A space without a device."""
+        if not self.iommufd:
+            return pyvfio.Container(kernel=kernel)
+        return pyvfio.Ioas(kernel=kernel, cut=cut)  # type: ignore[arg-type]
+
+    def unmap_behind_its_back(self, kernel: FakeKernel, space: Space, *, iova: int, size: int) -> None:
+        """As another holder of the descriptor would."""
+        if isinstance(space, pyvfio.Ioas):
+            space.iommufd.ioas_unmap(space.id, iova=iova, size=size)
+        else:
+            argument = ioctls.vfio_iommu_type1_dma_unmap(24, 0, iova, size)
+            kernel.ioctl(space.fd, ioctls.VFIO_IOMMU_UNMAP_DMA, argument)
+
+    def map_behind_its_back(self, kernel: FakeKernel, space: Space, *, vaddr: int, iova: int) -> None:
+        """A page, as another holder of the descriptor would."""
+        if isinstance(space, pyvfio.Ioas):
+            space.iommufd.ioas_map(space.id, vaddr=vaddr, size=PAGE_SIZE, iova=iova)
+        else:
+            argument = ioctls.vfio_iommu_type1_dma_map(32, ioctls.VFIO_DMA_MAP_FLAG_READ, vaddr, iova, PAGE_SIZE)
+            kernel.ioctl(space.fd, ioctls.VFIO_IOMMU_MAP_DMA, argument)
+
+
+KINDS = {
+    "type1, 6.12": Kind("6.12", iommufd=False),
+    "type1, 7.3": Kind("7.3", iommufd=False),
+    "iommufd, 6.12": Kind("6.12", iommufd=True),
+    "iommufd, 7.3": Kind("7.3", iommufd=True),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """Each kind of address space."""
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def kernel(kind: Kind) -> Iterator[FakeKernel]:
+    """A kernel with two devices, in two groups."""
+    with FakeKernel(kind.version, iommufd=kind.iommufd) as made:
+        yield made
+
+
+@pytest.fixture
+def memory(kernel: FakeKernel) -> Iterator[int]:
+    """Memory to map, by its address; `ROOM` bytes."""
+    vaddr = kernel.mmap(0, ROOM, READ_WRITE, PRIVATE)
+    yield vaddr
+    kernel.munmap(vaddr, ROOM)
+
+
+@pytest.fixture
+def space(kind: Kind, kernel: FakeKernel, memory: int) -> Iterator[Space]:
+    """One with a device; nothing is left of it in the end, while memory is still there."""
+    with nothing_left(kernel), kind.make(kernel) as made:
+        pyvfio.open_device(BDF, space=made)
+        yield made
+        made._check()
+
+
+# ------------------------------------------------------------------------------------------------ without a device
+
+
+def test_nothing_is_mapped_where_no_device_uses_the_space(kind: Kind, kernel: FakeKernel, memory: int) -> None:
+    """Nor reserved: nobody knows the ranges, and iommufd would neither check nor pin anything."""
+    with nothing_left(kernel), kind.make(kernel) as space:
+        for use in (
+            partial(space.reserve_iova, PAGE_SIZE, alignment=PAGE_SIZE, offset=0),
+            partial(space.reserve_iova_at, MIB, PAGE_SIZE),
+            partial(space.map, vaddr=memory, iova=MIB, size=PAGE_SIZE),
+        ):
+            with pytest.raises(pyvfio.VfioError, match=r"no group|no device|attach one first"):
+                use()
+        assert space.unmap_all() == 0
+        assert (space.mappings, space.reserved_iova) == ((), ())
+
+
+# ------------------------------------------------------------------------------------------------ arguments
+
+
+@pytest.mark.parametrize("number", [np.int32, np.int64, np.uint32, np.uint64])
+def test_numbers_of_numpy_are_numbers(space: Space, memory: int, number: Callable[[int], int]) -> None:
+    """Whatever their width: what is done with an IOVA of 39 bits does not overflow."""
+    space.reserve_iova_at(0x10000, space.iova_ranges[0].size - 0x10000)
+    iova = space.reserve_iova(number(MIB), alignment=number(1 << 30), offset=number(PAGE_SIZE), top_down=True)
+    assert iova == (1 << 39) - GIB + PAGE_SIZE
+    own = space.reserve_iova_at(number(2 * PAGE_SIZE), number(PAGE_SIZE))
+    assert [type(each) for each in (iova, own, space.reserved_iova[0].start)] == [int, int, int]
+    mapped = space.reserve_and_map(vaddr=memory, size=PAGE_SIZE, iova=number(PAGE_SIZE), alignment=number(1))
+    space.unmap_and_release(iova=mapped, size=PAGE_SIZE, vaddr=memory)
+    space.release_iova(number(2 * PAGE_SIZE))
+    assert {type(start) for start, _last in space.allocator._free} == {int}
+
+
+def test_numbers_of_another_class_are_told_before_anything_is_reserved(space: Space, memory: int) -> None:
+    """Nothing is reserved."""
+    for use in (
+        partial(space.reserve_iova, 4096.0, alignment=PAGE_SIZE, offset=0),  # type: ignore[arg-type]
+        partial(space.reserve_iova, PAGE_SIZE, alignment="4096", offset=0),  # type: ignore[arg-type]
+        partial(space.reserve_iova, PAGE_SIZE, alignment=PAGE_SIZE, offset=None),  # type: ignore[arg-type]
+        partial(space.reserve_iova_at, 4096.0, PAGE_SIZE),  # type: ignore[arg-type]
+        partial(space.reserve_iova_at, MIB, "4096"),  # type: ignore[arg-type]
+        partial(space.release_iova, "4096"),  # type: ignore[arg-type]
+        partial(space.reserve_and_map, vaddr=memory, size=PAGE_SIZE, iova=4096.0),  # type: ignore[arg-type]
+        partial(space.reserve_and_map, vaddr=memory, size=PAGE_SIZE, alignment=1.0),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError):
+            use()
+    assert space.reserved_iova == ()
+
+
+def test_what_is_mapped_is_known(space: Space, memory: int) -> None:
+    """By IOVA, in order, and no longer when it is unmapped: one mapping or several in one call."""
+    for number in (2, 0, 1):
+        space.map(vaddr=memory + number * PAGE_SIZE, iova=MIB + number * PAGE_SIZE, size=PAGE_SIZE)
+    assert [mapping.iova - MIB for mapping in space.mappings] == [0, PAGE_SIZE, 2 * PAGE_SIZE]
+    found = space.mapping_at(MIB + PAGE_SIZE + 5)
+    assert found == (MIB + PAGE_SIZE, PAGE_SIZE, memory + PAGE_SIZE)
+    assert space.mapping_at(MIB + 3 * PAGE_SIZE) is None
+    space.unmap(iova=MIB + PAGE_SIZE, size=2 * PAGE_SIZE)
+    assert [mapping.iova for mapping in space.mappings] == [MIB]
+    space.unmap(iova=MIB, size=PAGE_SIZE)
+    assert space.mappings == ()
+
+
+@pytest.mark.parametrize(
+    ("vaddr", "iova", "size", "words"),
+    [
+        (1, MIB, PAGE_SIZE, "no process has"),
+        (MIB, 1, PAGE_SIZE, "multiples of 0x1000"),
+        (MIB, MIB, 1, "multiples of 0x1000"),
+        (MIB, MIB, 0, "multiples of 0x1000"),
+        (MIB, MIB, -PAGE_SIZE, "multiples of 0x1000"),
+        (MIB, -PAGE_SIZE, PAGE_SIZE, "multiples of 0x1000"),
+        (-PAGE_SIZE, MIB, PAGE_SIZE, "no process has"),
+        (1 << 64, MIB, PAGE_SIZE, "no process has"),
+        (MIB, 1 << 64, PAGE_SIZE, "multiples of 0x1000"),
+        (MIB, U64_MAX + 1 - PAGE_SIZE, 2 * PAGE_SIZE, "multiples of 0x1000"),
+        (U64_MAX + 1 - PAGE_SIZE, MIB, 2 * PAGE_SIZE, "no process has"),
+    ],
+)
+def test_what_can_never_be_mapped_is_refused_before_any_call(
+    kernel: FakeKernel, space: Space, vaddr: int, iova: int, size: int, *, words: str
+) -> None:
+    """Misaligned, empty, negative, behind the end of all addresses."""
+    kernel.clear_trace()
+    with pytest.raises(ValueError, match=words):
+        space.map(vaddr=vaddr, iova=iova, size=size)
+    assert not kernel.trace
+
+
+def test_a_mapping_that_nobody_may_use_is_refused(kernel: FakeKernel, space: Space, memory: int) -> None:
+    """Neither read nor write."""
+    kernel.clear_trace()
+    with pytest.raises(ValueError, match="read or write"):
+        space.map(vaddr=memory, iova=MIB, size=PAGE_SIZE, read=False, write=False)
+    assert not kernel.trace
+
+
+@pytest.mark.parametrize("why", ["unlimited", "privileged"])
+def test_a_lack_of_memory_that_is_not_the_limits_doing_is_not_blamed_on_it(
+    kind: Kind, kernel: FakeKernel, space: Space, memory: int, why: str
+) -> None:
+    """`limit` is None, and the text says so."""
+    kernel.memlock_limit = {"unlimited": None, "privileged": PAGE_SIZE}[why]
+    kernel.privileged = why == "privileged"
+    kernel.fail(call="ioctl", request=kind.map_request, errno=errno.ENOMEM)
+    with pytest.raises(pyvfio.PinLimitError, match="RLIMIT_MEMLOCK is not the cause") as caught:
+        space.map(vaddr=memory, iova=MIB, size=2 * PAGE_SIZE)
+    assert caught.value.limit is None
+    assert "missing" not in str(caught.value)
+
+
+def test_an_overlap_is_told_with_what_is_there(space: Space, memory: int) -> None:
+    """Every mapping that shares an address."""
+    for number in (0, 1, 5):
+        space.map(vaddr=memory, iova=MIB + number * PAGE_SIZE, size=PAGE_SIZE)
+    with pytest.raises(pyvfio.IovaOverlapError, match="mapped already: 0x100000-0x100fff, 0x101000-0x101fff") as caught:
+        space.map(vaddr=memory, iova=MIB, size=3 * PAGE_SIZE)
+    assert caught.value.errno == errno.EEXIST
+    assert caught.value.existing == tuple(mapping.range for mapping in space.mappings[:2])
+
+
+def test_an_overlap_with_a_mapping_of_another_object_says_whose_it_can_be(
+    kind: Kind, kernel: FakeKernel, space: Space, memory: int
+) -> None:
+    """A launcher's and a driver's object of one descriptor do not know of each other's mappings."""
+    kind.map_behind_its_back(kernel, space, vaddr=memory, iova=MIB)
+    with pytest.raises(pyvfio.IovaOverlapError, match="by another process or another object") as caught:
+        space.map(vaddr=memory, iova=MIB, size=PAGE_SIZE)
+    assert caught.value.existing == ()
+    kind.unmap_behind_its_back(kernel, space, iova=MIB, size=PAGE_SIZE)
+
+
+@pytest.mark.parametrize("iova", [0xFEE00000, 0xFEDFF000, 1 << 39], ids=["interrupts", "across", "above"])
+def test_addresses_outside_the_ranges_are_told_with_the_ranges(space: Space, memory: int, iova: int) -> None:
+    """As attribute and in the text."""
+    with pytest.raises(pyvfio.IovaRangeError, match=r"The IOMMU offers 0x0-0xfedfffff, 0xfef00000-0x7f") as caught:
+        space.map(vaddr=memory, iova=iova, size=2 * PAGE_SIZE)
+    assert caught.value.ranges == space.iova_ranges
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_memory_that_cannot_be_pinned_is_told_with_what_the_process_has_there(kernel: FakeKernel, space: Space) -> None:
+    """Its rights, or that there is nothing."""
+    vaddr = kernel.mmap(0, 2 * PAGE_SIZE, 0, 0x22)
+    with pytest.raises(pyvfio.IoctlError, match=rf"cannot be pinned.*{vaddr:#x}.* ---p") as caught:
+        space.map(vaddr=vaddr, iova=MIB, size=2 * PAGE_SIZE)
+    assert caught.value.errno == errno.EFAULT
+    kernel.munmap(vaddr, 2 * PAGE_SIZE)
+    with pytest.raises(pyvfio.IoctlError, match="nothing mapped at 0x1000-0x1fff"):
+        space.map(vaddr=PAGE_SIZE, iova=MIB, size=PAGE_SIZE)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EINTR])
+def test_other_refusals_are_told_as_they_are(
+    kind: Kind, kernel: FakeKernel, space: Space, memory: int, number: int
+) -> None:
+    """With the arguments; nothing is recorded."""
+    kernel.fail(call="ioctl", request=kind.map_request, errno=number)
+    with pytest.raises(pyvfio.IoctlError, match=errno.errorcode[number]) as caught:
+        space.map(vaddr=memory, iova=MIB, size=PAGE_SIZE)
+    assert caught.value.errno == number
+    assert caught.value.request == kind.map_request
+    assert space.mappings == ()
+
+
+def test_after_an_unmap_of_another_size_the_table_is_what_the_kernel_has(
+    kind: Kind, kernel: FakeKernel, space: Space, memory: int
+) -> None:
+    """Another holder of the descriptor has unmapped it: the error comes once, and close succeeds."""
+    for number in range(3):
+        space.map(vaddr=memory, iova=MIB + number * PAGE_SIZE, size=PAGE_SIZE)
+    kind.unmap_behind_its_back(kernel, space, iova=MIB + PAGE_SIZE, size=PAGE_SIZE)
+    with pytest.raises(pyvfio.UnmapSizeError) as caught:
+        space.unmap(iova=MIB, size=2 * PAGE_SIZE)
+    assert (caught.value.asked, caught.value.unmapped) == (2 * PAGE_SIZE, PAGE_SIZE)
+    assert [m.iova for m in space.mappings] == [m.iova for m in kernel.mappings(BDF)] == [MIB + 2 * PAGE_SIZE]
+
+
+def test_an_unmap_that_can_only_fail_is_refused_before_the_call(kernel: FakeKernel, space: Space, memory: int) -> None:
+    """A range that cuts a mapping, has a gap, or has nothing: the error names both boundaries, and nothing changes.
+
+    iommufd would unmap the mappings before the one that is cut, and then fail.
+    """
+    space.map(vaddr=memory, iova=MIB, size=2 * PAGE_SIZE)
+    space.map(vaddr=memory, iova=MIB + 3 * PAGE_SIZE, size=3 * PAGE_SIZE)
+    before = space.mappings
+    kernel.clear_trace()
+    whole = ((0, 2), (3, 6))
+    for start, end in (pair for pair in itertools.combinations(range(-1, 8), 2) if pair not in whole):
+        iova, size = MIB + start * PAGE_SIZE, (end - start) * PAGE_SIZE
+        known = ", ".join(str(m.range) for m in space.mappings_in(iova=iova, size=size)) or "none"
+        with pytest.raises(pyvfio.UnmapSizeError, match=f"{iova:#x}-{iova + size - 1:#x} cannot .* are: {known}"):
+            space.unmap(iova=iova, size=size)
+    assert not kernel.trace
+    assert space.mappings == before
+    for start, end in whole:
+        space.unmap(iova=MIB + start * PAGE_SIZE, size=(end - start) * PAGE_SIZE)
+    for start, end in whole:
+        space.map(vaddr=memory, iova=MIB + start * PAGE_SIZE, size=(end - start) * PAGE_SIZE)
+    space.map(vaddr=memory, iova=MIB + 2 * PAGE_SIZE, size=PAGE_SIZE)
+    space.unmap(iova=MIB, size=6 * PAGE_SIZE)
+
+
+def test_everything_can_be_unmapped_at_once(kind: Kind, kernel: FakeKernel, space: Space, memory: int) -> None:
+    """IOVA stays reserved; a size that is too small is an error, and the table is empty all the same."""
+    iova = space.reserve_iova(PAGE_SIZE, alignment=PAGE_SIZE, offset=0)
+    space.map(vaddr=memory, iova=iova, size=PAGE_SIZE)
+    space.map(vaddr=memory, iova=MIB, size=2 * PAGE_SIZE)
+    assert space.unmap_all() == 3 * PAGE_SIZE
+    assert (space.mappings, kernel.mappings()) == ((), ())
+    assert [r.start for r in space.reserved_iova] == [iova]
+    assert space.unmap_all() == 0
+    space.map(vaddr=memory, iova=MIB, size=2 * PAGE_SIZE)
+    kind.unmap_behind_its_back(kernel, space, iova=MIB, size=2 * PAGE_SIZE)
+    with pytest.raises(pyvfio.UnmapSizeError, match=r"asked for 0x2000 .* unmapped 0x0"):
+        space.unmap_all()
+    assert space.mappings == ()
+
+
+def test_a_refused_unmap_changes_nothing(kind: Kind, kernel: FakeKernel, space: Space, memory: int) -> None:
+    """The mapping is where it was, and the next attempt succeeds."""
+    space.map(vaddr=memory, iova=MIB, size=PAGE_SIZE)
+    request = "IOMMU_IOAS_UNMAP" if kind.iommufd else "VFIO_IOMMU_UNMAP_DMA"
+    kernel.fail(call="ioctl", request=request, errno=errno.EIO)
+    with pytest.raises(pyvfio.IoctlError, match=f"{request}.*EIO"):
+        space.unmap(iova=MIB, size=PAGE_SIZE)
+    assert [m.iova for m in space.mappings] == [m.iova for m in kernel.mappings(BDF)] == [MIB]
+    space.unmap(iova=MIB, size=PAGE_SIZE)
+
+
+# ------------------------------------------------------------------------------------------------ any calls at all
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_after_random_calls_the_table_is_what_the_kernel_has(
+    kernel: FakeKernel, space: Space, memory: int, seed: int
+) -> None:
+    """Whatever was refused in between; nothing that is reserved is given out twice."""
+    chance, reserved = random.Random(seed), list[int]()  # noqa: S311
+    for _ in range(200):
+        page, pages = chance.randrange(64), chance.randrange(1, 5)
+        iova, size = MIB + page * PAGE_SIZE, pages * PAGE_SIZE
+        try:
+            match chance.randrange(4):
+                case 0:
+                    space.map(vaddr=memory + chance.randrange(12) * PAGE_SIZE, iova=iova, size=size)
+                case 1:
+                    space.unmap(iova=iova, size=size)
+                case 2:
+                    reserved.append(space.reserve_and_map(vaddr=memory, size=size, top_down=chance.random() < 0.5))
+                case _ if reserved:
+                    found = space.mapping_at(reserved[-1])
+                    assert found is not None
+                    space.unmap_and_release(iova=reserved.pop(), size=found.size, vaddr=found.vaddr)
+        except (pyvfio.UnmapSizeError, pyvfio.IovaOverlapError):
+            pass
+        assert [tuple(m)[:3] for m in space.mappings] == [tuple(m)[:3] for m in kernel.mappings(BDF)]
+        space._check()
+    assert sorted(set(reserved)) == sorted(reserved)
+
+
+# ------------------------------------------------------------------------------------------------ the end
+
+
+def test_a_closed_space_says_so(kind: Kind, kernel: FakeKernel, memory: int) -> None:
+    """To whoever wants to map; unmapping what it had is done already."""
+    with nothing_left(kernel), kind.make(kernel) as space:
+        pyvfio.open_device(BDF, space=space)
+        space.map(vaddr=memory, iova=MIB, size=PAGE_SIZE)
+        space.close()
+        with pytest.raises(pyvfio.ClosedError):
+            space.reserve_iova(PAGE_SIZE, alignment=PAGE_SIZE, offset=0)
+        with pytest.raises(pyvfio.ClosedError):
+            space.map(vaddr=memory, iova=MIB, size=PAGE_SIZE)
+        space.unmap(iova=MIB, size=PAGE_SIZE)
+
+
+def test_in_a_forked_child_a_space_is_an_error_and_closing_it_does_nothing(
+    kernel: FakeKernel, space: Space, memory: int
+) -> None:
+    """What the child did would happen to its parent."""
+    space.map(vaddr=memory, iova=MIB, size=PAGE_SIZE)
+
+    def child() -> None:
+        for use in (
+            partial(space.map, vaddr=memory, iova=GIB, size=PAGE_SIZE),
+            partial(space.unmap, iova=MIB, size=PAGE_SIZE),
+            partial(space.reserve_iova, PAGE_SIZE, alignment=PAGE_SIZE, offset=0),
+            space.unmap_all,
+        ):
+            with pytest.raises(pyvfio.ForkedError):
+                use()
+        space.close()
+
+    assert in_child(child) == 0
+    assert len(kernel.mappings(BDF)) == 1
+
+
+# ------------------------------------------------------------------------------------------------ parts of a mapping
+
+
+CUTS = [(version, cut) for version in ("6.12", "7.3") for cut in ("pages", "replace")]
+
+
+@pytest.fixture(params=CUTS, ids=lambda pair: f"{pair[0]}, {pair[1]}")
+def cutting(request: pytest.FixtureRequest) -> Iterator[tuple[FakeKernel, pyvfio.Ioas]]:
+    """A space that cuts, with a device."""
+    version, cut = request.param
+    with (
+        FakeKernel(version, iommufd=True) as kernel,
+        nothing_left(kernel),
+        pyvfio.Ioas(kernel=kernel, cut=cut) as space,
+    ):
+        pyvfio.open_device(BDF, space=space)
+        yield kernel, space
+
+
+def reached(kernel: FakeKernel, base: int) -> list[int]:
+    """The pages from `base` on that the device can reach, by number."""
+    return sorted(
+        (start - base) // PAGE_SIZE
+        for mapping in kernel.mappings(BDF)
+        for start in range(mapping.iova, mapping.iova + mapping.size, PAGE_SIZE)
+    )
+
+
+@pytest.mark.parametrize("part", [(0, 3), (5, 8), (2, 6), (3, 4), (6, 10), (0, 8), (0, 12)])
+def test_a_part_is_cut_out_and_nothing_else_is_lost(
+    cutting: tuple[FakeKernel, pyvfio.Ioas], part: tuple[int, int]
+) -> None:
+    """Head, tail, middle, all; across two mappings, too. The data that stays is the same memory."""
+    kernel, space = cutting
+    memory = kernel.mmap(0, 12 * PAGE_SIZE, READ_WRITE, PRIVATE)
+    space.map(vaddr=memory, iova=MIB, size=8 * PAGE_SIZE)
+    space.map(vaddr=memory + 8 * PAGE_SIZE, iova=MIB + 8 * PAGE_SIZE, size=4 * PAGE_SIZE, write=False)
+    start, end = part
+    with space.guard.lock:
+        space.cut_locked(MIB + start * PAGE_SIZE, (end - start) * PAGE_SIZE)
+    assert reached(kernel, MIB) == [page for page in range(12) if not start <= page < end]
+    assert [tuple(m)[:3] for m in space.mappings] == [tuple(m)[:3] for m in kernel.mappings(BDF)]
+    assert all(m.vaddr - m.iova == memory - MIB for m in kernel.mappings(BDF))
+    with pytest.raises(pyvfio.UnmapSizeError), space.guard.lock:
+        space.cut_locked(MIB + start * PAGE_SIZE, (end - start) * PAGE_SIZE)
+    space.unmap_all()
+    kernel.munmap(memory, 12 * PAGE_SIZE)
+
+
+def test_a_space_that_does_not_cut_says_how_one_is_made(space: Space, memory: int) -> None:
+    """Nothing has changed."""
+    space.map(vaddr=memory, iova=MIB, size=2 * PAGE_SIZE)
+    assert not space.can_cut
+    with pytest.raises(pyvfio.UnsupportedError, match="Ioas"), space.guard.lock:
+        space.cut_locked(MIB, PAGE_SIZE)
+    assert [m.size for m in space.mappings] == [2 * PAGE_SIZE]
+
+
+@pytest.mark.parametrize(
+    "request_name",
+    ["IOMMU_IOAS_ALLOC", "IOMMU_IOAS_COPY", "VFIO_DEVICE_ATTACH_IOMMUFD_PT"],
+)
+def test_a_replacement_that_fails_leaves_everything_as_it_was(request_name: str) -> None:
+    """The device stays in the old space, and the new one is gone."""
+    with (
+        FakeKernel("7.3", iommufd=True) as kernel,
+        nothing_left(kernel),
+        pyvfio.Ioas(kernel=kernel, cut="replace") as space,
+    ):
+        pyvfio.open_device(BDF, space=space)
+        pyvfio.open_device("0000:00:03.0", space=space)
+        memory = kernel.mmap(0, 8 * PAGE_SIZE, READ_WRITE, PRIVATE)
+        space.map(vaddr=memory, iova=MIB, size=8 * PAGE_SIZE)
+        number = space.id
+        for nth in (1, 2) if request_name == "VFIO_DEVICE_ATTACH_IOMMUFD_PT" else (1,):
+            kernel.fail(call="ioctl", request=request_name, nth=nth, errno=errno.ENOMEM)
+            with pytest.raises(pyvfio.IoctlError), space.guard.lock:
+                space.cut_locked(MIB, PAGE_SIZE)
+            assert space.id == number
+            assert [m.size for m in space.mappings] == [8 * PAGE_SIZE]
+            assert reached(kernel, MIB) == list(range(8))
+            assert len(kernel.mappings("0000:00:03.0")) == 1
+        space.unmap_all()
+        kernel.munmap(memory, 8 * PAGE_SIZE)
+
+
+def test_a_mapper_that_is_to_cut_is_refused_at_once_where_the_space_cannot() -> None:
+    """Without any block, too: the first one would only come later."""
+    with (
+        FakeKernel("7.3", iommufd=True) as kernel,
+        pyvfio.Ioas(kernel=kernel) as space,
+        pyvfio.RamBlockList(kernel=kernel) as blocks,
+        pytest.raises(pyvfio.UnsupportedError, match="unmap part of a mapping"),
+    ):
+        pyvfio.DmaMapper(space, blocks, resize="cut")
+
+
+def test_a_space_that_replaces_destroys_a_former_space_later_if_the_kernel_refuses() -> None:
+    """The cut is made, and the mappings are what the kernel has. The next cut tries again."""
+    with FakeKernel("7.3", iommufd=True) as kernel, pyvfio.Ioas(kernel=kernel, cut="replace") as space:
+        pyvfio.open_device(BDF, space=space)
+        with pyvfio.RamBlockList(kernel=kernel) as blocks, pyvfio.DmaMapper(space, blocks, resize="cut"):
+            block = blocks.add("ring", used_length=4 * PAGE_SIZE, max_length=MIB)
+            kernel.fail(call="ioctl", request="IOMMU_DESTROY", errno=errno.EBUSY)
+            block.resize(3 * PAGE_SIZE)
+            assert [mapping.size for mapping in kernel.mappings(BDF)] == [3 * PAGE_SIZE]
+            assert [mapping.size for mapping in space.mappings] == [3 * PAGE_SIZE]
+            assert kernel.pinned == 3 * PAGE_SIZE
+            block.resize(2 * PAGE_SIZE)
+            assert [call.errno for call in kernel.trace if call.request == "IOMMU_DESTROY"] == [errno.EBUSY, 0, 0]

@@ -1,0 +1,80 @@
+"""Cuts of mappings in an I/O address space: what the rest of a mapping keeps, and the calls of a cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Literal
+
+import pytest
+
+import pyvfio
+from pyvfio.testing import DmaFault, FakeKernel
+from pyvfio.units import PAGE_SIZE
+from tests.unit.fakes import BDF, PRIVATE, READ_WRITE
+
+IOVA = 0x10_0000
+Cut = Literal["pages", "replace"]
+
+
+@contextmanager
+def opened(cut: Cut) -> Iterator[tuple[pyvfio.Ioas, FakeKernel, int]]:
+    """A space with a device, and the address of 64 pages."""
+    with FakeKernel("7.3", iommufd=True) as kernel:
+        memory = kernel.mmap(0, 64 * PAGE_SIZE, READ_WRITE, PRIVATE)
+        with pyvfio.Ioas(kernel=kernel, cut=cut) as space, pyvfio.open_device(BDF, space=space) as device:
+            device.bus_master = True
+            yield space, kernel, memory
+        kernel.munmap(memory, 64 * PAGE_SIZE)
+        kernel.check()
+
+
+def cut(space: pyvfio.Ioas, *, page: int, pages: int = 1) -> None:
+    """As a mapper does."""
+    with space.guard.lock:
+        space.cut_locked(IOVA + page * PAGE_SIZE, pages * PAGE_SIZE)
+    space._check()
+
+
+def pages_of(space: pyvfio.Ioas) -> list[tuple[int, int]]:
+    """The first page and the number of pages of each mapping."""
+    return [((each.iova - IOVA) // PAGE_SIZE, each.size // PAGE_SIZE) for each in space.mappings]
+
+
+@pytest.mark.parametrize("way", ["pages", "replace"])
+def test_the_rest_of_a_mapping_keeps_iova_memory_and_access_through_many_cuts(way: Cut) -> None:
+    """Of a mapping that the device may only read, beside one that the device may write."""
+    with opened(way) as (space, kernel, memory):
+        space.map(vaddr=memory, iova=IOVA, size=32 * PAGE_SIZE, write=False)
+        space.map(vaddr=memory + 32 * PAGE_SIZE, iova=IOVA + 32 * PAGE_SIZE, size=32 * PAGE_SIZE)
+        for page in (8, 24, 31, 16, 40):
+            cut(space, page=page)
+        cut(space, page=0)
+        assert pages_of(space) == [(1, 7), (9, 7), (17, 7), (25, 6), (32, 8), (41, 23)]
+        assert all(each.vaddr - memory == each.iova - IOVA for each in space.mappings)
+        for page, writes in ((1, False), (9, False), (25, False), (32, True), (41, True)):
+            assert kernel.dma_read(BDF, IOVA + page * PAGE_SIZE, 4) == bytes(4)
+            with nullcontext() if writes else pytest.raises(DmaFault, match="does not allow"):
+                kernel.dma_write(BDF, IOVA + page * PAGE_SIZE, b"word")
+
+
+@pytest.mark.parametrize("way", ["pages", "replace"])
+def test_one_cut_can_take_the_end_of_one_mapping_and_the_begin_of_the_next(way: Cut) -> None:
+    """And mappings between them as a whole."""
+    with opened(way) as (space, kernel, memory):
+        for page, pages in ((0, 4), (4, 4), (8, 4)):
+            start = page * PAGE_SIZE
+            space.map(vaddr=memory + start, iova=IOVA + start, size=pages * PAGE_SIZE, write=page != 8)
+        cut(space, page=2, pages=8)
+        assert pages_of(space) == [(0, 2), (10, 2)]
+        with pytest.raises(DmaFault, match="does not allow"):
+            kernel.dma_write(BDF, IOVA + 10 * PAGE_SIZE, b"word")
+
+
+def test_a_cut_by_pages_is_two_calls() -> None:
+    """The space is chosen each time, since another user of the iommufd can have chosen another one."""
+    with opened("pages") as (space, kernel, memory):
+        space.map(vaddr=memory, iova=IOVA, size=8 * PAGE_SIZE)
+        kernel.trace.clear()
+        cut(space, page=2)
+        assert [call.request for call in kernel.trace] == ["IOMMU_VFIO_IOAS", "VFIO_IOMMU_UNMAP_DMA"]
