@@ -52,6 +52,7 @@ _NEEDS: Mapping[int, str] = {
     ioctls.VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2: _VARIANT,
 }
 
+_NAMES = {feature.value: feature.name for feature in ioctls.VfioDeviceFeature}
 _Data = TypeVar("_Data")
 _Struct = TypeVar("_Struct", bound=ctypes.Structure)
 
@@ -116,8 +117,7 @@ class Feature:
     @property
     def name(self) -> str:
         """The C name, or the number."""
-        numbers = {each.value: each.name for each in ioctls.VfioDeviceFeature}
-        return numbers.get(self.number, f"feature {self.number}")
+        return _NAMES.get(self.number, f"feature {self.number}")
 
     def __repr__(self) -> str:
         return f"<Feature {self.name} of {self._device.bdf}>"

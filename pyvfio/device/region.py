@@ -41,6 +41,7 @@ _WINDOW_SIZE = 2 * MIB  # of larger regions, the part around an access is mapped
 _ALL_ONES = (0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF)  # a load reads ones if no device answers
 _from_bytes = int.from_bytes  # half the cost of the attribute
 _GONE = (errno.EIO, errno.ENODEV, errno.ENXIO)
+_NAMES = tuple(index.name.removeprefix("VFIO_PCI_").removesuffix("_REGION_INDEX") for index in ioctls.VfioPciRegionIndex)
 _First = TypeVar("_First")
 _Second = TypeVar("_Second")
 _Result = TypeVar("_Result")
@@ -522,9 +523,8 @@ class Region:
 
     @property
     def _name(self) -> str:
-        names = [index.name for index in ioctls.VfioPciRegionIndex]
         index = self.info.index
-        name = names[index].removeprefix("VFIO_PCI_").removesuffix("_REGION_INDEX") if index < len(names) else "region"
+        name = _NAMES[index] if index < len(_NAMES) else "region"
         return f"{name} (region {index}) of {self._device.bdf}"
 
     def __repr__(self) -> str:
