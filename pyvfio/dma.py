@@ -101,10 +101,11 @@ class DmaMapper(TranslatingMapper, ContextManager):
       lengths are multiples of `granule` (ValueError). Memory that stays in use is never unmapped. A block that could
       exceed the mappings of the container is refused when added (EntryLimitError).
     * "cut", on an `Ioas` made with `cut`: a grow maps the difference, and a shrink or discard cuts the bytes
-      that leave out of the mappings. The rest stays in reach throughout, at any multiple of `space.page_size`.
+      that leave out of the mappings. The rest stays mapped, at any multiple of `space.page_size`; with
+      `Ioas(cut="pages")`, it is in reach throughout.
 
     `allow_gap=False`, with "extend": a resize that would unmap memory that stays in use raises GapError. A resize that
-    would join pieces raises EntryLimitError.
+    would join pieces raises EntryLimitError. With "cut", a space is refused whose cuts can stop a device (ValueError).
 
     `policy_of`: a function that returns the `Policy` of a new block, or of a shape for `plan`. None: the policy of
     `resize`, `granule` and `allow_gap`. Rings can thus be remapped while buffers use granules. The policy of a block
@@ -281,6 +282,11 @@ class DmaMapper(TranslatingMapper, ContextManager):
                 "resize='cut' needs an address space that can unmap part of a mapping",
                 hint="Make the space with pyvfio.Ioas(cut='pages'), and pass it to open_device(space=); or use "
                 "resize='extend' with granule=",
+            )
+        if policy.resize == "cut" and not policy.allow_gap and self._space.cut_opens_gap:
+            raise ValueError(
+                "allow_gap=False with resize='cut' needs Ioas(cut='pages'): cut='replace' moves the devices to another "
+                "IOAS, and drivers of IOMMUs stop a device for the moment of the move"
             )
 
     def _window(self, block: RamBlock, iova: Iova, policy: Policy) -> Window:

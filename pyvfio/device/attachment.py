@@ -226,8 +226,9 @@ class AttachedHandle(BoundHandle):
     def attach(self, space: Ioas) -> None:
         """Attach the device to another address space of the iommufd, in place of the present one.
 
-        The device moves in one call of the kernel: each access uses the one space or the other. The open devices of the
-        same IOMMU group move too, since the kernel has one page table for the group.
+        The device moves in one call of the kernel: each access uses the one space or the other, or fails. Some drivers
+        of IOMMUs (Intel, AMD) stop all DMA of the device for the moment of the move. The open devices of the same IOMMU
+        group move too, since the kernel has one page table for the group.
 
         Raises TypeError; ValueError for a space of another iommufd; ClosedError. Raises UnsupportedError for a device
         that was opened through a group. Raises IoctlError and IovaRangeError; the device then stays where it was. If

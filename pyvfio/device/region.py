@@ -41,7 +41,9 @@ _WINDOW_SIZE = 2 * MIB  # of larger regions, the part around an access is mapped
 _ALL_ONES = (0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF)  # a load reads ones if no device answers
 _from_bytes = int.from_bytes  # half the cost of the attribute
 _GONE = (errno.EIO, errno.ENODEV, errno.ENXIO)
-_NAMES = tuple(index.name.removeprefix("VFIO_PCI_").removesuffix("_REGION_INDEX") for index in ioctls.VfioPciRegionIndex)
+_NAMES = tuple(
+    index.name.removeprefix("VFIO_PCI_").removesuffix("_REGION_INDEX") for index in ioctls.VfioPciRegionIndex
+)
 _First = TypeVar("_First")
 _Second = TypeVar("_Second")
 _Result = TypeVar("_Result")

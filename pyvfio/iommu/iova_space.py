@@ -380,6 +380,11 @@ class IovaSpace(TrackedSpace):
         """As `AddressSpace.can_cut`."""
         return False
 
+    @property
+    def cut_opens_gap(self) -> bool:
+        """As `AddressSpace.cut_opens_gap`."""
+        return False
+
     def cut_locked(self, iova: int, size: int) -> None:
         """As `AddressSpace.cut_locked`."""
         raise UnsupportedError(

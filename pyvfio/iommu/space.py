@@ -229,11 +229,16 @@ class AddressSpace(DirtyRecord, Protocol):
         """Whether `cut_locked` works."""
         ...
 
+    @property
+    def cut_opens_gap(self) -> bool:
+        """Whether a device can lose an access to memory that stays, while `cut_locked` runs."""
+        ...
+
     def cut_locked(self, iova: int, size: int) -> None:
         """Unmap `[iova, iova + size)`, and nothing else, of mappings that may begin before and end behind.
 
-        The rest of a mapping stays in reach throughout. Raises as `unmap`; UnsupportedError if not `can_cut`. For a
-        mapper, as `reserve_and_map_locked`.
+        The rest of a mapping stays in reach, throughout if not `cut_opens_gap`. Raises as `unmap`; UnsupportedError if
+        not `can_cut`. For a mapper, as `reserve_and_map_locked`.
         """
         ...
 

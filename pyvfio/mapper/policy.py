@@ -9,7 +9,7 @@ one, EINVAL). The pieces of a block therefore decide which bytes a later resize 
 * extend with a granule: a grow maps the difference, a piece for each granule, and a shrink unmaps granules. Everything
   that stays is in reach throughout.
 * cut: a grow maps the difference as a piece, and a shrink or discard cuts the bytes that leave out of the pieces.
-  Everything that stays is in reach throughout, at any length. Only an `Ioas` made with `cut` can do this.
+  Everything that stays remains mapped, at any length. Only an `Ioas` made with `cut` can do this.
 
 Source: `vfio_dma_do_map`, `vfio_dma_do_unmap` in drivers/vfio/vfio_iommu_type1.c. QEMU's
 RamDiscardManager listener maps granules too, so that each can be unmapped alone (hw/vfio/common.c).

@@ -63,7 +63,8 @@ def test_a_lock_is_found_wherever_it_hides(source: str) -> None:
 
 UNGUARDED = {
     "a fact, or one attribute that is replaced as a whole": """
-        Container.can_cut Container.check_here Container.check_usable Container.closed Container.dma_bits Container.fd
+        Container.can_cut Container.check_here Container.check_usable Container.closed Container.cut_opens_gap
+        Container.dma_bits Container.fd
         Container.info
         Container.changes Container.group Container.maps_files Container.iommu_type Container.iova_pgsizes
         Container.iova_ranges
@@ -74,7 +75,8 @@ UNGUARDED = {
         DmaMapper.space DmaMapping.closed
         Group.check_here Group.check_usable Group.closed Group.fd Group.kernel
         Iommufd.check_here Iommufd.check_usable Iommufd.closed Iommufd.fd Iommufd.kernel Iommufd.maps_files
-        Ioas.can_cut Ioas.changes Ioas.check_here Ioas.check_usable Ioas.closed Ioas.dma_bits Ioas.entries_left Ioas.fd
+        Ioas.can_cut Ioas.changes Ioas.check_here Ioas.check_usable Ioas.closed Ioas.cut_opens_gap Ioas.dma_bits
+        Ioas.entries_left Ioas.fd
         Ioas.iova_ranges Ioas.kernel Ioas.maps_files Ioas.page_size TakenOver.container
         Irq.can_grow Irq.count
         ConfigSpace.check_usable ConfigSpace.check_views ConfigSpace.mappable ConfigSpace.size

@@ -41,6 +41,21 @@ def pages_of(space: pyvfio.Ioas) -> list[tuple[int, int]]:
     return [((each.iova - IOVA) // PAGE_SIZE, each.size // PAGE_SIZE) for each in space.mappings]
 
 
+def test_a_mapper_that_allows_no_gap_takes_no_space_whose_cuts_move_devices() -> None:
+    """Nothing has changed in the space, which serves a mapper that allows a gap."""
+    with opened("replace") as (space, kernel, _), pyvfio.RamBlockList(kernel=kernel) as blocks:
+        blocks.add("ring", used_length=2 * PAGE_SIZE, max_length=4 * PAGE_SIZE)
+        with pytest.raises(ValueError, match="cut='pages'"):
+            pyvfio.DmaMapper(space, blocks, resize="cut", allow_gap=False)
+        assert not space.mappings
+        pyvfio.DmaMapper(space, blocks, resize="cut").close()
+    with opened("pages") as (space, kernel, _), pyvfio.RamBlockList(kernel=kernel) as blocks:
+        block = blocks.add("ring", used_length=2 * PAGE_SIZE, max_length=4 * PAGE_SIZE)
+        with pyvfio.DmaMapper(space, blocks, resize="cut", allow_gap=False):
+            block.resize(PAGE_SIZE)
+            assert [mapping.size for mapping in space.mappings] == [PAGE_SIZE]
+
+
 @pytest.mark.parametrize("way", ["pages", "replace"])
 def test_the_rest_of_a_mapping_keeps_iova_memory_and_access_through_many_cuts(way: Cut) -> None:
     """Of a mapping that the device may only read, beside one that the device may write."""
