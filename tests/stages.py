@@ -95,11 +95,15 @@ TOOLS = tuple(
 
 
 class Stage(NamedTuple):
-    """A command. `weight` orders stages: about the seconds that the command takes on two processors of 2024."""
+    """A command. `weight` orders stages: about the seconds that the command takes on two processors of 2024.
+
+    `alone`: no other stage runs at the same time. For a command that measures processor time: others take the caches.
+    """
 
     name: str
     weight: int
     command: tuple[str, ...]
+    alone: bool = False
 
     @property
     def file(self) -> str:
@@ -239,7 +243,7 @@ def _costs() -> Iterator[Stage]:
     )
     yield Stage("what hot paths cost, kernel 6.1", 40, (*bench, "--kernel", "6.1", "--memory=anonymous=2"))
     scale = ("--fake", "--kernel", "6.1", "--scale", "--svg", "build/costs-scale.svg")
-    yield Stage("what each operation costs among 10,000", 40, (*bench, *scale))
+    yield Stage("what each operation costs among 10,000", 40, (*bench, *scale), alone=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- running
@@ -317,19 +321,19 @@ def table(outcomes: Sequence[Outcome], seconds: float) -> Iterator[str]:
 
 
 def run(stages: Sequence[Stage], last: Stage | None, runner: Runner) -> list[Outcome]:
-    """Run `stages` side by side, the longest first, and then `last`."""
+    """Run `stages` side by side, the longest first, then those that run alone, and then `last`."""
+    together = sorted((stage for stage in stages if not stage.alone), key=lambda stage: -stage.weight)
+    alone = [stage for stage in (*stages, last) if stage is not None and (stage.alone or stage is last)]
     outcomes: list[Outcome] = []
     with ThreadPoolExecutor(PLACES) as pool:
         try:
-            ordered = sorted(stages, key=lambda stage: -stage.weight)
-            running = [pool.submit(runner.run, stage) for stage in ordered]
+            running = [pool.submit(runner.run, stage) for stage in together]
             outcomes += [future.result() for future in as_completed(running)]
+            outcomes += map(runner.run, alone)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             runner.close()
             raise
-    if last is not None:
-        outcomes.append(runner.run(last))
     return outcomes
 
 

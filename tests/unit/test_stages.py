@@ -27,6 +27,16 @@ def test_a_stage_fails_when_its_command_does_and_the_others_run(tmp_path: Path) 
     assert list(found)[-1] == "last"
 
 
+def test_a_stage_that_runs_alone_begins_when_the_others_have_ended(tmp_path: Path) -> None:
+    """However heavy it is; and the last one begins after it."""
+    trace = tmp_path / "trace"
+    write = "import pathlib, time; file = pathlib.Path({!r}).open('a'); {}; file.write({!r})"
+    script = {name: write.format(str(trace), "time.sleep(0.2)" if name == "a" else "1", name) for name in "abc"}
+    made = [python("b", script["b"], weight=9)._replace(alone=True), python("a", script["a"])]
+    outcomes = stages.run(made, python("c", script["c"]), Runner(tmp_path))
+    assert (trace.read_text(), [outcome.stage.name for outcome in outcomes]) == ("abc", ["a", "b", "c"])
+
+
 def test_the_processor_time_of_a_stage_includes_its_children(tmp_path: Path) -> None:
     """Those that it has waited for."""
     spin = "import time\nwhile time.process_time() < 0.3: pass"
