@@ -202,6 +202,7 @@ def test_a_bar_cannot_be_mapped_by_its_address(kernel: FakeKernel, iommufd: Bare
         device.attach(ioas := space.ioas())
         bar = own.mmap(0, PAGE_SIZE, READ_WRITE, 1, fd=device.fd, offset=0)
         assert outcome(lambda: space.map(ioas, bar, PAGE_SIZE, 0)) == "EFAULT"
+        own.munmap(bar, PAGE_SIZE)
 
 
 def test_the_kernel_chooses_an_iova_from_0x1000_on_aligned_as_memory_and_size_are(
