@@ -213,12 +213,15 @@ class UnsafeNoIommu(ContextManager, ABC):
         bits = check_whole_number(dma_bits, "dma_bits")
         if not PAGE_SIZE.bit_length() <= bits <= 64:
             raise ValueError(f"dma_bits must be {PAGE_SIZE.bit_length()} to 64, not {bits}")
+        memory_kind, length = Memfd(hugetlb=page_size), check_whole_number(size, "size")
+        if length <= 0 or length % page_size:
+            raise ValueError(f"size must be a multiple of {page_size} bytes and above 0, not {length}")
         self._check_open()
         block = self._blocks.add(
             f"unsafe-noiommu-{next(self._numbers)}",
-            used_length=size,
-            max_length=size,
-            memory=Memfd(hugetlb=page_size),
+            used_length=length,
+            max_length=length,
+            memory=memory_kind,
             prealloc=1,
         )
         try:
