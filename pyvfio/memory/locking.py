@@ -145,6 +145,6 @@ def _holders(used: int, mlocked: int, mapped: int | None) -> str:
     pinned = max(used - mlocked, 0)
     here = min(mapped or 0, pinned)
     others = "mappings for devices" if mapped is None else "mappings elsewhere"
-    shares = [(mlocked, "mlock or mlockall"), (here, "mappings of this container"), (pinned - here, others)]
+    shares = [(mlocked, "mlock or mlockall"), (here, "mappings of this address space"), (pinned - here, others)]
     said = [f"{format_size(size)} by {whom}" for size, whom in shares if size]
     return f" ({', '.join(said)})" if said else ""

@@ -55,12 +55,16 @@ def refusal(kernel: LockingKernel, size: int, mapped: int | None) -> PinLimitErr
 @pytest.mark.parametrize(
     ("by_mlock", "mapped", "holders"),
     [
-        (0, 6 * MIB, "6 MiB are locked (6 MiB by mappings of this container) and"),
-        (4 * MIB, 2 * MIB, "6 MiB are locked (4 MiB by mlock or mlockall, 2 MiB by mappings of this container) and"),
+        (0, 6 * MIB, "6 MiB are locked (6 MiB by mappings of this address space) and"),
+        (
+            4 * MIB,
+            2 * MIB,
+            "6 MiB are locked (4 MiB by mlock or mlockall, 2 MiB by mappings of this address space) and",
+        ),
         (
             3 * MIB,
             2 * MIB,
-            "(3 MiB by mlock or mlockall, 2 MiB by mappings of this container, 1 MiB by mappings elsewhere)",
+            "(3 MiB by mlock or mlockall, 2 MiB by mappings of this address space, 1 MiB by mappings elsewhere)",
         ),
         (6 * MIB, 0, "6 MiB are locked (6 MiB by mlock or mlockall) and"),
         (4 * MIB, None, "(4 MiB by mlock or mlockall, 2 MiB by mappings for devices)"),
@@ -106,7 +110,7 @@ def test_a_mapping_that_is_refused_is_counted_with_its_container(kernel: Locking
         extend = pyvfio.DmaMapper(rig.container, resize="extend")
         vaddr = rig.memory(4 * MIB)
         kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.ENOMEM)
-        with pytest.raises(PinLimitError, match="2 MiB by mappings of this container"):
+        with pytest.raises(PinLimitError, match="2 MiB by mappings of this address space"):
             extend.map_dma(vaddr=vaddr, size=4 * MIB)
 
 
