@@ -126,7 +126,7 @@ class Plan:
         return self.picture().svg()
 
     def __str__(self) -> str:
-        most = "as many as they grow in" if self.entries_most is None else self.entries_most
+        most = "one more for each grow" if self.entries_most is None else f"at most {self.entries_most}"
         limit = self.memlock.limit
         allowed = "no limit" if limit is None or self.memlock.privileged else f"{format_size(limit)} allowed"
         lines = [
@@ -136,7 +136,7 @@ class Plan:
         ]
         left = "no limit" if self.entries_left is None else f"{self.entries_left} are left"
         lines += [
-            f"mappings: {self.entries}, at most {most}; {left}",
+            f"mappings: {self.entries}, {most}; {left}",
             f"locked memory: {format_size(self.locked)}, at most {format_size(self.locked_most)}; "
             f"{format_size(self.memlock.used)} are locked, {allowed}",
             f"IOVA: {format_ranges(self.iova_ranges)}",

@@ -158,6 +158,13 @@ def test_a_plan_can_be_read(kernel: SpecialKernel) -> None:
     assert re.fullmatch(r"time: about \d+\.\d m?s", lines[5])
 
 
+def test_a_plan_tells_that_each_grow_takes_a_mapping(kernel: SpecialKernel) -> None:
+    """If the number of grows decides how many mappings a block needs, no largest number is known."""
+    with Rig(kernel, mapper=EXTENDS) as rig:
+        text = str(rig.mapper.plan([BlockShape("a", 4 * MIB, 64 * MIB)]))
+    assert "mappings: 1, one more for each grow; 65535 are left" in text.split("\n")
+
+
 def test_a_longer_block_takes_more_time(kernel: SpecialKernel) -> None:
     """Seconds grow with what is used, from none for nothing; what is only reserved takes none."""
     with Rig(kernel) as rig:
