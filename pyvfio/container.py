@@ -560,7 +560,9 @@ class Container(IovaSpace):
         return self._iommu_type
 
     def __repr__(self) -> str:
-        state = "closed" if self.closed else f"groups {sorted(self.groups)}, {len(self.table)} mappings"
+        mappings = len(self.table)
+        counts = f"groups {sorted(self.groups)}, {mappings} mapping{'s' * (mappings != 1)}"
+        state = "closed" if self.closed else counts
         return f"<Container {self._iommu_type.name} {state}>"
 
     def group(self, number: int) -> Group | None:

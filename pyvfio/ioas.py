@@ -213,7 +213,9 @@ class Ioas(IovaSpace):
         iommufd.spaces.append(self)
 
     def __repr__(self) -> str:
-        state = "closed" if self.closed else f"{len(self.devices)} devices, {len(self.table)} mappings"
+        devices, mappings = len(self.devices), len(self.table)
+        counts = f"with {devices} device{'s' * (devices != 1)}, {mappings} mapping{'s' * (mappings != 1)}"
+        state = "closed" if self.closed else counts
         return f"<Ioas {self.id} {state}>"
 
     # ------------------------------------------------------------------------------------------------ devices

@@ -111,7 +111,8 @@ def _checked_kind(iommu: str | None, space: Container | Ioas | None) -> str | No
         return iommu
     kind = "iommufd" if isinstance(space, Ioas) else "type1"
     if iommu not in (None, kind):
-        raise ValueError(f"the space is a {type(space).__name__}, of {kind}, so iommu cannot be {iommu!r}")
+        given = "an Ioas" if isinstance(space, Ioas) else "a Container"
+        raise ValueError(f"{given} is an address space of {kind}, so iommu cannot be {iommu!r}: leave iommu out")
     return kind
 
 

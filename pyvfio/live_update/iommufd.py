@@ -91,7 +91,7 @@ class IoasGiving:
             if not window.is_by_file
         ]
         found += [
-            f"{space!r} is in the same iommufd, and would go along: close that space first"
+            f"{space!r} is in the same iommufd, which is handed over as a whole: close that space first"
             for space in self._iommufd.spaces
             if space is not self._space
         ]

@@ -443,12 +443,12 @@ def test_each_object_shows_its_numbers_as_the_field_writes_them(kernel: SpecialK
     shown = {
         repr(device.container.mappings[0]): f"Mapping(iova=0x100000, size=0x1000, vaddr={memory:#x})",
         repr(device.container.mappings[0].range): "IovaRange(start=0x100000, last=0x100fff)",
-        repr(device.container): "<Container VFIO_TYPE1v2_IOMMU groups [2], 1 mappings>",
+        repr(device.container): "<Container VFIO_TYPE1v2_IOMMU groups [2], 1 mapping>",
         repr(device.group): "<Group 2 in a container, open devices: 1>",
         repr(device): f"<Device {BDF} in group 2>",
         repr(device.region(2))[:61]: f"<Region BAR2 (region 2) of {BDF} size=0x4000",
         repr(mapped).partition("> ")[2]: f"vaddr={mapped.vaddr:#x} size=0x4000>",
-        repr(kernel): "<SpecialKernel 6.12: 3 devices, 3 descriptors, 1 mappings of 0x1000 bytes>",
+        repr(kernel): "<SpecialKernel 6.12: 3 devices, 3 descriptors, 1 mapping of 0x1000 bytes>",
     }
     assert all(found.startswith(wanted) for found, wanted in shown.items()), shown
     device.container.unmap_all()

@@ -125,11 +125,12 @@ class FakeKernel(MemoryCalls):
         """
 
     def __repr__(self) -> str:
-        devices = len(self.bdfs)
+        devices, opened = len(self.bdfs), len(self.descriptors)
         mapped = [mapping.size for mapping in self.mappings()]
         return (
-            f"<{type(self).__name__} {self._version.name}: {devices} devices, "
-            f"{len(self.descriptors)} descriptors, {len(mapped)} mappings of {sum(mapped):#x} bytes>"
+            f"<{type(self).__name__} {self._version.name}: {devices} device{'s' * (devices != 1)}, "
+            f"{opened} descriptor{'s' * (opened != 1)}, {len(mapped)} mapping{'s' * (len(mapped) != 1)} of "
+            f"{sum(mapped):#x} bytes>"
         )
 
     def __enter__(self) -> Self:
