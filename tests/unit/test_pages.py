@@ -284,7 +284,7 @@ def test_the_programs_of_the_page_on_iommufd_run_one_after_the_other(capsys: pyt
     with kernel:
         assert kernel.descriptors == ()
         kernel.check()
-    assert capsys.readouterr().out.split("\n")[1:] == ["['0x101000']", "True", "2 0", ""]
+    assert capsys.readouterr().out.split("\n")[1:] == ["['0x101000']", "True", "2 0", "8388608 16777216 4194304", ""]
 
 
 def test_the_program_of_the_page_on_devices_without_an_iommu_runs(capsys: pytest.CaptureFixture[str]) -> None:
