@@ -297,6 +297,17 @@ def test_the_program_of_the_page_on_devices_without_an_iommu_runs(capsys: pytest
     assert "0x200000 bytes at physical address" in capsys.readouterr().out
 
 
+def test_the_program_of_the_page_on_live_update_runs_on_a_fake_kernel() -> None:
+    """Both programs of a hand-over in one process. All is closed at the end."""
+    names: dict[str, object] = {}
+    exec(programs("docs/live-update.md")[-1], names)  # noqa: S102
+    kernel = names["kernel"]
+    assert isinstance(kernel, FakeKernel)
+    with kernel:
+        assert kernel.descriptors == ()
+        kernel.check()
+
+
 def run_the_first_driver(directory: Path, *changes: tuple[str, str]) -> subprocess.CompletedProcess[str]:
     """Write the files of docs/first-driver.md, each under its name and with the changes, and run the program."""
     text = (ROOT / "docs/first-driver.md").read_text(encoding="utf-8")
