@@ -68,7 +68,11 @@ def make_parser() -> argparse.ArgumentParser:
         metavar=names,
         help=f"default: 6.12, or 7+iommufd with --space iommufd; with --fake: {', '.join(VERSIONS)}",
     )
-    parser.add_argument("--iommu", choices=list(vm.IOMMUS), help="not with --device; default: intel")
+    parser.add_argument(
+        "--iommu",
+        choices=list(vm.IOMMUS),
+        help="the IOMMU of the virtual machine or of the fake kernel, not with --device; default: intel",
+    )
     parser.add_argument(
         "--space",
         choices=ADDRESS_SPACES,
