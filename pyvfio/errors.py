@@ -268,13 +268,13 @@ class GroupBusyError(VfioError):
 
 
 def _how_to_share(holders: Sequence[Holder]) -> str:
-    """Return the hint: a group can be open only once, and all devices of the group share one container."""
+    """Return the hint: a group can be open only once, and the devices of the group share one address space."""
     once = "A group can be open only once at a time"
     if any(holder.is_this_process for holder in holders):
         return (
-            f"{once}. To open another device of the group, or this one again, name the group's container: "
-            "open_device(..., container=device.container). Otherwise close the devices of the group first. An object "
-            "that was never closed can stay open until gc.collect()"
+            f"{once}. To open another device of the group, name the address space of the open device: "
+            "open_device(..., space=device.space). Otherwise close the devices of the group first. An object that was "
+            "never closed can stay open until gc.collect()"
         )
     if holders:
         return f"{once}: close the devices of the group in that process, or end the process"

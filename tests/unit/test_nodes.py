@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -172,13 +173,17 @@ def test_a_kernel_with_nodes_of_devices_alone_is_called_that(kernel: PlacedKerne
 # --------------------------------------------------------------------------------------------------- is busy
 
 
-def test_a_group_that_this_process_has_open_is_shared_by_its_container() -> None:
-    """The error names the argument, and with that the other function is opened."""
+@pytest.mark.parametrize("iommu", ["type1", "iommufd"])
+def test_a_group_that_this_process_has_open_is_shared_by_its_address_space(iommu: Literal["type1", "iommufd"]) -> None:
+    """The error names the argument, and with that the other function is opened, in either kind of address space."""
     functions = [FakeDevice("0000:00:10.0"), FakeDevice("0000:00:10.1")]
-    with FakeKernel(groups=[(6, functions)]) as kernel, pyvfio.open_device("0000:00:10.0", kernel=kernel) as device:
-        with pytest.raises(pyvfio.GroupBusyError, match=r"open_device\(\.\.\., container=device\.container\)"):
+    with (
+        FakeKernel("7.3", groups=[(6, functions)], iommufd=True) as kernel,
+        pyvfio.open_device("0000:00:10.0", iommu=iommu, kernel=kernel) as device,
+    ):
+        with pytest.raises(pyvfio.GroupBusyError, match=r"open_device\(\.\.\., space=device\.space\)"):
             pyvfio.open_device("0000:00:10.1", kernel=kernel)
-        pyvfio.open_device("0000:00:10.1", container=device.container).close()
+        pyvfio.open_device("0000:00:10.1", space=device.space).close()
 
 
 # --------------------------------------------------------------------------------------------------- surroundings
