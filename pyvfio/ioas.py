@@ -23,7 +23,15 @@ from typing import TYPE_CHECKING, Literal
 
 from pyvfio import ioctls
 from pyvfio import iommufd_ioctls as abi
-from pyvfio.errors import IoctlError, RollbackError, UnmapSizeError, VfioError, as_exception, raise_collected
+from pyvfio.errors import (
+    IoctlError,
+    RollbackError,
+    UnmapSizeError,
+    VfioError,
+    as_exception,
+    descriptor_hint,
+    raise_collected,
+)
 from pyvfio.extent_set import ExtentSet
 from pyvfio.extents import Extent, runs
 from pyvfio.guard import Guard, close_now, closing_after_dependents, constructing, guarded, uninterrupted
@@ -177,7 +185,7 @@ class Ioas(IovaSpace):
                 raise
             raise ValueError(f"the iommufd has no address space of number {ioas_id}") from error
         space = cls.__new__(cls)
-        space._own(iommufd, ioas_id, iommufd.kernel.dup(iommufd.fd), bits, cut)
+        space._own(iommufd, ioas_id, _duplicate(iommufd), bits, cut)
         return space
 
     def _allocate(self, iommufd: Iommufd, dma_bits: int, cut: Literal["pages", "replace"] | None) -> None:
@@ -185,7 +193,7 @@ class Ioas(IovaSpace):
         try:
             if cut == "pages":
                 iommufd.set_huge_pages(ioas_id, enabled=False)
-            fd = iommufd.kernel.dup(iommufd.fd)
+            fd = _duplicate(iommufd)
         except BaseException:
             iommufd.destroy(ioas_id)
             raise
@@ -249,7 +257,8 @@ class Ioas(IovaSpace):
         if self.closed:
             return
         if self.devices:
-            self._read_ranges()
+            # The device has left, whether or not the ranges can be read again. Those of before are safe: narrower.
+            attempt(self._read_ranges, [])
             return
         self._ready = False
         if not self.allocator.reservations:
@@ -394,7 +403,9 @@ class Ioas(IovaSpace):
         except OSError as error:
             if error.errno == errno.ENOENT:  # nothing is mapped there, where type1 would report success and 0 bytes
                 return 0
-            raise self._not_unmapped(error, "IOMMU_IOAS_UNMAP", iova, size) from error
+            refusal = self._not_unmapped(error, "IOMMU_IOAS_UNMAP", iova, size)
+            self._note_unmapped(iova, size, 0)  # the call is not atomic: mappings can be gone
+            raise refusal from error
         unmapped: int
         (unmapped,) = _unmapped_of(argument)
         return unmapped
@@ -739,6 +750,21 @@ class Ioas(IovaSpace):
             if iommufd.ends and not iommufd.devices and not iommufd.spaces:
                 attempt(partial(close_now, iommufd), failures)
         raise_collected(f"closing {self.guard.what}", failures)
+
+
+def _duplicate(iommufd: Iommufd) -> int:
+    """Return a descriptor of the iommufd for a space. Raises IoctlError (EMFILE)."""
+    number = iommufd.fd
+    try:
+        return iommufd.kernel.dup(number)
+    except OSError as error:
+        raise IoctlError.of(
+            error,
+            f"{iommufd.guard.what}: no descriptor for another I/O address space: {error.strerror}",
+            request="fcntl",
+            arguments={"fd": number},
+            hint=descriptor_hint(error.errno or 0),
+        ) from error
 
 
 def _checked_bits(dma_bits: int, cut: str | None) -> int:

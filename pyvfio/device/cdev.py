@@ -220,8 +220,7 @@ class CdevAttachment:
         for each, attachment in moved:
             former, attachment.space = attachment.space, space
             if former is not None and former is not space:
-                # If the ranges cannot be read again, those of before are safe: they are narrower.
-                attempt(partial(former.note_detached, each), [])
+                former.note_detached(each)
 
     def _return(
         self,

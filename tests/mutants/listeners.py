@@ -230,7 +230,7 @@ _MUTANTS = (
     Mutant("_open_node", "    device.opened_with = space\n", "    pass\n", _NODES),
     # A device that left is counted, or one that stayed is not.
     Mutant("CdevAttachment.leave", "            space.note_detached(device)\n", "            pass\n", _NODES),
-    Mutant("CdevAttachment.attach", "attempt(partial(former.note_detached, each), [])", "pass", _NODES),
+    Mutant("CdevAttachment.attach", "former.note_detached(each)", "pass", _NODES),
     # A refused move leaves the device in the new space.
     Mutant("CdevAttachment.attach", "            self._return(device, space, moved, error)\n", "", _NODES),
     # The siblings stay behind in the table of spaces, or their space is nobody's affair.

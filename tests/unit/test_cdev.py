@@ -422,6 +422,29 @@ def test_a_move_that_cannot_be_taken_back_is_a_rollback_error(kernel: FakeKernel
         device.close()
 
 
+def test_a_device_that_has_left_is_no_longer_in_the_space_though_the_ranges_cannot_be_read(
+    kernel: FakeKernel, device: pyvfio.Device
+) -> None:
+    """The kernel has detached the device by then, so neither a detach nor a move nor a close fails."""
+    space = space_of(device)
+    ranges = space.iova_ranges
+    with Ioas(device.iommufd) as second, ExitStack() as stack:
+        _mapped(kernel, space, stack, b"first")
+        leaves: dict[Callable[[pyvfio.Device], object], int] = {
+            pyvfio.Device.detach: 1,
+            lambda other: other.attach(second): 2,  # the first look is into the new space
+            pyvfio.Device.close: 1,
+        }
+        for leave, nth in leaves.items():
+            with pyvfio.open_device(OTHER_BDF, space=space) as other:
+                kernel.fail(call="ioctl", request="IOMMU_IOAS_IOVA_RANGES", errno=errno.ENOMEM, nth=nth)
+                leave(other)
+                assert kernel.planned_failures == ()
+                assert (space.devices, space.iova_ranges) == ([device], ranges)
+                assert kernel.mappings(OTHER_BDF) == ()
+                assert other.closed or (other in second.devices) == (other.attachment.space is second)
+
+
 def test_the_devices_of_a_group_move_together(siblings: FakeKernel) -> None:
     """The kernel has one page table for a group."""
     with pyvfio.open_device(FIRST, iommu="iommufd", kernel=siblings) as first:
@@ -564,6 +587,18 @@ def test_opening_leaves_nothing_open_whichever_call_fails(kernel: FakeKernel, *,
                     assert device.info.num_regions >= 9
                 count += 1
     assert count >= 9
+
+
+def test_a_space_for_which_no_descriptor_is_left_is_refused_with_the_limit(kernel: FakeKernel) -> None:
+    """Each space has a descriptor of its own. The iommufd stays as it was."""
+    with Iommufd(kernel=kernel) as iommufd:
+        identity = iommufd.ioas_alloc()
+        for make in (partial(Ioas, iommufd), partial(Ioas, kernel=kernel), partial(Ioas.from_id, iommufd, identity)):
+            before = kernel.descriptors
+            kernel.fail(call="dup", errno=errno.EMFILE)
+            with pytest.raises(pyvfio.IoctlError, match=r"no descriptor for another I/O .*ulimit -n"):
+                make()
+            assert (iommufd.spaces, kernel.descriptors) == ([], before)
 
 
 def test_a_close_goes_through_all_steps_whichever_fails(kernel: FakeKernel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Literal
@@ -93,3 +94,17 @@ def test_a_cut_by_pages_is_two_calls() -> None:
         kernel.trace.clear()
         cut(space, page=2)
         assert [call.request for call in kernel.trace] == ["IOMMU_VFIO_IOAS", "VFIO_IOMMU_UNMAP_DMA"]
+
+
+def test_after_an_unmap_that_failed_in_the_middle_the_table_is_what_the_kernel_has() -> None:
+    """An unmap of several mappings is not atomic: a driver of the kernel that uses one of them refuses that one."""
+    with opened("pages") as (space, kernel, memory):
+        for page in range(3):
+            space.map(vaddr=memory + page * PAGE_SIZE, iova=IOVA + page * PAGE_SIZE, size=PAGE_SIZE)
+        space.iommufd.ioas_unmap(space.id, iova=IOVA, size=PAGE_SIZE)  # as the call that fails below does first
+        kernel.fail(call="ioctl", request="IOMMU_IOAS_UNMAP", errno=errno.EBUSY)
+        with pytest.raises(pyvfio.IoctlError, match="EBUSY"):
+            space.unmap(iova=IOVA, size=3 * PAGE_SIZE)
+        assert pages_of(space) == [(1, 1), (2, 1)]
+        space._check()
+        space.unmap(iova=IOVA + PAGE_SIZE, size=2 * PAGE_SIZE)
