@@ -187,7 +187,10 @@ class IovaSpace(TrackedSpace):
         IoctlError, or a subclass with a hint for the case.
         Cost: the kernel pins every page, some 30 ns for each resident page. Other pages are allocated and zeroed first.
         """
-        union = vaddr | iova | size
+        try:
+            union = vaddr | iova | size
+        except (TypeError, OverflowError):  # numpy combines no numbers of different sign or width
+            union = None
         if type(union) is not int:
             vaddr, iova, size = index(vaddr), index(iova), index(size)
             union = vaddr | iova | size
@@ -288,7 +291,10 @@ class IovaSpace(TrackedSpace):
         UnmapSizeError after the call if the kernel unmapped another number of bytes; `mappings` is then corrected.
         Raises IoctlError if the kernel refuses, and ValueError for an invalid range.
         """
-        union = iova | size
+        try:
+            union = iova | size
+        except (TypeError, OverflowError):  # as in `map`
+            union = None
         if type(union) is not int:
             iova, size = index(iova), index(size)
             union = iova | size

@@ -131,6 +131,29 @@ def test_numbers_of_numpy_are_numbers(space: Space, memory: int, number: Callabl
     assert {type(start) for start, _last in space.allocator._free} == {int}
 
 
+@pytest.mark.parametrize(
+    ("vaddr", "iova", "size"),
+    [
+        (np.uint64, np.int64, int),
+        (np.int64, np.uint64, np.uint64),
+        (int, np.uint64, np.int32),
+        (int, np.uint32, int),
+        (int, int, np.int32),
+        (np.int64, np.int32, np.uint32),
+    ],
+)
+def test_numbers_of_different_width_and_sign_are_numbers(
+    space: Space, memory: int, vaddr: Callable[[int], int], iova: Callable[[int], int], size: Callable[[int], int]
+) -> None:
+    """numpy combines no signed number with an unsigned one, nor a narrow one with a wider one of Python."""
+    place = iova(MIB)
+    space.map(vaddr=vaddr(memory), iova=place, size=size(PAGE_SIZE))
+    assert space.mappings == ((MIB, PAGE_SIZE, memory),)
+    assert {type(number) for number in space.mappings[0]} == {int}
+    space.unmap(iova=place, size=size(PAGE_SIZE))
+    assert not list(space.mappings)
+
+
 def test_numbers_of_another_class_are_told_before_anything_is_reserved(space: Space, memory: int) -> None:
     """Nothing is reserved."""
     for use in (
