@@ -722,6 +722,19 @@ def test_a_program_that_closes_nothing_ends_quietly(kept: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_an_object_with_two_descriptors_is_released_once_in_the_end() -> None:
+    """By the second time, the number of a file that the object had open could be the number of another file."""
+    program = """
+        import pyvfio
+        from pyvfio.testing import FakeKernel
+        kernel = FakeKernel(iommufd=True)
+        device = pyvfio.open_device("0000:00:02.0", iommu="iommufd", kernel=kernel)
+        kernel.dup(device.fd)
+        """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_the_finalizers_do_nothing_in_a_child(kernel: FakeKernel) -> None:
     attach(kernel)
     root = kernel.dev

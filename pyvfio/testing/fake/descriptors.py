@@ -125,7 +125,8 @@ class Descriptors:
             handler = self.files.pop(fd)
             if _is_same_file(fd, self._identities):
                 os.close(fd)
-            handler.release(fd)
+            if handler not in self.files.values():  # another descriptor can refer to the object
+                handler.release(fd)
 
 
 def _identity(fd: int) -> tuple[int, int]:
