@@ -16,16 +16,18 @@ Source: open file description locks in fcntl(2); F_OFD_SETLK.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
 
-from pyvfio.errors import UnavailableError
+from pyvfio.errors import IoctlError, UnavailableError, descriptor_hint
 from pyvfio.kernel import Kernel
 
+_NAME = "pyvfio live update"
 _lock_layout = struct.Struct("@hhqqi0q")  # struct flock
 _CANCELLED, _TAKEN = 0, 1  # the bytes with the flags
 _ORDER = 2  # the byte whose lock orders the writes
@@ -52,8 +54,11 @@ class Agreement:
 
     @classmethod
     def make(cls, kernel: Kernel) -> Agreement:
-        """Make an agreement in the old process. The object owns `shared`. Raises OSError, UnavailableError."""
-        shared = kernel.memfd_create("pyvfio live update", 0)
+        """Make an agreement in the old process. The object owns `shared`. Raises IoctlError, UnavailableError."""
+        try:
+            shared = kernel.memfd_create(_NAME, 0)
+        except OSError as error:
+            raise _refusal(error, "memfd_create", {"name": _NAME}) from error
         try:
             agreement = cls(shared, Side.OLD)
             agreement.hold()
@@ -118,6 +123,16 @@ class Agreement:
             os.close(fd)
 
 
+def _refusal(error: OSError, request: str, arguments: Mapping[str, int | str]) -> IoctlError:
+    return IoctlError.of(
+        error,
+        f"the memory file of a live update could not be made: {error.strerror}",
+        request=request,
+        arguments=arguments,
+        hint=descriptor_hint(error.errno or 0),
+    )
+
+
 def _lock(kind: int, place: int) -> bytes:
     return _lock_layout.pack(kind, os.SEEK_SET, place, 1, 0)
 
@@ -126,6 +141,8 @@ def _open_anew(shared: int) -> int:
     try:
         return os.open(f"/proc/self/fd/{shared}", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
+        if error.errno in {errno.EMFILE, errno.ENFILE}:
+            raise _refusal(error, "open", {"fd": shared}) from error
         raise UnavailableError(
             f"the agreement of a live update cannot be opened through /proc: {error.strerror}",
             hint="A live update on iommufd needs /proc",

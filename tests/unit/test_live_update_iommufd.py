@@ -9,8 +9,9 @@ import errno
 import json
 import mmap
 import os
+import resource
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -281,6 +282,33 @@ def test_whichever_call_of_a_hand_over_fails_everything_is_as_it_was(kernel: Spe
         rig.blocks["ring"].resize(5 * PAGE_SIZE)
         rig.blocks["ring"].resize(4 * PAGE_SIZE)
         assert rig.reached() == before
+
+
+@contextmanager
+def descriptors_left(count: int) -> Iterator[None]:
+    """The process can open that many files more."""
+    used = set(open_fds())
+    free = [number for number in range(len(used) + count + 1) if number not in used]
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[count], most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+
+
+@pytest.mark.parametrize(("count", "call"), [(0, "memfd_create"), (1, "open")])
+def test_a_hand_over_for_which_no_descriptor_is_left_says_so_and_changes_nothing(
+    rig: Rig, count: int, call: str
+) -> None:
+    """The memory file of the two processes needs two: the hint names the limit, and not /proc."""
+    with (
+        descriptors_left(count),
+        pytest.raises(pyvfio.IoctlError, match=rf"^{call}\(.*: EMFILE, .*\(ulimit -n\)"),
+    ):
+        hand_over(rig.mapper)
+    rig.blocks["ring"].resize(5 * PAGE_SIZE)
+    rig.check()
 
 
 def test_a_handler_that_raises_at_the_end_of_either_call_leaves_everything_as_it_was(
