@@ -442,9 +442,10 @@ class Ioas(IovaSpace):
         if sum(end - start for start, end in parts) != size:
             self._refuse_unmap(iova, size)
             return
+        if self._tables.tracks:
+            self._keep_dirty([Extent(iova, iova + size)])  # as `_unmap_in_kernel`: the range can be mapped again
         if self.cut == "replace":
             self._replace_without(iova, size)
-            self._kept_dirty = self._kept_dirty.removed([Extent(iova, iova + size)])
         else:
             self._cut_pages(iova, size, parts)
         self._note_cut(iova, size, found)

@@ -20,7 +20,7 @@ from pyvfio import DirtyTracking, ioctls
 from pyvfio.iommu.dirty_bitmap import _runs
 from pyvfio.kernel import IoctlArgument
 from pyvfio.testing.fake import FakeKernel
-from pyvfio.units import PAGE_SIZE
+from pyvfio.units import MIB, PAGE_SIZE
 from tests.unit.counting import called
 from tests.unit.fakes import BDF, OTHER_BDF, Interrupt, Rig, SpecialKernel, requests
 from tests.unit.tracking import KINDS, READS, UNMAPS, BusyKernel, Kind, tracked_kernel, tracked_rig
@@ -423,6 +423,36 @@ def test_a_cut_leaves_the_record_of_the_rest(tracks: BusyKernel, cut: str) -> No
         rig.space._check()
         rig.close()
         rig.free(memory, ROOM)
+
+
+@pytest.mark.parametrize("resize", ["cut", "extend", "remap"])
+@pytest.mark.parametrize("cut", ["pages", "replace"])
+def test_parts_of_a_block_that_left_and_came_back_are_dirty(
+    tracks: BusyKernel, cut: Literal["pages", "replace"], resize: Literal["cut", "extend", "remap"]
+) -> None:
+    """They hold zeros, and not what a reader of the pages has copied: whichever way the mapping follows the block."""
+
+    def mapper(space: pyvfio.Container, blocks: pyvfio.RamBlockList) -> pyvfio.DmaMapper:
+        return pyvfio.DmaMapper(space, blocks, resize=resize)
+
+    with tracked_rig(tracks, "iommufd", cut=cut, mapper=mapper) as rig:
+        block = rig.blocks.add("ring", used_length=8 * PAGE_SIZE, max_length=MIB)
+        iova = rig.mapper.iova(block)
+        with DirtyTracking(rig.space) as tracking:
+            assert tracking.read(iova=iova, size=8 * PAGE_SIZE).count == 0
+            block.resize(6 * PAGE_SIZE)
+            block.resize(8 * PAGE_SIZE)
+            block.discard(2 * PAGE_SIZE, PAGE_SIZE)
+            block.populate(2 * PAGE_SIZE, PAGE_SIZE)
+            found = {
+                page
+                for span in tracking.read(iova=iova, size=8 * PAGE_SIZE).dirty
+                for page in range((span.start - iova) // PAGE_SIZE, (span.last + 1 - iova) // PAGE_SIZE)
+            }
+            assert found >= {2, 6, 7}
+            assert resize != "cut" or found == {2, 6, 7}
+            assert tracking.read(iova=iova, size=8 * PAGE_SIZE).count == 0
+        rig.close()
 
 
 def test_a_space_that_is_replaced_misses_no_write_up_to_an_unmap(tracks: BusyKernel) -> None:
