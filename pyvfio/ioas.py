@@ -173,7 +173,8 @@ class Ioas(IovaSpace):
         `ioas_id`: the number. `cut`: as the IOAS was made. `mappings` is empty: an existing mapping is not known. The
         object owns the IOAS: `close` destroys the IOAS, and leaves the iommufd open.
 
-        Raises TypeError, and ValueError if the iommufd has no such IOAS. Cost: two system calls.
+        Raises TypeError; ValueError if the iommufd has no such IOAS, or an open `Ioas` has the IOAS. Cost: two system
+        calls.
         """
         if not isinstance(iommufd, Iommufd):
             raise TypeError(f"iommufd must be an Iommufd, not {type(iommufd).__name__}")
@@ -184,6 +185,11 @@ class Ioas(IovaSpace):
             if error.errno != errno.ENOENT:
                 raise
             raise ValueError(f"the iommufd has no address space of number {ioas_id}") from error
+        ioas_id = index(ioas_id)
+        if owner := [space for space in iommufd.spaces if isinstance(space, Ioas) and space.id == ioas_id]:
+            raise ValueError(
+                f"{owner[0]!r} is open, and would be destroyed by the close of another object of that number"
+            )
         space = cls.__new__(cls)
         space._own(iommufd, ioas_id, _duplicate(iommufd), bits, cut)
         return space

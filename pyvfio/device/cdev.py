@@ -229,9 +229,21 @@ class CdevAttachment:
         moved: Sequence[tuple[AttachedHandle, CdevAttachment]],
         error: BaseException,
     ) -> None:
-        steps = [partial(_detach, device) if self.space is None else partial(self.space.attach_device, device)]
+        steps: list[Callable[[], object]] = [partial(self._put_back, device, moved)]
         steps += [partial(space.note_detached, each) for each, attachment in moved if attachment.space is not space]
         _undo(self._bdf, error, steps)
+
+    def _put_back(self, device: AttachedHandle, moved: Sequence[tuple[AttachedHandle, CdevAttachment]]) -> None:
+        """Attach the device as before. If the kernel refuses, the devices reach nothing, rather than another space."""
+        if self.space is None:
+            _detach(device)
+            return
+        try:
+            self.space.attach_device(device)
+        except BaseException:
+            for each, attachment in moved:
+                attempt(partial(attachment.detach, each), [])
+            raise
 
     def detach(self, device: AttachedHandle) -> None:
         """As `Attachment.detach`."""
@@ -302,7 +314,7 @@ def _undo(bdf: str, error: BaseException, steps: Iterable[Callable[[], object]])
         raise RollbackError(
             f"{bdf} could not be attached, and could not be put back",
             [as_exception(error), *failures],
-            hint="Close the device: the close detaches the device",
+            hint="Attach the device once more, or close the device: the close detaches the device",
         ) from error
 
 

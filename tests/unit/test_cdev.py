@@ -412,14 +412,24 @@ def test_a_move_that_is_refused_leaves_the_device_where_it_was(kernel: FakeKerne
                 second.map(vaddr=0x10000, iova=2 * MIB, size=PAGE_SIZE)
 
 
-def test_a_move_that_cannot_be_taken_back_is_a_rollback_error(kernel: FakeKernel, device: pyvfio.Device) -> None:
-    with Ioas(device.iommufd) as second:
+def test_a_move_that_cannot_be_taken_back_is_a_rollback_error_and_the_device_reaches_nothing(
+    kernel: FakeKernel, device: pyvfio.Device
+) -> None:
+    """Rather than the memory of a space that does not know the device."""
+    first = space_of(device)
+    with Ioas(device.iommufd) as second, ExitStack() as stack:
+        _mapped(kernel, first, stack, b"first")
         kernel.fail(call="ioctl", request="IOMMU_IOAS_IOVA_RANGES", errno=errno.EIO)
         kernel.fail(call="ioctl", request=_ATTACH, errno=errno.EIO, nth=2)
         with pytest.raises(pyvfio.RollbackError, match=f"{BDF} could not be attached, and could not be put back"):
             device.attach(second)
         kernel.clear_failures()
-        device.close()
+        assert kernel.mappings(BDF) == ()
+        assert (first.devices, second.devices) == ([], [])
+        with pytest.raises(pyvfio.VfioError, match="attached to no address space"):
+            assert device.space
+        device.attach(first)
+        assert kernel.dma_read(BDF, MIB, 5) == b"first"
 
 
 def test_a_device_that_has_left_is_no_longer_in_the_space_though_the_ranges_cannot_be_read(

@@ -655,6 +655,8 @@ def test_a_space_is_made_of_a_number_that_the_iommufd_has(kernel: SpecialKernel,
         Ioas.from_id(rig.space, number)  # type: ignore[arg-type]
     with Ioas.from_id(rig.iommufd, number, dma_bits=32, cut="replace") as space:
         assert (space.id, space.dma_bits, space.cut, space.mappings) == (number, 32, "replace", ())
+        with pytest.raises(ValueError, match=f"<Ioas {number} .* is open"):
+            Ioas.from_id(rig.iommufd, number)
     kernel.clear_trace()
     with pytest.raises(ValueError, match="no address space"):
         Ioas.from_id(rig.iommufd, number)
