@@ -98,7 +98,8 @@ class Ioas(IovaSpace):
     process has replaced since (mmap, MADV_DONTNEED) must be unmapped from all spaces before the next map, as the
     mappers do.
 
-    Raises UnavailableError (this kernel has no iommufd), AccessDeniedError, IoctlError.
+    Raises UnavailableError (this kernel has no iommufd), AccessDeniedError, IoctlError; ClosedError if `iommufd` or
+    `shares_with` has been closed.
 
     Synchronization: any thread may call any method. All spaces and devices of an iommufd share one lock.
     Cost: a map or unmap is one ioctl and 24 bytes of memory.
@@ -136,6 +137,8 @@ class Ioas(IovaSpace):
             raise TypeError(f"shares_with must be an Ioas, not {type(shares_with).__name__}")
         if shares_with is not None and shares_with.iommufd is not (iommufd := iommufd or shares_with.iommufd):
             raise ValueError("shares_with must be a space of the same iommufd")
+        if shares_with is not None:
+            shares_with.check_usable()
         if iommufd is not None and kernel not in (None, iommufd.kernel):
             raise ValueError("the iommufd has another kernel: leave kernel= out")
         owned = iommufd is None

@@ -146,6 +146,17 @@ def test_a_space_of_another_iommufd_cannot_share() -> None:
             pyvfio.Ioas(other, shares_with=other)  # type: ignore[arg-type]
 
 
+def test_a_space_that_is_closed_cannot_share() -> None:
+    """It has no pages to share, and nobody would ever remove it from those that share."""
+    with FakeKernel("7.3", iommufd=True) as kernel, pyvfio.Iommufd(kernel=kernel) as iommufd:
+        closed = pyvfio.Ioas(iommufd)
+        closed.close()
+        kernel.clear_trace()
+        with pytest.raises(pyvfio.ClosedError):
+            pyvfio.Ioas(shares_with=closed)
+        assert (kernel.trace, iommufd.spaces) == ([], [])
+
+
 def test_pages_of_a_file_are_touched_before_devices_reach_them() -> None:
     """fallocate leaves them as they are, and the first touch zeroes them: behind a map, with the data of the device."""
     with (
