@@ -242,6 +242,8 @@ def _costs() -> Iterator[Stage]:
         (*bench, "--kernel", "7", *memories, "--svg", "build/costs-resizes.svg"),
     )
     yield Stage("what hot paths cost, kernel 6.1", 40, (*bench, "--kernel", "6.1", "--memory=anonymous=2"))
+    space = ("--space", "iommufd", "--kernel", "7+iommufd", "--memory=anonymous=2,512", "--memory=memfd=2")
+    yield Stage("what resizes and hot paths cost on iommufd, kernel 7", 40, (*bench, *space))
     scale = ("--fake", "--kernel", "6.1", "--scale", "--svg", "build/costs-scale.svg")
     yield Stage("what each operation costs among 10,000", 40, (*bench, *scale), alone=True)
 
