@@ -8,15 +8,8 @@ capabilities, and `features` are the features of VFIO_DEVICE_FEATURE.
 Source: Documentation/driver-api/vfio.rst; drivers/vfio/pci/vfio_pci_core.c, vfio_pci_rdwr.c and vfio_pci_intrs.c.
 """
 
-from pyvfio.device.capabilities import (
-    Capabilities,
-    Capability,
-    ExtendedVendorCapability,
-    MsixCapability,
-    PcieCapability,
-    PowerCapability,
-    VendorCapability,
-)
+from typing import TYPE_CHECKING
+
 from pyvfio.device.config import PCI_COMMAND, PCI_COMMAND_MASTER, PCI_COMMAND_MEMORY, ConfigSpace
 from pyvfio.device.device import Device
 from pyvfio.device.features import DmaBuf, Feature, FeatureAnswer
@@ -25,6 +18,27 @@ from pyvfio.device.irq import Irq
 from pyvfio.device.opening import open_device
 from pyvfio.device.region import Region, RegionMap
 from pyvfio.device.register import Register
+
+if TYPE_CHECKING:
+    from pyvfio.device.capabilities import (
+        Capabilities,
+        Capability,
+        ExtendedVendorCapability,
+        MsixCapability,
+        PcieCapability,
+        PowerCapability,
+        VendorCapability,
+    )
+else:
+
+    def __getattr__(name):
+        """Import `capabilities` when one of its names is used: few programs look at them."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from pyvfio.device import capabilities  # noqa: PLC0415
+
+        return getattr(capabilities, name)
+
 
 __all__ = [
     "PCI_COMMAND",

@@ -14,10 +14,9 @@ from operator import index as as_number
 from typing import TYPE_CHECKING, Generic, Self, TypeVar, overload
 
 from pyvfio import ioctls, pci
-from pyvfio.device import hot_reset
+from pyvfio.container import Group
+from pyvfio.device import cdev, hot_reset
 from pyvfio.device.attachment import AttachedHandle, Attachment, check_not_open, devices_of
-from pyvfio.device.capabilities import Capabilities, read_capabilities
-from pyvfio.device.cdev import ResumedAttachment
 from pyvfio.device.config import PCI_COMMAND, PCI_COMMAND_MASTER, PCI_COMMAND_MEMORY, ConfigSpace
 from pyvfio.device.features import (
     DmaBuf,
@@ -30,7 +29,6 @@ from pyvfio.device.features import (
 )
 from pyvfio.device.hot_reset import DependentDevice
 from pyvfio.device.irq import Irq
-from pyvfio.device.noiommu import attachment_through
 from pyvfio.device.region import Region
 from pyvfio.device.windows import Windows
 from pyvfio.errors import DeviceGoneError, IoctlError, UnsupportedError, VfioError
@@ -44,16 +42,25 @@ from pyvfio.guard import (
 )
 from pyvfio.handle import attempt, attempt_all, check_kind, checked_fd
 from pyvfio.info import DeviceInfo, parse_device_info, parse_irq_info, parse_region_info
+from pyvfio.ioas import Ioas
 from pyvfio.kernel import Kernel
 
 if TYPE_CHECKING:
     from pathlib import Path
     from uuid import UUID
 
-    from pyvfio.container import Container, Group
+    from pyvfio.container import Container
+    from pyvfio.device.capabilities import Capabilities
     from pyvfio.device.recording import Recording
-    from pyvfio.ioas import Ioas
     from pyvfio.noiommu import UnsafeNoIommu
+
+
+def _attachment_through(through: Group | Ioas | UnsafeNoIommu) -> Attachment:
+    if isinstance(through, Group | Ioas):
+        return cdev.attachment_through(through)
+    from pyvfio.device import noiommu  # noqa: PLC0415 (few programs give up protection)
+
+    return noiommu.attachment_through(through)
 
 
 def end_recording(recording: Recording) -> None:
@@ -129,7 +136,7 @@ class Device(AttachedHandle):
 
     @constructing(_undo_opening)
     def __init__(self, through: Group | Ioas | UnsafeNoIommu, bdf: str, *, vf_token: UUID | str | None = None) -> None:
-        bdf, attachment = pci.parse_bdf(bdf), attachment_through(through)
+        bdf, attachment = pci.parse_bdf(bdf), _attachment_through(through)
         check_not_open(attachment, bdf)
         self._own(attachment, bdf, attachment.open(bdf, vf_token))
         try:
@@ -169,7 +176,7 @@ class Device(AttachedHandle):
         Cost: one ioctl; three for a node.
         Source: VFIO_DEVICE_GET_INFO.
         """
-        return cls._of_fd(attachment_through(through), bdf, fd)
+        return cls._of_fd(_attachment_through(through), bdf, fd)
 
     @classmethod
     @uninterrupted(_give_up)
@@ -179,7 +186,7 @@ class Device(AttachedHandle):
         As `from_fd`, but no call binds, attaches or detaches the device, not even after an error. `dev_id`: the number
         of the device in the iommufd, if known.
         """
-        return cls._of_fd(ResumedAttachment(space, dev_id), bdf, fd)
+        return cls._of_fd(cdev.ResumedAttachment(space, dev_id), bdf, fd)
 
     @classmethod
     def _of_fd(cls, attachment: Attachment, bdf: str, fd: int) -> Device:
@@ -321,6 +328,8 @@ class Device(AttachedHandle):
         Raises CapabilityError for lists that no device can have, DeviceGoneError, IoctlError.
         Cost: two reads of configuration space for each capability, and up to four more for MSI-X and the like.
         """
+        from pyvfio.device.capabilities import read_capabilities  # noqa: PLC0415 (few programs look at them)
+
         self.check_present()
         return read_capabilities(self.config, self.bdf)
 
