@@ -36,6 +36,7 @@ from pyvfio.extent_set import ExtentSet
 from pyvfio.extents import Extent, runs
 from pyvfio.guard import Guard, close_now, closing_after_dependents, constructing, guarded, uninterrupted
 from pyvfio.handle import Handle, attempt
+from pyvfio.iommu.attach_errors import cannot_move, explain_in_use
 from pyvfio.iommu.dirty_bitmap import dirty_extents
 from pyvfio.iommu.ioas_errors import IoasMapRefusal
 from pyvfio.iommu.iova import DMA_BITS, IovaAllocator, check_dma_bits
@@ -90,7 +91,8 @@ class Ioas(IovaSpace):
     * "replace": all mappings but the part are copied into a second IOAS, and each device is moved there in one call.
       Large pages stay. The cost grows with the number of mappings. The drivers of Intel's and AMD's IOMMUs stop all
       DMA of a device for the moment of the move: in 1,000 resizes on Linux 6.12 with QEMU's VT-d, a working device
-      lost 3 of 165 copies.
+      lost 3 of 165 copies. Some IOMMUs
+      cannot move a device (virtio-iommu before Linux 7): each cut is then refused with UnsupportedError.
 
     `shares_with`: another space of the iommufd. Memory that one of the two has mapped, and that is mapped in the other
     from the same address of the process on, is then copied: the pages are shared, and charged once. Thus each of
@@ -204,7 +206,7 @@ class Ioas(IovaSpace):
                 iommufd.set_huge_pages(ioas_id, enabled=False)
             fd = _duplicate(iommufd)
         except BaseException:
-            iommufd.destroy(ioas_id)
+            iommufd.abandon(ioas_id)
             raise
         self._own(iommufd, ioas_id, fd, dma_bits, cut)
 
@@ -241,10 +243,54 @@ class Ioas(IovaSpace):
     def attach_device(self, device: BoundHandle) -> None:
         """Attach a device in the kernel alone: to the space, or to a page table that records writes. For the library.
 
-        Raises IoctlError; UnsupportedError if dirty pages are tracked and the IOMMU of the device cannot. The device
-        then stays where it was. Source: VFIO_DEVICE_ATTACH_IOMMUFD_PT.
+        Raises IoctlError. Raises UnsupportedError if dirty pages are tracked and the IOMMU of the device cannot, and if
+        the IOMMU cannot move a device that is attached elsewhere. The device then stays where it was.
+        Source: VFIO_DEVICE_ATTACH_IOMMUFD_PT.
         """
-        self._tables.attach(device)
+        former = self._former_space(device)
+        if former not in (None, self) and not self.devices and not self.table and self._moves(device) is False:
+            # The kernel would move the device, to a space in which nothing can be mapped, and would not move it back.
+            raise cannot_move(device.guard.what, self.guard.what)
+        self._attach(device, self._tables, former)
+
+    def _former_space(self, device: BoundHandle) -> Ioas | None:
+        """Return the space to which a device is attached, or None."""
+        spaces = (each for each in self.iommufd.spaces if isinstance(each, Ioas))
+        return next((space for space in spaces if device in space.devices), None)
+
+    def _attach(self, device: BoundHandle, tables: PageTables, former: Ioas | None) -> None:
+        try:
+            tables.attach(device)
+        except IoctlError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            moves = None
+            if former is not None:
+                with suppress(IoctlError):
+                    moves = self._moves(device)
+            what = self.guard.what if former is not self else f"a copy of {self.guard.what} without the part to unmap"
+            raise explain_in_use(
+                error,
+                device=device.guard.what,
+                space=what,
+                table=self.table,
+                offered=None if former is None else former.iova_ranges,
+                moves=moves,
+            ) from error
+
+    def _moves(self, device: BoundHandle) -> bool | None:
+        """Return whether the IOMMU of an attached device can move the device; None: not known.
+
+        Raises IoctlError. Cost: five ioctls.
+        """
+        if device.dev_id is None:
+            return None
+        tables = PageTables(self.iommufd, self.iommufd.ioas_alloc())
+        self._former.append(tables)
+        try:
+            return tables.is_complete_at_once(device.dev_id)
+        finally:
+            self._destroy_former()
 
     @guarded
     def note_attached(self, device: BoundHandle) -> None:
@@ -454,6 +500,9 @@ class Ioas(IovaSpace):
         if self._tables.tracks:
             self._keep_dirty([Extent(iova, iova + size)])  # as `_unmap_in_kernel`: the range can be mapped again
         if self.cut == "replace":
+            if not self._tables.tracks and self.table.is_whole(iova, size):  # no mapping is cut
+                self.unmap_locked(iova, size)
+                return
             self._replace_without(iova, size)
         else:
             self._cut_pages(iova, size, parts)
@@ -493,7 +542,8 @@ class Ioas(IovaSpace):
         """Copy all mappings but `[iova, iova + size)` into a new IOAS, move the devices there, and destroy the old one.
 
         Copies share their pages with the originals and are not charged again. Each device is moved in one call. On an
-        error nothing has changed; RollbackError if a device could not be moved back.
+        error nothing has changed; UnsupportedError if the IOMMU cannot move a device, RollbackError if a device could
+        not be moved back.
         """
         new, moved = self.iommufd.ioas_alloc(), list[BoundHandle]()
         tables = PageTables(self.iommufd, new, tracks=self._tables.tracks)
@@ -501,14 +551,19 @@ class Ioas(IovaSpace):
             for start, end, access in self._runs_without(iova, iova + size):
                 self._copy((self.id, start), (new, start), end - start, access)
             for device in self.devices:
-                tables.attach(device)
+                self._attach(device, tables, self)
                 moved.append(device)
         except BaseException as error:
             failures: list[Exception] = []
             for device in moved:
                 attempt(partial(self._tables.attach, device), failures)
-            attempt(tables.destroy, failures)
-            attempt(partial(self.iommufd.destroy, new), failures)
+            self._former.append(tables)
+            if any(left is tables for left, _error in self._try_former()):
+                # The kernel may have moved the device that it refused. For a device that stayed, this changes nothing.
+                for device in self.devices:
+                    if device not in moved:
+                        attempt(partial(self._tables.attach, device), failures)
+                self._destroy_former()
             if failures:
                 raise RollbackError(
                     f"{self.guard.what} could not be replaced, and a device could not be moved back",
@@ -522,20 +577,27 @@ class Ioas(IovaSpace):
         self._destroy_former()
 
     def _destroy_former(self) -> None:
-        """Destroy the spaces that were replaced. If the kernel refuses, the next cut tries again.
+        """Destroy the spaces that were replaced or not used. If the kernel refuses, the next cut or close tries again.
 
         No device reaches these spaces, and nothing is pinned for them, so a refusal does not end the change.
         """
+        for tables, error in self._try_former():
+            number = tables.ioas_id
+            logger.warning("IOAS %d, a former one of %r, could not be destroyed: %s", number, self, error)
+
+    def _try_former(self) -> list[tuple[PageTables, VfioError]]:
+        """Destroy the spaces that were replaced or not used. Return those that are left, and the errors."""
+        left: list[tuple[PageTables, VfioError]] = []
         for tables in tuple(self._former):
             try:
                 tables.destroy()
                 self.iommufd.destroy(tables.ioas_id)
             except VfioError as error:
                 if not (isinstance(error, IoctlError) and error.errno == errno.ENOENT):
-                    number = tables.ioas_id
-                    logger.warning("IOAS %d, which %r replaced, could not be destroyed: %s", number, self, error)
+                    left.append((tables, error))
                     continue
             self._former.remove(tables)
+        return left
 
     def _runs_without(self, start: int, end: int) -> list[tuple[int, int, int]]:
         """Return the mapped ranges outside of [start, end), with their access: (first, end, access)."""
@@ -637,9 +699,17 @@ class Ioas(IovaSpace):
 
     @guarded
     def stop_dirty_tracking(self) -> None:
-        """As `DirtyRecord.stop_dirty_tracking`. The devices are moved back. Cost: as the start."""
-        if not self.closed and self._tables.tracks:
+        """As `DirtyRecord.stop_dirty_tracking`. The devices are moved back. Cost: as the start.
+
+        If the kernel does not destroy a page table, that error is raised after the record has ended. A second call
+        tries again.
+        """
+        if self.closed:
+            return
+        if self._tables.tracks:
             self._tables.stop(self.devices)
+        else:
+            self._tables.destroy()
 
     def _dirty_parts(self, mappings: Sequence[Mapping]) -> list[Extent]:
         """As `TrackedSpace._dirty_parts`: the kernel is asked for mappings without a gap between them in one call."""
@@ -733,13 +803,23 @@ class Ioas(IovaSpace):
             if error.errno not in (errno.EBUSY, errno.ENOENT):
                 raise
 
+    def _destroy_all(self) -> list[Exception]:
+        """Destroy the IOAS, former ones, and page tables. Return the errors; a second call destroys the rest."""
+        failures: list[Exception] = [error for _tables, error in self._try_former()]
+        before = len(failures)
+        attempt(self._tables.destroy, failures)
+        if len(failures) == before:  # otherwise EBUSY
+            attempt(self._destroy, failures)
+        return failures
+
     @closing_after_dependents
     def close(self) -> None:
         """Close the attached devices, unmap all memory, and destroy the address space.
 
         Does nothing if already closed, or in a forked child. All steps are tried, and their errors are raised
         afterwards. A device that cannot be closed (BufferError: a view of a region exists) keeps the space open, with
-        all mappings. Release the view, and close the space again.
+        all mappings. Release the view, and close the space again. If the kernel does not destroy the space, the space
+        stays open, without mappings, until a second close or the close of the iommufd.
         """
         if self.closed:
             return
@@ -751,13 +831,14 @@ class Ioas(IovaSpace):
         if not self.closed and not self.devices:
             if self.table:
                 attempt(self._unmap_everything, failures)
-            self._destroy_former()
-            attempt(self._tables.destroy, failures)
-            attempt(self._destroy, failures)
-            attempt(self.close_fd, failures)
             iommufd = self.iommufd
             iommufd.ends = iommufd.ends or self._owned
-            if iommufd.ends and not iommufd.devices and not iommufd.spaces:
+            ends = iommufd.ends and not iommufd.devices
+            refused = self._destroy_all()
+            failures += refused
+            if not refused or (ends and iommufd.spaces == [self]):  # all objects end with the iommufd
+                attempt(self.close_fd, failures)
+            if ends and not iommufd.spaces:
                 attempt(partial(close_now, iommufd), failures)
         raise_collected(f"closing {self.guard.what}", failures)
 

@@ -23,7 +23,7 @@ from typing import ClassVar
 from pyvfio import ioctls
 from pyvfio import iommufd_ioctls as abi
 from pyvfio.errors import CapabilityError, IoctlError, raise_collected
-from pyvfio.guard import close_now, closing_after_dependents, constructing, uninterrupted
+from pyvfio.guard import close_now, closing_after_dependents, constructing, guarded, uninterrupted
 from pyvfio.handle import Handle, attempt, check_kind, checked_fd, give_up_fd
 from pyvfio.iommu import iommufd_hints as hints
 from pyvfio.kernel import Kernel, LinuxKernel
@@ -99,6 +99,7 @@ class Iommufd(Handle):
         False after the process to which a mapping was charged has ended, if memory counts by process. For the library.
         """
         self._maps_files: bool | None = None
+        self._abandoned: list[int] = []
         super().__init__(kernel, fd, "the iommufd")
 
     @classmethod
@@ -130,6 +131,21 @@ class Iommufd(Handle):
         """
         argument = abi.iommu_destroy(id=_u32(object_id, "object_id"))
         self._call("IOMMU_DESTROY", argument, hints.DESTROY, id=argument.id)
+
+    @guarded
+    def abandon(self, object_id: int) -> None:
+        """Destroy an object that nothing uses. For the library.
+
+        If the kernel refuses, does not raise, and tries again with the next such object.
+        """
+        self._abandoned.append(object_id)
+        for number in tuple(self._abandoned):
+            try:
+                self.destroy(number)
+            except IoctlError as error:
+                if error.errno != errno.ENOENT:
+                    continue
+            self._abandoned.remove(number)
 
     def ioas_alloc(self) -> int:
         """Make an I/O address space, and return the id. `Ioas` is a space with an account of mappings."""
@@ -528,6 +544,8 @@ class Iommufd(Handle):
         if not self.closed and not self.devices:
             for space in tuple(self.spaces):
                 attempt(partial(close_now, space), failures)
+            for space in tuple(self.spaces):  # the kernel refused to destroy these, which end with the last descriptor
+                attempt(space.close_fd, failures)
             attempt(self.close_fd, failures)
         raise_collected("closing the iommufd", failures)
 

@@ -19,11 +19,9 @@ from pyvfio import iommufd_ioctls as abi
 from pyvfio.errors import IoctlError, RollbackError, UnsupportedError, VfioError, as_exception, raise_collected
 from pyvfio.handle import Handle, attempt
 from pyvfio.iommufd import Iommufd
+from pyvfio.units import PAGE_SIZE
 
 _ATTACH_HINTS = {
-    errno.EADDRINUSE: "A mapping of the space lies where the device needs IOVA of its own: unmap the mapping first. "
-    "virtio-iommu takes no space with mappings before Linux 7: attach the device before memory is mapped, and use "
-    "Ioas(cut='pages')",
     errno.EFAULT: "Memory that the space maps no longer exists in this process: unmap the memory first",
     errno.ENOMEM: "The device pins all memory of the space, which exceeds RLIMIT_MEMLOCK: raise `ulimit -l`",
     errno.EINVAL: "The IOMMU of the device cannot use the space, or another device of the IOMMU group is attached to "
@@ -56,6 +54,7 @@ class PageTables:
         self.tracks = tracks
         self._iommufd = iommufd
         self._ids: list[int] = []  # of the page tables that record writes
+        self._left: list[int] = []  # of those that no device uses, and that the kernel has not destroyed yet
 
     def attach(self, device: BoundHandle) -> None:
         """Attach a device, in place of the space or page table that the device uses, if any.
@@ -83,7 +82,8 @@ class PageTables:
             self._iommufd.hwpt_set_dirty_tracking(hwpt_id, enabled=True)  # before a device can write
             attach_to(device, hwpt_id)
         except BaseException:
-            attempt(partial(self._iommufd.destroy, hwpt_id), [])
+            self._left.append(hwpt_id)
+            attempt(self._destroy_left, [])
             raise
         self._ids.append(hwpt_id)
 
@@ -113,6 +113,17 @@ class PageTables:
         if not capabilities & abi.IOMMU_HW_CAP_DIRTY_TRACKING:
             raise _no_tracking(device)
         return device.dev_id
+
+    def is_complete_at_once(self, dev_id: int) -> bool:
+        """Return whether the IOMMU of a device completes a page table before the device is attached to the table.
+
+        If not, a device that is attached cannot move to a space: see `pyvfio.iommu.attach_errors`. The space of these
+        page tables must be empty and of no further use: the answer takes a page table that makes all IOVA unusable.
+        `destroy` destroys that page table. Raises IoctlError. Cost: two ioctls.
+        """
+        self._left.append(self._iommufd.hwpt_alloc(dev_id, self.ioas_id))
+        ranges, _alignment = self._iommufd.ioas_iova_ranges(self.ioas_id)
+        return any(each.size >= PAGE_SIZE for each in ranges)
 
     # ------------------------------------------------------------------------------------------------ tracking
 
@@ -164,11 +175,25 @@ class PageTables:
             ) from error
 
     def destroy(self) -> None:
-        """Destroy the page tables that record writes, which no device uses any more. Raises IoctlError, or a group."""
+        """Destroy the page tables that record writes, which no device uses any more.
+
+        Raises IoctlError, or a group, after all were tried. A second call destroys those that are left. A page table
+        that is gone was destroyed by a call that failed nevertheless.
+        """
+        self._left += self._ids
+        self._ids.clear()
+        self._destroy_left()
+
+    def _destroy_left(self) -> None:
         failures: list[Exception] = []
-        ids, self._ids = self._ids, []
-        for hwpt_id in ids:
-            attempt(partial(self._iommufd.destroy, hwpt_id), failures)
+        for hwpt_id in tuple(self._left):
+            try:
+                self._iommufd.destroy(hwpt_id)
+            except VfioError as error:
+                if not (isinstance(error, IoctlError) and error.errno == errno.ENOENT):
+                    failures.append(error)
+                    continue
+            self._left.remove(hwpt_id)
         raise_collected("destroying page tables", failures)
 
     def check_tracks(self) -> None:

@@ -6,6 +6,8 @@ directory of device nodes that has those of iommufd alone. So each test opens th
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,10 +17,12 @@ from typing import Literal, TypeAlias
 import pytest
 
 import pyvfio
+from pyvfio.iommu.iova_space import IovaSpace
 from pyvfio.kernel import Kernel, LinuxKernel
 from pyvfio.testing.fake import FakeKernel
 from pyvfio.testing.fake.declaration import GroupDeclaration
 from pyvfio.testing.world import World
+from pyvfio.units import PAGE_SIZE
 
 PLENTY = 1 << 46
 """More bytes than any machine of the tests can lock."""
@@ -88,6 +92,43 @@ def new_space(kernel: Kernel, cut: Cut = None) -> AddressSpace:
     type1 = (kernel.dev / "vfio/vfio").exists()
     made: AddressSpace = pyvfio.Container(kernel=kernel) if type1 else pyvfio.Ioas(kernel=kernel, cut=cut)
     return made
+
+
+def can_replace(space: IovaSpace) -> bool:
+    """Whether a space with a device can cut: always, but for cut="replace" behind an IOMMU that moves no device.
+
+    That is tried with two pages. A refusal changes nothing, and the IOMMU has to be such a one: a page table without a
+    device has no IOVA for a page.
+    """
+    if not isinstance(space, pyvfio.Ioas) or space.cut != "replace":
+        return space.can_cut
+    with mmap.mmap(-1, 2 * PAGE_SIZE) as memory:
+        vaddr = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        iova = space.reserve_and_map(vaddr=vaddr, size=2 * PAGE_SIZE)
+        before, cuts = space.mappings, True
+        try:
+            with space.guard.lock:
+                space.cut_locked(iova, PAGE_SIZE)
+        except pyvfio.UnsupportedError:
+            cuts = False
+            assert space.mappings == before
+            assert not moves_devices(space)
+        size = PAGE_SIZE if cuts else 2 * PAGE_SIZE
+        space.unmap(iova=iova + 2 * PAGE_SIZE - size, size=size)
+        space.release_iova(iova)
+    return cuts
+
+
+def moves_devices(space: pyvfio.Ioas) -> bool:
+    """Whether the IOMMU of the space's device gives a page table its IOVA before a device is attached to it."""
+    iommufd, dev_id = space.iommufd, space.devices[0].dev_id
+    assert dev_id is not None
+    empty = iommufd.ioas_alloc()
+    hwpt = iommufd.hwpt_alloc(dev_id, empty)
+    ranges, _alignment = iommufd.ioas_iova_ranges(empty)
+    iommufd.destroy(hwpt)
+    iommufd.destroy(empty)
+    return any(each.size >= PAGE_SIZE for each in ranges)
 
 
 def descriptors_of(device: pyvfio.Device) -> tuple[int, ...]:

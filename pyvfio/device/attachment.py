@@ -231,8 +231,9 @@ class AttachedHandle(BoundHandle):
         group move too, since the kernel has one page table for the group.
 
         Raises TypeError; ValueError for a space of another iommufd; ClosedError. Raises UnsupportedError for a device
-        that was opened through a group. Raises IoctlError and IovaRangeError; the device then stays where it was. If
-        the way back fails too, RollbackError is raised.
+        that was opened through a group, and where the IOMMU cannot move a device (virtio-iommu before Linux 7): call
+        `detach` first there. Raises IoctlError and IovaRangeError; the device then stays where it was. If the way back
+        fails too, RollbackError is raised.
         Cost: the kernel pins the memory of a space when the first device arrives.
         Source: VFIO_DEVICE_ATTACH_IOMMUFD_PT, `iommufd_device_replace`.
         """

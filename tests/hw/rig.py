@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Literal, Self
 
+import pytest
+
 import pyvfio
 from pyvfio import ioctls, pci
 from pyvfio.kernel import Kernel
@@ -14,7 +16,7 @@ from pyvfio.memory import MemoryKind
 from pyvfio.testing import probe
 from pyvfio.testing.edu import EDU_ID, LIMIT, Edu
 from pyvfio.units import PAGE_SIZE
-from tests.spaces import AddressSpace, Cut, new_space
+from tests.spaces import AddressSpace, Cut, moves_devices, new_space
 
 SIZE = LIMIT
 
@@ -100,6 +102,28 @@ class Rig:
         assert written in (there, sent)
         assert read == (written == sent), "the device could do one of reading and writing, but not the other"
         return read
+
+    def refuses(self, block: pyvfio.RamBlock, change: Callable[[], object]) -> None:
+        """Where a space cannot cut (`can_replace`): a cut is refused, and leaves block, mappings and reach."""
+        before = (block.used_length, block.populated, self.space.mappings)
+        with pytest.raises(pyvfio.UnsupportedError, match=r"Ioas\(cut='pages'\)"):
+            change()
+        assert (block.used_length, block.populated, self.space.mappings) == before
+        self.mapper._check()
+        if not block.readonly:
+            assert self.reaches(block, block.used_length - SIZE)
+
+    def move(self, space: pyvfio.Ioas) -> None:
+        """Attach the device to another space; where the IOMMU moves no device, by a detach, and a refusal before."""
+        before = self.device.space
+        try:
+            self.device.attach(space)
+        except pyvfio.UnsupportedError:
+            assert self.device.space is before
+            assert isinstance(before, pyvfio.Ioas)
+            assert not moves_devices(before)
+            self.device.detach()
+            self.device.attach(space)
 
     def __enter__(self) -> Self:
         return self

@@ -52,7 +52,7 @@ from tests.life.troubles import (
     plans,
     refusals,
 )
-from tests.spaces import REQUESTS, Cut, new_space
+from tests.spaces import REQUESTS, Cut, can_replace, new_space
 
 NAMES = ("a", "b", "c")
 MAX_PAGES = 8
@@ -164,9 +164,11 @@ class RandomLife(RuleBasedStateMachine):
             "desk", used_length=PAGE_SIZE, max_length=PAGE_SIZE
         )
         with self.world.dma_entry_limit(FEW_ENTRIES) if few else nullcontext():
-            self.space = new_space(kernel, cut)
-            self.stack.enter_context(self.space)
-            device = self.stack.enter_context(pyvfio.open_device(self.world.bdfs[0], space=self.space))
+            device = self._open_device(cut)
+            if cut == "replace" and self.space.can_cut and not can_replace(self.space):  # the life goes on otherwise
+                device.close()
+                self.space.close()
+                device = self._open_device("pages")
         self.entries = FEW_ENTRIES if few and self.space.entries_left is not None else None
         device.memory_enabled = device.bus_master = True
         iova = self.space.reserve_iova(PAGE_SIZE, alignment=1, offset=0, top_down=True)
@@ -176,6 +178,12 @@ class RandomLife(RuleBasedStateMachine):
         self.blocks = self.stack.enter_context(pyvfio.RamBlockList(kernel=kernel))
         self._open_mapper(way if self._allows(way) else WAYS[0], None)
         self.add(number=1, used=used, more=MAX_PAGES, plan=None)
+
+    def _open_device(self, cut: Cut) -> pyvfio.Device:
+        space = new_space(self.world.kernel, cut)
+        self.space = space
+        self.stack.enter_context(space)
+        return self.stack.enter_context(pyvfio.open_device(self.world.bdfs[0], space=space))
 
     def teardown(self) -> None:
         """Close everything; after a failure in silence, so that the first failure is reported."""

@@ -400,8 +400,14 @@ def test_a_move_that_is_refused_leaves_the_device_where_it_was(kernel: FakeKerne
     with Ioas(device.iommufd) as second, ExitStack() as stack:
         device.bus_master = True
         _mapped(kernel, first, stack, b"first")
-        for request, after in ((_ATTACH, False), ("IOMMU_IOAS_IOVA_RANGES", False)):
-            kernel.fail(call="ioctl", request=request, errno=errno.ENOMEM, after=after)
+        # The first question for ranges is about a page table that is made to find out whether the device can move.
+        for request, nth in (
+            ("IOMMU_HWPT_ALLOC", 1),
+            ("IOMMU_IOAS_IOVA_RANGES", 1),
+            (_ATTACH, 1),
+            ("IOMMU_IOAS_IOVA_RANGES", 2),
+        ):
+            kernel.fail(call="ioctl", request=request, errno=errno.ENOMEM, nth=nth)
             with pytest.raises(pyvfio.IoctlError):
                 device.attach(second)
             kernel.clear_failures()
@@ -419,7 +425,7 @@ def test_a_move_that_cannot_be_taken_back_is_a_rollback_error_and_the_device_rea
     first = space_of(device)
     with Ioas(device.iommufd) as second, ExitStack() as stack:
         _mapped(kernel, first, stack, b"first")
-        kernel.fail(call="ioctl", request="IOMMU_IOAS_IOVA_RANGES", errno=errno.EIO)
+        kernel.fail(call="ioctl", request="IOMMU_IOAS_IOVA_RANGES", errno=errno.EIO, nth=2)  # behind the attach
         kernel.fail(call="ioctl", request=_ATTACH, errno=errno.EIO, nth=2)
         with pytest.raises(pyvfio.RollbackError, match=f"{BDF} could not be attached, and could not be put back"):
             device.attach(second)
