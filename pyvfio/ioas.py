@@ -91,8 +91,8 @@ class Ioas(IovaSpace):
     * "replace": all mappings but the part are copied into a second IOAS, and each device is moved there in one call.
       Large pages stay. The cost grows with the number of mappings. The drivers of Intel's and AMD's IOMMUs stop all
       DMA of a device for the moment of the move: in 1,000 resizes on Linux 6.12 with QEMU's VT-d, a working device
-      lost 3 of 165 copies. Some IOMMUs
-      cannot move a device (virtio-iommu before Linux 7): each cut is then refused with UnsupportedError.
+      lost 3 of 165 copies. Some IOMMUs cannot move a device (virtio-iommu before Linux 7): each cut is then refused
+      with UnsupportedError.
 
     `shares_with`: another space of the iommufd. Memory that one of the two has mapped, and that is mapped in the other
     from the same address of the process on, is then copied: the pages are shared, and charged once. Thus each of
@@ -683,6 +683,11 @@ class Ioas(IovaSpace):
     def dirty_page_size(self) -> int:
         """As `DirtyRecord.dirty_page_size`."""
         return self.page_size
+
+    @property
+    def tracks(self) -> bool:
+        """Whether the devices use page tables that record writes, for a DirtyTracking. For the library."""
+        return self._tables.tracks
 
     @guarded
     def start_dirty_tracking(self) -> None:

@@ -47,8 +47,9 @@ def hand_over(mapper: DmaMapper) -> HandOver:
     * HandOverError, which names the obstacles. Obstacles are memory private to this process (`Anonymous`,
       `File(shared=False)`; use `Memfd`), buffers and temporary mappings, and other notifiers of the list. Obstacles are
       also mappings of other users, reserved IOVA other than that of `mapper`'s blocks, and a change that failed.
-      For an Ioas, obstacles are also files that are neither on tmpfs nor on hugetlbfs, other spaces of the iommufd, and
-      devices that are not attached. HandOverError also if another thread has just begun to hand over.
+      For an Ioas, obstacles are also files that are neither on tmpfs nor on hugetlbfs, other spaces of the iommufd,
+      devices that are not attached, and an open DirtyTracking. HandOverError also if another thread has just begun to
+      hand over.
     * ReentrancyError if called from a hook; ForkedError.
 
     Raises IoctlError, and everything is then as before. Raises RollbackError if the undo fails too: the hand-over is
@@ -116,8 +117,8 @@ class HandOver(ContextManager):
     the eventfd until a process reads the eventfd; a signal that this process reads is not seen by the new process.
     Until the end, this process can wait for interrupts, but cannot enable or disable any.
 
-    A DirtyTracking is not handed over. The kernel continues to track, and the new process opens a DirtyTracking of its
-    own.
+    A DirtyTracking is not handed over, and the new process opens one of its own. For a container, the kernel continues
+    to track. For an Ioas, the DirtyTracking must be closed before.
 
     Synchronization: any thread.
     """

@@ -83,7 +83,10 @@ class IoasGiving:
             self._has_addresses = True
 
     def obstacles(self, mapper: DmaMapper) -> list[str]:
-        """As `Giving.obstacles`: memory that is mapped by address, and all else that the iommufd has."""
+        """As `Giving.obstacles`: memory that is mapped by address, all else that the iommufd has, and dirty tracking.
+
+        The other process would not know the page tables that record writes, and could not read the record.
+        """
         found = [
             f"RAM block '{block.idstr}' is mapped by address, since {block.state.memory.kind} is not a memfd, or a "
             "file on tmpfs or hugetlbfs: add the block with memory=Memfd()"
@@ -101,6 +104,11 @@ class IoasGiving:
             for device in self._iommufd.devices
             if device not in self._space.devices
         ]
+        if self._space.tracks:
+            found.append(
+                f"the writes of devices to {self._space.guard.what} are recorded, and the other process could not read "
+                "the record: close() the DirtyTracking first, and open one in the other process"
+            )
         return found
 
     def strangers(self) -> list[str]:

@@ -28,6 +28,7 @@ from pyvfio.units import MIB, PAGE_SIZE
 from tests.unit.fakes import BDF, OTHER_BDF, Interrupt, SpecialKernel, nothing_left, requests
 from tests.unit.processes import open_fds
 from tests.unit.test_failures import cases, end
+from tests.unit.tracking import tracked_kernel
 
 SIZE = 64
 CHANGE = "IOMMU_IOAS_CHANGE_PROCESS"
@@ -548,6 +549,29 @@ def test_other_spaces_and_devices_of_the_iommufd_are_refused_by_name(rig: Rig) -
         refused(rig, "not attached to I/O address space")
         second.attach(rig.space)
         hand_over(rig.mapper).cancel()
+
+
+def test_an_open_record_of_the_writes_of_devices_is_refused() -> None:
+    """The other process could neither read the record nor destroy the page tables. It can make a record of its own."""
+    with tracked_kernel("iommufd") as kernel, nothing_left(kernel):
+        rig = Rig(kernel)
+        with pyvfio.DirtyTracking(rig.space):
+            before = rig.reached()
+            with pytest.raises(
+                HandOverError, match=r"1 thing .*writes of devices to I/O address space .*DirtyTracking"
+            ):
+                hand_over(rig.mapper)
+            assert rig.reached() == before
+            rig.blocks["ring"].resize(5 * PAGE_SIZE)
+        with hand_over(rig.mapper) as update, take_over(update.state, rig.sent(update), kernel=kernel) as taken:
+            assert isinstance(taken.space, Ioas)
+            with pyvfio.DirtyTracking(taken.space) as tracking:
+                rig.device.bus_master = True
+                kernel.dma_write(BDF, rig.places()["ring"] + PAGE_SIZE, b"word")
+                found = tracking.read(iova=rig.places()["ring"], size=5 * PAGE_SIZE)
+                assert found.count == 1
+            update.finish()
+        rig.close()
 
 
 def test_a_kernel_without_it_is_told_apart() -> None:
