@@ -38,7 +38,7 @@ from pyvfio.guard import Guard, close_now, closing_after_dependents, constructin
 from pyvfio.handle import Handle, attempt
 from pyvfio.iommu.attach_errors import cannot_move, explain_in_use
 from pyvfio.iommu.dirty_bitmap import dirty_extents
-from pyvfio.iommu.ioas_errors import IoasMapRefusal
+from pyvfio.iommu.ioas_errors import IoasMapRefusal, no_bar
 from pyvfio.iommu.iova import DMA_BITS, IovaAllocator, check_dma_bits
 from pyvfio.iommu.iova_space import READ, WRITE, IovaSpace
 from pyvfio.iommu.iova_space import logger as map_logger
@@ -382,6 +382,10 @@ class Ioas(IovaSpace):
         except OSError as error:
             raise self._refusal(error, vaddr, iova, size, access, file) from error
         self._note_map(vaddr, iova, size, access)
+
+    def check_maps_bars(self) -> None:
+        """As `AddressSpace.check_maps_bars`. Raises UnsupportedError. Source: `pfn_reader_user_pin`."""
+        raise no_bar(self.guard.what)
 
     def _populate(self, vaddr: int, size: int) -> None:
         """Touch the pages of a file before devices reach the pages.

@@ -8,10 +8,21 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 
-from pyvfio.errors import IoctlError, PinLimitError
+from pyvfio.errors import IoctlError, PinLimitError, UnsupportedError
 from pyvfio.iommu.map_errors import MapRefusal
 from pyvfio.memory import locking
 from pyvfio.units import format_size
+
+_BARS = (
+    'A BAR can be mapped with type1: open_device(..., iommu="type1"). Kernels that map a DMA-buf (seen on Linux 7.3, '
+    "with CONFIG_VFIO_PCI_DMABUF) take the BAR by a descriptor: reserve IOVA with space.reserve_iova(...), and call "
+    "space.iommufd.ioas_map_file(space.id, device.dma_buf(region).fd, start=0, size=..., iova=...)"
+)
+
+
+def no_bar(space: str) -> UnsupportedError:
+    """Return the error for a BAR that was to be mapped into an Ioas by address."""
+    return UnsupportedError(f"{space} cannot map a BAR of a device by address: iommufd pins memory alone", hint=_BARS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +56,12 @@ class IoasMapRefusal(MapRefusal):
                 IoctlError, "IOMMU_IOAS_ALLOW_IOVAS does not allow that range", "Choose an IOVA in the allowed ranges"
             )
         return MapRefusal.explain_errno(self, number)
+
+    def fault(self) -> IoctlError:
+        """As `MapRefusal.fault`, with a BAR as a further reason."""
+        explained = MapRefusal.fault(self)
+        explained.hint += ". iommufd does not map a BAR of a device by address" * (self.file is None)
+        return explained
 
     def memory(self) -> PinLimitError:
         """Explain ENOMEM.

@@ -381,6 +381,9 @@ class IovaSpace(TrackedSpace):
         del file
         self.map_locked(vaddr, iova, size, access)
 
+    def check_maps_bars(self) -> None:
+        """As `AddressSpace.check_maps_bars`. Here: BARs can be mapped."""
+
     @property
     def can_cut(self) -> bool:
         """As `AddressSpace.can_cut`."""

@@ -204,6 +204,10 @@ class AddressSpace(DirtyRecord, Protocol):
         """
         ...
 
+    def check_maps_bars(self) -> None:
+        """Raise UnsupportedError unless a BAR of a device can be mapped by its address in this process."""
+        ...
+
     def unmap_locked(self, iova: int, size: int) -> None:
         """Unmap whole pages as `unmap` does. For a mapper, as `reserve_and_map_locked`."""
         ...

@@ -145,9 +145,9 @@ class RegionMapper(BufferMapper):
         error and is not made. Closing a mapping that has ended does nothing.
 
         Raises TypeError. ValueError if the range is misaligned or outside the region, if neither `read` nor `write` is
-        set, or if the region belongs to another kernel. UnsupportedError if the region cannot be mapped. VfioError if
-        the device does not decode memory. HandOverError while the device is being handed over. ClosedError; otherwise
-        as `map_dma`.
+        set, or if the region belongs to another kernel. UnsupportedError if the region cannot be mapped, and for an
+        Ioas, which maps no BAR by address. VfioError if the device does not decode memory. HandOverError while the
+        device is being handed over. ClosedError; otherwise as `map_dma`.
         Cost: an mmap, an ioctl and three reads of configuration space.
         Source: `vaddr_get_pfns`, `follow_fault_pfn`.
         """
@@ -173,6 +173,7 @@ class RegionMapper(BufferMapper):
         self, region: MappableRegion, offset: int, size: int | None, wanted: int | None, access: int
     ) -> DmaMapping:
         self.check_open()
+        self._space.check_maps_bars()
         mapped = region.mmap(offset, size)
         try:
             memory = RegionMemory(self, region, mapped, access=access)

@@ -256,6 +256,27 @@ def test_a_region_that_cannot_be_mapped_is_unsupported(pair: Pair) -> None:
             pair.mapper.map_region(region)
 
 
+@pytest.mark.parametrize("version", ["6.12", "7.3"])
+def test_in_an_ioas_a_bar_is_refused_before_any_call_with_the_other_way(version: str) -> None:
+    """The kernel would say EFAULT, as for memory that is not there. A map by the address names a BAR as a reason."""
+    with (
+        FakeKernel(version, iommufd=True) as kernel,
+        pyvfio.open_device(BDF, iommu="iommufd", kernel=kernel) as device,
+        pyvfio.open_device(OTHER_BDF, space=device.space) as other,
+        pyvfio.DmaMapper(device.space) as mapper,
+    ):
+        other.memory_enabled = True
+        kernel.clear_trace()
+        with pytest.raises(pyvfio.UnsupportedError, match=r"BAR .*by address.*type1.*ioas_map_file.*dma_buf"):
+            mapper.map_region(other.region(0))
+        assert "IOMMU_IOAS_MAP" not in requests(kernel.trace)
+        assert not other.region(0).maps
+        assert device.space.reserved_iova == ()
+        with other.region(0).mmap() as mapped, pytest.raises(pyvfio.IoctlError, match="does not map a BAR") as raised:
+            device.space.map(vaddr=mapped.vaddr, iova=MIB, size=PAGE_SIZE)
+        assert raised.value.errno == errno.EFAULT
+
+
 def test_a_device_that_does_not_decode_memory_is_refused(pair: Pair) -> None:
     """As by `Region.mmap`."""
     pair.other.memory_enabled = False
