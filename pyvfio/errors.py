@@ -96,6 +96,9 @@ class PinLimitError(IoctlError):
     All numbers are bytes. `limit` is RLIMIT_MEMLOCK; None: the limit is not the reason. `used` counts against the
     limit. Of `used`, mlock(2) and mlockall(2) account for `mlocked`, and the address space of this call for `mapped`
     (None: no address space is involved). `asked` is the size of the whole change, of all its pieces.
+
+    `by_user`: the limit is for all processes of the user together, as iommufd counts by default. No file shows their
+    sum: `used` is then the part of this address space, at least.
     """
 
     limit: int | None = None
@@ -103,6 +106,7 @@ class PinLimitError(IoctlError):
     mlocked: int = 0
     mapped: int | None = None
     asked: int = 0
+    by_user: bool = False
 
 
 class EntryLimitError(IoctlError):

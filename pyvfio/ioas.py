@@ -17,6 +17,7 @@ import logging
 import struct
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from operator import index
 from typing import TYPE_CHECKING, Literal
@@ -43,10 +44,10 @@ from pyvfio.iommu.iova import DMA_BITS, IovaAllocator, check_dma_bits
 from pyvfio.iommu.iova_space import READ, WRITE, IovaSpace
 from pyvfio.iommu.iova_space import logger as map_logger
 from pyvfio.iommu.sharing import Sharing
-from pyvfio.iommu.space import Mapping
+from pyvfio.iommu.space import CountsBy, Mapping
 from pyvfio.iommu.table import describe_mappings
 from pyvfio.iommufd import Iommufd
-from pyvfio.kernel import MADV_POPULATE_READ, Kernel
+from pyvfio.kernel import MADV_POPULATE_READ, Kernel, Memlock
 from pyvfio.page_tables import BoundHandle, PageTables
 from pyvfio.units import PAGE_SIZE, U64_MAX, Iova, Vaddr, format_ranges
 
@@ -120,6 +121,7 @@ class Ioas(IovaSpace):
         [('0x200000', '0x400000')]
     """
 
+    _map_request = "IOMMU_IOAS_MAP"
     _sharing: Sharing[Ioas] | None = None
 
     @constructing(_close_again)
@@ -382,6 +384,16 @@ class Ioas(IovaSpace):
         except OSError as error:
             raise self._refusal(error, vaddr, iova, size, access, file) from error
         self._note_map(vaddr, iova, size, access)
+
+    @property
+    def counts_by(self) -> CountsBy:
+        """As `AddressSpace.counts_by`. Raises IoctlError. Cost: one ioctl."""
+        return "process" if self.iommufd.counts_by_process else "user"
+
+    def memlock(self) -> Memlock:
+        """As `AddressSpace.memlock`."""
+        lock = super().memlock()
+        return lock if self.counts_by == "process" else replace(lock, used=self.table.mapped)
 
     def check_maps_bars(self) -> None:
         """As `AddressSpace.check_maps_bars`. Raises UnsupportedError. Source: `pfn_reader_user_pin`."""

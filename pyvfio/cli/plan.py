@@ -110,6 +110,7 @@ def as_json(plan: Plan, space: str) -> dict[str, Json]:
         "locked": plan.locked,
         "locked_most": plan.locked_most,
         "memlock_used": plan.memlock.used,
+        "memlock_counts_by": plan.counts_by,
         "memlock_limit": None if plan.memlock.privileged else plan.memlock.limit,
         "iova_ranges": [{"start": each.start, "last": each.last} for each in plan.iova_ranges],
         "seconds": plan.seconds if plan.seconds == plan.seconds else None,  # nan is no JSON

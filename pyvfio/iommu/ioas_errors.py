@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pyvfio.errors import IoctlError, PinLimitError, UnsupportedError
 from pyvfio.iommu.map_errors import MapRefusal
 from pyvfio.memory import locking
-from pyvfio.units import format_size
 
 _BARS = (
     'A BAR can be mapped with type1: open_device(..., iommu="type1"). Kernels that map a DMA-buf (seen on Linux 7.3, '
@@ -74,14 +73,6 @@ class IoasMapRefusal(MapRefusal):
             return MapRefusal.memory(self)
         if lock.limit is None or lock.privileged:
             return self.no_memory()
-        here = self.table.mapped
-        explained = self.say(
-            PinLimitError,
-            f"RLIMIT_MEMLOCK lets the processes of this user pin {format_size(lock.limit)} in all; this address space "
-            f"has {format_size(here)}, other processes and address spaces of the user have an unknown number, and "
-            f"{format_size(self.size)} were asked for",
-            "End other programs of the user that map memory for devices, or raise the limit: "
-            f"{locking.raise_limit(here + self.size)}",
+        return locking.user_limit_error(
+            self.error, lock.limit, self.size, mapped=self.table.mapped, request=self.request, arguments=self.given
         )
-        explained.limit, explained.used, explained.asked, explained.mapped = lock.limit, here, self.size, here
-        return explained

@@ -5,20 +5,23 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from operator import index
 from typing import TYPE_CHECKING
 
-from pyvfio.errors import UnmapSizeError, UnsupportedError
+from pyvfio.errors import PinLimitError, UnmapSizeError, UnsupportedError
 from pyvfio.guard import Guard, guarded, reading
 from pyvfio.iommu.iova import IovaAllocator, check_dma_bits
-from pyvfio.iommu.space import Mapping
+from pyvfio.iommu.space import CountsBy, Mapping
 from pyvfio.iommu.table import MOST_DESCRIBED, MappingTable, Place, describe_mappings
 from pyvfio.iommu.tracked_space import TrackedSpace
-from pyvfio.kernel import Kernel
+from pyvfio.kernel import Kernel, Memlock
+from pyvfio.memory import locking
 from pyvfio.units import Iova, IovaRange
 
 if TYPE_CHECKING:
@@ -37,6 +40,8 @@ class IovaSpace(TrackedSpace):
 
     Synchronization: any thread may call any method. Methods take the lock of `guard`, which a long map holds.
     """
+
+    _map_request = "VFIO_IOMMU_MAP_DMA"
 
     def _begin(self, kernel: Kernel, fd: int, what: str, dma_bits: int, guard: Guard | None = None) -> None:
         self.table = MappingTable()
@@ -380,6 +385,27 @@ class IovaSpace(TrackedSpace):
         """As `AddressSpace.map_file_locked`. Here: by the address."""
         del file
         self.map_locked(vaddr, iova, size, access)
+
+    @property
+    def counts_by(self) -> CountsBy:
+        """As `AddressSpace.counts_by`."""
+        return "process"
+
+    def memlock(self) -> Memlock:
+        """As `AddressSpace.memlock`."""
+        return self._kernel.memlock()
+
+    def pin_shortage(self, size: int) -> PinLimitError | None:
+        """As `AddressSpace.pin_shortage`."""
+        lock = self.memlock()
+        if locking.suffices(lock, size):
+            return None
+        refused, given = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), {"size": size}
+        if lock.limit is not None and self.counts_by == "user":
+            return locking.user_limit_error(
+                refused, lock.limit, size, mapped=lock.used, request=self._map_request, arguments=given
+            )
+        return locking.limit_error(refused, lock, size, kernel=self._kernel, request=self._map_request, arguments=given)
 
     def check_maps_bars(self) -> None:
         """As `AddressSpace.check_maps_bars`. Here: BARs can be mapped."""

@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
+from pyvfio.errors import PinLimitError
 from pyvfio.guard import Guard
-from pyvfio.kernel import Kernel
+from pyvfio.kernel import Kernel, Memlock
 from pyvfio.units import Iova, IovaRange, Vaddr
+
+CountsBy: TypeAlias = Literal["process", "user"]
 
 
 class Mapping(NamedTuple):
@@ -105,6 +108,19 @@ class AddressSpace(DirtyRecord, Protocol):
     @property
     def lost(self) -> bool:
         """Whether all mappings were removed with the last group or by `close`. Never becomes False again."""
+        ...
+
+    @property
+    def counts_by(self) -> CountsBy:
+        """Whose pinned memory RLIMIT_MEMLOCK limits: of the process, or of all processes of the user together."""
+        ...
+
+    def memlock(self) -> Memlock:
+        """Return the limit of locked memory. `used` by user: the part of this space, since no file shows the sum."""
+        ...
+
+    def pin_shortage(self, size: int) -> PinLimitError | None:
+        """Return the error of a map of `size` further bytes, or None if the known numbers leave room."""
         ...
 
     @property

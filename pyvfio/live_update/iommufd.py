@@ -317,5 +317,6 @@ def _limit(iommufd: Iommufd, error: IoctlError, size: int) -> IoctlError:
             hint=f"Raise the limit of this process: {raise_limit(2 * size)}",
         )
         explained.limit, explained.used, explained.asked = lock.limit, 0, size
+        explained.by_user = True
         return explained
     return error

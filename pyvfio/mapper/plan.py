@@ -3,7 +3,8 @@
 `rehearse` goes through the blocks as a `DmaMapper` would, and collects the errors that the mapper would raise. The
 function reads the remaining resources of the space and the kernel, and changes neither.
 
-The limits are `dma_entry_limit`, one entry for each mapping, and RLIMIT_MEMLOCK, every mapped page charged. Source:
+The limits are `dma_entry_limit`, one entry for each mapping, and RLIMIT_MEMLOCK, every mapped page charged to the
+process or, by iommufd, to the user (`AddressSpace.counts_by`). Source:
 `vfio_dma_do_map` and `vfio_pin_pages_remote` in drivers/vfio/vfio_iommu_type1.c.
 """
 
@@ -21,13 +22,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from pyvfio.blocks.block import RamBlock
-from pyvfio.errors import EntryLimitError, IoctlError, PinLimitError, VfioError
+from pyvfio.errors import EntryLimitError, IoctlError, VfioError
 from pyvfio.extents import Extent, total
 from pyvfio.iommu.iova import IovaAllocator
-from pyvfio.iommu.space import AddressSpace
+from pyvfio.iommu.space import AddressSpace, CountsBy
 from pyvfio.kernel import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE, Kernel, Memlock
 from pyvfio.mapper.policy import Policy
-from pyvfio.memory import locking
 from pyvfio.pci.sysfs import printable
 from pyvfio.units import MIB, U64_MAX, Iova, IovaRange, align_up, check_whole_number, format_ranges, format_size
 
@@ -72,6 +72,10 @@ class Plan:
     `shortages`: the errors that adding the blocks would raise, with their numbers and hints. `shortages_when_grown`:
     the errors that would follow if all these blocks, and no others, had grown to `max_length`. `seconds`: approximate
     time to map the used memory of all blocks if none of it is populated yet; nan if the measurement failed.
+
+    `counts_by`: whose memory the limit of `memlock` is for, of this process ("process") or of all processes of the user
+    ("user", the default of iommufd). By user, `memlock.used` is the part of this address space. The part of other
+    spaces and processes is unknown, so that blocks that fit can be refused nevertheless.
     """
 
     blocks: tuple[PlannedBlock, ...]
@@ -81,6 +85,7 @@ class Plan:
     seconds: float
     shortages: tuple[VfioError, ...]
     shortages_when_grown: tuple[VfioError, ...]
+    counts_by: CountsBy = "process"
 
     @property
     def fits(self) -> bool:
@@ -127,8 +132,6 @@ class Plan:
 
     def __str__(self) -> str:
         most = "one more for each grow" if self.entries_most is None else f"at most {self.entries_most}"
-        limit = self.memlock.limit
-        allowed = "no limit" if limit is None or self.memlock.privileged else f"{format_size(limit)} allowed"
         lines = [
             f"{printable(block.idstr)}: {format_size(block.used_length)} of {format_size(block.max_length)} at "
             f"{'no IOVA' if block.iova is None else f'IOVA {block.iova:#x}'}"
@@ -137,14 +140,23 @@ class Plan:
         left = "no limit" if self.entries_left is None else f"{self.entries_left} are left"
         lines += [
             f"mappings: {self.entries}, {most}; {left}",
-            f"locked memory: {format_size(self.locked)}, at most {format_size(self.locked_most)}; "
-            f"{format_size(self.memlock.used)} are locked, {allowed}",
+            f"locked memory: {format_size(self.locked)}, at most {format_size(self.locked_most)}; {self._limit()}",
             f"IOVA: {format_ranges(self.iova_ranges)}",
             f"time: about {_duration(self.seconds)}",
             *(f"does not fit: {error}" for error in self.shortages),
             *(f"would not fit when grown: {error}" for error in self.shortages_when_grown),
         ]
         return "\n".join(lines)
+
+    def _limit(self) -> str:
+        used, limit = format_size(self.memlock.used), self.memlock.limit
+        free = limit is None or self.memlock.privileged
+        allowed = "no limit" if limit is None or free else f"{format_size(limit)} allowed"
+        if self.counts_by == "process":
+            return f"{used} are locked by this process, {allowed}"
+        return f"{used} by this address space, {allowed}" + (
+            "" if free else " for all processes of the user together, whose sum is unknown"
+        )
 
 
 def _duration(seconds: float) -> str:
@@ -233,18 +245,18 @@ def rehearse(
         _collect(shortages, now.take(block.idstr, policy.granule, needed=needed, max_length=length))
         if not promises:
             _collect(grown, later.take(block.idstr, None, needed=most, max_length=length))
-    memlock = space.kernel.memlock()
     used, most_locked = sum(block.populated for block in planned), sum(block.max_length for block in planned)
-    _collect(shortages, _pin_shortage(space.kernel, memlock, used))
-    _collect(grown, _pin_shortage(space.kernel, memlock, most_locked))
+    _collect(shortages, space.pin_shortage(used))
+    _collect(grown, space.pin_shortage(most_locked))
     return Plan(
         blocks=tuple(planned),
         entries_left=left,
-        memlock=memlock,
+        memlock=space.memlock(),
         iova_ranges=space.iova_ranges,
         seconds=used / MIB * _seconds_per_mib(space.kernel) / max(1, min(threads, os.cpu_count() or 1)),
         shortages=tuple(shortages),
         shortages_when_grown=tuple(grown),
+        counts_by=space.counts_by,
     )
 
 
@@ -323,15 +335,6 @@ def _planned(shape: BlockShape | RamBlock, iova: Iova | None, policy: Policy) ->
         iova,
         entries,
         None if most is None else max(most, entries),
-    )
-
-
-def _pin_shortage(kernel: Kernel, lock: Memlock, size: int) -> PinLimitError | None:
-    if locking.suffices(lock, size):
-        return None
-    refused = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-    return locking.limit_error(
-        refused, lock, size, kernel=kernel, request="VFIO_IOMMU_MAP_DMA", arguments={"size": size}
     )
 
 

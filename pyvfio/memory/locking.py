@@ -1,7 +1,10 @@
 """Memory that this process locks: mlockall(2), the effect on RAM blocks, and the holders of RLIMIT_MEMLOCK.
 
 mlock(2) and VFIO charge the same counter, VmLck, independently of each other. A page that is both locked and mapped for
-a device is charged twice. Under MCL_FUTURE:
+a device is charged twice. iommufd does so only if memory counts by process. By default, iommufd charges the user:
+the limit then holds for the sum of all processes of the user, apart from mlock(2), and no file shows the sum.
+
+Under MCL_FUTURE:
 
 * address space is charged when it is reserved: all of a block's `max_length`, although none of it is memory yet;
 * when a block of private memory grows, mprotect(2) populates the new part at once; with `on_fault`, and for a memfd or
@@ -122,6 +125,27 @@ def limit_error(
     return refusal
 
 
+def user_limit_error(
+    error: OSError, limit: int, size: int, *, mapped: int, request: str, arguments: Mapping[str, int | str]
+) -> PinLimitError:
+    """Return the error for `size` bytes that cannot be pinned, where the limit is for all processes of the user.
+
+    `mapped`: the number of bytes that the address space in question has mapped.
+    """
+    refusal = PinLimitError.of(
+        error,
+        f"RLIMIT_MEMLOCK lets the processes of this user pin {format_size(limit)} in all; this address space "
+        f"has {format_size(mapped)}, other processes and address spaces of the user have an unknown number, and "
+        f"{format_size(size)} were asked for",
+        request=request,
+        arguments=arguments,
+        hint="End other programs of the user that map memory for devices, or raise the limit: "
+        f"{raise_limit(mapped + size)}",
+    )
+    refusal.limit, refusal.used, refusal.asked, refusal.mapped, refusal.by_user = limit, mapped, size, mapped, True
+    return refusal
+
+
 def restate(
     error: PinLimitError, *, kernel: Kernel, size: int, locked: int, arguments: Mapping[str, int | str]
 ) -> PinLimitError:
@@ -129,6 +153,15 @@ def restate(
 
     When the piece was refused, `locked` of the `error.used` bytes belonged to the change itself.
     """
+    if error.by_user:
+        return user_limit_error(
+            error,
+            error.limit or 0,
+            size,
+            mapped=max(error.used - locked, 0),
+            request=error.request,
+            arguments=arguments,
+        )
     return limit_error(
         error,
         Memlock(limit=error.limit, used=error.used - locked, privileged=False),

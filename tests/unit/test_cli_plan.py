@@ -95,6 +95,7 @@ def test_a_plan_is_for_the_address_space_that_is_asked_for(
     assert plan.main([*FAKE, *granules, *words]) == (0 if space == "iommufd" else 1)
     document = json.loads(capsys.readouterr().out)
     assert (document["space"], document["entries_left"] is None) == (space, space == "iommufd")
+    assert document["memlock_counts_by"] == ("user" if space == "iommufd" else "process")
 
 
 def test_cuts_are_planned_on_iommufd_alone(capsys: pytest.CaptureFixture[str]) -> None:

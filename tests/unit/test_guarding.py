@@ -77,6 +77,7 @@ UNGUARDED = {
         Iommufd.check_here Iommufd.check_usable Iommufd.closed Iommufd.fd Iommufd.kernel Iommufd.maps_files
         Ioas.can_cut Ioas.changes Ioas.check_here Ioas.check_usable Ioas.closed Ioas.cut_opens_gap Ioas.dma_bits
         Ioas.check_maps_bars Ioas.entries_left Ioas.fd Ioas.tracks Container.check_maps_bars
+        Container.counts_by Container.memlock Container.pin_shortage Ioas.counts_by Ioas.memlock Ioas.pin_shortage
         Ioas.iova_ranges Ioas.kernel Ioas.maps_files Ioas.page_size TakenOver.container
         Irq.can_grow Irq.count
         ConfigSpace.check_usable ConfigSpace.check_views ConfigSpace.mappable ConfigSpace.size

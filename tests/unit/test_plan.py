@@ -13,7 +13,7 @@ import pyvfio
 from pyvfio import BlockShape
 from pyvfio.testing.fake import FakeDevice, FakeKernel
 from pyvfio.units import GIB, MIB, PAGE_SIZE
-from tests.unit.fakes import BDF, Rig, SpecialKernel, requests, small_iommu
+from tests.unit.fakes import BDF, OTHER_BDF, Rig, SpecialKernel, requests, small_iommu
 
 GRANULES = partial(pyvfio.DmaMapper, resize="extend", granule=2 * MIB)
 EXTENDS = partial(pyvfio.DmaMapper, resize="extend")
@@ -258,3 +258,62 @@ def test_a_container_without_a_group_has_no_plan(kernel: SpecialKernel) -> None:
     refused = pytest.raises(pyvfio.VfioError, match="Attach a group first")
     with pyvfio.Container(kernel=kernel) as container, pyvfio.DmaMapper(container) as mapper, refused:
         mapper.plan([])
+
+
+@pytest.mark.parametrize("by_process", [False, True])
+def test_a_plan_in_an_ioas_says_whose_memory_the_limit_is_for(by_process: bool) -> None:  # noqa: FBT001
+    """By default that of all processes of the user. Of those, a plan knows the part of this space, as an error does."""
+    with SpecialKernel("7.3", iommufd=True) as kernel, pyvfio.Iommufd(kernel=kernel) as iommufd:
+        kernel.privileged = False
+        kernel.memlock_limit = 16 * MIB
+        if by_process:
+            iommufd.set_counts_by_process(enabled=True)
+        with Rig(kernel, space=pyvfio.Ioas(iommufd)) as rig:
+            rig.add("earlier", used=8 * MIB, maximum=8 * MIB)
+            plan = rig.mapper.plan([BlockShape("a", 8 * MIB, 9 * MIB)])
+            assert (plan.fits, len(plan.shortages_when_grown), plan.memlock.used) == (True, 1, 8 * MIB)
+            assert plan.counts_by == ("process" if by_process else "user")
+            assert ("for all processes of the user together, whose sum is unknown" in str(plan)) != by_process
+            assert ("8 MiB are locked by this process, 16 MiB allowed" in str(plan)) == by_process
+            plan = rig.mapper.plan([BlockShape("a", 9 * MIB, 9 * MIB)])
+            (shortage,) = plan.shortages
+            with pytest.raises(pyvfio.PinLimitError) as raised:
+                rig.add("a", used=9 * MIB, maximum=9 * MIB)
+            assert isinstance(shortage, pyvfio.PinLimitError)
+            told, real = [(e.limit, e.used, e.asked, e.by_user, e.request) for e in (shortage, raised.value)]
+            assert told == real == (16 * MIB, 8 * MIB, 9 * MIB, not by_process, "IOMMU_IOAS_MAP")
+            assert ("lets the processes of this user pin 16 MiB in all" in shortage.message) != by_process
+
+
+def test_the_error_of_a_whole_change_says_whose_memory_the_limit_is_for() -> None:
+    """As that of one piece. The numbers are those of the change."""
+    with SpecialKernel("7.3", iommufd=True) as kernel:
+        kernel.privileged = False
+        kernel.memlock_limit = 8 * MIB
+        with Rig(kernel, mapper=GRANULES, space=pyvfio.Ioas(kernel=kernel)) as rig:
+            block = rig.add("ring", used=2 * MIB, maximum=64 * MIB)
+            with pytest.raises(pyvfio.PinLimitError, match="this user pin 8 MiB in all") as raised:
+                block.resize(18 * MIB)
+            error = raised.value
+            assert "this address space has 2 MiB" in error.message
+            assert (error.by_user, error.used, error.mapped, error.asked) == (True, 2 * MIB, 2 * MIB, 16 * MIB)
+
+
+def test_the_part_of_other_processes_is_unknown_to_a_plan() -> None:
+    """It fits, and says that the sum is unknown; the kernel refuses nevertheless."""
+    with SpecialKernel("7.3", iommufd=True) as kernel:
+        kernel.privileged = False
+        kernel.memlock_limit = 8 * MIB
+        with (
+            Rig(kernel, space=pyvfio.Ioas(kernel=kernel)) as rig,
+            pyvfio.Ioas(kernel=kernel) as elsewhere,
+            pyvfio.open_device(OTHER_BDF, space=elsewhere),
+            pyvfio.RamBlockList(kernel=kernel) as blocks,
+            pyvfio.DmaMapper(elsewhere, blocks),
+        ):
+            blocks.add("theirs", used_length=6 * MIB, max_length=6 * MIB)
+            plan = rig.mapper.plan([BlockShape("a", 4 * MIB, 4 * MIB)])
+            assert plan.fits
+            assert "whose sum is unknown" in str(plan)
+            with pytest.raises(pyvfio.PinLimitError, match="have an unknown number"):
+                rig.add("a", used=4 * MIB, maximum=4 * MIB)
