@@ -154,6 +154,7 @@ class ContainerTaking:
             kernel=kernel,
         )
         self._handles.append(container)
+        container.why = "the former process had this address space"
         devices = {}
         for described, fd in state.device_fds(fds):
             group = groups[described.group or 0]

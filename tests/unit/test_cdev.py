@@ -98,6 +98,30 @@ def test_a_space_says_why_it_is_of_that_kind(
             assert space.why == "the program made this object"
 
 
+@pytest.mark.parametrize("node", ["vfio/vfio", "vfio/2"])
+def test_the_reason_names_the_node_that_is_missing_alone(node: str) -> None:
+    """A container is of no use without the group, nor the other way round."""
+    with FakeKernel("7.3", iommufd=True) as kernel, nothing_left(kernel):
+        (kernel.dev / node).unlink()
+        with pyvfio.open_device(BDF, kernel=kernel) as device:
+            assert space_of(device).why == f"type1 cannot be used without {kernel.dev / node}"
+
+
+def test_a_type_of_container_is_a_choice_of_type1_and_a_given_space_keeps_its_reason(kernel: FakeKernel) -> None:
+    """Whichever device comes in later, and whatever is said then."""
+    with pyvfio.open_device(BDF, kernel=kernel, iommu_type=ioctls.VFIO_TYPE1_IOMMU) as device:
+        assert device.space.why == "the program asked for type1"
+    kinds: tuple[Literal["type1", "iommufd"] | None, ...] = ("type1", "iommufd", None)
+    for iommu in kinds:
+        with pyvfio.open_device(BDF, kernel=kernel, iommu=iommu) as device:
+            before = device.space.why
+            with pyvfio.open_device(OTHER_BDF, space=device.space):
+                assert device.space.why == before
+        for made in (pyvfio.Container(kernel=kernel), pyvfio.Ioas(kernel=kernel)):
+            with made, pyvfio.open_device(BDF, space=made):
+                assert made.why == "the program made this object"
+
+
 def test_an_iommufd_of_open_device_is_closed_with_the_last_space_whatever_the_order() -> None:
     """A device that has moved to a second space keeps the iommufd open, and no longer than that."""
     with FakeKernel("7.3", iommufd=True) as kernel, nothing_left(kernel):

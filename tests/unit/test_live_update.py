@@ -135,6 +135,7 @@ def test_a_new_process_has_the_blocks_where_the_device_has_them_and_nothing_was_
         taken.mapper._check()
         taken.container._check()
         taken.blocks._check()
+        assert taken.container.why == "the former process had this address space"
         assert layout(rig) == before
         ring = taken.blocks["ring"]
         with ring.view() as view:

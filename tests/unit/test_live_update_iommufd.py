@@ -645,6 +645,7 @@ def test_a_taken_space_is_no_container(kernel: SpecialKernel, rig: Rig) -> None:
         update.finish()
         assert isinstance(taken.space, Ioas)
         assert taken.devices[BDF].space is taken.space
+        assert taken.space.why == "the former process had this address space"
         with pytest.raises(pyvfio.VfioError, match="no container"):
             _ = taken.container
 
