@@ -390,6 +390,7 @@ class Ioas(IovaSpace):
         """As `AddressSpace.counts_by`. Raises IoctlError. Cost: one ioctl."""
         return "process" if self.iommufd.counts_by_process else "user"
 
+    @guarded
     def memlock(self) -> Memlock:
         """As `AddressSpace.memlock`."""
         lock = super().memlock()

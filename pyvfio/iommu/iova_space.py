@@ -391,10 +391,12 @@ class IovaSpace(TrackedSpace):
         """As `AddressSpace.counts_by`."""
         return "process"
 
+    @guarded
     def memlock(self) -> Memlock:
         """As `AddressSpace.memlock`."""
         return self._kernel.memlock()
 
+    @guarded
     def pin_shortage(self, size: int) -> PinLimitError | None:
         """As `AddressSpace.pin_shortage`."""
         lock = self.memlock()

@@ -76,8 +76,8 @@ UNGUARDED = {
         Group.check_here Group.check_usable Group.closed Group.fd Group.kernel
         Iommufd.check_here Iommufd.check_usable Iommufd.closed Iommufd.fd Iommufd.kernel Iommufd.maps_files
         Ioas.can_cut Ioas.changes Ioas.check_here Ioas.check_usable Ioas.closed Ioas.cut_opens_gap Ioas.dma_bits
-        Ioas.check_maps_bars Ioas.entries_left Ioas.fd Ioas.tracks Container.check_maps_bars
-        Container.counts_by Container.memlock Container.pin_shortage Ioas.counts_by Ioas.memlock Ioas.pin_shortage
+        Ioas.entries_left Ioas.fd Ioas.tracks
+        Container.counts_by Ioas.counts_by
         Ioas.iova_ranges Ioas.kernel Ioas.maps_files Ioas.page_size TakenOver.container
         Irq.can_grow Irq.count
         ConfigSpace.check_usable ConfigSpace.check_views ConfigSpace.mappable ConfigSpace.size

@@ -12,10 +12,29 @@ from uuid import UUID
 import pyvfio
 
 
-def open_devices(bdf: str, other: str) -> pyvfio.Container:
+def open_devices(bdf: str, other: str) -> pyvfio.AddressSpace:
     """a device, the group of the device and a container in one call"""
     device = pyvfio.open_device(bdf)
-    return pyvfio.open_device(other, container=device.container).container
+    return pyvfio.open_device(other, space=device.space).space
+
+
+def open_through_iommufd(bdf: str) -> pyvfio.Device:
+    """iommufd in place of type1"""
+    return pyvfio.open_device(bdf, iommu="iommufd")
+
+
+def cut(bdf: str, blocks: pyvfio.RamBlockList) -> pyvfio.DmaMapper:
+    """resizes at any length that stop no DMA"""
+    space = pyvfio.Ioas(cut="pages")
+    with pyvfio.open_device(bdf, space=space):
+        return pyvfio.DmaMapper(space, blocks, resize="cut")
+
+
+def share(device: pyvfio.Device, space: pyvfio.Ioas) -> pyvfio.Ioas:
+    """a second address space that shares memory with the first; to move a device there"""
+    other = pyvfio.Ioas(shares_with=space)
+    device.attach(other)
+    return other
 
 
 def resize(blocks: pyvfio.RamBlockList, idstr: str, n: int) -> pyvfio.RamBlock:
