@@ -479,11 +479,12 @@ class DmaMapper(TranslatingMapper, ContextManager):
 
         Raises BufferError while a mapping of a part beyond `new_length` is open. If the kernel refuses a step, the
         error is raised and the old mapping is restored. If that fails too, RollbackError is raised. The device then
-        reaches less than the block holds, until the block is resized again or removed.
+        reaches less than the block holds, until the block is resized again or removed. Raises VfioError, before any
+        call, while no device uses the space: neither the change nor the undo could map.
         """
         window = self._windows.get(block)
-        if window is None or self._closed or self._space.lost:
-            window = self._window_of(block)  # raises
+        if window is None or self._closed or self._space.lost or not self._space.takes_mappings:
+            window = self._window_to_change(block)  # raises
         if not 0 <= new_length <= window.size:
             raise ValueError(f"{new_length:#x} is not within max_length {block.max_length:#x} of '{block.idstr}'")
         if new_length & ((window.policy.granule or self._space.page_size) - 1):
@@ -498,14 +499,14 @@ class DmaMapper(TranslatingMapper, ContextManager):
     @guarded
     def ram_block_discarded(self, block: RamBlock, parts: Sequence[Extent]) -> None:
         """Unmap parts of the block. Raises as `ram_block_resized`; ValueError for parts of no whole granules."""
-        window = self._window_of(block)
+        window = self._window_to_change(block)
         self._check_parts(block, window.policy, parts)
         self._alter(block, window, parts, gains=False)
 
     @guarded
     def ram_block_populated(self, block: RamBlock, parts: Sequence[Extent]) -> None:
         """Map parts of the block again. Raises as `ram_block_discarded`."""
-        window = self._window_of(block)
+        window = self._window_to_change(block)
         self._check_parts(block, window.policy, parts)
         self._alter(block, window, parts, gains=True)
 
@@ -513,9 +514,10 @@ class DmaMapper(TranslatingMapper, ContextManager):
     def ram_block_remapping(self, block: RamBlock, parts: Sequence[Extent]) -> None:
         """Unmap the pieces that contain `parts`, whose pages will be replaced.
 
-        Raises GapError if the policy allows no gap and a granule lies only partly in `parts`.
+        Raises GapError if the policy allows no gap and a granule lies only partly in `parts`. Raises VfioError while no
+        device uses the space, which could not map the new pages.
         """
-        window = self._window_of(block)
+        window = self._window_to_change(block)
         if window.policy.resize == "remap" and parts:
             window.change([])  # unmap all: otherwise a piece before and a piece after `parts` would be mapped
             return
@@ -533,7 +535,7 @@ class DmaMapper(TranslatingMapper, ContextManager):
     @guarded
     def ram_block_remapped(self, block: RamBlock, parts: Sequence[Extent]) -> None:
         """Map the new pages of `parts`. Raises as `ram_block_resized`."""
-        window = self._window_of(block)
+        window = self._window_to_change(block)
         lost = self._replaced(block, window.policy, parts)
         if window.has_just_lost(lost):
             self._alter(block, window, lost, gains=True)
@@ -619,6 +621,13 @@ class DmaMapper(TranslatingMapper, ContextManager):
         window = self._windows.get(block)
         if window is None:
             raise ValueError(f"this mapper does not follow RAM block '{block.idstr}' at {block.vaddr:#x}")
+        return window
+
+    def _window_to_change(self, block: RamBlock) -> Window:
+        """Return the window for a change, which may have to map for its undo: without a device only removals work."""
+        window = self._window_of(block)
+        if not self._space.takes_mappings:
+            self._space.check_takes_mappings()
         return window
 
     # ------------------------------------------------------------------------------------------------ look-ups

@@ -347,7 +347,8 @@ class RollbackError(VfioError, ExceptionGroup[Exception]):
         return RollbackError(self.message, excs, hint=self.hint)
 
     def __str__(self) -> str:
-        text = f"{self.message}: " + "; then ".join(str(error) for error in self.exceptions)
+        told = dict.fromkeys(str(error) for error in self.exceptions)  # two failures of one cause are told once
+        text = f"{self.message}: " + "; then ".join(told)
         return f"{text}. {self.hint}" if self.hint else text
 
 

@@ -96,6 +96,15 @@ class IovaSpace(TrackedSpace):
     # ------------------------------------------------------------------------------------------------ what is there
 
     @property
+    def takes_mappings(self) -> bool:
+        """As `AddressSpace.takes_mappings`."""
+        return self._ready
+
+    def check_takes_mappings(self) -> None:
+        """As `AddressSpace.check_takes_mappings`."""
+        self._check_ready()
+
+    @property
     def changes(self) -> int:
         """The number of changes of the mappings so far. The result of a look-up is valid while this number is equal."""
         return self.table.changes

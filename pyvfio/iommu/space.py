@@ -124,6 +124,15 @@ class AddressSpace(DirtyRecord, Protocol):
         ...
 
     @property
+    def takes_mappings(self) -> bool:
+        """Whether a device uses the space. Without one, mappings can be removed, but not added."""
+        ...
+
+    def check_takes_mappings(self) -> None:
+        """Raise VfioError unless `takes_mappings`. Raises ClosedError."""
+        ...
+
+    @property
     def changes(self) -> int:
         """The number of times that mappings were added or removed. A look-up is valid until this number changes."""
         ...

@@ -166,6 +166,11 @@ _MUTANTS = (
         "            pass\n",
         "held memory",
     ),
+    # Without a device, a block is unmapped by a change that cannot map it again.
+    Mutant("DmaMapper.ram_block_resized", " or not self._space.takes_mappings:", ":", _NODES),
+    Mutant(
+        "DmaMapper._window_to_change", "            self._space.check_takes_mappings()\n", "            pass\n", _NODES
+    ),
     # It is refused after the block has been unmapped.
     Mutant(
         "DmaMapper._alter",

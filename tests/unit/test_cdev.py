@@ -403,6 +403,47 @@ def test_a_detached_device_reaches_nothing_until_it_is_attached(kernel: FakeKern
         assert kernel.dma_read(BDF, MIB, 5) == b"there"
 
 
+_CHANGES: dict[str, Callable[[pyvfio.RamBlock], None]] = {
+    "grow": lambda block: block.resize(8 * PAGE_SIZE),
+    "shrink": lambda block: block.resize(2 * PAGE_SIZE),
+    "discard": lambda block: block.discard(PAGE_SIZE, PAGE_SIZE),
+    "populate": lambda block: block.populate(4 * PAGE_SIZE, PAGE_SIZE),
+    "replace pages": lambda block: block.remap(0, PAGE_SIZE),
+}
+
+
+@pytest.mark.parametrize("change", _CHANGES)
+@pytest.mark.parametrize("policy", ["remap", "extend", "granule", "cut"])
+def test_without_a_device_no_block_changes_and_none_loses_a_mapping(
+    kernel: FakeKernel, policy: str, change: str
+) -> None:
+    """An undo of the change would have to map. The change works with a device, and a removal without one."""
+    resize = "extend" if policy == "granule" else policy
+    granule = PAGE_SIZE if policy == "granule" else None
+    space = Ioas(kernel=kernel, cut="pages" if policy == "cut" else None)
+    with space, pyvfio.open_device(BDF, space=space) as device, pyvfio.RamBlockList(kernel=kernel) as blocks:
+        mapper = pyvfio.DmaMapper(space, blocks, resize=resize, granule=granule)  # type: ignore[arg-type]
+        block, other = (blocks.add(name, used_length=6 * PAGE_SIZE, max_length=MIB) for name in ("ring", "other"))
+        block.discard(4 * PAGE_SIZE, PAGE_SIZE)
+        before = (space.mappings, block.used_length, block.discarded)
+        device.detach()
+        kernel.clear_trace()
+        with pytest.raises(pyvfio.VfioError, match=r"^no device is attached to .*\. Open a device first") as caught:
+            _CHANGES[change](block)
+        assert type(caught.value) is pyvfio.VfioError
+        assert not [name for name in requests(kernel.trace) if "MAP" in name]
+        assert (space.mappings, block.used_length, block.discarded) == before
+        mapper._check()
+        blocks._check()
+        other.remove()
+        device.attach(space)
+        _CHANGES[change](block)
+        mapper._check()
+        device.detach()
+        mapper.close()
+        assert not space.mappings
+
+
 def test_a_space_of_another_iommufd_or_one_that_is_closed_is_refused(kernel: FakeKernel, device: pyvfio.Device) -> None:
     former = space_of(device)
     closed = Ioas(device.iommufd)

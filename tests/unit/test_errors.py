@@ -196,6 +196,8 @@ def test_a_failed_rollback_is_a_group_of_the_failure_and_those_of_its_undo() -> 
 
 def test_a_part_of_a_failed_rollback_is_one_too() -> None:
     """`split` and `subgroup` keep the type, the message and the hint."""
+    twice = RollbackError("resizing", [VfioError("no", hint="Wait"), VfioError("no", hint="Wait")], hint="Look")
+    assert str(twice) == "resizing: no. Wait. Look"
     part = RollbackError("resizing", [ioctl_error(), VfioError("undo")], hint="Look").subgroup(OSError)
     assert isinstance(part, RollbackError)
     assert (part.message, part.hint, len(part.exceptions)) == ("resizing", "Look", 1)

@@ -68,7 +68,9 @@ UNGUARDED = {
         Container.info
         Container.changes Container.group Container.maps_files Container.iommu_type Container.iova_pgsizes
         Container.iova_ranges
-        Container.kernel Container.page_size DmaBuf.check_here DmaBuf.check_usable DmaBuf.closed DmaBuf.fd DmaBuf.kernel
+        Container.kernel Container.page_size Container.check_takes_mappings Container.takes_mappings
+        Ioas.check_takes_mappings Ioas.takes_mappings
+        DmaBuf.check_here DmaBuf.check_usable DmaBuf.closed DmaBuf.fd DmaBuf.kernel
         Device.can_reset Device.check_here Device.check_usable Device.check_views Device.closed
         Device.container Device.fd Device.group Device.group_number Device.iommufd Device.kernel Device.open_neighbours
         Device.seam Device.space Device.dev_id Device.unsafe_noiommu Container.dirty_page_size Ioas.dirty_page_size
