@@ -33,6 +33,7 @@ from pyvfio.pci.groups import (
     no_group,
 )
 from pyvfio.pci.nodes import ABSENT, explain_open, not_passed_in, place_in_sysfs
+from pyvfio.pci.noiommu import is_unprotected, no_protection
 from pyvfio.pci.surroundings import look_around
 from pyvfio.pci.sysfs import CDEVS, PciDevice, printable, read_device, read_text
 
@@ -108,6 +109,8 @@ def no_cdev(kernel: Kernel, bdf: str) -> VfioError:
         return error
     if not device.is_vfio:
         return _not_bound(device)
+    if is_unprotected(kernel, device):  # iommufd has such devices from Linux 7.3 on, and type1 refuses them too
+        return no_protection(bdf, "neither iommufd nor type1 opens the device")
     return UnavailableError(
         f"{bdf} has no node below {kernel.dev / CDEVS}: {_built(kernel)} makes none for devices bound to "
         f"{printable(device.driver or '')}",

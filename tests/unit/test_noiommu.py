@@ -226,10 +226,14 @@ def test_the_warning_names_the_line_of_the_program_and_can_prevent_the_open(kern
     assert list(kernel.trace) == []
 
 
-@pytest.mark.parametrize("iommu", [None, "type1"])
+@pytest.mark.parametrize("iommu", [None, "type1", "iommufd"])
 def test_no_other_choice_opens_the_device(kernel: FakeKernel, iommu: Choice | None) -> None:
-    with pytest.raises(pyvfio.UnsupportedError, match="has no IOMMU"):
+    """The refusal says what the device can reach, and names no choice that is refused too."""
+    with pytest.raises(pyvfio.UnsupportedError, match=r"has no IOMMU.* all .*memory") as caught:
         pyvfio.open_device(BDF, iommu=iommu, kernel=kernel)
+    assert not re.search('iommu="(type1|iommufd)"', str(caught.value))
+    if iommu == "iommufd":
+        assert 'iommu="unsafe-noiommu"' in caught.value.hint
 
 
 def test_iommufd_without_unsafe_does_not_open_the_device() -> None:
