@@ -18,7 +18,7 @@ from pyvfio import pci
 from pyvfio.cli.common import FAILED, OK, WRONG_USAGE, Json, bdf_argument, complain, print_document, print_table, run
 from pyvfio.cli.guest_pictures import PictureFilter, line_of
 from pyvfio.cli.main_job import MainJob, StepResult
-from pyvfio.cli.parser import Parser
+from pyvfio.cli.parser import Parser, iommu_argument
 from pyvfio.cli.side_by_side import STEP, Figures, Policy, SideBySide
 from pyvfio.diagnosis.examination import ADDRESS_SPACES
 from pyvfio.errors import DeviceNotFoundError, VfioError
@@ -70,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--iommu",
+        type=iommu_argument,
         choices=list(vm.IOMMUS),
         help="the IOMMU of the virtual machine or of the fake kernel, not with --device; default: intel",
     )

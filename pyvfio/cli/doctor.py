@@ -52,7 +52,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--memory", type=size_argument, metavar="SIZE", help="how much memory the program is going to map, e.g. 2G"
     )
     parser.add_argument(
+        "--space",
         "--iommu",
+        dest="iommu",
         choices=ADDRESS_SPACES,
         help="judge for a program that uses this; by default type1, or iommufd where the kernel has no type1",
     )

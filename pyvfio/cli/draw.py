@@ -51,7 +51,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="a device, whose address space is empty when the device is opened; a saved picture; or stdin",
     )
     parser.add_argument(
+        "--space",
         "--iommu",
+        dest="iommu",
         choices=ADDRESS_SPACES,
         help="with a BDF: the address space; by default type1, or iommufd where the machine has no type1",
     )
@@ -120,7 +122,7 @@ def main(arguments: Sequence[str] | None = None, *, kernel: Kernel | None = None
     if not _is_source(options.source):
         parser.error(f"neither the PCI address of a device nor a file: {options.source!r}")
     if options.iommu is not None and not _is_bdf(options.source):
-        parser.error("--iommu chooses the address space of a device: leave it out with a document")
+        parser.error("--space chooses the address space of a device: leave it out with a document")
     pictures = pictures_of(options.source, kernel, options.iommu)
     if options.svg is not None:
         options.svg.write_text(svg_of(pictures, rows=options.rows), encoding="utf-8")

@@ -16,6 +16,7 @@ from pyvfio.diagnosis.examination import ADDRESS_SPACES
 from pyvfio.kernel import Kernel
 from pyvfio.mapper.plan import BlockShape, Plan
 from pyvfio.testing.fake import VERSIONS, FakeKernel
+from pyvfio.testing.fake.versions import KernelVersion, kernel_version
 
 NAME = "pyvfio plan"
 SCHEMA = "pyvfio.plan/1"
@@ -41,6 +42,14 @@ def block_argument(text: str) -> BlockShape:
     return BlockShape(name, used_length, size_argument(most) if most else used_length)
 
 
+def fake_argument(text: str) -> KernelVersion:
+    """Return the version of a fake kernel, given the name or a line of `pyvfio vm`. For `type=` of an argument."""
+    try:
+        return kernel_version(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _word_argument(text: str) -> BlockShape | str:
     return block_argument(text) if "=" in text else bdf_argument(text)
 
@@ -54,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
         examples=[
             "pyvfio plan 0000:00:02.0 ring=64K:1M data=2G:64G --resize extend --granule 64K",
             "pyvfio plan --fake 6.12 ring=64K:1M --json",
-            "pyvfio plan --fake 7.3 --iommu iommufd data=2G:64G --resize cut",
+            "pyvfio plan --fake 7.3 --space iommufd data=2G:64G --resize cut",
         ],
     )
     parser.add_argument(
@@ -65,10 +74,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="a device bound to vfio-pci; used_length and max_length of each block",
     )
     parser.add_argument(
-        "--fake", choices=list(VERSIONS), metavar="KERNEL", help=f"a fake kernel: {', '.join(VERSIONS)}"
+        "--fake", type=fake_argument, metavar="KERNEL", help=f"a fake kernel: {', '.join(VERSIONS)}, or 7 for the last"
     )
     parser.add_argument(
+        "--space",
         "--iommu",
+        dest="iommu",
         choices=ADDRESS_SPACES,
         help="the address space; by default type1, or iommufd where the machine has no type1",
     )
@@ -76,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--resize",
         choices=("remap", "extend", "cut"),
         default="remap",
-        help="default: %(default)s; cut needs --iommu iommufd",
+        help="default: %(default)s; cut needs --space iommufd",
     )
     parser.add_argument(
         "--granule", type=size_argument, metavar="SIZE", help="with --resize extend: size of the pieces"
@@ -129,7 +140,7 @@ def make_plan(
     """
     with ExitStack() as stack:
         if bdf is None:
-            fake = kernel = stack.enter_context(FakeKernel(options.fake, iommufd=options.iommu == "iommufd"))
+            fake = kernel = stack.enter_context(FakeKernel(options.fake.name, iommufd=options.iommu == "iommufd"))
             bdf = fake.bdfs[0]
         space = None
         if options.resize == "cut":
@@ -150,7 +161,7 @@ def main(arguments: Sequence[str] | None = None, *, kernel: Kernel | None = None
     if len(bdfs) != (0 if options.fake else 1) or not blocks:
         parser.error("name one device by its BDF, or --fake KERNEL, and one block at least")
     if options.resize == "cut" and options.iommu != "iommufd":
-        parser.error("--resize cut needs --iommu iommufd: type1 cannot unmap part of a mapping")
+        parser.error("--resize cut needs --space iommufd: type1 cannot unmap part of a mapping")
     try:
         plan, space = make_plan(options, next(iter(bdfs), None), blocks, kernel)
     except (ValueError, TypeError) as error:  # lengths that are no multiples of a page, options that contradict

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pyvfio.cli.common import FAILED, WRONG_USAGE, complain, print_document, run
-from pyvfio.cli.parser import Parser
+from pyvfio.cli.parser import Parser, iommu_argument
 from pyvfio.testing import accel, kernels, vm
 
 NAME = "pyvfio vm"
@@ -61,7 +61,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--kernel", default="6.12", metavar="|".join([*kernels.LINES, "FILE"]), help="default: %(default)s")
-    add("--iommu", default="intel", choices=[*vm.IOMMUS, vm.NO_IOMMU], help="default: %(default)s; virtio needs 6.12")
+    add(
+        "--iommu",
+        type=iommu_argument,
+        default="intel",
+        choices=[*vm.IOMMUS, vm.NO_IOMMU],
+        help="default: %(default)s; virtio needs 6.12",
+    )
     add("--devices", default="edu", choices=list(vm.DEVICES), help="default: %(default)s; contract: for tests/contract")
     add("--memory", default="2G", metavar="SIZE", help="default: %(default)s")
     add("--cpus", default=1, type=int, metavar="N", help="default: %(default)s")

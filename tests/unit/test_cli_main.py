@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pyvfio.cli import list as list_command
 from pyvfio.cli.main import COMMANDS, load
 from pyvfio.cli.parser import nearest
 from pyvfio.cli.state import STATES
+from pyvfio.diagnosis.examination import ADDRESS_SPACES
 from pyvfio.extents import Extent
 from pyvfio.picture import SCHEMA as PICTURE
 from pyvfio.picture import Picture, Span
@@ -78,6 +80,11 @@ def test_the_help_of_a_command_can_be_asked_for_in_two_ways(name: str) -> None:
             ["list", "--js=x"],
             "pyvfio list: unrecognized arguments: --js=x; did you mean --json? See pyvfio list --help\n",
         ),
+        (["list", "--abc"], "pyvfio list: unrecognized arguments: --abc; see pyvfio list --help\n"),
+        (
+            ["doctor", "--spac", "iommufd"],
+            "pyvfio doctor: unrecognized arguments: --spac; did you mean --space? See pyvfio doctor --help\n",
+        ),
     ],
 )
 def test_a_wrong_word_is_answered_with_the_nearest_one(
@@ -89,6 +96,36 @@ def test_a_wrong_word_is_answered_with_the_nearest_one(
         status = end.code if isinstance(end.code, int) else -1
     assert status == 2
     assert capsys.readouterr() == ("", said)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["list", "--fake"], "demo and pyvfio plan can run on the fake kernel"),
+        (["info", "--fake=7"], "demo and pyvfio plan can run on the fake kernel"),
+        (["list", "--space", "iommufd"], "pyvfio demo, doctor, draw and plan have --space"),
+        (["vm", "--space", "iommufd", "--", "ls"], "pyvfio vm has --kernel 7+iommufd"),
+        (["info", "--iommu", "iommufd", "0000:00:02.0"], "plan choose the address space"),
+        (["plan", "--fake", "--kernel", "7", "ring=4K"], "pyvfio plan has --fake KERNEL"),
+        (["demo", "--iommu", "iommufd"], "iommufd is an address space, not an IOMMU: use pyvfio demo --space iommufd"),
+        (["vm", "--iommu", "iommufd", "--", "ls"], "pyvfio vm --kernel 7+iommufd"),
+    ],
+)
+def test_an_option_of_another_command_is_answered_with_that_command(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The value behind the option is not taken for a wrong argument of the command."""
+    with suppress(SystemExit):
+        main.main(words)
+    answer = capsys.readouterr()
+    assert (answer.out, answer.err.count("\n")) == ("", 1)
+    assert said in answer.err
+
+
+@pytest.mark.parametrize("name", ["demo", "doctor", "draw", "plan"])
+def test_each_command_with_a_kind_of_address_space_has_it_as_space(name: str) -> None:
+    option = load(name).make_parser()._option_string_actions["--space"]
+    assert option.choices == ADDRESS_SPACES
 
 
 def test_without_a_command_the_commands_are_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,7 +85,7 @@ def test_a_plan_that_does_not_fit_ends_with_1_and_says_why(capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    ("words", "space"), [([], "type1"), (["--iommu", "type1"], "type1"), (["--iommu", "iommufd"], "iommufd")]
+    ("words", "space"), [([], "type1"), (["--iommu", "type1"], "type1"), (["--space", "iommufd"], "iommufd")]
 )
 def test_a_plan_is_for_the_address_space_that_is_asked_for(
     words: list[str], space: str, capsys: pytest.CaptureFixture[str]
@@ -96,6 +96,13 @@ def test_a_plan_is_for_the_address_space_that_is_asked_for(
     document = json.loads(capsys.readouterr().out)
     assert (document["space"], document["entries_left"] is None) == (space, space == "iommufd")
     assert document["memlock_counts_by"] == ("user" if space == "iommufd" else "process")
+
+
+def test_a_fake_kernel_has_the_names_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["--fake", "7", "data=2M", "--space", "iommufd"]) == 0
+    with pytest.raises(SystemExit):
+        plan.main(["--fake", "8", "data=2M"])
+    assert "unknown kernel version '8': the fake can be 6.1, 6.12, 7.3" in capsys.readouterr().err
 
 
 def test_cuts_are_planned_on_iommufd_alone(capsys: pytest.CaptureFixture[str]) -> None:
