@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
 
 from pyvfio.testing.fake import FakeDevice
 from tests.unit.fakes import BDF, Rig, SpecialKernel
+from tests.unit.processes import open_fds
+
+
+def _maps_open() -> set[int]:
+    """The descriptors of /proc/self/maps, of which each fake of a kernel since 6.5 has one until `shutdown`."""
+    return {fd for fd, path in open_fds().items() if path.startswith("/proc/") and path.endswith("/maps")}
+
+
+@pytest.fixture(autouse=True)
+def _no_fake_outlives_its_test() -> Iterator[None]:
+    """A fake that is garbage is collected here, and not in the middle of a later test that counts descriptors."""
+    before = _maps_open()
+    yield
+    if not _maps_open() <= before:
+        gc.collect()
+    assert _maps_open() <= before, "a FakeKernel is open that the test has made: use `with`"
 
 
 @pytest.fixture

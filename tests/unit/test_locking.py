@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -40,9 +41,10 @@ class LockingKernel(SpecialKernel):
 
 
 @pytest.fixture
-def kernel() -> LockingKernel:
+def kernel() -> Iterator[LockingKernel]:
     """With a device."""
-    return LockingKernel()
+    with LockingKernel() as made:
+        yield made
 
 
 def refusal(kernel: LockingKernel, size: int, mapped: int | None) -> PinLimitError:
@@ -100,7 +102,7 @@ def test_the_hint_says_whether_munlockall_is_enough(kernel: LockingKernel, by_ml
 
 def test_a_mapping_that_is_refused_is_counted_with_its_container(kernel: LockingKernel) -> None:
     """What it has mapped, what mlockall holds."""
-    with kernel, Rig(kernel) as rig:
+    with Rig(kernel) as rig:
         block = rig.add(used=2 * MIB, maximum=64 * MIB)
         kernel.lock, kernel.by_mlock = Memlock(8 * MIB, 7 * MIB, privileged=False), 5 * MIB
         kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.ENOMEM)
@@ -116,7 +118,7 @@ def test_a_mapping_that_is_refused_is_counted_with_its_container(kernel: Locking
 
 def test_a_plan_says_what_mlockall_holds(kernel: LockingKernel) -> None:
     """Before anything is touched."""
-    with kernel, Rig(kernel) as rig:
+    with Rig(kernel) as rig:
         kernel.lock, kernel.by_mlock = Memlock(8 * MIB, 6 * MIB, privileged=False), 5 * MIB
         plan = rig.mapper.plan([pyvfio.BlockShape("ring", 4 * MIB, 4 * MIB)])
         assert "5 MiB by mlock or mlockall" in str(plan.shortages[0])
@@ -246,8 +248,7 @@ class BlindKernel(LockingKernel):
 
 def test_a_refusal_that_cannot_be_explained_is_still_the_refusal() -> None:
     """Of the map, by its own errno, not the one of the explanation."""
-    kernel = BlindKernel()
-    with Rig(kernel) as rig:
+    with BlindKernel() as kernel, Rig(kernel) as rig:
         kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.ENOMEM)
         with pytest.raises(PinLimitError) as caught:
             rig.add(used=PAGE_SIZE)

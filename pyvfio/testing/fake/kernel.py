@@ -102,18 +102,22 @@ class FakeKernel(MemoryCalls):
             pins=Pins(file_areas=FileAreas() if self._version.refuses_tracked_files else None),
             record=record,
         )
-        self._machine = Machine(
-            declared,
-            version=self._version,
-            model=iommu_model(iommu, self._version) if isinstance(iommu, str) else iommu,
-            iommufd=iommufd,
-            type1=type1,
-            lock=lock,
-            descriptors=self._descriptors,
-            pins=self._pins,
-            record=record,
-            noiommu=NoIommu() if iommu == "none" else None,
-        )
+        try:
+            self._machine = Machine(
+                declared,
+                version=self._version,
+                model=iommu_model(iommu, self._version) if isinstance(iommu, str) else iommu,
+                iommufd=iommufd,
+                type1=type1,
+                lock=lock,
+                descriptors=self._descriptors,
+                pins=self._pins,
+                record=record,
+                noiommu=NoIommu() if iommu == "none" else None,
+            )
+        except BaseException:
+            self._pins.close()
+            raise
         self._dma = self._machine.dma
         self._tree: Tree | None = None
         self._finalizer = weakref.finalize(self, _finalize, self._descriptors, self._pins)
