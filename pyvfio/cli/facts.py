@@ -14,6 +14,7 @@ from pathlib import Path
 from pyvfio.device.capabilities import Capabilities, read_capabilities
 from pyvfio.errors import CapabilityError
 from pyvfio.kernel import Kernel
+from pyvfio.pci.boot import release
 from pyvfio.pci.sysfs import device_path, link_name, list_names, read_number, read_text
 
 MODULES = Path("/lib/modules")
@@ -150,8 +151,8 @@ def read_reset_methods(kernel: Kernel, bdf: str) -> tuple[str, ...] | None:
     if methods is not None:
         return tuple(methods.split())
     # The files are there for devices that can be reset: without both, a newer kernel has none and an older cannot say.
-    release = re.match(r"(\d+)\.(\d+)", read_text(kernel.proc / "sys/kernel/osrelease") or "")
-    new = release is not None and (int(release[1]), int(release[2])) >= (5, 15)
+    number = re.match(r"(\d+)\.(\d+)", release(kernel))
+    new = number is not None and (int(number[1]), int(number[2])) >= (5, 15)
     return () if new and not (path / "reset").exists() else None
 
 
@@ -161,8 +162,8 @@ def find_modules(kernel: Kernel, bdf: str, modules: Path = MODULES) -> Modules |
     Drivers that are built in have no alias there. Cost: some 20,000 lines, 10 ms.
     """
     alias = read_text(device_path(kernel, bdf) / "modalias")
-    release = read_text(kernel.proc / "sys/kernel/osrelease")
-    table = read_text(modules / release / "modules.alias") if release and "/" not in release else None
+    name = release(kernel)
+    table = read_text(modules / name / "modules.alias") if name else None
     if alias is None or table is None:
         return None
     found: dict[str, set[str]] = {"pci:": set(), "vfio_pci:": set()}

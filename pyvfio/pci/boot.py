@@ -1,4 +1,4 @@
-"""The running kernel: the release, the command line and the build options.
+"""The kernel: the release, the command line and the build options, of the running kernel or of a fake.
 
 Source: /proc/sys/kernel/osrelease, /proc/cmdline; /proc/config.gz (CONFIG_IKCONFIG_PROC), else the file that the
 distribution installs with the kernel.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from pyvfio.kernel import Kernel
 from pyvfio.pci.sysfs import read_text
@@ -18,6 +19,21 @@ _SET = re.compile(r"^(?:CONFIG_(\w+)=([ym])|# CONFIG_(\w+) is not set)$", re.MUL
 _OTHER_PLACES = ("boot/config-{}", "lib/modules/{}/config", "usr/lib/modules/{}/config", "lib/modules/{}/build/.config")
 
 
+@runtime_checkable
+class Modelled(Protocol):
+    """A kernel that is not the running one: the fake, whose procfs is the machine's."""
+
+    @property
+    def release(self) -> str:
+        """As `release()`."""
+        ...
+
+    @property
+    def build_options(self) -> Mapping[str, str]:
+        """As `build_options()`."""
+        ...
+
+
 def root_directory(kernel: Kernel) -> Path:
     """Return the root directory of this process, from procfs."""
     return kernel.proc / "self/root"
@@ -25,6 +41,8 @@ def root_directory(kernel: Kernel) -> Path:
 
 def release(kernel: Kernel) -> str:
     """Return the release of the running kernel, such as `6.12.95+deb12-amd64`; empty if procfs has no release."""
+    if isinstance(kernel, Modelled):
+        return kernel.release
     text = read_text(kernel.proc / "sys/kernel/osrelease") or ""
     return text if re.fullmatch(r"[\w.+~-]+", text) else ""
 
@@ -39,6 +57,8 @@ def build_options(kernel: Kernel) -> Mapping[str, str]:
 
     Empty if no configuration can be read. Options that the kernel's sources do not have are left out. Cost: 10 ms.
     """
+    if isinstance(kernel, Modelled):
+        return kernel.build_options
     return {(name or unset): value or "n" for name, value, unset in _SET.findall(_configuration(kernel))}
 
 

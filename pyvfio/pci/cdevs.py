@@ -177,7 +177,8 @@ def explain_iommufd(kernel: Kernel, path: Path, error: OSError) -> VfioError:
         return explain_open(path, error, here)
     if (kernel.sysfs / "class/misc/iommu").exists():
         return not_passed_in(kernel, path, "although the kernel has iommufd", "class/misc/iommu")
-    if build_options(kernel).get("IOMMUFD") == "n":
+    options = build_options(kernel)
+    if options and options.get("IOMMUFD", "n") == "n":  # kernels before 6.2 do not have the option
         return UnavailableError(
             f"there is no {path}: {_built(kernel)} has no iommufd",
             hint='Use type1: open_device(..., iommu="type1"). Or boot a kernel with CONFIG_IOMMUFD and '

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -14,8 +14,9 @@ import pyvfio
 from pyvfio import ioctls
 from pyvfio.extents import Extent, without
 from pyvfio.iommufd_ioctls import IOMMU_IOAS_UNMAP
-from pyvfio.kernel import MAP_FIXED, IoctlArgument
+from pyvfio.kernel import MAP_FIXED, IoctlArgument, LinuxKernel
 from pyvfio.memory import MemoryKind
+from pyvfio.pci import boot
 from pyvfio.testing.fake import Call, FakeDevice, FakeKernel, IommuModel
 from pyvfio.units import MIB, PAGE_SIZE, Vaddr
 from tests.unit.processes import open_fds
@@ -54,6 +55,16 @@ class PlacedKernel(FakeKernel):
     def proc(self) -> Path:
         """The machine's own unless it is set."""
         return self.own_proc or super().proc
+
+    @property
+    def release(self) -> str:
+        """As `own_proc` says."""
+        return super().release if self.own_proc is None else boot.release(LinuxKernel(proc=self.own_proc))
+
+    @property
+    def build_options(self) -> Mapping[str, str]:
+        """As `own_proc` says."""
+        return super().build_options if self.own_proc is None else boot.build_options(LinuxKernel(proc=self.own_proc))
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pyvfio.kernel import Kernel
-from pyvfio.testing import FakeKernel
+from tests.unit.fakes import PlacedKernel
 from tests.unit.sysfs import BRIDGE, DISK, NETWORK, SysfsTree, link, place_process
 
 NIC, SOUND, SSD, PORT = "0000:01:00.0", "0000:00:1f.3", "0000:02:00.0", "0000:00:1c.0"
@@ -17,22 +17,17 @@ REMAPPED = "  0:   9   IR-IO-APIC   2-edge   timer\n 24:   7   IR-PCI-MSI-0000:0
 PLAIN = "  0:   9   IO-APIC   2-edge   timer\n 24:   7   PCI-MSI-0000:01:00.0   0-edge   eth0\n"
 
 
-class KernelOnTree(FakeKernel):
+class KernelOnTree(PlacedKernel):
     """A fake kernel, which has the nodes of VFIO, on a tree's sysfs and procfs."""
 
     def __init__(self, tree: MachineTree) -> None:
-        self._places = tree.sysfs, tree.proc
+        self._sysfs, self.own_proc = tree.sysfs, tree.proc
         super().__init__()
 
     @property
     def sysfs(self) -> Path:
         """The tree's."""
-        return self._places[0]
-
-    @property
-    def proc(self) -> Path:
-        """The tree's."""
-        return self._places[1]
+        return self._sysfs
 
 
 class MachineTree(SysfsTree):

@@ -7,12 +7,14 @@ import contextlib
 import errno
 import gc
 import os
+import re
 import struct
 import subprocess
 import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -24,6 +26,7 @@ from hypothesis import strategies as st
 import pyvfio
 from pyvfio import ioctls
 from pyvfio.kernel import MAP_FIXED, MAP_FIXED_NOREPLACE, PROT_NONE, Kernel, LinuxKernel
+from pyvfio.pci import boot
 from pyvfio.testing.fake import Bar, DmaFault, FakeDevice, FakeKernel, IommuModel
 from pyvfio.testing.fake.pins import ByIova, Mapped, VaddrIndex, Violation
 from pyvfio.testing.fake.process import (
@@ -235,6 +238,35 @@ def test_other_files_are_the_running_kernels(kernel: FakeKernel, tmp_path: Path)
     with pytest.raises(OSError, match="Inappropriate"):
         kernel.ioctl(fd, ioctls.VFIO_GET_API_VERSION)
     kernel.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("version", "named"),
+    [("6.1", "Linux 6.1.0, built without CONFIG_IOMMUFD,"), ("6.12", "Linux 6.12.0, built without CONFIG_IOMMUFD,")],
+)
+def test_an_error_names_the_kernel_that_the_fake_models(version: str, named: str) -> None:
+    """Not the running kernel, which a reader of the error would otherwise look at."""
+    with FakeKernel(version) as kernel:
+        for use in (
+            partial(pyvfio.open_device, BDF, iommu="iommufd", kernel=kernel),
+            partial(pyvfio.Ioas, kernel=kernel),
+        ):
+            with pytest.raises(pyvfio.UnavailableError, match=re.escape(named)):
+                use()
+
+
+@pytest.mark.parametrize(
+    ("version", "iommufd", "type1"),
+    [("6.1", 0, 1), *((name, *way) for name in ("6.12", "7.3") for way in ((0, 1), (1, 1), (1, 0)))],
+)
+def test_the_build_options_of_a_fake_are_those_of_its_nodes(version: str, iommufd: int, type1: int) -> None:
+    """Options that the version does not have are left out."""
+    with FakeKernel(version, iommufd=bool(iommufd), type1=bool(type1)) as kernel:
+        options = boot.build_options(kernel)
+        assert boot.release(kernel) == f"{version}.0"
+        assert (options.get("IOMMUFD") == "y") == (kernel.dev / "iommu").exists()
+        assert (options["VFIO_IOMMU_TYPE1"] == "y") == (kernel.dev / "vfio/vfio").exists()
+        assert ("IOMMUFD" in options, "VFIO_GROUP" in options) == (version != "6.1", version != "6.1")
 
 
 def test_a_descriptor_closed_behind_the_seam_is_noticed_when_its_number_comes_again(kernel: FakeKernel) -> None:

@@ -6,7 +6,7 @@ import os
 import select
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -167,6 +167,24 @@ class FakeKernel(MemoryCalls):
     def version(self) -> KernelVersion:
         """The kernel that the fake models."""
         return self._version
+
+    @property
+    def release(self) -> str:
+        """The release of the kernel that the fake models, such as 6.12.0, for errors. `proc` is the machine's."""
+        return f"{self._version.name}.0"
+
+    @property
+    def build_options(self) -> Mapping[str, str]:
+        """The options of VFIO and iommufd that the modelled kernel was built with: `y`, or `n` for one that is not set.
+
+        Options that kernels of the version do not have are left out.
+        """
+        built = {"VFIO": True, "VFIO_PCI": True, "VFIO_IOMMU_TYPE1": self._machine.has_groups}
+        built["VFIO_NOIOMMU"] = self._machine.noiommu is not None
+        if self._version.iommufd_last:  # IOMMUFD and VFIO_CONTAINER are of 6.2, the others of 6.6
+            built |= dict.fromkeys(("VFIO_GROUP", "VFIO_CONTAINER"), self._machine.has_groups)
+            built |= dict.fromkeys(("IOMMUFD", "VFIO_DEVICE_CDEV"), self._machine.has_device_nodes)
+        return {name: "y" if is_set else "n" for name, is_set in built.items()}
 
     @property
     def iommu(self) -> IommuModel:
