@@ -4,7 +4,7 @@
         assert vfio_device.config.read16(0) == 0x1234
 
 Fixtures: `fake_kernel`, `vfio_world`, `vfio_device`, and `vfio_groups`, which a test overrides with devices of its own.
-Options: `--vfio-world`, `--vfio-fake-version`, `--vfio-device`, `--vfio-record`, `--vfio-no-reset`,
+Options: `--vfio-world`, `--vfio-fake-version`, `--vfio-space`, `--vfio-device`, `--vfio-record`, `--vfio-no-reset`,
 `--vfio-lock-timeout`, `--vfio-last`. Marker: `vfio_devices(count)`. docs/testing-without-hardware.md has examples.
 
 No other module of pyvfio is imported before a fixture is used.
@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import pytest
 
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _WORLDS = ("fake", "vm", "hardware")
 _FAKE_VERSIONS = ("6.1", "6.12", "7.3")
+_SPACES = ("type1", "iommufd")
 _LOCK_TIMEOUT = 600.0
 _LAST = 20
 _LONGEST_NAME = 200  # characters of a file name, before the digest and the suffix
@@ -55,6 +56,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--vfio-fake-version", choices=_FAKE_VERSIONS, default="6.12", help="the version of the fake; default: 6.12"
+    )
+    group.addoption(
+        "--vfio-space",
+        choices=_SPACES,
+        help="the address space in which vfio_device is opened; with iommufd, the fake kernel has iommufd in place of "
+        "type1; default: the choice of open_device, which is type1 where the kernel has type1",
     )
     group.addoption(
         "--vfio-device",
@@ -91,7 +98,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker."""
+    """Register the marker. Refuse a fake that cannot be."""
+    if config.getoption("--vfio-space") == "iommufd" and config.getoption("--vfio-fake-version") == "6.1":
+        raise pytest.UsageError("--vfio-space iommufd: Linux 6.1 has no iommufd; use --vfio-fake-version 6.12 or 7.3")
     config.addinivalue_line(
         "markers", "vfio_devices(count): how many devices of --vfio-device or of the virtual machine the test needs"
     )
@@ -129,16 +138,24 @@ def vfio_groups() -> list[GroupDeclaration]:
     return [(2, [FakeEdu("0000:00:02.0")]), (3, [FakeEdu("0000:00:03.0")])]
 
 
+def _space(request: pytest.FixtureRequest) -> Literal["type1", "iommufd"] | None:
+    chosen: Literal["type1", "iommufd"] | None = request.config.getoption("--vfio-space")
+    return chosen
+
+
 @pytest.fixture
 def fake_kernel(request: pytest.FixtureRequest, vfio_groups: list[GroupDeclaration]) -> Iterator[FakeKernel]:
     """A FakeKernel, new for each test: version `--vfio-fake-version`, devices of `vfio_groups`.
+
+    With `--vfio-space iommufd`, the kernel has no type1, so that `open_device` chooses iommufd.
 
     The test fails if memory was released while a device could reach it, if a failure that the test has planned with
     `fail` has not happened, and if a `RecordedDevice` was not driven to the end of its record.
     """
     from pyvfio.testing.fake import FakeKernel, RecordedDevice  # noqa: PLC0415
 
-    with FakeKernel(str(request.config.getoption("--vfio-fake-version")), groups=vfio_groups) as kernel:
+    version, iommufd = str(request.config.getoption("--vfio-fake-version")), _space(request) == "iommufd"
+    with FakeKernel(version, groups=vfio_groups, iommufd=iommufd, type1=not iommufd) as kernel:
         yield kernel
         kernel.check()
         if kernel.planned_failures:
@@ -259,7 +276,9 @@ def _witnesses(request: pytest.FixtureRequest) -> list[_Witness]:
 
 @pytest.fixture
 def vfio_device(request: pytest.FixtureRequest, vfio_world: World) -> Iterator[Device]:
-    """The first device of `vfio_world`, open in a container of its own; memory decoding is on, bus mastering is off.
+    """The first device of `vfio_world`, open in an address space of its own, of the kind of `--vfio-space`.
+
+    Memory decoding is on, bus mastering is off.
 
     A real device that has a reset is reset before the test, and by `Device.close` after the test. With
     `--vfio-record` the accesses are recorded. If the test fails, the report has the last accesses.
@@ -270,7 +289,8 @@ def vfio_device(request: pytest.FixtureRequest, vfio_world: World) -> Iterator[D
     with ExitStack() as stack:
         if not _witnesses(request):  # the test has a vfio_world of its own
             _watch_faults(request, stack, vfio_world)
-        device = stack.enter_context(pyvfio.open_device(vfio_world.bdfs[0], kernel=vfio_world.kernel))
+        opened = pyvfio.open_device(vfio_world.bdfs[0], iommu=_space(request), kernel=vfio_world.kernel)
+        device = stack.enter_context(opened)
         is_real = vfio_world.name is not WorldName.FAKE
         if is_real and device.can_reset and not request.config.getoption("--vfio-no-reset"):
             device.reset()
