@@ -141,11 +141,20 @@ class UnmapSizeError(VfioError):
     `unmapped` is 0 where the call was not made. The memory behind the range must not be freed or reused.
     """
 
-    def __init__(self, *, iova: int, asked: int, unmapped: int, known: str = "none", refused: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        iova: int,
+        asked: int,
+        unmapped: int,
+        known: str = "none",
+        refused: bool = False,
+        request: str = "VFIO_IOMMU_UNMAP_DMA",
+    ) -> None:
         """Describe the mismatch.
 
         `known`: the mappings in the range that were made through the same object, in words. `refused`: pyvfio did not
-        make the call, since these mappings show that the call can only fail.
+        make the call, since these mappings show that the call can only fail. `request`: the C name of the call.
         """
         if refused:
             super().__init__(
@@ -154,8 +163,8 @@ class UnmapSizeError(VfioError):
             )
         else:
             super().__init__(
-                f"VFIO_IOMMU_UNMAP_DMA was asked for {asked:#x} bytes at IOVA {iova:#x} and unmapped {unmapped:#x}",
-                hint=f"Known mappings in this range: {known}. Another user of the container maps or unmaps in it",
+                f"{request} was asked for {asked:#x} bytes at IOVA {iova:#x} and unmapped {unmapped:#x}",
+                hint=f"Known mappings in this range: {known}. Another user of the address space maps or unmaps in it",
             )
         self.iova = iova
         self.asked = asked

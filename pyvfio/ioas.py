@@ -121,7 +121,7 @@ class Ioas(IovaSpace):
         [('0x200000', '0x400000')]
     """
 
-    _map_request = "IOMMU_IOAS_MAP"
+    _map_request, _unmap_request = "IOMMU_IOAS_MAP", "IOMMU_IOAS_UNMAP"
     _sharing: Sharing[Ioas] | None = None
 
     @constructing(_close_again)
@@ -475,12 +475,24 @@ class Ioas(IovaSpace):
         except OSError as error:
             if error.errno == errno.ENOENT:  # nothing is mapped there, where type1 would report success and 0 bytes
                 return 0
-            refusal = self._not_unmapped(error, "IOMMU_IOAS_UNMAP", iova, size)
-            self._note_unmapped(iova, size, 0)  # the call is not atomic: mappings can be gone
-            raise refusal from error
+            return self._what_is_gone(self._not_unmapped(error, "IOMMU_IOAS_UNMAP", iova, size), iova, size)
         unmapped: int
         (unmapped,) = _unmapped_of(argument)
         return unmapped
+
+    def _what_is_gone(self, refusal: IoctlError, iova: int, size: int) -> int:
+        """Return the unmapped bytes if the kernel has unmapped all of the range although it reported an error.
+
+        The call is not atomic: if a part is gone, UnmapSizeError is raised, and the table is corrected. Raises
+        `refusal` if nothing is gone.
+        """
+        found = self.table.overlapping(iova=iova, size=size)
+        gone = sum(mapping.size for mapping in found if self._is_gone(mapping))
+        if not gone:
+            raise refusal
+        if gone != sum(mapping.size for mapping in found):
+            self._note_unmap(iova, size, None, gone, refusal)
+        return gone
 
     def _not_unmapped(self, error: OSError, request: str, iova: int, size: int) -> IoctlError:
         known = describe_mappings(self.table.overlapping(iova=iova, size=size))

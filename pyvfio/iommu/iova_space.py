@@ -41,7 +41,7 @@ class IovaSpace(TrackedSpace):
     Synchronization: any thread may call any method. Methods take the lock of `guard`, which a long map holds.
     """
 
-    _map_request = "VFIO_IOMMU_MAP_DMA"
+    _map_request, _unmap_request = "VFIO_IOMMU_MAP_DMA", "VFIO_IOMMU_UNMAP_DMA"
 
     def _begin(self, kernel: Kernel, fd: int, what: str, dma_bits: int, guard: Guard | None = None) -> None:
         self.table = MappingTable()
@@ -331,15 +331,19 @@ class IovaSpace(TrackedSpace):
 
     _unmap = guarded(unmap_locked)
 
-    def _note_unmap(self, iova: int, size: int, place: Place | None, unmapped: int) -> None:
+    def _note_unmap(
+        self, iova: int, size: int, place: Place | None, unmapped: int, refusal: Exception | None = None
+    ) -> None:
         """Remove the mapping at `place` from the table, or several (None). Raises UnmapSizeError unless all are gone.
 
-        `unmapped`: the number of bytes that the kernel unmapped.
+        `unmapped`: the number of bytes that the kernel unmapped. `refusal`: the error of a call that failed in between.
         """
         if unmapped != size:
             known = describe_mappings(self.table.overlapping(iova=iova, size=size))
             self._note_unmapped(iova, size, unmapped)
-            raise UnmapSizeError(iova=iova, asked=size, unmapped=unmapped, known=known)
+            raise UnmapSizeError(
+                iova=iova, asked=size, unmapped=unmapped, known=known, request=self._unmap_request
+            ) from refusal
         if place is not None:
             self.table.remove(place)
         else:
@@ -465,7 +469,9 @@ class IovaSpace(TrackedSpace):
         asked, first = self.table.mapped, list(islice(self.table, MOST_DESCRIBED + 1))
         unmapped = self._unmap_everything()
         if unmapped < asked:
-            raise UnmapSizeError(iova=0, asked=asked, unmapped=unmapped, known=describe_mappings(first))
+            raise UnmapSizeError(
+                iova=0, asked=asked, unmapped=unmapped, known=describe_mappings(first), request=self._unmap_request
+            )
         return unmapped
 
     def _misaligned(self, iova: int, size: int) -> ValueError:
