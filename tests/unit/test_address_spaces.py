@@ -17,7 +17,7 @@ import pyvfio
 from pyvfio import ioctls
 from pyvfio.testing.fake import FakeKernel
 from pyvfio.units import GIB, MIB, PAGE_SIZE, U64_MAX
-from tests.unit.fakes import BDF, PRIVATE, READ_WRITE, nothing_left
+from tests.unit.fakes import BDF, PRIVATE, READ_WRITE, nothing_left, requests
 from tests.unit.processes import in_child
 
 ROOM = 16 * PAGE_SIZE
@@ -285,6 +285,38 @@ def test_other_refusals_are_told_as_they_are(
     assert caught.value.errno == number
     assert caught.value.request == kind.map_request
     assert space.mappings == ()
+
+
+@pytest.mark.parametrize(
+    ("number", "message", "hint"),
+    [
+        (errno.ENOENT, "the address space does not exist any more", "destroyed the space"),
+        (errno.EADDRINUSE, "IOMMU_IOAS_ALLOW_IOVAS does not allow that range", "in the allowed ranges"),
+    ],
+)
+def test_a_refusal_that_iommufd_alone_has_says_what_failed_and_what_to_do(number: int, message: str, hint: str) -> None:
+    """The one in the message, the other in the hint."""
+    with FakeKernel("7.3", iommufd=True) as kernel, pyvfio.open_device(BDF, iommu="iommufd", kernel=kernel) as device:
+        kernel.fail(call="ioctl", request="IOMMU_IOAS_MAP", errno=number)
+        with pytest.raises(pyvfio.IoctlError) as caught:
+            device.space.map(vaddr=MIB, iova=MIB, size=PAGE_SIZE)
+        assert caught.value.message == message
+        assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [(errno.ENOMEM, "Free memory or huge pages"), (errno.EFAULT, "Free memory or huge pages"), (errno.EINTR, "")],
+)
+def test_pages_of_a_file_that_cannot_be_populated_are_not_mapped(number: int, hint: str) -> None:
+    """Free memory is the advice where memory is missing, and nowhere else."""
+    with FakeKernel("7.3", iommufd=True) as kernel, pyvfio.open_device(BDF, iommu="iommufd", kernel=kernel) as device:
+        kernel.fail(call="madvise", errno=number)
+        with pytest.raises(pyvfio.IoctlError, match="could not be populated") as caught, device.space.guard.lock:
+            device.space.map_file_locked((0, 0), MIB, MIB, PAGE_SIZE, 3)
+        assert (caught.value.errno, caught.value.hint) == (number, hint)
+        assert device.space.mappings == ()
+        assert "IOMMU_IOAS_MAP_FILE" not in requests(kernel.trace)
 
 
 def test_after_an_unmap_of_another_size_the_table_is_what_the_kernel_has(

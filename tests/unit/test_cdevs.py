@@ -293,6 +293,12 @@ def test_a_bind_of_a_device_that_is_bound_already_names_the_other_process(tree: 
     assert "gc.collect()" in error.hint
 
 
+def test_an_iommufd_of_descriptor_0_is_one(tree: SysfsTree) -> None:
+    """A daemon that closed its standard input has it: the device is busy, and the descriptor not negative."""
+    tree.place_holder(41, tree.dev / "vfio/devices/vfio0")
+    assert isinstance(bound(tree, errno.EINVAL, 0), GroupBusyError)
+
+
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EBUSY])
 def test_a_bind_in_a_group_that_is_not_viable_names_the_member_and_its_driver(tree: SysfsTree, number: int) -> None:
     """The kernel answers EPERM, as for interrupts: nobody is told of these."""

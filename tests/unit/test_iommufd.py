@@ -102,6 +102,19 @@ def test_each_access_is_a_flag_of_its_own(kernel: FakeKernel, memory: int) -> No
         )
 
 
+def test_each_access_of_a_copy_and_of_a_file_is_a_flag_of_its_own(newest: FakeKernel, memory: int, memfd: int) -> None:
+    with Iommufd(kernel=newest) as iommufd:
+        ioas = iommufd.ioas_alloc()
+        iommufd.ioas_map(ioas, vaddr=memory, size=PAGE, iova=0)
+        copy = partial(iommufd.ioas_copy, ioas, ioas, src_iova=0, size=PAGE)
+        file = partial(iommufd.ioas_map_file, ioas, memfd, start=0, size=PAGE)
+        for request, call, iova in (("IOMMU_IOAS_COPY", copy, PAGE), ("IOMMU_IOAS_MAP_FILE", file, 4 * PAGE)):
+            call(iova=iova, write=False)
+            call(iova=iova + PAGE, read=False)
+            flags = [made.arguments["flags"] for made in newest.trace if made.request == request]
+            assert flags == [0b101, 0b011], request
+
+
 def test_an_unmap_that_cuts_a_mapping_keeps_the_errno(kernel: FakeKernel, memory: int) -> None:
     """As does one that finds nothing: the caller's own account tells the two apart."""
     with Iommufd(kernel=kernel) as iommufd:
@@ -188,6 +201,14 @@ def test_large_pages_are_an_option_of_a_space(kernel: FakeKernel) -> None:
         assert iommufd.huge_pages(ioas)
         iommufd.set_huge_pages(ioas, enabled=False)
         assert not iommufd.huge_pages(ioas)
+
+
+def test_a_refused_option_is_named_with_the_value_only_if_one_was_given(kernel: FakeKernel) -> None:
+    with Iommufd(kernel=kernel) as iommufd:
+        given = "IOMMU_OPTION(option=IOMMU_OPTION_HUGE_PAGES, op=IOMMU_OPTION_OP_{}, object_id=0x3e7{})"
+        assert given.format("GET", "") in said(partial(iommufd.huge_pages, NO_ID), errno.ENOENT)
+        change = partial(iommufd.set_huge_pages, NO_ID, enabled=True)
+        assert given.format("SET", ", value=0x1") in said(change, errno.ENOENT)
 
 
 def test_who_is_charged_is_chosen_before_the_first_object(kernel: FakeKernel) -> None:
