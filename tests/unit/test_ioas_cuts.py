@@ -109,3 +109,17 @@ def test_after_an_unmap_that_failed_in_the_middle_the_table_is_what_the_kernel_h
         assert pages_of(space) == [(1, 1), (2, 1)]
         space._check()
         space.unmap(iova=IOVA + PAGE_SIZE, size=2 * PAGE_SIZE)
+
+
+def test_after_a_cut_that_found_less_the_table_is_what_the_kernel_has() -> None:
+    """Another holder of the descriptor has unmapped a part: neither that part nor the cut one is mapped any more."""
+    with opened("pages") as (space, _, memory):
+        for page in (0, 4, 8):
+            space.map(vaddr=memory + page * PAGE_SIZE, iova=IOVA + page * PAGE_SIZE, size=4 * PAGE_SIZE, write=page < 8)
+        space.iommufd.ioas_unmap(space.id, iova=IOVA + 4 * PAGE_SIZE, size=4 * PAGE_SIZE)
+        with pytest.raises(pyvfio.UnmapSizeError) as caught:
+            cut(space, page=2, pages=6)
+        assert (caught.value.asked, caught.value.unmapped) == (6 * PAGE_SIZE, 2 * PAGE_SIZE)
+        assert pages_of(space) == [(0, 2), (8, 4)]
+        assert list(space._less_access) == [IOVA + 8 * PAGE_SIZE], "that of the mapping behind the cut"
+        assert space.unmap_all() == 6 * PAGE_SIZE

@@ -98,6 +98,19 @@ def test_the_iova_stays_and_neighbouring_pieces_are_one_range_to_who_looks_up(ke
                 found({rig.mapper.translate_vaddr: block.vaddr, rig.mapper.translate_iova: iova}[found], 3 * MIB)
 
 
+def test_what_was_looked_up_once_is_known_from_the_first_byte_of_the_run_to_the_last(kernel: SpecialKernel) -> None:
+    """The mapper keeps these bounds, and answers for any memory between them without another search."""
+    with Rig(kernel, mapper=EXTEND) as rig:
+        block = rig.add(used=PAGE_SIZE)
+        block.resize(3 * PAGE_SIZE)
+        ((_, window),) = rig.mapper.windows()
+        assert window.reaches(block.vaddr, 3 * PAGE_SIZE)
+        for place in (0, 3 * PAGE_SIZE - 1):
+            assert window.seen_from(block.vaddr + place) == (block.vaddr, block.vaddr + 3 * PAGE_SIZE)
+        behind = block.vaddr + 3 * PAGE_SIZE
+        assert window.seen_from(behind) == (behind, behind), "no byte was seen"
+
+
 def test_memory_of_a_block_in_pieces_is_not_mapped_a_second_time(kernel: SpecialKernel) -> None:
     """It has its IOVA."""
     with Rig(kernel, mapper=EXTEND) as rig:
