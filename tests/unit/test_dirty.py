@@ -471,6 +471,19 @@ def test_a_space_that_is_replaced_misses_no_write_up_to_an_unmap(tracks: BusyKer
         rig.free(memory, ROOM)
 
 
+def test_an_unmap_that_replaces_the_space_leaves_what_lies_below_and_above_in_reach(tracks: BusyKernel) -> None:
+    """The table and the device agree about what is left."""
+    with tracked_rig(tracks, "iommufd", cut="replace") as rig:
+        memory = fill(rig)
+        with DirtyTracking(rig.space) as tracking:
+            tracking.unmap(iova=BASE + 4 * PAGE_SIZE, size=3 * PAGE_SIZE)
+            left = [(BASE, 4 * PAGE_SIZE), (BASE + 10 * PAGE_SIZE, PAGE_SIZE)]
+            assert [(mapping.iova, mapping.size) for mapping in rig.space.mappings] == left
+            assert [(mapping.iova, mapping.size) for mapping in tracks.mappings(BDF)] == left
+        rig.close()
+        rig.free(memory, ROOM)
+
+
 def test_a_record_that_cannot_be_read_at_a_cut_is_all_dirty(tracks: BusyKernel) -> None:
     with tracked_rig(tracks, "iommufd", cut="replace") as rig:
         memory = fill(rig)

@@ -274,6 +274,20 @@ def test_a_device_has_a_described_iommu_and_page_tables(kernel: FakeKernel) -> N
         device.close()
 
 
+@pytest.mark.parametrize("number", [1, 99])
+@pytest.mark.parametrize("size", [1, 64, 65, 200])
+def test_a_described_iommu_has_a_named_kind_or_a_number_and_all_bytes(number: int, size: int) -> None:
+    """A number that this version does not know; more bytes than the first call has room for, in a second call."""
+    model = IommuModel((IovaRange.of(iova=0, size=1 << 39),), hw_type=number, hw_info=bytes(range(1, size + 1)))
+    with FakeKernel("7.3", iommufd=True, iommu=model) as kernel, Iommufd(kernel=kernel) as iommufd:
+        device = BareDevice(kernel, BDF)
+        info = iommufd.get_hw_info(device.bind(iommufd.fd))
+        assert (info.data_type, info.data) == (number, model.hw_info)
+        assert isinstance(info.data_type, abi.iommu_hw_info_type) is (number == 1)
+        assert [call.request for call in kernel.trace].count("IOMMU_GET_HW_INFO") == (1 if size <= 64 else 2)
+        device.close()
+
+
 def test_a_bitmap_has_a_bit_for_each_page_that_the_device_wrote(memory: int) -> None:
     tracking = replace(IommuModel((IovaRange.of(iova=0, size=1 << 39),)), dirty_tracking=True)
     with FakeKernel("7.3", iommufd=True, iommu=tracking) as kernel, Iommufd(kernel=kernel) as iommufd:
