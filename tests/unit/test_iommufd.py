@@ -18,6 +18,7 @@ from pyvfio import Iommufd, IovaRange
 from pyvfio import iommufd_ioctls as abi
 from pyvfio.guard import Guard, closing
 from pyvfio.handle import Handle
+from pyvfio.kernel import IoctlArgument
 from pyvfio.testing.fake import FakeKernel, IommuModel
 from pyvfio.units import U64_MAX
 from tests.unit.bare_iommufd import BareDevice
@@ -193,6 +194,40 @@ def test_more_ranges_than_the_first_call_has_room_for_are_asked_for_again() -> N
         assert iommufd.ioas_iova_ranges(ioas)[0] == many
         assert [call.request for call in kernel.trace].count("IOMMU_IOAS_IOVA_RANGES") == 2
         device.close()
+
+
+class Greedy(FakeKernel):
+    """A kernel whose answers never fit: it wants room for `wanted` ranges, or bytes about an IOMMU."""
+
+    wanted = asked = 0
+
+    def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
+        if isinstance(argument, abi.iommu_ioas_iova_ranges):
+            self.asked = argument.num_iovas
+            argument.num_iovas = max(self.wanted, argument.num_iovas)
+            raise OSError(errno.EMSGSIZE, "")
+        if isinstance(argument, abi.iommu_hw_info):
+            self.asked = argument.data_len
+            argument.data_len = self.wanted
+            return 0
+        return super().ioctl(fd, request, argument)
+
+
+def test_an_answer_that_no_buffer_holds_is_malformed_and_one_that_the_largest_holds_is_asked_for() -> None:
+    """65,536 ranges and a MiB about an IOMMU, in a second call. The kernel that refuses that room too is in error."""
+    with Greedy("7.3", iommufd=True) as kernel, Iommufd(kernel=kernel) as iommufd:
+        kernel.wanted = 1 << 16
+        with pytest.raises(pyvfio.IoctlError, match="EMSGSIZE"):
+            iommufd.ioas_iova_ranges(1)
+        assert kernel.asked == 1 << 16
+        kernel.wanted += 1
+        with pytest.raises(pyvfio.CapabilityError, match="wants room for 65537 ranges"):
+            iommufd.ioas_iova_ranges(1)
+        kernel.wanted = 1 << 20
+        assert len(iommufd.get_hw_info(1).data) == kernel.asked == 1 << 20
+        kernel.wanted += 1
+        with pytest.raises(pyvfio.CapabilityError, match="wants a buffer of 1048577 bytes"):
+            iommufd.get_hw_info(1)
 
 
 def test_large_pages_are_an_option_of_a_space(kernel: FakeKernel) -> None:
