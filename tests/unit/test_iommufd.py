@@ -103,6 +103,19 @@ def test_each_access_is_a_flag_of_its_own(kernel: FakeKernel, memory: int) -> No
         )
 
 
+@pytest.mark.parametrize(("read", "write", "flags"), [(True, True, 0b110), (True, False, 0b100), (False, True, 0b010)])
+def test_the_kernel_chooses_the_iova_whatever_the_access(
+    kernel: FakeKernel,
+    memory: int,
+    read: bool,  # noqa: FBT001
+    write: bool,  # noqa: FBT001
+    flags: int,
+) -> None:
+    with Iommufd(kernel=kernel) as iommufd:
+        iommufd.ioas_map(iommufd.ioas_alloc(), vaddr=memory, size=PAGE, read=read, write=write)
+        assert [call.arguments["flags"] for call in kernel.trace if call.request == "IOMMU_IOAS_MAP"] == [flags]
+
+
 def test_each_access_of_a_copy_and_of_a_file_is_a_flag_of_its_own(newest: FakeKernel, memory: int, memfd: int) -> None:
     with Iommufd(kernel=newest) as iommufd:
         ioas = iommufd.ioas_alloc()
