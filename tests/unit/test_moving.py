@@ -170,6 +170,8 @@ def test_a_mapping_where_the_device_needs_iova_is_named(able: FakeKernel, known:
             assert ("a mapping that this process does not know" in said) != known
             assert "virtio" not in said
             assert raised.value.errno == errno.EADDRINUSE
+            assert "cannot move to" in raised.value.message
+            assert raised.value.hint.startswith("Unmap that memory" if known else "The allowed ranges")
             assert device.space is home
             if not known:  # so that the end unmaps it
                 away.adopt(Mapping(Iova(MIB), PAGE_SIZE, Vaddr(0)), write=True)
@@ -191,7 +193,9 @@ def test_where_the_reason_cannot_be_known_both_are_named_and_one_that_cannot_be_
                 device.detach()
             with pytest.raises(pyvfio.IoctlError, match="MSI window") as raised:
                 device.attach(away)
-            assert ("virtio-iommu before Linux 7" in str(raised.value)) == attached
+            assert ("virtio-iommu before Linux 7" in raised.value.hint) == attached
+            assert ("cannot move to" in raised.value.message) == attached
+            assert ("unmap that memory" if attached else "unmap that mapping first") in raised.value.hint
 
 
 def _iommufd(device: pyvfio.Device) -> pyvfio.Iommufd:
