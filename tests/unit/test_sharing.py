@@ -132,6 +132,24 @@ def test_what_is_no_longer_mapped_is_not_copied(two: Two) -> None:
     two.kernel.munmap(memory, 1000 * PAGE_SIZE)
 
 
+def test_the_entries_of_mappings_that_are_gone_are_never_the_larger_half_but_for_64() -> None:
+    """Of 100 that stay, and of 300 that come and go, each at another address."""
+    with FakeKernel("7.3", iommufd=True) as kernel, nothing_left(kernel), pyvfio.Ioas(kernel=kernel) as space:
+        pyvfio.open_device(BDF, space=space)
+        memory = kernel.mmap(0, 400 * PAGE_SIZE, READ_WRITE, PRIVATE)
+        with pyvfio.Ioas(shares_with=space):
+            assert space._sharing is not None
+            most = 0
+            for page in range(400):
+                space.map(vaddr=memory + page * PAGE_SIZE, iova=MIB + page * PAGE_SIZE, size=PAGE_SIZE)
+                if page >= 100:
+                    most = max(most, len(space._sharing._places[space]))
+                    space.unmap(iova=MIB + page * PAGE_SIZE, size=PAGE_SIZE)
+            assert most == 2 * 101 + 64
+        space.unmap_all()
+        kernel.munmap(memory, 400 * PAGE_SIZE)
+
+
 def test_a_space_of_another_iommufd_cannot_share() -> None:
     """Pages can only be copied within one."""
     with (
