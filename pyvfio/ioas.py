@@ -2,10 +2,10 @@
 
 What differs from type1, for a program:
 
-* A device enters with its own node, /dev/vfio/devices/vfioN, and can be moved to another space in one call.
+* A device is opened by its own node, /dev/vfio/devices/vfioN, and can be moved to another space in one call.
 * Without a device, the kernel checks nothing and pins nothing. pyvfio therefore maps only while a device is attached.
 * The number of mappings has no limit.
-* By default, pinned memory counts against RLIMIT_MEMLOCK for all processes of a user together, and not in VmLck.
+* By default, RLIMIT_MEMLOCK limits the pinned memory of all processes of a user together, and VmLck does not show it.
 
 Source: drivers/iommu/iommufd/ioas.c, io_pagetable.c and pages.c; Documentation/userspace-api/iommufd.rst.
 """
@@ -82,24 +82,25 @@ def _close_again(space: Ioas) -> None:
 class Ioas(IovaSpace):
     """An I/O address space (IOAS) of an iommufd, which the attached devices share.
 
-    `iommufd`: the iommufd to which the space belongs; None: open /dev/iommu, until the space is closed. Devices of one
-    iommufd can be moved among its spaces. `dma_bits`: as for `Container`. `cut`: how a part of a mapping is
-    unmapped while the rest stays in reach, for a DmaMapper with resize="cut":
+    `iommufd`: the iommufd to which the space belongs; None: open /dev/iommu. The iommufd is then closed with this space
+    or, if other spaces or devices use the iommufd, later with the last space. Devices of one iommufd can be moved among
+    its spaces. `dma_bits`: as for `Container`. `cut`: how a part of a mapping is unmapped while the rest stays mapped,
+    for a DmaMapper with resize="cut":
 
     * None: not at all.
-    * "pages": the IOMMU maps pages of 4 KiB alone, so the kernel can cut a mapping anywhere, in one call. The page
-      tables take more memory, and translations cost the IOMMU more.
+    * "pages": the IOMMU maps pages of 4 KiB alone, so the kernel can cut a mapping at any page. DMA to the rest goes
+      on. Maps are slower, the page tables take more memory, and translations cost the IOMMU more.
     * "replace": all mappings but the part are copied into a second IOAS, and each device is moved there in one call.
-      Large pages stay. The cost grows with the number of mappings. The drivers of Intel's and AMD's IOMMUs stop all
-      DMA of a device for the moment of the move: in 1,000 resizes on Linux 6.12 with QEMU's VT-d, a working device
-      lost 3 of 165 copies. Some IOMMUs cannot move a device (virtio-iommu before Linux 7): each cut is then refused
-      with UnsupportedError.
+      Large pages stay. The cost grows with the memory that the space maps. The drivers of Intel's and AMD's IOMMUs
+      stop all DMA of a device for the moment of the move: in 1,000 resizes on Linux 6.12 with QEMU's VT-d, a working
+      device lost 3 of 165 copies. Some IOMMUs cannot move a device (virtio-iommu before Linux 7): each cut is then
+      refused with UnsupportedError.
 
-    `shares_with`: another space of the iommufd. Memory that one of the two has mapped, and that is mapped in the other
-    from the same address of the process on, is then copied: the pages are shared, and charged once. Thus each of
-    several devices can have a space, and a DmaMapper for each space can follow one list of blocks. Memory that the
-    process has replaced since (mmap, MADV_DONTNEED) must be unmapped from all spaces before the next map, as the
-    mappers do.
+    `shares_with`: another space of the iommufd. If one of the spaces has mapped memory, a map of the same memory in the
+    other is a copy: the pages are shared, and charged once. The existing mapping must begin at the same address of the
+    process, and be at least as long. Thus each of several devices can have a space, and a DmaMapper for each space,
+    with the same `resize` and `granule`, can follow one list of blocks. Memory that the process has replaced since
+    (mmap, MADV_DONTNEED) must be unmapped from all spaces before the next map, as the mappers do.
 
     Raises UnavailableError (this kernel has no iommufd), AccessDeniedError, IoctlError; ClosedError if `iommufd` or
     `shares_with` has been closed.
@@ -245,8 +246,8 @@ class Ioas(IovaSpace):
     def attach_device(self, device: BoundHandle) -> None:
         """Attach a device in the kernel alone: to the space, or to a page table that records writes. For the library.
 
-        Raises IoctlError. Raises UnsupportedError if dirty pages are tracked and the IOMMU of the device cannot, and if
-        the IOMMU cannot move a device that is attached elsewhere. The device then stays where it was.
+        Raises IoctlError. Raises UnsupportedError if dirty pages are tracked and the IOMMU of the device records no
+        writes, and if the IOMMU cannot move a device that is attached elsewhere. The device then stays where it was.
         Source: VFIO_DEVICE_ATTACH_IOMMUFD_PT.
         """
         former = self._former_space(device)
@@ -570,9 +571,11 @@ class Ioas(IovaSpace):
     def _replace_without(self, iova: int, size: int) -> None:
         """Copy all mappings but `[iova, iova + size)` into a new IOAS, move the devices there, and destroy the old one.
 
-        Copies share their pages with the originals and are not charged again. Each device is moved in one call. On an
-        error nothing has changed; UnsupportedError if the IOMMU cannot move a device, RollbackError if a device could
-        not be moved back.
+        Copies share their pages with the originals and are not charged again. Each device is moved in one call. DMA
+        during the move can fail: see `cut_opens_gap`.
+
+        Raises IoctlError, UnsupportedError if the IOMMU cannot move a device; nothing has changed then. Raises
+        RollbackError if a device could not be moved back.
         """
         new, moved = self.iommufd.ioas_alloc(), list[BoundHandle]()
         tables = PageTables(self.iommufd, new, tracks=self._tables.tracks)
@@ -608,7 +611,7 @@ class Ioas(IovaSpace):
     def _destroy_former(self) -> None:
         """Destroy the spaces that were replaced or not used. If the kernel refuses, the next cut or close tries again.
 
-        No device reaches these spaces, and nothing is pinned for them, so a refusal does not end the change.
+        No device reaches these spaces, so a refusal does not end the change.
         """
         for tables, error in self._try_former():
             number = tables.ioas_id
@@ -649,10 +652,14 @@ class Ioas(IovaSpace):
     ) -> None:
         """Map here the memory that `source`, a space of the same iommufd, maps at `[iova, iova + size)`.
 
-        `at`: the IOVA here; None: the same. The pages are shared and not charged again. The original can be unmapped
-        before the copy. Raises ValueError for a space of another iommufd, and unless mappings of `source` fill the
-        range. Raises IoctlError: EEXIST (something is mapped here), EPERM (`write` of a mapping that is read-only).
-        Cost: 20 µs for 512 MiB of 2 MiB pages. Source: IOMMU_IOAS_COPY.
+        `iova`, `size`: in bytes, the range of one or more whole mappings of `source`. `at`: the IOVA here; None: the
+        same. The pages are shared and not charged again. If the original is unmapped later, the copy stays.
+
+        Raises TypeError; ValueError for a space of another iommufd, and unless whole mappings of `source` fill the
+        range; ClosedError; VfioError if no device is attached here. Raises IoctlError: EEXIST (something is mapped
+        here), EPERM (`write` of a mapping that is read-only).
+        Cost: in proportion to `size`, since the kernel maps each page for the devices; nothing is pinned again.
+        Source: IOMMU_IOAS_COPY.
         """
         iova, size, place = index(iova), index(size), index(iova if at is None else at)
         if not isinstance(source, Ioas):
@@ -827,9 +834,10 @@ class Ioas(IovaSpace):
             attempt(device.close_dependents, [])
 
     def _destroy(self) -> None:
-        """Destroy the IOAS. One with a device whose descriptor another process has too ends with that descriptor.
+        """Destroy the IOAS, unless another process still has the descriptor of an attached device (EBUSY).
 
-        An IOAS that is gone was destroyed by a call that failed nevertheless.
+        The kernel destroys such an IOAS with the last descriptor. ENOENT: an earlier call destroyed the IOAS, and
+        failed nevertheless.
         """
         try:
             self.iommufd.destroy(self.id)

@@ -181,7 +181,8 @@ class Iommufd(Handle):
     def ioas_allow_iovas(self, ioas_id: int, ranges: Iterable[IovaRange]) -> None:
         """Let the kernel choose IOVAs in these ranges only, and refuse devices that would narrow them.
 
-        Replaces the ranges of an earlier call; none: all ranges. A caller can choose an IOVA outside of the ranges.
+        Replaces the ranges of an earlier call. Empty `ranges` remove the restriction. A caller can choose an IOVA
+        outside of the ranges.
 
         Raises IoctlError with EADDRINUSE (a device reserves IOVA of the ranges), EINVAL (ranges overlap) or ENOENT.
         """
@@ -330,10 +331,12 @@ class Iommufd(Handle):
     def ioas_change_process(self) -> None:
         """Charge the pinned memory of all mappings to this process. All or nothing. IOMMU_IOAS_CHANGE_PROCESS.
 
-        For a live update: the new process makes this call on the received descriptor, while the old process lives. All
-        mappings must be of files.
+        For a live update: the new process makes this call on the received descriptor. All mappings must be of files. If
+        memory counts by process, the old process must still live: otherwise the call is EINVAL, and Linux 7.3 charges
+        the caller for good.
 
-        Raises IoctlError with EINVAL (a mapping by address), ENOMEM (RLIMIT_MEMLOCK) or ENOTTY (before 6.13).
+        Raises IoctlError with EINVAL (a mapping by address, or as above), ENOMEM (RLIMIT_MEMLOCK) or ENOTTY (before
+        6.13).
         """
         self._call("IOMMU_IOAS_CHANGE_PROCESS", abi.iommu_ioas_change_process(), hints.CHANGE_PROCESS)
 
@@ -342,7 +345,8 @@ class Iommufd(Handle):
 
         For devices without an IOMMU, which put this address on the bus. `size`: the most bytes to look at.
 
-        Raises IoctlError with EOPNOTSUPP, ENOENT or ENOTTY (before 7.3).
+        Raises IoctlError with EOPNOTSUPP (no device without an IOMMU is attached), ENOENT (nothing is mapped there),
+        EPERM (without CAP_SYS_RAWIO) or ENOTTY (before 7.3).
         """
         argument = abi.iommu_ioas_noiommu_get_pa(
             ioas_id=_u32(ioas_id, "ioas_id"), iova=_start(iova, size, "iova"), length=_size(size)
@@ -357,7 +361,8 @@ class Iommufd(Handle):
     def counts_by_process(self) -> bool:
         """Whether pinned memory counts against RLIMIT_MEMLOCK by process. False, the default: by user.
 
-        By process, the memory is in VmLck, together with mlock(2). By user, no file shows the sum.
+        By process, the memory is in VmLck, together with mlock(2). By user, the limit is for the sum of all processes
+        of the user, without mlock(2), and no file shows the sum.
 
         Raises IoctlError. Source: IOMMU_OPTION_RLIMIT_MODE.
         """
@@ -369,7 +374,7 @@ class Iommufd(Handle):
     def set_counts_by_process(self, *, enabled: bool) -> None:
         """Choose how pinned memory counts: see `counts_by_process`.
 
-        Raises IoctlError with EPERM (without CAP_SYS_RESOURCE) or EBUSY (the iommufd has objects).
+        Raises IoctlError with EPERM (without CAP_SYS_RESOURCE) or EBUSY (the iommufd has a space or a device already).
         """
         self._option(
             abi.IOMMU_OPTION_RLIMIT_MODE,
@@ -379,7 +384,7 @@ class Iommufd(Handle):
         )
 
     def huge_pages(self, ioas_id: int) -> bool:
-        """Return whether the page tables of the space may have large pages; the default. IOMMU_OPTION_HUGE_PAGES."""
+        """Return whether page tables of the space may have large pages: True by default. IOMMU_OPTION_HUGE_PAGES."""
         found = self._option(
             abi.IOMMU_OPTION_HUGE_PAGES,
             abi.IOMMU_OPTION_OP_GET,
@@ -393,7 +398,7 @@ class Iommufd(Handle):
 
         Without large pages, VFIO_IOMMU_UNMAP_DMA on the iommufd can unmap parts of mappings: see `set_vfio_ioas`.
 
-        Raises IoctlError with EINVAL: memory is mapped while a device is attached.
+        Raises IoctlError with EINVAL while a device is attached and memory is mapped.
         """
         self._option(
             abi.IOMMU_OPTION_HUGE_PAGES,
@@ -475,7 +480,8 @@ class Iommufd(Handle):
     ) -> bytearray:
         """Return a bitmap of the pages of `[iova, iova + size)` that devices wrote, a bit for each `page_size` bytes.
 
-        Bit 0 of byte 0 is the page at `iova`. The length is a multiple of 8 bytes. `clear`: forget these pages.
+        Bit 0 of byte 0 is the page at `iova`. `iova`, `size`, `page_size`: in bytes. The length of the bitmap is a
+        multiple of 8 bytes. `clear`: the kernel forgets these pages.
 
         Raises IoctlError with EOPNOTSUPP or EINVAL. Cost: a walk of the page table, and a flush of the IOMMU's TLB.
         """

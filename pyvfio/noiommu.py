@@ -3,12 +3,13 @@
 A driver gives the device physical addresses. `UnsafeNoIommu` has the memory for that: huge pages, which the kernel
 neither swaps out nor compacts, and the physical addresses of these pages.
 
-There are two ways to an address:
+Physical addresses have two sources:
 
-* /proc/self/pagemap, for a device that was opened through a group. The pages are not pinned. Nothing but the process
-  keeps them, and an administrator can move them (migratepages, removal of a memory module).
+* /proc/self/pagemap, for a device that was opened through a group. The pages are not pinned. If the process is killed,
+  the kernel may free them before the device stops, and an administrator can move them (migratepages, removal of a
+  memory module).
 * IOMMU_IOAS_NOIOMMU_GET_PA (Linux 7.3), for a device that was opened by a node of its own. iommufd pins the pages until
-  the device is closed, also if the process is killed.
+  the kernel has closed and stopped the device, also if the process is killed.
 
 Source: Documentation/admin-guide/mm/pagemap.rst; drivers/vfio/container.c; drivers/iommu/iommufd.
 """
@@ -57,7 +58,7 @@ _kept: set[RamBlockList] = set()
 
 
 class PhysicalRange(NamedTuple):
-    """A part of memory that is contiguous for the device: `size` bytes from `offset` on, at `address` on the bus."""
+    """A part of memory that is contiguous for the device: `size` bytes from byte `offset` on, at physical `address`."""
 
     offset: int
     address: int
@@ -106,16 +107,17 @@ class PhysicalMemory:
         raise ValueError(f"the {size:#x} bytes at offset {offset:#x} are not contiguous for the device: see `ranges`")
 
     def view(self, offset: SupportsIndex = 0, size: SupportsIndex | None = None) -> memoryview:
-        """Return a writable view. While a view lives, the memory outlives the close of the device.
+        """Return a writable view of `size` bytes from byte `offset` on; `size` None: up to the end.
 
-        Raises ValueError, and ClosedError once the device is closed.
+        While a view lives, the memory is not freed, also after the close of the device. Raises ValueError, and
+        ClosedError once the device is closed.
         """
         return self._block.view(offset, size)
 
     def check_unmoved(self) -> None:
         """Raise VfioError if a page has moved: the device then accesses the memory of somebody else.
 
-        Nothing but the request of an administrator moves huge pages. Raises ClosedError once the device is closed.
+        Huge pages move only on request of an administrator. Raises ClosedError once the device is closed.
         Cost: as the look-ups of `allocate`.
         """
         now = self._space.look_up(self._key, self.size, self._block.page_size)

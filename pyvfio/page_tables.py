@@ -1,8 +1,8 @@
 """The page tables of an I/O address space: those of the kernel, or those that record the writes of devices.
 
 A device that is attached to an I/O address space uses a page table that the kernel made (an automatic HWPT). Such a
-page table records no writes. To record them, a page table is made for each kind of IOMMU, and the devices are attached
-to that page table in place of the address space. Both show the mappings of the same space.
+page table records no writes. To record writes, a page table is made for each kind of IOMMU, and the devices are
+attached to that page table in place of the address space. Both page tables have the mappings of the same space.
 
 Source: drivers/iommu/iommufd/hw_pagetable.c and device.c; IOMMU_HWPT_ALLOC_DIRTY_TRACKING.
 """
@@ -23,9 +23,10 @@ from pyvfio.units import PAGE_SIZE
 
 _ATTACH_HINTS = {
     errno.EFAULT: "Memory that the space maps no longer exists in this process: unmap the memory first",
-    errno.ENOMEM: "The device pins all memory of the space, which exceeds RLIMIT_MEMLOCK: raise `ulimit -l`",
-    errno.EINVAL: "The IOMMU of the device cannot use the space, or another device of the IOMMU group is attached to "
-    "another space. Use a space of the device alone",
+    errno.ENOMEM: "The attach of the first device pins all memory of the space, and RLIMIT_MEMLOCK or the free memory "
+    "does not suffice: raise `ulimit -l`, or unmap memory",
+    errno.EINVAL: "Either the IOMMU of the device cannot use the space: make a space for this device alone. Or another "
+    "device of the IOMMU group is attached to another space: attach all devices of the group to one space",
     errno.ENOENT: "The kernel has no address space of that number in the iommufd of the device",
     errno.ENOTTY: "The device was opened through an IOMMU group, not by the node of the device",
 }
@@ -44,7 +45,7 @@ class BoundHandle(Handle):
 
 
 class PageTables:
-    """The page tables of the I/O address space `ioas_id`, and the devices' way to them.
+    """The page tables of the I/O address space `ioas_id`, and the calls that attach devices to them.
 
     `tracks`: whether the page tables record writes. The caller holds the lock of the iommufd.
     """
@@ -118,8 +119,8 @@ class PageTables:
         """Return whether the IOMMU of a device completes a page table before the device is attached to the table.
 
         If not, a device that is attached cannot move to a space: see `pyvfio.iommu.attach_errors`. The space of these
-        page tables must be empty and of no further use: the answer takes a page table that makes all IOVA unusable.
-        `destroy` destroys that page table. Raises IoctlError. Cost: two ioctls.
+        page tables must be empty and of no further use: this method makes a page table, after which the space may have
+        no usable IOVA. `destroy` destroys that page table. Raises IoctlError. Cost: two ioctls.
         """
         self._left.append(self._iommufd.hwpt_alloc(dev_id, self.ioas_id))
         ranges, _alignment = self._iommufd.ioas_iova_ranges(self.ioas_id)
@@ -128,7 +129,7 @@ class PageTables:
     # ------------------------------------------------------------------------------------------------ tracking
 
     def start(self, devices: Sequence[BoundHandle]) -> None:
-        """Move the devices to page tables that record writes, of which none is recorded yet.
+        """Move the devices to page tables that record writes. At the start, no page is dirty.
 
         Raises UnsupportedError before any change; IoctlError, after the moved devices were moved back. RollbackError if
         one could not be moved back.
@@ -149,7 +150,7 @@ class PageTables:
     def stop(self, devices: Sequence[BoundHandle]) -> None:
         """Move the devices back to a page table that records no writes, and destroy the others.
 
-        Raises IoctlError after the moved devices were moved back; RollbackError if one could not be.
+        Raises IoctlError after the moved devices were moved back; RollbackError if one could not be moved back.
         """
         moved: list[BoundHandle] = []
         try:
@@ -223,6 +224,6 @@ def attach_to(device: BoundHandle, pt_id: int) -> None:
 def _no_tracking(device: BoundHandle) -> UnsupportedError:
     return UnsupportedError(
         f"the IOMMU of {device.guard.what} does not record the pages that devices write",
-        hint="Such a program copies all memory that devices can write, or opens the device with type1, whose kernel "
-        "reports all mapped pages as dirty",
+        hint="Copy all memory that devices can write. Or open the device with type1, where the kernel reports all "
+        "mapped pages as dirty",
     )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class DmaOwner(Guarded, Protocol):
-    """The handle through which a device was opened: a Group or an Iommufd. The kernel lets one owner have the DMA.
+    """The handle through which a device was opened: a Group or an Iommufd. The kernel gives a group to one owner.
 
     The devices of an owner share the lock of the owner.
     Source: `iommu_group_claim_dma_owner` and `iommu_device_claim_dma_owner` in drivers/iommu/iommu.c.
@@ -118,7 +118,7 @@ class Attachment(Protocol):
         ...
 
     def note_closing(self, device: AttachedHandle) -> None:
-        """Take the address space from the device, whose descriptor is closed next.
+        """Detach the device from the address space, before the descriptor is closed.
 
         A child of a fork may have the descriptor too, and a close alone would then leave the device attached.
         """
@@ -194,7 +194,7 @@ class AttachedHandle(BoundHandle):
         self.guard.check()
         if (unsafe := self.attachment.unsafe) is None:
             raise VfioError(
-                f"{self.bdf} has an IOMMU, so physical addresses are nothing to this device",
+                f"{self.bdf} has an IOMMU, which translates all addresses of the device",
                 hint="device.space is the address space of the device",
             )
         return unsafe
@@ -226,15 +226,16 @@ class AttachedHandle(BoundHandle):
     def attach(self, space: Ioas) -> None:
         """Attach the device to another address space of the iommufd, in place of the present one.
 
-        The device moves in one call of the kernel: each access uses the one space or the other, or fails. Some drivers
-        of IOMMUs (Intel, AMD) stop all DMA of the device for the moment of the move. The open devices of the same IOMMU
-        group move too, since the kernel has one page table for the group.
+        The device moves in one ioctl: each access uses the one space or the other, or fails. Some drivers of IOMMUs
+        (Intel, AMD) stop all DMA of the device for the moment of the move. The attached devices of the same IOMMU group
+        move too, since the kernel has one page table for the group. If the device is detached, no other device moves.
 
         Raises TypeError; ValueError for a space of another iommufd; ClosedError. Raises UnsupportedError for a device
-        that was opened through a group, and where the IOMMU cannot move a device (virtio-iommu before Linux 7): call
-        `detach` first there. Raises IoctlError and IovaRangeError; the device then stays where it was. If the way back
-        fails too, RollbackError is raised.
-        Cost: the kernel pins the memory of a space when the first device arrives.
+        that was opened through a group, and where the IOMMU cannot move a device (virtio-iommu before Linux 7): there,
+        first call `detach` of each attached device of the group. Raises VfioError for a detached device if another
+        device of the group is attached to another space. Raises IoctlError and IovaRangeError; the device then stays
+        where it was. If the undo fails too, RollbackError is raised, and the device is detached.
+        Cost: the kernel pins the memory of a space when the first device is attached.
         Source: VFIO_DEVICE_ATTACH_IOMMUFD_PT, `iommufd_device_replace`.
         """
         self.check_usable()
@@ -360,7 +361,8 @@ class GroupAttachment:
 def _has_group(device: AttachedHandle, refused: str) -> UnsupportedError:
     return UnsupportedError(
         f"{device.bdf} was opened through an IOMMU group, and cannot be {refused}",
-        hint='Open the device with open_device(..., iommu="iommufd"), or move the group: Container.detach and attach',
+        hint='Open the device with open_device(..., iommu="iommufd"). Or close the devices of the group, and move the '
+        "group: Container.detach and attach",
     )
 
 

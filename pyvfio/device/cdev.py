@@ -117,7 +117,7 @@ class CdevAttachment:
             raise no_protection(device.bdf, "no address space confines the device")
 
     def adopt(self, bdf: str, fd: int) -> None:
-        """Bind the descriptor, unless a launcher or a former program has bound the descriptor.
+        """Bind the descriptor, unless a launcher or a former program has bound the descriptor already.
 
         Before a bind, each other request is EINVAL (`vfio_device_fops_unl_ioctl`), as on a container without an IOMMU.
         """
@@ -234,7 +234,7 @@ class CdevAttachment:
         _undo(self._bdf, error, steps)
 
     def _put_back(self, device: AttachedHandle, moved: Sequence[tuple[AttachedHandle, CdevAttachment]]) -> None:
-        """Attach the device as before. If the kernel refuses, the devices reach nothing, rather than another space."""
+        """Attach the device as before. If the kernel refuses, detach the devices: none reaches another space then."""
         if self.space is None:
             _detach(device)
             return
@@ -278,7 +278,7 @@ class CdevAttachment:
 class ResumedAttachment(CdevAttachment):
     """The attachment of a device that a former process has bound, and attached to the space.
 
-    To adopt the device, or to give the device back, makes no call that binds, attaches or detaches.
+    `adopt`, `enter` and `retract` make no call that binds, attaches or detaches.
     """
 
     def __init__(self, space: Ioas, dev_id: int | None) -> None:
@@ -306,7 +306,7 @@ def _detach(device: AttachedHandle) -> None:
 
 
 def _undo(bdf: str, error: BaseException, steps: Iterable[Callable[[], object]]) -> None:
-    """Take the steps back. Raises RollbackError if one fails."""
+    """Make the calls that undo an attach. Raises RollbackError, after all calls, if one fails."""
     failures: list[Exception] = []
     for step in steps:
         attempt(step, failures)

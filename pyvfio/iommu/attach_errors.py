@@ -1,12 +1,12 @@
 """The errors of an attach that the kernel refused with EADDRINUSE.
 
-The kernel says EADDRINUSE for two reasons that call for different steps:
+The kernel returns EADDRINUSE for two reasons, which need different steps of the program:
 
 * A mapping, or a range of IOMMU_IOAS_ALLOW_IOVAS, lies where the device needs IOVA of its own, or where the IOMMU has
   none. Source: `iopt_table_enforce_dev_resv_regions`, `iopt_table_add_domain`.
-* The driver of the IOMMU completes a page table when a device is attached to the table. To move a device, iommufd makes
-  the page table before. The table then has IOVA 0 alone, and refuses each mapping. Source: `viommu_domain_finalise` of
-  Linux 6.12, `immediate_attach` in `iommufd_device_auto_get_domain`.
+* The driver of the IOMMU completes a page table when a device is attached to the table. To move a device, iommufd maps
+  the memory in the new page table before the attach. The table then has IOVA 0 alone, and refuses each mapping. Source:
+  `viommu_domain_finalise` of Linux 6.12, `immediate_attach` in `iommufd_device_auto_get_domain`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pyvfio.iommu.table import MappingTable, describe_mappings
 from pyvfio.units import IovaRange
 
 _KNOWN = "virtio-iommu before Linux 7 is such an IOMMU"
-_OVERLAP = "lies where the device or the IOMMU needs IOVA of its own, such as the MSI window"
+_OVERLAP = "lies in IOVA that the device or the IOMMU reserves, such as the MSI window, or outside of the IOMMU's range"
 _INSTEAD = (
     "To cut mappings, use Ioas(cut='pages'). To move a device, detach() the device before attach(): DMA is stopped in "
     "between. Another IOMMU or a newer kernel has no such limit"

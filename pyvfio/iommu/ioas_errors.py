@@ -14,14 +14,14 @@ from pyvfio.memory import locking
 
 _BARS = (
     'A BAR can be mapped with type1: open_device(..., iommu="type1"). Kernels that map a DMA-buf (seen on Linux 7.3, '
-    "with CONFIG_VFIO_PCI_DMABUF) take the BAR by a descriptor: reserve IOVA with space.reserve_iova(...), and call "
+    "with CONFIG_VFIO_PCI_DMABUF) map the BAR by a descriptor: reserve IOVA with space.reserve_iova(...), and call "
     "space.iommufd.ioas_map_file(space.id, device.dma_buf(region).fd, start=0, size=..., iova=...)"
 )
 
 
 def no_bar(space: str) -> UnsupportedError:
     """Return the error for a BAR that was to be mapped into an Ioas by address."""
-    return UnsupportedError(f"{space} cannot map a BAR of a device by address: iommufd pins memory alone", hint=_BARS)
+    return UnsupportedError(f"{space} cannot map a BAR of a device by address: iommufd pins only memory", hint=_BARS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +65,8 @@ class IoasMapRefusal(MapRefusal):
     def memory(self) -> PinLimitError:
         """Explain ENOMEM.
 
-        By user, no file shows how much all processes have pinned. The error then has the limit and the part of this
-        space.
+        If memory counts by user, no file shows the pinned memory of all processes. The error then has the limit and the
+        part of this space.
         """
         lock = self.kernel.memlock()
         if self.by_process:

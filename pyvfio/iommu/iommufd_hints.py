@@ -61,7 +61,7 @@ ALLOW_IOVAS = {
 }
 HUGE_PAGES = {
     errno.ENOENT: _NO_SPACE,
-    errno.EINVAL: "Large pages can be switched off only before a device is attached and memory is mapped",
+    errno.EINVAL: "Large pages cannot be switched off while a device is attached and memory is mapped",
     errno.EADDRINUSE: "A mapping is not aligned to the pages that the IOMMU would then need",
     errno.EOPNOTSUPP: "This kernel does not know the option",
 }
