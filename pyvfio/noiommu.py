@@ -5,9 +5,9 @@ neither swaps out nor compacts, and the physical addresses of these pages.
 
 Physical addresses have two sources:
 
-* /proc/self/pagemap, for a device that was opened through a group. The pages are not pinned. If the process is killed,
-  the kernel may free them before the device stops, and an administrator can move them (migratepages, removal of a
-  memory module).
+* /proc/self/pagemap, for a device that was opened through a group. The pages are not pinned. An administrator can
+  move the pages (migratepages, removal of a memory module). If the process is killed, the kernel can free the pages
+  before the device stops.
 * IOMMU_IOAS_NOIOMMU_GET_PA (Linux 7.3), for a device that was opened by a node of its own. iommufd pins the pages until
   the kernel has closed and stopped the device, also if the process is killed.
 
