@@ -880,8 +880,7 @@ class Ioas(IovaSpace):
             failures += refused
             if not refused or (ends and iommufd.spaces == [self]):  # all objects end with the iommufd
                 attempt(self.close_fd, failures)
-            if ends and not iommufd.spaces:
-                attempt(partial(close_now, iommufd), failures)
+            attempt(iommufd.end_unused, failures)
         raise_collected(f"closing {self.guard.what}", failures)
 
 

@@ -92,7 +92,7 @@ class Iommufd(Handle):
         self.spaces: list[Handle] = []
         """The open I/O address spaces that were made through this object. Read only."""
         self.ends = False
-        """Whether the close of the last space closes the iommufd: the `Ioas` that opened the iommufd is closed."""
+        """Whether the close of the last space or device closes the iommufd: the `Ioas` that opened it is closed."""
         self.charge_moves = True
         """Whether `ioas_change_process` can charge all mappings to another process.
 
@@ -526,6 +526,11 @@ class Iommufd(Handle):
         self.ioctl(request, argument, hints=why, **given)
 
     # ------------------------------------------------------------------------------------------------ the end
+
+    def end_unused(self) -> None:
+        """Close the iommufd, if the `Ioas` that opened it is closed and no device or space is left. For the library."""
+        if self.ends and not (self.closed or self.devices or self.spaces):
+            close_now(self)
 
     def close_dependents(self) -> None:
         """Close the dependents of all devices. Errors are not raised here, but by the close of the device."""

@@ -258,7 +258,10 @@ class CdevAttachment:
         if space is not None:
             space.note_detached(device)
 
-    note_closed = leave
+    def note_closed(self, device: AttachedHandle) -> None:
+        """As `Attachment.note_closed`. With the last device, an iommufd ends whose spaces are closed."""
+        self.leave(device)
+        self.iommufd.end_unused()
 
     def note_closing(self, device: AttachedHandle) -> None:
         """As `Attachment.note_closing`."""

@@ -78,10 +78,10 @@ OWN = frozenset(
     for names in (
         "add_dependent adopt all_regions attach_device begin begun buffers check_decoding check_made_by",
         "check_maps_bars check_open check_present check_stays check_unchanging close_dependents close_fd cut_locked",
-        "drop end_dependents follow forget give_up has_dependents has_in_kernel held in_use is_mapped_locked keep",
-        "let_go map_file_locked map_locked must_stay note_attached note_detached note_left read_command receive",
-        "release_fd requests reserve_and_map_locked resume set_aside share soil suspend take_back take_in",
-        "unmap_and_release_locked unmap_locked unmap_neighbours_locked use_fd use_seam why_silent",
+        "drop end_dependents end_unused follow forget give_up has_dependents has_in_kernel held in_use",
+        "is_mapped_locked keep let_go map_file_locked map_locked must_stay note_attached note_detached note_left",
+        "read_command receive release_fd requests reserve_and_map_locked resume set_aside share soil suspend take_back",
+        "take_in unmap_and_release_locked unmap_locked unmap_neighbours_locked use_fd use_seam why_silent",
     )
     for name in names.split()
 )

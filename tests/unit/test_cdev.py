@@ -7,9 +7,10 @@ import gc
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
+from itertools import permutations
 from typing import Literal
 from uuid import UUID, uuid4
 
@@ -137,6 +138,22 @@ def test_an_iommufd_of_open_device_is_closed_with_the_last_space_whatever_the_or
         other.close()
         beside.close()
         assert space.iommufd.closed
+
+
+@pytest.mark.parametrize("order", [*permutations(("device", "space", "beside"))], ids="-".join)
+def test_an_iommufd_of_a_space_is_closed_with_the_last_thing_whatever_the_order(order: Sequence[str]) -> None:
+    """Also if that is a device without a space, which belongs to the iommufd alone."""
+    with FakeKernel("7.3", iommufd=True) as kernel, nothing_left(kernel):
+        space = pyvfio.Ioas(kernel=kernel)
+        things = {"space": space, "beside": pyvfio.Ioas(space.iommufd)}
+        with pyvfio.open_device(BDF, space=space) as device:
+            device.detach()
+            for name in order[:-1]:
+                (things | {"device": device})[name].close()
+                assert not space.iommufd.closed
+            (things | {"device": device})[order[-1]].close()
+            assert space.iommufd.closed
+            assert kernel.descriptors == ()
 
 
 def test_a_device_is_opened_bound_and_attached_in_one_call(kernel: FakeKernel) -> None:

@@ -166,7 +166,7 @@ def test_a_mapping_where_the_device_needs_iova_is_named(able: FakeKernel, known:
             with pytest.raises(pyvfio.IoctlError) as raised:
                 device.attach(away)
             said = str(raised.value)
-            assert ("IOVA 0xfee00000-0xfee00fff lies where" in said) == known
+            assert ("IOVA 0xfee00000-0xfee00fff lies in IOVA that" in said) == known
             assert ("a mapping that this process does not know" in said) != known
             assert "virtio" not in said
             assert raised.value.errno == errno.EADDRINUSE
