@@ -30,6 +30,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from pyvfio.guard import constructing
 from pyvfio.testing import accel as accels
 from pyvfio.testing import initramfs
 from pyvfio.testing.kernels import GuestKernel, cache_directory, find_kernel, in_use
@@ -219,9 +220,15 @@ def _check_choice(kind: str, name: str, names: Iterable[str]) -> None:
         raise ValueError(f"no {kind} is named {name!r}; there are {', '.join(names)}")
 
 
+def _end_running(running: "_Running") -> None:
+    running.__exit__()
+
+
 class _Running:
     """A QEMU process and its streams. Leaving the context kills the process. Owned by one thread."""
 
+    # A Ctrl-C while QEMU is started would leave a process that nobody waits for, and that no parent's end kills yet.
+    @constructing(_end_running)
     def __init__(
         self, qemu: str, machine: Machine, guest: GuestKernel, initrd: bytes, *, verbose: bool = False
     ) -> None:

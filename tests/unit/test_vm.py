@@ -4,9 +4,11 @@ import fcntl
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -474,3 +476,33 @@ def test_a_sink_gets_bytes_as_they_come() -> None:
     vm.sink(file, kept)(b"one")
     vm.sink(None, kept)(b"two")
     assert (file.getvalue(), bytes(kept)) == (b"one", b"two")
+
+
+def _children() -> list[str]:
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+
+def test_a_ctrl_c_while_qemu_is_started_leaves_no_process(tmp_path: Path) -> None:
+    """The parent's death would end that process only from the exec of setpriv on."""
+    qemu, kernel = tmp_path / "qemu", kernels.GuestKernel("6.1.0", tmp_path / "vmlinuz", None)
+    qemu.write_text("#!/bin/sh\nexec sleep 1000\n")
+    qemu.chmod(0o755)
+
+    def press(frame: FrameType, event: str, argument: object) -> None:
+        del argument
+        if event == "return" and frame.f_code.co_name == "_execute_child":
+            signal.raise_signal(signal.SIGINT)
+
+    former, before = signal.signal(signal.SIGINT, signal.default_int_handler), _children()
+    try:
+        sys.setprofile(press)
+        with pytest.raises(KeyboardInterrupt):
+            vm._Running(str(qemu), machine(), kernel, b"")
+    finally:
+        sys.setprofile(None)
+        signal.signal(signal.SIGINT, former)
+        left = [pid for pid in _children() if pid not in before]
+        for pid in left:
+            os.kill(int(pid), signal.SIGKILL)
+            os.waitpid(int(pid), 0)
+    assert not left
