@@ -150,15 +150,15 @@ def test_all_steps_of_a_tear_down_are_tried() -> None:
     """And all that they raised is told: the one failure as it is, several together."""
     made: list[int] = []
 
-    def fails() -> None:
-        raise ValueError("first")
+    def fails(what: str = "first") -> None:
+        raise ValueError(what)
 
     attempt_all("a tear-down", [lambda: made.append(1)])
     with pytest.raises(ValueError, match="first"):
         attempt_all("a tear-down", [fails, lambda: made.append(2)])
     with pytest.raises(pyvfio.RollbackError) as caught:
-        attempt_all("a tear-down", [fails, fails, lambda: made.append(3)])
-    assert str(caught.value) == "a tear-down: first; then first"
+        attempt_all("a tear-down", [fails, partial(fails, "second"), lambda: made.append(3)])
+    assert str(caught.value) == "a tear-down: first; then second"
     assert made == [1, 2, 3]
     with pytest.raises(KeyboardInterrupt):
         attempt(_interrupts, [])
