@@ -95,7 +95,7 @@ TOOLS = tuple(
 
 
 class Stage(NamedTuple):
-    """A command. `weight` orders stages: about the seconds that the command takes on two processors of 2024.
+    """A command. `weight` orders stages: about the seconds that the command takes beside others, on two processors.
 
     `alone`: no other stage runs at the same time. For a command that measures processor time: others take the caches.
     """
@@ -152,16 +152,17 @@ def host_stages(pythons: Sequence[str]) -> Iterator[Stage]:
     for python in pythons:
         samples = () if python == first else SAMPLES
         if python == first:
-            yield Stage("eight threads", 110, _pytest(first, MANY_THREADS))
-            yield _unit(python, f"--ignore={MANY_THREADS}", weight=150)
+            yield Stage("eight threads", 60, _pytest(first, MANY_THREADS))
+            yield _unit(python, f"--ignore={MANY_THREADS}", weight=430)
         else:
             yield _unit(python, *samples)
-        yield Stage(f"each failure of each call, {_version(python)}", 75, _pytest(python, FAILURES))
-        yield Stage(f"testing tools and examples, {_version(python)}", 60, _pytest(python, *samples, *TOOLS))
+        yield Stage(f"each failure of each call, {_version(python)}", 235, _pytest(python, FAILURES))
+        tools = 390 if python == first else 225
+        yield Stage(f"testing tools and examples, {_version(python)}", tools, _pytest(python, *samples, *TOOLS))
     lives = ("tests/property/test_random_life.py", f"--random-steps={RANDOM_STEPS}")
     yield Stage(f"random lives of {RANDOM_STEPS} steps", 60, _pytest(first, *lives))
     yield from _fakes(first, FAKES, IOMMUFD_FAKES, quick=False)
-    yield Stage("seeded bugs", 450, (first, "-m", "tests.mutants", "--library", "--jobs=1"))
+    yield Stage("seeded bugs", 1100, (first, "-m", "tests.mutants", "--library", "--jobs=1"))
 
 
 def _version(python: str) -> str:
@@ -169,7 +170,7 @@ def _version(python: str) -> str:
     return done.stdout.strip()
 
 
-def _unit(python: str, *options: str, quick: bool = False, weight: int = 50) -> Stage:
+def _unit(python: str, *options: str, quick: bool = False, weight: int = 360) -> Stage:
     left_out = [f"--ignore={name}" for name in (*TOOLS, FAILURES, *LINTERS, SITE)]
     command = _pytest(python, *left_out, *options, "tests/unit", quick=quick)
     return Stage(f"unit tests, {_version(python)}", weight, command)
@@ -201,13 +202,13 @@ def machine_stages(python: str) -> Iterator[Stage]:
         name, program = f"kernel {kernel}, {iommu} IOMMU", [python, "-m", "pyvfio.cli.vm"]
         if (kernel, iommu) in DIFFERENTIAL:
             name, program = f"{name}, and {RANDOM_CALLS} random calls", _random_calls(python)
-        yield Stage(name, 400 if devices == "contract" else 250, (*program, *machine, "--", *tests))
+        yield Stage(name, 700 if devices == "contract" else 390, (*program, *machine, "--", *tests))
     yield from _iommufd_machines(python)
     for kernel, iommu in DIFFERENTIAL:
         if (kernel, iommu) not in MATRIX:
             command = (*_random_calls(python), "--kernel", kernel, "--iommu", iommu)
             yield Stage(f"{RANDOM_CALLS} random calls, kernel {kernel}, {iommu} IOMMU", 35, command)
-    yield Stage("the virtual machine itself", 255, _pytest(python, "tests/vm"))
+    yield Stage("the virtual machine itself", 600, _pytest(python, "tests/vm"))
     yield from _costs()
     yield Stage("the demo", 20, ("scripts/demo",))
 
@@ -226,7 +227,8 @@ def _iommufd_machines(python: str) -> Iterator[Stage]:
         options = ("-p", "no:cacheprovider", "--device", "1234:11e8", "--bind", "--throwaway", "--space=iommufd")
         tests = _pytest(python, *options, "tests/hw", *chosen, quick=True)
         name = f"kernel {kernel}, {iommu} IOMMU"
-        yield Stage(name, 250, (python, "-m", "pyvfio.cli.vm", *machine, "--", *tests))
+        weight = 610 if devices == "contract" else 360
+        yield Stage(name, weight, (python, "-m", "pyvfio.cli.vm", *machine, "--", *tests))
     for kernel, iommu in IOMMUFD_CALLS:
         command = (*_random_calls(python), "--space", "iommufd", "--kernel", kernel, "--iommu", iommu)
         yield Stage(f"{RANDOM_CALLS} random calls on iommufd, kernel {kernel}, {iommu} IOMMU", 35, command)
