@@ -286,8 +286,8 @@ def _how_to_share(holders: Sequence[Holder]) -> str:
     if any(holder.is_this_process for holder in holders):
         return (
             f"{once}. To open another device of the group, name the address space of the open device: "
-            "open_device(..., space=device.space). Otherwise close the devices of the group first. An object that was "
-            "never closed can stay open until gc.collect()"
+            "open_device(..., space=device.space), or container=device.container on type1. Otherwise close the devices "
+            "of the group first. An object that was never closed can stay open until gc.collect()"
         )
     if holders:
         return f"{once}: close the devices of the group in that process, or end the process"
