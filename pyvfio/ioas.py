@@ -83,9 +83,9 @@ class Ioas(IovaSpace):
     """An I/O address space (IOAS) of an iommufd, which the attached devices share.
 
     `iommufd`: the iommufd to which the space belongs; None: open /dev/iommu. The iommufd is then closed with this space
-    or, if other spaces or devices use the iommufd, later with the last space. Devices of one iommufd can be moved among
-    its spaces. `dma_bits`: as for `Container`. `cut`: how a part of a mapping is unmapped while the rest stays mapped,
-    for a DmaMapper with resize="cut":
+    or, if other spaces or devices use the iommufd, later with the last of them. Devices of one iommufd can be moved
+    among its spaces. `dma_bits`: as for `Container`. `cut`: how a part of a mapping is unmapped while the rest stays
+    mapped, for a DmaMapper with resize="cut":
 
     * None: not at all.
     * "pages": the IOMMU maps pages of 4 KiB alone, so the kernel can cut a mapping at any page. DMA to the rest goes
