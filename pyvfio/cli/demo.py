@@ -60,13 +60,19 @@ def make_parser() -> argparse.ArgumentParser:
         "--device", type=bdf_argument, metavar="BDF", help="a device of this machine that is bound to vfio-pci"
     )
     worlds.add_argument("--vm", action="store_true", help="a virtual machine with an edu device (the default)")
-    worlds.add_argument("--fake", action="store_true", help="the fake kernel, with a fake edu device; takes a second")
+    worlds.add_argument(
+        "--fake",
+        nargs="?",
+        const="",
+        metavar="KERNEL",
+        help=f"the fake kernel ({', '.join(VERSIONS)}), with a fake edu device; takes a second",
+    )
     worlds.add_argument("--guest", action="store_true", help=argparse.SUPPRESS)
     names = "|".join([*kernels.LINES, "FILE"])
     parser.add_argument(
         "--kernel",
         metavar=names,
-        help=f"default: 6.12, or 7+iommufd with --space iommufd; with --fake: {', '.join(VERSIONS)}",
+        help="default: 6.12, or 7+iommufd with --space iommufd; with --fake: as --fake KERNEL",
     )
     parser.add_argument(
         "--iommu",
@@ -160,7 +166,7 @@ def _run_on_device(options: argparse.Namespace) -> int:
 
 def _run_on_fake(options: argparse.Namespace) -> int:
     try:
-        fake = _fake_kernel(options.kernel, iommu=options.iommu or "intel", space=options.space)
+        fake = _fake_kernel(options.fake or options.kernel, iommu=options.iommu or "intel", space=options.space)
     except ValueError as error:
         complain(NAME, error)
         return WRONG_USAGE
@@ -295,8 +301,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run_on_device(options)
     if options.guest:
         return _run_in_guest(options)
+    if options.fake and options.kernel:
+        parser.error("--fake and --kernel name a kernel each: leave one out")
     asked_for_vm = options.vm or options.kernel or options.iommu
-    if options.fake or not (asked_for_vm or _has_machine()):
+    if options.fake is not None or not (asked_for_vm or _has_machine()):
         return _run_on_fake(options)
     return _run_in_vm(options)
 

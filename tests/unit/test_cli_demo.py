@@ -116,18 +116,23 @@ def test_a_demo_without_qemu_prints_nothing_but_its_document_where_stderr_is_clo
     assert json.loads(done.stdout)["world"] == "fake"
 
 
-def test_the_fake_goes_by_the_names_that_the_virtual_machine_has_for_kernels() -> None:
-    """The same `--kernel 7` with QEMU and without."""
-    done = demo("--fake", "--kernel", "7", "--iommu", "amd")
+@pytest.mark.parametrize("words", [("--fake", "--kernel", "7"), ("--fake", "7"), ("--fake=7.3",)])
+def test_the_fake_goes_by_the_names_that_the_virtual_machine_has_for_kernels(words: tuple[str, ...]) -> None:
+    """The same `--kernel 7` with QEMU and without, or as `pyvfio plan` has it."""
+    done = demo(*words, "--iommu", "amd")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("world    the fake kernel, as Linux 7.3, amd IOMMU\n")
 
 
 def test_a_version_that_the_fake_cannot_be_is_wrong_usage() -> None:
-    """With those that it can be."""
-    done = demo("--fake", "--kernel", "5.10")
-    assert done.returncode == 2
-    assert "6.1, 6.12, 7.3" in done.stderr
+    """With those that it can be. Two names are one too many."""
+    for words in (("--kernel", "5.10"), ("5.10",)):
+        done = demo("--fake", *words)
+        assert done.returncode == 2
+        assert "6.1, 6.12, 7.3" in done.stderr
+    done = demo("--fake", "7", "--kernel", "6.1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--fake and --kernel name a kernel each" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------ side by side
