@@ -6,6 +6,7 @@
 #                           install the packages that scripts/vm needs, and those that build modules if --kernel among
 #                           the words names a kernel with iommufd
 #   ensure_venv PYTHON      print the python of .venv/VERSION, with the project and its dev extra
+#   find_pythons            print an interpreter of each Python >= 3.11 of this machine: `python3`, then the oldest first
 #   fetch_kernel PYTHON KERNEL &
 #                           fetch a kernel for virtual machines while other work goes on; pyvfio waits for the fetch
 #
@@ -26,6 +27,19 @@ setup_quietly() {
         printf '%s\n' "$output" | tail -n 25 >&2
         return 1
     fi
+}
+
+find_pythons() {
+    local name version seen=" "
+    # pyenv has a folder for each version; the shims of pyenv on PATH show only the selected ones.
+    for name in python3 python3.{11..19} "${PYENV_ROOT:-$HOME/.pyenv}"/versions/*/bin/python3; do
+        version=$("$name" -c 'import sys
+print(*sys.version_info[:2], sep=".")
+sys.exit(sys.version_info < (3, 11))' 2>/dev/null) || continue
+        [[ $seen == *" $version "* ]] && continue
+        seen+="$version "
+        printf '%s\n' "$name"
+    done
 }
 
 setup_is_installed() {

@@ -19,6 +19,7 @@ from pyvfio.cli.common import selector_argument
 from pyvfio.kernel import LinuxKernel
 from pyvfio.testing.fake import VERSIONS
 from tests import series
+from tools.judge import AVAILABLE
 
 pytest.register_assert_rewrite("tests.life")
 
@@ -118,17 +119,20 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "iommufd(since=(6, 12)): what needs /dev/iommu and cdevs, which packaged kernels do not have"
     )
     config.addinivalue_line("markers", "each_operation: made for each of tests/interruptions/operations.py")
+    config.addinivalue_line("markers", "judge: what needs Python 3.12, as tools/judge.py does")
     config.addinivalue_line("markers", "kvm: what needs a /dev/kvm that this user may open")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With --fake, what a fake does not show is left out; docs/testing-without-hardware.md lists it. So is what needs
-    the other kind of address space, and what needs /dev/kvm on a machine that has none, or none that runs a guest: no
-    set-up can provide it."""
+    the other kind of address space, what needs a newer Python, and what needs /dev/kvm on a machine that has none, or
+    none that runs a guest: no set-up can provide it."""
     absent = ["real_kernel"] if config.getoption("--fake") else []
     absent.append("only_type1" if config.getoption("--space") == "iommufd" else "only_iommufd")
     if any(item.get_closest_marker("kvm") for item in items) and not kvm_runs():
         absent.append("kvm")
+    if not AVAILABLE:
+        absent.append("judge")
     left_out = [item for item in items if any(item.get_closest_marker(name) for name in absent)]
     if not config.getoption("--all-points"):
         left_out += _other_operations(items, config.getoption("--points"), config.getoption("--hypothesis-seed"))

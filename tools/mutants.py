@@ -1,9 +1,11 @@
 """Random mistakes in the package, one at a time, and the test that notices each: `scripts/mutants --random N`.
 
-A seed gives the same mistakes as long as the sources do not change. The name of the mistake's module chooses the tests:
-first the files of tests/unit named after the module or its package, then those of `_TESTS`, then those that run for
-every module. A mistake that passes all of them is tried on the rest of tests/unit. The tests run on copies of the
-checkout. A survivor is printed as one line: either no test covers the statement, or the mistake changes nothing.
+A seed gives the same mistakes as long as the sources do not change. From Python 3.12 on, tools/judge.py tries each
+mistake on the tests that reach it, in one process: a hundred mistakes a minute. What is left, and everything on Python
+3.11, runs on copies of the checkout, where the name of the mistake's module chooses the tests: first the files of
+tests/unit named after the module or its package, then those of `_TESTS`, then those that run for every module. A
+mistake that no test has reached is tried on the rest of tests/unit. A survivor is printed as one line: either no test
+covers the statement, or the mistake changes nothing.
 """
 
 from __future__ import annotations
@@ -12,15 +14,15 @@ import argparse
 import random
 import signal
 import sys
-import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.mutants.checkout import borrowed, copies, first_failure, rewritten
 from tests.mutants.mutant import ROOT
 from tools.count import modules
+from tools.judge import AVAILABLE, Change, JudgeError, Verdict, judged
 from tools.mutations import Mutation, sample
 
 # Tests whose names do not show the modules that they cover.
@@ -53,13 +55,15 @@ _TESTS = {
     "page_tables": ("dirty", "cdev"),
 }
 # These cover every operation of a mapper and its blocks. The steps of an undo would take minutes for each mistake.
-_EVERYWHERE = ("tests/unit/test_failures.py", "tests/property")
+EVERYWHERE = ("tests/unit/test_failures.py", "tests/property")
 _LEFT_OUT = ("-k", "not step_of_the_undo")
 _SAMPLES = ("--points=200", "--thread-steps=2000")
 # These read the checkout as text, or run the checkout elsewhere, and do not test its behaviour.
 _NO_WITNESS = ("linters", "mutants", "random_mutants", "stages", "count", "vm", "series")
-_SLACK = 5.0
-"""A test hangs if it takes this many times as long as without a mistake, plus 30 seconds: the mistake is noticed."""
+_PATIENCE = 300.0
+"""Seconds that a test file may take. A file that takes longer hangs, and the mistake is noticed."""
+_LIMIT = 60.0
+"""Seconds of tests that the judge runs for one mistake. A line that all tests reach would take minutes."""
 
 
 def chosen_tests(module: str, root: Path = ROOT) -> list[str]:
@@ -70,21 +74,13 @@ def chosen_tests(module: str, root: Path = ROOT) -> list[str]:
     wanted = [unit for name in names for unit in units if name in (unit, *unit.split("_"))]
     wanted += [unit for unit in _TESTS.get(names[-1], ()) if unit in units]
     found = [str(units[unit].relative_to(root)) for unit in dict.fromkeys(wanted)]
-    return list(dict.fromkeys([*found, *(test for test in _EVERYWHERE if (root / test).exists())]))
+    return list(dict.fromkeys([*found, *(test for test in EVERYWHERE if (root / test).exists())]))
 
 
 def all_tests(root: Path = ROOT) -> list[str]:
     """Return the test files of tests/unit that may notice a mistake."""
     files = sorted(root.glob("tests/unit/test_*.py"))
     return [str(file.relative_to(root)) for file in files if file.stem.removeprefix("test_") not in _NO_WITNESS]
-
-
-def time_tests(checkout: Path, tests: Sequence[str]) -> float:
-    """Return the seconds that `tests` take without a mistake. Exits if a test fails, since no verdict is possible."""
-    begun = time.monotonic()
-    if witness := first_failure(checkout, [*tests, *_LEFT_OUT], timeout=1800):
-        sys.exit(f"mutants: {witness} fails without any mistake: repair that first, or no mutant can be judged")
-    return time.monotonic() - begun
 
 
 def witness_of(checkout: Path, mutation: Mutation, tests: Sequence[str], timeout: float) -> str | None:
@@ -94,30 +90,50 @@ def witness_of(checkout: Path, mutation: Mutation, tests: Sequence[str], timeout
         return first_failure(checkout, [*tests, *_LEFT_OUT], timeout=timeout)
 
 
-def run(mutations: Sequence[Mutation], tests: Mapping[str, Sequence[str]], *, jobs: int) -> list[Mutation]:
-    """Print the witness of each mistake, and return the mistakes without one. `tests`: the tests of each module."""
+def find_caught(mutations: Sequence[Mutation], *, jobs: int) -> Iterator[tuple[Mutation, Verdict]]:
+    """Yield each mistake and the verdict of a judge, which runs all tests that reach the mistake, up to a limit."""
+    changes = []
+    for mutation in mutations:
+        path = ROOT / "pyvfio" / mutation.module
+        changes.append(Change(f"pyvfio/{mutation.module}", mutation.apply(path.read_text(encoding="utf-8"))))
+    tests = [*all_tests(), "tests/property", *_LEFT_OUT, *_SAMPLES]
+    for verdict in judged(changes, tests, checkout=ROOT, jobs=jobs, limit=_LIMIT):
+        yield mutations[verdict.at], verdict
+
+
+def run(mutations: Sequence[Mutation], *, jobs: int, in_process: bool = AVAILABLE) -> list[Mutation]:
+    """Print the witness of each mistake, and return the mistakes without one.
+
+    `in_process`: a judge goes first. Mistakes that it does not find caught run in processes of their own, with the
+    tests that the name of the module chooses, and, if the judge has run none, with the rest too.
+    """
+
+    def show(mutation: Mutation, witness: str | None) -> None:
+        print(f"{'caught  ' if witness else 'SURVIVED'} {mutation}\n         {witness or ''}", flush=True)
+
+    left = dict.fromkeys(mutations, True)  # whether no test has run
+    for mutation, verdict in find_caught(mutations, jobs=jobs) if in_process else ():
+        left[mutation] = not verdict.tests
+        if verdict.kind == "caught":
+            show(mutation, verdict.witness)
+            del left[mutation]
+    rest = all_tests()
+    survivors = []
     with copies(jobs) as queue, ThreadPoolExecutor(jobs) as pool:
 
-        def measure(test: str) -> float:
-            with borrowed(queue) as checkout:
-                return time_tests(checkout, [test, *_SAMPLES])
-
-        rest = all_tests()
-        needed = sorted({*rest, *(test for mutation in mutations for test in tests[mutation.module])})
-        seconds = dict(zip(needed, pool.map(measure, needed), strict=True))
-
         def judge(mutation: Mutation) -> tuple[Mutation, str | None]:
-            chosen = tests[mutation.module]
-            for files in (chosen, [test for test in rest if test not in chosen]):
-                timeout = 30 + _SLACK * sum(seconds[test] for test in files)
+            chosen = chosen_tests(mutation.module)
+            if in_process:
+                chosen = [test for test in chosen if test not in EVERYWHERE]  # the judge has run those
+            for files in (chosen, [test for test in rest if test not in chosen] if left[mutation] else []):
+                tests, patience = [*files, *_SAMPLES], _PATIENCE * len(files)
                 with borrowed(queue) as checkout:
-                    if witness := witness_of(checkout, mutation, [*files, *_SAMPLES], timeout):
+                    if files and (witness := witness_of(checkout, mutation, tests, patience)):
                         return mutation, witness
             return mutation, None
 
-        survivors = []
-        for mutation, witness in pool.map(judge, mutations):
-            print(f"{'caught  ' if witness else 'SURVIVED'} {mutation}\n         {witness or ''}", flush=True)
+        for mutation, witness in pool.map(judge, list(left)):
+            show(mutation, witness)
             if witness is None:
                 survivors.append(mutation)
     return survivors
@@ -138,8 +154,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(map(str, mutations)) or f"no module begins with {options.module}")
         return 0 if mutations else 1
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # removes the copies
-    tests = {module: chosen_tests(module) for module in {mutation.module for mutation in mutations}}
-    survivors = run(mutations, tests, jobs=max(options.jobs, 1))
+    try:
+        survivors = run(mutations, jobs=max(options.jobs, 1))
+    except JudgeError as error:
+        sys.exit(f"mutants: {error}")
     print_summary(mutations, survivors, options.seed)
     return 0
 

@@ -128,6 +128,8 @@ def _variants(node: ast.AST) -> Iterator[_Variant]:
 def _removals(node: ast.AST) -> Iterator[_Variant]:
     """Yield the removal of a statement, if every name is still bound without the statement."""
     match node:
+        case ast.Delete(targets=[ast.Name()]):
+            return  # only linters ask for it
         case ast.Expr() | ast.AugAssign() | ast.Delete() | ast.Raise() | ast.Continue() | ast.Break():
             yield "removed statement", node, ast.Pass()
         case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
