@@ -25,7 +25,7 @@ _FDINFO_MAX = 4096
 def read_fdinfo(fd: int) -> Mapping[str, str] | None:
     """Return the lines of /proc/self/fdinfo for a descriptor, by name, or None if /proc does not show them."""
     try:
-        file = os.open(f"/proc/self/fdinfo/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        file = os.open(f"/proc/self/fdinfo/{fd}", os.O_RDONLY)
     except OSError:
         return None
     try:

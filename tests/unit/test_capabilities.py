@@ -163,9 +163,34 @@ def test_a_vendors_own_capabilities_are_bytes() -> None:
         {**LISTED, 0x34: b"\x40", 0x40: first, 0x50: second, 0x100: extended[:4] + b"\x34\x12\xc5\x00" + extended[8:]}
     )
     assert [each.data for each in found.vendor] == [first, second]
+    assert ids(found.standard) == [(9, 0x40), (9, 0x50)]
     own = found.find_extended(0xB)
     assert isinstance(own, pyvfio.ExtendedVendorCapability)
     assert (own.vendor_id, own.revision, own.data[8:]) == (0x1234, 5, extended[8:])
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize(("vectors", "size"), [(1, 8), (64, 8), (65, 16), (128, 16), (129, 24)])
+def test_the_pending_bits_of_vectors_are_whole_words(vectors: int, size: int, *, enabled: bool) -> None:
+    """One bit for each vector. The number of vectors and the switch share a register."""
+    control = (vectors - 1 | enabled << 15).to_bytes(2, "little")
+    msix = capabilities({**LISTED, 0x34: b"\x40", 0x40: b"\x11\x00" + control}).msix
+    assert msix is not None
+    assert (msix.vectors, msix.pba_size, msix.enabled) == (vectors, size, enabled)
+
+
+@pytest.mark.parametrize(
+    ("at", "data"),
+    [(0xF8, b"\x01"), (0xF4, b"\x11"), (0xEC, b"\x10"), (0xFC, b"\x09\x00\x04"), (0xFC, b"\x09\x00\x03")],
+)
+def test_a_capability_may_end_with_the_space_of_its_list(at: int, data: bytes) -> None:
+    """The last byte is a part of the space, for standard and for extended capabilities."""
+    extended = bytes.fromhex("0b000100 3412 8500")
+    found = capabilities({**LISTED, 0x34: bytes([at]), at: data, 0x100: bytes.fromhex("010081ff"), 0xFF8: extended})
+    assert ids(found.standard) == [(data[0], at)]
+    own = found.find_extended(0xB)
+    assert isinstance(own, pyvfio.ExtendedVendorCapability)
+    assert (own.offset, own.vendor_id, own.revision, own.data) == (0xFF8, 0x1234, 5, extended)
 
 
 def test_an_extended_capability_that_vfio_hides_is_left_out() -> None:
@@ -192,6 +217,10 @@ BROKEN: Mapping[str, tuple[str, Mapping[int, bytes]]] = {
     ),
     "extended ones": ("at 0x200 reads 0xffffffff", {0x100: bytes.fromhex("01000120"), 0x200: b"\xff" * 4}),
     "a vendor's extended one": ("has 4095 bytes", {0x100: bytes.fromhex("0b000100 0000f0ff".replace(" ", ""))}),
+    "a vendor's extended one that is too short": (
+        "has 7 bytes: 8 is the least",
+        {0x100: bytes.fromhex("0b000100 00007000")},
+    ),
     "a vendor's at the end": (
         "has 8 bytes",
         {0x100: bytes.fromhex("010001fc"), 0xFC0: bytes.fromhex("0100c1ff"), 0xFFC: b"\x0b\x00\x01\x00"},

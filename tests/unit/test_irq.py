@@ -515,6 +515,8 @@ def test_a_descriptor_that_is_no_eventfd_is_refused_and_nothing_is_changed(
             (device.fd, "no eventfd"),
             (read, "no eventfd"),
             (write, "is closed"),
+            (0, "no eventfd"),
+            ((1 << 31) - 1, "is closed"),
         ):
             with pytest.raises(ValueError, match=f"descriptor {fd} .*{says}"):
                 irq.enable(fds=[own[2], own[3], fd])
