@@ -123,16 +123,16 @@ class CdevAttachment:
         """
         self._know(bdf)
         info = ioctls.vfio_device_info(argsz=ctypes.sizeof(ioctls.vfio_device_info))
-        if self._refusal(fd, _INFO, info) == self._refusal(fd, ioctls.VFIO_GET_API_VERSION) == errno.EINVAL:
+        if self._is_invalid(fd, _INFO, info) and self._is_invalid(fd, ioctls.VFIO_GET_API_VERSION):
             self._bind(fd, None)
 
-    def _refusal(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
-        """Return the errno of a request, or 0."""
+    def _is_invalid(self, fd: int, request: int, argument: IoctlArgument = 0) -> bool:
+        """Return whether a request is EINVAL."""
         try:
             self.iommufd.kernel.ioctl(fd, request, argument)
         except OSError as error:
-            return error.errno or 0
-        return 0
+            return error.errno == errno.EINVAL
+        return False
 
     def _bind(self, fd: int, token: bytes | None) -> None:
         kernel, iommufd = self.iommufd.kernel, self.iommufd.fd
@@ -160,20 +160,23 @@ class CdevAttachment:
         space.check_usable()
         self._check_siblings(space)
         space.attach_device(device)
-        self._check_iommufd(space)
         try:
-            space.note_attached(device)
+            if here := self._is_here(space):
+                space.note_attached(device)
         except BaseException as error:
             _undo(self._bdf, error, [partial(_detach, device)])
             raise
-
-    def _check_iommufd(self, space: Ioas) -> None:
-        """Raise ValueError if a descriptor that was bound elsewhere is bound to another iommufd.
-
-        The kernel then attached the device to a space of the same number there. Without a device, the alignment is 1.
-        """
-        if self.dev_id is None and self.iommufd.ioas_iova_ranges(space.id)[1] == 1:
+        if not here:
             raise ValueError(f"the descriptor of {self._bdf} is bound to another iommufd than that of the space")
+
+    def _is_here(self, space: Ioas) -> bool:
+        """Return whether the device, which was attached to `space`, is bound to the iommufd.
+
+        A descriptor that was bound elsewhere can be bound to another iommufd. The kernel then attached the device to a
+        space of the same number there, which has perhaps been the space of the device. Without a device, the alignment
+        is 1.
+        """
+        return self.dev_id is not None or self.iommufd.ioas_iova_ranges(space.id)[1] != 1
 
     def _siblings(self) -> list[tuple[AttachedHandle, CdevAttachment]]:
         """Return the open devices of the IOMMU group that are bound to the iommufd and attached, without this one."""

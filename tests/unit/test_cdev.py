@@ -204,6 +204,19 @@ def test_a_device_on_iommufd_has_no_group_and_no_container(device: pyvfio.Device
         _ = device.container
 
 
+def test_a_closed_device_through_a_group_has_no_space_though_the_group_stays_in_the_container(
+    kernel: FakeKernel,
+) -> None:
+    with pyvfio.Container(kernel=kernel) as container, Ioas(kernel=kernel) as space:
+        container.attach(pyvfio.Group(2, kernel=kernel))
+        device = pyvfio.open_device(BDF, container=container)
+        device.close()
+        assert device.group.container is container
+        for use in (lambda: device.container, lambda: device.space, device.detach, partial(device.attach, space)):
+            with pytest.raises(pyvfio.ClosedError, match=f"{BDF} has been closed"):
+                use()
+
+
 def test_a_device_through_a_group_has_no_iommufd_and_stays_in_its_container(kernel: FakeKernel) -> None:
     with pyvfio.open_device(BDF, kernel=kernel) as device, Ioas(kernel=kernel) as space:
         assert device.iommufd is None
@@ -270,6 +283,17 @@ def test_a_device_that_is_not_bound_to_vfio_is_said_to_be(kernel: FakeKernel) ->
         pyvfio.open_device(other, iommu="iommufd", kernel=plain)
     with pytest.raises(pyvfio.DeviceNotFoundError):
         pyvfio.open_device("0000:7f:00.0", iommu="iommufd", kernel=kernel)
+
+
+def test_a_device_without_a_node_is_not_opened_in_a_space_that_there_is(kernel: FakeKernel) -> None:
+    """The error names the driver of the device, and not a file that cannot be found."""
+    with Ioas(kernel=kernel) as space:
+        kernel.bind(BDF, "e1000e")
+        kernel.clear_trace()
+        with pytest.raises(pyvfio.NotBoundError, match=f"^{BDF} .*e1000e"):
+            pyvfio.open_device(BDF, space=space)
+        assert "open" not in requests(kernel.trace)
+        assert space.devices == []
 
 
 # ------------------------------------------------------------------------------------------------------- the choice
@@ -345,9 +369,24 @@ def test_a_virtual_function_is_opened_with_the_token_of_its_physical_one() -> No
         with pyvfio.open_device(VF, iommu="iommufd", kernel=kernel, vf_token=str(token)) as virtual:
             assert virtual.group_number == 7
         for given, words in ((None, "asks for a vf_token"), (UUID(int=3), "asks for another vf_token")):
-            with pytest.raises(pyvfio.IoctlError, match=f"{words}.*{PF}") as caught:
+            with pytest.raises(pyvfio.IoctlError, match=f"drives {PF}, the .* of {VF}, and so {words}.*{PF}") as caught:
                 pyvfio.open_device(VF, iommu="iommufd", kernel=kernel, vf_token=given)
             assert caught.value.errno == errno.EACCES
+            assert caught.value.request == _BIND
+            assert caught.value.arguments == {"device": VF} | ({} if given is None else {"vf_token": "given"})
+
+
+def test_a_physical_function_needs_the_token_of_its_open_virtual_ones() -> None:
+    token = uuid4()
+    with _pair("7.3") as kernel, nothing_left(kernel):
+        physical = partial(pyvfio.open_device, PF, iommu="iommufd", kernel=kernel)
+        physical(vf_token=token).close()
+        with pyvfio.open_device(VF, iommu="iommufd", kernel=kernel, vf_token=token):
+            for given in (None, uuid4()):
+                with pytest.raises(pyvfio.IoctlError, match=f"functions of {PF} are open: pass the token") as caught:
+                    physical(vf_token=given)
+                assert caught.value.errno == errno.EACCES
+            physical(vf_token=token).close()
 
 
 def test_a_device_that_takes_no_token_says_so() -> None:
@@ -541,6 +580,54 @@ def test_a_device_that_has_left_is_no_longer_in_the_space_though_the_ranges_cann
                 assert (space.devices, space.iova_ranges) == ([device], ranges)
                 assert kernel.mappings(OTHER_BDF) == ()
                 assert other.closed or (other in second.devices) == (other.attachment.space is second)
+
+
+@pytest.mark.parametrize("behind", [1, 2])
+def test_a_move_of_a_group_that_is_refused_leaves_each_device_where_it_was(siblings: FakeKernel, behind: int) -> None:
+    """The ranges are read for each device behind the move: whichever cannot be had, no device is in two spaces."""
+    with pyvfio.open_device(FIRST, iommu="iommufd", kernel=siblings) as first:
+        space = space_of(first)
+        with pyvfio.open_device(SECOND, space=space) as second, Ioas(first.iommufd) as other, ExitStack() as stack:
+            _mapped(siblings, space, stack, b"there")
+            siblings.clear_trace()
+            first.attach(other)
+            first.attach(space)
+            asked = requests(siblings.trace)
+            before = asked[: asked.index(_ATTACH)].count("IOMMU_IOAS_IOVA_RANGES")
+            siblings.fail(call="ioctl", request="IOMMU_IOAS_IOVA_RANGES", errno=errno.ENOMEM, nth=before + behind)
+            with pytest.raises(pyvfio.IoctlError):
+                first.attach(other)
+            assert siblings.planned_failures == ()
+            assert (first.space, second.space) == (space, space)
+            assert (sorted(map(id, space.devices)), other.devices) == (sorted(map(id, (first, second))), [])
+            first.bus_master = True
+            assert siblings.dma_read(FIRST, MIB, 5) == b"there"
+
+
+def test_a_detached_device_whose_attach_is_refused_reaches_nothing(kernel: FakeKernel, device: pyvfio.Device) -> None:
+    """The kernel has attached the device by then, and memory is mapped in the space."""
+    with Ioas(device.iommufd) as space, pyvfio.open_device(OTHER_BDF, space=space), ExitStack() as stack:
+        _mapped(kernel, space, stack, b"theirs")
+        device.detach()
+        kernel.fail(call="ioctl", request="IOMMU_IOAS_IOVA_RANGES", errno=errno.ENOMEM)
+        with pytest.raises(pyvfio.IoctlError):
+            device.attach(space)
+        assert kernel.planned_failures == ()
+        assert kernel.mappings(BDF) == ()
+        assert device not in space.devices
+        with pytest.raises(pyvfio.VfioError, match="attached to no address space"):
+            _ = device.space
+        device.attach(space)
+        assert len(kernel.mappings(BDF)) == 1
+
+
+def test_a_device_that_moves_to_its_own_space_stays_there_once(siblings: FakeKernel) -> None:
+    """The space still has each device of the group, and no device twice."""
+    with pyvfio.open_device(FIRST, iommu="iommufd", kernel=siblings) as first:
+        space = space_of(first)
+        with pyvfio.open_device(SECOND, space=space) as second:
+            first.attach(space)
+            assert (space.devices, first.space, second.space) == ([first, second], space, space)
 
 
 def test_the_devices_of_a_group_move_together(siblings: FakeKernel) -> None:
@@ -758,6 +845,25 @@ def test_a_descriptor_that_another_iommufd_has_is_refused(kernel: FakeKernel) ->
         with pytest.raises(ValueError, match="bound to another iommufd"):
             pyvfio.Device.from_fd(space, BDF, device.fd)
         assert (space.devices, space.iommufd.devices) == ([], [])
+
+
+def test_a_device_of_a_descriptor_that_is_refused_reaches_nothing(kernel: FakeKernel) -> None:
+    """Though the descriptor stays open: the kernel has attached the device before the ranges are read."""
+    with Ioas(kernel=kernel) as space, pyvfio.open_device(OTHER_BDF, space=space), ExitStack() as stack:
+        _mapped(kernel, space, stack, b"theirs")
+        fd = _node(kernel, BDF)
+        kernel.fail(call="ioctl", request="IOMMU_IOAS_IOVA_RANGES", errno=errno.ENOMEM)
+        with pytest.raises(pyvfio.IoctlError):
+            pyvfio.Device.from_fd(space, BDF, fd)
+        assert kernel.planned_failures == ()
+        assert kernel.mappings(BDF) == ()
+        kernel.fail(call="ioctl", request="IOMMU_IOAS_IOVA_RANGES", errno=errno.ENOMEM)
+        kernel.fail(call="ioctl", request=_DETACH, errno=errno.EIO)
+        with pytest.raises(pyvfio.RollbackError, match=f"^{BDF} could not be attached, and could not be put back"):
+            pyvfio.Device.from_fd(space, BDF, fd)
+        with pyvfio.Device.from_fd(space, BDF, fd) as device:
+            assert device in space.devices
+            assert len(kernel.mappings(BDF)) == 1
 
 
 def test_from_fd_leaves_the_descriptor_to_the_caller_whichever_call_fails(kernel: FakeKernel) -> None:

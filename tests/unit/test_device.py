@@ -164,6 +164,54 @@ def test_several_devices_of_a_group_share_its_descriptor(kernel: SpecialKernel) 
         pyvfio.open_device(OTHER_BDF, container=container)
 
 
+@pytest.mark.parametrize("request_name", ["VFIO_GROUP_GET_DEVICE_FD", "VFIO_DEVICE_GET_INFO"])
+def test_a_device_that_cannot_be_opened_in_a_container_leaves_no_group_there(
+    kernel: SpecialKernel, request_name: str
+) -> None:
+    """A group that was open before stays."""
+    with nothing_left(kernel), pyvfio.Container(kernel=kernel) as container:
+        for shared in (False, True):
+            if shared:
+                pyvfio.open_device(SIBLING, container=container)
+            before = kernel.descriptors
+            kernel.fail(call="ioctl", request=request_name, errno=errno.EIO)
+            with pytest.raises(pyvfio.IoctlError):
+                pyvfio.open_device(BDF, container=container)
+            assert kernel.descriptors == before
+            assert list(container.groups) == [2] * shared
+
+
+class _Between(SpecialKernel):
+    """Another thread does something while the kernel opens a device."""
+
+    between: Callable[[], object] | None = None
+
+    def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
+        """Once."""
+        between, result = self.between, super().ioctl(fd, request, argument)
+        if between is not None and request == ioctls.VFIO_GROUP_GET_DEVICE_FD:
+            self.between = None
+            thread = threading.Thread(target=between)
+            thread.start()
+            thread.join()
+        return result
+
+
+def test_of_two_threads_that_open_a_device_at_once_one_has_it() -> None:
+    """The kernel gives a descriptor to each."""
+    with (
+        _Between(groups=[(2, [FakeDevice(BDF)])]) as kernel,
+        nothing_left(kernel),
+        pyvfio.Container(kernel=kernel) as container,
+    ):
+        group, opened = container.open_group(2), list[pyvfio.Device]()
+        kernel.between = lambda: opened.append(pyvfio.Device(group, BDF))
+        with pytest.raises(pyvfio.VfioError, match=f"device {BDF} is open already"):
+            pyvfio.Device(group, BDF)
+        assert group.devices == opened
+        assert opened[0].config.read16(0) == 0x1234
+
+
 def test_a_device_is_opened_once_at_a_time(kernel: SpecialKernel) -> None:
     """Neither of two objects would see what the other changes. The descriptor stays the caller's, and is open."""
     with nothing_left(kernel), pyvfio.Container(kernel=kernel) as container:
@@ -466,6 +514,11 @@ def test_the_iommu_type_is_the_callers_to_choose(kernel: SpecialKernel) -> None:
         pyvfio.open_device(BDF, kernel=kernel, iommu_type=ioctls.VFIO_TYPE1_IOMMU) as device,
     ):
         assert device.container.iommu_type == ioctls.VFIO_TYPE1_IOMMU
+        container = device.container
+        with pytest.raises(ValueError, match=r"the container has VFIO_TYPE1_IOMMU, so it cannot be .*TYPE1v2"):
+            pyvfio.open_device(OTHER_BDF, container=container, iommu_type=ioctls.VFIO_TYPE1v2_IOMMU)
+        with pyvfio.open_device(OTHER_BDF, container=container, iommu_type=ioctls.VFIO_TYPE1_IOMMU) as other:
+            assert other.container is container
 
 
 @pytest.mark.parametrize("version", VERSIONS)

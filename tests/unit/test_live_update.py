@@ -374,12 +374,15 @@ def test_between_the_two_ends_nothing_can_change_and_what_is_tried_does_nothing(
         rig.group.close,
         rig.device.close,
         lambda: pyvfio.open_device(BDF, container=rig.container),
+        rig.device.enter_low_power,
     ]
     with hand_over(rig.mapper) as update:
         for use in uses:
             with pytest.raises((HandOverError, pyvfio.RollbackError), match="another process"):
                 use()
         assert rig.device.config.read16(0) == 0x1234
+        rig.device.exit_low_power()
+        rig.device.drop_windows()
         assert hand_over(rig.mapper) is update
         assert not rig.container.closed
         assert rig.reached() == before

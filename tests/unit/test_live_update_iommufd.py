@@ -662,6 +662,11 @@ def test_a_device_that_nobody_receives_stays_attached(kernel: SpecialKernel, rig
             pyvfio.Device.resume(space, BDF, fds[2], dev_id=None)
         assert space.devices == iommufd.devices == []
         assert rig.reached() == before
+        resumed = pyvfio.Device.resume(space, BDF, fds[2], dev_id=7)
+        assert (resumed.group_number, resumed.dev_id, space.devices) == (2, 7, [resumed])
+        assert resumed.release_fd() == fds[2]
+        assert space.devices == iommufd.devices == []
+        assert rig.reached() == before
         space.close_fd()
         iommufd.release_fd()
         close(kernel, fds)

@@ -6,7 +6,7 @@ import errno
 import gc
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NoReturn
 
 import pytest
@@ -19,7 +19,7 @@ from pyvfio.testing.edu import Edu
 from pyvfio.testing.fake import DmaFault, FakeDevice, FakeEdu, FakeKernel
 from pyvfio.units import MIB, PAGE_SIZE
 from tests.unit.fakes import BDF, OTHER_BDF
-from tests.unit.processes import open_fds
+from tests.unit.processes import in_child, open_fds
 
 Choice = Literal["type1", "iommufd", "unsafe-noiommu"]
 
@@ -263,8 +263,39 @@ def test_type1_alone_has_the_device_through_the_group() -> None:
 
 @pytest.mark.parametrize("name", ["space", "container"])
 def test_a_device_without_protection_has_no_address_space(device: pyvfio.Device, name: str) -> None:
-    with pytest.raises(pyvfio.UnsupportedError, match=r"has no IOMMU .*unsafe-noiommu"):
+    with pytest.raises(pyvfio.UnsupportedError, match=rf"^{BDF} has no IOMMU .*, so the device .*unsafe-noiommu"):
         getattr(device, name)
+
+
+def test_a_device_without_protection_moves_nowhere_and_says_which_device(
+    kernel: FakeKernel, device: pyvfio.Device
+) -> None:
+    moves: dict[str, Callable[[], object]] = {
+        "the device is attached to no address space": lambda: device.attach(device),  # type: ignore[arg-type]
+        "nothing detaches the device": device.detach,
+    }
+    kernel.clear_trace()
+    for words, move in moves.items():
+        with pytest.raises(pyvfio.UnsupportedError, match=f"^{BDF} has no IOMMU .*, so {words}"):
+            move()
+    assert list(kernel.trace) == []
+    assert device.open_neighbours() == [device]
+
+
+def test_a_child_has_no_memory_of_the_device_of_the_parent(device: pyvfio.Device) -> None:
+    def use() -> None:
+        with pytest.raises(pyvfio.ForkedError):
+            _ = device.unsafe_noiommu
+
+    assert in_child(use) == 0
+
+
+def test_a_device_that_is_in_no_group_has_no_number_of_one() -> None:
+    """A kernel without groups, CONFIG_VFIO_GROUP."""
+    with FakeKernel("7.3", iommu="none", iommufd=True) as kernel:
+        (kernel.sysfs / "bus/pci/devices" / BDF / "iommu_group").unlink()
+        with opened(kernel) as device, pytest.raises(pyvfio.VfioError, match=f"^{BDF} is in no IOMMU group"):
+            _ = device.group_number
 
 
 def _refuse(what: object) -> NoReturn:

@@ -405,6 +405,48 @@ def test_in_a_low_power_state_registers_are_reached_by_system_calls(kernel: Fake
     assert made(kernel) == [(0, 128 * KIB)]
 
 
+def test_low_power_begins_before_the_entry_and_ends_with_the_exit_alone(
+    kernel: FakeKernel, plain: pyvfio.Device
+) -> None:
+    """Another thread may ask meanwhile. A reset, and the end of memory decoding, leave the device in low power."""
+    windows, region, seen = plain.windows, plain.region(0), list[bool]()
+    windows.change(lambda: seen.append(windows.low_power), low_power=True)
+    plain.reset()
+    plain.memory_enabled = False
+    plain.memory_enabled = True
+    kernel.clear_trace()
+    region.read32(0)
+    assert not made(kernel)
+    windows.change(lambda: seen.append(windows.low_power), keep="all maps", low_power=False)
+    assert (seen, windows.low_power) == ([True, True], False)
+    assert windows.change(lambda: "the result") == "the result"
+
+
+def test_a_view_that_another_thread_makes_while_dependents_end_is_seen_before_anything_is_dropped(
+    kernel: FakeKernel, plain: pyvfio.Device
+) -> None:
+    """The close of a mapping of another device takes a while, and holds no lock."""
+    region = plain.region(0)
+    other = plain.region(1).mmap()
+    views: list[memoryview] = []
+
+    def another_thread() -> None:
+        region.dependents.clear()
+        views.append(region.mmap().view())
+
+    for change in (plain.drop_windows, partial(plain.windows.change, views.clear)):
+        region.dependents.append(another_thread)
+        region.read32(0)
+        kernel.clear_trace()
+        with pytest.raises(BufferError, match="still alive"):
+            change()
+        region.read32(0)
+        assert not made(kernel)
+        assert other.vaddr
+        views.pop().release()
+    plain.drop_windows()
+
+
 def test_a_low_power_state_that_was_refused_is_none(kernel: FakeKernel, plain: pyvfio.Device) -> None:
     """The windows come back."""
 
