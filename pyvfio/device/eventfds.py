@@ -310,6 +310,7 @@ class Vectors:
         if not times:  # other threads have read the eventfds
             raise ReplacedError
         self._waiting.pop(turn, None)
+        self._turns[turn.key] = turn
         return times, self, read
 
     @guarded

@@ -24,7 +24,7 @@ from pyvfio import ioctls
 from pyvfio.device import Irq
 from pyvfio.device.eventfds import Eventfd, Vectors
 from pyvfio.guard import Guard
-from pyvfio.kernel import IoctlArgument, LinuxKernel
+from pyvfio.kernel import IoctlArgument, LinuxKernel, Poll
 from pyvfio.testing.fake import FakeDevice, FakeKernel
 from tests.interruptions.points import Walk
 from tests.unit.fakes import BDF, Interrupt, SpecialKernel, nothing_left, requests
@@ -936,3 +936,191 @@ def test_where_a_handler_disables_the_interrupt_and_raises_nothing_is_put_back(d
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert at > 20
+
+
+# ------------------------------------------------------------------------------------------------- what a wait leaves
+
+
+class _Watched(SpecialKernel):
+    """Notes the timeout of each poll, and counts the objects that poll."""
+
+    polls: list[float | None]
+    pollers = 0
+
+    def poll(self, fd: int, timeout: float | None, *others: int) -> tuple[int, ...]:
+        """Note the timeout."""
+        self.polls.append(timeout)
+        return super().poll(fd, timeout, *others)
+
+    def poller(self, *fds: int) -> Poll:
+        """Count."""
+        self.pollers += 1
+        return super().poller(*fds)
+
+
+@pytest.fixture
+def watched() -> Iterator[_Watched]:
+    """Linux 6.12."""
+    with _Watched(groups=[(2, [DEVICE])]) as kernel, nothing_left(kernel):
+        kernel.polls = []
+        yield kernel
+
+
+_WAITS: dict[str, Callable[[Irq, float | None], object]] = {
+    "one": lambda irq, timeout: irq.wait(1, timeout=timeout),
+    "any of one": lambda irq, timeout: irq.wait_any([1], timeout=timeout),
+    "any": lambda irq, timeout: irq.wait_any(timeout=timeout),
+}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("wait", _WAITS)
+def test_a_wait_polls_for_the_time_that_is_left(
+    watched: _Watched, own: Sequence[int], wait: str, *, shared: bool
+) -> None:
+    """All of the time at first, and less if another thread has read the eventfd meanwhile. poll(2) counts in an int."""
+    with pyvfio.open_device(BDF, kernel=watched) as device:
+        irq = device.irq(MSIX)
+        irq.enable(fds=own[:2] if shared else [own[0], own[1]])
+        for timeout, polled in ((None, None), (2.5, 2.5), (0, 0), (-1, 0), (1e12, ((1 << 31) - 1) / 1000)):
+            irq.trigger(1)
+            watched.polls.clear()
+            assert _WAITS[wait](irq, timeout) in (1, {1: 1})
+            assert watched.polls == [polled]
+        for timeout in (None, 60.0):
+            irq.trigger(1)
+            watched.polls.clear()
+            watched.fail(call="eventfd_read", errno=errno.EAGAIN)
+            assert _WAITS[wait](irq, timeout) in (1, {1: 1})
+            first, second = watched.polls
+            assert (first, second) == (None, None) if timeout is None else 0 < (second or 0) <= (first or 0) == 60
+
+
+@pytest.mark.parametrize("own_ones", [False, True])
+@pytest.mark.parametrize("wait", _WAITS)
+def test_a_wait_that_has_ended_is_nobody_to_wake_and_the_next_one_polls_as_the_first_did(
+    watched: _Watched, own: Sequence[int], wait: str, *, own_ones: bool
+) -> None:
+    """With an interrupt or two, after the time, and with an error."""
+    with pyvfio.open_device(BDF, kernel=watched) as device:
+        irq = device.irq(MSIX)
+        for raised in ([1], [0, 1], [], None):
+            if own_ones:
+                irq.enable(fds=own[:2])
+            else:
+                irq.enable(2)
+            watched.pollers = 0
+            for _ in range(3):
+                for vector in [1] if raised is None else raised:
+                    irq.trigger(vector)
+                if raised is None:
+                    watched.fail(call="eventfd_read", errno=errno.EIO)
+                    with pytest.raises(OSError, match="Input/output"):
+                        _WAITS[wait](irq, 0)
+                    irq.wait_any(timeout=0)
+                else:
+                    assert bool(_WAITS[wait](irq, 0)) == (1 in raised)
+                irq.wait(0, timeout=0)
+            assert raised is None or watched.pollers == 2
+            watched.clear_trace()
+            irq.disable()
+            assert requests(watched.trace) == ["VFIO_DEVICE_SET_IRQS", *["close"] * 3]
+
+
+@pytest.mark.parametrize("own_ones", [False, True])
+def test_a_wait_for_several_goes_on_where_others_have_read_all_of_them(
+    kernel: SpecialKernel, device: pyvfio.Device, own: Sequence[int], *, own_ones: bool
+) -> None:
+    """An empty answer is the end of the time, and nothing else."""
+    irq = device.irq(MSIX)
+    if own_ones:
+        irq.enable(fds=own[:2])
+    else:
+        irq.enable(2)
+    for vector in (0, 1):
+        irq.trigger(vector)
+        kernel.fail(call="eventfd_read", errno=errno.EAGAIN, nth=vector + 1)
+    assert irq.wait_any(timeout=60) == {0: 1, 1: 1}
+    assert kernel.planned_failures == ()
+
+
+# ----------------------------------------------------------------------------------------- small changes, and hints
+
+
+def test_another_descriptor_of_the_eventfd_that_a_vector_has_is_no_change_for_the_kernel(
+    kernel: SpecialKernel, device: pyvfio.Device, own: list[int]
+) -> None:
+    """The program knows the vector by the new number from then on, and no signal is lost."""
+    irq = device.irq(MSIX)
+    irq.enable(fds=own[:2])
+    kernel.interrupt(BDF, 0)
+    again = os.dup(own[0])
+    kernel.clear_trace()
+    assert irq.enable(fds=[again]) == (again,)
+    assert set_irqs(kernel) == []
+    assert irq.fds == (again, own[1])
+    kernel.interrupt(BDF, 0)
+    assert irq.wait(0, timeout=0) == 2
+    os.close(again)
+
+
+def test_the_eventfd_that_unmasks_is_closed_when_it_no_longer_does(device: pyvfio.Device, own: list[int]) -> None:
+    """The duplicate of the library, at once; the program's own stays open."""
+    irq = device.irq(INTX)
+    irq.enable()
+    before = open_fds()
+    irq.unmask_by(own[0])
+    assert len(open_fds()) > len(before)
+    irq.unmask_by(None)
+    assert open_fds() == before
+    irq.unmask_by(own[0])
+    irq.disable()
+    irq.enable()
+    assert open_fds() == before
+    assert irq.held()[1] is None
+
+
+@pytest.mark.parametrize(
+    ("enabled", "asked", "hint"),
+    [
+        (MSI, MSIX, r"Only one kind .*device\.irq\(VFIO_PCI_MSI_IRQ_INDEX\)"),
+        (INTX, MSI, r"Only one kind .*device\.irq\(VFIO_PCI_INTX_IRQ_INDEX\)"),
+        (REQ, MSIX, "Only an enabled interrupt"),
+        (MSI, REQ, "Only an enabled interrupt"),
+        (None, MSIX, "Only an enabled interrupt"),
+        (MSIX, MSIX, "Only an enabled interrupt"),
+    ],
+)
+def test_a_refusal_names_an_interrupt_that_is_in_the_way_and_no_other(
+    kernel: SpecialKernel, device: pyvfio.Device, enabled: int | None, asked: int, hint: str
+) -> None:
+    """INTx, MSI and MSI-X exclude each other. The error has the arguments of the call."""
+    for index in (INTX, MSI, MSIX, ERR, REQ):
+        assert device.irq(index).fds == ()
+    if enabled is not None:
+        device.irq(enabled).enable()
+    kernel.fail(call="ioctl", request="VFIO_DEVICE_SET_IRQS", errno=errno.EINVAL)
+    start = 1 if enabled == asked else 0
+    with pytest.raises(pyvfio.IoctlError, match=hint) as caught:
+        device.irq(asked).enable(1, start=start)
+    flags = ioctls.VFIO_IRQ_SET_DATA_EVENTFD | ioctls.VFIO_IRQ_SET_ACTION_TRIGGER
+    assert caught.value.arguments == {"flags": flags, "index": asked, "start": start, "count": 1}
+
+
+def test_a_kind_without_vectors_says_that_there_are_none() -> None:
+    """Whatever is asked of that kind."""
+    with (
+        SpecialKernel(groups=[(2, [FakeDevice(BDF, msi=1, msix=0)])]) as kernel,
+        pyvfio.open_device(BDF, kernel=kernel) as device,
+    ):
+        msi, msix = device.irq(MSI), device.irq(MSIX)
+        assert [(irq.count, irq.can_grow) for irq in (msi, msix)] == [(1, False), (0, False)]
+        refused: list[tuple[type[Exception], str, Callable[[], object]]] = [
+            (ValueError, "has no vectors, not 0", partial(msix.disable, 0)),
+            (ValueError, "MSI_IRQ_INDEX .* has vectors 0 to 0, not 1", partial(msi.disable, 1)),
+            (pyvfio.UnsupportedError, "has 0 vectors, so 1 cannot be enabled", msix.enable),
+            (pyvfio.UnsupportedError, "has 1 vector, so 2 cannot be enabled", partial(msi.enable, 2)),
+        ]
+        for error, says, call in refused:
+            with pytest.raises(error, match=says):
+                call()
