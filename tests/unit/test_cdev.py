@@ -894,6 +894,22 @@ def test_a_bus_is_reset_without_groups_where_the_iommufd_owns_its_devices(siblin
         first.hot_reset()
 
 
+@pytest.mark.parametrize("lacks", ["the group", "the device"])
+def test_a_device_that_a_reset_reaches_and_that_is_in_no_group_has_no_number_of_one(
+    siblings: FakeKernel, lacks: str
+) -> None:
+    """Also a device that sysfs does not show, which is left to the kernel."""
+    with pyvfio.open_device(FIRST, iommu="iommufd", kernel=siblings) as first:
+        place = siblings.sysfs / "bus/pci/devices" / SECOND
+        gone = place / "iommu_group" if lacks == "the group" else place
+        gone.rename(gone.with_name("gone"))
+        found = first.get_pci_hot_reset_info()
+        assert [(each.bdf, each.group, each.owned) for each in found] == [(FIRST, 4, True), (SECOND, -1, True)]
+        assert first.hot_reset_groups == (-1, 4)
+        first.hot_reset()
+        gone.with_name("gone").rename(gone)
+
+
 def test_a_group_on_the_bus_that_the_iommufd_lacks_is_named_before_the_call() -> None:
     third = "0000:01:01.0"
     groups = [(4, [FakeDevice(FIRST)]), (5, [FakeDevice(third)])]

@@ -501,6 +501,10 @@ def test_each_object_shows_its_numbers_as_the_field_writes_them(kernel: SpecialK
     assert all(found.startswith(wanted) for found, wanted in shown.items()), shown
     device.container.unmap_all()
     kernel.munmap(memory, PAGE_SIZE)
+    own = Region(device, RegionInfo(9, _MMAP, PAGE_SIZE, 0))  # of the driver of the device, behind those of PCI
+    assert repr(own).startswith(f"<Region region (region 9) of {BDF} size=0x1000")
+    vga = Region(device, RegionInfo(8, _MMAP, PAGE_SIZE, 0))
+    assert repr(vga).startswith(f"<Region VGA (region 8) of {BDF}")
     device.close()
     assert repr(device) == f"<Device {BDF} in group 2, closed>"
     assert "closed" in repr(device.group)
@@ -688,17 +692,18 @@ def test_what_can_be_mapped_are_the_whole_pages_of_what_the_kernel_lists(
     assert Region(device, info).mappable == expected
 
 
-@pytest.mark.parametrize("write", [True, False])
+@pytest.mark.parametrize(("lacks", "protection"), [(0, 3), ("WRITE", 1), ("READ", 2)])
 def test_a_region_is_mapped_for_what_the_kernel_lets_be_done_with_it(
-    kernel: SpecialKernel, device: pyvfio.Device, *, write: bool
+    kernel: SpecialKernel, device: pyvfio.Device, lacks: str | int, protection: int
 ) -> None:
-    """PROT_READ, and PROT_WRITE where VFIO_REGION_INFO_FLAG_WRITE is."""
-    flags = _MMAP if write else ioctls.VfioRegionInfoFlags(_MMAP & ~ioctls.VFIO_REGION_INFO_FLAG_WRITE)
+    """PROT_READ and PROT_WRITE, where VFIO_REGION_INFO_FLAG_READ and _WRITE are."""
+    flags = _MMAP & ~vars(ioctls)[f"VFIO_REGION_INFO_FLAG_{lacks}"] if lacks else _MMAP
+    flags = ioctls.VfioRegionInfoFlags(flags)
     region = Region(device, RegionInfo(0, flags, PAGE_SIZE, device.region(0).info.offset))
     kernel.clear_trace()
     with region.mmap():
         (made,) = [call for call in kernel.trace if call.call == "mmap"]
-    assert made.given[2] == (3 if write else 1)
+    assert made.given[2] == protection
 
 
 def test_between_the_mappable_parts_registers_are_reached_by_pread(

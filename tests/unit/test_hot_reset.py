@@ -71,6 +71,15 @@ def test_reset_names_hot_reset_and_the_devices_that_it_would_reset_too(devices: 
     devices[2].reset()
 
 
+def test_reset_names_hot_reset_of_a_device_that_is_alone_on_its_bus() -> None:
+    """And no other device."""
+    with FakeKernel(groups=[(4, [FakeDevice(FIRST)])]) as kernel, pyvfio.open_device(FIRST, kernel=kernel) as device:
+        with pytest.raises(pyvfio.UnsupportedError) as caught:
+            device.reset()
+        assert caught.value.hint == "Clear bus_master to stop DMA, or use hot_reset(), which resets the bus"
+        device.hot_reset()
+
+
 def test_the_groups_that_a_hot_reset_needs_are_told(devices: tuple[pyvfio.Device, ...]) -> None:
     """Each once, ascending."""
     assert devices[2].hot_reset_groups == (4, 5)
@@ -222,6 +231,47 @@ def test_a_device_that_another_thread_opens_meanwhile_is_made_ready_too(kernel: 
         calls = requests(kernel.trace)
         assert calls.index("VFIO_IOMMU_UNMAP_DMA") < calls.index(HOT_RESET)
         third.close()
+
+
+def test_a_bar_that_another_thread_maps_meanwhile_is_unmapped_before_the_reset(
+    kernel: FakeKernel, devices: tuple[pyvfio.Device, ...]
+) -> None:
+    """For the DMA of a device on another bus, while a mapping of the same BAR is closed. The bus is reset once."""
+    with pyvfio.open_device(ROOT, kernel=kernel) as root, pyvfio.DmaMapper(root.container) as mapper:
+        region = devices[2].region(0)
+        mapped: list[pyvfio.DmaMapping] = []
+
+        def another_thread() -> None:
+            region.dependents.remove(another_thread)
+            mapped.append(mapper.map_region(region))
+
+        region.dependents.append(another_thread)
+        devices[0].hot_reset()
+        assert root.container.mapping_at(mapped[0].iova) is None
+        calls = requests(kernel.trace)
+        assert calls.count(HOT_RESET) == 1
+        assert calls.index("VFIO_IOMMU_UNMAP_DMA") < calls.index(HOT_RESET)
+
+
+def test_a_view_that_another_thread_makes_meanwhile_is_seen_before_anything_is_dropped(
+    kernel: FakeKernel, devices: tuple[pyvfio.Device, ...]
+) -> None:
+    """While a mapping of a BAR for the DMA of another device is closed."""
+    region, views = devices[2].region(0), list[memoryview]()
+    other = devices[1].region(0).mmap()
+
+    def another_thread() -> None:
+        region.dependents.remove(another_thread)
+        views.append(region.mmap().view())
+
+    region.dependents.append(another_thread)
+    with pytest.raises(BufferError, match=f"of {THIRD}"):
+        devices[0].hot_reset()
+    assert HOT_RESET not in requests(kernel.trace)
+    assert other.vaddr
+    assert [device.bus_master for device in devices] == [True] * 3
+    views.pop().release()
+    devices[0].hot_reset()
 
 
 class _Resetting(FakeKernel):

@@ -163,7 +163,11 @@ def test_after_a_write_that_ends_decoding_registers_raise_and_later_work_again(
     register = region.register32(0)
     assert (register.read(), region.read32(0)) == (1, 2)
     nic.config.write(*STOPS[what])
-    why = "does not decode memory" if "COMMAND" in what else "is in power state D3"
+    why = (
+        r"does not decode memory.*device\.memory_enabled = True"
+        if "COMMAND" in what
+        else r"is in power state D3.*Write 0 \(D0\)"
+    )
     for access in (register.read, partial(register.write, 1), partial(region.read32, 0), partial(region.write8, 0, 1)):
         with pytest.raises(pyvfio.VfioError, match=why):
             access()
@@ -544,6 +548,62 @@ def test_of_a_bar_above_64_mib_the_2_mib_around_an_access_are_mapped(kernel: Fak
     kernel.clear_trace()
     region.read32(6 * MIB)
     assert made(kernel) == [(start + 6 * MIB, 2 * MIB)]
+
+
+def test_a_bar_of_64_mib_is_one_window_and_parts_of_a_larger_one_end_windows() -> None:
+    """A window has no byte outside of its part, and none of another 2 MiB."""
+    bars = {0: Bar(64 * MIB), 1: Bar(BIG, sparse=((MIB, 4 * MIB), (6 * MIB, MIB)))}
+    with (
+        WatchedKernel(groups=[(2, [FakeDevice(BDF, bars=bars)])]) as kernel,
+        pyvfio.open_device(BDF, kernel=kernel) as device,
+    ):
+        device.region(0).write32(64 * MIB - 4, 7)
+        assert (device.region(0).read32(0), device.region(0).read32(64 * MIB - 4)) == (0, 7)
+        assert made(kernel) == [(0, 64 * MIB)]
+        kernel.clear_trace()
+        region, start = device.region(1), 1 << 40
+        for offset in (
+            MIB,
+            2 * MIB - 4,
+            2 * MIB,
+            4 * MIB,
+            5 * MIB - 4,
+            6 * MIB,
+            7 * MIB - 4,
+            5 * MIB,
+            MIB - 4,
+            7 * MIB,
+        ):
+            region.write32(offset, offset + 1)
+            assert region.read32(offset) == offset + 1
+        windows = ((MIB, MIB), (2 * MIB, 2 * MIB), (4 * MIB, MIB), (6 * MIB, MIB))
+        assert made(kernel) == [(start + at, size) for at, size in windows]
+
+
+@pytest.mark.parametrize(("bar", "offset"), [(0, 0), (1, 0), (2, 0), (3, 0), (5, PAGE_SIZE)])
+def test_no_bar_is_mapped_while_the_device_does_not_decode_memory(
+    kernel: WatchedKernel, plain: pyvfio.Device, bar: int, offset: int
+) -> None:
+    """A touch would be SIGBUS. All ones of a device that has gone are found out in each BAR."""
+    region = plain.region(bar)
+    uses: tuple[Callable[[], object], ...] = (
+        partial(region.read32, offset),
+        partial(region.register32(offset).write, 1),
+        partial(region.mmap, offset, min(region.size, PAGE_SIZE)),
+    )
+    plain.memory_enabled = False
+    for use in uses:
+        with pytest.raises(pyvfio.VfioError, match="does not decode"):
+            use()
+    with pytest.raises(pyvfio.VfioError, match="does not decode"):
+        region.add_dependent(lambda: None)
+    assert (made(kernel), kernel.areas, region.has_dependents) == ([], 0, False)
+    plain.memory_enabled = True
+    region.write32(offset, 0xFFFF_FFFF)
+    assert region.read32(offset) == 0xFFFF_FFFF
+    kernel.pull_out(SIBLING)
+    with pytest.raises(pyvfio.DeviceGoneError):
+        region.read32(offset)
 
 
 def test_of_a_bar_that_names_its_parts_each_part_is_a_window(kernel: FakeKernel, plain: pyvfio.Device) -> None:
@@ -939,8 +999,15 @@ def test_a_system_call_that_finds_no_device_says_that_it_has_gone(kernel: FakeKe
         with pytest.raises(kind):
             plain.region(4).read32(0)
     kernel.fail(call="pread", errno=5)
-    with pytest.raises(pyvfio.IoctlError, match=rf"device={SIBLING}, region=0x4, offset=0x8, size=0x4.*EIO"):
+    with pytest.raises(
+        pyvfio.IoctlError,
+        match=rf"device={SIBLING}, region=0x4, offset=0x8, size=0x4.*EIO, BAR4 .*Memory decoding may be off",
+    ):
         plain.region(4).read32(8)
+    kernel.fail(call="pwrite", errno=1)
+    with pytest.raises(pyvfio.IoctlError, match=rf"^pwrite\(device={SIBLING}, region=0x4, offset=0x8, size=0x2") as one:
+        plain.region(4).write16(8, 1)
+    assert one.value.hint == ""
     kernel.fail(call="pread", errno=5)
     with pytest.raises(pyvfio.IoctlError, match=f"whether {SIBLING} has gone is unknown"):
         plain.check_present()
