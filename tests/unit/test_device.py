@@ -779,6 +779,22 @@ def test_configuration_space_is_read_and_written(device: pyvfio.Device) -> None:
     config.write8(0x3C, 0x5A)
     assert config.read8(0x3C) == 0x5A
     assert config is device.config
+    assert config.read64(0) == int.from_bytes(config.read(0, 8), "little")
+    writes: list[Callable[[int], object]] = [
+        lambda value: config.write(0x3C, bytes([value])),
+        lambda value: config.write8(0x3C, value),
+        lambda value: config.write16(0x3C, config.read16(0x3C) & 0xFF00 | value),
+        lambda value: config.write32(0x3C, config.read32(0x3C) & 0xFFFF_FF00 | value),
+        lambda value: config.write64(0x38, config.read64(0x38) & ~(0xFF << 32) | value << 32),
+        lambda value: config.change16(0x3C, 0xFF ^ value, on=False),
+        lambda value: config.register32(0x3C).write(config.register32(0x3C).read() & 0xFFFF_FF00 | value),
+    ]
+    for value, write in enumerate(writes, 1):
+        config.write8(0x3C, 0xFF)
+        before = bytearray(config.read(0, 0x40))
+        write(value)
+        before[0x3C] = value
+        assert config.read(0, 0x40) == before
 
 
 def test_configuration_space_cannot_be_mapped() -> None:
