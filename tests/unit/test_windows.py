@@ -222,6 +222,8 @@ def test_each_width_of_a_write_is_looked_at(nic: pyvfio.Device, width: int, offs
 
 HARMLESS: dict[str, tuple[int, bytes]] = {
     "bus master": (PCI_COMMAND, b"\6\0"),
+    "up to COMMAND": (0, bytes(4)),
+    "up to PMCSR": (PM, b"\x01\xd0\x22\x00"),
     "COMMAND, the upper byte": (PCI_COMMAND + 1, b"\0"),
     "PMCSR, D0": (PMCSR, b"\0\0"),
     "PMCSR, the upper byte": (PMCSR + 1, b"\3"),
