@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -21,6 +21,18 @@ from tests.unit.fakes import BDF, PRIVATE, READ_WRITE, nothing_left, requests
 from tests.unit.processes import in_child
 
 ROOM = 16 * PAGE_SIZE
+
+
+class Number(int):
+    """A number of another class than int, as numpy's are: no other number can be combined with it."""
+
+    def __or__(self, other: object) -> int:
+        """None of both."""
+        return NotImplemented
+
+    __ror__ = __or__
+
+
 Space: TypeAlias = pyvfio.Container | pyvfio.Ioas
 
 
@@ -189,8 +201,11 @@ def test_what_is_mapped_is_known(space: Space, memory: int) -> None:
     ("vaddr", "iova", "size", "words"),
     [
         (1, MIB, PAGE_SIZE, "no process has"),
+        (MIB + PAGE_SIZE // 2, MIB, PAGE_SIZE, "no process has"),
         (MIB, 1, PAGE_SIZE, "multiples of 0x1000"),
+        (MIB, MIB + PAGE_SIZE // 2, PAGE_SIZE, "multiples of 0x1000"),
         (MIB, MIB, 1, "multiples of 0x1000"),
+        (MIB, MIB, PAGE_SIZE + PAGE_SIZE // 2, "multiples of 0x1000"),
         (MIB, MIB, 0, "multiples of 0x1000"),
         (MIB, MIB, -PAGE_SIZE, "multiples of 0x1000"),
         (MIB, -PAGE_SIZE, PAGE_SIZE, "multiples of 0x1000"),
@@ -204,10 +219,43 @@ def test_what_is_mapped_is_known(space: Space, memory: int) -> None:
 def test_what_can_never_be_mapped_is_refused_before_any_call(
     kernel: FakeKernel, space: Space, vaddr: int, iova: int, size: int, *, words: str
 ) -> None:
-    """Misaligned, empty, negative, behind the end of all addresses."""
+    """Misaligned, empty, negative, behind the end of all addresses. As numbers of Python, and of another class."""
+    said = {
+        "no process has": " {size:#x} bytes at vaddr {vaddr:#x} ",
+        "multiples of 0x1000": ".*: iova {iova:#x}, size {size:#x}$",
+    }
     kernel.clear_trace()
-    with pytest.raises(ValueError, match=words):
-        space.map(vaddr=vaddr, iova=iova, size=size)
+    for number in (int, Number):
+        with pytest.raises(ValueError, match=words + said[words].format(vaddr=vaddr, iova=iova, size=size)):
+            space.map(vaddr=number(vaddr), iova=number(iova), size=number(size))
+    assert not kernel.trace
+
+
+@pytest.mark.parametrize(
+    ("iova", "size"),
+    [
+        (1, PAGE_SIZE),
+        (MIB + PAGE_SIZE // 2, PAGE_SIZE),
+        (MIB, 1),
+        (MIB, PAGE_SIZE + PAGE_SIZE // 2),
+        (MIB, 0),
+        (0, 0),
+        (MIB, -PAGE_SIZE),
+        (-PAGE_SIZE, PAGE_SIZE),
+        (1 << 64, PAGE_SIZE),
+        (U64_MAX + 1 - PAGE_SIZE, 2 * PAGE_SIZE),
+    ],
+)
+def test_what_can_never_be_unmapped_is_refused_before_any_call(
+    kernel: FakeKernel, space: Space, iova: int, size: int
+) -> None:
+    """As what can never be mapped. The last page of all is none of these: nothing is mapped there."""
+    kernel.clear_trace()
+    for number in (int, Number):
+        with pytest.raises(ValueError, match=f"multiples of 0x1000.*: iova {iova:#x}, size {size:#x}$"):
+            space.unmap(iova=number(iova), size=number(size))
+        with pytest.raises(pyvfio.UnmapSizeError, match=r"0xfffffffffffff000-0xffffffffffffffff cannot be .*: none"):
+            space.unmap(iova=number(U64_MAX + 1 - PAGE_SIZE), size=number(PAGE_SIZE))
     assert not kernel.trace
 
 
@@ -217,6 +265,99 @@ def test_a_mapping_that_nobody_may_use_is_refused(kernel: FakeKernel, space: Spa
     with pytest.raises(ValueError, match="read or write"):
         space.map(vaddr=memory, iova=MIB, size=PAGE_SIZE, read=False, write=False)
     assert not kernel.trace
+
+
+@pytest.mark.parametrize(
+    ("choice", "wanted"),
+    [
+        ({}, 0x10000),
+        ({"top_down": True}, (1 << 39) - 2 * PAGE_SIZE),
+        ({"top_down": True, "dma_bits": 32}, (1 << 32) - 2 * PAGE_SIZE),
+        ({"dma_bits": 17}, 0x10000),
+        ({"iova": 0}, 0),
+        ({"iova": GIB, "top_down": True, "dma_bits": 17}, GIB),
+    ],
+)
+@pytest.mark.parametrize(("read", "write"), [(True, True), (True, False), (False, True)])
+def test_memory_is_mapped_where_iova_is_reserved_in_one_call(
+    kernel: FakeKernel,
+    space: Space,
+    memory: int,
+    choice: dict[str, Any],
+    wanted: int,
+    *,
+    read: bool,
+    write: bool,
+) -> None:
+    """At the place that `reserve_iova` would choose, or at that of the caller, with the access that is asked for."""
+    place = space.reserve_and_map(vaddr=memory, size=2 * PAGE_SIZE, read=read, write=write, **choice)
+    assert place == wanted
+    assert [(each.start, each.size) for each in space.reserved_iova] == [(place, 2 * PAGE_SIZE)]
+    (mapped,) = kernel.mappings(BDF)
+    assert mapped[:3] == space.mappings[0] == (place, 2 * PAGE_SIZE, memory)
+    flags = (ioctls.VFIO_DMA_MAP_FLAG_READ if read else 0) | (ioctls.VFIO_DMA_MAP_FLAG_WRITE if write else 0)
+    assert mapped.flags == flags
+    space.unmap_and_release(iova=place, size=2 * PAGE_SIZE, vaddr=memory)
+    assert (space.reserved_iova, kernel.mappings(BDF)) == ((), ())
+
+
+@pytest.mark.parametrize("alignment", [1, PAGE_SIZE, MIB, GIB])
+def test_an_iova_that_is_reserved_for_memory_has_the_remainder_of_its_address(
+    space: Space, memory: int, alignment: int
+) -> None:
+    """So that the IOMMU can use large pages: of memory that begins at a page of its own."""
+    vaddr = memory + PAGE_SIZE
+    place = space.reserve_and_map(vaddr=vaddr, size=PAGE_SIZE, alignment=alignment)
+    assert (place - vaddr) % alignment == 0
+    assert place - 0x10000 < max(alignment, PAGE_SIZE)
+    space.unmap_and_release(iova=place, size=PAGE_SIZE, vaddr=vaddr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ({"vaddr": 1}, ValueError, "no process has 0x1000 bytes at vaddr 0x1 in pages of 0x1000"),
+        ({"vaddr": MIB + PAGE_SIZE // 2}, ValueError, "no process has 0x1000 bytes at vaddr 0x100800 in"),
+        ({"vaddr": -PAGE_SIZE}, ValueError, "no process has"),
+        ({"vaddr": 1 << 64}, ValueError, "no process has"),
+        ({"vaddr": U64_MAX + 1 - PAGE_SIZE, "size": 2 * PAGE_SIZE}, ValueError, "no process has"),
+        ({"read": False, "write": False}, ValueError, "read or write must be True"),
+        ({"size": 0}, ValueError, "a size of IOVA must be a positive multiple"),
+        ({"size": 1}, ValueError, "a size of IOVA must be a positive multiple"),
+        ({"alignment": 3}, ValueError, "alignment must be a power of two"),
+        ({"iova": 1}, ValueError, "an IOVA must be a multiple"),
+        ({"iova": -PAGE_SIZE}, ValueError, "an IOVA must be a multiple"),
+        ({"dma_bits": 16}, ValueError, "dma_bits must be 17 to 64"),
+        ({"dma_bits": 65}, ValueError, "dma_bits must be 17 to 64"),
+        ({"dma_bits": "39"}, TypeError, "dma_bits"),
+        ({"vaddr": "1"}, TypeError, "str"),
+        ({"size": "1"}, TypeError, "str"),
+    ],
+)
+def test_what_can_never_be_reserved_and_mapped_is_refused_before_any_call(
+    kernel: FakeKernel, space: Space, arguments: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    """Nothing is reserved either."""
+    kernel.clear_trace()
+    with pytest.raises(error, match=said):
+        space.reserve_and_map(**({"vaddr": MIB, "size": PAGE_SIZE} | arguments))
+    assert not kernel.trace
+    assert space.reserved_iova == ()
+
+
+@pytest.mark.parametrize("iova", [None, GIB])
+def test_a_map_that_is_refused_leaves_nothing_reserved(
+    kind: Kind, kernel: FakeKernel, space: Space, memory: int, iova: int | None
+) -> None:
+    """And an IOVA that is reserved already is not mapped."""
+    kernel.fail(call="ioctl", request=kind.map_request, errno=errno.EIO)
+    with pytest.raises(pyvfio.IoctlError, match="EIO"):
+        space.reserve_and_map(vaddr=memory, size=PAGE_SIZE, iova=iova)
+    assert (space.reserved_iova, space.mappings) == ((), ())
+    space.reserve_iova_at(GIB, PAGE_SIZE)
+    with pytest.raises(pyvfio.IovaOverlapError):
+        space.reserve_and_map(vaddr=memory, size=PAGE_SIZE, iova=GIB)
+    assert space.mappings == ()
 
 
 @pytest.mark.parametrize("why", ["unlimited", "privileged"])

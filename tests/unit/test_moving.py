@@ -80,8 +80,10 @@ def test_a_cut_by_replacing_is_refused_with_block_and_space_as_before(late: Fake
         before = (space.id, space.mappings, space.iova_ranges, block.used_length, tuple(block.populated))
         for change in (partial(block.resize, MIB), partial(block.discard, MIB, MIB)):
             late.clear_trace()
-            with pytest.raises(pyvfio.UnsupportedError, match=ADVICE):
+            with pytest.raises(pyvfio.UnsupportedError, match=ADVICE) as raised:
                 change()
+            copy = f"a copy of {space.guard.what} without the part to unmap"
+            assert raised.value.message.startswith(f"{device.guard.what} cannot move to {copy}: the IOMMU")
             assert (space.id, space.mappings, space.iova_ranges, block.used_length, tuple(block.populated)) == before
             assert places(late.mappings(BDF)) == places(before[1])
             assert next_number(space.iommufd) == number
@@ -125,8 +127,10 @@ def test_a_device_that_cannot_move_stays_and_moves_when_it_is_detached_first(lat
             number = next_number(home.iommufd)
             for away in (full, empty):
                 late.clear_trace()
-                with pytest.raises(pyvfio.UnsupportedError, match=ADVICE):
+                with pytest.raises(pyvfio.UnsupportedError, match=ADVICE) as raised:
                     device.attach(away)
+                names = f"{device.guard.what} cannot move to {away.guard.what}"
+                assert raised.value.message.startswith(f"{names}: the IOMMU")
                 assert (device.space, home.devices, away.devices) == (home, [device], [])
                 assert _DETACH not in requests(late.trace)
                 assert next_number(home.iommufd) == number
@@ -170,7 +174,7 @@ def test_a_mapping_where_the_device_needs_iova_is_named(able: FakeKernel, known:
             assert ("a mapping that this process does not know" in said) != known
             assert "virtio" not in said
             assert raised.value.errno == errno.EADDRINUSE
-            assert "cannot move to" in raised.value.message
+            assert f"{device.guard.what} cannot move to {away.guard.what}: " in raised.value.message
             assert raised.value.hint.startswith("Unmap that memory" if known else "The allowed ranges")
             assert device.space is home
             if not known:  # so that the end unmaps it
@@ -194,8 +198,9 @@ def test_where_the_reason_cannot_be_known_both_are_named_and_one_that_cannot_be_
             with pytest.raises(pyvfio.IoctlError, match="MSI window") as raised:
                 device.attach(away)
             assert ("virtio-iommu before Linux 7" in raised.value.hint) == attached
-            assert ("cannot move to" in raised.value.message) == attached
+            assert (f"{device.guard.what} cannot move to {away.guard.what}" in raised.value.message) == attached
             assert ("unmap that memory" if attached else "unmap that mapping first") in raised.value.hint
+            assert attached or f"A mapping of {away.guard.what} lies in IOVA" in raised.value.hint
 
 
 def _iommufd(device: pyvfio.Device) -> pyvfio.Iommufd:
