@@ -312,14 +312,9 @@ class IovaSpace(TrackedSpace):
         if type(union) is not int:
             iova, size = index(iova), index(size)
             union = iova | size
-        if union & (self.allocator.page_size - 1) or union < 0 or size <= 0 or iova + size > _END:
-            self._check_unmap(iova, size)
-        self._unmap(iova, size)
-
-    def _check_unmap(self, iova: int, size: int) -> None:
-        """Raise ValueError if the arguments of `unmap` are invalid."""
-        if (iova | size) & (self.page_size - 1) or iova < 0 or size <= 0 or iova + size > _END:
+        if union & (self.allocator.page_size - 1) or union < 0 or not size or iova + size > _END:
             raise self._misaligned(iova, size)
+        self._unmap(iova, size)
 
     def unmap_locked(self, iova: int, size: int) -> None:
         """As `AddressSpace.unmap_locked`."""

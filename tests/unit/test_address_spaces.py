@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -115,15 +116,27 @@ def space(kind: Kind, kernel: FakeKernel, memory: int) -> Iterator[Space]:
 def test_nothing_is_mapped_where_no_device_uses_the_space(kind: Kind, kernel: FakeKernel, memory: int) -> None:
     """Nor reserved: nobody knows the ranges, and iommufd would neither check nor pin anything."""
     with nothing_left(kernel), kind.make(kernel) as space:
-        for use in (
+        uses = (
             partial(space.reserve_iova, PAGE_SIZE, alignment=PAGE_SIZE, offset=0),
             partial(space.reserve_iova_at, MIB, PAGE_SIZE),
             partial(space.map, vaddr=memory, iova=MIB, size=PAGE_SIZE),
-        ):
+            partial(space.reserve_and_map, vaddr=memory, size=PAGE_SIZE),
+            partial(space.reserve_and_map, vaddr=memory, size=PAGE_SIZE, iova=MIB),
+            partial(space.reserve_and_map_locked, memory, PAGE_SIZE, None, 1, False, 3, 39),  # noqa: FBT003
+            partial(space.reserve_and_map_locked, memory, PAGE_SIZE, MIB, 1, False, 3, 39),  # noqa: FBT003
+            space.check_takes_mappings,
+            space.picture,
+        )
+        for use in uses:
             with pytest.raises(pyvfio.VfioError, match=r"no group|no device|attach one first"):
                 use()
+        assert (space.takes_mappings, space._repr_svg_()) == (False, None)
         assert space.unmap_all() == 0
         assert (space.mappings, space.reserved_iova) == ((), ())
+    for use in uses:
+        with pytest.raises(pyvfio.ClosedError):
+            use()
+    assert space._repr_svg_() is None
 
 
 # ------------------------------------------------------------------------------------------------ arguments
@@ -201,11 +214,11 @@ def test_what_is_mapped_is_known(space: Space, memory: int) -> None:
     ("vaddr", "iova", "size", "words"),
     [
         (1, MIB, PAGE_SIZE, "no process has"),
-        (MIB + PAGE_SIZE // 2, MIB, PAGE_SIZE, "no process has"),
+        (MIB + PAGE_SIZE // 2, MIB, 2 * PAGE_SIZE, "no process has"),
         (MIB, 1, PAGE_SIZE, "multiples of 0x1000"),
-        (MIB, MIB + PAGE_SIZE // 2, PAGE_SIZE, "multiples of 0x1000"),
+        (MIB, MIB + PAGE_SIZE // 2, 2 * PAGE_SIZE, "multiples of 0x1000"),
         (MIB, MIB, 1, "multiples of 0x1000"),
-        (MIB, MIB, PAGE_SIZE + PAGE_SIZE // 2, "multiples of 0x1000"),
+        (MIB, MIB, 2 * PAGE_SIZE + PAGE_SIZE // 2, "multiples of 0x1000"),
         (MIB, MIB, 0, "multiples of 0x1000"),
         (MIB, MIB, -PAGE_SIZE, "multiples of 0x1000"),
         (MIB, -PAGE_SIZE, PAGE_SIZE, "multiples of 0x1000"),
@@ -235,9 +248,9 @@ def test_what_can_never_be_mapped_is_refused_before_any_call(
     ("iova", "size"),
     [
         (1, PAGE_SIZE),
-        (MIB + PAGE_SIZE // 2, PAGE_SIZE),
+        (MIB + PAGE_SIZE // 2, 2 * PAGE_SIZE),
         (MIB, 1),
-        (MIB, PAGE_SIZE + PAGE_SIZE // 2),
+        (MIB, 2 * PAGE_SIZE + PAGE_SIZE // 2),
         (MIB, 0),
         (0, 0),
         (MIB, -PAGE_SIZE),
@@ -343,6 +356,30 @@ def test_what_can_never_be_reserved_and_mapped_is_refused_before_any_call(
         space.reserve_and_map(**({"vaddr": MIB, "size": PAGE_SIZE} | arguments))
     assert not kernel.trace
     assert space.reserved_iova == ()
+
+
+@pytest.mark.parametrize("iova", [None, GIB])
+def test_iova_stays_reserved_while_memory_is_mapped_there_though_the_call_raised(
+    kernel: FakeKernel, space: Space, memory: int, iova: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A filter of the program's log raises behind the map: the IOVA would otherwise be given to a second mapping."""
+
+    def refuse(record: logging.LogRecord) -> bool:
+        raise ValueError(record.getMessage())
+
+    log = logging.getLogger("pyvfio.iommu.iova_space")
+    log.addFilter(refuse)
+    try:
+        with caplog.at_level(logging.DEBUG, log.name), pytest.raises(ValueError, match="mapped") as raised:
+            space.reserve_and_map(vaddr=memory, size=2 * PAGE_SIZE, iova=iova)
+    finally:
+        log.removeFilter(refuse)
+    ((place, size, vaddr),) = space.mappings
+    assert (size, vaddr) == (2 * PAGE_SIZE, memory)
+    assert str(raised.value).startswith(f"mapped iova={place:#x} vaddr={memory:#x} size=0x2000 ")
+    assert [tuple(each[:3]) for each in kernel.mappings(BDF)] == [(place, size, vaddr)]
+    assert [(each.start, each.size) for each in space.reserved_iova] == [(place, size)]
+    space.unmap_and_release(iova=place, size=size, vaddr=vaddr)
 
 
 @pytest.mark.parametrize("iova", [None, GIB])
@@ -463,14 +500,50 @@ def test_pages_of_a_file_that_cannot_be_populated_are_not_mapped(number: int, hi
 def test_after_an_unmap_of_another_size_the_table_is_what_the_kernel_has(
     kind: Kind, kernel: FakeKernel, space: Space, memory: int
 ) -> None:
-    """Another holder of the descriptor has unmapped it: the error comes once, and close succeeds."""
+    """Another holder of the descriptor has unmapped it: the error comes once, and close succeeds.
+
+    A mapping below has no part in it.
+    """
+    space.map(vaddr=memory, iova=MIB // 2, size=PAGE_SIZE)
     for number in range(3):
         space.map(vaddr=memory, iova=MIB + number * PAGE_SIZE, size=PAGE_SIZE)
     kind.unmap_behind_its_back(kernel, space, iova=MIB + PAGE_SIZE, size=PAGE_SIZE)
     with pytest.raises(pyvfio.UnmapSizeError) as caught:
         space.unmap(iova=MIB, size=2 * PAGE_SIZE)
     assert (caught.value.asked, caught.value.unmapped) == (2 * PAGE_SIZE, PAGE_SIZE)
-    assert [m.iova for m in space.mappings] == [m.iova for m in kernel.mappings(BDF)] == [MIB + 2 * PAGE_SIZE]
+    assert "Known mappings in this range: 0x100000-0x100fff, 0x101000-0x101fff. " in caught.value.hint
+    left = [MIB // 2, MIB + 2 * PAGE_SIZE]
+    assert [m.iova for m in space.mappings] == [m.iova for m in kernel.mappings(BDF)] == left
+    kind.unmap_behind_its_back(kernel, space, iova=MIB + 2 * PAGE_SIZE, size=PAGE_SIZE)
+    for use in (
+        partial(space.unmap, iova=MIB + 2 * PAGE_SIZE, size=PAGE_SIZE),
+        partial(space.unmap, iova=MIB, size=3 * PAGE_SIZE),
+    ):
+        with pytest.raises(pyvfio.UnmapSizeError) as caught:
+            use()
+        assert caught.value.unmapped == 0
+        assert [m.iova for m in space.mappings] == [MIB // 2]
+
+
+def test_an_unmap_with_its_reservation_ends_both_or_nothing(kernel: FakeKernel, space: Space, memory: int) -> None:
+    """A mapping without a reservation stays, and so does one of other memory. One that is gone is no error."""
+    space.map(vaddr=memory, iova=MIB, size=PAGE_SIZE)
+    with pytest.raises(KeyError, match="0x100000"):
+        space.unmap_and_release(iova=MIB, size=PAGE_SIZE, vaddr=memory)
+    assert [m.iova for m in kernel.mappings(BDF)] == [m.iova for m in space.mappings] == [MIB]
+    space.reserve_iova_at(MIB, PAGE_SIZE)
+    space.unmap_and_release(iova=MIB, size=PAGE_SIZE, vaddr=memory + PAGE_SIZE)
+    assert (len(kernel.mappings(BDF)), len(space.mappings), space.reserved_iova) == (1, 1, ())
+    for _ in ("mapped", "gone"):
+        space.reserve_iova_at(MIB, PAGE_SIZE)
+        space.unmap_and_release(iova=MIB, size=PAGE_SIZE, vaddr=memory)
+        assert (kernel.mappings(BDF), space.mappings, space.reserved_iova) == ((), (), ())
+    place = space.reserve_and_map(vaddr=memory, size=PAGE_SIZE)
+    kernel.fail(call="ioctl", request=space._unmap_request, errno=errno.EIO)
+    with pytest.raises(pyvfio.IoctlError, match="EIO"):
+        space.unmap_and_release(iova=place, size=PAGE_SIZE, vaddr=memory)
+    assert [each.start for each in space.reserved_iova] == [m.iova for m in kernel.mappings(BDF)] == [place]
+    space.unmap_and_release(iova=place, size=PAGE_SIZE, vaddr=memory)
 
 
 def test_an_unmap_that_can_only_fail_is_refused_before_the_call(kernel: FakeKernel, space: Space, memory: int) -> None:
@@ -486,8 +559,11 @@ def test_an_unmap_that_can_only_fail_is_refused_before_the_call(kernel: FakeKern
     for start, end in (pair for pair in itertools.combinations(range(-1, 8), 2) if pair not in whole):
         iova, size = MIB + start * PAGE_SIZE, (end - start) * PAGE_SIZE
         known = ", ".join(str(m.range) for m in space.mappings_in(iova=iova, size=size)) or "none"
-        with pytest.raises(pyvfio.UnmapSizeError, match=f"{iova:#x}-{iova + size - 1:#x} cannot .* are: {known}"):
+        with pytest.raises(
+            pyvfio.UnmapSizeError, match=f"{iova:#x}-{iova + size - 1:#x} cannot .* are: {known}"
+        ) as caught:
             space.unmap(iova=iova, size=size)
+        assert (caught.value.iova, caught.value.asked, caught.value.unmapped) == (iova, size, 0)
     assert not kernel.trace
     assert space.mappings == before
     for start, end in whole:
@@ -509,9 +585,29 @@ def test_everything_can_be_unmapped_at_once(kind: Kind, kernel: FakeKernel, spac
     assert space.unmap_all() == 0
     space.map(vaddr=memory, iova=MIB, size=2 * PAGE_SIZE)
     kind.unmap_behind_its_back(kernel, space, iova=MIB, size=2 * PAGE_SIZE)
-    with pytest.raises(pyvfio.UnmapSizeError, match=r"asked for 0x2000 .* unmapped 0x0"):
+    call = space._unmap_request
+    with pytest.raises(
+        pyvfio.UnmapSizeError, match=f"^{call} was asked for 0x2000 .* IOVA 0x0 and unmapped 0x0"
+    ) as caught:
         space.unmap_all()
+    assert (caught.value.iova, caught.value.asked, caught.value.unmapped) == (0, 2 * PAGE_SIZE, 0)
     assert space.mappings == ()
+
+
+@pytest.mark.parametrize("count", [8, 9])
+def test_of_all_mappings_that_were_to_be_unmapped_eight_are_named(
+    kind: Kind, kernel: FakeKernel, space: Space, memory: int, count: int
+) -> None:
+    """More than these are too many for a message, which says that there are more."""
+    for number in range(count):
+        space.map(vaddr=memory, iova=MIB + number * MIB, size=PAGE_SIZE)
+    kind.unmap_behind_its_back(kernel, space, iova=MIB, size=PAGE_SIZE)
+    with pytest.raises(pyvfio.UnmapSizeError) as caught:
+        space.unmap_all()
+    assert (caught.value.asked, caught.value.unmapped) == (count * PAGE_SIZE, (count - 1) * PAGE_SIZE)
+    named = ", ".join(f"{number * MIB:#x}-{number * MIB + PAGE_SIZE - 1:#x}" for number in range(1, 9))
+    assert f"Known mappings in this range: {named}{', …' * (count > 8)}. " in caught.value.hint
+    assert (space.mappings, kernel.mappings(BDF)) == ((), ())
 
 
 def test_a_refused_unmap_changes_nothing(kind: Kind, kernel: FakeKernel, space: Space, memory: int) -> None:
@@ -569,6 +665,8 @@ def test_a_closed_space_says_so(kind: Kind, kernel: FakeKernel, memory: int) -> 
             space.reserve_iova(PAGE_SIZE, alignment=PAGE_SIZE, offset=0)
         with pytest.raises(pyvfio.ClosedError):
             space.map(vaddr=memory, iova=MIB, size=PAGE_SIZE)
+        with pytest.raises(pyvfio.ClosedError):
+            space.unmap_all()
         space.unmap(iova=MIB, size=PAGE_SIZE)
 
 
@@ -636,7 +734,8 @@ def test_a_part_is_cut_out_and_nothing_else_is_lost(
     assert reached(kernel, MIB) == [page for page in range(12) if not start <= page < end]
     assert [tuple(m)[:3] for m in space.mappings] == [tuple(m)[:3] for m in kernel.mappings(BDF)]
     assert all(m.vaddr - m.iova == memory - MIB for m in kernel.mappings(BDF))
-    with pytest.raises(pyvfio.UnmapSizeError), space.guard.lock:
+    first, last = MIB + start * PAGE_SIZE, MIB + end * PAGE_SIZE - 1
+    with pytest.raises(pyvfio.UnmapSizeError, match=f"IOVA {first:#x}-{last:#x} cannot"), space.guard.lock:
         space.cut_locked(MIB + start * PAGE_SIZE, (end - start) * PAGE_SIZE)
     space.unmap_all()
     kernel.munmap(memory, 12 * PAGE_SIZE)
@@ -645,8 +744,9 @@ def test_a_part_is_cut_out_and_nothing_else_is_lost(
 def test_a_space_that_does_not_cut_says_how_one_is_made(space: Space, memory: int) -> None:
     """Nothing has changed."""
     space.map(vaddr=memory, iova=MIB, size=2 * PAGE_SIZE)
-    assert not space.can_cut
-    with pytest.raises(pyvfio.UnsupportedError, match="Ioas"), space.guard.lock:
+    assert (space.can_cut, space.cut_opens_gap) == (False, False)
+    words = rf"{space.guard.what} cannot unmap part of a mapping: 0x1000 bytes at 0x100000\. .*Ioas\(cut='pages'\)"
+    with pytest.raises(pyvfio.UnsupportedError, match=words), space.guard.lock:
         space.cut_locked(MIB, PAGE_SIZE)
     assert [m.size for m in space.mappings] == [2 * PAGE_SIZE]
 
