@@ -271,6 +271,13 @@ def tracked_rig_of(kernel: FakeKernel) -> Rig:
     return Rig(kernel, space=pyvfio.Ioas(kernel=kernel))
 
 
+def next_number(iommufd: pyvfio.Iommufd) -> int:
+    """The number of the next object: the kernel's lowest that is free."""
+    number = iommufd.ioas_alloc()
+    iommufd.destroy(number)
+    return number
+
+
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOTTY])
 @pytest.mark.parametrize("request_name", ["IOMMU_GET_HW_INFO", "IOMMU_HWPT_ALLOC"])
 def test_a_kernel_that_makes_no_such_page_table_is_refused(
@@ -284,6 +291,38 @@ def test_a_kernel_that_makes_no_such_page_table_is_refused(
     with DirtyTracking(precise.space) as tracking:
         write(tracks, 0)
         assert dirty(tracking) == [0]
+
+
+@pytest.mark.parametrize("request_name", ["IOMMU_GET_HW_INFO", "IOMMU_HWPT_ALLOC", "IOMMU_HWPT_SET_DIRTY_TRACKING"])
+def test_another_error_of_a_page_table_keeps_its_errno(precise: Rig, tracks: BusyKernel, request_name: str) -> None:
+    """It does not say that the IOMMU records nothing. Nothing has changed, and no page table is left."""
+    space = ioas_of(precise)
+    number = next_number(space.iommufd)
+    tracks.fail(call="ioctl", request=request_name, errno=errno.ENOMEM)
+    with pytest.raises(pyvfio.IoctlError, match=f"{request_name}.*ENOMEM"):
+        DirtyTracking(space)
+    assert not space.tracks
+    assert "VFIO_DEVICE_ATTACH_IOMMUFD_PT" not in requests(tracks.trace)[-3:]
+    assert next_number(space.iommufd) == number
+
+
+@pytest.mark.parametrize("request_name", ["IOMMU_HWPT_SET_DIRTY_TRACKING", "VFIO_DEVICE_ATTACH_IOMMUFD_PT"])
+def test_a_device_that_cannot_enter_a_tracked_space_leaves_no_page_table(
+    precise: Rig, tracks: BusyKernel, request_name: str
+) -> None:
+    """Whose IOMMU would need one of its own: the kernel refuses those that are there with EINVAL. The rest goes on."""
+    space = ioas_of(precise)
+    with DirtyTracking(space) as tracking:
+        number = next_number(space.iommufd)
+        tracks.fail(call="ioctl", request="VFIO_DEVICE_ATTACH_IOMMUFD_PT", errno=errno.EINVAL)
+        nth = 2 if request_name == "VFIO_DEVICE_ATTACH_IOMMUFD_PT" else 1
+        tracks.fail(call="ioctl", request=request_name, errno=errno.ENOMEM, nth=nth)
+        with pytest.raises(pyvfio.IoctlError, match="ENOMEM"):
+            pyvfio.open_device(OTHER_BDF, space=space)
+        assert tracks.planned_failures == ()
+        assert next_number(space.iommufd) == number
+        write(tracks, 1)
+        assert dirty(tracking) == [1]
 
 
 def test_all_devices_are_asked_before_one_is_moved(precise: Rig, tracks: BusyKernel) -> None:
@@ -372,6 +411,23 @@ def test_an_end_that_fails_leaves_the_tracking_on(precise: Rig, tracks: BusyKern
         tracking.close()
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_device_that_cannot_move_back_to_its_page_table_is_told_with_both_reasons(
+    precise: Rig, tracks: BusyKernel, *, ends: bool
+) -> None:
+    """At a start and at an end: of two devices, the second was refused, and then the first one's way back."""
+    space = ioas_of(precise)
+    with pyvfio.open_device(OTHER_BDF, space=space):
+        change = DirtyTracking(space).close if ends else partial(DirtyTracking, space)
+        for nth, number in ((2, errno.EFAULT), (3, errno.ENOMEM)):
+            tracks.fail(call="ioctl", request="VFIO_DEVICE_ATTACH_IOMMUFD_PT", errno=number, nth=nth)
+        with pytest.raises(pyvfio.RollbackError, match=r"^a device could not be moved to another page table") as raised:
+            change()
+        told = [each.errno for each in raised.value.exceptions if isinstance(each, OSError)]
+        assert told[:2] == [errno.EFAULT, errno.ENOMEM]
+        assert space.tracks == ends
+
+
 @pytest.mark.parametrize("cut", [None, "replace"])
 def test_one_tracking_that_is_closed_ends_the_other(tracks: BusyKernel, cut: Literal["replace"] | None) -> None:
     """Which is told so, and has unmapped nothing."""
@@ -385,6 +441,40 @@ def test_one_tracking_that_is_closed_ends_the_other(tracks: BusyKernel, cut: Lit
         assert len(rig.space.mappings) == 3
         rig.close()
         rig.free(memory, ROOM)
+
+
+def test_a_range_that_is_kept_is_reported_once_and_as_it_is(precise: Rig) -> None:
+    """By a look or by an unmap. Behind an unmap, the pages that are mapped there are others."""
+    space = ioas_of(precise)
+    kept = pyvfio.IovaRange(pyvfio.Iova(BASE + PAGE_SIZE), pyvfio.Iova(BASE + 2 * PAGE_SIZE - 1))
+    with DirtyTracking(space):
+        for ask in (space.dirty_ranges, space.unmap_dirty):
+            space.keep_dirty([kept])
+            assert space.dirty_ranges(iova=BASE, size=4 * PAGE_SIZE, clear=False) == (kept,)
+            assert ask(iova=BASE, size=4 * PAGE_SIZE) == (kept,)
+            if ask == space.unmap_dirty:
+                vaddr = space.mappings[0].vaddr - 4 * PAGE_SIZE
+                space.map(vaddr=vaddr, iova=BASE, size=4 * PAGE_SIZE)
+            assert space.dirty_ranges(iova=BASE, size=4 * PAGE_SIZE) == ()
+
+
+def test_arguments_of_a_look_are_checked_before_any_call(rig: Rig, busy: BusyKernel) -> None:
+    """A range without mappings has no dirty pages."""
+    with DirtyTracking(rig.space):
+        busy.clear_trace()
+        with pytest.raises(TypeError, match="clear"):
+            rig.space.dirty_ranges(iova=BASE, size=PAGE_SIZE, clear=1)  # type: ignore[arg-type]
+        for ask in (rig.space.dirty_ranges, rig.space.unmap_dirty):
+            with pytest.raises(TypeError, match="iova"):
+                ask(iova="1", size=PAGE_SIZE)  # type: ignore[arg-type]
+            with pytest.raises(TypeError, match="size"):
+                ask(iova=BASE, size=1.0)  # type: ignore[arg-type]
+            assert ask(iova=BASE + 8 * PAGE_SIZE, size=PAGE_SIZE) == ask(iova=BASE, size=0) == ()
+        assert not busy.trace
+    rig.close()
+    for ask in (rig.space.dirty_ranges, rig.space.unmap_dirty):
+        with pytest.raises(pyvfio.ClosedError):
+            ask(iova=BASE, size=PAGE_SIZE)
 
 
 def test_what_is_mapped_again_at_its_place_is_dirty(precise: Rig, tracks: BusyKernel) -> None:

@@ -58,12 +58,14 @@ def test_a_mapper_that_allows_no_gap_takes_no_space_whose_cuts_move_devices() ->
             assert [mapping.size for mapping in space.mappings] == [PAGE_SIZE]
 
 
+@pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("way", ["pages", "replace"])
-def test_the_rest_of_a_mapping_keeps_iova_memory_and_access_through_many_cuts(way: Cut) -> None:
+def test_the_rest_of_a_mapping_keeps_iova_memory_and_access_through_many_cuts(way: Cut, order: int) -> None:
     """Of a mapping that the device may only read, beside one that the device may write."""
     with opened(way) as (space, kernel, memory):
-        space.map(vaddr=memory, iova=IOVA, size=32 * PAGE_SIZE, write=False)
-        space.map(vaddr=memory + 32 * PAGE_SIZE, iova=IOVA + 32 * PAGE_SIZE, size=32 * PAGE_SIZE)
+        for page, write in ((0, False), (32, True))[::order]:
+            start = page * PAGE_SIZE
+            space.map(vaddr=memory + start, iova=IOVA + start, size=32 * PAGE_SIZE, write=write)
         for page in (8, 24, 31, 16, 40):
             cut(space, page=page)
         cut(space, page=0)
@@ -119,6 +121,22 @@ def test_one_cut_can_take_the_end_of_one_mapping_and_the_begin_of_the_next(way: 
         assert pages_of(space) == [(0, 2), (10, 2)]
         with pytest.raises(DmaFault, match="does not allow"):
             kernel.dma_write(BDF, IOVA + 10 * PAGE_SIZE, b"word")
+
+
+def test_a_copy_has_one_call_for_mappings_without_a_gap_and_of_one_access() -> None:
+    """Each copy is a walk of page tables in the kernel."""
+    with opened("replace") as (space, kernel, memory):
+        for page in range(12):
+            start = page * PAGE_SIZE
+            space.map(vaddr=memory + start, iova=IOVA + start + (page >= 9) * PAGE_SIZE, size=PAGE_SIZE, write=page < 6)
+        space.map(vaddr=memory, iova=IOVA + 16 * PAGE_SIZE, size=2 * PAGE_SIZE)
+        kernel.clear_trace()
+        cut(space, page=16)
+        assert requests(kernel.trace).count("IOMMU_IOAS_COPY") == 4, "pages 0, 6, 10 and 17, with those behind them"
+        assert pages_of(space) == [*((page, 1) for page in (*range(9), 10, 11, 12)), (17, 1)]
+        for page in (0, 5, 6, 8, 10, 12, 17):
+            with nullcontext() if page < 6 or page == 17 else pytest.raises(DmaFault, match="does not allow"):
+                kernel.dma_write(BDF, IOVA + page * PAGE_SIZE, b"word")
 
 
 def test_a_cut_by_pages_is_two_calls() -> None:

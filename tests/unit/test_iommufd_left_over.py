@@ -146,6 +146,46 @@ def test_a_replacement_that_failed_leaves_a_copy_to_the_next_cut(
     assert next_number(iommufd) == first
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_replacement_that_failed_leaves_no_copy(kernel: BusyKernel, iommufd: pyvfio.Iommufd, *, moved: bool) -> None:
+    """Not even where the kernel moved the device that it refused: the device moves back first."""
+    with pyvfio.Ioas(iommufd, cut="replace") as space, pyvfio.open_device(BDF, space=space):
+        memory = kernel.mmap(0, 8 * PAGE_SIZE, READ_WRITE, PRIVATE)
+        space.map(vaddr=memory, iova=MIB, size=8 * PAGE_SIZE)
+        number = next_number(iommufd)
+        kernel.fail(call="ioctl", request="VFIO_DEVICE_ATTACH_IOMMUFD_PT", errno=errno.EFAULT, after=moved)
+        with pytest.raises(pyvfio.IoctlError, match="EFAULT"), space.guard.lock:
+            space.cut_locked(MIB, PAGE_SIZE)
+        assert next_number(iommufd) == number
+        assert [place.size for place in kernel.mappings(BDF)] == [8 * PAGE_SIZE]
+        space.unmap_all()
+        kernel.munmap(memory, 8 * PAGE_SIZE)
+
+
+def test_a_device_that_cannot_move_back_from_a_copy_is_told_with_both_reasons(
+    kernel: BusyKernel, iommufd: pyvfio.Iommufd
+) -> None:
+    """That of the cut and that of the way back. With the devices, all of it ends."""
+    first = next_number(iommufd)
+    with pyvfio.Ioas(iommufd, cut="replace") as space, pyvfio.open_device(BDF, space=space):
+        pyvfio.open_device(OTHER_BDF, space=space)
+        memory = kernel.mmap(0, 8 * PAGE_SIZE, READ_WRITE, PRIVATE)
+        space.map(vaddr=memory, iova=MIB, size=8 * PAGE_SIZE)
+        for nth, number in ((2, errno.EFAULT), (3, errno.ENOMEM)):
+            kernel.fail(call="ioctl", request="VFIO_DEVICE_ATTACH_IOMMUFD_PT", errno=number, nth=nth)
+        refused = pytest.raises(pyvfio.RollbackError, match=f"^{space.guard.what} could not be replaced")
+        with refused as raised, space.guard.lock:
+            space.cut_locked(MIB, PAGE_SIZE)
+        assert [each.errno for each in raised.value.exceptions if isinstance(each, OSError)] == [
+            errno.EFAULT,
+            errno.ENOMEM,
+        ]
+        assert [mapping.size for mapping in space.mappings] == [8 * PAGE_SIZE]
+        space.close()
+        kernel.munmap(memory, 8 * PAGE_SIZE)
+    assert next_number(iommufd) == first
+
+
 def test_a_space_that_could_not_be_made_is_destroyed_with_the_next(kernel: BusyKernel, iommufd: pyvfio.Iommufd) -> None:
     first = next_number(iommufd)
     for _ in range(2):

@@ -150,6 +150,16 @@ def test_the_entries_of_mappings_that_are_gone_are_never_the_larger_half_but_for
         kernel.munmap(memory, 400 * PAGE_SIZE)
 
 
+def test_a_space_that_is_closed_is_forgotten_by_those_that_share_with_it() -> None:
+    """A program that makes and closes spaces again and again keeps none of them."""
+    with FakeKernel("7.3", iommufd=True) as kernel, nothing_left(kernel), pyvfio.Ioas(kernel=kernel) as space:
+        for _ in range(3):
+            with pyvfio.Ioas(shares_with=space) as other:
+                assert space._sharing is not None
+                assert set(space._sharing._places) == {space, other}
+            assert set(space._sharing._places) == {space}
+
+
 def test_a_space_of_another_iommufd_cannot_share() -> None:
     """Pages can only be copied within one."""
     with (
