@@ -413,12 +413,12 @@ def test_a_lack_of_memory_that_is_not_the_limits_doing_is_not_blamed_on_it(
 
 def test_an_overlap_is_told_with_what_is_there(space: Space, memory: int) -> None:
     """Every mapping that shares an address."""
-    for number in (0, 1, 5):
+    for number in (-128, 0, 1, 5):
         space.map(vaddr=memory, iova=MIB + number * PAGE_SIZE, size=PAGE_SIZE)
     with pytest.raises(pyvfio.IovaOverlapError, match="mapped already: 0x100000-0x100fff, 0x101000-0x101fff") as caught:
         space.map(vaddr=memory, iova=MIB, size=3 * PAGE_SIZE)
     assert caught.value.errno == errno.EEXIST
-    assert caught.value.existing == tuple(mapping.range for mapping in space.mappings[:2])
+    assert caught.value.existing == tuple(mapping.range for mapping in space.mappings[1:3])
 
 
 def test_an_overlap_with_a_mapping_of_another_object_says_whose_it_can_be(
@@ -439,6 +439,8 @@ def test_addresses_outside_the_ranges_are_told_with_the_ranges(space: Space, mem
         space.map(vaddr=memory, iova=iova, size=2 * PAGE_SIZE)
     assert caught.value.ranges == space.iova_ranges
     assert caught.value.errno == errno.EINVAL
+    last = iova + 2 * PAGE_SIZE - 1
+    assert caught.value.message == f"IOVA {iova:#x}-{last:#x} does not lie in one range of the IOMMU"
 
 
 def test_memory_that_cannot_be_pinned_is_told_with_what_the_process_has_there(kernel: FakeKernel, space: Space) -> None:
@@ -462,7 +464,48 @@ def test_other_refusals_are_told_as_they_are(
         space.map(vaddr=memory, iova=MIB, size=PAGE_SIZE)
     assert caught.value.errno == number
     assert caught.value.request == kind.map_request
+    assert (type(caught.value), caught.value.hint) == (pyvfio.IoctlError, "")
     assert space.mappings == ()
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "message", "hint"),
+    [
+        (
+            errno.ENOMEM,
+            pyvfio.PinLimitError,
+            "the kernel has no memory to map 4 KiB",
+            "RLIMIT_MEMLOCK is not the cause",
+        ),
+        (errno.EEXIST, pyvfio.IovaOverlapError, "part of the range is mapped already", "Unmap that part first"),
+        (errno.EINVAL, pyvfio.IoctlError, "Invalid argument", "Addresses and size must be multiples of 0x1000"),
+        (errno.EOVERFLOW, pyvfio.IoctlError, "Value too large", "Addresses and size must be multiples of 0x1000"),
+        (errno.EFAULT, pyvfio.IoctlError, "the memory cannot be pinned", "The memory must be mapped and accessible"),
+    ],
+)
+@pytest.mark.parametrize("iova", [0, MIB, 0xFEDFF000, (1 << 39) - PAGE_SIZE])
+def test_a_refusal_says_what_failed_in_the_message_and_what_to_do_in_the_hint(  # noqa: PLR0917
+    kind: Kind,
+    kernel: FakeKernel,
+    space: Space,
+    memory: int,
+    iova: int,
+    number: int,
+    error: type[pyvfio.IoctlError],
+    message: str,
+    hint: str,
+) -> None:
+    """At the ends of the ranges, too, where EINVAL has another reason than the place."""
+    kernel.memlock_limit = None
+    kernel.fail(call="ioctl", request=kind.map_request, errno=number)
+    with pytest.raises(error) as caught:
+        space.map(vaddr=memory, iova=iova, size=PAGE_SIZE, write=False)
+    assert type(caught.value) is error
+    assert caught.value.message.startswith(message)
+    assert hint in caught.value.hint
+    assert ("iommufd does not map a BAR" in caught.value.hint) == (kind.iommufd and number == errno.EFAULT)
+    given = {"vaddr": memory, "iova": iova, "size": PAGE_SIZE}
+    assert {name: caught.value.arguments[name] for name in given} == given
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,7 @@ def test_a_map_by_descriptor_that_is_refused_maps_nothing_and_says_which_call(
         given = raised.value.arguments
         assert (given["size"], given["flags"]) == (2 * PAGE_SIZE, 7)
         assert 0 < int(given["iova"]) < GIB < int(given["vaddr"]), "the addresses of a process are higher"
+        assert "BAR" not in raised.value.hint, "no descriptor of a file is one of a BAR"
         assert (device.space.mappings, kernel.mappings(BDF), list(blocks)) == ((), (), [])
         mapper._check()
 

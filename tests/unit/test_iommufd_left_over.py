@@ -200,6 +200,33 @@ def test_a_space_that_could_not_be_made_is_destroyed_with_the_next(kernel: BusyK
     assert next_number(iommufd) == first
 
 
+def test_the_number_of_a_space_that_is_gone_can_be_that_of_another_object(
+    kernel: BusyKernel, iommufd: pyvfio.Iommufd
+) -> None:
+    """Which is not destroyed with the next space that could not be made, nor with the next replacement."""
+
+    def fail() -> None:
+        kernel.fail(call="ioctl", request="IOMMU_OPTION", errno=errno.ENOMEM)
+        with pytest.raises(pyvfio.IoctlError, match="IOMMU_OPTION"):
+            pyvfio.Ioas(iommufd, cut="pages")
+
+    memory = kernel.mmap(0, 8 * PAGE_SIZE, READ_WRITE, PRIVATE)
+    with pyvfio.Ioas(iommufd, cut="replace") as space, pyvfio.open_device(BDF, space=space):
+        fail()
+        others = [iommufd.ioas_alloc()]
+        fail()
+        space.map(vaddr=memory, iova=MIB, size=8 * PAGE_SIZE)
+        for page in range(3):
+            with space.guard.lock:
+                space.cut_locked(MIB + 2 * page * PAGE_SIZE, PAGE_SIZE)
+            others.append(iommufd.ioas_alloc())
+        for number in others:
+            assert iommufd.ioas_iova_ranges(number)[1] == 1
+            iommufd.destroy(number)
+        space.unmap_all()
+    kernel.munmap(memory, 8 * PAGE_SIZE)
+
+
 @pytest.mark.parametrize("handle", ["iommufd", "space"])
 def test_with_the_iommufd_all_of_it_ends_whatever_the_kernel_refuses(kernel: BusyKernel, handle: str) -> None:
     """An iommufd that is closed, and one that is closed with its last space."""
