@@ -130,6 +130,9 @@ def test_nothing_is_mapped_where_no_device_uses_the_space(kind: Kind, kernel: Fa
         for use in uses:
             with pytest.raises(pyvfio.VfioError, match=r"no group|no device|attach one first"):
                 use()
+        with pytest.raises(pyvfio.VfioError) as caught:
+            space.map(vaddr=memory, iova=MIB, size=PAGE_SIZE)
+        assert ("Open a device first" if kind.iommufd else "has no group yet: attach one first") in caught.value.hint
         assert (space.takes_mappings, space._repr_svg_()) == (False, None)
         assert space.unmap_all() == 0
         assert (space.mappings, space.reserved_iova) == ((), ())

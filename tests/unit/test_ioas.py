@@ -54,6 +54,22 @@ def test_the_kernel_of_an_iommufd_can_be_named_again() -> None:
         assert not iommufd.closed
 
 
+def test_without_a_device_the_ranges_are_not_known_unless_iova_is_reserved_in_them() -> None:
+    """The next device has other ranges. What is reserved must lie in those, too."""
+    with FakeKernel("7.3", iommufd=True) as kernel, nothing_left(kernel), pyvfio.Ioas(kernel=kernel) as space:
+        assert not list(space.iova_ranges)
+        for reserved in (False, True):
+            with pyvfio.open_device(BDF, space=space), pyvfio.open_device(OTHER_BDF, space=space) as last:
+                ranges = space.iova_ranges
+                assert ranges[0].start == 0
+                if reserved:
+                    space.reserve_iova_at(MIB, PAGE_SIZE)
+                last.detach()
+                assert (space.takes_mappings, space.iova_ranges) == (True, ranges)
+            assert (space.takes_mappings, space.iova_ranges) == (False, ranges if reserved else ())
+        space.release_iova(MIB)
+
+
 # ------------------------------------------------------------------------------------------------ copies
 
 

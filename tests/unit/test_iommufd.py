@@ -20,7 +20,7 @@ from pyvfio.guard import Guard, closing
 from pyvfio.handle import Handle
 from pyvfio.kernel import IoctlArgument
 from pyvfio.testing.fake import FakeKernel, IommuModel
-from pyvfio.units import U64_MAX
+from pyvfio.units import U64_MAX, Iova
 from tests.unit.bare_iommufd import BareDevice
 from tests.unit.fakes import BDF
 
@@ -285,6 +285,107 @@ def test_the_space_for_the_calls_of_a_container_is_set_and_cleared(kernel: FakeK
         iommufd.clear_vfio_ioas()
         assert iommufd.vfio_ioas() is None
         assert "no I/O address space" in said(partial(iommufd.set_vfio_ioas, NO_ID), errno.ENOENT)
+
+
+def test_a_range_can_end_with_the_last_page_of_64_bits(kernel: FakeKernel) -> None:
+    """The kernel is asked about that one, and about none that ends behind."""
+    with Iommufd(kernel=kernel) as iommufd:
+        ioas, last = iommufd.ioas_alloc(), U64_MAX + 1 - PAGE
+        assert "Nothing is mapped" in said(partial(iommufd.ioas_unmap, ioas, iova=last, size=PAGE), errno.ENOENT)
+        with pytest.raises(ValueError, match=rf"iova {last:#x} with size 0x1001 ends above 2\^64"):
+            iommufd.ioas_unmap(ioas, iova=last, size=PAGE + 1)
+
+
+_MAP = {"vaddr": 3 * PAGE, "size": 2 * PAGE}
+_REFUSED: tuple[tuple[str, Callable[[Iommufd], object], dict[str, object]], ...] = (
+    ("IOMMU_DESTROY", lambda each: each.destroy(5), {"id": 5}),
+    ("IOMMU_IOAS_ALLOC", lambda each: each.ioas_alloc(), {}),
+    ("IOMMU_IOAS_IOVA_RANGES", lambda each: each.ioas_iova_ranges(5), {"ioas_id": 5}),
+    (
+        "IOMMU_IOAS_ALLOW_IOVAS",
+        lambda each: each.ioas_allow_iovas(5, [IovaRange(Iova(1), Iova(2)), IovaRange(Iova(16), Iova(31))]),
+        {"ioas_id": 5, "ranges": "0x1-0x2, 0x10-0x1f"},
+    ),
+    ("IOMMU_IOAS_ALLOW_IOVAS", lambda each: each.ioas_allow_iovas(5, []), {"ioas_id": 5, "ranges": "none"}),
+    (
+        "IOMMU_IOAS_MAP",
+        lambda each: each.ioas_map(5, iova=7 * PAGE, vaddr=3 * PAGE, size=2 * PAGE, write=False),
+        {"ioas_id": 5, "iova": 7 * PAGE, "flags": 5, **_MAP},
+    ),
+    (
+        "IOMMU_IOAS_MAP",
+        lambda each: each.ioas_map(5, vaddr=3 * PAGE, size=2 * PAGE, read=False),
+        {"ioas_id": 5, "flags": 2, **_MAP},
+    ),
+    (
+        "IOMMU_IOAS_MAP_FILE",
+        lambda each: each.ioas_map_file(5, 0, start=3 * PAGE, size=2 * PAGE, iova=0),
+        {"ioas_id": 5, "fd": 0, "start": 3 * PAGE, "size": 2 * PAGE, "iova": 0, "flags": 7},
+    ),
+    (
+        "IOMMU_IOAS_COPY",
+        lambda each: each.ioas_copy(5, 6, src_iova=3 * PAGE, size=2 * PAGE, iova=7 * PAGE),
+        {"dst_ioas_id": 5, "src_ioas_id": 6, "src_iova": 3 * PAGE, "size": 2 * PAGE, "iova": 7 * PAGE, "flags": 7},
+    ),
+    (
+        "IOMMU_IOAS_UNMAP",
+        lambda each: each.ioas_unmap(5, iova=7 * PAGE, size=2 * PAGE),
+        {"ioas_id": 5, "iova": 7 * PAGE, "size": 2 * PAGE},
+    ),
+    ("IOMMU_IOAS_UNMAP", lambda each: each.ioas_unmap_all(5), {"ioas_id": 5, "iova": 0, "size": U64_MAX}),
+    ("IOMMU_IOAS_CHANGE_PROCESS", lambda each: each.ioas_change_process(), {}),
+    (
+        "IOMMU_IOAS_NOIOMMU_GET_PA",
+        lambda each: each.ioas_noiommu_get_pa(5, iova=7 * PAGE, size=2 * PAGE),
+        {"ioas_id": 5, "iova": 7 * PAGE, "size": 2 * PAGE},
+    ),
+    (
+        "IOMMU_OPTION",
+        lambda each: each.counts_by_process,
+        {"option": "IOMMU_OPTION_RLIMIT_MODE", "op": "IOMMU_OPTION_OP_GET", "object_id": 0},
+    ),
+    (
+        "IOMMU_OPTION",
+        lambda each: each.set_counts_by_process(enabled=True),
+        {"option": "IOMMU_OPTION_RLIMIT_MODE", "op": "IOMMU_OPTION_OP_SET", "object_id": 0, "value": 1},
+    ),
+    (
+        "IOMMU_OPTION",
+        lambda each: each.set_huge_pages(5, enabled=False),
+        {"option": "IOMMU_OPTION_HUGE_PAGES", "op": "IOMMU_OPTION_OP_SET", "object_id": 5, "value": 0},
+    ),
+    ("IOMMU_VFIO_IOAS", lambda each: each.vfio_ioas(), {"op": "IOMMU_VFIO_IOAS_GET", "ioas_id": 0}),
+    ("IOMMU_VFIO_IOAS", lambda each: each.set_vfio_ioas(5), {"op": "IOMMU_VFIO_IOAS_SET", "ioas_id": 5}),
+    ("IOMMU_VFIO_IOAS", lambda each: each.clear_vfio_ioas(), {"op": "IOMMU_VFIO_IOAS_CLEAR", "ioas_id": 0}),
+    ("IOMMU_HWPT_ALLOC", lambda each: each.hwpt_alloc(5, 6, flags=2), {"dev_id": 5, "pt_id": 6, "flags": 2}),
+    (
+        "IOMMU_HWPT_SET_DIRTY_TRACKING",
+        lambda each: each.hwpt_set_dirty_tracking(5, enabled=True),
+        {"hwpt_id": 5, "flags": 1},
+    ),
+    (
+        "IOMMU_HWPT_GET_DIRTY_BITMAP",
+        lambda each: each.hwpt_get_dirty_bitmap(5, iova=7 * PAGE, size=2 * PAGE, page_size=PAGE, clear=False),
+        {"hwpt_id": 5, "iova": 7 * PAGE, "size": 2 * PAGE, "page_size": PAGE, "flags": 1},
+    ),
+    ("IOMMU_GET_HW_INFO", lambda each: each.get_hw_info(5), {"dev_id": 5}),
+)
+
+
+@pytest.mark.parametrize(
+    ("request_name", "call", "given"), _REFUSED, ids=[f"{row[0]} {n}" for n, row in enumerate(_REFUSED)]
+)
+def test_a_refusal_has_the_arguments_of_the_call_by_their_names(
+    newest: FakeKernel, request_name: str, call: Callable[[Iommufd], object], given: dict[str, object]
+) -> None:
+    """All of them, and no other; an IOVA that the kernel would choose is none."""
+    with Iommufd(kernel=newest) as iommufd:
+        newest.clear_trace()
+        newest.fail(call="ioctl", request=request_name, errno=errno.EDOM)
+        with pytest.raises(pyvfio.IoctlError, match="EDOM") as caught:
+            call(iommufd)
+        assert (caught.value.request, caught.value.arguments) == (request_name, given)
+        assert len(newest.trace) == 1
 
 
 def test_an_id_that_no_object_has_is_named(kernel: FakeKernel, memory: int) -> None:

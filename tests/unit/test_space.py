@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+
+import pytest
 
 from pyvfio.iommu.space import Mapping
 from pyvfio.iommu.table import MappingTable
@@ -86,3 +89,52 @@ def test_a_table_is_what_a_dict_says_after_many_changes() -> None:
             model[iova] = pages * 0x1000
         made._check()
         assert {m.iova: m.size for m in made} == model
+
+
+def test_each_change_gives_the_table_a_number_that_it_never_had() -> None:
+    """A look-up that was noted with the number is valid while the number is the same. Look-ups change nothing."""
+    made, seen = table((0x1000, 0x1000)), set[int]()
+    steps: tuple[Callable[[], object], ...] = (
+        lambda: made.add(iova=0x3000, size=0x3000, vaddr=0x9000),
+        lambda: made.add(iova=0x8000, size=0x1000, vaddr=0),
+        lambda: made.remove(made.find(0x8000, 0x1000) or pytest.fail("is there")),
+        lambda: made.cut(iova=0x5000, size=0x1000),
+        lambda: made.cut(iova=0x3000, size=0x1000),
+        lambda: made.discard(iova=0x1000, size=0x1000),
+        made.clear,
+        lambda: made.add(iova=0x1000, size=0x1000, vaddr=0),
+    )
+    for step in steps:
+        before = made.changes
+        seen.add(before)
+        assert (made.has(0x1000, 0x1000, 0x1001), made.at(0x20000), made.changes) == (
+            0x1001 in {mapping.vaddr for mapping in made},
+            None,
+            before,
+        )
+        step()
+        made._check()
+        assert made.changes not in seen
+
+
+def test_a_table_that_is_cleared_is_empty_and_takes_mappings_again() -> None:
+    """Of few mappings and of many."""
+    for count in (0, 1, 2000):
+        made = table()
+        for number in range(count):
+            made.add(iova=number * 0x1000, size=0x1000, vaddr=0)
+        assert (len(made), bool(made), made.mapped) == (count, count > 0, count * 0x1000)
+        made.clear()
+        made._check()
+        assert (len(made), bool(made), list(made), made.mapped, made.at(0)) == (0, False, [], 0, None)
+        made.add(iova=0x1000, size=0x1000, vaddr=5)
+        made._check()
+        assert len(made) == 1
+
+
+def test_exactly_one_mapping_is_had_by_its_place_its_size_and_its_memory() -> None:
+    """And nothing else is."""
+    made = table((0x1000, 0x2000))
+    assert made.has(0x1000, 0x2000, 0x1001)
+    for other in ((0x2000, 0x2000, 0x1001), (0x1000, 0x1000, 0x1001), (0x1000, 0x2000, 0x1000), (0x9000, 1, 0)):
+        assert made.has(*other) is False
