@@ -14,6 +14,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -668,6 +669,64 @@ def test_closing_a_group_that_is_not_the_last_unmaps_nothing(
     container.map(vaddr=memory, iova=MIB, size=PAGE_SIZE)
     other.close()
     assert len(kernel.mappings(BDF)) == len(container.mappings) == 1
+
+
+def test_a_group_that_is_closed_is_not_in_the_container_though_another_process_keeps_it_there(
+    kernel: SpecialKernel, container: Container, memory: int
+) -> None:
+    """By a device that is open there, for which the kernel refuses. The kernel removes the group with that device."""
+    other = Group(3, kernel=kernel)
+    container.attach(other)
+    container.map(vaddr=memory, iova=MIB, size=PAGE_SIZE)
+    stranger = other.get_device_fd(OTHER_BDF)
+    other.close()
+    assert (other.closed, other.container, sorted(container.groups)) == (True, None, [2])
+    assert len(container.mappings) == 1
+    kernel.close(stranger)
+
+
+@pytest.mark.parametrize("number", [-1, -(1 << 40)])
+def test_a_number_that_no_group_has_is_refused_before_any_call(kernel: SpecialKernel, number: int) -> None:
+    """0 is the number of a group."""
+    kernel.clear_trace()
+    makers: tuple[Callable[[Any], object], ...] = (
+        lambda number: Group(number, kernel=kernel),
+        lambda number: Group.from_fd(0, number=number, kernel=kernel),
+    )
+    for make in makers:
+        with pytest.raises(ValueError, match=f"0 or more, not {number}$"):
+            make(number)
+        with pytest.raises(TypeError):
+            make("2")
+    assert kernel.trace == []
+    with pytest.raises(pyvfio.DeviceNotFoundError, match="no IOMMU group 0"):
+        Group(0, kernel=kernel)
+
+
+@pytest.mark.parametrize(
+    ("number", "token", "hint"),
+    [
+        (errno.ENODEV, None, f"pyvfio bind {BDF}"),
+        (errno.EINVAL, None, ""),
+        (errno.EMFILE, None, "ulimit -n"),
+        (errno.EIO, "00112233-4455-6677-8899-aabbccddeeff", ""),
+    ],
+)
+def test_a_device_that_a_group_does_not_open_is_named_and_no_token_is_told(
+    kernel: SpecialKernel, container: Container, number: int, token: str | None, hint: str
+) -> None:
+    """A token is a secret: the error says whether one was given."""
+    group = container.group(2)
+    assert group is not None
+    before = kernel.descriptors
+    kernel.fail(call="ioctl", request="VFIO_GROUP_GET_DEVICE_FD", errno=number)
+    with pytest.raises(pyvfio.IoctlError, match=errno.errorcode[number]) as caught:
+        group.get_device_fd(BDF, vf_token=token)
+    assert (caught.value.errno, caught.value.request) == (number, "VFIO_GROUP_GET_DEVICE_FD")
+    assert caught.value.arguments == {"name": BDF, **({} if token is None else {"vf_token": "given"})}
+    assert caught.value.message.startswith("IOMMU group 2: ")
+    assert hint in caught.value.hint
+    assert (kernel.descriptors, group.devices) == (before, [])
 
 
 def test_where_no_group_is_nothing_is_unmapped(kernel: SpecialKernel) -> None:
