@@ -499,8 +499,8 @@ def test_after_each_raw_call_the_table_is_what_the_kernel_has(version: str, iomm
                 container.unmap_dma(iova=MIB + start * PAGE_SIZE, size=(end - start) * PAGE_SIZE)
             check()
         container.unmap_all()
-        container.map_dma(vaddr=memory, iova=0, size=PAGE_SIZE)
-        container.map_dma(vaddr=memory, iova=MIB, size=PAGE_SIZE)
+        for iova in (0, MIB // 2, MIB):
+            container.map_dma(vaddr=memory, iova=iova, size=PAGE_SIZE)
         assert container.unmap_dma(iova=MIB, size=PAGE_SIZE, flags=int(ioctls.VFIO_DMA_UNMAP_FLAG_VADDR)) == PAGE_SIZE
         check()
         vaddr = memory + 4 * PAGE_SIZE
@@ -511,6 +511,28 @@ def test_after_each_raw_call_the_table_is_what_the_kernel_has(version: str, iomm
         check()
         assert container.mappings == ()
         kernel.munmap(memory, 8 * PAGE_SIZE)
+
+
+@pytest.mark.parametrize("name", ["vaddr", "iova", "size", "flags"])
+def test_numbers_that_a_raw_call_cannot_hold_are_refused_before_the_call(
+    kernel: SpecialKernel, container: Container, memory: int, name: str
+) -> None:
+    """The highest that it can hold are the kernel's to refuse."""
+    top = (1 << 32) - 1 if name == "flags" else U64_MAX
+    good = {"iova": MIB, "size": PAGE_SIZE, "flags": 3}
+    calls: list[tuple[Callable[..., object], dict[str, int]]] = [(container.map_dma, {"vaddr": memory, **good})]
+    if name != "vaddr":
+        calls.append((container.unmap_dma, {**good, "flags": 0}))
+    for call, arguments in calls:
+        kernel.clear_trace()
+        for number in (-1, top + 1):
+            with pytest.raises(ValueError, match="64 bits, flags has 32"):
+                call(**{**arguments, name: number})
+        assert not kernel.trace
+        with pytest.raises(pyvfio.VfioError):
+            call(**{**arguments, name: top})
+        assert len(requests(kernel.trace)) == 1
+    assert container.mappings == ()
 
 
 @pytest.mark.parametrize("has_the_flag", [True, False])

@@ -54,6 +54,18 @@ def test_the_kernel_of_an_iommufd_can_be_named_again() -> None:
         assert not iommufd.closed
 
 
+def test_a_space_of_a_number_leaves_the_iommufd_open_and_one_that_opened_the_iommufd_does_not() -> None:
+    """Whoever passed an iommufd closes the iommufd."""
+    with FakeKernel("7.3", iommufd=True) as kernel, nothing_left(kernel):
+        with pyvfio.Iommufd(kernel=kernel) as iommufd:
+            for space in (pyvfio.Ioas.from_id(iommufd, iommufd.ioas_alloc()), pyvfio.Ioas(iommufd)):
+                space.close()
+                assert (space.closed, iommufd.closed) == (True, False)
+        own = pyvfio.Ioas(kernel=kernel)
+        own.close()
+        assert own.iommufd.closed
+
+
 def test_without_a_device_the_ranges_are_not_known_unless_iova_is_reserved_in_them() -> None:
     """The next device has other ranges. What is reserved must lie in those, too."""
     with FakeKernel("7.3", iommufd=True) as kernel, nothing_left(kernel), pyvfio.Ioas(kernel=kernel) as space:
