@@ -68,13 +68,12 @@ class HandedBlock:
         """Raise ValueError if the values cannot belong to one block."""
         populated = without([Extent(0, self.used_length)], *self.discarded)
         if not (
-            0 <= self.used_length <= self.max_length
+            self.used_length <= self.max_length
             and self.max_length > 0
-            and 0 <= self.iova <= U64_MAX - self.max_length + 1
+            and self.iova <= U64_MAX - self.max_length + 1
             and is_aligned(self.used_length | self.max_length | self.iova, PAGE_SIZE)
             and list(self.discarded) == runs(clip(self.discarded, 0, self.used_length))
             and runs(self.pieces) == populated
-            and all(one.end <= other.start for one, other in zip(self.pieces, self.pieces[1:], strict=False))
         ):
             raise ValueError(f"the lengths and parts of RAM block '{self.idstr}' contradict each other")
 
@@ -100,7 +99,7 @@ class HandedIrq:
             0 < self.count <= _MOST_VECTORS
             and self.index < _KINDS
             and list(self.vectors) == sorted(set(self.vectors))
-            and all(0 <= vector < self.count for vector in self.vectors)
+            and all(vector < self.count for vector in self.vectors)
             and len(self.eventfds) == len(self.vectors) + self.unmasked
             and (self.index == _INTX or not self.unmasked)
         ):
