@@ -258,11 +258,11 @@ def _forget(kernel: Kernel, vaddr: int, size: int) -> None:
         kernel.madvise(vaddr, size, MADV_DONTNEED_LOCKED)
 
 
-def _overcommit() -> str:
+def _never_overcommits(kernel: Kernel) -> bool:
     try:
-        return Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip()
+        return (kernel.proc / "sys/vm/overcommit_memory").read_bytes().strip() == b"2"
     except OSError:  # /proc is not mounted
-        return ""
+        return False
 
 
 class _AnonymousStore:
@@ -276,7 +276,7 @@ class _AnonymousStore:
         self._kernel = kernel
         self.flags = MAP_PRIVATE | mmap.MAP_ANONYMOUS
         if kind.noreserve:
-            if _overcommit() == "2":
+            if _never_overcommits(kernel):
                 raise ValueError("noreserve has no effect if vm.overcommit_memory is 2: the memory is charged anyway")
             self.flags |= MAP_NORESERVE
 

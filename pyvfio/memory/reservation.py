@@ -268,7 +268,7 @@ class Reservation:
             raise ValueError(f"cannot activate {length:#x} bytes: {self._length:#x} of {self.max_length:#x} are")
         start, stale = self._length, self._touched
         if self._unsettled is not None:
-            self._settle(length)
+            self._settle(*self._unsettled)
         store, step = self._store, "fallocate"
         try:
             if store.fd >= 0:  # otherwise the first touch allocates the pages
@@ -381,13 +381,13 @@ class Reservation:
             return
         if self.held:
             self.held = min(self.held, length)
-        lost = self._unsettled
-        self._unsettled = (length, end) if lost is None else (min(lost[0], length), max(lost[1], end))
+        lost = self._unsettled  # begins behind `length`: see `activate`
+        self._unsettled = unsettled = (length, end if lost is None else max(lost[1], end))
         self._map_inaccessible(self.vaddr, length, end)
         if store.fd < 0:
             self._touched = length
         try:
-            self._settle(self.max_length)
+            self._settle(*unsettled)
         except OSError as error:
             # The settings matter only once the memory is activated again; `activate` then tries once more.
             logger.debug("settings of %#x are postponed until the memory is activated: %s", self.vaddr + length, error)
@@ -474,10 +474,7 @@ class Reservation:
         self._kept = True
         self.held = self.max_length
 
-    def _settle(self, length: int) -> None:
-        if self._unsettled is None or self._unsettled[0] >= length:
-            return
-        start, end = self._unsettled
+    def _settle(self, start: int, end: int) -> None:
         apply_settings(self._kernel, self._settings, vaddr=self.vaddr + start, size=end - start)
         self._unsettled = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -31,10 +32,11 @@ from pyvfio.kernel import (
     TMPFS_MAGIC,
     FileStatus,
 )
-from pyvfio.memory import MemoryKind, Reservation
+from pyvfio.memory import MemoryKind, Received, Reservation
 from pyvfio.testing.fake import DmaFault, FakeDevice
 from pyvfio.units import MIB, PAGE_SIZE, Vaddr
 from tests.unit.fakes import BDF, Rig, SpecialKernel
+from tests.unit.processes import open_fds
 
 DATA = bytes(range(1, 256))
 F_ADD_SEALS = 1033  # linux/fcntl.h
@@ -1042,3 +1044,297 @@ def test_a_name_that_no_file_can_have_is_replaced(blocks: RamBlockList) -> None:
     block = blocks.add("\udcff", used_length=0, max_length=MIB, memory=Memfd())
     assert block.file is not None
     assert os.readlink(f"/proc/self/fd/{block.file.fd}").startswith("/memfd:?")
+
+
+# ------------------------------------------------------------------------------------------------- reservations of each
+
+
+SHARED = "the descriptor"
+
+
+@pytest.mark.parametrize(
+    ("name", "charged", "by_file", "can_drop"),
+    [
+        ("anonymous", "touched", None, True),
+        ("noreserve", "touched", None, True),
+        ("memfd", "provided", SHARED, True),
+        ("file shared", "never", SHARED, False),
+        ("file punched", "never", SHARED, True),
+        ("file private", "touched", None, False),
+    ],
+)
+def test_each_kind_says_when_its_pages_are_charged_and_whether_a_device_has_them_by_the_descriptor(
+    kernel: SpecialKernel, name: str, charged: str, by_file: str | None, *, can_drop: bool
+) -> None:
+    """A private copy is not what the file has."""
+    with kinds(name) as kind:
+        memory = Reservation(kernel, max_length=MIB, kind=kind)
+        assert (memory.charged, memory.can_drop, memory.readable_only) == (charged, can_drop, False)
+        assert memory.page_size == kind.page_size == PAGE_SIZE
+        assert memory.shared_file == (memory.file if by_file else None)
+        assert (memory.file is None) == (name in {"anonymous", "noreserve"})
+        assert memory.kind is kind
+        memory.release()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_pages_of_a_pool_are_not_charged_as_memory(fd: int, *, shared: bool) -> None:
+    """Neither those of a memfd, nor those of a file, copied or not."""
+    os.ftruncate(fd, 4 * MIB)
+    with HugeKernel() as kernel:
+        for kind in (File(fd, shared=shared), Memfd(hugetlb=2 * MIB)):
+            memory = Reservation(kernel, max_length=2 * MIB, kind=kind)
+            assert (memory.charged, memory.page_size) == ("never", 2 * MIB)
+            assert memory.shared_file == (memory.file if shared or isinstance(kind, Memfd) else None)
+            memory.release()
+    with OnDisk() as kernel:
+        memory = Reservation(kernel, max_length=2 * MIB, kind=File(fd, shared=shared))
+        assert memory.shared_file is None
+        memory.release()
+
+
+@contextmanager
+def no_standard_input() -> Iterator[None]:
+    """The next descriptor has the number 0, as in a program that was started with its input closed."""
+    saved = os.dup(0)
+    os.close(0)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 0)
+        os.close(saved)
+
+
+def test_descriptor_0_is_one_like_any_other(kernel: SpecialKernel) -> None:
+    """Memory of it grows, shrinks, is cleared and replaced, and closes it."""
+    with no_standard_input():
+        memory = Reservation(kernel, max_length=MIB, kind=Memfd())
+        assert memory.file == memory.shared_file == (0, 0)
+        memory.activate(4 * PAGE_SIZE)
+        ctypes.memset(memory.vaddr, 0x5A, 4 * PAGE_SIZE)
+        assert os.pread(0, 4 * PAGE_SIZE, 0) == b"\x5a" * 4 * PAGE_SIZE
+        memory.retain(3 * PAGE_SIZE)
+        memory.let_go()
+        memory.activate(4 * PAGE_SIZE)
+        status = os.fstat(0)
+        assert (status.st_size, status.st_blocks * 512) == (4 * PAGE_SIZE, 4 * PAGE_SIZE)
+        assert os.pread(0, PAGE_SIZE, 3 * PAGE_SIZE) == bytes(PAGE_SIZE)
+        memory.deactivate(PAGE_SIZE)
+        assert os.fstat(0).st_size == PAGE_SIZE
+        kernel.fail(call="mprotect", errno=errno.ENOMEM)
+        with pytest.raises(pyvfio.IoctlError):
+            memory.activate(2 * PAGE_SIZE)
+        assert os.fstat(0).st_size == PAGE_SIZE
+        kernel.fail(call="fallocate", errno=errno.ENOSPC)
+        with pytest.raises(pyvfio.IoctlError) as caught:
+            memory.replace(0, PAGE_SIZE, provide=True)
+        assert caught.value.request == "fallocate"
+        memory.release()
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(0)
+        memory = Reservation(kernel, max_length=MIB, kind=Memfd())
+        memory.activate_whole(PAGE_SIZE)
+        memory._check()
+        with Rig(kernel) as rig:
+            block = rig.blocks.add("file", used_length=PAGE_SIZE, max_length=MIB, memory=File(0))
+            write(block)
+            assert os.pread(0, len(DATA), 0) == DATA
+        memory.release()
+
+
+@pytest.mark.parametrize("owned", [True, False])
+@pytest.mark.parametrize("is_memfd", [True, False])
+def test_memory_that_was_received_is_as_it_was_left_and_owns_its_descriptor_if_it_is_told_to(
+    kernel: SpecialKernel, fd: int, *, is_memfd: bool, owned: bool
+) -> None:
+    """No call changes the file; a part that is not in use stays out of reach."""
+    os.ftruncate(fd, MIB + PAGE_SIZE)
+    os.pwrite(fd, b"x" * MIB, 0)
+    received, start = os.dup(fd), 0 if is_memfd else PAGE_SIZE
+    kind = Memfd() if is_memfd else File(7, PAGE_SIZE)  # the number in the other process
+    came = Received(received, kind)
+    assert came.page_size == PAGE_SIZE
+    memory = Reservation(kernel, max_length=MIB, kind=came)
+    assert (memory.kind, memory.file) == (kind, (received, start))
+    kernel.clear_trace()
+    memory.resume(0)
+    assert kernel.trace == []
+    memory.resume(2 * PAGE_SIZE)
+    assert [(call.call, call.given) for call in kernel.trace] == [("mprotect", (memory.vaddr, 2 * PAGE_SIZE, 3))]
+    assert (memory.length, memory.retained) == (2 * PAGE_SIZE, 0)
+    memory._check()
+    assert ctypes.string_at(memory.vaddr, 2 * PAGE_SIZE) == b"x" * 2 * PAGE_SIZE
+    assert os.fstat(fd).st_size == MIB + PAGE_SIZE
+    memory.own()
+    if not owned:
+        memory.disown()
+    memory.release()
+    memory.abandon()
+    assert (received in open_fds()) != owned
+    if not owned:
+        os.close(received)
+
+
+def test_memory_that_was_received_stays_its_senders_until_it_is_told_otherwise(kernel: SpecialKernel, fd: int) -> None:
+    """Also if it cannot be mapped, or made accessible."""
+    os.ftruncate(fd, MIB)
+    for kind in (Memfd(), File(0)):
+        kernel.fail(call="mmap", errno=errno.ENOMEM, nth=2)
+        with pytest.raises(pyvfio.IoctlError, match="could not be mapped"):
+            Reservation(kernel, max_length=MIB, kind=Received(fd, kind))
+        memory = Reservation(kernel, max_length=MIB, kind=Received(fd, kind))
+        kernel.fail(call="mprotect", errno=errno.ENOMEM)
+        with pytest.raises(pyvfio.IoctlError, match="8 KiB more memory could not be allocated") as caught:
+            memory.resume(2 * PAGE_SIZE)
+        assert (caught.value.request, caught.value.arguments) == (
+            "mprotect",
+            {"vaddr": memory.vaddr, "size": 2 * PAGE_SIZE},
+        )
+        memory.release()
+        assert fd in open_fds()
+
+
+@pytest.mark.parametrize("name", ["anonymous", "memfd", "file shared", "file punched"])
+def test_memory_that_is_allocated_in_full_is_usable_to_its_end(kernel: SpecialKernel, name: str) -> None:
+    """Its guard page is only where the kernel needs no mapping more for it; of a memfd only a part has pages."""
+    with kinds(name) as kind:
+        memory = Reservation(kernel, max_length=MIB, kind=kind)
+        kernel.clear_trace()
+        kernel.fail(call="mprotect", errno=errno.ENOMEM)
+        with pytest.raises(pyvfio.IoctlError, match="1 MiB more memory could not be allocated") as caught:
+            memory.activate_whole(2 * PAGE_SIZE)
+        assert (caught.value.request, caught.value.arguments) == ("mprotect", {"vaddr": memory.vaddr, "size": MIB})
+        assert (memory.length, memory.retained) == (0, 0)
+        memory._check()
+        if name == "memfd":
+            assert memory.file is not None
+            assert os.fstat(memory.file[0]).st_size == 0
+        memory.activate_whole(2 * PAGE_SIZE)
+        assert (memory.length, memory.retained) == (MIB, 0)
+        memory._check()
+        guard = 0 if memory.file else PAGE_SIZE
+        assert kernel.trace[-1].given == (memory.vaddr, MIB + guard, 3)
+        if name == "memfd":
+            assert memory.file is not None
+            status = os.fstat(memory.file[0])
+            assert (status.st_size, status.st_blocks * 512) == (MIB, 2 * PAGE_SIZE)
+        ctypes.memset(memory.vaddr, 1, MIB)
+        with pytest.raises(ValueError, match="0x100000 bytes are active already"):
+            memory.activate_whole(MIB)
+        memory.release()
+
+
+@pytest.mark.parametrize("name", ["anonymous", "memfd", "file punched", "file private", "file shared"])
+@pytest.mark.parametrize("provide", [True, False])
+def test_replaced_pages_are_new_and_a_refusal_says_which_were_not(
+    kernel: SpecialKernel, name: str, *, provide: bool
+) -> None:
+    """They read zeros, or what the file has; pages of a memfd are there at once if that is asked for."""
+    with kinds(name) as kind:
+        memory = Reservation(kernel, max_length=MIB, kind=kind)
+        memory.activate(MIB)
+        ctypes.memset(memory.vaddr, 0x5A, MIB)
+        memory.replace(PAGE_SIZE, 3 * PAGE_SIZE, provide=provide)
+        if name == "memfd":
+            assert memory.file is not None
+            assert MIB - os.fstat(memory.file[0]).st_blocks * 512 == (0 if provide else 2 * PAGE_SIZE)
+        kept = name == "file shared"
+        new = b"\x5a" * 2 * PAGE_SIZE if kept else bytes(2 * PAGE_SIZE)
+        found = ctypes.string_at(memory.vaddr, MIB)
+        assert found == b"\x5a" * PAGE_SIZE + new + b"\x5a" * (MIB - 3 * PAGE_SIZE)
+        by_call = "fallocate" if name in {"memfd", "file punched"} else "madvise"
+        for number in (errno.ENOMEM, errno.EPERM):
+            kernel.fail(call=by_call, errno=number)
+            with pytest.raises(pyvfio.IoctlError, match="new pages for 8 KiB could not be allocated") as caught:
+                memory.replace(PAGE_SIZE, 3 * PAGE_SIZE, provide=provide)
+            error = caught.value
+            assert (error.request, error.errno) == (by_call, number)
+            assert error.arguments == {"vaddr": memory.vaddr + PAGE_SIZE, "size": 2 * PAGE_SIZE}
+            if not memory.can_drop:
+                assert error.hint.startswith("The pages belong to a file that must not be punched")
+            else:
+                assert error.hint.startswith("Free memory" if number == errno.ENOMEM else "The file may have been")
+        memory.release()
+
+
+def test_pages_that_could_not_be_given_back_after_a_refused_growth_read_zeros_later(kernel: SpecialKernel) -> None:
+    """They were allocated, and another process may have written to them; what was retained before is not cut."""
+    memory = Reservation(kernel, max_length=MIB, kind=Memfd())
+    memory.activate(PAGE_SIZE)
+    assert memory.file is not None
+    kernel.fail(call="mprotect", errno=errno.ENOMEM)
+    kernel.fail(call="ftruncate", errno=errno.EIO)
+    with pytest.raises(pyvfio.IoctlError, match="12 KiB more memory could not be allocated") as caught:
+        memory.activate(4 * PAGE_SIZE)
+    assert caught.value.arguments == {"vaddr": memory.vaddr + PAGE_SIZE, "size": 3 * PAGE_SIZE}
+    assert (memory.length, memory.retained) == (PAGE_SIZE, 3 * PAGE_SIZE)
+    os.pwrite(memory.file[0], b"x" * 3 * PAGE_SIZE, PAGE_SIZE)
+    kernel.fail(call="mprotect", errno=errno.ENOMEM)
+    kernel.clear_trace()
+    with pytest.raises(pyvfio.IoctlError):
+        memory.activate(4 * PAGE_SIZE)
+    assert [call.call for call in kernel.trace] == ["fallocate", "mprotect"]
+    memory.activate(4 * PAGE_SIZE)
+    assert not any(ctypes.string_at(memory.vaddr, 4 * PAGE_SIZE))
+    assert os.fstat(memory.file[0]).st_blocks * 512 == 4 * PAGE_SIZE
+    kernel.fail(call="fallocate", errno=errno.ENOSPC)
+    with pytest.raises(pyvfio.IoctlError, match="8 KiB more memory") as caught:
+        memory.provide(2 * PAGE_SIZE, 4 * PAGE_SIZE)
+    assert (caught.value.request, caught.value.arguments) == (
+        "fallocate",
+        {"vaddr": memory.vaddr + 2 * PAGE_SIZE, "size": 2 * PAGE_SIZE},
+    )
+    memory.release()
+
+
+@pytest.mark.parametrize("name", ["anonymous", "memfd", "file shared", "file punched"])
+def test_cleared_memory_reads_zeros_unless_it_shows_a_file(kernel: SpecialKernel, name: str) -> None:
+    """Which the caller wants to see; and its pages stay."""
+    with kinds(name) as kind:
+        memory = Reservation(kernel, max_length=MIB, kind=kind)
+        memory.activate(4 * PAGE_SIZE)
+        ctypes.memset(memory.vaddr, 0x5A, 4 * PAGE_SIZE)
+        kernel.clear_trace()
+        memory.clear(PAGE_SIZE, 3 * PAGE_SIZE)
+        inside = b"\x5a" if name == "file shared" else b"\0"
+        page = b"\x5a" * PAGE_SIZE
+        assert ctypes.string_at(memory.vaddr, 4 * PAGE_SIZE) == page + inside * 2 * PAGE_SIZE + page
+        assert kernel.trace == []
+        memory.release()
+
+
+@pytest.mark.parametrize(
+    ("number", "hugetlb", "hint"),
+    [
+        (errno.EMFILE, None, "Close descriptors, or raise RLIMIT_NOFILE (ulimit -n)"),
+        (errno.EMFILE, 2 * MIB, "Close descriptors, or raise RLIMIT_NOFILE (ulimit -n)"),
+        (errno.ENOMEM, None, ""),
+        (errno.ENODEV, None, ""),
+        (errno.ENOMEM, 2 * MIB, ""),
+    ],
+)
+def test_a_memfd_that_cannot_be_made_is_refused_with_what_helps(
+    kernel: SpecialKernel, number: int, hugetlb: int | None, hint: str
+) -> None:
+    """Nothing is said of huge pages where it is not for want of them."""
+    kernel.fail(call="memfd_create", errno=number)
+    with pytest.raises(pyvfio.IoctlError, match="no memfd could be made for RAM block 'ring'") as caught:
+        Reservation(kernel, max_length=2 * MIB, kind=Memfd(hugetlb=hugetlb), idstr="ring")
+    assert (caught.value.request, caught.value.errno, caught.value.hint) == ("memfd_create", number, hint)
+
+
+@pytest.mark.parametrize(("policy", "is_refused"), [("2\n", True), ("0\n", False), ("1\n", False), (None, False)])
+def test_memory_cannot_be_unreserved_where_the_kernel_never_overcommits(
+    kernel: SpecialKernel, tmp_path: Path, policy: str | None, *, is_refused: bool
+) -> None:
+    """The kernel would charge it all the same; without /proc nobody can tell."""
+    kernel.own_proc = tmp_path
+    if policy is not None:
+        (tmp_path / "sys/vm").mkdir(parents=True)
+        (tmp_path / "sys/vm/overcommit_memory").write_text(policy)
+    Reservation(kernel, max_length=MIB, kind=Anonymous()).release()
+    if is_refused:
+        with pytest.raises(ValueError, match=r"noreserve has no effect if vm\.overcommit_memory is 2"):
+            Reservation(kernel, max_length=MIB, kind=Anonymous(noreserve=True))
+    else:
+        Reservation(kernel, max_length=MIB, kind=Anonymous(noreserve=True)).release()

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import gc
 import mmap
+import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
@@ -14,10 +15,29 @@ from pathlib import Path
 import pytest
 
 from pyvfio.errors import ClosedError, IoctlError
-from pyvfio.kernel import MADV_DONTNEED_LOCKED, Kernel, LinuxKernel
-from pyvfio.memory import ALIGNMENT, Exports, MemorySettings, Reservation, apply_settings, describe
+from pyvfio.kernel import (
+    MADV_DONTNEED_LOCKED,
+    MAP_ANONYMOUS,
+    MAP_FIXED,
+    MAP_PRIVATE,
+    PROT_READ,
+    PROT_WRITE,
+    Kernel,
+    LinuxKernel,
+)
+from pyvfio.memory import (
+    ALIGNMENT,
+    Anonymous,
+    Exports,
+    Memfd,
+    MemoryKind,
+    MemorySettings,
+    Reservation,
+    apply_settings,
+    describe,
+)
 from pyvfio.testing import FakeKernel
-from pyvfio.units import MIB, PAGE_SIZE, TIB, U64_MAX
+from pyvfio.units import MIB, PAGE_SIZE, TIB, U64_MAX, Vaddr, align_up
 from tests.unit.processes import areas, in_child, limit_memory, maps
 
 PLAIN = MemorySettings(dontfork=False, hugepage=False)
@@ -98,6 +118,94 @@ def test_no_more_is_kept_than_the_length_and_the_guard_page(kernel: FakeKernel, 
         if call.call == "munmap"
     )
     memory.release()
+
+
+class _Shifted(FakeKernel):
+    """Whose address space begins so many bytes behind a multiple of 2 MiB. Linux aligns large areas from 6.7 on."""
+
+    shift = 0
+
+    def mmap(self, vaddr: int, size: int, protection: int, flags: int, *, fd: int = -1, offset: int = 0) -> Vaddr:
+        """As the kernel's, but for the place."""
+        if flags & MAP_FIXED:
+            return super().mmap(vaddr, size, protection, flags, fd=fd, offset=offset)
+        linux = LinuxKernel()
+        found = linux.mmap(0, size + 2 * ALIGNMENT, protection, flags, fd=fd, offset=offset)
+        place = align_up(found, ALIGNMENT) + self.shift
+        if found < place:
+            linux.munmap(found, place - found)
+        linux.munmap(place + size, found + size + 2 * ALIGNMENT - place - size)
+        self.place, self.size = place, size
+        return Vaddr(place)
+
+
+@pytest.mark.parametrize("shift", [0, PAGE_SIZE, MIB, ALIGNMENT - PAGE_SIZE])
+@pytest.mark.parametrize("kind", [Anonymous(), Memfd()])
+def test_memory_is_aligned_wherever_the_kernel_puts_it_and_the_rest_is_given_back(shift: int, kind: MemoryKind) -> None:
+    """Before the first byte, and behind the guard page."""
+    with _Shifted() as kernel:
+        kernel.shift = shift
+        memory = Reservation(kernel, max_length=MIB, kind=kind, settings=PLAIN)
+        assert memory.vaddr == align_up(kernel.place, ALIGNMENT)
+        memory.activate(MIB)
+        memory._check()
+        kept = sum(
+            min(area.end, kernel.place + kernel.size) - max(area.start, kernel.place)
+            for area in areas(kernel.place, kernel.size)
+        )
+        assert kept == MIB + PAGE_SIZE
+        memory.release()
+
+
+class _Losing(FakeKernel):
+    """A fixed mapping of which fails, and has removed a part of what was there by then.
+
+    In the `hole`, (start, end), another thread has mapped memory with the rights `by`; None: nothing yet.
+    """
+
+    hole = (0, 0)
+    by: int | None = None
+
+    def mmap(self, vaddr: int, size: int, protection: int, flags: int, *, fd: int = -1, offset: int = 0) -> Vaddr:
+        """ENOMEM."""
+        if not flags & MAP_FIXED:
+            return super().mmap(vaddr, size, protection, flags, fd=fd, offset=offset)
+        start, end = self.hole
+        linux = LinuxKernel()
+        if self.by is None:
+            linux.munmap(vaddr + start, end - start)
+        else:
+            linux.mmap(vaddr + start, end - start, self.by, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED)
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+@pytest.mark.parametrize("by", [None, PROT_READ, PROT_READ | PROT_WRITE])
+@pytest.mark.parametrize("hole", [(0, PAGE_SIZE), (MIB, 2 * MIB), (2 * MIB - PAGE_SIZE, 2 * MIB + PAGE_SIZE)])
+def test_address_space_that_another_thread_may_have_is_not_unmapped(hole: tuple[int, int], by: int | None) -> None:
+    """All of it stays, as nobody can tell whose the parts are."""
+    with _Losing() as kernel:
+        kernel.hole, kernel.by = hole, by
+        with pytest.raises(IoctlError, match="ENOMEM"):
+            Reservation(kernel, max_length=2 * MIB, kind=Memfd(), settings=PLAIN)
+        calls = [call for call in kernel.trace if call.call in MEMORY_CALLS]
+        vaddr = align_up(calls[0].result or 0, ALIGNMENT)
+        assert not any(vaddr <= int(call.given[0]) < vaddr + 2 * MIB for call in calls[1:])
+        found = areas(vaddr, 2 * MIB + PAGE_SIZE)
+        there = sum(min(area.end, vaddr + 2 * MIB + PAGE_SIZE) - max(area.start, vaddr) for area in found)
+        assert there == 2 * MIB + PAGE_SIZE - (hole[1] - hole[0] if by is None else 0)
+        for area in found:
+            LinuxKernel().munmap(max(area.start, vaddr), min(area.end, vaddr + 2 * MIB + PAGE_SIZE) - vaddr)
+
+
+def test_a_refused_trim_says_which_part_could_not_be_unmapped() -> None:
+    """With its place and size, before and behind."""
+    for nth, part in ((1, (0, MIB)), (2, (2 * MIB + PAGE_SIZE, MIB - PAGE_SIZE))):
+        with _Shifted() as kernel:
+            kernel.shift = MIB
+            kernel.fail(call="munmap", errno=errno.ENOMEM, nth=nth)
+            with pytest.raises(IoctlError) as caught:
+                Reservation(kernel, max_length=MIB, settings=PLAIN)
+            assert caught.value.arguments == {"vaddr": kernel.place + part[0], "size": part[1]}
 
 
 def test_reservations_that_lie_side_by_side_are_still_told_apart() -> None:
@@ -255,6 +363,9 @@ def test_growing_takes_one_call_and_shrinking_one_more_than_there_are_settings(k
     kernel.clear_trace()
     memory.deactivate(2 * MIB)
     assert [call.call for call in kernel.trace] == ["mmap"] + ["madvise"] * 4
+    kernel.clear_trace()
+    memory.activate(4 * MIB)
+    assert [call.call for call in kernel.trace] == ["mprotect"]
     memory.release()
 
 
@@ -560,6 +671,76 @@ def test_memory_that_is_kept_for_ever_is_never_given_back(kernel: FakeKernel) ->
     assert {call.call for call in kernel.trace} == {"mprotect"}
 
 
+def test_what_was_retained_is_dropped_and_not_written_once_no_device_reaches_it(kernel: FakeKernel) -> None:
+    """A shrink below says so, and so does whoever has seen that the unmap was made up for."""
+    for end_it in ("shrink", "let go"):
+        memory = reserve(kernel, active=4 * MIB)
+        memory.retain(2 * MIB)
+        memory.activate(6 * MIB)
+        fill(memory, 0, 6 * MIB)
+        with pytest.raises(OSError, match="a device may still reach the memory") as caught:
+            memory.drop(3 * MIB, 4 * MIB)
+        assert caught.value.errno == errno.EBUSY
+        assert is_zero(contents(memory, 3 * MIB, 4 * MIB))
+        if end_it == "shrink":
+            memory.deactivate(MIB)
+            memory.activate(6 * MIB)
+            fill(memory, 0, 6 * MIB)
+        else:
+            memory.let_go()
+        memory.drop(3 * MIB, 4 * MIB)
+        assert sum(area.rss for area in areas(memory.vaddr, 8 * MIB)) <= 5 * MIB
+        memory.release()
+
+
+def test_what_is_kept_for_ever_is_never_let_go(kernel: FakeKernel) -> None:
+    """Whatever is said of one change."""
+    memory = reserve(kernel, active=4 * MIB)
+    fill(memory, 0, 4 * MIB)
+    memory.keep()
+    memory.let_go()
+    with pytest.raises(OSError, match="a device may still reach the memory"):
+        memory.drop(0, PAGE_SIZE)
+    assert sum(area.rss for area in areas(memory.vaddr, 8 * MIB)) == 4 * MIB
+    memory._kept = False  # which nothing else takes back
+    memory.release()
+
+
+@pytest.mark.parametrize("part", [(-PAGE_SIZE, PAGE_SIZE), (0, 0), (2, 1), (MIB, 4 * MIB + 1), (4 * MIB, 5 * MIB)])
+def test_only_what_is_active_can_be_dropped_cleared_or_replaced(kernel: FakeKernel, part: tuple[int, int]) -> None:
+    """All of it can; without a byte, or with one too many, nothing is done."""
+    memory = reserve(kernel, active=4 * MIB)
+    fill(memory, 0, 4 * MIB)
+    kernel.clear_trace()
+    actions: dict[str, Callable[[int, int], None]] = {
+        "drop": memory.drop,
+        "clear": memory.clear,
+        "replace": lambda start, end: memory.replace(start, end, provide=True),
+    }
+    for name, action in actions.items():
+        with pytest.raises(ValueError, match=f"cannot {name} .*: 0x400000 bytes are active"):
+            action(*part)
+    assert kernel.trace == []
+    assert contents(memory, 0, 4 * MIB) == b"\x5a" * 4 * MIB
+    for action in actions.values():
+        fill(memory, 0, 4 * MIB)
+        action(MIB, 2 * MIB)
+        assert contents(memory, 0, 4 * MIB) == b"\x5a" * MIB + bytes(MIB) + b"\x5a" * 2 * MIB
+        action(0, 4 * MIB)
+        assert is_zero(contents(memory, 0, 4 * MIB))
+    memory.release()
+
+
+@pytest.mark.parametrize("length", [0, 2 * MIB, 4 * MIB])
+def test_all_or_nothing_of_it_can_be_retained(length: int) -> None:
+    """As any part."""
+    memory = reserve(active=4 * MIB)
+    memory.retain(length)
+    assert (memory.length, memory.retained, memory.held) == (length, 4 * MIB - length, 4 * MIB)
+    memory._check()
+    memory.release()
+
+
 @pytest.mark.parametrize("length", [-1, 4 * MIB + PAGE_SIZE])
 def test_only_what_is_active_can_be_retained(length: int) -> None:
     """Anything else is a ValueError."""
@@ -588,9 +769,12 @@ def test_released_memory_cannot_be_resized() -> None:
     """ClosedError, whatever is asked."""
     memory = reserve(active=MIB)
     memory.release()
-    for action in (memory.activate, memory.deactivate, memory.retain):
+    for action in (memory.activate, memory.deactivate, memory.retain, memory.activate_whole):
         with pytest.raises(ClosedError):
             action(0)
+    for part in (memory.drop, lambda start, end: memory.replace(start, end, provide=True)):
+        with pytest.raises(ClosedError):
+            part(0, PAGE_SIZE)
 
 
 def test_a_release_that_fails_has_changed_nothing(kernel: FakeKernel) -> None:
@@ -625,6 +809,31 @@ def test_the_end_of_what_views_reach_is_that_of_the_longest_live_one() -> None:
     assert exports.end() == memory.vaddr + MIB
     short.release()
     assert exports.end() == 0
+    memory.release()
+
+
+def test_views_that_have_gone_leave_nothing_behind() -> None:
+    """However many there were."""
+    memory, exports = reserve(active=MIB), Exports()
+    for _ in range(100):
+        exports.view(memory.vaddr, PAGE_SIZE)
+    assert len(exports._exports) == 1
+    memory.release()
+
+
+def test_the_end_of_each_view_can_be_watched() -> None:
+    """Of those that are alive: each calls once, and a view that has ended does not."""
+    memory, exports = reserve(active=MIB), Exports()
+    gone, first, second = (exports.view(memory.vaddr, PAGE_SIZE) for _ in range(3))
+    gone.release()
+    del gone
+    ended: list[int] = []
+    exports.watch(lambda: ended.append(exports.end()))
+    assert ended == []
+    first.release()
+    assert len(ended) == 1
+    second.release()
+    assert ended[1:] == [0]
     memory.release()
 
 
