@@ -75,7 +75,6 @@ def hand_over(mapper: DmaMapper) -> HandOver:
     space = mapper.space
     if not isinstance(space, Container | Ioas):
         raise TypeError(f"only a mapper of a Container or of an Ioas can be handed over, not of {type(space)}")
-    mapper.guard.check()
     update = HandOver(mapper, space)
     if (other := _enter(space, update)) is not None:
         return other.begun()

@@ -67,7 +67,6 @@ class IoasGiving:
         The memory is this process's already, so the call changes nothing. If a mapping is by address, the call fails as
         in the other process.
         """
-        self._has_addresses = False
         if not self._iommufd.charge_moves:
             return
         try:

@@ -9,6 +9,7 @@ import errno
 import gc
 import json
 import os
+import signal
 import struct
 import threading
 import time
@@ -431,6 +432,114 @@ def test_finishing_closes_the_eventfds_and_the_device_goes_on_signalling_them(ke
         assert os.eventfd_read(theirs) == 1
         rig.blocks.discards.require().close()
     os.close(theirs)
+
+
+def test_what_is_cancelled_cannot_be_finished_and_what_is_closed_cannot_be_handed_over(
+    kernel: SpecialKernel, rig: Rig
+) -> None:
+    """Everything stays with this process, and nothing is asked of the kernel."""
+    update = hand_over(rig.mapper)
+    update.cancel()
+    for use in (update.finish, update.make_inheritable):
+        with pytest.raises(pyvfio.ClosedError, match="cancelled"):
+            use()
+    assert rig.container.handing is None
+    rig.blocks["ring"].resize(5 * PAGE_SIZE)
+    rig.mapper.close()
+    kernel.clear_trace()
+    with pytest.raises(pyvfio.ClosedError):
+        hand_over(rig.mapper)
+    assert kernel.trace == []
+    assert rig.container.handing is None
+
+
+@pytest.mark.parametrize("what", ["a byte of a block", "a region"])
+def test_the_smallest_view_keeps_a_hand_over_from_being_finished(kernel: SpecialKernel, rig: Rig, what: str) -> None:
+    """Nothing is closed then. Afterwards the space has no mapping that this process would know of."""
+    rig.device.memory_enabled = True
+    view = rig.blocks["ring"].view(0, 1) if what == "a byte of a block" else rig.device.region(0).mmap().view()
+    update = hand_over(rig.mapper)
+    with take_over(update.state, duplicates(kernel, update), kernel=kernel):
+        with pytest.raises(BufferError):
+            update.finish()
+        assert len(rig.container.mappings) == len(layout(rig)) > 0
+        rig.device.config.read16(0)
+        view.release()
+        update.finish()
+        assert rig.device.closed
+        assert rig.container.mappings == ()
+
+
+def test_many_obstacles_are_counted_and_the_first_are_named(rig: Rig) -> None:
+    """Eight of them: more say nothing that helps."""
+    for index in range(9):
+        rig.blocks.add(f"private{index}", used_length=0, max_length=MIB, memory=Anonymous())
+    with pytest.raises(HandOverError, match="9 things cannot be handed over: ") as caught:
+        hand_over(rig.mapper)
+    assert sum(f"'private{index}'" in str(caught.value) for index in range(9)) == 8
+
+
+def test_memory_that_is_not_as_long_as_it_is_used_is_not_handed_over(kernel: SpecialKernel, rig: Rig) -> None:
+    """A block that is allocated in full, and one of which a part could not be given back, until it could."""
+    kernel.fail(call="mprotect", errno=errno.ENOMEM)
+    rig.add("whole")
+    refused(rig, "'whole' is allocated in full, so no process can resize it elsewhere")
+    rig.blocks["whole"].remove()
+    kernel.fail(call="ftruncate", errno=errno.EIO)
+    with pytest.warns(pyvfio.MemoryNotReturnedWarning):
+        rig.blocks["holes"].resize(4 * PAGE_SIZE)
+    refused(rig, "'holes' has memory that an earlier change could not release: resize the block once more")
+    rig.blocks["holes"].resize(3 * PAGE_SIZE)
+    hand_over(rig.mapper).cancel()
+
+
+def test_a_hand_over_that_fails_and_cannot_be_undone_tells_both_and_can_be_cancelled_later(
+    kernel: SpecialKernel, rig: Rig
+) -> None:
+    """Until then it is in progress."""
+    before = rig.reached()
+    kernel.fall_short_at(1)
+    kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.EIO)
+    with pytest.raises(pyvfio.RollbackError, match="could not begin, and the undo failed too") as caught:
+        hand_over(rig.mapper)
+    begin, undo = caught.value.exceptions
+    assert (type(begin), getattr(undo, "errno", 0)) == (HandOverError, errno.EIO)
+    assert "hand_over(mapper) returns a HandOver that can be cancelled" in caught.value.hint
+    with pytest.raises(HandOverError):
+        rig.blocks["ring"].resize(PAGE_SIZE)
+    hand_over(rig.mapper).cancel()
+    assert rig.reached() == before
+    has_addresses(rig)
+    rig.blocks["ring"].resize(PAGE_SIZE)
+
+
+class _Signalling(pyvfio.DmaMapper):
+    """A signal arrives when it is asked for its windows."""
+
+    pressed = False
+
+    def __getattribute__(self, name: str) -> object:
+        if name == "space" and object.__getattribute__(self, "pressed"):
+            self.pressed = False
+            signal.raise_signal(signal.SIGUSR1)
+        return super().__getattribute__(name)
+
+
+def test_a_handler_that_raises_in_a_second_call_does_not_cancel_the_first(kernel: SpecialKernel) -> None:
+    """Somebody has that hand-over."""
+    with Rig(kernel, memory=Memfd(), mapper=_Signalling) as rig:
+        rig.add()
+        with hand_over(rig.mapper) as update:
+            kernel.interrupt_at(0, after=False)  # a handler that raises
+            assert isinstance(rig.mapper, _Signalling)
+            rig.mapper.pressed = True
+            with pytest.raises(Interrupt):
+                hand_over(rig.mapper)
+            assert not rig.mapper.pressed
+            assert rig.container.handing is update
+            assert hand_over(rig.mapper) is update
+            with pytest.raises(HandOverError):
+                rig.blocks["ring"].resize(PAGE_SIZE)
 
 
 def test_memory_that_is_kept_for_ever_is_not_handed_over(kernel: SpecialKernel, rig: Rig) -> None:

@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import gc
 import json
 import mmap
 import os
 import resource
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +22,7 @@ import pytest
 
 import pyvfio
 from pyvfio import Anonymous, File, HandOver, HandOverError, Ioas, Memfd, RamBlock, TakenOver, hand_over, take_over
+from pyvfio.live_update.agreement import Agreement, Side
 from pyvfio.live_update.handed_space import HandedIoas
 from pyvfio.live_update.state import State
 from pyvfio.memory import MemoryKind
@@ -391,6 +395,7 @@ def test_what_was_cancelled_cannot_be_taken_over_not_even_at_the_last_step(kerne
     kernel.clear_trace()
     with pytest.raises(HandOverError, match="has cancelled"):
         take_over(update.state, fds, kernel=kernel)
+    assert {call.call for call in kernel.trace} == {"file_status"}  # nothing has been mapped for it
     close(kernel, fds)
     update = hand_over(rig.mapper)
     fds = rig.sent(update)
@@ -481,6 +486,187 @@ def test_what_is_finished_is_closed_and_closing_it_reaches_nothing(kernel: Speci
     assert rig.space.closed
     assert rig.iommufd.closed
     taken.close()
+
+
+# ------------------------------------------------------------------------------------------------ charges
+
+
+@pytest.mark.parametrize("by_process", [False, True], ids=["by user", "by process"])
+def test_what_a_process_had_taken_over_and_died_can_be_taken_over_by_a_third(
+    kernel: SpecialKernel, *, by_process: bool
+) -> None:
+    """By process, nobody can have the charge of a process that has ended: the kernel is not asked."""
+    for rig in made(Rig(kernel, by_process=by_process)):
+        places = rig.places()
+        with hand_over(rig.mapper) as update:
+            fds = rig.sent(update)
+            forget(take_over(update.state, fds, kernel=kernel), kernel, fds)
+            kernel.clear_trace()
+            with take_over(update.state, rig.sent(update), kernel=kernel) as taken:
+                assert requests(kernel.trace).count(CHANGE) == (0 if by_process else 1)
+                assert isinstance(taken.space, Ioas)
+                assert taken.space.iommufd.charge_moves == (not by_process)
+                update.finish()
+                both_ways(kernel, taken.blocks, places)
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EIO])
+def test_a_cancel_takes_the_charge_back_from_whoever_had_it_and_from_nobody_else(
+    kernel: SpecialKernel, rig: Rig, number: int
+) -> None:
+    """A process whose take-over has failed has no charge; one that had taken over before it still counts."""
+    for earlier in (False, True):
+        with hand_over(rig.mapper) as update:
+            fds = rig.sent(update)
+            if earlier:
+                died = rig.sent(update)
+                forget(take_over(update.state, died, kernel=kernel), kernel, died)
+            kernel.fail(call="ioctl", request=CHANGE, errno=number)
+            with pytest.raises(pyvfio.IoctlError) as caught:
+                take_over(update.state, fds, kernel=kernel)
+            assert (caught.value.request, caught.value.errno) == (CHANGE, number)
+            gc.collect()  # nothing that was made closes what is the caller's
+            assert set(fds) <= set(open_fds())
+            close(kernel, fds)
+            kernel.clear_trace()
+        assert requests(kernel.trace).count(CHANGE) == int(earlier)
+        rig.check()
+
+
+@pytest.mark.parametrize("by_process", [False, True], ids=["by user", "by process"])
+@pytest.mark.parametrize(
+    ("privileged", "limit", "is_limit"), [(False, MIB, True), (True, MIB, False), (False, None, False)]
+)
+def test_a_charge_that_is_refused_names_the_limit_if_there_is_one(
+    kernel: SpecialKernel, *, by_process: bool, privileged: bool, limit: int | None, is_limit: bool
+) -> None:
+    """Whose it is, what it is, and all that was asked for; a process without a limit is told the kernel's errno."""
+    for rig in made(Rig(kernel, by_process=by_process)):
+        with hand_over(rig.mapper) as update:
+            fds = rig.sent(update)
+            kernel.privileged, kernel.memlock_limit = privileged, limit
+            used = kernel.memlock().used
+            kernel.fail(call="ioctl", request=CHANGE, errno=errno.ENOMEM)
+            with pytest.raises(pyvfio.IoctlError) as caught:
+                take_over(update.state, fds, kernel=kernel)
+            error = caught.value
+            assert (error.request, error.errno) == (CHANGE, errno.ENOMEM)
+            assert isinstance(error, pyvfio.PinLimitError) == is_limit
+            if isinstance(error, pyvfio.PinLimitError):
+                size = sum(size for _iova, size in rig.reached())
+                assert (error.limit, error.asked, error.by_user) == (MIB, size, not by_process)
+                assert (error.used, error.mapped) == ((used, 0) if by_process else (0, None))
+                kib = (used + size if by_process else 2 * size) // 1024
+                assert f"ulimit -l {kib} (KiB)" in error.hint
+            close(kernel, fds)
+            kernel.privileged, kernel.memlock_limit = True, None
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "reason"),
+    [
+        (errno.ENOTTY, pyvfio.UnsupportedError, "IOMMU_IOAS_CHANGE_PROCESS is not supported"),
+        (errno.EINVAL, HandOverError, "has a mapping by address that this process does not know"),
+        (errno.EIO, pyvfio.IoctlError, "EIO"),
+        (errno.ENOMEM, pyvfio.IoctlError, "ENOMEM"),
+    ],
+)
+def test_a_kernel_that_refuses_at_once_is_told_by_its_errno(
+    kernel: SpecialKernel, rig: Rig, number: int, error: type[Exception], reason: str
+) -> None:
+    """And the next attempt asks anew."""
+    kernel.fail(call="ioctl", request=CHANGE, errno=number)
+    with pytest.raises(error, match=reason):
+        hand_over(rig.mapper)
+    assert rig.space.handing is None
+    hand_over(rig.mapper).cancel()
+
+
+# ------------------------------------------------------------------------------------------------ the agreement
+
+
+@pytest.fixture
+def agreement(kernel: SpecialKernel) -> Iterator[Agreement]:
+    """That of the old process."""
+    made = Agreement.make(kernel)
+    yield made
+    made.close()
+    kernel.close(made.shared)
+
+
+def test_each_process_knows_whether_the_other_one_lives(agreement: Agreement) -> None:
+    """By a lock for each, which one process at a time can hold."""
+    new, another = Agreement(agreement.shared, Side.NEW), Agreement(agreement.shared, Side.NEW)
+    found = [agreement.is_alone, new.hold(), another.hold(), agreement.is_alone, new.is_alone]
+    assert found == [True, True, False, False, False]
+    for _ in range(2):
+        agreement.close()
+    assert new.is_alone
+    new.close()
+    assert another.hold()
+    another.close()
+
+
+def test_both_processes_read_both_flags(agreement: Agreement) -> None:
+    """Each by itself; TAKEN can be cleared."""
+    new = Agreement(agreement.shared, Side.NEW)
+
+    def told() -> set[tuple[bool, bool]]:
+        return {(side.cancelled, side.taken) for side in (agreement, new)}
+
+    assert told() == {(False, False)}
+    new.take(value=True)
+    assert told() == {(False, True)}
+    agreement.cancel()
+    assert told() == {(True, True)}
+    new.take(value=False)
+    assert told() == {(True, False)}
+    new.close()
+
+
+def test_only_one_process_at_a_time_writes_flags(agreement: Agreement) -> None:
+    """The lock is held from the beginning to the end of the block, also of one that raises; it is not those of life."""
+    fd = os.open(f"/proc/self/fd/{agreement.shared}", os.O_RDWR | os.O_CLOEXEC)
+
+    def can_lock(kind: int, place: int) -> bool:
+        try:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("@hhqqi0q", kind, os.SEEK_SET, place, 1, 0))
+        except BlockingIOError:
+            return False
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("@hhqqi0q", fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
+        return True
+
+    def locked() -> list[int]:
+        return [place for place in range(8) if not can_lock(fcntl.F_RDLCK, place)]
+
+    assert locked() == [3]
+    with suppress(ZeroDivisionError), agreement.in_order():
+        assert locked() == [2, 3]
+        raise ZeroDivisionError
+    assert locked() == [3]
+    os.close(fd)
+
+
+def test_an_agreement_can_have_descriptor_0(agreement: Agreement) -> None:
+    """And closes it."""
+    saved = os.dup(0)
+    os.close(0)
+    try:
+        new = Agreement(agreement.shared, Side.NEW)
+        found = [new.hold(), agreement.is_alone]
+        new.close()
+        assert [*found, agreement.is_alone] == [True, False, True]
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(0)
+    finally:
+        os.dup2(saved, 0)
+        os.close(saved)
+
+
+def test_an_agreement_that_proc_does_not_show_is_refused(agreement: Agreement) -> None:
+    """Of a number that is no descriptor, as where /proc is not mounted."""
+    with pytest.raises(pyvfio.UnavailableError, match=r"cannot be opened through /proc.*needs /proc"):
+        Agreement(agreement.shared + 1000, Side.NEW)
 
 
 # ------------------------------------------------------------------------------------------------ obstacles
