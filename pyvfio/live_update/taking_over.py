@@ -84,7 +84,6 @@ class TakenOver(ContextManager):
 
 
 def _undo(taken: TakenOver) -> None:
-    taken.mapper.forget()
     taken.taking.give_back(VfioError("interrupted"))
 
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -23,7 +24,7 @@ import pytest
 
 import pyvfio
 from pyvfio import Anonymous, File, HandOver, HandOverError, Memfd, TakenOver, hand_over, ioctls, take_over
-from pyvfio.kernel import IoctlArgument
+from pyvfio.kernel import HUGETLBFS_MAGIC, FileStatus, IoctlArgument
 from pyvfio.live_update.handed_space import HandedContainer
 from pyvfio.live_update.state import State
 from pyvfio.mapper.window import Window
@@ -996,6 +997,8 @@ def test_a_state_that_is_none_is_refused_with_what_is_wrong_with_it(
         ({"fds": [1.5]}, TypeError, "a descriptor must be a whole number, not 1.5"),
         ({"fds": [1 << 70]}, ValueError, "no descriptor has the number 1180591620717411303424"),
         ({"fds": [-1]}, ValueError, "no descriptor has the number -1"),
+        ({"fds": [1 << 31]}, ValueError, "no descriptor has the number 2147483648"),
+        ({"fds": [(1 << 31) - 1]}, HandOverError, "^1 descriptors were passed"),
         ({"fds": 3}, TypeError, "int"),
         ({"place": 5}, TypeError, "must be callable"),
         ({"policy_of": "x"}, TypeError, "must be callable"),
@@ -1019,6 +1022,83 @@ def test_arguments_that_can_never_be_right_are_told_before_any_call(
         assert kernel.trace == []
         numbers: list[int] = list(np.array(fds))
         forget(take_over(update.state, numbers, kernel=kernel), kernel, fds)
+
+
+def test_descriptors_can_have_any_number_that_the_kernel_gives(kernel: SpecialKernel, rig: Rig) -> None:
+    """Also 0, in a program that was started without standard input."""
+    with hand_over(rig.mapper) as update:
+        fds = duplicates(kernel, update)
+        saved = os.dup(0)
+        os.close(0)
+        try:
+            first = kernel.dup(update.fds[0])
+            assert first == 0
+            with take_over(update.state, [0, *fds[1:]], kernel=kernel):
+                update.finish()
+        finally:
+            os.dup2(saved, 0)
+            os.close(saved)
+        kernel.close(fds[0])
+
+
+class _HugeKernel(SpecialKernel):
+    """In which each file is of huge pages of that size; the rest as in another one."""
+
+    size = 2 * MIB
+
+    def __init__(self, kernel: SpecialKernel) -> None:
+        self.__dict__ = kernel.__dict__.copy()
+
+    def file_status(self, fd: int) -> FileStatus:
+        """As if it were."""
+        return replace(super().file_status(fd), file_system=HUGETLBFS_MAGIC, block_size=self.size)
+
+
+def test_memory_of_huge_pages_is_taken_over_as_such_and_no_other(kernel: SpecialKernel) -> None:
+    """Neither small pages nor those of another size."""
+    with Rig(kernel, memory=Memfd()) as rig:
+        rig.add(used=2 * MIB, maximum=4 * MIB)
+        update = hand_over(rig.mapper)
+        fds, told = duplicates(kernel, update), json.loads(update.state)
+        told["blocks"][0]["memory"] = {"kind": "memfd", "hugetlb": 2 * MIB}
+        state, huge = json.dumps(told).encode(), _HugeKernel(kernel)
+        huge.size = 1 << 30
+        for wrong in (kernel, huge):
+            with pytest.raises(HandOverError, match="'ring' does not consist of huge pages of 2 MiB"):
+                take_over(state, fds, kernel=wrong)
+        huge.size = 2 * MIB
+        with take_over(state, fds, kernel=huge) as taken:
+            assert (taken.blocks["ring"].page_size, taken.blocks["ring"].used_length) == (2 * MIB, 2 * MIB)
+            update.finish()
+
+
+def test_the_callers_choices_hold_for_blocks_of_the_new_process(kernel: SpecialKernel, rig: Rig) -> None:
+    """Each of the callbacks is what it was given as."""
+    asked: list[str] = []
+    reported: list[str] = []
+
+    def policy_of(block: pyvfio.RamBlock | pyvfio.BlockShape) -> pyvfio.Policy:
+        asked.append(block.idstr)
+        return pyvfio.Policy("extend", granule=PAGE_SIZE)
+
+    update = hand_over(rig.mapper)
+    with take_over(
+        update.state,
+        duplicates(kernel, update),
+        kernel=kernel,
+        policy_of=policy_of,
+        place=lambda _block: 1 << 32,
+        progress=lambda step: reported.append(step.block.idstr),
+    ) as taken:
+        update.finish()
+        assert (asked, reported) == ([], [])
+        taken.blocks["ring"].resize(5 * PAGE_SIZE)
+        assert (asked, set(reported)) == ([], {"ring"})
+        before = len(layout(rig))
+        new = taken.blocks.add("new", used_length=3 * PAGE_SIZE, max_length=MIB)
+        assert set(asked) == {"new"}
+        assert len(layout(rig)) == before + 3
+        assert taken.mapper.iova(new) == 1 << 32
 
 
 def test_a_state_says_the_same_after_it_has_travelled(kernel: SpecialKernel, rig: Rig) -> None:
