@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -12,9 +13,10 @@ from pathlib import Path
 import pytest
 
 import pyvfio
-from pyvfio.kernel import LinuxKernel
+from pyvfio.kernel import MADV_POPULATE_WRITE, LinuxKernel
 from pyvfio.memory import MemoryKind
 from pyvfio.memory.cgroup import memory_room
+from pyvfio.memory.prefault import check_room
 from pyvfio.testing.fake import FakeDevice
 from pyvfio.units import MIB, PAGE_SIZE
 from tests.unit.fakes import BDF, PRIVATE, READ_WRITE, Rig, SpecialKernel
@@ -69,6 +71,8 @@ def test_a_group_above_may_be_the_tighter_one(tmp_path: Path) -> None:
     assert (tree.room(), tree.limited_by()) == (10 * MIB, "a/memory.max")
     tree.group("", 50 * MIB, 45 * MIB)
     assert (tree.room(), tree.limited_by()) == (5 * MIB, "memory.max")
+    tree.group("a/b", 64 * MIB, 62 * MIB)
+    assert (tree.room(), tree.limited_by()) == (2 * MIB, "a/b/memory.max")
 
 
 def test_page_cache_can_be_reclaimed_and_memory_of_tmpfs_cannot(tmp_path: Path) -> None:
@@ -305,6 +309,30 @@ def test_pages_of_a_file_are_its_own_and_copies_of_them_are_memory(kernel: Limit
                 "file", used_length=4 * MIB, max_length=4 * MIB, memory=pyvfio.File(fd, shared=shared), prealloc=1
             )
     os.close(fd)
+
+
+def test_only_pages_that_are_missing_have_to_fit(kernel: LimitedKernel) -> None:
+    """To the byte; which are there is asked only where the answer could matter, of each part by itself."""
+    vaddr = kernel.mmap(0, 4 * MIB, READ_WRITE, PRIVATE)
+    kernel.madvise(vaddr, 4 * MIB, mmap.MADV_NOHUGEPAGE)
+    kernel.madvise(vaddr + 2 * MIB, MIB, MADV_POPULATE_WRITE)
+    parts = [(MIB, 2 * MIB), (2 * MIB, 4 * MIB)]
+    kernel.leave(3 * MIB)
+    kernel.clear_trace()
+    check_room(kernel, parts, vaddr=vaddr)
+    assert "resident" not in [call.call for call in kernel.trace]
+    kernel.leave(2 * MIB)
+    check_room(kernel, parts, vaddr=vaddr)
+    asked = [call.given for call in kernel.trace if call.call == "resident"]
+    assert asked == [(vaddr + MIB, MIB), (vaddr + 2 * MIB, 2 * MIB)]
+    kernel.leave(2 * MIB - PAGE_SIZE)
+    with pytest.raises(pyvfio.IoctlError, match="2 MiB of memory are to be populated, 4 KiB more than") as caught:
+        check_room(kernel, parts, vaddr=vaddr)
+    assert (caught.value.request, caught.value.arguments) == (
+        "madvise",
+        {"vaddr": vaddr + MIB, "size": 3 * MIB, "advice": MADV_POPULATE_WRITE},
+    )
+    kernel.munmap(vaddr, 4 * MIB)
 
 
 def test_what_is_resident_is_told_in_bytes() -> None:

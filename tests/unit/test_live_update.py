@@ -1101,6 +1101,18 @@ def test_the_callers_choices_hold_for_blocks_of_the_new_process(kernel: SpecialK
         assert taken.mapper.iova(new) == 1 << 32
 
 
+def test_a_take_over_that_fails_leaves_no_address_space_behind(kernel: SpecialKernel, rig: Rig) -> None:
+    """Nor a block that anybody could use."""
+    with hand_over(rig.mapper) as update:
+        fds, before = duplicates(kernel, update), kernel.areas
+        for nth in (1, 2):
+            kernel.fail(call="ioctl", request="VFIO_IOMMU_MAP_DMA", errno=errno.ENOMEM, nth=nth)
+            with pytest.raises(pyvfio.PinLimitError):
+                take_over(update.state, fds, kernel=kernel)
+            assert kernel.areas == before
+        close(kernel, fds)
+
+
 def test_a_state_says_the_same_after_it_has_travelled(kernel: SpecialKernel, rig: Rig) -> None:
     """To the last field."""
     with hand_over(rig.mapper) as update:

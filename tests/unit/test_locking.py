@@ -70,6 +70,7 @@ def refusal(kernel: LockingKernel, size: int, mapped: int | None) -> PinLimitErr
         ),
         (6 * MIB, 0, "6 MiB are locked (6 MiB by mlock or mlockall) and"),
         (4 * MIB, None, "(4 MiB by mlock or mlockall, 2 MiB by mappings for devices)"),
+        (MIB, 6 * MIB, "6 MiB are locked (6 MiB by mappings of this address space) and"),
         # The three were read one after the other.
         (8 * MIB, 2 * MIB, "6 MiB are locked (8 MiB by mlock or mlockall) and"),
     ],
@@ -80,7 +81,9 @@ def test_a_refusal_says_who_holds_what(kernel: LockingKernel, by_mlock: int, map
     error = refusal(kernel, 5 * MIB, mapped)
     assert holders in error.message
     assert "5 MiB were asked for, so 3 MiB are missing" in error.message
-    assert (error.limit, error.used, error.mlocked, error.asked) == (8 * MIB, 6 * MIB, by_mlock, 5 * MIB)
+    told = by_mlock if mapped != 6 * MIB else 0  # where the mappings are all of it, nothing is read
+    assert (error.limit, error.used, error.mlocked, error.asked) == (8 * MIB, 6 * MIB, told, 5 * MIB)
+    assert (error.mapped, error.by_user) == (mapped, False)
 
 
 def test_where_nothing_is_locked_nobody_holds_anything(kernel: LockingKernel) -> None:
@@ -98,6 +101,65 @@ def test_the_hint_says_whether_munlockall_is_enough(kernel: LockingKernel, by_ml
     hint = refusal(kernel, 5 * MIB, 0).hint
     assert f"frees {by_mlock // MIB} MiB, which {enough}" in hint
     assert "ulimit -l 11264 (KiB)" in hint
+
+
+def test_a_process_that_may_lock_nothing_is_told_so(kernel: LockingKernel) -> None:
+    """To the byte."""
+    kernel.lock = Memlock(0, 0, privileged=False)
+    error = refusal(kernel, MIB, None)
+    assert "lets this process lock 0 bytes; 0 bytes are locked and 1 MiB were asked for, so 1 MiB are" in error.message
+    assert (error.limit, error.used, error.mapped) == (0, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("lock", "is_enough"),
+    [
+        (Memlock(8 * MIB, 3 * MIB, privileged=False), True),
+        (Memlock(8 * MIB, 3 * MIB + 1, privileged=False), False),
+        (Memlock(8 * MIB, 9 * MIB, privileged=False), False),
+        (Memlock(8 * MIB, 9 * MIB, privileged=True), True),
+        (Memlock(None, 9 * MIB, privileged=False), True),
+    ],
+)
+def test_a_limit_suffices_to_the_last_byte(lock: Memlock, *, is_enough: bool) -> None:
+    """For 5 MiB more."""
+    assert locking.suffices(lock, 5 * MIB) == is_enough
+
+
+@pytest.mark.parametrize(
+    ("used", "locked", "others"), [(6 * MIB, 2 * MIB, 4 * MIB), (2 * MIB, 2 * MIB, 0), (0, MIB, 0)]
+)
+def test_a_limit_of_the_user_is_told_for_the_whole_change(
+    kernel: LockingKernel, used: int, locked: int, others: int
+) -> None:
+    """Less what the change itself had pinned by then."""
+    failed = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    one = locking.user_limit_error(failed, 8 * MIB, MIB, mapped=used, request="map", arguments={"size": MIB})
+    assert (one.limit, one.used, one.asked, one.mapped, one.by_user) == (8 * MIB, used, MIB, used, True)
+    error = locking.restate(one, kernel=kernel, size=5 * MIB, locked=locked, arguments={"size": 5 * MIB})
+    assert (error.limit, error.used, error.asked, error.mapped, error.by_user) == (
+        8 * MIB,
+        others,
+        5 * MIB,
+        others,
+        True,
+    )
+    assert (error.errno, error.request, error.arguments) == (errno.ENOMEM, "map", {"size": 5 * MIB})
+    assert "lets the processes of this user pin 8 MiB in all" in error.message
+    assert "5 MiB were asked for" in error.message
+    assert f"ulimit -l {(others + 5 * MIB) // 1024} (KiB)" in error.hint
+
+
+@pytest.mark.parametrize("mapped", [None, 3 * MIB])
+def test_a_limit_of_the_process_is_told_for_the_whole_change(kernel: LockingKernel, mapped: int | None) -> None:
+    """As that of the user."""
+    kernel.lock, kernel.by_mlock = Memlock(8 * MIB, 7 * MIB, privileged=False), MIB
+    one = refusal(kernel, 2 * MIB, mapped)
+    error = locking.restate(one, kernel=kernel, size=5 * MIB, locked=2 * MIB, arguments={"size": 5 * MIB})
+    assert (error.limit, error.used, error.asked, error.by_user) == (8 * MIB, 5 * MIB, 5 * MIB, False)
+    assert error.mapped == (None if mapped is None else MIB)
+    assert (error.errno, error.request, error.arguments) == (errno.ENOMEM, "map", {"size": 5 * MIB})
+    assert "5 MiB were asked for, so 2 MiB are missing" in error.message
 
 
 def test_a_mapping_that_is_refused_is_counted_with_its_container(kernel: LockingKernel) -> None:
@@ -144,6 +206,32 @@ def test_a_refused_mlockall_says_how_much_it_would_need(kernel: LockingKernel) -
     assert "is 100 MiB, so 36 MiB are missing; 2 MiB mapped for devices are charged in addition" in caught.value.message
     assert caught.value.hint.startswith(f"ulimit -l {102 * 1024} (KiB)")
     assert (caught.value.limit, caught.value.asked, caught.value.errno) == (64 * MIB, 100 * MIB, errno.ENOMEM)
+
+
+@pytest.mark.parametrize(
+    ("space", "locked", "says", "needed"),
+    [
+        (64 * MIB, (0, 0), "is 64 MiB", 64 * MIB),
+        (64 * MIB + PAGE_SIZE, (0, MIB), "is 64.0 MiB, so 4 KiB are missing", 64 * MIB + PAGE_SIZE),
+        (64 * MIB, (6 * MIB, 4 * MIB), "is 64 MiB; 2 MiB mapped for devices are charged in addition", 66 * MIB),
+        (64 * MIB, (6 * MIB, 6 * MIB), "is 64 MiB", 64 * MIB),
+        (64 * MIB, (6 * MIB, 8 * MIB), "is 64 MiB", 64 * MIB),  # read one after the other
+    ],
+)
+def test_a_refused_mlockall_names_what_is_missing_and_what_devices_have(
+    kernel: LockingKernel, space: int, locked: tuple[int, int], says: str, needed: int
+) -> None:
+    """If anything is; what mlock holds is a part of the address space already."""
+    used, by_mlock = locked
+    kernel.lock, kernel.by_mlock = Memlock(64 * MIB, used, privileged=False, address_space=space), by_mlock
+    kernel.fail(call="mlockall", errno=errno.EPERM)
+    with pytest.raises(PinLimitError) as caught:
+        pyvfio.lock_all_memory(kernel=kernel)
+    error = caught.value
+    assert error.message.endswith(says)
+    assert error.hint.startswith(f"ulimit -l {needed // 1024} (KiB)")
+    assert (error.limit, error.used, error.asked) == (64 * MIB, used, space)
+    assert error.mlocked == (by_mlock if used else 0)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -13,10 +15,10 @@ import pytest
 import pyvfio
 from pyvfio import Progress
 from pyvfio.kernel import MADV_POPULATE_WRITE
-from pyvfio.memory.prefault import SLICE
+from pyvfio.memory.prefault import SLICE, check_threads, populate
 from pyvfio.testing.fake import FakeDevice
 from pyvfio.units import MIB, PAGE_SIZE
-from tests.unit.fakes import BDF, Interrupt, Rig, SpecialKernel
+from tests.unit.fakes import BDF, PRIVATE, READ_WRITE, Interrupt, Rig, SpecialKernel
 
 PREFAULTS = partial(pyvfio.DmaMapper, prefault=1)
 IN_GRANULES = partial(pyvfio.DmaMapper, resize="extend", granule=2 * MIB)
@@ -236,6 +238,57 @@ def test_a_signal_ends_preallocation_after_the_slice(kernel: PopulatingKernel, t
         assert sorted(kernel.done) == sorted(kernel.populated), "a call is still under way"
         assert (block.used_length, resident(block.vaddr, 16 * SLICE)) == (MIB, MIB)
         block._check()
+
+
+@pytest.mark.parametrize("touch", [True, False])
+def test_memory_that_cannot_be_populated_at_once_is_touched_if_that_is_asked_for(
+    kernel: PopulatingKernel, *, touch: bool
+) -> None:
+    """EINVAL is what kernels before 5.14 say. Contents stay, each part is counted, and each slice reported."""
+    vaddr = kernel.mmap(0, 3 * SLICE, READ_WRITE, PRIVATE)
+    kernel.madvise(vaddr, 3 * SLICE, mmap.MADV_NOHUGEPAGE)
+    ctypes.memset(vaddr + MIB, 0x5A, 1)
+    for nth in (1, 2):
+        kernel.fail(call="madvise", errno=errno.EINVAL, nth=nth)
+    reported: list[tuple[int, int]] = []
+    parts = [(0, 2 * MIB), (SLICE, SLICE + MIB), (2 * SLICE, 2 * SLICE + 4 * PAGE_SIZE)]
+    populate(
+        kernel,
+        parts,
+        vaddr=vaddr,
+        threads=1,
+        report=lambda done, total: reported.append((done, total)),
+        touch=touch,
+    )
+    total = 3 * MIB + 4 * PAGE_SIZE
+    assert reported == [(2 * MIB, total), (3 * MIB, total), (total, total)]
+    assert [resident(vaddr + start, end - start) for start, end in parts] == (
+        [2 * MIB, MIB, 4 * PAGE_SIZE] if touch else [PAGE_SIZE, 0, 4 * PAGE_SIZE]
+    )
+    assert ctypes.string_at(vaddr + MIB, 2) == b"\x5a\0"
+    kernel.munmap(vaddr, 3 * SLICE)
+
+
+@pytest.mark.parametrize(("threads", "slices", "own"), [(0, 2, True), (1, 2, True), (8, 1, True), (2, 2, False)])
+def test_threads_are_made_only_where_there_is_work_for_two(
+    kernel: PopulatingKernel, threads: int, slices: int, *, own: bool
+) -> None:
+    """Else the caller's does it."""
+    vaddr = kernel.mmap(0, 2 * SLICE, READ_WRITE, PRIVATE)
+    parts = [(index * SLICE, index * SLICE + PAGE_SIZE) for index in range(slices)]
+    populate(kernel, parts, vaddr=vaddr, threads=threads)
+    assert (kernel.threads == {threading.get_ident()}) == own
+    assert sorted(kernel.done) == [(vaddr + start, PAGE_SIZE) for start, _end in parts]
+    kernel.munmap(vaddr, 2 * SLICE)
+
+
+@pytest.mark.parametrize("threads", [0, 1, 1024])
+def test_a_number_of_threads_can_be_none_and_has_a_limit(threads: int) -> None:
+    """Beyond which it can only be a mistake."""
+    assert check_threads(threads, "prefault") == threads
+    for wrong in (-1, 1025):
+        with pytest.raises(ValueError, match=f"prefault must be a number of threads from 0 to 1024, not {wrong}"):
+            check_threads(wrong, "prefault")
 
 
 def resident(vaddr: int, size: int) -> int:
