@@ -32,9 +32,11 @@ from pyvfio.guard import (
     closing_under,
     constructing,
     guarded,
+    is_undoing,
     making,
     reading,
     run_outside,
+    run_outside_or_in_hook,
     undoing,
     uninterrupted,
 )
@@ -194,6 +196,29 @@ class TestSignals:
             if when == "behind":
                 signal.raise_signal(signal.SIGUSR1)
             assert (old.times, new.times) == (0, 1)
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+
+    def test_a_signal_between_a_handler_and_the_record_of_its_equal_is_the_new_ones(self) -> None:
+        """The new one has been replaced by then, and the old one is not set any more."""
+        thing, old, new = Thing(), Pressed(), Pressed()
+        pressed: list[bool] = []
+
+        def trace(frame: FrameType, event: str, argument: object) -> None:
+            if frame.f_code is guard._Signals._learn.__code__ and not pressed:
+                pressed.append(True)
+                press()
+
+        before = signal.signal(signal.SIGUSR1, old)
+        try:
+            thing.change()
+            signal.signal(signal.SIGUSR1, new)
+            sys.settrace(trace)
+            try:
+                thing.change()
+            finally:
+                sys.settrace(None)
+            assert (pressed, old.times, new.times) == ([True], 0, 1)
         finally:
             signal.signal(signal.SIGUSR1, before)
 
@@ -533,6 +558,37 @@ class TestLocks:
         thing.change(each(partial(thing.look, partial(other.look, ask))))
         assert free == [False, False]
 
+    def test_each_kind_of_close_holds_the_lock_of_its_object_whenever_it_is_made(self) -> None:
+        """At once, behind a change or a look that it came in, in a hook, and by the owner."""
+        free = list[bool]()
+
+        class Asking(Thing):
+            def ask(self) -> None:
+                asker = threading.Thread(target=lambda: free.append(self.guard.lock.acquire(blocking=False)))
+                asker.start()
+                asker.join()
+
+            @closing
+            def close(self) -> None:
+                self.ask()
+
+            @closing_in_hooks
+            def drop(self) -> None:
+                self.ask()
+
+        thing, asking = Thing(), Asking()
+        for close in (asking.close, asking.drop):
+            close()
+            thing.change(close)
+            thing.change(partial(thing.change, close))
+            thing.look(close)
+            thing.look(partial(thing.look, close))
+            thing.change(partial(call_out, close, ()))
+        thing.change(lambda: close_now(asking))
+        assert free == [False] * 13
+        asking.ask()
+        assert free[-1]
+
 
 class TestFinalizers:
     """Closes in the middle of something else."""
@@ -578,6 +634,43 @@ class TestFinalizers:
         thing, called = Thing(), list[Thing]()
         thing.change(lambda: call_out_each([thing], "drop", (), called))
         assert (thing.events, called) == (["begin", "dropped", "end"], [thing])
+
+    @pytest.mark.parametrize("nested", ["change", "make", "function"])
+    def test_a_change_that_a_hook_makes_is_no_hook_and_behind_it_the_hook_goes_on(self, nested: str) -> None:
+        thing, other, below = Thing(), Thing(), Thing()
+        function = uninterrupted()(lambda step: step())
+
+        def hook() -> None:
+            (function if nested == "function" else getattr(other, nested))(below.drop)
+            thing.events.extend(below.events)
+            below.drop()
+            thing.events.extend(below.events)
+
+        thing.change(partial(call_out, hook, ()))
+        assert thing.events == ["begin", "dropped", "end"]
+        assert below.events == ["dropped", "dropped"]
+
+    def test_a_step_that_a_hook_may_make_waits_everywhere_else(self) -> None:
+        thing = Thing()
+        step = partial(run_outside_or_in_hook, partial(thing.events.append, "step"))
+        step()
+        thing.change(step)
+        thing.look(step)
+        thing.change(partial(call_out, step, ()))
+        thing.look(partial(thing.change, partial(call_out, step, ())))
+        changed = ["begin", "end"]
+        looked = ["looked", "step"]
+        assert thing.events == ["step", *changed, "step", *looked, "begin", "step", "end", *changed, *looked]
+
+    def test_an_undo_is_one_in_its_thread_until_it_ends(self) -> None:
+        found = [is_undoing()]
+        with undoing, undoing:
+            found.append(is_undoing())
+            other = threading.Thread(target=lambda: found.append(is_undoing()))
+            other.start()
+            other.join()
+        found.append(is_undoing())
+        assert found == [False, True, False, False]
 
     def test_an_owner_closes_its_own_at_once(self) -> None:
         thing = Thing()
@@ -732,6 +825,18 @@ class TestForks:
                 os._exit(2)
             os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(found[0], 0)[1]) == 0
+
+    def test_a_child_is_told_whose_the_object_is_and_which_process_it_is_itself(self) -> None:
+        thing, parent = Thing(), os.getpid()
+
+        def child() -> None:
+            try:
+                thing.change()
+            except ForkedError as error:
+                said = str(error).startswith(f"this thing belongs to process {parent}, and this is its child ")
+                os._exit(0 if said and f"child {os.getpid()}" in str(error) else 3)
+
+        assert in_a_child(child) == 0
 
     def test_a_child_that_a_hook_forks_can_change_nothing(self) -> None:
         thing, found = Thing(), list[int]()

@@ -688,6 +688,7 @@ def test_what_was_retained_is_dropped_and_not_written_once_no_device_reaches_it(
             fill(memory, 0, 6 * MIB)
         else:
             memory.let_go()
+            memory.drop(0, PAGE_SIZE)
         memory.drop(3 * MIB, 4 * MIB)
         assert sum(area.rss for area in areas(memory.vaddr, 8 * MIB)) <= 5 * MIB
         memory.release()
