@@ -240,8 +240,6 @@ def make_store(kernel: Kernel, kind: MemoryKind, *, idstr: str, max_length: int)
         if isinstance(kind.memory, Memfd):
             return _MemfdStore(kernel, kind.memory, idstr, fd=kind.fd)
         return _FileStore(kernel, kind.memory, max_length, fd=kind.fd)
-    if not isinstance(kind, File):
-        raise TypeError(f"memory must be Anonymous(), Memfd() or File(fd), not {kind!r}")
     return _FileStore(kernel, kind, max_length)
 
 

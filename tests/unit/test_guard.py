@@ -228,6 +228,32 @@ class TestSignals:
             thing.change(each(press, checkpoint))
         assert thing.events == ["begin"]
 
+    def test_no_hook_is_called_once_a_handler_has_refused(self) -> None:
+        thing, called = Thing(), list[Thing]()
+        with pytest.raises(InterruptionError):
+            thing.change(each(press, partial(call_out, thing.events.append, ("hook",))))
+        with pytest.raises(InterruptionError):
+            thing.change(each(press, lambda: call_out_each([thing], "drop", (), called)))
+        assert (thing.events, called) == (["begin", "begin"], [])
+
+    @pytest.mark.parametrize("last", [False, True])
+    def test_a_signal_in_a_hook_is_handled_before_the_next_one_or_before_the_change_goes_on(
+        self, *, last: bool
+    ) -> None:
+        class Hooked(Thing):
+            def hook(self) -> None:
+                self.events.append("hook")
+                if self is pressing:
+                    press()
+
+        thing, pressing, called = Hooked(), Hooked(), list[Thing]()
+        things = [thing, pressing] if last else [pressing, thing]
+        changed = Thing()
+        with pytest.raises(InterruptionError):
+            changed.change(lambda: call_out_each(things, "hook", (), called))
+        assert (changed.events, called) == (["begin"], things if last else [pressing])
+        assert thing.events == (["hook"] if last else [])
+
     def test_a_checkpoint_in_an_undo_runs_no_handler(self) -> None:
         def undo() -> None:
             with undoing:
@@ -664,13 +690,28 @@ class TestFinalizers:
 
     def test_an_undo_is_one_in_its_thread_until_it_ends(self) -> None:
         found = [is_undoing()]
-        with undoing, undoing:
+        with undoing:
+            with undoing:
+                found.append(is_undoing())
+                other = threading.Thread(target=lambda: found.append(is_undoing()))
+                other.start()
+                other.join()
             found.append(is_undoing())
-            other = threading.Thread(target=lambda: found.append(is_undoing()))
-            other.start()
-            other.join()
         found.append(is_undoing())
-        assert found == [False, True, False, False]
+        assert found == [False, True, False, True, False]
+
+    @pytest.mark.parametrize("one", [True, False])
+    def test_behind_a_hook_the_change_goes_on(self, *, one: bool) -> None:
+        thing, below, seen = Thing(), Thing(), list[int]()
+
+        def hooks() -> None:
+            if one:
+                call_out(thing.events.append, ("hook",))
+            else:
+                call_out_each([thing], "look", (), [])
+
+        thing.change(each(hooks, below.drop, lambda: seen.append(len(below.events))))
+        assert (seen, below.events) == ([0], ["dropped"])
 
     def test_an_owner_closes_its_own_at_once(self) -> None:
         thing = Thing()
