@@ -28,10 +28,12 @@ from pyvfio.guard import (
     checkpoint,
     close_now,
     closing,
+    closing_after_dependents,
     closing_in_hooks,
     closing_under,
     constructing,
     guarded,
+    holding,
     is_undoing,
     making,
     reading,
@@ -100,6 +102,40 @@ class Thing:
     @closing_in_hooks
     def drop(self) -> None:
         self.events.append("dropped")
+
+
+class Whole(Thing):
+    """Has dependents, of which others make `late` while the first ones are closed."""
+
+    def __init__(self, late: int = 0) -> None:
+        super().__init__()
+        self.late = late
+        self.free: list[bool] = []
+
+    def ask(self) -> None:
+        """Whether another thread can have the lock now."""
+        asker = threading.Thread(target=self.try_it)
+        asker.start()
+        asker.join()
+
+    def try_it(self) -> None:
+        self.free.append(self.guard.lock.acquire(blocking=False))
+        if self.free[-1]:
+            self.guard.lock.release()
+
+    def close_dependents(self) -> None:
+        self.ask()
+        self.events.append("dependents")
+
+    def end_dependents(self) -> bool:
+        self.ask()
+        self.late -= 1
+        return self.late < 0
+
+    @closing_after_dependents
+    def end(self) -> None:
+        self.ask()
+        self.events.append("ended")
 
 
 def each(*steps: Callable[[], object]) -> Callable[[], None]:
@@ -474,17 +510,18 @@ class TestSignals:
         assert signal.getsignal(signal.SIGUSR1) is other
         signal.signal(signal.SIGUSR1, before)
 
-    def test_who_waits_for_a_lock_can_be_interrupted(self) -> None:
-        thing, entered, left = Thing(), threading.Event(), threading.Event()
+    @pytest.mark.parametrize("call", ["change", "make", "close", "end"])
+    def test_who_waits_for_a_lock_can_be_interrupted(self, call: str) -> None:
+        thing, entered, left = Whole(), threading.Event(), threading.Event()
         worker = threading.Thread(target=lambda: thing.change(each(entered.set, left.wait)))
         worker.start()
         entered.wait()
         threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()
         with pytest.raises(InterruptionError):
-            thing.change()
+            getattr(thing, call)()
         left.set()
         worker.join()
-        assert thing.events == ["begin", "end"]
+        assert [event for event in thing.events if event != "dependents"] == ["begin", "end"]
 
     def test_the_error_of_the_call_is_the_context_of_what_a_handler_raises(self) -> None:
         def fail() -> None:
@@ -583,6 +620,49 @@ class TestLocks:
         thing.change(partial(other.change, ask))
         thing.change(each(partial(thing.look, partial(other.look, ask))))
         assert free == [False, False]
+
+    @pytest.mark.parametrize(("late", "rounds"), [(0, 1), (2, 3), (15, 16), (1000, 16)])
+    def test_dependents_are_closed_without_the_lock_until_none_is_left_or_it_is_of_no_use(
+        self, late: int, rounds: int
+    ) -> None:
+        whole = Whole(late)
+        whole.end()
+        assert whole.events == ["dependents"] * rounds + ["ended"]
+        assert whole.free == [True, False] * rounds + [False]
+        whole.ask()
+        assert whole.free[-1]
+
+    def test_what_is_whole_ends_behind_a_change_and_not_at_all_if_a_dependent_does_not(self) -> None:
+        thing, whole = Thing(), Whole()
+        thing.change(each(whole.end, lambda: thing.events.extend(whole.events)))
+        assert (thing.events, whole.events) == (["begin", "end"], ["dependents", "ended"])
+
+        class Stubborn(Whole):
+            def close_dependents(self) -> None:
+                raise KeyError
+
+        stubborn = Stubborn()
+        with pytest.raises(KeyError):
+            stubborn.end()
+        assert stubborn.events == []
+        stubborn.ask()
+        assert stubborn.free == [True]
+
+    def test_several_locks_are_held_until_the_end_of_the_block(self) -> None:
+        thing, first, second = Thing(), Whole(), Whole()
+
+        def ask() -> None:
+            first.ask()
+            second.ask()
+
+        def step() -> None:
+            with suppress(KeyError), holding(first, second):
+                ask()
+                raise KeyError
+            ask()
+
+        thing.change(step)
+        assert first.free == second.free == [False, True]
 
     def test_each_kind_of_close_holds_the_lock_of_its_object_whenever_it_is_made(self) -> None:
         """At once, behind a change or a look that it came in, in a hook, and by the owner."""
