@@ -24,9 +24,10 @@ import pytest
 
 import pyvfio
 from pyvfio import Anonymous, File, HandOver, HandOverError, Memfd, TakenOver, hand_over, ioctls, take_over
-from pyvfio.kernel import HUGETLBFS_MAGIC, FileStatus, IoctlArgument
+from pyvfio.kernel import HUGETLBFS_MAGIC, FileStatus, IoctlArgument, Memlock
 from pyvfio.live_update.handed_space import HandedContainer
 from pyvfio.live_update.state import State
+from pyvfio.live_update.vaddr import explain_limit
 from pyvfio.mapper.window import Window
 from pyvfio.memory import MemoryKind
 from pyvfio.testing.fake import FakeDevice
@@ -1111,6 +1112,74 @@ def test_a_take_over_that_fails_leaves_no_address_space_behind(kernel: SpecialKe
                 take_over(update.state, fds, kernel=kernel)
             assert kernel.areas == before
         close(kernel, fds)
+
+
+class _DetachedKernel(SpecialKernel):
+    """In which no group is in a container; the rest as in another one."""
+
+    def __init__(self, kernel: SpecialKernel) -> None:
+        self.__dict__ = kernel.__dict__.copy()
+
+    def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
+        """As the fake's, but for that."""
+        answer = super().ioctl(fd, request, argument)
+        if request == ioctls.VFIO_GROUP_GET_STATUS and not isinstance(argument, int):
+            told = memoryview(argument).cast("B")
+            (flags,) = struct.unpack_from("=I", told, 4)
+            struct.pack_into("=I", told, 4, flags & ~int(ioctls.VFIO_GROUP_FLAGS_CONTAINER_SET))
+        return answer
+
+
+def test_a_group_that_was_detached_since_is_refused_before_any_mapping_is_changed(
+    kernel: SpecialKernel, rig: Rig
+) -> None:
+    """The other process has ended, or has taken the group out."""
+    with hand_over(rig.mapper) as update:
+        fds = duplicates(kernel, update)
+        kernel.clear_trace()
+        with pytest.raises(HandOverError, match="IOMMU group 2 is in no container: the other process has detached it"):
+            take_over(update.state, fds, kernel=_DetachedKernel(kernel))
+        assert "VFIO_IOMMU_MAP_DMA" not in requests(kernel.trace)
+        close(kernel, fds)
+
+
+def test_a_cancel_that_the_kernel_refuses_for_another_reason_is_told_by_its_errno(
+    kernel: SpecialKernel, rig: Rig
+) -> None:
+    """EINVAL alone says that a mapping has no address."""
+    before = rig.reached()
+    update = hand_over(rig.mapper)
+    kernel.fail(call="ioctl", request="VFIO_IOMMU_UNMAP_DMA", errno=errno.EIO)
+    with pytest.raises(pyvfio.IoctlError) as caught:
+        update.cancel()
+    assert (caught.value.request, caught.value.errno) == ("VFIO_IOMMU_UNMAP_DMA", errno.EIO)
+    with pytest.raises(HandOverError):
+        rig.blocks["ring"].resize(PAGE_SIZE)
+    update.cancel()
+    assert rig.reached() == before
+    has_addresses(rig)
+
+
+class _BlindKernel(SpecialKernel):
+    """That cannot read /proc."""
+
+    def memlock(self) -> Memlock:
+        """EMFILE."""
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def test_a_limit_is_explained_with_what_is_locked_by_others_if_that_can_be_read() -> None:
+    """Which is none where more is charged to the change than is locked: the two were read one after the other."""
+    limit = pyvfio.PinLimitError(errno.ENOMEM, "x", request="VFIO_IOMMU_MAP_DMA", arguments={"size": PAGE_SIZE})
+    limit.limit = MIB
+    with SpecialKernel() as kernel, Rig(kernel, memory=Memfd()) as rig:
+        rig.add(used=4 * PAGE_SIZE)
+        for locked, used in ((PAGE_SIZE, 3 * PAGE_SIZE), (4 * PAGE_SIZE, 0), (5 * PAGE_SIZE, 0)):
+            error = explain_limit(limit, rig.container, size=2 * MIB, locked=locked)
+            assert (error.limit, error.used, error.asked, error.mapped) == (MIB, used, 2 * MIB, 0)
+            assert (error.request, error.arguments) == ("VFIO_IOMMU_MAP_DMA", {"size": PAGE_SIZE})
+    with _BlindKernel() as kernel, Rig(kernel) as rig:
+        assert explain_limit(limit, rig.container, size=2 * MIB, locked=0) is limit
 
 
 def test_a_state_says_the_same_after_it_has_travelled(kernel: SpecialKernel, rig: Rig) -> None:
