@@ -450,6 +450,37 @@ class TestSignals:
         with pytest.raises(InterruptionError):
             press()
 
+    def test_a_signal_is_handled_though_the_handler_of_another_raises_while_both_are_restored(self) -> None:
+        seen, pressed = list[int](), list[bool]()
+
+        def note(number: int, frame: FrameType | None) -> None:
+            del frame
+            seen.append(number)
+
+        def at_each_line(frame: FrameType, event: str, argument: object) -> Callable[..., Any]:
+            if not pressed and signal.getsignal(signal.SIGUSR1) != guard._signals.route:
+                pressed.append(True)
+                press()
+            return at_each_line
+
+        def trace(frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
+            return at_each_line if frame.f_code is guard._Signals.put_back.__code__ else None
+
+        before = signal.signal(signal.SIGUSR2, note)
+        try:
+            guard._signals.replace()  # as an exception in a call of another thread leaves them
+            sys.settrace(trace)
+            try:
+                with pytest.raises(InterruptionError):
+                    press(signal.SIGUSR2)
+            finally:
+                sys.settrace(None)
+            assert (pressed, seen) == ([True], [signal.SIGUSR2])
+            Thing().change()
+            assert signal.getsignal(signal.SIGUSR2) is note
+        finally:
+            signal.signal(signal.SIGUSR2, before)
+
     def test_a_replacement_that_was_left_behind_is_undone_where_another_handler_is_new(self) -> None:
         guard._signals.replace()
         signal.signal(signal.SIGUSR2, lambda _number, _frame: None)
@@ -647,6 +678,23 @@ class TestLocks:
         assert stubborn.events == []
         stubborn.ask()
         assert stubborn.free == [True]
+
+    @pytest.mark.parametrize("hook", [True, False])
+    def test_a_call_within_a_call_has_its_arguments_and_gives_its_lock_back(self, *, hook: bool) -> None:
+        thing, whole, given = Thing(), Whole(), list[str]()
+
+        def inner() -> None:
+            whole.change(step=partial(given.append, "by name"))
+            whole.change(partial(given.append, "by place"))
+            with suppress(KeyError):
+                whole.change(partial(os.environ.__getitem__, ""))
+            whole.look(step=partial(given.append, "in a look"))
+            whole.ask()
+
+        thing.change(partial(call_out, inner, ()) if hook else inner)
+        assert given == ["by name", "by place", "in a look"]
+        whole.ask()
+        assert whole.free == [True, True]
 
     def test_several_locks_are_held_until_the_end_of_the_block(self) -> None:
         thing, first, second = Thing(), Whole(), Whole()

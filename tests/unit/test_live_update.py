@@ -719,6 +719,17 @@ def test_wrong_arguments_are_told_at_once(kernel: SpecialKernel, rig: Rig) -> No
     for wrong in (rig.container, rig.blocks["ring"]):
         with pytest.raises(TypeError, match="DmaMapper"):
             hand_over(wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"only a mapper of a Container or of an Ioas .*, not of .*Rig"):
+        hand_over(_Elsewhere(rig.container))
+
+
+class _Elsewhere(pyvfio.DmaMapper):
+    """Its space is of the program's own class."""
+
+    @property
+    def space(self) -> Rig:  # type: ignore[override]
+        """None that pyvfio knows."""
+        return Rig.__new__(Rig)
 
 
 # ---------------------------------------------------------------------------------------------- the new process
