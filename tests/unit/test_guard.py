@@ -258,6 +258,38 @@ class TestSignals:
         finally:
             signal.signal(signal.SIGUSR1, before)
 
+    def test_a_function_without_a_guard_is_as_whole_as_a_change(self) -> None:
+        """Its arguments and its answer are passed on, handlers and closes wait, and calls can be within."""
+        thing, below, events = Thing(), Thing(), list[str]()
+
+        @uninterrupted()
+        def function(step: Callable[[], object], *, answer: int = 0) -> int:
+            step()
+            events.append("end")
+            return answer
+
+        assert function(lambda: None) == 0
+        assert function(lambda: thing.change(lambda: function(lambda: None, answer=3)), answer=5) == 5
+        events.clear()
+        with pytest.raises(InterruptionError):
+            function(each(below.drop, below.close, lambda: events.extend(below.events), press))
+        assert (events, below.events) == (["end"], ["dropped", "closed"])
+
+    def test_a_handler_at_the_end_can_close_as_a_hook_can_and_comes_before_what_was_put_off(self) -> None:
+        thing, below, seen = Thing(), Thing(), list[str]()
+
+        def handler(number: int, frame: FrameType | None) -> None:
+            del number, frame
+            below.drop()
+            seen.extend(below.events)
+
+        before = signal.signal(signal.SIGUSR1, handler)
+        try:
+            thing.change(each(below.close, press))
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert (seen, below.events) == (["dropped"], ["dropped", "closed"])
+
     def test_a_checkpoint_lets_it_refuse(self) -> None:
         thing = Thing()
         with pytest.raises(InterruptionError):
