@@ -666,6 +666,17 @@ class TestLocks:
             worker.join()
         assert other.events == ["begin", "end", "closed"]
 
+    @pytest.mark.parametrize("call", ["change", "drop"])
+    def test_a_call_in_a_hook_waits_for_that_of_another_thread(self, call: str) -> None:
+        thing, other, entered, left = Thing(), Thing(), threading.Event(), threading.Event()
+        worker = threading.Thread(target=lambda: other.change(each(entered.set, left.wait)))
+        worker.start()
+        entered.wait()
+        threading.Timer(0.05, left.set).start()
+        thing.change(partial(call_out, getattr(other, call), ()))
+        worker.join()
+        assert other.events == ["begin", "end", *(["dropped"] if call == "drop" else ["begin", "end"])]
+
     def test_a_call_within_a_call_takes_the_lock_of_its_own_object(self) -> None:
         thing, other = Thing(), Thing()
         free = list[bool]()
@@ -789,6 +800,16 @@ class TestFinalizers:
         thing, other = Thing(), Thing()
         thing.change(each(other.close, lambda: thing.events.extend(other.events)))
         assert thing.events == ["begin", "end"]
+        assert other.events == ["closed"]
+
+    @pytest.mark.parametrize("call", ["change", "make", "function"])
+    def test_a_close_inside_of_a_change_that_fails_is_made_at_its_end(self, call: str) -> None:
+        thing, other = Thing(), Thing()
+        function = uninterrupted()(lambda step: step())
+        with pytest.raises(KeyError):
+            (function if call == "function" else getattr(thing, call))(
+                each(other.close, partial(os.environ.__getitem__, ""))
+            )
         assert other.events == ["closed"]
 
     def test_a_close_inside_of_a_look_is_put_off_to_its_end(self) -> None:
