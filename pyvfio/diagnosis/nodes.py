@@ -134,7 +134,7 @@ def check_rights_to_come(case: Case) -> Iterator[Finding]:
         CDEV if case.on_iommufd else GROUP,
         "wrong",
         f"{path} appears when the device is bound, and belongs to root unless a udev rule gives rights",
-        explain_rights(path, case.here, case.bdf or "BDF"),
+        f"{explain_rights(path, case.here, case.bdf or 'BDF')}.",
         commands=commands,
         by_hand="" if commands else "Run pyvfio doctor again when the device is bound",
     )
