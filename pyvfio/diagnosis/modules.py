@@ -159,14 +159,15 @@ def _no_loading(case: Case) -> Finding | None:
     word = tuple(word for word in command_line(case.kernel) if word == "nomodule")
     if not disabled and not word:
         return None
-    commands, by_hand = change_arguments(case, (), word)
+    commands, in_words = change_arguments(case, (), word)
     setting = "kernel.modules_disabled is 1" if disabled else "the kernel was told so (nomodule)"
+    sooner = "Have the modules loaded at boot, before that setting: /etc/modules-load.d" if disabled else ""
     return Finding(
         "modules",
         "wrong",
         f"VFIO's modules are not loaded, and this kernel loads no more modules: {setting}",
         commands=commands,
-        by_hand=by_hand or "Have the modules loaded at boot, before that setting: /etc/modules-load.d",
+        by_hand=in_words or sooner,
         reboot=True,
         remove_arguments=word,
     )

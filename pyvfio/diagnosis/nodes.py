@@ -22,7 +22,6 @@ from pyvfio.errors import (
     GroupBusyError,
     GroupNotViableError,
     IoctlError,
-    NotBoundError,
     UnavailableError,
     VfioError,
 )
@@ -177,7 +176,7 @@ def _fix(case: Case, path: Path, error: VfioError) -> tuple[Command, ...]:
         if error.errno != errnos.EACCES or case.here.root:
             return ()
         return (Command(f"chmod 666 {path}"),) if path.name == "vfio" else _give(case)
-    if isinstance(error, UnavailableError) and not isinstance(error, NotBoundError):
+    if isinstance(error, UnavailableError):
         command = mknod_command(case.kernel, path)
         return (Command(f"mkdir -p {path.parent} && {command}"),) if command else ()
     return ()
