@@ -30,6 +30,7 @@ from pyvfio.errors import (
 from pyvfio.kernel import LinuxKernel
 from pyvfio.pci.usage import hidden_interfaces
 from tests.interruptions.points import Walk
+from tests.unit.processes import open_fds
 from tests.unit.sysfs import BRIDGE, DISK, HOST_BRIDGE, ISA_BRIDGE, SysfsTree, link, place_process
 
 BDF = "0000:00:02.0"
@@ -545,6 +546,11 @@ def test_a_value_reaches_the_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         pci.write_sysfs(tmp_path / "missing", "\n")
     assert not (tmp_path / "missing").exists()
+    before = open_fds()
+    pci.write_sysfs(tmp_path / "file", "\n")
+    with pytest.raises(OSError, match="No space left"):
+        pci.write_sysfs(Path("/dev/full"), "\n")
+    assert open_fds() == before
 
 
 # --- What is refused
@@ -690,9 +696,10 @@ def test_a_device_is_refused_also_where_another_of_its_group_is_open_by_its_own_
 
 
 def test_asking_whether_a_group_is_open_leaves_no_descriptor_behind(tree: SysfsTree) -> None:
-    node = tree.add_group_node(7)
+    tree.add_group_node(7)
+    before = open_fds()
     bind(tree)
-    assert pci.holders_of(node, kernel=tree.kernel) == ()
+    assert open_fds() == before
 
 
 def test_a_network_interface_that_is_up_keeps_its_device_unless_forced(tree: SysfsTree) -> None:
