@@ -213,11 +213,9 @@ def take_back(changes: Sequence[NodeChange], own: NodeOwner) -> tuple[NodeChange
     """
     wanted = []
     for change in reversed(changes):
-        try:
+        with suppress(FileNotFoundError):
             if _ownership(change.path) == change.now and not _is_needed(change, changes):
                 wanted.append((change.path, change.former))
-        except FileNotFoundError:
-            continue
     return change_nodes(wanted, own)
 
 

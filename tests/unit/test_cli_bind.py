@@ -21,8 +21,9 @@ from pyvfio.cli import bind, unbind
 from pyvfio.cli.changes import Tools
 from pyvfio.cli.common import guard
 from pyvfio.errors import RollbackError, UnavailableError, VfioError
-from pyvfio.pci.persistence import replace_file
+from pyvfio.pci.persistence import binding_of, replace_file
 from tests.interruptions.points import Walk
+from tests.unit.processes import open_fds
 from tests.unit.sysfs import BRIDGE, SysfsTree, link
 
 NIC, SOUND, PORT, OTHER = "0000:01:00.0", "0000:01:00.1", "0000:00:1c.0", "0000:02:00.0"
@@ -157,6 +158,22 @@ def test_rights_of_nobody_are_an_error() -> None:
         pci.bind(NIC, rights="alice")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", ["user", "group"])
+@pytest.mark.parametrize("beside", [{}, {"user": 1}, {"group": 1}])
+def test_a_user_and_a_group_are_ids(kind: str, beside: dict[str, int]) -> None:
+    """The last number means none to chown(2). Each of the two is looked at, with or without the other."""
+    for number in (0, 0xFFFF_FFFE):
+        assert getattr(pci.Rights(**{**beside, kind: number}), kind) == number
+    for number in (-1, 0xFFFF_FFFF, 1 << 32):
+        with pytest.raises(ValueError, match=f"the number of a {kind} is 0 to 4294967294, not {number}"):
+            pci.Rights(**{**beside, kind: number})
+    for wrong in (True, 1.0, "alice"):
+        with pytest.raises(TypeError, match=f"the {kind} is the number of a {kind}, not {type(wrong).__name__}"):
+            pci.Rights(**{**beside, kind: wrong})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="rights are text, such as 'alice' or 'alice:kvm', not int"):
+        pci.Rights.parse(7)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("rights", "former", "mode"),
     [("7", 0o600, 0o600), (":7", 0o600, 0o660), ("7:7", 0o600, 0o660), ("7", 0o660, 0o660), ("7", 0o000, 0o600)],
@@ -201,7 +218,14 @@ def test_a_kernel_without_nodes_of_groups_has_the_node_of_the_device_to_give(mac
         ("1001", (1000, 0, 0o660), (1000, 0, 0o666)),
         (":37", (0, 36, 0o660), (0, 36, 0o666)),
         (":37", (0, 36, 0o600), (0, 37, 0o660)),
+        (":37", (0, 36, 0o640), (0, 36, 0o666)),
+        (":37", (0, 36, 0o620), (0, 36, 0o666)),
+        ("1001:37", (1000, 36, 0o660), (1000, 36, 0o666)),
+        ("1001:36", (1000, 36, 0o660), (1000, 36, 0o666)),
+        ("1000:37", (1000, 36, 0o660), (1000, 36, 0o666)),
         ("1001", (0, 0, 0o666), (0, 0, 0o666)),
+        ("1001", (1000, 0, 0o1666), (1000, 0, 0o1666)),
+        ("1001", (0, 0, 0o646), (1001, 0, 0o646)),
     ],
 )
 def test_the_second_user_of_iommufd_takes_nothing_from_the_first(
@@ -335,6 +359,94 @@ def test_restore_leaves_a_node_that_somebody_has_changed_since(machine: Machine)
     assert machine.driver_of(NIC) == "e1000e"
 
 
+def test_restore_leaves_out_a_node_that_is_gone(machine: Machine) -> None:
+    """And restores the others."""
+    cdev = machine.add_cdev(NIC, "vfio0")
+    machine.bind(SOUND)
+    cdev.chmod(0o600)
+    binding = machine.give(NIC)
+    assert [change.path for change in binding.nodes[:2]] == [machine.dev / "vfio/7", cdev]
+    cdev.unlink()
+    back = machine.restore(binding)
+    assert machine.dev / "vfio/7" in [change.path for change in back.nodes]
+    assert mode_of(machine.dev / "vfio/7") == 0o600
+
+
+def test_rights_that_a_user_has_are_no_change(machine: Machine) -> None:
+    """Nothing is set, and nothing is to be restored."""
+    machine.give(NIC)
+    machine.owned.clear()
+    assert machine.give(NIC).nodes == ()
+    assert machine.owned == []
+
+
+@pytest.mark.parametrize(
+    ("number", "refusal"), [(errno.EPERM, True), (errno.EACCES, True), (errno.EROFS, True), (errno.EIO, False)]
+)
+def test_a_right_that_is_refused_is_told_with_what_helps(machine: Machine, number: int, *, refusal: bool) -> None:
+    """Root is not advised to run as root."""
+    machine.refuse = lambda path: OSError(number, os.strerror(number), str(path))
+    with pytest.raises(VfioError) as caught:
+        machine.give(NIC)
+    group = machine.dev / "vfio/7"
+    assert caught.value.message == f"the owner of {group} could not be changed: {os.strerror(number)}"
+    who = "Run as root" if os.geteuid() else "A mount, a user namespace or a security module refuses root"
+    assert caught.value.hint == (who if refusal else "")
+
+
+def test_a_right_that_cannot_be_taken_back_is_noted_at_the_first_error(machine: Machine) -> None:
+    """With the ownership that the node had."""
+    cdev = machine.add_cdev(NIC, "vfio0")
+    cdev.chmod(0o600)
+    group = machine.dev / "vfio/7"
+    machine.refuse = lambda _path: (
+        OSError(errno.EIO, "Input/output error") if cdev in [each for each, _ in machine.owned] else None
+    )
+    with pytest.raises(VfioError, match=f"the owner of {cdev} could not be changed") as caught:
+        machine.give(NIC)
+    notes = "\n".join(caught.value.__notes__)
+    for path in (group, cdev):
+        assert f"{path} was not restored to Ownership(" in notes
+    assert f"mode={0o600})" in notes
+
+
+@pytest.mark.parametrize(
+    ("mode", "needed"), [(0o660, True), (0o640, False), (0o620, False), (0o600, False), (0o666, True)]
+)
+@pytest.mark.parametrize("same", [False, True])
+def test_iommufd_stays_with_a_group_that_has_the_node_of_another_device(
+    machine: Machine, mode: int, *, needed: bool, same: bool
+) -> None:
+    """To read and to write. A user other than root keeps it in any case, as the owner of all these files."""
+    first, second, iommufd = machine.add_cdev(NIC, "vfio0"), machine.add_cdev(OTHER, "vfio1"), machine.dev / "iommu"
+    for node in (first, second, iommufd):
+        node.chmod(0o600)
+    binding = machine.give(NIC, f":{os.getgid()}")
+    second.chmod(mode)
+    if os.getuid() == 0 and not same:
+        os.chown(second, -1, os.getgid() + 1)
+    machine.restore(binding)
+    stays = os.getuid() != 0 or (needed and same)
+    assert mode_of(iommufd) == (0o660 if stays else 0o600)
+
+
+@pytest.mark.parametrize(("owner", "stays"), [(1000, True), (1001, False), (0, False)])
+def test_iommufd_stays_with_a_user_who_owns_the_node_of_another_device(
+    machine: Machine, owner: int, *, stays: bool
+) -> None:
+    """Root needs no right. As a user who cannot give files away, with the own ones alone."""
+    first, second, iommufd = machine.add_cdev(NIC, "vfio0"), machine.add_cdev(OTHER, "vfio1"), machine.dev / "iommu"
+    for node in (first, second, iommufd):
+        node.chmod(0o600)
+    is_root = os.getuid() == 0
+    binding = machine.give(NIC, "1000" if is_root else ME)
+    if is_root:
+        os.chown(second, owner, -1)
+    machine.restore(binding)
+    after = iommufd.stat()
+    assert after.st_uid == (1000 if is_root and stays else os.getuid())
+
+
 def test_an_unknown_user_is_one_line_and_nothing_is_changed(
     machine: Machine, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -448,6 +560,85 @@ def test_persisting_again_replaces_the_file(machine: Machine) -> None:
     change = machine.persist(NIC, rights="1000")
     assert change.former == former
     assert [each.rights for each in pci.persisted(etc=machine.etc)] == [pci.Rights(1000)]
+
+
+def test_a_persistent_binding_leaves_no_descriptor_open(machine: Machine) -> None:
+    before = open_fds()
+    machine.persist(NIC)
+    machine.persist(NIC, rights="1000")
+    pci.forget(NIC, etc=machine.etc)
+    assert open_fds() == before
+    assert machine.files() == {}
+
+
+def test_a_change_of_a_rule_is_undone_to_the_former_file(machine: Machine) -> None:
+    """Or to none. The undo can be undone."""
+    first = machine.persist(NIC)
+    text = first.path.read_text()
+    second = machine.persist(NIC, rights="1000")
+    back = pci.restore_rule(second, etc=machine.etc)
+    assert first.path.read_text() == text
+    assert (back.path, back.now, back.former) == (first.path, first.now, second.now)
+    assert pci.restore_rule(first, etc=machine.etc).now is None
+    assert machine.files() == {}
+    pci.restore_rule(back, etc=machine.etc)
+    gone = pci.forget(NIC, etc=machine.etc)
+    assert (gone.now, gone.former) == (None, second.now)
+    pci.restore_rule(gone, etc=machine.etc)
+    assert [each.rights for each in pci.persisted(etc=machine.etc)] == [pci.Rights(1000)]
+
+
+def test_a_rule_that_cannot_be_written_is_told_with_what_helps(machine: Machine) -> None:
+    """The directory of rules is a file."""
+    machine.rules.rmdir()
+    machine.rules.touch()
+    with pytest.raises(VfioError, match=rf"60-pyvfio-{NIC}.rules could not be changed: ") as caught:
+        machine.persist(NIC)
+    assert caught.value.hint == ("Run as root" if os.geteuid() else "Is the file system read-only?")
+
+
+def test_files_of_other_names_are_no_persistent_bindings(machine: Machine) -> None:
+    """Such as the copies that editors make."""
+    name = machine.persist(NIC).path.name
+    for other in (f"{name}~", f".{name}", f"{name}.bak", "60-pyvfio-.rules", f"61{name[2:]}"):
+        (machine.rules / other).write_text("mine")
+    assert [each.bdf for each in pci.persisted(etc=machine.etc)] == [NIC]
+    machine.persist(OTHER)
+    assert [each.bdf for each in pci.persisted(etc=machine.etc)] == [NIC, OTHER]
+
+
+FIELDS: dict[str, object] = {"bdf": NIC, "vendor": 1, "device": 2, "driver": "vfio-pci", "module": "m", "rights": None}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("bdf", 7),
+        ("bdf", "zz"),
+        ("bdf", None),
+        ("vendor", "1"),
+        ("vendor", None),
+        ("device", "2"),
+        ("device", None),
+        ("driver", None),
+        ("driver", 7),
+        ("driver", ""),
+        ("driver", 'x", RUN+="reboot'),
+        ("module", 7),
+        ("module", ""),
+        ("module", "a b"),
+        ("rights", {"user": "alice"}),
+        ("rights", {"user": None, "group": None}),
+        ("rights", {"owner": 1}),
+    ],
+)
+def test_fields_that_make_no_persistent_binding_are_refused(field: str, value: object) -> None:
+    """Each of them, in the head of a rule file or in an undo file."""
+    with pytest.raises((TypeError, ValueError)):
+        binding_of({**FIELDS, field: value})
+    assert binding_of(FIELDS) == pci.PersistentBinding(NIC, 1, 2, "vfio-pci", "m", None)
+    made = binding_of({**FIELDS, "module": None, "rights": {"user": 1, "group": None}})
+    assert made == pci.PersistentBinding(NIC, 1, 2, "vfio-pci", None, pci.Rights(1))
 
 
 @pytest.mark.parametrize(
