@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import doctest
 import errno
+import grp
 import importlib
 import json
 import os
+import pwd
 import re
 import signal
 import stat
@@ -149,6 +151,25 @@ def test_other_text_is_no_rights(text: str) -> None:
         pci.Rights.parse(text)
 
 
+def test_users_and_groups_are_named_as_the_machine_names_them() -> None:
+    """A user and a group of one name can have two numbers."""
+    for user in pwd.getpwall():
+        if re.fullmatch(r"[a-z_-]+", user.pw_name):
+            assert pci.Rights.parse(user.pw_name) == pci.Rights(pwd.getpwnam(user.pw_name).pw_uid)
+    for group in grp.getgrall():
+        if re.fullmatch(r"[a-z_-]+", group.gr_name):
+            assert pci.Rights.parse(f":{group.gr_name}") == pci.Rights(None, grp.getgrnam(group.gr_name).gr_gid)
+
+
+def test_the_user_and_the_group_of_a_file_are_set(tmp_path: Path) -> None:
+    """With the mode. A user who is not root can give the own ids alone."""
+    user, group = (1000, 36) if os.getuid() == 0 else (os.getuid(), os.getgid())
+    (tmp_path / "node").touch()
+    pci.set_ownership(tmp_path / "node", pci.Ownership(user, group, 0o640))
+    status = (tmp_path / "node").stat()
+    assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (user, group, 0o640)
+
+
 def test_rights_of_nobody_are_an_error() -> None:
     with pytest.raises(ValueError, match="a user, a group, or both"):
         pci.Rights()
@@ -220,6 +241,7 @@ def test_a_kernel_without_nodes_of_groups_has_the_node_of_the_device_to_give(mac
         (":37", (0, 36, 0o600), (0, 37, 0o660)),
         (":37", (0, 36, 0o640), (0, 36, 0o666)),
         (":37", (0, 36, 0o620), (0, 36, 0o666)),
+        (":37", (0, 36, 0o611), (0, 37, 0o671)),
         ("1001:37", (1000, 36, 0o660), (1000, 36, 0o666)),
         ("1001:36", (1000, 36, 0o660), (1000, 36, 0o666)),
         ("1000:37", (1000, 36, 0o660), (1000, 36, 0o666)),
@@ -483,6 +505,35 @@ def test_a_dry_run_names_nodes_that_the_kernel_is_going_to_make(
     cdev = machine.add_cdev(OTHER, "vfio0")
     assert machine.bind("--dry-run", "--user", "1000", OTHER) == 0
     assert capsys.readouterr().out.splitlines()[-2:] == [f"chown 1000 {cdev}", f"chmod u+rw {cdev}"]
+
+
+def test_a_dry_run_names_no_node_of_iommufd_that_the_device_does_not_need(
+    machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A device of VFIO without a node of its own gets none; one whose /dev lacks iommufd cannot use it."""
+
+    def shown(bdf: str) -> list[str]:
+        capsys.readouterr()
+        assert machine.bind("--dry-run", "--user", "1000", bdf) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("ch")]
+
+    machine.bind(NIC)
+    iommufd, group = machine.add_iommufd(), machine.dev / "vfio/7"
+    assert shown(NIC) == [f"chown 1000 {group}", f"chmod u+rw {group}"]
+    cdev = machine.add_cdev(NIC, "vfio0")
+    iommufd.unlink()
+    assert shown(NIC) == [f"{command} {path}" for path in (group, cdev) for command in ("chown 1000", "chmod u+rw")]
+
+
+def test_a_dry_run_names_the_node_of_a_group_that_comes_later(
+    machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a word: the number is the kernel's choice."""
+    (machine.sysfs / "class/iommu/0000:00:03.0").mkdir(parents=True)
+    machine.add_device("0000:04:00.0", late_group=9)
+    assert machine.bind("--dry-run", "--user", "1000", "0000:04:00.0") == 0
+    node = machine.dev / "vfio/GROUP"
+    assert capsys.readouterr().out.splitlines()[-2:] == [f"chown 1000 {node}", f"chmod u+rw {node}"]
 
 
 # --- Persistent bindings

@@ -199,6 +199,15 @@ def test_a_node_to_come_is_named_as_far_as_it_is_known(
     assert found.by_hand == ""
 
 
+def test_root_of_a_user_namespace_gives_no_rights(tree: MachineTree) -> None:
+    """The bind is another one's, outside."""
+    machines.forgeable(tree)
+    place_process(tree.proc, user=1000, uid_map="0 1000 1")
+    (found,) = of_check(tree.machine, "group-node")
+    assert found.commands == ()
+    assert found.by_hand == "Run pyvfio doctor again when the device is bound"
+
+
 # --- iommufd
 
 

@@ -1,0 +1,373 @@
+"""What sysfs, procfs and the files of the kernel say of a machine: IOMMUs, groups, options, surroundings, numbers."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from pyvfio import pci
+from pyvfio.errors import DeviceNotFoundError, Holder, VfioError
+from pyvfio.kernel import LinuxKernel
+from pyvfio.pci.boot import build_options, release
+from pyvfio.pci.groups import holders_of_any, this_process
+from pyvfio.pci.iommus import iommu_problems, is_virtual_machine
+from pyvfio.pci.surroundings import Surroundings, look_around
+from tests.unit.sysfs import BRIDGE, SysfsTree, link, place_process
+
+BDF = "0000:00:02.0"
+RELEASE = "6.12.9-amd64"
+INTEL = "vendor_id\t: GenuineIntel\nflags\t\t: fpu vmx\n"
+AMD = "vendor_id\t: AuthenticAMD\nflags\t\t: fpu svm\n"
+VIRTUAL = "vendor_id\t: GenuineIntel\nflags\t\t: fpu hypervisor vmx\n"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> SysfsTree:
+    """A machine without devices."""
+    return SysfsTree(tmp_path)
+
+
+def put(tree: SysfsTree, name: str, text: str) -> None:
+    """Write a file below the parent of sys, dev and proc."""
+    path = tree.sysfs.parent / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+# --- IOMMUs
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine whose kernel uses no IOMMU: the words of its command line, and each problem with the words to add and
+    to remove."""
+
+    words: str
+    problems: list[tuple[str, str, str]]
+    tables: str = "DMAR"
+    cpuinfo: str = INTEL
+    config: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+OFF, ON, ABSENT = "told not to use the IOMMU", "not told to use the IOMMU", "the firmware announces no IOMMU"
+VIRTUAL_ABSENT, WAITS = "this virtual machine has no IOMMU", "has not initialized the IOMMU"
+MACHINES = [
+    Machine("intel_iommu=off", [(OFF, "intel_iommu=on", "intel_iommu=off")]),
+    Machine("intel_iommu=off,sm_on", [(OFF, "intel_iommu=on,sm_on", "intel_iommu=off,sm_on")]),
+    Machine("intel_iommu=off intel_iommu=off", [(OFF, "intel_iommu=on", "intel_iommu=off")]),
+    Machine("intel_iommu=on,off", [(OFF, "intel_iommu=on", "intel_iommu=on,off")]),
+    Machine("intel_iommu=off,on", [(WAITS, "", "")]),
+    Machine("intel_iommu=sm_on", [(ON, "intel_iommu=on", "")]),
+    Machine("intel_iommu=on iommu=off", [(OFF, "", "iommu=off")]),
+    Machine("iommu=pt,off", [(OFF, "intel_iommu=on", "iommu=pt,off")]),
+    Machine("iommu=pt", [(ON, "intel_iommu=on", "")]),
+    Machine("acpi=off", [(OFF, "", "acpi=off")], tables=""),
+    Machine("acpi=off", [(OFF, "intel_iommu=on", "acpi=off")]),
+    Machine("acpi=force", [(ABSENT, "intel_iommu=on", "")], tables=""),
+    Machine("iommu=off", [(ABSENT, "intel_iommu=on", ""), (OFF, "", "iommu=off")], tables=""),
+    Machine("amd_iommu=off", [(ON, "intel_iommu=on", "")]),
+    Machine("amd_iommu=off", [(OFF, "", "amd_iommu=off")], tables="IVRS", cpuinfo=AMD),
+    Machine("amd_iommu=fullflush", [(WAITS, "", "")], tables="IVRS", cpuinfo=AMD),
+    Machine("intel_iommu=off", [(WAITS, "", "")], tables="IVRS", cpuinfo=AMD),
+    Machine("intel_iommu=off", [(ABSENT, "intel_iommu=on", ""), (OFF, "", "intel_iommu=off")], tables=""),
+    Machine("iommu=off intel_iommu=off", [(OFF, "intel_iommu=on", "iommu=off intel_iommu=off")]),
+    Machine(
+        "intel_iommu=off,sm_on", [(OFF, "intel_iommu=sm_on", "intel_iommu=off,sm_on")], tables="", files={"dt": ""}
+    ),
+    Machine("quiet", [(WAITS, "", "")], tables="", cpuinfo="", files={"dt": ""}),
+    Machine("quiet", [(WAITS, "", "")], tables="IORT", cpuinfo=""),
+    Machine("quiet", [(ABSENT, "", "")], tables="", cpuinfo=AMD),
+    Machine("intel_iommu=on", [(ABSENT, "", "")], tables=""),
+    Machine("quiet", [(VIRTUAL_ABSENT, "intel_iommu=on", "")], tables="", cpuinfo=VIRTUAL),
+    Machine("intel_iommu=on", [(VIRTUAL_ABSENT, "", "")], tables="", cpuinfo=VIRTUAL),
+    Machine(
+        "quiet",
+        [(VIRTUAL_ABSENT, "intel_iommu=on", "")],
+        tables="",
+        cpuinfo="",
+        files={"sys/class/dmi/id/sys_vendor": "QEMU\n"},
+    ),
+    Machine("quiet", [("the hypervisor Xen", "", "")], files={"sys/hypervisor/type": "xen\n"}),
+    Machine("quiet", [(ON, "intel_iommu=on", "")], files={"sys/hypervisor/type": "kvm\n"}),
+    Machine("quiet", [("without CONFIG_INTEL_IOMMU", "", "")], config="# CONFIG_INTEL_IOMMU is not set\n"),
+    Machine(
+        "quiet",
+        [("without CONFIG_AMD_IOMMU", "", "")],
+        tables="IVRS",
+        cpuinfo=AMD,
+        config="# CONFIG_AMD_IOMMU is not set\n# CONFIG_INTEL_IOMMU is not set\n",
+    ),
+    Machine("quiet", [(WAITS, "", "")], config="CONFIG_INTEL_IOMMU=y\nCONFIG_INTEL_IOMMU_DEFAULT_ON=y\n"),
+    Machine(
+        "quiet",
+        [("(CONFIG_INTEL_IOMMU_DEFAULT_ON is not set)", "intel_iommu=on", "")],
+        config="# CONFIG_INTEL_IOMMU_DEFAULT_ON is not set\n",
+    ),
+]
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda each: f"{each.tables}-{each.words}-{len(each.problems)}")
+def test_a_kernel_without_an_iommu_is_told_with_the_words_that_change_that(tree: SysfsTree, machine: Machine) -> None:
+    """Each reason, the first to remove first. Words alone mend what words have done."""
+    for name in ("FACP", *machine.tables.split()):
+        put(tree, f"sys/firmware/acpi/tables/{name}", "")
+    put(tree, "proc/cmdline", f"quiet {machine.words}\n")
+    put(tree, "proc/cpuinfo", machine.cpuinfo)
+    put(tree, "proc/sys/kernel/osrelease", f"{RELEASE}\n")
+    put(tree, f"proc/self/root/boot/config-{RELEASE}", machine.config)
+    for name, text in machine.files.items():
+        put(tree, "sys/firmware/devicetree/base/model" if name == "dt" else name, text)
+    found = iommu_problems(tree.kernel)
+    assert [(" ".join(each.add), " ".join(each.remove)) for each in found] == [
+        (add, remove) for _reason, add, remove in machine.problems
+    ]
+    for problem, (reason, _add, _remove) in zip(found, machine.problems, strict=True):
+        assert reason in problem.reason
+        assert problem.only_line == (reason in {OFF, ON} or "DEFAULT_ON" in reason)
+        assert problem.hint
+        assert bool(problem.step) == (reason in {ABSENT, VIRTUAL_ABSENT})
+        if reason == OFF:
+            plural = "options" if " " in " ".join(problem.remove) else "option"
+            added = f", add {problem.add[0]}," if problem.add else ""
+            assert problem.hint == f"Remove the {plural} from the kernel command line{added} and reboot"
+
+
+@pytest.mark.parametrize(
+    ("tables", "loaded", "driver"),
+    [("VIOT", False, "virtio_iommu"), ("VIOT", True, ""), ("VIOT IORT", False, ""), ("IORT", False, "")],
+)
+def test_a_module_that_an_iommu_of_virtio_waits_for_is_named(
+    tree: SysfsTree, tables: str, driver: str, *, loaded: bool
+) -> None:
+    """Where there is no other IOMMU, and the module is not loaded."""
+    for name in tables.split():
+        put(tree, f"sys/firmware/acpi/tables/{name}", "")
+    if loaded:
+        (tree.sysfs / "module/virtio_iommu").mkdir(parents=True)
+    (problem,) = iommu_problems(tree.kernel)
+    assert problem.driver == driver
+    assert f"({', '.join(sorted(tables.split()))})" in problem.reason
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "vendor", "virtual"),
+    [
+        (VIRTUAL, None, True),
+        (INTEL, None, False),
+        ("flags : nohypervisor\n", None, False),
+        ("model name : hypervisor\n", None, False),
+        ("", "QEMU", True),
+        ("", "Dell", False),
+    ],
+)
+def test_a_virtual_machine_shows_a_flag_or_its_maker(
+    tree: SysfsTree, cpuinfo: str, vendor: str | None, *, virtual: bool
+) -> None:
+    put(tree, "proc/cpuinfo", cpuinfo)
+    if vendor is not None:
+        put(tree, "sys/class/dmi/id/sys_vendor", f"{vendor}\n")
+    assert is_virtual_machine(tree.kernel) == virtual
+
+
+# --- Groups
+
+
+@pytest.mark.parametrize(
+    ("units", "groups", "device", "later"),
+    [
+        (["0000:00:03.0"], True, {}, True),
+        (["smmu3.0x2b400000"], True, {}, True),
+        (["dmar0", "0000:00:03.0"], True, {}, True),
+        (["dmar0", "dmar1"], True, {}, False),
+        (["ivhd0"], True, {}, False),
+        ([], True, {}, False),
+        (["0000:00:03.0"], False, {}, False),
+        (["0000:00:03.0"], True, {"driver": "e1000e"}, False),
+        (["0000:00:03.0"], True, {"class_code": BRIDGE}, False),
+        (["0000:00:03.0"], True, {"group": 4}, False),
+    ],
+)
+def test_a_group_comes_later_where_an_iommu_makes_groups_with_drivers(
+    tree: SysfsTree, units: list[str], device: dict[str, object], *, groups: bool, later: bool
+) -> None:
+    """And the device has neither a group nor a driver. Intel's and AMD's make all groups at boot."""
+    for unit in units:
+        (tree.sysfs / "class/iommu" / unit).mkdir(parents=True)
+    if groups:
+        tree.add_device("0000:00:1c.0", driver="pcieport", group=1, class_code=BRIDGE)
+    tree.add_device(BDF, **device)  # type: ignore[arg-type]
+    assert pci.comes_later(pci.read_device(BDF, kernel=tree.kernel), kernel=tree.kernel) == later
+
+
+def test_a_missing_group_names_all_groups_by_number(tree: SysfsTree) -> None:
+    """Not by text; a name that is no number comes first."""
+    for number in (10, 9, 2):
+        tree.add_device(f"0000:00:{number:02x}.0", group=number)
+    (tree.sysfs / "kernel/iommu_groups/odd").mkdir()
+    with pytest.raises(DeviceNotFoundError) as caught:
+        pci.group_members(3, kernel=tree.kernel)
+    assert caught.value.hint == "The groups are: odd, 2, 9, 10"
+
+
+def test_holders_are_told_in_the_order_of_their_numbers(tree: SysfsTree) -> None:
+    """Each once, whichever of the nodes it has open; this process is marked. A dead descriptor is passed over."""
+    one, other = tree.add_group_node(7), tree.add_group_node(8)
+    tree.place_holder(300, one, "qemu")
+    tree.place_holder(41, other, "dpdk")
+    (tree.proc / "41/fd/4").symlink_to(one)
+    tree.place_holder(50, tree.dev / "vfio/9")
+    tree.place_holder(51, tree.dev / "other")
+    (tree.proc / "self").rmdir()
+    (tree.proc / "self").symlink_to("300")
+    assert this_process(tree.proc) == 300
+    assert holders_of_any((one, tree.dev / "gone", other), tree.kernel) == (
+        Holder(41, "dpdk", is_this_process=False),
+        Holder(300, "qemu", is_this_process=True),
+    )
+    assert holders_of_any((tree.dev / "gone",), tree.kernel) == ()
+    (tree.proc / "self").unlink()
+    assert this_process(tree.proc) == 0
+    (tree.proc / "self").symlink_to("me")
+    assert this_process(tree.proc) == 0
+
+
+# --- Options
+
+
+SOME = "CONFIG_VFIO=m\n# CONFIG_IOMMUFD is not set\nCONFIG_NR_CPUS=8\nCONFIG_PCI=y\n#CONFIG_X is not set\n"
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        f"boot/config-{RELEASE}",
+        f"lib/modules/{RELEASE}/config",
+        f"usr/lib/modules/{RELEASE}/config",
+        f"lib/modules/{RELEASE}/build/.config",
+    ],
+)
+def test_the_options_of_a_kernel_are_those_of_the_file_that_came_with_it(tree: SysfsTree, place: str) -> None:
+    """Wherever the distribution installs the file. Values that are neither y nor m are left out."""
+    put(tree, "proc/sys/kernel/osrelease", f"{RELEASE}\n")
+    assert build_options(tree.kernel) == {}
+    put(tree, f"proc/self/root/{place}", SOME)
+    assert build_options(tree.kernel) == {"VFIO": "m", "IOMMUFD": "n", "PCI": "y"}
+    put(tree, "proc/sys/kernel/osrelease", "other\n")
+    assert build_options(tree.kernel) == {}
+
+
+def test_the_options_that_the_kernel_itself_shows_come_first(tree: SysfsTree) -> None:
+    """Unless they cannot be unpacked."""
+    put(tree, "proc/sys/kernel/osrelease", f"{RELEASE}\n")
+    put(tree, f"proc/self/root/boot/config-{RELEASE}", SOME)
+    packed = gzip.compress(b"CONFIG_VFIO=y\n")
+    (tree.proc / "config.gz").write_bytes(packed)
+    assert build_options(tree.kernel) == {"VFIO": "y"}
+    for broken in (packed[:-12], b"garbage"):
+        (tree.proc / "config.gz").write_bytes(broken)
+        assert build_options(tree.kernel) == {"VFIO": "m", "IOMMUFD": "n", "PCI": "y"}
+
+
+@pytest.mark.parametrize("text", ["", "6.1; reboot", "../../etc", "6.1\nx"])
+def test_a_release_that_no_kernel_has_is_none(tree: SysfsTree, text: str) -> None:
+    """The release stands in paths and commands."""
+    put(tree, "proc/sys/kernel/osrelease", f"{text}\n")
+    assert release(tree.kernel) == ""
+    put(tree, "proc/sys/kernel/osrelease", "6.12.95+deb12-amd64~rc1_x\n")
+    assert release(tree.kernel) == "6.12.95+deb12-amd64~rc1_x"
+
+
+# --- Devices
+
+
+@pytest.mark.parametrize(
+    ("code", "bridge"),
+    [(code, True) for code in (0x060400, 0x060401, 0x060700, 0x060900)]
+    + [(code, False) for code in (0x060000, 0x060100, 0x060800, 0x020000, 0x040006)],
+)
+def test_a_bridge_is_known_by_its_class(tree: SysfsTree, code: int, *, bridge: bool) -> None:
+    """Host and ISA bridges are ordinary devices."""
+    tree.add_device(BDF, class_code=code)
+    assert pci.read_device(BDF, kernel=tree.kernel).is_bridge == bridge
+
+
+@pytest.mark.parametrize(("node", "expected"), [(-1, None), (0, 0), (1, 1), (-2, None)])
+def test_a_device_of_no_numa_node_has_none(tree: SysfsTree, node: int, expected: int | None) -> None:
+    """The kernel writes -1; the first node is 0."""
+    tree.add_device(BDF, numa_node=node)
+    assert pci.read_device(BDF, kernel=tree.kernel).numa_node == expected
+
+
+def test_a_missing_device_names_those_beside_or_the_nearest(tree: SysfsTree) -> None:
+    for bdf in ("0000:01:00.1", "0000:01:00.0", "0000:02:00.0", "0000:03:00.0", "0000:41:00.0"):
+        tree.add_device(bdf)
+    with pytest.raises(DeviceNotFoundError) as caught:
+        pci.read_device("01:00.7", kernel=tree.kernel)
+    assert caught.value.hint == "Bus 0000:01 has 0000:01:00.0, 0000:01:00.1; pyvfio list shows all devices"
+    with pytest.raises(DeviceNotFoundError) as caught:
+        pci.read_device("40:00.0", kernel=tree.kernel)
+    hint = caught.value.hint
+    assert hint.startswith("There is no bus 0000:40; the nearest devices are 0000:4")
+    assert hint.count("0000:") == 4
+    assert hint.endswith("; pyvfio list shows all devices")
+
+
+def test_a_physical_function_is_named_by_an_address(tree: SysfsTree) -> None:
+    """A link to another name is an error that tells both."""
+    directory = tree.add_device(BDF)
+    assert pci.physical_function(BDF, kernel=tree.kernel) is None
+    link(directory / "physfn", tree.sysfs / "devices/odd")
+    with pytest.raises(VfioError, match="physfn names 'odd', which is not a PCI address"):
+        pci.physical_function(BDF, kernel=tree.kernel)
+
+
+# --- Surroundings
+
+
+@pytest.mark.parametrize(
+    ("process", "expected"),
+    [
+        ({}, Surroundings(user=0, groups=(0, 27))),
+        ({"user": 33}, Surroundings(user=33, groups=(27, 33))),
+        ({"cgroup": "0::/system.slice/a.service"}, Surroundings(groups=(0, 27), service="a.service")),
+        ({"cgroup": "1:x:/a.service\n0::/b.service/c"}, Surroundings(groups=(0, 27), service="b.service")),
+        ({"cgroup": "0::/a.services"}, Surroundings(groups=(0, 27))),
+        ({"cgroup": "0::/machine.slice/x.scope"}, Surroundings(groups=(0, 27), container=True)),
+        ({"cgroup": "0::/lxc/1"}, Surroundings(groups=(0, 27), container=True)),
+        ({"environ": "container=lxc\0A=b\0"}, Surroundings(groups=(0, 27), container=True)),
+        ({"environ": "A=b\0MY_container=lxc\0"}, Surroundings(groups=(0, 27))),
+        ({"uid_map": "0 100000 65536"}, Surroundings(groups=(0, 27), user_namespace=True)),
+        ({"uid_map": " 0   0 4294967295"}, Surroundings(groups=(0, 27))),
+    ],
+)
+def test_surroundings_are_told_by_small_files(
+    tree: SysfsTree, process: dict[str, object], expected: Surroundings
+) -> None:
+    """The effective user is the second of four; the last service is the innermost."""
+    place_process(tree.proc, **process)  # type: ignore[arg-type]
+    assert look_around(tree.kernel) == expected
+    assert expected.root == (expected.user == 0)
+
+
+@pytest.mark.parametrize("line", ["Uid:\tx\t1\t1\t1\n", "Uid:\t7\n", "Uid:\n", "XUid:\t7\t7\t7\t7\n", ""])
+def test_a_status_without_users_is_of_the_user_of_this_process(tree: SysfsTree, line: str) -> None:
+    """A status with less than two numbers does not say the effective user."""
+    place_process(tree.proc)
+    (tree.proc / "self/status").write_text(line)
+    assert look_around(tree.kernel) == Surroundings(user=os.geteuid())
+
+
+@pytest.mark.parametrize("mark", [".dockerenv", "run/.containerenv", "run/systemd/container"])
+def test_a_container_is_known_by_a_file_of_its_runtime(tmp_path: Path, mark: str) -> None:
+    place_process(tmp_path)
+    assert not look_around(LinuxKernel(proc=tmp_path)).container
+    place = tmp_path / "self/root" / mark
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.touch()
+    assert look_around(LinuxKernel(proc=tmp_path)).container
