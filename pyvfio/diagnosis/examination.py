@@ -192,7 +192,7 @@ def _group_of(error: VfioError) -> int | None:
 
 def _place(finding: Finding) -> int:
     """Where a finding stands in the order in which to fix them."""
-    order = {check.name: index for index, check in reversed(tuple(enumerate(_CHECKS)))}
+    order = {check.name: index for index, check in enumerate(_CHECKS)}
     return order.get(_FIXED_AFTER.get(finding.check, finding.check), order["limits"])
 
 
