@@ -46,6 +46,12 @@ def texts(found: list[Finding]) -> list[str]:
     return [command.text for each in found for command in each.commands]
 
 
+def takes_off(found: Finding, word: str) -> bool:
+    """Whether the commands take a word off the command line, and add none."""
+    change, remake = texts([found])
+    return change.startswith("sed -i -E ") and word.replace(".", "\\.") in change and remake == "update-grub"
+
+
 def unset(*names: str) -> str:
     """Lines of a configuration."""
     return "".join(f"# CONFIG_{name} is not set\n" for name in names)
@@ -288,6 +294,8 @@ def test_a_word_against_remapping_is_taken_off_the_command_line(tree: MachineTre
     (found,) = of_check(tree.machine, "interrupts")
     assert found.summary.endswith(f": the kernel was told so ({word})")
     assert found.remove_arguments == (word,)
+    assert found.add_arguments == ()
+    assert takes_off(found, word)
     assert found.why.startswith("Without remapping")
     assert found.reboot
 
@@ -345,6 +353,24 @@ def test_modules_that_are_not_loaded_are_named(
         (tree.root / "etc/modules-load.d/.keep").unlink()
         (tree.root / "etc/modules-load.d").rmdir()
         assert texts(of_check(tree.kernel, "modules", iommu=iommu)) == [f"modprobe -a {names}"]
+
+
+def test_modules_whose_effect_is_seen_are_there(tree: MachineTree) -> None:
+    """Built in, they show no directory: a container can be opened, or iommufd has a class. The others are not there."""
+    tree.put("sys/class/misc/vfio/dev", "10:196\n")
+    tree.add_node()
+    said = "vfio-pci is not loaded"
+    assert told(of_check(tree.machine, "modules")) == [("wrong", said)]
+    tree.add_iommufd()
+    (tree.sysfs / "module/iommufd").rename(tree.sysfs / "module/other")
+    assert told(of_check(tree.machine, "modules", iommu="iommufd")) == [("wrong", said)]
+    tree.add_driver("vfio-pci")
+    assert told(of_check(tree.machine, "modules")) == [("ok", "the kernel has vfio, vfio-pci, vfio_iommu_type1")]
+    said = "the kernel has vfio, vfio-pci, iommufd"
+    assert told(of_check(tree.machine, "modules", iommu="iommufd")) == [("ok", said)]
+    (tree.sysfs / "class/misc/iommu/dev").unlink()
+    (tree.sysfs / "class/misc/iommu").rmdir()
+    assert told(of_check(tree.machine, "modules", iommu="iommufd")) == [("wrong", "iommufd is not loaded")]
 
 
 @pytest.mark.parametrize(
@@ -427,6 +453,7 @@ def test_a_blacklist_of_the_command_line_counts_with_either_dash(tree: MachineTr
     (found,) = of_check(tree.kernel, "modules")
     assert found.summary == f"the kernel was told not to load VFIO's modules ({word})"
     assert found.remove_arguments == (word,)
+    assert takes_off(found, word)
     assert found.reboot
 
 
@@ -448,7 +475,7 @@ def test_a_kernel_that_loads_no_modules_is_told_with_the_setting(
     assert found.summary == f"VFIO's modules are not loaded, and this kernel loads no more modules: {setting}"
     assert found.reboot
     assert found.remove_arguments == tuple(words.split())
-    assert bool(found.commands) == bool(words)
+    assert takes_off(found, words) if words else not found.commands
     assert bool(found.by_hand) == (disabled == "1")
 
 

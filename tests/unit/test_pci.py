@@ -1056,12 +1056,23 @@ def test_a_wait_for_a_driver_can_be_interrupted(tree: SysfsTree) -> None:
     assert [path for path, _value in tree.writes].count("bus/pci/drivers_probe") == 1
 
 
-def test_want_of_descriptors_is_not_taken_for_want_of_a_device(tree: SysfsTree) -> None:
-    """An unreadable file can exist. The error names the limit to raise."""
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda kernel: pci.read_device(BDF, kernel=kernel),
+        lambda kernel: pci.devices(kernel=kernel),
+        lambda kernel: pci.group_members(7, kernel=kernel),
+        lambda kernel: pci.group_node(7, kernel=kernel),
+    ],
+)
+def test_want_of_descriptors_is_not_taken_for_want_of_a_device(
+    tree: SysfsTree, look: Callable[[LinuxKernel], object]
+) -> None:
+    """An unreadable file or directory can exist. The error names the limit to raise."""
     former = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, former[1]))
     try:
         with pytest.raises(VfioError, match="ulimit -n"):
-            pci.read_device("0000:01:00.0", kernel=tree.kernel)
+            look(tree.kernel)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, former)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -209,6 +210,7 @@ def test_a_missing_group_names_all_groups_by_number(tree: SysfsTree) -> None:
     """Not by text; a name that is no number comes first."""
     for number in (10, 9, 2):
         tree.add_device(f"0000:00:{number:02x}.0", group=number)
+    assert pci.read_device("0000:00:0a.0", kernel=tree.kernel).iommu_group == 10
     (tree.sysfs / "kernel/iommu_groups/odd").mkdir()
     with pytest.raises(DeviceNotFoundError) as caught:
         pci.group_members(3, kernel=tree.kernel)
@@ -297,11 +299,37 @@ def test_a_bridge_is_known_by_its_class(tree: SysfsTree, code: int, *, bridge: b
     assert pci.read_device(BDF, kernel=tree.kernel).is_bridge == bridge
 
 
-@pytest.mark.parametrize(("node", "expected"), [(-1, None), (0, 0), (1, 1), (-2, None)])
+@pytest.mark.parametrize(("node", "expected"), [(-1, None), (0, 0), (10, 10), (-2, None)])
 def test_a_device_of_no_numa_node_has_none(tree: SysfsTree, node: int, expected: int | None) -> None:
     """The kernel writes -1; the first node is 0."""
     tree.add_device(BDF, numa_node=node)
     assert pci.read_device(BDF, kernel=tree.kernel).numa_node == expected
+
+
+@pytest.mark.parametrize("file", ["vendor", "device", "class"])
+def test_a_device_without_ids_is_none(tree: SysfsTree, file: str) -> None:
+    """As one that is removed while it is read."""
+    (tree.add_device(BDF) / file).unlink()
+    with pytest.raises(DeviceNotFoundError, match=f"there is no PCI device {BDF}"):
+        pci.read_device(BDF, kernel=tree.kernel)
+    assert pci.devices(kernel=tree.kernel) == ()
+
+
+@pytest.mark.parametrize("wrong", [7, None, b"00:02.0"])
+def test_an_address_is_text(wrong: object) -> None:
+    with pytest.raises(TypeError, match=f"a PCI address is text, .*, not {type(wrong).__name__}"):
+        pci.parse_bdf(wrong)  # type: ignore[arg-type]
+
+
+def test_a_token_is_a_uuid_or_its_text() -> None:
+    """An error shows one."""
+    token = uuid.UUID("00112233-4455-6677-8899-aabbccddeeff")
+    assert pci.parse_vf_token(token) is token
+    assert pci.parse_vf_token(str(token)) == token
+    with pytest.raises(ValueError, match="a VF token is a UUID such as 00000000-0000-0000-0000-000000000000, not 'x'"):
+        pci.parse_vf_token("x")
+    with pytest.raises(TypeError, match=r"a VF token is a uuid\.UUID or its text, not int"):
+        pci.parse_vf_token(7)  # type: ignore[arg-type]
 
 
 def test_a_missing_device_names_those_beside_or_the_nearest(tree: SysfsTree) -> None:

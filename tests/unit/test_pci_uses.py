@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -189,6 +190,47 @@ def test_a_disk_of_a_subsystem_is_of_the_controllers_alone(tree: SysfsTree) -> N
     controller.mkdir(parents=True)
     link(subsystem / "nvme0", controller)
     assert find_uses(tree.kernel, BDF) == [Use("nvme0n1 is swapped to", "swapoff /dev/nvme0n1")]
+
+
+def make_node(place: Path, kind: int, number: int, instead: str) -> bool:
+    """Make a node of a device that this machine need not have. A user without the right gets a link to another."""
+    place.parent.mkdir(exist_ok=True)
+    try:
+        os.mknod(place, kind | 0o600, os.makedev(240, number))
+    except PermissionError:
+        place.symlink_to(instead)
+        return False
+    return True
+
+
+def test_a_disk_whose_node_is_of_another_device_may_be_in_use(tree: SysfsTree) -> None:
+    """As in a container with nodes of its own: opening that one would ask for another disk."""
+    add_disk(tree, number="240:7")
+    (tree.dev / "sda").unlink()
+    made = make_node(tree.dev / "sda", stat.S_IFBLK, 8, "/dev/null")
+    kernel = Refusing(sysfs=tree.sysfs, dev=tree.dev, proc=tree.proc)
+    kernel.number = errno.ENXIO
+    said = f"sda may be in use: {tree.dev}/sda cannot be opened (the node is 240:8, not 240:7)"
+    assert find_uses(kernel, BDF) == ([Use(said)] if made else [])
+    assert kernel.asked == (not made)
+    (tree.dev / "sda").unlink()
+    make_node(tree.dev / "sda", stat.S_IFBLK, 7, "/dev/null")
+    assert find_uses(kernel, BDF) == []
+    assert kernel.asked == 1 + (not made)
+
+
+@pytest.mark.parametrize(("kind", "other"), [(stat.S_IFCHR, stat.S_IFBLK), (stat.S_IFBLK, stat.S_IFCHR)])
+def test_a_node_is_known_by_its_kind_and_number(tree: SysfsTree, kind: int, other: int) -> None:
+    """Whatever the name in a container. Each has numbers of its own."""
+    one, alias, unlike, number = (tree.dev / place / "7" for place in ("a", "b", "c", "d"))
+    make_node(one, kind, 7, "/dev/null")
+    make_node(alias, kind, 7, "/dev/null")
+    make_node(unlike, other, 7, "/dev/zero")
+    make_node(number, kind, 8, "/dev/full")
+    tree.place_holder(41, one)
+    assert [holder.pid for holder in pci.holders_of(alias, kernel=tree.kernel)] == [41]
+    assert pci.holders_of(unlike, kernel=tree.kernel) == ()
+    assert pci.holders_of(number, kernel=tree.kernel) == ()
 
 
 # --- Refusals
