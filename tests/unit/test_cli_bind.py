@@ -381,6 +381,16 @@ def test_restore_leaves_a_node_that_somebody_has_changed_since(machine: Machine)
     assert machine.driver_of(NIC) == "e1000e"
 
 
+def test_a_dry_run_of_restore_leaves_the_rights(machine: Machine) -> None:
+    machine.bind(SOUND)
+    binding = machine.give(NIC)
+    machine.owned.clear()
+    planned = pci.restore(binding, dry_run=True, kernel=machine.kernel, write=machine.write, own=machine.own)
+    assert (machine.owned, planned.nodes) == ([], ())
+    assert mode_of(machine.dev / "vfio/7") == 0o660
+    assert machine.driver_of(NIC) == "vfio-pci"
+
+
 def test_restore_leaves_out_a_node_that_is_gone(machine: Machine) -> None:
     """And restores the others."""
     cdev = machine.add_cdev(NIC, "vfio0")

@@ -7,6 +7,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -376,6 +377,50 @@ def test_a_driver_is_restored_unless_the_device_is_in_use(tree: SysfsTree) -> No
     assert (planned.driver, planned.former_driver) == ("other", "ahci")
     done = pci.restore(binding, force=True, write=tree.write, kernel=tree.kernel)
     assert (done.driver, done.former_driver, done.steps) == ("other", "ahci", planned.steps)
+
+
+CHANGES: list[Callable[..., pci.Binding]] = [
+    partial(pci.bind, BDF),
+    partial(pci.bind, BDF, pci.NO_DRIVER),
+    partial(pci.unbind, BDF),
+    partial(pci.unbind, BDF, to="vfio-pci"),
+    partial(pci.unbind, BDF, to=pci.NO_DRIVER),
+    partial(pci.restore, pci.Binding(BDF, "ahci", "vfio-pci", None, ())),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_device_in_use_is_changed_by_force_alone(tmp_path: Path, change: Callable[..., pci.Binding]) -> None:
+    """A dry run writes nothing, and refuses what the change would refuse."""
+    tree = SysfsTree(tmp_path)
+    tree.add_device(BDF, driver="ahci", matches="igb", override="other", group=7)
+    tree.add_interface(BDF, "eth0", up=True)
+    call = partial(change, write=tree.write, kernel=tree.kernel)
+    for dry_run in (True, False):
+        with pytest.raises(VfioError, match="in use through ahci: network interface eth0 is up"):
+            call(dry_run=dry_run)
+    planned = call(dry_run=True, force=True)
+    assert (tree.writes, tree.driver_of(BDF), tree.override_of(BDF)) == ([], "ahci", "other")
+    done = call(force=True)
+    assert planned.steps == done.steps != ()
+    assert tree.driver_of(BDF) == done.driver != "ahci"
+    assert (done.bdf, done.former_driver, done.former_override) == (BDF, "ahci", "other")
+    assert (planned.bdf, planned.former_driver, planned.former_override) == (BDF, "ahci", "other")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        partial(pci.bind, BDF, "ahci"),
+        partial(pci.unbind, BDF, to="ahci"),
+        partial(pci.restore, pci.Binding(BDF, "x", "ahci", "other", ())),
+    ],
+)
+def test_a_device_that_needs_no_change_is_told_as_it_is(tree: SysfsTree, change: Callable[..., pci.Binding]) -> None:
+    """With the override, which names another driver."""
+    (place_of(tree) / "driver_override").write_text("other\n")
+    assert change(write=tree.write, kernel=tree.kernel) == pci.Binding(BDF, "ahci", "ahci", "other", ())
+    assert tree.writes == []
 
 
 @pytest.mark.parametrize("holder", [False, True])
