@@ -20,6 +20,7 @@ from pyvfio.errors import (
     IoctlError,
     NotBoundError,
     UnavailableError,
+    UnsupportedError,
     VfioError,
 )
 from pyvfio.pci.cdevs import explain_bind, explain_cdev, explain_iommufd, has_iommufd, holders_of_cdev, no_cdev
@@ -181,7 +182,10 @@ def test_a_device_that_is_unbound_or_removed_before_its_node_is_opened_is_called
     path = tree.dev / "vfio/devices/vfio0"
     directory = (tree.pci / "devices" / BDF).resolve()
     (directory / "vfio-dev/vfio0").rename(directory / "vfio-dev/vfio1")
-    assert isinstance(explain_cdev(tree.kernel, BDF, path, failure(errno.ENOENT)), DeviceGoneError)
+    gone = explain_cdev(tree.kernel, BDF, path, failure(errno.ENOENT))
+    assert isinstance(gone, DeviceGoneError)
+    assert str(gone).startswith(f"{BDF} ")
+    assert f"{path} is no longer the node of the device" in str(gone)
     (directory / "vfio-dev/vfio1/dev").unlink()
     (directory / "vfio-dev/vfio1").rmdir()
     (directory / "vfio-dev").rmdir()
@@ -270,7 +274,10 @@ def test_another_process_that_has_the_group_open_is_to_close_it(tree: SysfsTree)
     error = bound(tree, errno.EBUSY)
     assert isinstance(error, GroupBusyError)
     assert "already open in qemu (pid 41)" in str(error)
-    assert "close the devices of the group in that process" in error.hint
+    assert error.hint == (
+        "A device is bound to an iommufd only while no other user has the device or the group open: "
+        "close the devices of the group in that process, or end the process"
+    )
 
 
 def test_a_bind_of_a_device_that_is_bound_already_names_the_other_process(tree: SysfsTree) -> None:
@@ -297,6 +304,25 @@ def test_an_iommufd_of_descriptor_0_is_one(tree: SysfsTree) -> None:
     """A daemon that closed its standard input has it: the device is busy, and the descriptor not negative."""
     tree.place_holder(41, tree.dev / "vfio/devices/vfio0")
     assert isinstance(bound(tree, errno.EINVAL, 0), GroupBusyError)
+
+
+@pytest.mark.parametrize(("number", "iommufd"), [(errno.EINVAL, -1), (errno.EBADF, 3), (errno.ENOMEM, 3)])
+def test_a_refusal_that_is_none_of_a_busy_device_names_no_process(tree: SysfsTree, number: int, iommufd: int) -> None:
+    """Though another process has the device open: the descriptor is negative, or the errno is another."""
+    tree.place_holder(41, tree.dev / "vfio/devices/vfio0")
+    error = bound(tree, number, iommufd)
+    assert isinstance(error, IoctlError)
+    assert (error.errno, error.arguments) == (number, {"device": BDF, "iommufd": iommufd})
+
+
+def test_a_device_without_an_iommu_is_refused_by_both_ways(tree: SysfsTree) -> None:
+    """It has a driver of VFIO, and no node of its own."""
+    (tree.sysfs / "kernel/iommu_groups/7/name").write_text("vfio-noiommu\n")
+    error = no_cdev(tree.kernel, BDF)
+    assert isinstance(error, UnsupportedError)
+    assert error.message.startswith(
+        f"{BDF} has no IOMMU (no-IOMMU mode), so neither iommufd nor type1 opens the device"
+    )
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EBUSY])

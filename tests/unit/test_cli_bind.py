@@ -579,6 +579,7 @@ def test_a_rule_names_the_device_by_address_and_by_id(machine: Machine) -> None:
     rule = machine.persist(NIC).path.read_text()
     for line in (f'KERNEL!="{NIC}", GOTO', 'ATTR{vendor}!="0x8086", GOTO', 'ATTR{device}!="0x10d3", GOTO'):
         assert rule.index(line) < rule.index("ATTR{driver_override}=")
+    assert 'TEST!="subsystem/drivers/vfio-pci", RUN{builtin}+="kmod load vfio_pci"\n' in rule
 
 
 def test_a_rule_without_rights_leaves_the_nodes_alone(machine: Machine) -> None:
@@ -749,6 +750,29 @@ def test_a_machine_without_udev_is_told_so_and_nothing_is_changed(
     assert "this machine has no udev" in capsys.readouterr().err
     assert machine.drivers() == before
     assert machine.writes == []
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_binding_that_could_not_be_made_is_not_made_persistent(machine: Machine, *, dry_run: bool) -> None:
+    """A driver that is not loaded, a bridge, a machine without udev: no rule file is written, or planned."""
+
+    def persist(bdf: str, driver: str) -> None:
+        pci.persist(bdf, driver, dry_run=dry_run, kernel=machine.kernel, etc=machine.etc)
+
+    with pytest.raises(UnavailableError, match="no PCI driver other is loaded"):
+        persist(NIC, "other")
+    with pytest.raises(VfioError, match=f"{PORT} is a PCI bridge"):
+        persist(PORT, "vfio-pci")
+    assert machine.files() == {}
+    (machine.etc / "driverctl.d").mkdir()
+    (machine.etc / f"driverctl.d/pci-{NIC}").touch()
+    with pytest.raises(VfioError, match=f"driverctl already has a persistent driver for {NIC}"):
+        persist(NIC, "vfio-pci")
+    assert machine.files() == {}
+    machine.rules.rmdir()
+    (machine.etc / "udev").rmdir()
+    with pytest.raises(UnavailableError, match="this machine has no udev"):
+        persist(OTHER, "vfio-pci")
 
 
 def test_the_directory_of_rules_is_made(machine: Machine) -> None:

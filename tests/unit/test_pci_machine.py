@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import uuid
@@ -12,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from pyvfio import pci
-from pyvfio.errors import DeviceNotFoundError, Holder, VfioError
+from pyvfio.errors import DeviceNotFoundError, Holder, UnavailableError, VfioError
 from pyvfio.kernel import LinuxKernel
 from pyvfio.pci.boot import build_options, release
 from pyvfio.pci.groups import holders_of_any, this_process
 from pyvfio.pci.iommus import iommu_problems, is_virtual_machine
+from pyvfio.pci.nodes import explain_container
 from pyvfio.pci.surroundings import Surroundings, look_around
 from tests.unit.sysfs import BRIDGE, SysfsTree, link, place_process
 
@@ -399,3 +401,22 @@ def test_a_container_is_known_by_a_file_of_its_runtime(tmp_path: Path, mark: str
     place.parent.mkdir(parents=True, exist_ok=True)
     place.touch()
     assert look_around(LinuxKernel(proc=tmp_path)).container
+
+
+@pytest.mark.parametrize(
+    ("process", "hint"),
+    [
+        ({}, ""),
+        ({"user": 1000}, ", as root"),
+        ({"container": True}, ", on the host, then start the container with --device {}"),
+        ({"user": 1000, "container": True}, ", on the host, then start the container with --device {}"),
+    ],
+)
+def test_a_kernel_without_vfio_is_told_with_the_modules(tree: SysfsTree, process: dict[str, object], hint: str) -> None:
+    """And who loads them, where."""
+    place_process(tree.proc, **process)  # type: ignore[arg-type]
+    node = tree.dev / "vfio/vfio"
+    error = explain_container(tree.kernel, node, OSError(errno.ENOENT, "no"))
+    assert isinstance(error, UnavailableError)
+    assert error.message == f"there is no {node}: the kernel has no VFIO, or the module is not loaded"
+    assert error.hint == "modprobe -a vfio-pci vfio_iommu_type1" + hint.format(node)
