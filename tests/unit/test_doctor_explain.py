@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import pyvfio
-from pyvfio.diagnosis import explain
+from pyvfio.diagnosis import Command, Diagnosis, Finding, explain
 from pyvfio.errors import EntryLimitError, PinLimitError, RollbackError, UnsupportedError, VfioError
 from pyvfio.kernel import Memlock
 from pyvfio.testing.fake import FakeKernel
@@ -188,3 +188,66 @@ def test_a_memory_of_zero_bytes_is_a_number(tree: MachineTree) -> None:
     for wrong, error in ((-1, ValueError), (1.5, TypeError), ("1", TypeError)):
         with pytest.raises(error):
             pyvfio.doctor(kernel=tree.machine, memory=wrong)  # type: ignore[arg-type]
+
+
+# --- The result
+
+
+WRONG = Finding("modules", "wrong", "m", "Why.", (Command("pyvfio bind x", "first"), Command("b", risky=True)), "by")
+BOOT = Finding("iommu", "wrong", "i", reboot=True)
+NOTE, OK = Finding("reset", "note", "r"), Finding("kernel", "ok", "k")
+
+
+@pytest.mark.parametrize(
+    ("findings", "status", "text"),
+    [
+        ((), "ok", []),
+        ((OK,), "ok", []),
+        ((OK, NOTE), "note", ["note  reset: r"]),
+        ((NOTE, BOOT), "wrong", ["note  reset: r", "wrong iommu: i", "    Then reboot."]),
+        ((BOOT, BOOT), "wrong", ["wrong iommu: i", "wrong iommu: i", "    Then reboot."]),
+        (
+            (WRONG, OK),
+            "wrong",
+            ["wrong modules: m", "    Why.", "    by", "    # first", "    pyvfio bind x", "    # b"],
+        ),
+    ],
+)
+def test_a_diagnosis_is_told_in_lines(findings: tuple[Finding, ...], status: str, text: list[str]) -> None:
+    """Without what is in order, unless everything is wanted; the verdict is a line of its own."""
+    diagnosis = Diagnosis(NIC, "box", "6.12", findings)
+    assert (diagnosis.status, diagnosis.ok, len(diagnosis)) == (status, status != "wrong", len(findings))
+    assert diagnosis.text(verdict=False).splitlines() == text
+    assert diagnosis.text(width=200).splitlines() == [*text, diagnosis.verdict]
+    assert ("ok    kernel: k" in diagnosis.text(everything=True)) == (OK in findings)
+    assert diagnosis.wrong == tuple(found for found in findings if found.status == "wrong")
+
+
+def test_a_script_has_the_commands_in_their_order() -> None:
+    """It defines pyvfio only if it runs pyvfio. A boot is a comment at the end."""
+    script = Diagnosis(NIC, "box", "6.12", (OK, WRONG, NOTE, BOOT)).script(run_pyvfio=["pyvfio() { :; }"])
+    assert script.splitlines() == [
+        "#!/bin/sh",
+        f"# pyvfio doctor {NIC} on box",
+        "# Run it as root.",
+        "set -eu",
+        "pyvfio() { :; }",
+        "",
+        "# modules: m",
+        "# by",
+        "# first",
+        "pyvfio bind x",
+        "# b",
+        "",
+        "# iommu: i",
+        "",
+        "# Reboot, then run pyvfio doctor again: other checks wait for the reboot.",
+        "# reboot",
+    ]
+    assert Diagnosis(None, "", "", (NOTE,)).script().splitlines() == [
+        "#!/bin/sh",
+        "# pyvfio doctor",
+        "# There is no obstacle.",
+    ]
+    assert "pyvfio()" not in Diagnosis(None, "", "", (BOOT,)).script(run_pyvfio=["pyvfio() { :; }"])
+    assert "# reboot" not in Diagnosis(None, "", "", (WRONG,)).script()

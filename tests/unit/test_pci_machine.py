@@ -7,18 +7,19 @@ import gzip
 import os
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from pyvfio import pci
-from pyvfio.errors import DeviceNotFoundError, Holder, UnavailableError, VfioError
+from pyvfio.errors import AccessDeniedError, DeviceNotFoundError, Holder, UnavailableError, VfioError
 from pyvfio.kernel import LinuxKernel
 from pyvfio.pci.boot import build_options, release
 from pyvfio.pci.groups import holders_of_any, this_process
 from pyvfio.pci.iommus import iommu_problems, is_virtual_machine
-from pyvfio.pci.nodes import explain_container
+from pyvfio.pci.nodes import explain_container, explain_open, mknod_command, place_in_sysfs
+from pyvfio.pci.noiommu import is_unprotected
 from pyvfio.pci.surroundings import Surroundings, look_around
 from tests.unit.sysfs import BRIDGE, SysfsTree, link, place_process
 
@@ -420,3 +421,64 @@ def test_a_kernel_without_vfio_is_told_with_the_modules(tree: SysfsTree, process
     assert isinstance(error, UnavailableError)
     assert error.message == f"there is no {node}: the kernel has no VFIO, or the module is not loaded"
     assert error.hint == "modprobe -a vfio-pci vfio_iommu_type1" + hint.format(node)
+
+
+# --- Nodes
+
+
+@pytest.mark.parametrize(
+    ("node", "place"),
+    [
+        ("vfio/vfio", "class/misc/vfio"),
+        ("iommu", "class/misc/iommu"),
+        ("vfio/7", "class/vfio/7"),
+        ("vfio/noiommu-7", "class/vfio/noiommu-7"),
+        ("vfio/devices/vfio0", "class/vfio-dev/vfio0"),
+    ],
+)
+def test_a_node_is_made_by_the_number_that_sysfs_has(tree: SysfsTree, node: str, place: str) -> None:
+    """No command without a number."""
+    path = tree.dev / node
+    assert place_in_sysfs(path) == place
+    assert mknod_command(tree.kernel, path) == ""
+    put(tree, f"sys/{place}/dev", "243:5\n")
+    assert mknod_command(tree.kernel, path) == f"mknod {path} c 243 5"
+    put(tree, "sys/class/other/dev", "10:6\n")
+    assert mknod_command(tree.kernel, path, "class/other") == f"mknod {path} c 10 6"
+    put(tree, "sys/class/other/dev", "10:6; reboot\n")
+    assert mknod_command(tree.kernel, path, "class/other") == ""
+
+
+@pytest.mark.parametrize(
+    ("node", "container", "hint"),
+    [
+        ("vfio/vfio", False, 'write a udev rule: SUBSYSTEM=="misc", KERNEL=="vfio", MODE="0666"'),
+        ("vfio/7", False, "give the node to the user: pyvfio bind --user 7 0000:00:02.0 (with --persist at each boot"),
+        ("vfio/7", True, "Start the container with a user or group that has access: --user, --group-add"),
+    ],
+)
+def test_a_user_without_rights_is_told_the_mode_and_the_way_to_rights(
+    tree: SysfsTree, node: str, hint: str, *, container: bool
+) -> None:
+    """The mode is unknown where the node cannot be looked at."""
+    here = Surroundings(user=7, groups=(8, 9), container=container)
+    path = tree.dev / node
+    for mode in ("The mode is unknown", f"The mode is -rw-r-----, owner {os.getuid()}:{os.getgid()}"):
+        error = explain_open(path, OSError(errno.EACCES, "no"), here, BDF)
+        assert isinstance(error, AccessDeniedError)
+        assert error.hint.startswith(f"{mode}; this is user 7 with groups [8, 9]. ")
+        assert hint in error.hint
+        path.touch(0o640)
+        path.chmod(0o640)
+
+
+def test_a_device_without_an_iommu_is_known_by_the_names_of_its_nodes(tree: SysfsTree) -> None:
+    """Its own, or that of its group."""
+    tree.add_device(BDF, driver="vfio-pci", group=7)
+    device = pci.read_device(BDF, kernel=tree.kernel)
+    assert not is_unprotected(tree.kernel, device)
+    assert not is_unprotected(tree.kernel, replace(device, cdev="vfio0"))
+    assert not is_unprotected(tree.kernel, replace(device, iommu_group=None))
+    assert is_unprotected(tree.kernel, replace(device, cdev="noiommu-vfio0", iommu_group=None))
+    put(tree, "sys/kernel/iommu_groups/7/name", "vfio-noiommu\n")
+    assert is_unprotected(tree.kernel, device)
