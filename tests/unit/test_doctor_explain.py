@@ -179,6 +179,38 @@ def test_the_findings_stand_in_the_order_in_which_to_fix_them(tree: MachineTree)
     assert {found.status for found in notes} == {"ok", "note"}
 
 
+class Broken(KernelOnTree):
+    """A kernel that does not say how much memory may be locked."""
+
+    error: Exception = OSError(errno.EIO, "Input/output\x1b error")
+
+    def memlock(self) -> Memlock:
+        """Fail."""
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "summary", "by_hand"),
+    [
+        (OSError(errno.EIO, "Input/output\x1b error"), "[Errno 5] Input/output\\x1b error", ""),
+        (VfioError("no\x1b", hint="do\x1b"), "no\\x1b", "do\\x1b"),
+        (
+            pyvfio.IoctlError(errno.EINVAL, "no", request="mmap", arguments={}, hint="do"),
+            "mmap(): EINVAL, no",
+            "do",
+        ),
+    ],
+)
+def test_a_check_that_fails_is_a_finding(tree: MachineTree, error: Exception, summary: str, by_hand: str) -> None:
+    """With the remedy of the error, if it has one; the other checks are made."""
+    with Broken(tree) as kernel:
+        kernel.error = error
+        said = pyvfio.doctor(NIC, kernel=kernel)
+    (found,) = [each for each in said if each.check == "memlock"]
+    assert (found.status, found.summary, found.by_hand) == ("wrong", summary, by_hand)
+    assert {"room", "overcommit", "driver"} <= {each.check for each in said}
+
+
 def test_a_memory_of_zero_bytes_is_a_number(tree: MachineTree) -> None:
     """It always fits."""
     (found,) = [each for each in pyvfio.doctor(kernel=tree.machine, memory=0) if each.check == "memlock"]

@@ -491,6 +491,7 @@ def test_what_could_not_be_undone_is_said_and_the_rest_is_undone(tree: SysfsTree
     tree.fail = fail
     with pytest.raises(RollbackError) as caught:
         bind(tree)
+    assert caught.value.message == f"{BDF} was not restored to driver e1000e, override None"
     assert re.search(f"EIO.*then.*{place}: EBUSY", str(caught.value))
     # The override keeps the former driver from binding too; and the override is written twice.
     assert len(caught.value.exceptions) == (4 if place == "driver_override" else 2)
