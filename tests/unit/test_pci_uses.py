@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pyvfio import pci
-from pyvfio.errors import DeviceNotFoundError, GroupBusyError, UnavailableError, VfioError
+from pyvfio.errors import DeviceNotFoundError, GroupBusyError, RollbackError, UnavailableError, VfioError
 from pyvfio.kernel import LinuxKernel
 from pyvfio.pci.refusals import is_open_somewhere
 from pyvfio.pci.usage import Use, find_uses
@@ -377,6 +377,49 @@ def test_a_driver_is_restored_unless_the_device_is_in_use(tree: SysfsTree) -> No
     assert (planned.driver, planned.former_driver) == ("other", "ahci")
     done = pci.restore(binding, force=True, write=tree.write, kernel=tree.kernel)
     assert (done.driver, done.former_driver, done.steps) == ("other", "ahci", planned.steps)
+
+
+@pytest.mark.parametrize(
+    ("former", "override", "steps"),
+    [
+        ((None, None), "vfio-pci", ["unbind vfio-pci", "override "]),
+        (("ahci", None), "vfio-pci", ["override ahci", "unbind vfio-pci", "bind ahci", "override "]),
+        (("ahci", "ahci"), "ahci", ["unbind vfio-pci", "bind ahci"]),
+        (("ahci", "other"), "ahci", ["unbind vfio-pci", "bind ahci", "override other"]),
+        (("vfio-pci", None), "vfio-pci", ["override "]),
+    ],
+)
+def test_a_restore_makes_the_writes_that_are_needed_in_a_safe_order(
+    tree: SysfsTree, former: tuple[str | None, str | None], override: str, steps: list[str]
+) -> None:
+    """The override names the former driver before the bind, and is what it was at the end."""
+    (place_of(tree) / "driver").unlink()
+    link(place_of(tree) / "driver", tree.pci / "drivers/vfio-pci")
+    (place_of(tree) / "driver_override").write_text(f"{override}\n")
+    pci.restore(pci.Binding(BDF, "vfio-pci", *former, ()), write=tree.write, kernel=tree.kernel)
+    made = [
+        f"override {value.strip()}" if place.endswith("driver_override") else " ".join(place.split("/")[:2:-1])
+        for place, value in tree.writes
+    ]
+    assert made == steps
+    assert (tree.driver_of(BDF), tree.override_of(BDF)) == former
+
+
+def test_a_device_that_is_gone_in_the_undo_is_told_with_the_first_error(tree: SysfsTree) -> None:
+    """Nothing could be restored."""
+
+    def remove(name: str, _value: str) -> OSError | None:
+        if not name.endswith("drivers_probe"):
+            return None
+        (tree.pci / "devices" / BDF).unlink()
+        return OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    tree.fail = remove
+    with pytest.raises(RollbackError) as caught:
+        bind(tree)
+    refused, gone = caught.value.exceptions
+    assert "ENODEV" in str(refused)
+    assert isinstance(gone, DeviceNotFoundError)
 
 
 CHANGES: list[Callable[..., pci.Binding]] = [
