@@ -160,3 +160,47 @@ def test_where_no_command_is_known_the_words_are_told(
     (found,) = [finding for finding in pyvfio.doctor(kernel=tree.kernel) if finding.check == "iommu"]
     assert found.commands == ()
     assert said in found.by_hand
+
+
+@pytest.mark.parametrize(
+    ("files", "known"),
+    [
+        (["run/ostree-booted"], False),
+        (["usr/bin/rpm-ostree"], False),
+        (["run/ostree-booted", "usr/bin/rpm-ostree"], True),
+        (["etc/default/grub"], False),
+        (["usr/sbin/update-grub"], False),
+        (["etc/default/grub", "usr/sbin/update-grub"], True),
+        (["etc/kernel/cmdline"], False),
+        (["usr/bin/kernel-install"], False),
+        (["etc/kernel/cmdline", "usr/bin/kernel-install"], True),
+        (["etc/kernel/cmdline", "etc/default/grub", "usr/sbin/update-grub"], False),
+    ],
+)
+def test_a_boot_loader_is_known_by_its_file_and_its_program(
+    tree: MachineTree, files: list[str], *, known: bool
+) -> None:
+    """One of the two is left of another boot loader. What systemd-boot reads is no file of GRUB's."""
+    for file in files:
+        tree.file(file, "quiet\n")
+    (found,) = [finding for finding in pyvfio.doctor(kernel=tree.kernel) if finding.check == "iommu"]
+    assert bool(found.commands) == known
+    assert bool(found.by_hand) != known
+
+
+def test_a_kernel_of_unknown_release_is_installed_by_nobody(tree: MachineTree) -> None:
+    """The command would name no kernel."""
+    tree.file("etc/kernel/cmdline", "quiet\n")
+    program(tree, "kernel-install")
+    (tree.proc / "sys/kernel/osrelease").unlink()
+    (found,) = [finding for finding in pyvfio.doctor(kernel=tree.kernel) if finding.check == "iommu"]
+    assert found.commands == ()
+
+
+def test_a_dot_in_a_word_is_no_other_character(tree: MachineTree) -> None:
+    """A word that differs there alone stays."""
+    tree.cmdline("intel_iommu=off,a.b")
+    tree.file("etc/kernel/cmdline", "intel_iommu=off,a.b intel_iommu=off,axb\n")
+    program(tree, "proxmox-boot-tool")
+    commands_of(tree)
+    assert words(tree, "etc/kernel/cmdline") == ["intel_iommu=off,axb", "intel_iommu=on,a.b"]
