@@ -169,12 +169,16 @@ def _told(window: Window, kind: str, reached: set[int], of: set[int]) -> tuple[s
 
 
 class Held:
-    """A mapping of a part."""
+    """A mapping of a part. The number is its place in a small set."""
 
-    def __init__(self, start: int, size: int) -> None:
-        self.vaddr, self.size = Vaddr(start), size
+    def __init__(self, number: int, start: int, size: int) -> None:
+        self.vaddr, self.size, self.number = Vaddr(start), size, number
+
+    def __hash__(self) -> int:
+        return self.number
 
 
+@example([(7, 2), (12, 1), (9, 3)], set(), 9, 3)  # the neighbours on both sides come first
 @given(
     st.lists(st.tuples(st.integers(0, 20), st.integers(1, 8))),
     st.sets(st.integers(0, 40)),
@@ -183,7 +187,7 @@ class Held:
 )
 def test_whoever_holds_a_byte_is_found(parts: list[tuple[int, int]], closed: set[int], start: int, size: int) -> None:
     """And nobody else; one that was closed, once or twice, holds nothing."""
-    holders, all_of_them = Holders(), [Held(*part) for part in parts]
+    holders, all_of_them = Holders(), [Held(number, *part) for number, part in enumerate(parts)]
     for each in all_of_them:
         holders.add(each)
     for number in (*closed, *closed):

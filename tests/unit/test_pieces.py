@@ -208,16 +208,22 @@ def test_when_mappings_run_out_the_pieces_of_a_block_are_joined() -> None:
         assert len(rig.reached()) == 1
 
 
-def test_a_block_without_pieces_makes_another_join_its_own() -> None:
-    """The one that has most of them."""
-    model = small_iommu(entries=3)
+@pytest.mark.parametrize("new", [False, True])
+def test_a_block_without_pieces_makes_another_join_its_own(new: bool) -> None:  # noqa: FBT001
+    """The one that has most of them; and so does a block that is just added."""
+    model = small_iommu(entries=5)
     with FakeKernel(iommu=model, groups=[(2, [FakeDevice(BDF)])]) as kernel, Rig(kernel, mapper=EXTEND) as rig:
-        block, empty = rig.add(used=PAGE_SIZE), rig.add("empty", used=0)
-        block.resize(2 * PAGE_SIZE)
-        block.resize(3 * PAGE_SIZE)
-        empty.resize(PAGE_SIZE)
+        few, most = rig.add("few", used=PAGE_SIZE), rig.add("most", used=PAGE_SIZE)
+        last = None if new else rig.add("last", used=0)
+        for block, pages in ((few, 2), (most, 2), (most, 3)):
+            block.resize(pages * PAGE_SIZE)
+        if last is None:
+            last = rig.add("last", used=PAGE_SIZE)
+        else:
+            last.resize(PAGE_SIZE)
         rig.check()
-        assert rig.reached() == rig.expected()
+        pieces = {block.idstr: len(window.pieces()) for block, window in rig.mapper.windows()}
+        assert pieces == {"few": 2, "most": 1, "last": 1}
 
 
 def test_where_no_gap_is_allowed_pieces_are_not_joined() -> None:
