@@ -118,6 +118,14 @@ steps_of_a_life = st.lists(
         Step("unmap", frozenset(), frozenset()),
     ],
 )
+@example(  # parts in one piece, and another piece in the second part
+    "extend",
+    [
+        Step("map", frozenset({0, 1, 2}), frozenset()),
+        Step("map", frozenset({3}), frozenset()),
+        Step("unmap", frozenset({0, 2, 3}), frozenset()),
+    ],
+)
 def test_a_window_reaches_what_it_was_told_or_what_it_reached_before(name: str, life: list[Step]) -> None:
     """A change that fails leaves every piece as it was, unless its undo fails; what is promised is always right."""
     policy, space, reached = POLICIES[name], PlainSpace(), set[int]()

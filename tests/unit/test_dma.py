@@ -11,6 +11,8 @@ import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from types import FrameType
@@ -412,10 +414,15 @@ def test_memory_of_ones_own_is_reached_until_the_mapping_is_closed(rig: Rig) -> 
 
 @pytest.mark.parametrize(("read", "write"), [(True, False), (False, True)], ids=["read", "write"])
 def test_the_device_may_do_what_the_mapping_says(rig: Rig, *, read: bool, write: bool) -> None:
-    """READ and WRITE of VFIO_IOMMU_MAP_DMA."""
-    memory = rig.memory()
-    with rig.mapper.map_dma(vaddr=memory, size=PAGE_SIZE, read=read, write=write):
-        assert rig.kernel.mappings()[0].flags == read + 2 * write
+    """READ and WRITE of VFIO_IOMMU_MAP_DMA, however the memory is mapped."""
+    memory, pages = rig.memory(), _pages(2)
+    with (
+        rig.mapper.map_dma(vaddr=memory, size=PAGE_SIZE, read=read, write=write),
+        rig.mapper.map_buffer(pages[0], read=read, write=write),
+        rig.mapper.map_temporary(pages[1], read=read, write=write),
+    ):
+        assert [mapping.flags for mapping in rig.kernel.mappings()] == [read + 2 * write] * 3
+    rig.mapper.reset_temporary()
     rig.free(memory)
 
 
@@ -573,6 +580,21 @@ def test_memory_that_reaches_into_a_block_and_is_not_in_use_is_refused(rig: Rig,
     with pytest.raises(ValueError, match="reaches into RAM block 'ring'"):
         rig.mapper.map_dma(vaddr=block.vaddr + offset * PAGE_SIZE, size=size * PAGE_SIZE)
     assert not rig.kernel.trace
+
+
+def map_beside(mapper: pyvfio.DmaMapper, block: pyvfio.RamBlock) -> None:
+    """Map the page before a block, and the one behind its reserved memory. ValueError if they count as the block's."""
+    for vaddr in (block.vaddr - PAGE_SIZE, block.vaddr + block.max_length):
+        with suppress(pyvfio.IoctlError):  # often there is no memory
+            mapper.map_dma(vaddr=vaddr, size=PAGE_SIZE).close()
+
+
+def test_memory_beside_a_block_does_not_belong_to_the_block(rig: Rig) -> None:
+    """However long it is."""
+    block = rig.add(used=0)
+    map_beside(rig.mapper, block)
+    block.resize(MIB)
+    map_beside(rig.mapper, block)
 
 
 def test_memory_that_is_mapped_in_part_is_refused(rig: Rig) -> None:
@@ -968,6 +990,43 @@ def test_a_mapping_costs_at_most_300_bytes(rig: Rig) -> None:
     rig.free(memory, count * PAGE_SIZE)
 
 
+def is_free(lock: threading.RLock) -> bool:
+    """Whether another thread can take it."""
+
+    def take() -> bool:
+        taken = lock.acquire(blocking=False)
+        if taken:
+            lock.release()
+        return taken
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(take).result()
+
+
+@pytest.mark.parametrize("refused", [None, "VFIO_IOMMU_MAP_DMA", "VFIO_IOMMU_UNMAP_DMA"])
+def test_after_each_call_other_threads_can_use_the_space(rig: Rig, refused: str | None) -> None:
+    """Whether the kernel has refused the call or not."""
+    pages, block = _pages(2), rig.add()
+    calls: list[Callable[[], object]] = [
+        lambda: block.resize(4 * PAGE_SIZE),
+        lambda: block.discard(0, PAGE_SIZE),
+        lambda: block.populate(0, PAGE_SIZE),
+        lambda: block.remap(0, PAGE_SIZE),
+        lambda: block.resize(PAGE_SIZE),
+        lambda: rig.mapper.map_buffer(pages[0]).close(),
+        lambda: rig.mapper.map_temporary(pages[1]).close(),
+        rig.mapper.reset_temporary,
+        rig.mapper.close,
+    ]
+    for call in calls:
+        if refused is not None:
+            rig.kernel.fail(call="ioctl", request=refused, errno=errno.EIO)
+        with suppress(pyvfio.VfioError):
+            call()
+        assert is_free(rig.space.guard.lock)
+        rig.kernel.clear_failures()
+
+
 def test_what_is_no_address_space_or_no_list_of_blocks_is_refused_at_once(rig: Rig) -> None:
     """A device in place of its container is the likeliest mistake."""
     with pytest.raises(TypeError, match=r"such as device\.space, not Device"):
@@ -1191,6 +1250,7 @@ def test_memory_of_a_block_that_is_being_removed_is_not_mapped_again(rig: Rig) -
                 rig.mapper.map_dma(vaddr=block.state.start, size=PAGE_SIZE)
             except ValueError as error:
                 found.append(str(error))
+            map_beside(rig.mapper, block)
 
     with pyvfio.RamBlockList(kernel=rig.kernel) as blocks:
         blocks.add_notifier(Late())
