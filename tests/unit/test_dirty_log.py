@@ -150,7 +150,8 @@ def test_discarded_parts_are_not_dirty_and_populated_ones_are(rig: Rig, log: Dir
 
 
 def test_parts_whose_pages_were_replaced_are_dirty(rig: Rig, log: DirtyLog) -> None:
-    """They read zeros now. Also when another one has taken what was dirty in the middle of it."""
+    """They read zeros now. Also to another one that looks in the middle of it, and has taken what was dirty."""
+    taken: list[list[int]] = []
 
     class Takes:
         def ram_block_remapping(self, block: RamBlock, parts: object) -> None:
@@ -158,7 +159,7 @@ def test_parts_whose_pages_were_replaced_are_dirty(rig: Rig, log: DirtyLog) -> N
 
         def ram_block_remapped(self, block: RamBlock, parts: object) -> None:
             del parts
-            log.snapshot(block, clear=True)
+            taken.append(pages(log.snapshot(block, clear=True)))
 
     block = rig.add(used=6 * PAGE_SIZE)
     log.snapshot(block, clear=True)
@@ -166,6 +167,7 @@ def test_parts_whose_pages_were_replaced_are_dirty(rig: Rig, log: DirtyLog) -> N
     assert dirty(log, block) == [2, 3]
     rig.blocks.add_notifier(Takes())
     block.remap(4 * PAGE_SIZE, PAGE_SIZE)
+    assert taken == [[2, 3, 4]]
     assert dirty(log, block) == [4]
 
 

@@ -410,6 +410,23 @@ def test_a_claim_against_discards_is_kept_by_the_list(rig: Rig) -> None:
     rig.blocks.discards.require().close()
 
 
+@pytest.mark.parametrize(
+    "follow",
+    [lambda rig: pyvfio.DmaMapper(rig.space, rig.blocks), lambda rig: pyvfio.DirtyLog(rig.blocks)],
+    ids=["mapper", "log"],
+)
+def test_whoever_cannot_follow_the_list_claims_nothing(rig: Rig, follow: Callable[[Rig], object]) -> None:
+    """In the middle of a change the list takes no notifier."""
+    rig.mapper.close()
+
+    def callback(_idstr: str, _length: int) -> None:
+        with pytest.raises(pyvfio.ReentrancyError):
+            follow(rig)
+
+    rig.blocks.add("ring", used_length=0, max_length=PAGE_SIZE, resized=callback).resize(PAGE_SIZE)
+    rig.blocks.discards.require().close()
+
+
 def test_discarding_and_populating_nothing_does_nothing(kernel: SpecialKernel, rig: Rig) -> None:
     """In the middle of what is populated, and of what is discarded: no call, no notification, no gap."""
     block = rig.add(used=4 * PAGE_SIZE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import math
 import re
@@ -101,6 +102,9 @@ def test_what_does_not_fit_is_said_as_adding_it_would() -> None:
         with pytest.raises(pyvfio.EntryLimitError) as raised:
             rig.add("too many", used=2 * MIB, maximum=64 * MIB)
         assert str(raised.value) == str(plan.shortages[0])
+        assert "may need 32 mappings of 2 MiB, and 8 are left" in str(raised.value)
+        assert raised.value.arguments == {"max_length": 64 * MIB, "granule": 2 * MIB}
+        assert [error.hint.split(",")[0] for error in plan.shortages[2:4]] == ["Remove blocks"] * 2
         assert "smallest granule that would fit is 8 MiB" in str(raised.value)
         rig.check()
 
@@ -158,6 +162,17 @@ def test_a_plan_can_be_read(kernel: SpecialKernel) -> None:
     assert re.fullmatch(r"time: about \d+\.\d m?s", lines[5])
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0, "0.0 ms"), (0.0234, "23.4 ms"), (0.9, "900.0 ms"), (1.0, "1.0 s"), (1.5, "1.5 s"), (1234.0, "1,234.0 s")],
+)
+def test_a_time_is_told_in_seconds_or_milliseconds(kernel: SpecialKernel, seconds: float, text: str) -> None:
+    """Whichever has few digits."""
+    with Rig(kernel) as rig:
+        plan = dataclasses.replace(rig.mapper.plan([]), seconds=seconds)
+    assert f"time: about {text}" in str(plan).split("\n")
+
+
 def test_a_plan_tells_that_each_grow_takes_a_mapping(kernel: SpecialKernel) -> None:
     """If the number of grows decides how many mappings a block needs, no largest number is known."""
     with Rig(kernel, mapper=EXTENDS) as rig:
@@ -187,7 +202,12 @@ def test_the_last_mapping_may_be_needed_when_a_block_has_grown() -> None:
         rig.add("there")
         plan = rig.mapper.plan([BlockShape("a", 0, MIB), BlockShape("b", 0, MIB)])
         assert plan.fits
-        assert [type(error) for error in plan.shortages_when_grown] == [pyvfio.EntryLimitError] * 2
+        assert len(plan.shortages_when_grown) == 2
+        for error in plan.shortages_when_grown:
+            assert isinstance(error, pyvfio.EntryLimitError)
+            assert "may need 1 mappings, and 0 are left" in str(error)
+            assert "Remove blocks" in error.hint
+            assert error.arguments == {"max_length": MIB}
         block = rig.add("a", used=0)
         with pytest.raises(pyvfio.EntryLimitError):
             block.resize(PAGE_SIZE)
