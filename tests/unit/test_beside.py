@@ -16,6 +16,7 @@ import pyvfio
 from pyvfio import ioctls
 from pyvfio.device import PCI_COMMAND
 from pyvfio.kernel import IoctlArgument, Registers
+from pyvfio.mapper.regions import MappedRegion
 from pyvfio.testing.edu import Edu
 from pyvfio.testing.fake import Bar, DmaFault, FakeDevice, FakeEdu, FakeKernel
 from pyvfio.units import MIB, PAGE_SIZE
@@ -122,6 +123,7 @@ def test_plain_memory_of_a_bar_is_reached_at_its_offset(pair: Pair) -> None:
     """A part of the BAR alone."""
     region = pair.other.region(0)
     with pair.mapper.map_region(region, PAGE_SIZE, 2 * PAGE_SIZE) as mapping:
+        assert not mapping.closed
         pair.kernel.dma_write(BDF, mapping.iova + 8, b"registers")
         assert region.read(PAGE_SIZE + 8, 9) == b"registers"
         assert pair.kernel.dma_read(BDF, mapping.iova + 8, 9) == b"registers"
@@ -201,6 +203,7 @@ def test_a_device_may_be_in_the_same_container_and_the_iova_the_callers_own(kern
         ((None, 0, 4096.0), {}),
         ((None,), {"iova": "0"}),
         ((None,), {"read": 1}),
+        ((None,), {"write": 1}),
         ((None,), {"write": None}),
     ],
 )
@@ -293,6 +296,36 @@ def test_closed_devices_and_mappers_are_refused(pair: Pair) -> None:
     pair.mapper.close()
     with pytest.raises(pyvfio.ClosedError, match="DmaMapper"):
         pair.mapper.map_region(pair.device.region(0))
+
+
+class ClosedMeanwhile:
+    """A region a part of which another thread closes as soon as the part is mapped."""
+
+    def __init__(self, region: pyvfio.Region) -> None:
+        self._region = region
+        self.kernel = region.kernel
+        self.dependents: list[Callable[[], object]] = []
+
+    def mmap(self, offset: int = 0, size: int | None = None) -> MappedRegion:
+        """Map a part, which does not stay."""
+        mapped = self._region.mmap(offset, size)
+        thread = threading.Thread(target=mapped.close)
+        thread.start()
+        thread.join()
+        return mapped
+
+    def add_dependent(self, close: Callable[[], object]) -> None:
+        """Too late."""
+        self.dependents.append(close)
+
+
+def test_a_part_that_another_thread_closes_meanwhile_is_not_mapped(pair: Pair) -> None:
+    """And nothing of the mapping stays with the region."""
+    region = ClosedMeanwhile(pair.other.region(0))
+    with pytest.raises(pyvfio.ClosedError):
+        pair.mapper.map_region(region)
+    assert not region.dependents
+    assert pair.reach == []
 
 
 @pytest.mark.parametrize("request_", ["mmap", "VFIO_IOMMU_MAP_DMA"])

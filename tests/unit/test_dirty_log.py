@@ -336,18 +336,24 @@ def test_what_devices_may_have_written_is_collected_mapping_by_mapping(kind: Kin
 
 
 def test_only_what_the_kernel_names_becomes_dirty() -> None:
-    """Where it knows what was written."""
+    """Where it knows what was written. What it knows of other blocks is still to be collected."""
     with (
         tracked_kernel("iommufd") as kernel,
         tracked_rig(kernel, "iommufd") as rig,
         DirtyLog(rig.blocks) as log,
         DirtyTracking(rig.space) as tracking,
     ):
-        block = rig.add(used=6 * PAGE_SIZE)
-        log.snapshot(block, clear=True)
+        below, block, above = rig.add("below"), rig.add(used=6 * PAGE_SIZE), rig.add("above")
+        for each in (below, block, above):
+            log.snapshot(each, clear=True)
+            kernel.dma_write(BDF, rig.mapper.iova(each) + PAGE_SIZE, b"written")
         kernel.dma_write(BDF, rig.mapper.iova(block) + 3 * PAGE_SIZE - 1, b"of two pages")
         log.collect(block, tracking, rig.mapper)
-        assert dirty(log, block) == [2, 3]
+        assert dirty(log, block) == [1, 2, 3]
+        for other in (below, above):
+            assert dirty(log, other) == []
+            log.collect(other, tracking, rig.mapper)
+            assert dirty(log, other) == [1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -556,14 +562,27 @@ def test_what_a_failed_ioctl_kept_from_being_told_is_dirty(kind: Kind) -> None:
         assert dirty(log, block) == [0, 1, 2, 3]
 
 
+def asks(log: DirtyLog, tracking: DirtyTracking, mapper: pyvfio.DmaMapper) -> list[Callable[[RamBlock], object]]:
+    """All that a log is asked or told of a block."""
+    return [
+        log.snapshot,
+        lambda block: log.mark(block, 0, 1),
+        lambda block: log.collect(block, tracking, mapper),
+    ]
+
+
 def test_a_log_and_a_mapper_and_a_tracking_belong_together(kernel: SpecialKernel, rig: Rig, log: DirtyLog) -> None:
     """Others have other blocks, other IOVA: what they say would be of something else."""
     block = rig.add()
     with RamBlockList(kernel=kernel) as blocks, pyvfio.Container(kernel=kernel) as container:
         stranger = blocks.add("ring", used_length=PAGE_SIZE, max_length=PAGE_SIZE)
-        for ask in (log.snapshot, partial(log.mark, offset=0, size=1)):
-            with pytest.raises(ValueError, match="not in the list that this log follows"):
-                ask(stranger)
+        with DirtyTracking(rig.space) as tracking:
+            for ask in asks(log, tracking, rig.mapper):
+                with pytest.raises(ValueError, match="not in the list that this log follows"):
+                    ask(stranger)
+            for wrong in ((rig.mapper, rig.mapper), (tracking, tracking)):
+                with pytest.raises(TypeError, match=r"collect\(\) needs a"):
+                    log.collect(block, *wrong)
         with DirtyTracking(rig.space) as tracking, pytest.raises(ValueError, match="another address space"):
             log.collect(block, tracking, pyvfio.DmaMapper(container))
         with DirtyTracking(rig.space) as tracking, pytest.raises(ValueError, match="does not follow"):
@@ -580,8 +599,10 @@ def test_it_ends_with_its_close(rig: Rig) -> None:
     log.close()
     log.close()
     assert repr(log) == "<DirtyLog closed>"
-    with pytest.raises(pyvfio.ClosedError, match="this log has been closed"):
-        log.snapshot(block)
+    with DirtyTracking(rig.space) as tracking:
+        for ask in asks(log, tracking, rig.mapper):
+            with pytest.raises(pyvfio.ClosedError, match="this log has been closed"):
+                ask(block)
     block.resize(PAGE_SIZE)
     rig.blocks.discards.require_coordinated().close()
 

@@ -405,7 +405,12 @@ def test_a_claim_against_discards_is_kept_by_the_list(rig: Rig) -> None:
         discard(block, 0, 1)
     with pytest.raises(pyvfio.DiscardError, match="'disable_uncoordinated'"):
         rig.blocks.discards.require()
+    rig.kernel.fail(call="ioctl", request="VFIO_IOMMU_UNMAP_DMA", errno=errno.EIO)
+    with pytest.raises(pyvfio.IoctlError):
+        discard(block, 0, 1)
+    rig.blocks.discards.disable().close()  # a discard has no claim afterwards
     discard(block, 0, 1)
+    rig.blocks.discards.disable().close()
     rig.mapper.close()
     rig.blocks.discards.require().close()
 
