@@ -15,7 +15,7 @@ import pytest
 import pyvfio
 from pyvfio import ioctls
 from pyvfio.device import PCI_COMMAND
-from pyvfio.kernel import IoctlArgument, Registers
+from pyvfio.kernel import IoctlArgument, Kernel, LinuxKernel, Registers
 from pyvfio.mapper.regions import MappedRegion
 from pyvfio.testing.edu import Edu
 from pyvfio.testing.fake import Bar, DmaFault, FakeDevice, FakeEdu, FakeKernel
@@ -248,8 +248,11 @@ def test_a_device_of_another_kernel_is_a_value_error(pair: Pair) -> None:
     """Its descriptors are nothing to this one."""
     with FakeKernel() as stranger, pyvfio.open_device(BDF, kernel=stranger) as device:
         device.memory_enabled = True
-        with pytest.raises(ValueError, match="same kernel="):
-            pair.mapper.map_region(device.region(0))
+        of_the_machine = ClosedMeanwhile(pair.other.region(0))
+        of_the_machine.kernel = LinuxKernel()
+        for region in (device.region(0), of_the_machine):
+            with pytest.raises(ValueError, match="same kernel="):
+                pair.mapper.map_region(region)
 
 
 def test_a_region_that_cannot_be_mapped_is_unsupported(pair: Pair) -> None:
@@ -303,7 +306,7 @@ class ClosedMeanwhile:
 
     def __init__(self, region: pyvfio.Region) -> None:
         self._region = region
-        self.kernel = region.kernel
+        self.kernel: Kernel = region.kernel
         self.dependents: list[Callable[[], object]] = []
 
     def mmap(self, offset: int = 0, size: int | None = None) -> MappedRegion:

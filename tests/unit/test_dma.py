@@ -65,6 +65,14 @@ def test_a_block_lies_where_large_pages_can_be_used(rig: Rig) -> None:
     assert (rig.mapper.iova(block) - block.vaddr) % (2 * MIB) == 0
 
 
+@pytest.mark.parametrize("size", [2 * MIB, 4 * MIB])
+def test_a_buffer_of_a_large_page_lies_where_large_pages_can_be_used(rig: Rig, size: int) -> None:
+    """As a block does, also beside a smaller buffer."""
+    for way in (rig.mapper.map_buffer, rig.mapper.map_temporary):
+        with way(mmap.mmap(-1, PAGE_SIZE)), way(mmap.mmap(-1, size)) as large:
+            assert (large.iova - large.vaddr) % (2 * MIB) == 0
+
+
 @pytest.mark.parametrize("iommu_type", [ioctls.VFIO_TYPE1_IOMMU, ioctls.VFIO_TYPE1v2_IOMMU], ids=["v1", "v2"])
 def test_a_resize_is_an_unmap_and_a_map_at_the_same_iova(kernel: FakeKernel, iommu_type: ioctls.VfioExtension) -> None:
     """Through every kind of length, with nothing in between."""
@@ -892,6 +900,24 @@ def test_other_refusals_recycle_nothing(rig: Rig) -> None:
     with pytest.raises(pyvfio.IoctlError):
         rig.mapper.map_temporary(_pages(1)[0])
     assert len(rig.reached()) == 1
+
+
+def test_the_iova_of_an_open_mapping_is_refused_and_only_closed_ones_make_way(rig: Rig) -> None:
+    """Those that lie there. Others stay, as after any refusal."""
+    pages, two = _pages(3), mmap.mmap(-1, 2 * PAGE_SIZE)
+    rig.mapper.map_temporary(pages[0]).close()
+    with rig.mapper.map_temporary(pages[1], iova=GIB) as held:
+        for way in (rig.mapper.map_buffer, rig.mapper.map_temporary):
+            with pytest.raises(pyvfio.IovaOverlapError) as caught:
+                way(two, iova=GIB - PAGE_SIZE)
+            assert [taken.start for taken in caught.value.existing] == [held.iova]
+        assert len(rig.reached()) == 2
+        rig.mapper.map_temporary(pages[2], iova=GIB - PAGE_SIZE).close()
+        with pytest.raises(pyvfio.IovaOverlapError):
+            rig.mapper.map_buffer(two, iova=GIB - PAGE_SIZE)
+        assert [iova for iova, _vaddr, _size in rig.reached()] == [held.iova]
+    with rig.mapper.map_buffer(two, iova=GIB - PAGE_SIZE) as mapping:
+        assert [iova for iova, _vaddr, _size in rig.reached()] == [mapping.iova]
 
 
 def test_full_containers_take_temporary_mappings_without_end(kernel: SpecialKernel) -> None:

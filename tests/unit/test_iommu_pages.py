@@ -12,7 +12,7 @@ import pyvfio
 from pyvfio.mapper.plan import BlockShape
 from pyvfio.testing.fake import FakeKernel, IommuModel
 from pyvfio.units import GIB, KIB, MIB, PAGE_SIZE, Iova, IovaRange
-from tests.unit.fakes import MapperFactory, Rig, nothing_left
+from tests.unit.fakes import BDF, OTHER_BDF, MapperFactory, Rig, nothing_left
 
 PAGE = 64 * KIB
 POLICIES: dict[str, MapperFactory] = {
@@ -130,3 +130,22 @@ def test_a_granule_below_the_page_of_the_iommu_is_refused(kernel: FakeKernel) ->
     refused = pytest.raises(ValueError, match="a granule must be at least the IOMMU's page, 0x10000")
     with nothing_left(kernel), Rig(kernel, mapper=mapper) as rig, refused:
         rig.add(used=PAGE, maximum=MIB)
+
+
+def test_a_part_of_a_bar_that_is_no_whole_pages_is_unsupported(kernel: FakeKernel) -> None:
+    """The devices would reach more than the part. Nothing is left mapped, in no process."""
+    with (
+        nothing_left(kernel),
+        pyvfio.open_device(BDF, kernel=kernel) as device,
+        pyvfio.open_device(OTHER_BDF, kernel=kernel) as other,
+        pyvfio.DmaMapper(device.container) as mapper,
+    ):
+        other.memory_enabled = True
+        region = other.region(0)
+        assert region.size >= PAGE
+        for size in (PAGE_SIZE, 2 * PAGE_SIZE, 4 * PAGE_SIZE, 8 * PAGE_SIZE):
+            with pytest.raises(pyvfio.UnsupportedError, match="whole pages of the IOMMU, 0x10000"):
+                mapper.map_region(region, 0, size)
+        assert not region.maps
+        assert not region.dependents
+        assert not kernel.mappings(BDF)

@@ -284,12 +284,30 @@ def test_a_mapping_that_another_user_of_the_space_has_unmapped_has_no_segments(r
         mapping.close()
 
 
-def test_a_mapper_that_is_closed_has_no_segments(rig: Rig) -> None:
-    """Nor has one whose container lost its group."""
-    block = rig.add()
-    rig.mapper.close()
-    with pytest.raises(pyvfio.ClosedError):
-        rig.mapper.segments(block)
+@pytest.mark.parametrize("lost", [False, True], ids=["closed", "lost"])
+def test_a_mapper_that_is_closed_has_no_segments(kernel: SpecialKernel, *, lost: bool) -> None:
+    """Nor has one whose container lost its group: of a block, of a buffer, and of no part at all."""
+    with nothing_left(kernel), mmap.mmap(-1, PAGE_SIZE) as memory:
+        rig = Rig(kernel)
+        block, mapping = rig.add(), rig.mapper.map_buffer(memory)
+        vaddr = block.vaddr
+        (rig.device.close if lost else rig.mapper.close)()
+        uses: list[Callable[[], object]] = [
+            lambda: rig.mapper.segments(block),
+            lambda: rig.mapper.segments(mapping),
+            lambda: rig.mapper.segments(memory),
+            lambda: rig.mapper.segment_arrays(block, [0], PAGE_SIZE),
+            lambda: rig.mapper.segment_arrays(mapping, [0], PAGE_SIZE),
+            lambda: rig.mapper.segment_arrays(memory, [0], PAGE_SIZE),
+            lambda: rig.mapper.segment_arrays(memory, []),
+            lambda: rig.mapper.translate_vaddrs([vaddr]),
+            lambda: rig.mapper.translate_vaddrs(np.array([vaddr])),
+            lambda: rig.mapper.translate_vaddrs([]),
+        ]
+        for use in uses:
+            with pytest.raises(pyvfio.VfioError, match="its last group was detached" if lost else "has been closed"):
+                use()
+        rig.close()
 
 
 def test_segments_are_pairs_of_plain_numbers(rig: Rig) -> None:
