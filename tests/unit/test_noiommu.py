@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import re
+import struct
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Literal, NoReturn
@@ -13,11 +14,13 @@ import pytest
 
 import pyvfio
 from pyvfio import noiommu, pci
+from pyvfio.iommufd_ioctls import iommu_ioas_noiommu_get_pa
+from pyvfio.kernel import IoctlArgument
 from pyvfio.noiommu import UnsafeByGroup, UnsafeByIommufd, UnsafeNoIommu
 from pyvfio.pci.noiommu import PARAMETER
 from pyvfio.testing.edu import Edu
 from pyvfio.testing.fake import DmaFault, FakeDevice, FakeEdu, FakeKernel
-from pyvfio.units import MIB, PAGE_SIZE
+from pyvfio.units import GIB, MIB, PAGE_SIZE
 from tests.unit.fakes import BDF, OTHER_BDF
 from tests.unit.processes import in_child, open_fds
 
@@ -34,6 +37,7 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[FakeKernel]:
         assert fake.descriptors == ()
         fake.check()
         assert fake.unmodelled == []
+    assert noiommu._kept == set()
     assert open_fds().items() <= before.items()
 
 
@@ -66,6 +70,7 @@ def test_a_device_reads_and_writes_memory_by_physical_addresses(device: pyvfio.D
 
 def test_the_ranges_are_the_whole_memory_in_order(device: pyvfio.Device) -> None:
     memory = device.unsafe_noiommu.allocate(6 * MIB)
+    assert device.unsafe_noiommu.memories == [memory]
     assert sum(part.size for part in memory.ranges) == memory.size == 6 * MIB
     assert [part.offset for part in memory.ranges] == [0, 2 * MIB, 4 * MIB]
     assert [memory.physical(part.offset, part.size) for part in memory.ranges] == [
@@ -88,9 +93,11 @@ def test_bytes_outside_of_the_memory_have_no_address(device: pyvfio.Device, offs
 
 def test_memory_above_the_address_bits_of_the_device_is_refused_and_freed(device: pyvfio.Device) -> None:
     """The fake begins at 4 GiB."""
+    before = open_fds()
     with pytest.raises(pyvfio.VfioError, match=r"physical address 0x100000000, and the device has 32 address bits"):
         device.unsafe_noiommu.allocate(2 * MIB, dma_bits=32)
     assert device.unsafe_noiommu.memories == []
+    assert open_fds() == before
     assert device.unsafe_noiommu.allocate(2 * MIB, dma_bits=33).size == 2 * MIB
 
 
@@ -106,11 +113,17 @@ def test_dma_bits_that_no_device_has_are_refused(device: pyvfio.Device, bits: in
         device.unsafe_noiommu.allocate(2 * MIB, dma_bits=bits)
 
 
+def test_a_device_of_13_address_bits_is_one_and_of_64_another(device: pyvfio.Device) -> None:
+    with pytest.raises(pyvfio.VfioError, match="the device has 13 address bits"):
+        device.unsafe_noiommu.allocate(2 * MIB, dma_bits=13)
+    assert device.unsafe_noiommu.allocate(2 * MIB, dma_bits=64).size == 2 * MIB
+
+
 def test_a_page_that_moved_is_found(device: pyvfio.Device) -> None:
     """The memory is made to look moved: the fake moves none."""
-    memory = device.unsafe_noiommu.allocate(2 * MIB)
+    memory = device.unsafe_noiommu.allocate(4 * MIB)
     memory.check_unmoved()
-    memory.ranges = (memory.ranges[0]._replace(address=0x1000),)
+    memory.ranges = (memory.ranges[0], memory.ranges[1]._replace(address=0x1000))
     with pytest.raises(pyvfio.VfioError, match=r"address=0x1000, size=0x200000\) is no longer right.*Stop the device"):
         memory.check_unmoved()
 
@@ -127,7 +140,7 @@ def test_memory_lives_until_the_device_is_closed_and_not_longer(kernel: FakeKern
     assert unsafe.closed
     with pytest.raises(pyvfio.ClosedError):
         memory.view()
-    with pytest.raises(pyvfio.ClosedError):
+    with pytest.raises(pyvfio.ClosedError, match=r"no-IOMMU mode of .* has been closed"):
         unsafe.allocate(2 * MIB)
     with pytest.raises(pyvfio.ClosedError):
         memory.check_unmoved()
@@ -202,6 +215,115 @@ def test_a_refused_look_up_unpins_the_memory() -> None:
             device.unsafe_noiommu.allocate(2 * MIB)
         assert caught.value.errno == errno.EPERM
         assert kernel.pinned == 0
+
+
+class PlacedFrames(FakeKernel):
+    """A kernel whose huge pages are where the test says: the fake has no neighbours.
+
+    `answers`: an entry of the pagemap, or (address, length) for IOMMU_IOAS_NOIOMMU_GET_PA, for each look-up from now
+    on. `asked`: how many bytes each IOMMU_IOAS_NOIOMMU_GET_PA was about.
+    """
+
+    def __init__(self, *, iommufd: bool) -> None:
+        super().__init__("7.3" if iommufd else "6.12", iommu="none", iommufd=iommufd)
+        self.answers: list[tuple[int, int]] = []
+        self.asked: list[int] = []
+
+    def place(self, *pieces: tuple[int, int]) -> None:
+        """Have the next look-ups find the pieces: address and length in bytes."""
+        self.answers += pieces
+
+    def pread(self, fd: int, size: int, offset: int) -> bytes:
+        """Of the pagemap: soft-dirty, exclusive and of a file, as a huge page is, and present."""
+        data = super().pread(fd, size, offset)
+        if size != 8 or not self.answers:
+            return data
+        address, length = self.answers.pop(0)
+        return struct.pack("=Q", (0b1010_0011 << 56 if length else 0) | address // PAGE_SIZE)
+
+    def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
+        """Of iommufd."""
+        if not isinstance(argument, iommu_ioas_noiommu_get_pa):
+            return super().ioctl(fd, request, argument)
+        self.asked.append(argument.length)
+        answer = super().ioctl(fd, request, argument)
+        argument.out_phys, argument.length = self.answers.pop(0)
+        return answer
+
+
+@pytest.fixture(params=[False, True], ids=["group", "iommufd"])
+def placed(request: pytest.FixtureRequest) -> Iterator[tuple[PlacedFrames, UnsafeNoIommu]]:
+    """A kernel with places for huge pages, and the mode of an open device."""
+    with PlacedFrames(iommufd=request.param) as kernel, opened(kernel) as device:
+        yield kernel, device.unsafe_noiommu
+
+
+@pytest.mark.parametrize(
+    ("addresses", "ranges"),
+    [
+        ([0, 2, 4], [(0, 0, 6)]),
+        ([0, 2, 6], [(0, 0, 4), (4, 6, 2)]),
+        ([6, 2, 4], [(0, 6, 2), (2, 2, 4)]),
+        ([4, 2, 0], [(0, 4, 2), (2, 2, 2), (4, 0, 2)]),
+        ([8, 2, 10], [(0, 8, 2), (2, 2, 2), (4, 10, 2)]),
+    ],
+)
+def test_huge_pages_that_are_neighbours_are_one_range(
+    placed: tuple[PlacedFrames, UnsafeNoIommu], addresses: list[int], ranges: list[tuple[int, int, int]]
+) -> None:
+    """In MiB above 8 GiB. Only a neighbour above the page before is contiguous for the device."""
+    kernel, unsafe = placed
+    base = 8 * GIB
+    kernel.place(*((base + address * MIB, 2 * MIB) for address in addresses))
+    memory = unsafe.allocate(6 * MIB)
+    assert memory.ranges == tuple((offset * MIB, base + at * MIB, size * MIB) for offset, at, size in ranges)
+    for offset, at, size in ranges:
+        assert memory.physical(offset * MIB, size * MIB) == base + at * MIB
+
+
+@pytest.mark.parametrize(("address", "fits"), [((1 << 33) - 2 * MIB, True), ((1 << 33) - 2 * MIB + PAGE_SIZE, False)])
+def test_memory_up_to_the_last_address_of_the_device_is_taken(
+    placed: tuple[PlacedFrames, UnsafeNoIommu], address: int, *, fits: bool
+) -> None:
+    kernel, unsafe = placed
+    kernel.place((address, 2 * MIB))
+    if fits:
+        assert unsafe.allocate(2 * MIB, dma_bits=33).physical() == address
+    else:
+        with pytest.raises(pyvfio.VfioError, match="the device has 33 address bits"):
+            unsafe.allocate(2 * MIB, dma_bits=33)
+
+
+def test_a_page_that_is_not_in_memory_has_no_address() -> None:
+    """The rest of such an entry of the pagemap is no frame, but a place in the swap."""
+    with PlacedFrames(iommufd=False) as kernel, opened(kernel) as device:
+        kernel.place((8 * GIB, 0))
+        with pytest.raises(pyvfio.VfioError, match=r"page at vaddr 0x[0-9a-f]+ is not in memory"):
+            device.unsafe_noiommu.allocate(2 * MIB)
+        assert device.unsafe_noiommu.memories == []
+
+
+@pytest.mark.parametrize("length", [0, 2 * MIB + 1])
+def test_a_contiguous_part_of_a_size_that_cannot_be_is_refused(length: int) -> None:
+    """Without an end of the look-ups, or with addresses of memory that is somebody else's."""
+    with PlacedFrames(iommufd=True) as kernel, opened(kernel) as device:
+        kernel.place((8 * GIB, 2 * MIB), (4 * GIB, length))
+        with pytest.raises(pyvfio.VfioError, match=rf"says that {length:#x} of 0x200000 bytes are contiguous"):
+            device.unsafe_noiommu.allocate(4 * MIB)
+        assert (device.unsafe_noiommu.memories, kernel.pinned) == ([], 0)
+
+
+def test_each_contiguous_part_is_looked_up_once_whatever_its_size() -> None:
+    """From the end of the one before, for all that is left; a part can be a byte long."""
+    with PlacedFrames(iommufd=True) as kernel, opened(kernel) as device:
+        kernel.place((8 * GIB, 3 * MIB), (4 * GIB, MIB - 1), (6 * GIB, 1))
+        memory = device.unsafe_noiommu.allocate(4 * MIB)
+        assert kernel.asked == [4 * MIB, MIB, 1]
+        assert [tuple(part) for part in memory.ranges] == [
+            (0, 8 * GIB, 3 * MIB),
+            (3 * MIB, 4 * GIB, MIB - 1),
+            (4 * MIB - 1, 6 * GIB, 1),
+        ]
 
 
 # ---------------------------------------------------------------------------------------------------- loud, and alone
@@ -380,6 +502,18 @@ def test_a_process_without_cap_sys_rawio_opens_nothing(kernel: FakeKernel) -> No
     kernel.noiommu.raw_io = False
     with pytest.warns(pyvfio.UnsafeNoIommuWarning), pytest.raises(pyvfio.AccessDeniedError, match="CAP_SYS_RAWIO"):
         pyvfio.open_device(BDF, iommu="unsafe-noiommu", kernel=kernel)
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(errno.EACCES, pyvfio.AccessDeniedError), (errno.ENOENT, pyvfio.UnavailableError)],
+)
+def test_a_container_that_cannot_be_opened_is_explained(number: int, error: type[pyvfio.VfioError]) -> None:
+    with FakeKernel("6.12", iommu="none") as kernel:
+        kernel.fail(call="open", errno=number)
+        with pytest.warns(pyvfio.UnsafeNoIommuWarning), pytest.raises(error, match="/vfio/vfio"):
+            pyvfio.open_device(BDF, iommu="unsafe-noiommu", kernel=kernel)
+        assert kernel.descriptors == ()
 
 
 @pytest.mark.parametrize("request_name", ["VFIO_GROUP_SET_CONTAINER", "VFIO_SET_IOMMU", "VFIO_GROUP_GET_DEVICE_FD"])
