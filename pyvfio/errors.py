@@ -55,8 +55,6 @@ def _again(kind: type[VfioError], arguments: tuple[object, ...], attributes: Map
     error = kind.__new__(kind, *arguments)
     if isinstance(error, OSError):
         OSError.__init__(error, *arguments)
-    else:
-        BaseException.__init__(error, *arguments)
     vars(error).update(attributes)
     return error
 

@@ -254,6 +254,11 @@ def test_a_device_says_which_atomic_operations_its_root_completes() -> None:
     assert found.atomic_comp == ioctls.VFIO_PCI_ATOMIC_COMP32 | ioctls.VFIO_PCI_ATOMIC_COMP64
 
 
+def test_cap_offset_is_not_looked_at_without_the_flag_of_the_device() -> None:
+    answer = struct.pack("=IIIIII", 40, 2, 9, 5, 24, 0) + capability(5, 0, struct.pack("=II", 3, 0))
+    assert parse_device_info(answer) == DeviceInfo(flags=ioctls.VfioDeviceFlags(2), num_regions=9, num_irqs=5)
+
+
 def test_the_chain_of_a_device_begins_at_20_before_the_structure_had_24_bytes() -> None:
     found = parse_device_info(struct.pack("=IIIII", 32, 0x82, 9, 5, 20) + capability(1, 0, b"zpci"))
     assert [(each.id, each.data[8:]) for each in found.unknown] == [(1, b"zpci")]

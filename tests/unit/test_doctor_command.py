@@ -14,6 +14,7 @@ import pytest
 
 from pyvfio.cli import doctor
 from pyvfio.diagnosis import examine
+from pyvfio.findings import Command, Finding
 from pyvfio.testing import FakeKernel
 from tests.unit import machines
 from tests.unit.fakes import BDF, PlacedKernel
@@ -72,6 +73,37 @@ def test_the_text_fits_the_terminal_and_commands_stay_whole(
     lines = printed(capsys, tree, NIC, status=1).splitlines()
     assert f"    pyvfio bind {NIC}" in lines
     assert max(map(len, lines)) <= columns
+
+
+def test_a_finding_is_lines_that_can_be_copied() -> None:
+    """Text is broken between words only, and indented; a risky command is a comment; a command is never broken."""
+    command = "modprobe a-very-long-name-that-no-narrow-terminal-has"
+    finding = Finding(
+        check="iommu",
+        status="note",
+        summary="a device-that-has-no-driver-at-all is here",
+        why="as /sys/a/very/long/path says",
+        commands=(Command(command, comment="loads a module-with-a-name"), Command("reboot -f", risky=True)),
+        by_hand="Turn the key",
+        reboot=True,
+    )
+    assert list(finding.lines(24)) == [
+        "note  iommu: a",
+        "      device-that-has-no-driver-at-all",
+        "      is here",
+        "    as",
+        "    /sys/a/very/long/path",
+        "    says",
+        "    Turn the key",
+        "    # loads a",
+        "    # module-with-a-name",
+        f"    {command}",
+        "    # reboot -f",
+        "    Then reboot.",
+    ]
+    assert list(finding.lines(1)) == list(finding.lines(20))
+    assert list(Finding("iommu", "ok", "four words of text").lines(20)) == ["ok    iommu: four", "      words of text"]
+    assert list(Finding("iommu", "ok", "ten char x").lines(20)) == ["ok    iommu: ten", "      char x"]
 
 
 def test_the_document_has_all_findings_under_these_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import copy
 import errno
 import os
 import pickle
+import resource
 
 import pytest
 
@@ -13,6 +14,7 @@ from pyvfio import errors
 from pyvfio.errors import (
     AccessDeniedError,
     CannotBePinnedWarning,
+    DeviceGoneError,
     EntryLimitError,
     ForkedError,
     GroupBusyError,
@@ -25,14 +27,18 @@ from pyvfio.errors import (
     MemoryNotReturnedWarning,
     PersistenceWarning,
     PinLimitError,
+    RegisterTimeoutError,
     RollbackError,
     UnmapSizeError,
     UnsafeNoIommuWarning,
     VfioError,
     describe_ranges,
+    descriptor_hint,
+    nobody_found,
     raise_collected,
 )
 from pyvfio.units import Iova, IovaRange
+from tests.unit.processes import in_child
 
 
 def ioctl_error(kind: type[IoctlError] = IoctlError) -> IoctlError:
@@ -59,28 +65,33 @@ def test_every_error_is_a_vfio_error() -> None:
     assert len(kinds) > 15
 
 
-MADE = [
-    VfioError("It is broken", hint="Mend it"),
-    ioctl_error(),
-    ioctl_error(PinLimitError),
-    AccessDeniedError("/dev/vfio/1", hint="Become root"),
-    GroupNotViableError(4, [GroupMember("0000:00:02.0", "e1000e", blocks=True)]),
-    GroupBusyError(4, [Holder(1, "init")]),
-    ForkedError("it", owner=1),
-    UnmapSizeError(iova=0x1000, asked=2, unmapped=1),
-    RollbackError("twice", [ioctl_error(), OSError(5, "no")], hint="Wait"),
-]
+def made() -> list[VfioError]:
+    """An error of each kind that has a constructor of its own."""
+    return [
+        VfioError("It is broken", hint="Mend it"),
+        ioctl_error(),
+        ioctl_error(PinLimitError),
+        AccessDeniedError("/dev/vfio/1", hint="Become root"),
+        DeviceGoneError("0000:00:02.0", "it reads all ones"),
+        RegisterTimeoutError("late", last=1, mask=2, value=3),
+        GroupNotViableError(4, [GroupMember("0000:00:02.0", "e1000e", blocks=True)]),
+        GroupBusyError(4, [Holder(1, "init")]),
+        ForkedError("it", owner=1),
+        UnmapSizeError(iova=0x1000, asked=2, unmapped=1),
+        RollbackError("twice", [ioctl_error(), OSError(5, "no")], hint="Wait"),
+    ]
 
 
-@pytest.mark.parametrize("error", MADE, ids=lambda error: type(error).__name__)
-def test_an_error_arrives_in_another_process_as_it_was(error: VfioError) -> None:
+def test_an_error_arrives_in_another_process_as_it_was() -> None:
     """And a copy of it is one."""
-    for other in (pickle.loads(pickle.dumps(error)), copy.copy(error)):  # noqa: S301  (our own)
-        assert type(other) is type(error)
-        assert str(other) == str(error)
-        assert [repr(value) for value in vars(other).values()] == [repr(value) for value in vars(error).values()]
-        assert getattr(other, "errno", None) == getattr(error, "errno", None)
-        assert len(getattr(other, "exceptions", ())) == len(getattr(error, "exceptions", ()))
+    for error in made():
+        for other in (pickle.loads(pickle.dumps(error)), copy.copy(error)):  # noqa: S301  (our own)
+            assert type(other) is type(error)
+            assert str(other) == str(error)
+            assert other.args == error.args or isinstance(error, RollbackError)  # errors do not compare
+            assert [repr(value) for value in vars(other).values()] == [repr(value) for value in vars(error).values()]
+            assert getattr(other, "errno", None) == getattr(error, "errno", None)
+            assert len(getattr(other, "exceptions", ())) == len(getattr(error, "exceptions", ()))
 
 
 def test_an_error_says_what_is_wrong_and_then_what_to_do() -> None:
@@ -105,6 +116,12 @@ def test_a_refused_call_says_its_request_arguments_errno_and_hint() -> None:
 def test_an_errno_without_a_name_is_said_as_its_number() -> None:
     """EHWPOISON is not in the errno module of every Python."""
     assert ": 4095, odd" in str(IoctlError(4095, "odd", request="x", arguments={}))
+
+
+def test_an_oserror_without_an_errno_is_explained_as_one_of_0() -> None:
+    """Code between pyvfio and the kernel can raise one."""
+    error = IoctlError.of(OSError("odd"), "why", request="x", arguments={})
+    assert (error.errno, str(error)) == (0, "x(): 0, why")
 
 
 def test_the_arguments_of_an_error_do_not_change_after_it_was_raised() -> None:
@@ -144,6 +161,14 @@ def test_a_wrong_unmap_size_says_how_much_was_asked_and_how_much_went() -> None:
     assert "0x3000 bytes at IOVA 0x10000 and unmapped 0x1000" in str(error)
 
 
+def test_an_unmap_that_can_only_fail_says_which_mappings_it_would_cut() -> None:
+    """With the range, both ends inclusive, and that nothing has been done."""
+    error = UnmapSizeError(iova=0x10000, asked=0x3000, unmapped=0, known="0x10000-0x13fff", refused=True)
+    assert (error.iova, error.asked, error.unmapped) == (0x10000, 0x3000, 0)
+    assert error.message == ("IOVA 0x10000-0x12fff cannot be unmapped: the mappings in this range are: 0x10000-0x13fff")
+    assert error.hint.startswith("Nothing has been unmapped")
+
+
 def test_a_group_that_is_not_viable_names_only_the_members_that_block_it() -> None:
     """And the command that would free them."""
     error = GroupNotViableError(
@@ -156,7 +181,7 @@ def test_a_group_that_is_not_viable_names_only_the_members_that_block_it() -> No
     assert "0000:00:01.0 (e1000)" in str(error)
     assert "pyvfio bind 0000:00:01.0" in error.hint
     assert "0000:00:02.0" not in str(error)
-    assert len(error.members) == 2
+    assert (error.group, len(error.members)) == (7, 2)
 
 
 def test_a_busy_group_names_its_holders_where_they_can_be_seen() -> None:
@@ -166,11 +191,41 @@ def test_a_busy_group_names_its_holders_where_they_can_be_seen() -> None:
     assert "no process was found" in str(GroupBusyError(7, []))
 
 
+@pytest.mark.parametrize(
+    ("holders", "hint"),
+    [
+        ([Holder(12, "qemu")], "close the devices of the group in that process, or end the process"),
+        ([Holder(12, "qemu"), Holder(13, "me", is_this_process=True)], "space=device.space"),
+        ([Holder(13, "me", is_this_process=True)], "container=device.container"),
+        ([], "Processes that hold only a device descriptor are not found"),
+    ],
+)
+def test_the_hint_of_a_busy_group_fits_its_holders(holders: list[Holder], hint: str) -> None:
+    """Only this process can share the address space."""
+    error = GroupBusyError(7, holders)
+    assert hint in error.hint
+    assert error.hint.startswith("A group can be open only once at a time")
+    assert (error.group, error.holders) == (7, tuple(holders))
+
+
+def test_root_is_not_told_to_look_as_root() -> None:
+    """Any other user is."""
+    is_root = os.geteuid() == 0
+    assert ("look as root, or from outside" in nobody_found()) == (not is_root)
+    assert ("root" in nobody_found()) == (not is_root)
+
+    def look() -> None:
+        os.seteuid(65534)
+        assert "look as root, or from outside" in nobody_found()
+
+    assert not is_root or in_child(look) == 0
+
+
 def test_access_that_is_denied_is_a_permission_error() -> None:
     """With EACCES and the path."""
     error = AccessDeniedError("/dev/vfio/7", hint="chown it")
     assert isinstance(error, PermissionError)
-    assert error.errno == errno.EACCES
+    assert (error.errno, error.path) == (errno.EACCES, "/dev/vfio/7")
     assert str(error) == "/dev/vfio/7 may not be opened by this user. chown it"
 
 
@@ -213,6 +268,13 @@ def test_collected_failures_are_raised_as_few_as_they_are() -> None:
     with pytest.raises(RollbackError) as all_of_them:
         raise_collected("closing", [one, two])
     assert all_of_them.value.exceptions == (one, two)
+
+
+def test_only_a_want_of_descriptors_has_a_hint_about_them() -> None:
+    """Of the process, with both limits, or of the machine."""
+    assert str(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) in descriptor_hint(errno.EMFILE)
+    assert "fs.file-max" in descriptor_hint(errno.ENFILE)
+    assert [descriptor_hint(number) for number in (0, errno.ENFILE - 1, errno.EMFILE + 1, errno.EIO)] == [""] * 4
 
 
 def test_the_ranges_of_an_iommu_are_a_sentence() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import re
 
 import pytest
 from hypothesis import given
@@ -19,6 +20,8 @@ from pyvfio.units import (
     IovaRange,
     align_down,
     align_up,
+    check_bool,
+    check_whole_number,
     format_ranges,
     format_size,
     is_aligned,
@@ -67,6 +70,11 @@ def test_aligning_finds_the_nearest_multiple_on_either_side(number: int, alignme
         (1, "1 byte"),
         (4097, "4097 bytes"),
         (1024, "1 KiB"),
+        (9999 * KIB, "9999 KiB"),
+        (10_000 * KIB, "9.8 MiB"),
+        (10_000, "9.8 KiB"),
+        (3 << 50, "3 PiB"),
+        (5 * TIB, "5 TiB"),
         (3 * MIB, "3 MiB"),
         (GIB + MIB, "1025 MiB"),
         (GIB, "1 GiB"),
@@ -83,6 +91,13 @@ def test_a_range_may_end_at_the_last_address_of_a_u64() -> None:
     """Both ends are inclusive, so the whole of 2^64 can be said."""
     assert IovaRange.of(iova=0, size=1 << 64) == IovaRange(Iova(0), Iova(U64_MAX))
     assert IovaRange(Iova(0), Iova(U64_MAX)).size == 1 << 64
+
+
+@pytest.mark.parametrize(("start", "size"), [(0, 1), (U64_MAX, 1), (0x1000, 0x3000), (1 << 63, 1 << 63)])
+def test_a_range_has_as_many_bytes_as_it_was_made_of(start: int, size: int) -> None:
+    """Wherever it begins."""
+    made = IovaRange.of(iova=start, size=size)
+    assert (made.start, made.last, made.size) == (start, start + size - 1, size)
 
 
 @pytest.mark.parametrize(("start", "last"), [(1, 0), (-1, 5), (0, 1 << 64), (1 << 64, 1 << 64)])
@@ -115,3 +130,34 @@ def test_ranges_are_written_as_the_kernel_writes_them() -> None:
     ranges = [IovaRange(Iova(0), Iova(0xFEDFFFFF)), IovaRange(Iova(0xFEF00000), Iova(0x7FFFFFFFFF))]
     assert format_ranges(ranges) == "0x0-0xfedfffff, 0xfef00000-0x7fffffffff"
     assert format_ranges([]) == "none"
+
+
+class Index:
+    """A number of another library, such as numpy's."""
+
+    def __index__(self) -> int:
+        """7."""
+        return 7
+
+
+def test_whole_numbers_are_ints_of_any_library() -> None:
+    """An int of Python is what comes out."""
+    for value, number in ((5, 5), (-1, -1), (1 << 64, 1 << 64), (Index(), 7)):
+        found = check_whole_number(value, "size")
+        assert (found, type(found)) == (number, int)
+
+
+@pytest.mark.parametrize("value", [True, False, 1.0, "1", b"1", None])
+def test_what_is_no_whole_number_is_refused_by_name(value: object) -> None:
+    """A bool is a mistake."""
+    with pytest.raises(TypeError, match=f"^size must be a whole number, not {re.escape(repr(value))}$"):
+        check_whole_number(value, "size")
+
+
+def test_a_switch_is_true_or_false_and_nothing_that_is_like_them() -> None:
+    """A string "no" would be true."""
+    for value in (True, False):
+        check_bool(value, "times")
+    for other in (1, 0, "no", None):
+        with pytest.raises(TypeError, match=f"^times must be True or False, not {other!r}$"):
+            check_bool(other, "times")
