@@ -144,7 +144,7 @@ class RecordingKernel:
         """Map a window whose accesses are reported."""
         window = self.kernel.registers(fd, offset, size)
         place = self._find(offset)
-        return window if place is None or self.ended else _RecordingRegisters(window, self._log, place)
+        return window if place is None else _RecordingRegisters(window, self._log, place)
 
     def mmap(self, vaddr: int, size: int, protection: int, flags: int, *, fd: int = -1, offset: int = 0) -> Vaddr:
         """Map, and report the mapping of a region. Raises UnsupportedError unless mappings are allowed."""
@@ -177,7 +177,7 @@ class RecordingKernel:
         if argument.flags & _EVENTFD:
             data = bytes(argument)[-4 * argument.count :] if argument.count else b""
             fds = [int.from_bytes(data[at : at + 4], "little", signed=True) for at in range(0, len(data), 4)]
-            self._vectors.update({fd: (argument.index, v) for fd, v in zip(fds, vectors, strict=True) if fd >= 0})
+            self._vectors.update({fd: (argument.index, v) for fd, v in zip(fds, vectors, strict=True)})
         elif argument.flags & _NONE:  # Irq.trigger: the signal is the program's
             for fd, (index, vector) in tuple(self._vectors.items()):
                 if index == argument.index and vector in vectors:
@@ -244,7 +244,7 @@ class _RecordingRegisters:
     def write(self, offset: int, width: int, value: int) -> None:
         """Store, and report the store."""
         self._window.write(offset, width, value)
-        data = (value & ((1 << 8 * width) - 1)).to_bytes(width, "little")
+        data = value.to_bytes(width, "little")
         self._log.add(Access(write=True, region=self._index, offset=self._start + offset, width=width, data=data))
 
     def cell(self, offset: int, width: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -16,10 +17,12 @@ import pytest
 import pyvfio
 from pyvfio import ioctls
 from pyvfio.device import PCI_COMMAND
-from pyvfio.recording.format import Access, Header, Interrupt, Record, RegionShape, parse
+from pyvfio.recording.format import Access, Header, Interrupt, Record, RegionShape, irq_name, parse, region_name
 from pyvfio.testing import FakeEdu, FakeKernel
 from pyvfio.testing.edu import Edu
 from pyvfio.testing.fake import Bar, FakeDevice
+from pyvfio.testing.fake.process import DEVICE_MEMORY
+from tests.unit.processes import open_fds
 
 ROOT = Path(__file__).resolve().parents[2]
 BDF = "0000:00:02.0"
@@ -56,6 +59,11 @@ def record_of(file: Path) -> Record:
 def events(file: Path) -> list[str]:
     """The events of a record, as lines."""
     return [str(line.event) for line in record_of(file).lines]
+
+
+def device_areas() -> int:
+    """How many mappings of devices this process has."""
+    return Path("/proc/self/maps").read_bytes().count(DEVICE_MEMORY.encode())
 
 
 def test_each_access_is_a_line_with_its_width(device: pyvfio.Device, file: Path) -> None:
@@ -103,14 +111,19 @@ def test_an_errno_without_a_name_is_read_as_an_errno() -> None:
     refused = Access(write=False, region=0, offset=8, width=4, data=None, errno=524)
     header = Header(bytes(256), resettable=False, regions={each: RegionShape(256, frozenset()) for each in (0, 7)})
     assert [line.event for line in parse(f"{header}{refused}\n", name="r").lines] == [refused]
+    (line,) = parse(f"{header}w8 bar0 0x0 0x1 E5\n", name="r").lines
+    assert str(line.event) == "w8 bar0 0x00000 0x01 EIO"
 
 
 def test_a_file_that_another_recording_writes_is_refused_and_kept(device: pyvfio.Device, file: Path) -> None:
     """Two recordings in one file would write over each other's lines."""
     with device.record(file):
         device.region(0).read8(0)
-        with pytest.raises(BlockingIOError, match="another recording writes this file"):
+        before = open_fds()
+        with pytest.raises(BlockingIOError, match="another recording writes this file") as caught:
             device.record(file)
+        assert (caught.value.errno, caught.value.filename) == (errno.EWOULDBLOCK, str(file))
+        assert open_fds() == before
         device.region(0).read8(1)
     assert events(file) == ["r8 bar0 0x00000 0x00", "r8 bar0 0x00001 0x00"]
     device.record(file).close()
@@ -123,6 +136,36 @@ def test_a_recording_that_is_refused_leaves_an_existing_file(device: pyvfio.Devi
     with device.region(0).mmap(), pytest.raises(pyvfio.VfioError, match="is mapped"):
         device.record(file)
     assert file.read_text() == "former"
+
+
+def test_a_child_that_has_the_descriptor_keeps_the_file_from_no_other_recording(
+    device: pyvfio.Device, file: Path
+) -> None:
+    """The child may live for long, and the record is at its end."""
+    recording = device.record(file)
+    until, end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(end)
+        os.read(until, 1)
+        os._exit(0)
+    try:
+        recording.close()
+        device.record(file).close()
+    finally:
+        os.close(end)
+        os.waitpid(pid, 0)
+        os.close(until)
+
+
+def test_the_file_is_one_that_others_may_read_and_nobody_may_execute(device: pyvfio.Device, file: Path) -> None:
+    """As far as the umask lets them."""
+    former = os.umask(0)
+    try:
+        device.record(file).close()
+    finally:
+        os.umask(former)
+    assert file.stat().st_mode & 0o777 == 0o666
 
 
 @pytest.mark.parametrize("keep", [-1, 1 << 64])
@@ -140,6 +183,22 @@ def test_a_fifo_without_a_reader_is_an_error(device: pyvfio.Device, file: Path) 
         device.record(file)
 
 
+def test_a_slow_reader_of_a_fifo_makes_the_accesses_wait(device: pyvfio.Device, file: Path) -> None:
+    """No event is lost, and no access fails: only the open of the FIFO does not wait."""
+    os.mkfifo(file)
+    reader = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        before = open_fds()
+        with device.record(file):
+            (writer,) = open_fds().keys() - before.keys()
+            assert os.get_blocking(writer)
+            device.region(0).write8(0, 1)
+        assert os.read(reader, 1 << 16).endswith(b"begin\nw8 bar0 0x00000 0x01\nend\n")
+        assert open_fds() == before
+    finally:
+        os.close(reader)
+
+
 def test_the_header_describes_the_device(device: pyvfio.Device, file: Path) -> None:
     """Vendor, device, class, regions, vectors, capabilities, and configuration space as it is at the start."""
     device.record(file).close()
@@ -151,6 +210,49 @@ def test_the_header_describes_the_device(device: pyvfio.Device, file: Path) -> N
     with pyvfio.open_device(EDU, kernel=device.kernel) as edu:
         edu.record(file).close()
     assert record_of(file).header.capabilities() == [(0x40, 5)]
+
+
+def test_numbers_of_the_header_are_those_bytes_of_configuration_space() -> None:
+    """Whatever stands beside them; the last line, too, is read as it was printed."""
+    header = Header(bytes(range(256)), resettable=False, regions={7: RegionShape(256, frozenset())})
+    assert (header.vendor, header.device, header.class_code) == (0x0100, 0x0302, 0x0B0A09)
+    assert parse(str(header), name="r").header == header
+
+
+@pytest.mark.parametrize(
+    ("status", "bytes_", "found"),
+    [
+        (0x10, {0x34: 0x43, 0x40: 5, 0x41: 0x53, 0x50: 0x10, 0x51: 0}, [(0x40, 5), (0x50, 0x10)]),
+        (0x10, {0x34: 0x44, 0x44: 5, 0x45: 0x44}, [(0x44, 5)]),
+        (0x10, {0x34: 0x40, 0x40: 5, 0x41: 0x50, 0x50: 9, 0x51: 0x42}, [(0x40, 5), (0x50, 9)]),
+        (0x10, {0x34: 0x03}, []),
+        (0xEF, {0x34: 0x40, 0x40: 5}, []),
+        (0x00, {0x34: 0x40, 0x40: 5}, []),
+    ],
+    ids=["low bits", "itself", "a loop", "none", "no list", "no status"],
+)
+def test_capabilities_are_a_chain_of_aligned_pointers(
+    status: int, bytes_: dict[int, int], found: list[tuple[int, int]]
+) -> None:
+    """The two low bits of a pointer are reserved. A chain that comes back to itself ends there."""
+    config = bytearray(256)
+    for at, value in {0x06: status, **bytes_}.items():
+        config[at] = value
+    assert Header(bytes(config), resettable=False).capabilities() == found
+
+
+def test_regions_and_interrupts_of_the_drivers_own_have_a_number_for_a_name() -> None:
+    """From the first one on that VFIO gives no name."""
+    assert [region_name(index) for index in (0, 5, 8, 9, 12)] == ["bar0", "bar5", "vga", "region9", "region12"]
+    assert [irq_name(index) for index in (0, 4, 5, 11)] == ["intx", "req", "irq5", "irq11"]
+    text = f"{HEADER}region region9 size 0x20\nvectors irq5 2\nbegin\nr32 region9 0x1c 1\nirq irq5 1 times 3\n"
+    record = parse(text, name="r")
+    assert (record.header.regions[9].size, record.header.irqs) == (0x20, {5: 2})
+    assert [line.event for line in record.lines] == [
+        Access(write=False, region=9, offset=0x1C, width=4, data=b"\1\0\0\0"),
+        Interrupt(5, 1, 3),
+    ]
+    assert parse(str(record.header), name="r").header == record.header
 
 
 def test_a_record_that_is_printed_again_is_the_same_text(device: pyvfio.Device, file: Path) -> None:
@@ -256,6 +358,48 @@ def test_an_interrupt_is_recorded_where_a_wait_returns_it(
     ]
 
 
+def test_each_vector_of_a_change_is_recorded_with_its_number(
+    device: pyvfio.Device, kernel: FakeKernel, file: Path
+) -> None:
+    """First, middle and last; a vector left out has no eventfd, and the others keep their numbers."""
+    irq = device.irq(ioctls.VFIO_PCI_MSIX_IRQ_INDEX)
+    with device.record(file):
+        irq.enable(3, start=2)
+        for vector in (2, 3, 4):
+            kernel.interrupt(BDF, vector)
+            assert irq.wait(vector, timeout=0) == 1
+    assert events(file) == [f"irq msix {vector} times 1" for vector in (2, 3, 4)]
+
+
+def test_a_signal_of_the_program_is_the_one_of_its_vector(
+    device: pyvfio.Device, kernel: FakeKernel, file: Path
+) -> None:
+    """The other vectors are the device's alone."""
+    irq = device.irq(ioctls.VFIO_PCI_MSIX_IRQ_INDEX)
+    with device.record(file):
+        irq.enable(3)
+        irq.trigger(1)
+        for vector in range(3):
+            kernel.interrupt(BDF, vector)
+        assert irq.wait_any(timeout=0) == {0: 1, 1: 2, 2: 1}
+    assert events(file) == [f"irq msix {vector} times 1" for vector in range(3)]
+
+
+def test_masking_and_unmasking_are_no_signals(kernel: FakeKernel, file: Path) -> None:
+    """The interrupts behind them are the device's, and an eventfd that unmasks is that of no vector."""
+    with pyvfio.open_device(EDU, kernel=kernel) as device, device.record(file):
+        irq, bar = device.irq(ioctls.VFIO_PCI_INTX_IRQ_INDEX), device.region(0)
+        irq.enable(1)
+        irq.mask()
+        irq.unmask()
+        unmasking = os.eventfd(0, os.EFD_NONBLOCK)
+        irq.unmask_by(unmasking)
+        bar.write32(_RAISE, 1)
+        assert irq.wait(timeout=0) == 1
+        assert events(file)[-1] == "irq intx 0 times 1"
+        os.close(unmasking)
+
+
 def test_signals_of_the_program_are_not_the_devices(device: pyvfio.Device, kernel: FakeKernel, file: Path) -> None:
     """`trigger` adds to the counter, and the record has the rest."""
     irq = device.irq(ioctls.VFIO_PCI_MSIX_IRQ_INDEX)
@@ -297,8 +441,9 @@ class InterruptionError(Exception):
     """Raised by a signal handler."""
 
 
-def test_a_signal_handler_that_raises_loses_no_interrupt(file: Path) -> None:
-    """The next wait returns the count, and the record has the interrupt once."""
+@pytest.mark.parametrize("later", [0, 1, 3])
+def test_a_signal_handler_that_raises_loses_no_interrupt(file: Path, later: int) -> None:
+    """The next wait returns the count with all that came since, and the record has each interrupt once."""
 
     def handler(_number: int, _frame: FrameType | None) -> None:
         raise InterruptionError
@@ -312,10 +457,13 @@ def test_a_signal_handler_that_raises_loses_no_interrupt(file: Path) -> None:
             kernel.armed = True
             with pytest.raises(InterruptionError):
                 irq.wait(timeout=0)
-            assert irq.wait(timeout=0) == 1
+            for _ in range(later):
+                kernel.interrupt(BDF)
+            assert irq.wait(timeout=0) == 1 + later
     finally:
         signal.signal(signal.SIGUSR1, former)
-    assert [line.event for line in record_of(file).lines] == [Interrupt(1, 0, 1)]
+    times = [1, *([later] if later else [])]
+    assert [line.event for line in record_of(file).lines] == [Interrupt(1, 0, each) for each in times]
 
 
 # ------------------------------------------------------------------------------------------------------------- limits
@@ -332,6 +480,19 @@ def test_a_mapping_cannot_be_recorded_unless_the_caller_says_so(device: pyvfio.D
     with device.record(file, allow_mmap=True), device.region(0).mmap(0x1000, 0x2000) as mapped, mapped.view() as view:
         view[0] = 1
     assert events(file) == ["mmap bar0 0x01000 size 0x2000"]
+
+
+def test_windows_of_a_recording_are_unmapped_with_it(kernel: FakeKernel, file: Path) -> None:
+    """And the file is closed: a program that records a device for each of a thousand tests keeps nothing."""
+    before = open_fds()
+    with pyvfio.open_device(BDF, kernel=kernel) as device:
+        memory = device_areas()
+        for _ in range(2):
+            with device.record(file):
+                device.region(0).write8(0, 1)
+                assert device_areas() == memory + 1
+            assert device_areas() == memory
+    assert open_fds() == before
 
 
 @pytest.mark.parametrize("order", ["first", "second"])
@@ -489,14 +650,36 @@ def test_a_child_writes_nothing_into_the_record_of_its_parent(device: pyvfio.Dev
             status = 1
             try:
                 recording.close()
-                device.region(0).read8(0)
-            except pyvfio.ForkedError:
-                status = 0
+                _ = recording.last
+            except pyvfio.ForkedError as error:
+                with pytest.raises(pyvfio.ForkedError):
+                    device.region(0).read8(0)
+                status = 1 - (f"the record {file} belongs to process" in str(error))
             finally:
                 os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         device.region(0).write8(0, 2)
     assert events(file) == ["w8 bar0 0x00000 0x01", "w8 bar0 0x00000 0x02"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENXIO, errno.EINVAL])
+def test_the_errno_of_a_refused_access_is_the_one_of_the_kernel(
+    device: pyvfio.Device, kernel: FakeKernel, file: Path, number: int
+) -> None:
+    """A later access of the same place is recorded with its value."""
+    bar, name = device.region(0), errno.errorcode[number]
+    with device.record(file):
+        for call, act in (("pread", lambda: bar.read(0, 3)), ("pwrite", lambda: bar.write(0, b"abc"))):
+            kernel.fail(call=call, errno=number)
+            with pytest.raises(pyvfio.VfioError):
+                act()
+            act()
+    assert events(file) == [
+        f"read bar0 0x00000 3 {name}",
+        "read bar0 0x00000 3 000000",
+        f"write bar0 0x00000 616263 {name}",
+        "write bar0 0x00000 616263",
+    ]
 
 
 def test_a_driver_with_dma_is_recorded_as_it_runs(kernel: FakeKernel, file: Path) -> None:
@@ -524,6 +707,15 @@ HEADER = "pyvfio-record 1\ndevice 0000:0000 class 000000\nregion bar0 size 0x100
     [
         ("", 0),
         ("pyvfio-record 2\n", 1),
+        (f"pyvfio-record 2\n{HEADER.partition(chr(10))[2]}begin\n", 1),
+        ("pyvfio-record 1\nregion config size 0x100\nbegin\n", 3),
+        (f"{HEADER}nonsense\nbegin\n", 5),
+        (f"{HEADER}region config size 0x200\nbegin\n", 6),
+        (f"{HEADER}vectors msi many\nbegin\n", 5),
+        (f"{HEADER}begin\nirq msi 0 times 1\n", 6),
+        (f"{HEADER}vectors msi 4\nbegin\nirq msi 4 times 1\n", 7),
+        (f"{HEADER}begin\nread bar0 0x10 -4 EIO\n", 6),
+        (f"{HEADER}begin\nmmap bar0 0x1000 size 0x1000\n", 6),
         (HEADER, 4),
         (f"{HEADER}nonsense\n", 5),
         (f"{HEADER}config 0xff 01 02\nbegin\n", 6),
@@ -546,6 +738,12 @@ def test_a_file_in_another_format_is_refused_with_the_line(text: str, line: int)
         parse(text, name="x.record")
 
 
+def test_a_mapping_of_a_region_that_is_smaller_than_a_page_is_read() -> None:
+    """Its size is one of whole pages."""
+    text = f"{HEADER}region bar2 size 0x1\nbegin\nmmap bar2 0x0 size 0x1000\n"
+    assert [str(line.event) for line in parse(text, name="x").lines] == ["mmap bar2 0x00000 size 0x1000"]
+
+
 def test_comments_and_empty_lines_may_stand_anywhere() -> None:
     """For whoever keeps a record beside a test."""
     record = parse(f"{HEADER}# by hand\n\nbegin\nreset  # the first\n", name="x")
@@ -554,7 +752,7 @@ def test_comments_and_empty_lines_may_stand_anywhere() -> None:
 
 def test_a_device_with_io_ports_and_unmappable_parts_is_recorded(file: Path) -> None:
     """Accesses that are system calls, and those of windows, look the same."""
-    bars = {0: Bar(0x4000, sparse=((0x1000, 0x1000),)), 2: Bar(32, io=True)}
+    bars = {0: Bar(0x4000, sparse=((0x1000, 0x1000),)), 2: Bar(32, io=True), 3: Bar(0x1000)}
     with (
         FakeKernel(groups=[(2, [FakeDevice(BDF, bars=bars)])]) as kernel,
         pyvfio.open_device(BDF, kernel=kernel) as device,
@@ -563,5 +761,15 @@ def test_a_device_with_io_ports_and_unmappable_parts_is_recorded(file: Path) -> 
         device.region(0).write32(0x0, 1)
         device.region(0).write32(0x1000, 2)
         device.region(2).write16(4, 3)
-    assert events(file) == ["w32 bar0 0x00000 0x00000001", "w32 bar0 0x01000 0x00000002", "w16 bar2 0x00004 0x0003"]
+        assert device.region(2).read8(5) == 0
+        device.region(3).write64(8, (1 << 64) - 1)
+        assert device.region(3).read8(15) == 0xFF
+    assert events(file) == [
+        "w32 bar0 0x00000 0x00000001",
+        "w32 bar0 0x01000 0x00000002",
+        "w16 bar2 0x00004 0x0003",
+        "r8 bar2 0x00005 0x00",
+        "w64 bar3 0x00008 0xffffffffffffffff",
+        "r8 bar3 0x0000f 0xff",
+    ]
     assert record_of(file).header.regions[0].sparse == ((0x1000, 0x1000),)
