@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from types import FrameType
 
 import pytest
@@ -20,6 +21,8 @@ import pyvfio
 from pyvfio import handle as handle_module
 from pyvfio import ioctls
 from pyvfio.handle import Handle, attempt, attempt_all
+from pyvfio.recording.format import Header, Reset
+from pyvfio.recording.log import EventLog
 from pyvfio.testing.fake import FakeKernel
 from tests.unit.fakes import BDF, Interrupt, nothing_left
 from tests.unit.processes import in_child, open_fds
@@ -56,6 +59,57 @@ def test_leaving_a_with_statement_closes(kernel: FakeKernel) -> None:
     """Also by an exception."""
     with nothing_left(kernel), pytest.raises(RuntimeError, match="mine"), _handle(kernel):
         raise RuntimeError("mine")
+
+
+@pytest.fixture
+def without_stdin(kernel: FakeKernel) -> Iterator[None]:
+    """The descriptor 0 is free, as in a daemon that has closed its standard input."""
+    del kernel  # which has descriptors of its own, from before
+    saved = os.dup(0)
+    os.close(0)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 0)
+        os.close(saved)
+
+
+@pytest.mark.usefixtures("without_stdin")
+def test_the_descriptor_0_is_one_as_any_other(kernel: FakeKernel) -> None:
+    """It is used, handed over, taken back and closed."""
+    with nothing_left(kernel):
+        handle = _handle(kernel)
+        assert (handle.fd, handle.closed) == (0, False)
+        handle.check_usable()
+        assert handle.use_fd(_is_open, 0, 0)
+        for _ in range(2):
+            handle.set_aside()
+            assert not handle.closed
+            for use in (handle.check_usable, handle.check_here, lambda: handle.use_fd(_is_open, 0, 0)):
+                with pytest.raises(pyvfio.HandOverError):
+                    use()
+        for _ in range(2):
+            handle.take_back()
+            assert handle.fd == 0
+        handle.close()
+        assert handle.closed
+    with nothing_left(kernel):
+        handle = _handle(kernel)
+        handle.set_aside()
+        handle.close()
+        assert handle.closed
+    with nothing_left(kernel), pytest.warns(ResourceWarning, match="a thing was never closed"):
+        _handle(kernel)
+
+
+@pytest.mark.usefixtures("without_stdin")
+def test_a_record_whose_descriptor_is_0_has_its_events(kernel: FakeKernel, tmp_path: Path) -> None:
+    """And its end."""
+    with nothing_left(kernel):
+        log = EventLog(tmp_path / "record", Header(bytes(256), resettable=False), times=False, keep=0)
+        log.add(Reset())
+        log.close()
+    assert (tmp_path / "record").read_text().endswith("begin\nreset\nend\n")
 
 
 def test_close_that_reports_an_error_is_not_made_again(kernel: FakeKernel) -> None:
@@ -178,6 +232,7 @@ def _is_open(fd: int, *_others: int) -> bool:
 
 def test_a_close_waits_for_the_system_calls_of_other_threads(kernel: FakeKernel) -> None:
     """So that none of them meets another file that got the number."""
+    before = open_fds()
     handle = _handle(kernel)
     begun, go_on = threading.Event(), threading.Event()
     seen: list[bool] = []
@@ -198,22 +253,39 @@ def test_a_close_waits_for_the_system_calls_of_other_threads(kernel: FakeKernel)
     go_on.set()
     user.join()
     closer.join()
-    assert (waits, seen, handle.closed, kernel.descriptors) == (True, [True], True, ())
+    assert (waits, seen, handle.closed, open_fds()) == (True, [True], True, before)
 
 
 def test_a_close_in_a_system_call_of_its_own_thread_waits_for_nothing(kernel: FakeKernel) -> None:
     """Such as that of a signal handler."""
+    before = open_fds()
     handle = _handle(kernel)
     begin = time.monotonic()
     handle.use_fd(lambda *_: handle.close(), 0, 0)
     assert time.monotonic() - begin < 0.9
-    assert kernel.descriptors == ()
+    assert open_fds() == before
 
 
 def test_a_close_that_a_system_call_waits_for_leaves_the_descriptor_to_it(kernel: FakeKernel) -> None:
-    """After a second: a finalizer in that thread may wait for a lock of the thread that closes."""
+    """After a second: a finalizer in that thread may wait for a lock of the thread that closes.
+
+    The last of several calls closes it, and a call that ends while the handle is open closes nothing."""
+    before = open_fds()
     handle = _handle(kernel)
     closer = threading.Thread(target=handle.close)
+    begun, go_on = threading.Event(), threading.Event()
+    seen: list[bool] = []
+
+    def long_call(fd: int, *_others: int) -> None:
+        begun.set()
+        go_on.wait(30)
+        seen.append(_is_open(fd))
+
+    last = threading.Thread(target=lambda: handle.use_fd(long_call, 0, 0))
+    last.start()
+    begun.wait(10)
+    assert handle.use_fd(_is_open, 0, 0)
+    fd = handle.fd
 
     def call(fd: int, *_others: int) -> bool:
         closer.start()
@@ -222,7 +294,10 @@ def test_a_close_that_a_system_call_waits_for_leaves_the_descriptor_to_it(kernel
 
     assert handle.use_fd(call, 0, 0)
     assert not closer.is_alive()
-    assert kernel.descriptors == ()
+    seen.append(_is_open(fd))
+    go_on.set()
+    last.join()
+    assert (seen, open_fds()) == ([True, True], before)
 
 
 def _interrupted_at(nth: int, call: Callable[[], object]) -> int:
@@ -249,6 +324,7 @@ def _interrupted_at(nth: int, call: Callable[[], object]) -> int:
 
 def test_a_system_call_that_a_signal_handler_ends_keeps_no_close_waiting(kernel: FakeKernel) -> None:
     """Wherever the handler raises."""
+    before = open_fds()
     at = 1
     while True:
         handle = _handle(kernel)
@@ -262,4 +338,4 @@ def test_a_system_call_that_a_signal_handler_ends_keeps_no_close_waiting(kernel:
             break
         at += 1
     assert at > 4
-    assert kernel.descriptors == ()
+    assert open_fds() == before
