@@ -72,23 +72,22 @@ class Row:
 def rows_of(iova_ranges: Sequence[IovaRange], spans: Sequence[Span], most: int) -> list[Row]:
     """Return the rows of a picture, ascending by IOVA: about `most` of spans, and the gaps between them."""
     taken = [_span_row(span) for span in spans] if len(spans) <= most else _groups(spans, most)
-    rows: list[Row] = []
+    rows = list(taken)
     for offered in iova_ranges:
-        rows += _with_gaps([row for row in taken if offered.start <= row.start <= offered.last], offered)
+        rows += _gaps([row for row in taken if offered.start <= row.start <= offered.last], offered)
     for below, above in pairwise(iova_ranges):
         size = above.start - below.last - 1
         rows += [Row("closed", "not offered", format_size(size), below.last + 1, size)] * (size > 0)
-    drawn = {row.start for row in rows}
-    return sorted([*rows, *(row for row in taken if row.start not in drawn)], key=lambda row: row.start)
+    return sorted(rows, key=lambda row: row.start)
 
 
-def _with_gaps(rows: Sequence[Row], offered: IovaRange) -> list[Row]:
+def _gaps(rows: Sequence[Row], offered: IovaRange) -> list[Row]:
+    """The free IOVA of a range, between the rows in the range."""
     found: list[Row] = []
     at: int = offered.start
     for row in rows:
         if row.start > at:
             found.append(_free(at, row.start - at))
-        found.append(row)
         at = row.start + row.size
     if at <= offered.last:
         found.append(_free(at, offered.last - at + 1))

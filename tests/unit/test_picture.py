@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import mmap
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import BinaryIO, cast
@@ -62,7 +63,24 @@ def test_a_mapper_knows_what_the_container_only_sees_as_reserved(rig: Rig) -> No
     ring = spans["block"]
     assert (ring.name, ring.used, ring.size) == ("ring", 4 * MIB, 16 * MIB)
     assert ring.pieces == (Extent(0, MIB), Extent(2 * MIB, 4 * MIB))
-    assert {span.kind for span in rig.container.picture().spans} == {"other"}
+    seen = rig.container.picture().spans
+    assert {span.kind for span in seen} == {"other"}
+    assert [(span.iova, span.size, span.pieces) for span in seen] == [
+        (span.iova, span.size, span.pieces) for span in rig.mapper.picture().spans
+    ]
+    assert [span.used for span in seen] == [span.mapped for span in seen]
+
+
+def test_a_mapping_beside_a_span_is_one_of_its_own(rig: Rig) -> None:
+    """Directly behind the span, and directly before."""
+    ring = next(span for span in rig.mapper.picture().spans if span.name == "ring")
+    places = [ring.end, ring.iova - PAGE_SIZE] if ring.iova else [ring.end]
+    for iova in places:
+        if not rig.container.mappings_in(iova=iova, size=PAGE_SIZE):
+            rig.container.map(vaddr=rig.blocks["ring"].vaddr, iova=iova, size=PAGE_SIZE)
+    for picture in (rig.mapper.picture(), rig.container.picture()):
+        assert mapped(picture) == {(mapping.iova, mapping.size) for mapping in rig.container.mappings}
+        picture.check()
 
 
 def test_the_title_of_a_picture_is_in_words(rig: Rig) -> None:
@@ -149,6 +167,13 @@ def test_svg_is_well_formed_and_stays_inside(picture: Picture, rows: int) -> Non
         x, y = (float(rect.get(name, "0")) for name in "xy")
         assert 0 <= x <= x + float(rect.attrib["width"]) <= width
         assert 0 <= y <= y + float(rect.attrib["height"]) <= height
+    for group in root.iter(f"{SVG}g"):
+        *parts, frame = group.iter(f"{SVG}rect")
+        start, length = float(frame.attrib["x"]), float(frame.attrib["width"])
+        assert len({rect.attrib["y"] for rect in (*parts, frame)}) == 1
+        for rect in parts:
+            x = float(rect.attrib["x"])
+            assert start - 0.1 <= x <= x + float(rect.attrib["width"]) <= start + length + 0.2
 
 
 @given(pictures())
@@ -177,6 +202,157 @@ def test_more_bytes_are_never_drawn_shorter(sizes: list[int], one: int, other: i
     assert length(max(sizes)) == pytest.approx(100)
 
 
+RANGES = (IovaRange(Iova(0), Iova(0xFFFF)), IovaRange(Iova(0x20000), Iova(0x3FFFF)))
+SPANS = (
+    Span("block", "ring", 0x1000, 0x4000, 0x2000, (Extent(0, 0x1000),)),
+    Span("buffer", "", 0x5000, 0x3000, 0x3000, (Extent(0, 0x1000), Extent(0x1000, 0x3000))),
+    Span("temporary", "t", 0x9000, 0x1000, 0x1000, (Extent(0, 0x1000),)),
+    Span("other", "", 0x3F000, 0x1000, 0, ()),
+)
+SMALL = Picture("two ranges", RANGES, SPANS, 18)
+WIDE = """\
+two ranges
+    0x0  free                                   4 KiB
+ 0x1000  ring         ###oooo....               8 KiB of 16 KiB (4 KiB mapped)
+ 0x5000  buffer       ##########                12 KiB (2 pieces)
+ 0x8000  free                                   4 KiB
+ 0x9000  t            ###                       4 KiB
+ 0xa000  free                                   24 KiB
+0x10000  not offered  xxxxxxxxxxxxxxxxxxxx      64 KiB
+0x20000  free                                   124 KiB
+0x3f000  other        ...                       0 bytes of 4 KiB
+# mapped  o used, not mapped  . reserved  (logarithmic)"""
+NARROW = """\
+two ranges
+0x0 free: 4 KiB
+0x1000 ring: 8 KiB of 16 KiB (4 KiB mapped)
+  ###ooooooooooo...........
+0x5000 buffer: 12 KiB (2 pieces)
+  ####################
+0x8000 free: 4 KiB
+0x9000 t: 4 KiB
+  ###
+0xa000 free: 24 KiB
+0x10000 not offered: 64 KiB
+0x20000 free: 124 KiB
+0x3f000 other: 0 bytes of 4 KiB
+# mapped  o used, not mapped  . reserved  (logarithmic)"""
+
+
+def test_a_picture_as_text_is_a_line_for_each_span_and_gap() -> None:
+    """From 60 columns on with the bar between name and figures; a bar is as long as its span on a logarithmic scale."""
+    assert SMALL.text(width=78, ascii_only=True) == WIDE
+    assert SMALL.text(width=59, ascii_only=True) == NARROW
+    lines = SMALL.text(width=60).split("\n")
+    assert lines[2] == " 0x1000  ring         ███▒▒▒░░░░            8 KiB of 16 KiB…"
+    assert SMALL.text(width=60, ascii_only=True).split("\n")[2].endswith("8 KiB of 16 KiB~")
+    legend = "# mapped  o used, not mapped  . reserved  (logarithmic)"
+    assert SMALL.text(width=len(legend), ascii_only=True).endswith(f"\n{legend}")
+    assert SMALL.text(width=len(legend) - 1, ascii_only=True).endswith(legend.replace("  ", "\n"))
+
+
+@pytest.mark.parametrize("at", [0, 1 << 37, (1 << 38) - PAGE_SIZE])
+def test_a_small_part_of_a_row_shows_wherever_it_is(at: int) -> None:
+    """As one mark, inside the bar."""
+    part = Extent(at, at + PAGE_SIZE)
+    page = Span("other", "p", 1 << 38, PAGE_SIZE, PAGE_SIZE, ())
+    picture = Picture("", WHOLE, (Span("block", "b", 0, 1 << 38, 1 << 38, (part,)), page), 39)
+    (bar,) = re.findall("[o#]{4,}", picture.text(ascii_only=True).split("\n")[1])
+    assert bar.count("#") == (1 if at else 3)  # the smallest row, which has the same size, is 3 marks long
+
+
+def test_rows_are_the_spans_and_what_is_between() -> None:
+    """With their figures, each once, whether a row is for a span or for several."""
+    free = [("free", 0, 0x1000), ("free", 0x8000, 0x1000)]
+    rows = rows_of(RANGES, SPANS, 4)
+    assert [(row.style, row.start, row.size) for row in rows] == [
+        free[0],
+        ("block", 0x1000, 0x4000),
+        ("buffer", 0x5000, 0x3000),
+        free[1],
+        ("temporary", 0x9000, 0x1000),
+        ("free", 0xA000, 0x6000),
+        ("closed", 0x10000, 0x10000),
+        ("free", 0x20000, 0x1F000),
+        ("other", 0x3F000, 0x1000),
+    ]
+    assert rows[1].parts == (("used", 0, 0x2000), ("mapped", 0, 0x1000))
+    assert (rows[2].name, rows[2].label, rows[8].parts) == ("buffer", "12 KiB (2 pieces)", ())
+    for most in (2, 3):
+        groups = [row for row in rows_of(RANGES, SPANS, most) if row.style == "other"]
+        assert groups == [
+            Row(
+                "other",
+                "2 x block/buffer",
+                "20 KiB of 28 KiB",
+                0x1000,
+                0x7000,
+                (("mapped", 0, 0x1000), ("mapped", 0x4000, 0x7000)),
+            ),
+            Row("other", "2 x other/temporary", "4 KiB of 220 KiB", 0x9000, 0x37000, (("mapped", 0, 0x1000),)),
+        ]
+    (group,) = (row for row in rows_of(RANGES, SPANS[:2], 0) if row.style == "other")
+    assert (group.start, group.size) == (0x1000, 0x7000)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "spans", "found"),
+    [
+        ([(0, 9)], [(9, 1)], [("free", 0, 9), ("other", 9, 1)]),
+        ([(0, 9)], [(0, 9)], [("other", 0, 9), ("free", 9, 1)]),
+        ([(0, 9)], [(0, 10)], [("other", 0, 10)]),
+        ([(5, 9)], [(5, 1), (7, 1)], [("other", 5, 1), ("free", 6, 1), ("other", 7, 1), ("free", 8, 2)]),
+        ([(0, 4), (5, 9)], [], [("free", 0, 5), ("free", 5, 5)]),
+        ([(0, 4), (6, 9)], [], [("free", 0, 5), ("closed", 5, 1), ("free", 6, 4)]),
+        ([(5, 9)], [(0, 2)], [("other", 0, 2), ("free", 5, 5)]),
+    ],
+)
+def test_gaps_are_to_the_byte(
+    ranges: list[tuple[int, int]], spans: list[tuple[int, int]], found: list[tuple[str, int, int]]
+) -> None:
+    """A span outside of all ranges, as of another IOMMU, is drawn, too."""
+    rows = rows_of(
+        [IovaRange(Iova(start), Iova(last)) for start, last in ranges],
+        [Span("other", "", start, size, size, ()) for start, size in spans],
+        9,
+    )
+    assert [(row.style, row.start, row.size) for row in rows] == found
+
+
+def test_neighbouring_pieces_of_a_group_are_one_part() -> None:
+    """Of one span or of two, and only neighbours are."""
+    whole = (Extent(0, 4), Extent(4, 8))
+    spans = [Span("block", "", at, 8, 8, whole) for at in (0x100, 0x108, 0x118)]
+    (group,) = (row for row in rows_of(WHOLE, spans, 1) if row.style == "block")
+    assert group.parts == (("mapped", 0, 16), ("mapped", 24, 32))
+
+
+def test_a_title_is_cut_where_it_does_not_fit() -> None:
+    """100 characters do."""
+    for length in (99, 100, 101, 200):
+        root = parsed(Picture("t" * length, WHOLE, (), 39).svg())
+        (title,) = (text.text for text in root.iter(f"{SVG}text") if text.get("class") == "t")
+        assert title == ("t" * length if length <= 100 else "t" * 99 + "…")
+
+
+def test_long_names_are_cut_with_a_mark_of_the_terminals() -> None:
+    """At 24 characters; and a name of its own may have the mark."""
+    for name, wide, plain in (
+        ("n" * 24, "n" * 24, "n" * 24),
+        ("n" * 25, "n" * 23 + "…", "n" * 23 + "~"),
+        ("…", "…", "~"),
+    ):
+        picture = Picture("", WHOLE, (Span("block", name, 0, 1 << 38, 0, ()),), 39)
+        assert f"  {wide}  " in picture.text(width=90).split("\n")[1]
+        assert f"  {plain}  " in picture.text(width=90, ascii_only=True).split("\n")[1]
+
+
+def test_a_notebook_shows_the_svg_of_a_picture() -> None:
+    """As `svg()` returns it."""
+    assert SMALL._repr_svg_() == SMALL.svg()
+    assert str(SMALL) == SMALL.text()
+
+
 def test_ten_thousand_spans_are_drawn_in_groups() -> None:
     """A row for each would be a picture of none; the bytes of all are there."""
     spans = tuple(
@@ -197,6 +373,13 @@ SPAN = {"kind": "block", "name": "a", "iova": 0, "size": 9, "used": 9, "pieces":
 @pytest.mark.parametrize(
     "change",
     [
+        {"spans": {}},
+        {"spans": [3]},
+        {"spans": [SPAN | {"iova": (1 << 64) - 8}]},
+        {"spans": [SPAN | {"pieces": {}}]},
+        {"spans": [SPAN | {"pieces": [[0, 4, 9]]}]},
+        {"spans": [SPAN | {"pieces": [[4, 6], [4, 9]]}]},
+        {"spans": [SPAN | {"used": -1}]},
         {"schema": "pyvfio.picture/2"},
         {"spans": [{}]},
         {"spans": 3},
@@ -222,6 +405,33 @@ def test_a_document_that_is_no_picture_is_refused(change: dict[str, object]) -> 
     assert Picture.from_json(GOOD)
     with pytest.raises(ValueError, match=r"."):
         Picture.from_json({**GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"spans": [3]}, "'spans', a list of objects"),
+        ({"iova_ranges": {}}, "'iova_ranges', a list of objects"),
+        ({"spans": [SPAN | {"pieces": [[0, 4, 9]]}]}, "'pieces', a list of pairs"),
+        ({"spans": [SPAN | {"pieces": ["ab"]}]}, "'pieces', a list of pairs"),
+        ({"spans": [SPAN | {"kind": "ring"}]}, "not 'ring'"),
+        ({"spans": [SPAN, SPAN]}, "spans overlap or do not ascend: 0x0, 0x0"),
+        ({"spans": [{}]}, "'pieces'"),
+    ],
+)
+def test_the_refusal_of_a_document_names_what_is_wrong(change: dict[str, object], why: str) -> None:
+    """The field, and the value where it has the right type."""
+    with pytest.raises(ValueError, match=re.escape(why)):
+        Picture.from_json({**GOOD, **change})
+
+
+def test_a_span_may_end_with_the_last_address_and_a_picture_of_ones_own_is_checked() -> None:
+    """As one that was read."""
+    last = SPAN | {"iova": (1 << 64) - 9}
+    assert Picture.from_json({**GOOD, "spans": [SPAN, SPAN | {"iova": 9}, last]}).spans[2].end == 1 << 64
+    span = Span("ring", "", 0, 1, 0, ())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"kind of a span is one of block, .* not 'ring'"):
+        Picture("", WHOLE, (span,), 39).check()
 
 
 def test_several_pictures_are_one_document() -> None:
