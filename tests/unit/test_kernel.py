@@ -12,6 +12,7 @@ import signal
 import struct
 import termios
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -28,6 +29,7 @@ READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 PR_SET_NAME = 15
 F_ADD_SEALS, F_SEAL_GROW = 1033, 4  # linux/fcntl.h
+TMPFS_MAGIC = 0x0102_1994  # linux/magic.h
 
 
 @pytest.fixture
@@ -43,10 +45,11 @@ def test_both_kernels_are_what_the_floors_above_are_written_against() -> None:
 
 
 def test_sysfs_and_device_nodes_may_be_elsewhere(tmp_path: Path) -> None:
-    """/sys and /dev, unless said otherwise."""
-    assert (LinuxKernel().sysfs, LinuxKernel().dev) == (Path("/sys"), Path("/dev"))
-    there = LinuxKernel(sysfs=str(tmp_path), dev=tmp_path / "dev")
-    assert (there.sysfs, there.dev) == (tmp_path, tmp_path / "dev")
+    """/sys, /dev and /proc, unless said otherwise."""
+    here = LinuxKernel()
+    assert (here.sysfs, here.dev, here.proc) == (Path("/sys"), Path("/dev"), Path("/proc"))
+    there = LinuxKernel(sysfs=str(tmp_path), dev=tmp_path / "dev", proc=str(tmp_path / "proc"))
+    assert (there.sysfs, there.dev, there.proc) == (tmp_path, tmp_path / "dev", tmp_path / "proc")
 
 
 def test_descriptors_do_not_survive_exec(kernel: LinuxKernel, tmp_path: Path) -> None:
@@ -146,6 +149,18 @@ def test_numbers_of_every_size_can_be_given_to_an_ioctl(kernel: LinuxKernel, arg
         kernel.ioctl(fd, 0x3B64, argument)
     assert raised.value.errno == errno.ENOTTY
     kernel.close(fd)
+
+
+def test_a_request_with_a_number_is_made(kernel: LinuxKernel) -> None:
+    """FIONCLEX and FIOCLEX, which take any number: the descriptor loses close-on-exec, and gets it again."""
+    fd = kernel.eventfd(0, 0)
+    try:
+        for request, flag in ((termios.FIONCLEX, 0), (termios.FIOCLEX, fcntl.FD_CLOEXEC)):
+            for argument in (7, 1 << 40):
+                assert kernel.ioctl(fd, request, argument) == 0
+                assert fcntl.fcntl(fd, fcntl.F_GETFD) == flag
+    finally:
+        kernel.close(fd)
 
 
 def test_an_address_reaches_the_kernel_unchanged(kernel: LinuxKernel) -> None:
@@ -260,11 +275,83 @@ def test_a_file_is_mapped_from_an_offset(kernel: LinuxKernel) -> None:
     os.close(fd)
 
 
+@pytest.fixture
+def own_limit() -> Iterator[tuple[int, int]]:
+    """RLIMIT_MEMLOCK, which the test may lower."""
+    limits = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    try:
+        yield limits
+    finally:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, limits)
+
+
+def test_locked_pages_are_counted_until_they_are_unlocked(kernel: LinuxKernel) -> None:
+    """By munlock(2) a part, by munlockall(2) all; pages that are not locked are no part of the sum."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    vaddr = kernel.mmap(0, 8 * PAGE_SIZE, READ_WRITE, ANONYMOUS)
+    try:
+        locked, used = kernel.mlocked(), kernel.memlock().used
+        assert libc.mlock(vaddr + PAGE_SIZE, 5 * PAGE_SIZE) == 0
+        assert (kernel.mlocked() - locked, kernel.memlock().used - used) == (5 * PAGE_SIZE, 5 * PAGE_SIZE)
+        kernel.munlock(vaddr + PAGE_SIZE, 2 * PAGE_SIZE)
+        assert (kernel.mlocked() - locked, kernel.memlock().used - used) == (3 * PAGE_SIZE, 3 * PAGE_SIZE)
+        kernel.munlockall()
+        assert (kernel.mlocked(), kernel.memlock().used) == (0, 0)
+        with pytest.raises(OSError, match="Cannot allocate"):
+            kernel.munlock((1 << 47) - PAGE_SIZE, PAGE_SIZE)
+    finally:
+        kernel.munmap(vaddr, 8 * PAGE_SIZE)
+
+
+def test_the_limit_is_the_soft_one_in_whole_pages(kernel: LinuxKernel, own_limit: tuple[int, int]) -> None:
+    """None where there is none, and the address space is the one of /proc/self/statm."""
+    soft, hard = own_limit
+    assert kernel.memlock().limit == (None if soft == resource.RLIM_INFINITY else soft // PAGE_SIZE * PAGE_SIZE)
+    for most, limit in ((3 * PAGE_SIZE, 3), (3 * PAGE_SIZE - 1, 2), (0, 0)):
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (most, hard))
+        assert kernel.memlock().limit == limit * PAGE_SIZE
+    vaddr = kernel.mmap(0, 1 << 40, PROT_NONE, ANONYMOUS)
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    assert abs(kernel.memlock().address_space - pages * PAGE_SIZE) < 1 << 30
+    kernel.munmap(vaddr, 1 << 40)
+
+
+def test_the_status_of_a_file_is_that_of_the_kernel(kernel: LinuxKernel, tmp_path: Path) -> None:
+    """A file in memory with seals, and one of a file system, which has none, opened to be read or written."""
+    fd = os.memfd_create("pyvfio-test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, 3 * PAGE_SIZE)
+    fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_GROW)
+    found = kernel.file_status(fd)
+    assert (found.file_system, found.block_size, found.size, found.seals) == (
+        TMPFS_MAGIC,
+        PAGE_SIZE,
+        3 * PAGE_SIZE,
+        F_SEAL_GROW,
+    )
+    os.close(fd)
+    (tmp_path / "file").write_bytes(b"abc")
+    for flags, rights in ((os.O_RDONLY, (True, False)), (os.O_WRONLY, (False, True)), (os.O_RDWR, (True, True))):
+        fd = os.open(tmp_path / "file", flags)
+        found, status = kernel.file_status(fd), os.fstat(fd)
+        assert (found.readable, found.writable) == rights
+        assert (found.mode, found.size, found.identity) == (status.st_mode, 3, (status.st_dev, status.st_ino))
+        assert found.block_size == os.statvfs(fd).f_bsize
+        os.close(fd)
+    out, into = os.pipe()
+    assert kernel.file_status(out).seals == 0
+    os.close(out)
+    os.close(into)
+
+
 def test_memory_calls_that_the_kernel_refuses_are_oserrors(kernel: LinuxKernel) -> None:
     """Each with the errno of its own."""
     with pytest.raises(OSError, match="Invalid") as raised:
         kernel.mmap(0, 0, PROT_NONE, ANONYMOUS)
     assert raised.value.errno == errno.EINVAL
+    with pytest.raises(OSError, match="Bad file") as raised:
+        kernel.fallocate(1 << 20, 0, 0, PAGE_SIZE)
+    assert raised.value.errno == errno.EBADF
     high = (1 << 63) + PAGE_SIZE
     for call in (kernel.mprotect, kernel.madvise):
         with pytest.raises(OSError, match="Cannot allocate"):
