@@ -407,6 +407,12 @@ def test_cap_ipc_lock_is_seen(kernel: LinuxKernel) -> None:
     assert libc.capget(header, data) == 0
     effective = int.from_bytes(data.raw[:4], "little")
     assert kernel.memlock().privileged == bool(effective >> 14 & 1)
+    without = struct.pack("=I", effective & ~(1 << 14)) + data.raw[4:]
+    assert libc.capset(header, without) == 0  # the capability stays permitted, and comes back
+    try:
+        assert kernel.memlock().privileged is False
+    finally:
+        assert libc.capset(header, data) == 0
 
 
 @pytest.mark.parametrize("name", [b"a\rb", b"c\x0bd\x1ce", b"x: y", b"CapEff:\t0"])
