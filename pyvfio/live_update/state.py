@@ -72,7 +72,7 @@ class HandedBlock:
             and self.max_length > 0
             and self.iova <= U64_MAX - self.max_length + 1
             and is_aligned(self.used_length | self.max_length | self.iova, PAGE_SIZE)
-            and list(self.discarded) == runs(clip(self.discarded, 0, self.used_length))
+            and list(self.discarded) == runs(clip(sorted(self.discarded), 0, self.used_length))
             and runs(self.pieces) == populated
         ):
             raise ValueError(f"the lengths and parts of RAM block '{self.idstr}' contradict each other")

@@ -234,6 +234,7 @@ CONTRADICT = "contradict each other"
         (of_block(discarded=[], pieces=[[0, 8 * PAGE_SIZE], [8 * PAGE_SIZE, 9 * PAGE_SIZE]]), CONTRADICT),
         (of_block(discarded=[], pieces=[[0, 5 * PAGE_SIZE], [4 * PAGE_SIZE, 8 * PAGE_SIZE]]), CONTRADICT),
         (of_block(discarded=[], pieces=[[4 * PAGE_SIZE, 8 * PAGE_SIZE], [0, 4 * PAGE_SIZE]]), CONTRADICT),
+        (of_block(discarded=[[3 * PAGE_SIZE, 4 * PAGE_SIZE], [0, PAGE_SIZE]]), CONTRADICT),  # not ascending
         (of_block(discarded=[[0, 0]]), "'discarded'"),
         (of_block(discarded=[[PAGE_SIZE, 0]]), "'discarded'"),
         (of_block(pieces=[[0, 0]]), "'pieces'"),
