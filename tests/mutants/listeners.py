@@ -247,7 +247,7 @@ _MUTANTS = (
     Mutant("_knows_tokens", "error.errno == errno.E2BIG", "True", _NODES),
     # A device of another iommufd, or of another descriptor, is taken for one's own.
     Mutant("CdevAttachment.attach", "if space.iommufd is not self.iommufd:", "if False:", _NODES),
-    Mutant("CdevAttachment._check_iommufd", "if self.dev_id is None and", "if False and", _NODES),
+    Mutant("CdevAttachment._is_here", "self.dev_id is not None or", "True or", _NODES),
     # The kernel is left to say which group the iommufd lacks.
     Mutant("check_complete", "            if not all(each.owned", "            if False and all(each.owned", _NODES),
     # ---------------------------------------------------------------------------------------- region of another device
