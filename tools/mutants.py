@@ -59,7 +59,10 @@ EVERYWHERE = ("tests/unit/test_failures.py", "tests/property")
 _LEFT_OUT = ("-k", "not step_of_the_undo")
 _SAMPLES = ("--points=200", "--thread-steps=2000")
 # These read the checkout as text, or run the checkout elsewhere, and do not test its behaviour.
-_NO_WITNESS = ("linters", "mutants", "random_mutants", "stages", "count", "vm", "series")
+_NO_WITNESS = (
+    *("linters", "language", "site", "series", "count", "stages", "setup", "vm", "cli_bench"),
+    *("mutants", "random_mutants", "judge"),
+)
 _PATIENCE = 300.0
 """Seconds that a test file may take. A file that takes longer hangs, and the mistake is noticed."""
 _LIMIT = 60.0
