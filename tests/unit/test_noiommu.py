@@ -234,12 +234,12 @@ class PlacedFrames(FakeKernel):
         self.answers += pieces
 
     def pread(self, fd: int, size: int, offset: int) -> bytes:
-        """Of the pagemap: soft-dirty, exclusive and of a file, as a huge page is, and present."""
+        """Of the pagemap: soft-dirty (bit 55), exclusive (56) and of a file (61), as a huge page is, and present (63)."""
         data = super().pread(fd, size, offset)
         if size != 8 or not self.answers:
             return data
         address, length = self.answers.pop(0)
-        return struct.pack("=Q", (0b1010_0011 << 56 if length else 0) | address // PAGE_SIZE)
+        return struct.pack("=Q", (0b1_0100_0011 << 55 if length else 0) | address // PAGE_SIZE)
 
     def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
         """Of iommufd."""
