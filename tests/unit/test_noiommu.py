@@ -234,7 +234,7 @@ class PlacedFrames(FakeKernel):
         self.answers += pieces
 
     def pread(self, fd: int, size: int, offset: int) -> bytes:
-        """Of the pagemap: soft-dirty (bit 55), exclusive (56) and of a file (61), as a huge page is, and present (63)."""
+        """Of the pagemap: soft-dirty (bit 55), exclusive (56), of a file (61), as a huge page is, and present (63)."""
         data = super().pread(fd, size, offset)
         if size != 8 or not self.answers:
             return data

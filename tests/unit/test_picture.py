@@ -259,6 +259,8 @@ def test_a_small_part_of_a_row_shows_wherever_it_is(at: int) -> None:
     picture = Picture("", WHOLE, (Span("block", "b", 0, 1 << 38, 1 << 38, (part,)), page), 39)
     (bar,) = re.findall("[o#]{4,}", picture.text(ascii_only=True).split("\n")[1])
     assert bar.count("#") == (1 if at else 3)  # the smallest row, which has the same size, is 3 marks long
+    assert bar.startswith("#") == (not at)
+    assert bar.endswith("#") == bool(at)  # on a logarithmic scale the middle is at the end
 
 
 def test_rows_are_the_spans_and_what_is_between() -> None:

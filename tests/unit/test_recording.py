@@ -11,18 +11,22 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import pytest
 
 import pyvfio
 from pyvfio import ioctls
 from pyvfio.device import PCI_COMMAND
+from pyvfio.kernel import LinuxKernel
 from pyvfio.recording.format import Access, Header, Interrupt, Record, RegionShape, irq_name, parse, region_name
+from pyvfio.recording.log import EventLog
+from pyvfio.recording.seam import RecordingKernel
 from pyvfio.testing import FakeEdu, FakeKernel
 from pyvfio.testing.edu import Edu
 from pyvfio.testing.fake import Bar, FakeDevice
 from pyvfio.testing.fake.process import DEVICE_MEMORY
-from tests.unit.processes import open_fds
+from tests.unit.processes import in_child, open_fds
 
 ROOT = Path(__file__).resolve().parents[2]
 BDF = "0000:00:02.0"
@@ -156,6 +160,22 @@ def test_a_child_that_has_the_descriptor_keeps_the_file_from_no_other_recording(
         os.close(end)
         os.waitpid(pid, 0)
         os.close(until)
+
+
+def test_a_file_of_descriptor_0_is_written_to_its_end(file: Path) -> None:
+    """A daemon that closed its standard input has the file there."""
+
+    def record() -> None:
+        with FakeKernel() as kernel, pyvfio.open_device(BDF, kernel=kernel) as device:
+            os.close(0)
+            with device.record(file):
+                assert os.path.samestat(os.fstat(0), file.stat())
+                device.region(0).write8(0, 1)
+            assert 0 not in open_fds()
+
+    assert in_child(record) == 0
+    assert events(file) == ["w8 bar0 0x00000 0x01"]
+    assert record_of(file).complete
 
 
 def test_the_file_is_one_that_others_may_read_and_nobody_may_execute(device: pyvfio.Device, file: Path) -> None:
@@ -660,6 +680,38 @@ def test_a_child_writes_nothing_into_the_record_of_its_parent(device: pyvfio.Dev
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         device.region(0).write8(0, 2)
     assert events(file) == ["w8 bar0 0x00000 0x01", "w8 bar0 0x00000 0x02"]
+
+
+class Region(NamedTuple):
+    """Where a region is in the descriptor of a device."""
+
+    index: int
+    offset: int
+    size: int
+
+
+def test_an_access_is_in_the_region_that_has_its_first_byte(tmp_path: Path) -> None:
+    """Also where one region is directly behind another. Elsewhere in the descriptor nothing is reported."""
+    contents = tmp_path / "device"
+    contents.write_bytes(bytes(range(0x40)))
+    fd = os.open(contents, os.O_RDWR)
+    with EventLog(None, None, times=False, keep=9) as log:
+        seam = RecordingKernel(
+            LinuxKernel(),
+            log,
+            regions=lambda: (Region(0, 0x10, 0x10), Region(9, 0x20, 0x10)),
+            config=b"",
+            allow_mmap=False,
+        )
+        for at in (0xF, 0x10, 0x1F, 0x20, 0x2F, 0x30):
+            assert seam.pread(fd, 1, at) == bytes([at])
+        assert log.tail() == (
+            "r8 bar0 0x00000 0x10",
+            "r8 bar0 0x0000f 0x1f",
+            "r8 region9 0x00000 0x20",
+            "r8 region9 0x0000f 0x2f",
+        )
+    os.close(fd)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENXIO, errno.EINVAL])
