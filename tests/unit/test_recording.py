@@ -9,9 +9,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
 
 import pytest
 
@@ -682,7 +682,8 @@ def test_a_child_writes_nothing_into_the_record_of_its_parent(device: pyvfio.Dev
     assert events(file) == ["w8 bar0 0x00000 0x01", "w8 bar0 0x00000 0x02"]
 
 
-class Region(NamedTuple):
+@dataclass
+class Region:
     """Where a region is in the descriptor of a device."""
 
     index: int
