@@ -13,17 +13,25 @@ from pathlib import Path
 import pytest
 
 from pyvfio import pci
-from pyvfio.errors import AccessDeniedError, DeviceNotFoundError, Holder, UnavailableError, VfioError
+from pyvfio.errors import (
+    AccessDeniedError,
+    DeviceNotFoundError,
+    Holder,
+    NotBoundError,
+    UnavailableError,
+    UnsupportedError,
+    VfioError,
+)
 from pyvfio.kernel import LinuxKernel
 from pyvfio.pci.boot import build_options, release
 from pyvfio.pci.groups import holders_of_any, this_process
 from pyvfio.pci.iommus import iommu_problems, is_virtual_machine
-from pyvfio.pci.nodes import explain_container, explain_open, mknod_command, place_in_sysfs
-from pyvfio.pci.noiommu import is_unprotected
+from pyvfio.pci.nodes import explain_container, explain_group, explain_open, mknod_command, place_in_sysfs
+from pyvfio.pci.noiommu import PARAMETER, is_unprotected, not_unprotected
 from pyvfio.pci.surroundings import Surroundings, look_around
 from tests.unit.sysfs import BRIDGE, SysfsTree, link, place_process
 
-BDF = "0000:00:02.0"
+BDF, OTHER = "0000:00:02.0", "0000:00:02.1"
 RELEASE = "6.12.9-amd64"
 INTEL = "vendor_id\t: GenuineIntel\nflags\t\t: fpu vmx\n"
 AMD = "vendor_id\t: AuthenticAMD\nflags\t\t: fpu svm\n"
@@ -482,3 +490,103 @@ def test_a_device_without_an_iommu_is_known_by_the_names_of_its_nodes(tree: Sysf
     assert is_unprotected(tree.kernel, replace(device, cdev="noiommu-vfio0", iommu_group=None))
     put(tree, "sys/kernel/iommu_groups/7/name", "vfio-noiommu\n")
     assert is_unprotected(tree.kernel, device)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message", "hint"),
+    [
+        ({}, UnsupportedError, "has an IOMMU, so the device cannot be opened without one", "Leave iommu= out"),
+        ({"driver": None, "is_vfio": False}, UnsupportedError, "has an IOMMU", "Leave iommu= out"),
+        ({"iommu_group": None}, UnsupportedError, "has an IOMMU", "Leave iommu= out"),
+        (
+            {"driver": None, "is_vfio": False, "iommu_group": None},
+            NotBoundError,
+            "is bound to no driver, not to vfio-pci",
+            f"pyvfio bind {BDF}",
+        ),
+        (
+            {"driver": "a\x1bb", "is_vfio": False, "iommu_group": None},
+            NotBoundError,
+            r"is bound to a\x1bb, not to vfio-pci",
+            f"pyvfio bind {BDF}",
+        ),
+    ],
+)
+def test_a_device_that_is_not_without_an_iommu_is_told_why(
+    tree: SysfsTree, change: dict[str, object], error: type[VfioError], message: str, hint: str
+) -> None:
+    """A group, or a driver of VFIO, tells of an IOMMU. With neither, and the mode on, the device is not bound yet."""
+    tree.add_device(BDF, driver="vfio-pci", group=7)
+    put(tree, f"sys/{PARAMETER}", "Y\n")
+    device = replace(pci.read_device(BDF, kernel=tree.kernel), **change)  # type: ignore[arg-type]
+    found = not_unprotected(tree.kernel, device)
+    assert type(found) is error
+    assert found.message.startswith(f"{BDF} {message}")
+    assert found.hint.startswith(hint)
+    assert getattr(found, "driver", device.driver) == device.driver
+
+
+@pytest.mark.parametrize(
+    ("process", "where"),
+    [
+        ({}, ""),
+        ({"user": 1000}, ", as root"),
+        ({"container": True}, ", on the host"),
+        ({"container": True, "user": 1000}, ", on the host"),
+    ],
+)
+def test_the_mode_without_an_iommu_is_turned_on_by_whom_it_may_be(
+    tree: SysfsTree, process: dict[str, object], where: str
+) -> None:
+    tree.add_device(BDF, driver="e1000e")
+    put(tree, f"sys/{PARAMETER}", "N\n")
+    place_process(tree.proc, **process)  # type: ignore[arg-type]
+    found = not_unprotected(tree.kernel, pci.read_device(BDF, kernel=tree.kernel))
+    assert isinstance(found, UnavailableError)
+    assert found.message == f"{BDF} cannot be opened without an IOMMU: no-IOMMU mode is off"
+    assert found.hint.startswith("An IOMMU is better: pyvfio doctor says how to enable one. To accept that the device")
+    assert found.hint.endswith(f": echo 1 >{tree.sysfs / PARAMETER}{where}, then pyvfio bind {BDF}")
+
+
+@pytest.mark.parametrize(
+    ("drivers", "files", "message", "hint"),
+    [
+        (
+            ["e1000e", None],
+            [],
+            ": no device of IOMMU group 7 is bound to a VFIO driver",
+            f"Bind a device of the group to vfio-pci: pyvfio bind {BDF} {OTHER}",
+        ),
+        (
+            ["e1000e", "vfio-pci"],
+            [],
+            f", although {OTHER} of IOMMU group 7 is bound to vfio-pci: {{dev}} lacks nodes of this machine",
+            "Run where the machine's own /dev (devtmpfs) is mounted",
+        ),
+        (
+            ["vfio-pci", "vfio-pci"],
+            ["vfio-dev/vfio3/dev", "class/vfio/7/dev"],
+            f", although {BDF} of IOMMU group 7 is bound to vfio-pci: {{dev}} lacks nodes of this machine",
+            "Run where the machine's own /dev (devtmpfs) is mounted; or make the node: mknod {path} c 240:5",
+        ),
+        (
+            ["vfio-pci", "vfio-pci"],
+            ["vfio-dev/vfio3/dev"],
+            ": this kernel has {dev}/vfio/devices/vfio3 for the device, and no nodes of groups",
+            'Open the device by that node: open_device(..., iommu="iommufd"). Or boot a kernel with CONFIG_VFIO_GROUP',
+        ),
+    ],
+)
+def test_a_missing_node_of_a_group_is_explained_by_the_drivers_of_its_devices(
+    tree: SysfsTree, drivers: list[str | None], files: list[str], message: str, hint: str
+) -> None:
+    place_process(tree.proc)
+    for bdf, driver in zip((BDF, OTHER), drivers, strict=True):
+        tree.add_device(bdf, driver=driver, group=7)
+    for file in files:
+        put(tree, f"sys/{file}" if file.startswith("class") else f"sys/bus/pci/devices/{OTHER}/{file}", "240:5\n")
+    path = tree.dev / "vfio/7"
+    found = explain_group(tree.kernel, 7, path, OSError(errno.ENOENT, "no"))
+    assert type(found) is (UnavailableError if "vfio-pci" in drivers else NotBoundError)
+    assert found.message == f"there is no {path}{message.format(dev=tree.dev)}"
+    assert found.hint == hint.format(path=path).replace("240:5", "240 5")
