@@ -14,6 +14,8 @@ import signal
 import stat
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -1185,6 +1187,34 @@ def test_a_handler_that_raises_leaves_driver_rights_and_rules_as_they_were(tmp_p
             assert look(machine) == before, walk.where
         else:
             assert not walk.where  # this time the operation had fewer points
+
+
+def test_a_rule_that_is_not_restored_after_a_handler_raised_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The handler is called when the file is written, and the directory is a file since."""
+    paths = []
+
+    def handle(_number: int, _frame: object) -> None:
+        machine.rules.rename(machine.etc / "former")
+        machine.rules.touch()
+        raise HandledError
+
+    former = signal.signal(signal.SIGINT, handle)
+    try:
+        dry = Walk()
+        machine = Machine(tmp_path / "dry")
+        dry.run(lambda: machine.persist(NIC))
+        for point in range(1, dry.count + 1, max(1, dry.count // 20)):
+            machine = Machine(tmp_path / str(point))
+            with suppress(HandledError, VfioError):
+                Walk({point: lambda: signal.raise_signal(signal.SIGINT)}).run(partial(machine.persist, NIC))
+            paths.append(str(machine.rules / f"60-pyvfio-{NIC}.rules"))
+    finally:
+        signal.signal(signal.SIGINT, former)
+    said = [record.getMessage() for record in caplog.records]
+    assert said
+    assert set(said) <= {f"{path} was not restored" for path in paths}
 
 
 def test_a_failed_undo_is_reported_with_both_failures(machine: Machine, tmp_path: Path) -> None:

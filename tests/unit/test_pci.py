@@ -480,6 +480,23 @@ def test_a_failure_after_the_effect_is_undone_too(tree: SysfsTree) -> None:
     assert placed(tree) == ("e1000e", None)
 
 
+def test_an_interrupt_whose_undo_fails_stays_an_interrupt_with_a_note(tree: SysfsTree) -> None:
+    """A program that ends on KeyboardInterrupt still ends, and says what is left."""
+
+    def write(path: Path, value: str) -> None:
+        tree.write(path, value)
+        if path.name == "drivers_probe":
+            tree.fail = lambda path, _value: OSError(errno.EBUSY, "busy") if path.endswith("e1000e/bind") else None
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        pci.bind(BDF, write=write, kernel=tree.kernel)
+    (note,) = caught.value.__notes__
+    assert note.startswith(f"{BDF} was not restored to driver e1000e, override None; then the kernel refused '{BDF}' ")
+    assert "e1000e/bind: EBUSY, busy" in note
+    assert placed(tree) == (None, None)
+
+
 @pytest.mark.parametrize("place", ["driver_override", "e1000e/bind"])
 def test_what_could_not_be_undone_is_said_and_the_rest_is_undone(tree: SysfsTree, place: str) -> None:
     def fail(path: str, _value: str) -> OSError | None:
@@ -1036,6 +1053,23 @@ def test_signals_in_the_middle_of_a_change_leave_the_device_as_it_was(tmp_path: 
             assert placed(tree) == before, walk.where
         else:
             assert not walk.where  # this time it had fewer points
+
+
+@pytest.mark.usefixtures("handlers")
+def test_an_undo_that_fails_after_a_handler_raised_is_logged(tree: SysfsTree, caplog: pytest.LogCaptureFixture) -> None:
+    """The caller gets the exception of the handler, and the log has the failure."""
+
+    def write(path: Path, value: str) -> None:
+        tree.write(path, value)
+        if path.name == "drivers_probe":
+            tree.fail = lambda path, _value: OSError(errno.EBUSY, "busy") if path.endswith("e1000e/bind") else None
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(HandledError):
+        pci.bind(BDF, write=write, kernel=tree.kernel)
+    (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert record.getMessage().startswith(f"{BDF} was not restored: the kernel refused '{BDF}' written to ")
+    assert placed(tree) == (None, None)
 
 
 def test_a_wait_for_a_driver_can_be_interrupted(tree: SysfsTree) -> None:
