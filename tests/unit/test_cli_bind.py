@@ -1193,28 +1193,26 @@ def test_a_rule_that_is_not_restored_after_a_handler_raised_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The handler is called when the file is written, and the directory is a file since."""
-    paths = []
+    made: list[Machine] = []
 
     def handle(_number: int, _frame: object) -> None:
-        machine.rules.rename(machine.etc / "former")
-        machine.rules.touch()
+        made[-1].rules.rename(made[-1].etc / "former")
+        made[-1].rules.touch()
         raise HandledError
 
     former = signal.signal(signal.SIGINT, handle)
     try:
         dry = Walk()
-        machine = Machine(tmp_path / "dry")
-        dry.run(lambda: machine.persist(NIC))
+        dry.run(partial(Machine(tmp_path / "dry").persist, NIC))
         for point in range(1, dry.count + 1, max(1, dry.count // 20)):
-            machine = Machine(tmp_path / str(point))
+            made.append(Machine(tmp_path / str(point)))
             with suppress(HandledError, VfioError):
-                Walk({point: lambda: signal.raise_signal(signal.SIGINT)}).run(partial(machine.persist, NIC))
-            paths.append(str(machine.rules / f"60-pyvfio-{NIC}.rules"))
+                Walk({point: lambda: signal.raise_signal(signal.SIGINT)}).run(partial(made[-1].persist, NIC))
     finally:
         signal.signal(signal.SIGINT, former)
     said = [record.getMessage() for record in caplog.records]
     assert said
-    assert set(said) <= {f"{path} was not restored" for path in paths}
+    assert set(said) <= {f"{machine.rules}/60-pyvfio-{NIC}.rules was not restored" for machine in made}
 
 
 def test_a_failed_undo_is_reported_with_both_failures(machine: Machine, tmp_path: Path) -> None:
