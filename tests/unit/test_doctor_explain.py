@@ -283,3 +283,14 @@ def test_a_script_has_the_commands_in_their_order() -> None:
     ]
     assert "pyvfio()" not in Diagnosis(None, "", "", (BOOT,)).script(run_pyvfio=["pyvfio() { :; }"])
     assert "# reboot" not in Diagnosis(None, "", "", (WRONG,)).script()
+
+
+def test_comments_of_a_script_are_broken_between_words_only() -> None:
+    """A path or an address is copied as a whole."""
+    path, address = "/" + "long/" * 30, f"in-{'x' * 110}-y"
+    lines = Diagnosis(NIC, "", "", (Finding("modules", "wrong", "m", by_hand=f"Take {path} {address} out"),)).script()
+    assert lines.splitlines()[-5:] == ["# modules: m", "# Take", f"# {path}", f"# {address}", "# out"]
+    full = f"{'a' * 57} {'b' * 58}"  # 116 columns behind the mark
+    assert Diagnosis(NIC, "", "", (Finding("x", "wrong", "y", by_hand=full),)).script().endswith(f"\n# {full}\n")
+    parted = Diagnosis(NIC, "", "", (Finding("x", "wrong", "y", by_hand=f"{full}b"),)).script()
+    assert parted.endswith(f"\n# {'a' * 57}\n# {'b' * 59}\n")
