@@ -114,6 +114,26 @@ def test_a_kernel_without_a_part_of_type1_is_judged_for_iommufd_if_it_has_that(
     assert iommufd or absent in found[0].summary
 
 
+@pytest.mark.parametrize(
+    ("config", "iommufd"),
+    [
+        (ALL, False),
+        (unset("VFIO_CONTAINER") + "CONFIG_IOMMUFD_VFIO_CONTAINER=y\n", False),
+        (unset("VFIO_CONTAINER") + "CONFIG_IOMMUFD_VFIO_CONTAINER=m\n", True),
+        (unset("VFIO_CONTAINER", "IOMMUFD_VFIO_CONTAINER"), True),
+        (unset("VFIO_IOMMU_TYPE1"), True),
+    ],
+)
+def test_a_kernel_that_has_type1_and_iommufd_is_judged_for_type1(
+    tree: MachineTree, config: str, *, iommufd: bool
+) -> None:
+    """As `open_device` takes it. The containers can be those of iommufd, which is built in then."""
+    tree.file(CONFIG, config + "CONFIG_IOMMUFD=m\nCONFIG_VFIO_DEVICE_CDEV=y\n")
+    (found,) = of_check(tree.kernel, "modules")
+    assert found.summary.endswith("are not loaded") or "has no module" in found.summary
+    assert ("vfio_iommu_type1" in found.summary, "iommufd" in found.summary) == (not iommufd, iommufd)
+
+
 @pytest.mark.parametrize("here", ["class/misc/vfio", "class/vfio"])
 def test_a_kernel_whose_options_are_unknown_has_no_type1_if_vfio_made_nothing_of_it(
     tree: MachineTree, here: str
