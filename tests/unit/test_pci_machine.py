@@ -480,6 +480,70 @@ def test_a_user_without_rights_is_told_the_mode_and_the_way_to_rights(
         path.chmod(0o640)
 
 
+OUTSIDE = "or open the node outside and pass the descriptor in ({}.from_fd)"
+
+
+@pytest.mark.parametrize(
+    ("here", "node", "hint"),
+    [
+        (Surroundings(user_namespace=True), "vfio/vfio", OUTSIDE.format("Container")),
+        (Surroundings(user_namespace=True), "iommu", OUTSIDE.format("Iommufd")),
+        (Surroundings(user_namespace=True), "vfio/7", OUTSIDE.format("Group")),
+        (Surroundings(user_namespace=True), "vfio/devices/vfio0", OUTSIDE.format("Device")),
+        (Surroundings(), "vfio/7", "; a mount with nodev (see findmnt) or a security module (SELinux, AppArmor; see "),
+        (Surroundings(container=True), "vfio/7", "; a mount with nodev (see findmnt) or a security module (SELinux, "),
+        (Surroundings(user=7, user_namespace=True), "vfio/7", "; this is user 7 with groups []. Run as root, or give"),
+    ],
+)
+def test_root_without_rights_is_told_what_refuses_root(
+    tree: SysfsTree, here: Surroundings, node: str, hint: str
+) -> None:
+    """Root of a user namespace has none outside, and gets the open descriptor of the node's kind."""
+    error = explain_open(tree.dev / node, OSError(errno.EACCES, "no"), here, BDF)
+    assert (type(error), hint in error.hint) == (AccessDeniedError, True), error.hint
+    assert ("this is root of a user namespace" in error.hint) == ("from_fd" in hint)
+
+
+@pytest.mark.parametrize(
+    ("here", "node", "hint"),
+    [
+        (Surroundings(), "vfio/noiommu-7", "A device without an IOMMU can access all memory: opening the group "),
+        (Surroundings(container=True), "vfio/noiommu-7", "A device without an IOMMU can access all memory"),
+        (Surroundings(container=True, service="a.service"), "vfio/7", "The container's device cgroup denies access"),
+        (Surroundings(service="a.service"), "vfio/7", "The device cgroup of a.service denies access to every user: "),
+        (Surroundings(), "vfio/7", "A device cgroup denies access to every user: a systemd service needs DeviceAllow="),
+    ],
+)
+def test_what_refuses_every_user_is_told_by_the_surroundings(
+    tree: SysfsTree, here: Surroundings, node: str, hint: str
+) -> None:
+    """EPERM, with the node that is to be allowed."""
+    path = tree.dev / node
+    error = explain_open(path, OSError(errno.EPERM, "no"), here, BDF)
+    assert isinstance(error, AccessDeniedError)
+    assert error.hint.startswith(hint)
+    assert str(path) in error.hint or "CAP_SYS_RAWIO" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("number", "place", "error", "message"),
+    [
+        (errno.EACCES, "class/misc/vfio", AccessDeniedError, ""),
+        (errno.ENOENT, "class/misc/vfio", UnavailableError, ", although the kernel has VFIO containers: "),
+        (errno.ENOENT, "class/misc/iommu", UnavailableError, ": this kernel has {}/iommu (iommufd), and no VFIO con"),
+        (errno.ENODEV, "class/misc", UnavailableError, ": the kernel has no VFIO, or the module is not loaded"),
+    ],
+)
+def test_a_container_that_does_not_open_is_explained_by_what_the_kernel_has(
+    tree: SysfsTree, number: int, place: str, error: type[VfioError], message: str
+) -> None:
+    (tree.sysfs / place).mkdir(parents=True)
+    path = tree.dev / "vfio/vfio"
+    found = explain_container(tree.kernel, path, OSError(number, "no"))
+    assert type(found) is error
+    assert not message or found.message.startswith(f"there is no {path}{message.format(tree.dev)}")
+
+
 def test_a_device_without_an_iommu_is_known_by_the_names_of_its_nodes(tree: SysfsTree) -> None:
     """Its own, or that of its group."""
     tree.add_device(BDF, driver="vfio-pci", group=7)
