@@ -6,8 +6,10 @@ A stand-in takes the place of pyudev, since a test cannot make a device appear.
 from __future__ import annotations
 
 import logging
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +38,7 @@ class Udev:
         self.names = [OTHER, BDF]
         self.events: list[SimpleNamespace | None] = []
         self.initialized: list[bool | Exception] = []
+        self.asked: Callable[[], object] = lambda: None
         self.Devices = self.Monitor = self
 
     def Context(self) -> Udev:  # noqa: N802 (the name of pyudev)
@@ -63,6 +66,7 @@ class Udev:
     def from_device_file(self, context: object, path: str) -> SimpleNamespace:
         assert context is self
         self.calls.append(("node", path))
+        self.asked()
         answer = self.initialized.pop(0)
         if isinstance(answer, Exception):
             raise answer
@@ -173,6 +177,49 @@ def test_udevd_that_does_not_finish_is_told_and_the_rights_are_given(
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert f"udevd has not finished with {tree.dev / 'vfio/7'}" in record.getMessage()
+
+
+class HandledError(Exception):
+    """Raised by a handler."""
+
+
+@pytest.fixture
+def press() -> Iterator[Callable[[], object]]:
+    """Send this process the signal whose handler raises HandledError."""
+
+    def handle(_number: int, _frame: object) -> None:
+        raise HandledError
+
+    former = signal.signal(signal.SIGINT, handle)
+    yield lambda: signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, former)
+
+
+def test_a_wait_for_udevd_can_be_interrupted(tree: SysfsTree, udev: Udev, press: Callable[[], object]) -> None:
+    """Between two looks; no right is given."""
+    udev.initialized = [False, True]
+    udev.asked = press
+    given: list[object] = []
+    with pytest.raises(HandledError):
+        pci.bind(
+            BDF,
+            rights=pci.Rights(group=4711),
+            patience=60,
+            kernel=tree.kernel,
+            write=tree.write,
+            own=lambda *change: given.append(change),
+        )
+    assert (len(udev.calls), given) == (1, [])
+
+
+def test_a_wait_for_a_node_can_be_interrupted(tree: SysfsTree, press: Callable[[], object]) -> None:
+    """Before the minute is over."""
+    (tree.dev / "vfio/7").unlink()
+    timer = threading.Timer(0.05, press)
+    timer.start()
+    with pytest.raises(HandledError):
+        give(tree, patience=60)
+    timer.join()
 
 
 def _no_udevd(tree: SysfsTree, _monkeypatch: pytest.MonkeyPatch) -> None:
