@@ -611,9 +611,8 @@ class Region:
         run_outside_or_in_hook(self._close)
 
     def _close(self) -> None:
-        self.close_dependents()
         while not self._drop_unless_reached():
-            self.close_dependents()  # another thread has mapped the region meanwhile
+            self.close_dependents()  # and once more if another thread maps the region meanwhile
 
     @guarded
     def _drop_unless_reached(self) -> bool:

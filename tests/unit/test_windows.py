@@ -645,6 +645,17 @@ def test_a_register_is_read_and_written_at_its_width(
     assert repr(register) == f"<Register {width} bytes at 0x10 of BAR{bar} (region {bar}) of {SIBLING}>"
 
 
+@pytest.mark.parametrize("bar", [0, 4], ids=["mapped", "by pread"])
+def test_bits_of_a_register_are_set_and_cleared_and_no_other(plain: pyvfio.Device, bar: int) -> None:
+    """Of two bytes; those beside them stay."""
+    region = plain.region(bar)
+    region.write64(8, 0x1111_2222_0F0F_4444)
+    region.change16(10, 0x00FF, on=True)
+    assert region.read64(8) == 0x1111_2222_0FFF_4444
+    region.change16(10, 0x0F01, on=False)
+    assert region.read64(8) == 0x1111_2222_00FE_4444
+
+
 def test_a_register_takes_numbers_that_fit(plain: pyvfio.Device) -> None:
     """Others are refused before any access, whether or not its window is there."""
     register = plain.region(0).register16(0)
@@ -905,6 +916,57 @@ def test_no_window_is_mapped_between_the_drop_and_the_change(kernel: FakeKernel,
     thread.join()
     assert answers == [0]
     assert made(kernel) == [(0, 128 * KIB)]
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_an_access_of_what_is_mapped_waits_for_no_other_thread(plain: pyvfio.Device, width: int) -> None:
+    """The first and the last register of each window, after an access of another window."""
+    for bar, offsets in {
+        0: (0, 128 * KIB - 8),
+        1: (0, 256 - 8),
+        2: (0, 2 * MIB - 8, 2 * MIB, 4 * MIB - 8, BIG - 2 * MIB, BIG - 8),
+        3: (0, PAGE_SIZE - 8, 8 * KIB, 16 * KIB - 8),
+    }.items():
+        region, seen = plain.region(bar), list[int]()
+        registers = [getattr(region, f"register{8 * width}")(offset + 8 - width) for offset in offsets]
+        places = [offset + place for offset in offsets for place in (0, 8 - width)]
+        places = [*places, *places[::-1], *places[::3], *places[::5]]
+        for place in places:
+            _STORES[width](region, place, place >> 3 & 0x7F)
+        assert [register.read() for register in registers] == [offset >> 3 & 0x7F for offset in offsets]
+
+        def access() -> None:
+            for place in places:
+                _STORES[width](region, place, _LOADS[width](region, place) + 1)  # noqa: B023 (it ends in this turn)
+            seen.extend(register.read() for register in registers)  # noqa: B023
+
+        thread = threading.Thread(target=access, daemon=True)
+        with region.guard.lock:
+            thread.start()
+            thread.join(10)
+            assert not thread.is_alive()
+        assert seen == [(offset >> 3 & 0x7F) + places.count(offset + 8 - width) for offset in offsets]
+
+
+def test_a_thread_that_waited_while_another_mapped_the_window_uses_that_window(
+    kernel: FakeKernel, plain: pyvfio.Device
+) -> None:
+    """There is one, and no system call in its place."""
+    region = plain.region(0)
+    plain.config.read8(0)
+    answers: list[int] = []
+    thread = threading.Thread(target=lambda: answers.append(region.read32(8)), daemon=True)
+    kernel.clear_trace()
+    with region.guard.lock:
+        thread.start()
+        while (frame := sys._current_frames().get(thread.ident or 0)) is None or frame.f_code.co_name != "_wait_for":
+            assert thread.is_alive()
+        region.write32(8, 5)
+    thread.join(10)
+    assert answers == [5]
+    assert made(kernel) == [(0, 128 * KIB)]
+    size = region.size
+    assert not [call for call in kernel.trace if call.call == "pread" and int(call.given[2]) < size]
 
 
 # ------------------------------------------------------------------------------------------------- a device that goes
