@@ -498,6 +498,21 @@ def test_a_device_closes_though_its_bar_is_mapped_once_more_meanwhile(pair: Pair
     assert pair.reach == []
 
 
+def test_a_device_that_closes_its_space_ends_what_reaches_the_others_there(kernel: Between) -> None:
+    """The space was opened for that device; the other devices go with it, and their BARs with them."""
+    with pyvfio.open_device(BDF, kernel=kernel) as device, pyvfio.DmaMapper(device.container) as mapper:
+        owner = pyvfio.open_device(OTHER_BDF, kernel=kernel)
+        other = pyvfio.open_device(PLAIN, space=owner.container)
+        owner.memory_enabled = other.memory_enabled = True
+        mappings = [mapper.map_region(each.region(0)) for each in (owner, other)]
+        container = owner.container
+        owner.close()
+        assert (owner.closed, other.closed, container.closed) == (True, True, True)
+        assert all(mapping.closed for mapping in mappings)
+        assert not kernel.mappings(BDF)
+        kernel.check()
+
+
 def test_a_device_whose_bar_is_mapped_again_and_again_stays_open(pair: Pair) -> None:
     """The close ends, with an error."""
     region = pair.other.region(0)

@@ -30,7 +30,7 @@ def registers() -> Bar:
 
 def make_kernel(version: str) -> SpecialKernel:
     """A kernel with a device that has registers, I/O ports and plain memory, another device, and one with SR-IOV."""
-    bars = {0: registers(), 1: Bar(256, io=True), 2: Bar(2 * PAGE_SIZE)}
+    bars = {0: registers(), 1: Bar(256, io=True), 2: Bar(2 * PAGE_SIZE), 5: Bar(PAGE_SIZE)}
     groups = [
         (2, [FakeDevice(BDF, bars=bars)]),
         (3, [FakeDevice(OTHER_BDF)]),
@@ -268,6 +268,26 @@ def test_a_wakeup_fd_that_is_no_eventfd_is_refused_with_the_reason(device: pyvfi
     os.close(event)
 
 
+@pytest.mark.parametrize("low_power", [False, True])
+@pytest.mark.parametrize("waked", [False, True])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF, errno.EIO])
+def test_a_refused_entry_names_what_can_be_wrong(
+    kernel: SpecialKernel, device: pyvfio.Device, number: int, *, waked: bool, low_power: bool
+) -> None:
+    """Only one who passes an eventfd can have passed a wrong one; and no reason is invented for other errors."""
+    event = os.eventfd(0)
+    if low_power:
+        device.enter_low_power()
+    kernel.fail(call="ioctl", request=ioctls.VFIO_DEVICE_FEATURE, errno=number)
+    with pytest.raises(pyvfio.IoctlError) as caught:
+        device.enter_low_power(wakeup_fd=event if waked else None)
+    assert caught.value.errno == number
+    assert caught.value.arguments["argsz"] == (16 if waked else 8)
+    wrong = f"wakeup_fd, {event}, is no eventfd" if waked and not low_power else "The device is in low power already"
+    assert caught.value.hint == ("" if number == errno.EIO else wrong)
+    os.close(event)
+
+
 def test_where_an_entry_fails_windows_are_made_as_before(kernel: SpecialKernel, device: pyvfio.Device) -> None:
     """Since the device answers as before."""
     bar = device.region(0)
@@ -277,6 +297,25 @@ def test_where_an_entry_fails_windows_are_made_as_before(kernel: SpecialKernel, 
         device.enter_low_power()
     bar.read32(0)
     assert [call.call for call in kernel.trace if call.call == "registers"] == ["registers", "registers"]
+
+
+def test_a_device_that_is_handed_over_drops_nothing(kernel: SpecialKernel, device: pyvfio.Device) -> None:
+    """The other process may have it by now: neither mappings nor windows end for a change that is refused."""
+    bar, ended = device.region(0), list[int]()
+    bar.read32(0)
+    mapped = device.region(2).mmap()
+    bar.dependents.append(lambda: ended.append(1))
+    calls = (device.feature(ENTRY).set, device.enter_low_power, device.exit_low_power, device.reset, device.hot_reset)
+    device.set_aside()
+    kernel.clear_trace()
+    for call in calls:
+        with pytest.raises(pyvfio.HandOverError):
+            call()
+    assert (ended, kernel.trace) == ([], [])
+    device.take_back()
+    bar.dependents.clear()
+    assert mapped.vaddr
+    mapped.close()
 
 
 def test_a_device_in_low_power_is_not_handed_to_another_process(kernel: SpecialKernel, device: pyvfio.Device) -> None:
@@ -296,6 +335,8 @@ def test_a_device_in_low_power_is_not_handed_to_another_process(kernel: SpecialK
 def test_a_dma_buf_is_a_descriptor_of_the_size_of_its_parts(device: pyvfio.Device) -> None:
     """All of a BAR, or some of its pages; closed with the object, or given up by it."""
     before = open_fds()
+    with device.dma_buf(device.region(5)) as last:
+        assert (last.bar, last.size, last.ranges) == (5, PAGE_SIZE, ((0, PAGE_SIZE),))
     with device.dma_buf(device.region(0)) as whole, device.dma_buf(device.region(2), [(PAGE_SIZE, PAGE_SIZE)]) as part:
         assert [os.lseek(each.fd, 0, os.SEEK_END) for each in (whole, part)] == [MIB, PAGE_SIZE]
         assert [each.size for each in (whole, part)] == [MIB, PAGE_SIZE]
@@ -318,7 +359,7 @@ def test_a_dma_buf_outlives_its_device(kernel: SpecialKernel) -> None:
 def test_a_dma_buf_is_of_whole_pages_of_a_bar_of_the_device(kernel: SpecialKernel, device: pyvfio.Device) -> None:
     """ValueError before any system call."""
     with pyvfio.open_device(OTHER_BDF, kernel=kernel) as other:
-        regions = (other.region(0), device.config)
+        regions = (other.region(0), device.region(ioctls.VFIO_PCI_ROM_REGION_INDEX), device.config)
         bar = device.region(2)
         kernel.clear_trace()
         for region in regions:

@@ -370,6 +370,44 @@ def test_where_they_can_be_added_the_interrupt_says_so(device: pyvfio.Device) ->
     assert [device.irq(index).can_grow for index in (INTX, MSI, MSIX, ERR, REQ)] == [False, False, True, False, False]
 
 
+@pytest.mark.parametrize("vectors", [1, 2, 3])
+def test_any_vector_that_is_left_can_be_added(vectors: int) -> None:
+    """Down to the second of two."""
+    with (
+        SpecialKernel(groups=[(2, [FakeDevice(BDF, msi=1, msix=vectors)])]) as kernel,
+        nothing_left(kernel),
+        pyvfio.open_device(BDF, kernel=kernel) as device,
+    ):
+        irq = device.irq(MSIX)
+        assert irq.can_grow == (vectors > 1)
+        for vector in range(vectors):
+            irq.enable(1, start=vector)
+            kernel.interrupt(BDF, vector)
+        assert irq.wait_any(timeout=0) == dict.fromkeys(range(vectors), 1)
+        with pytest.raises(pyvfio.UnsupportedError, match=f"has {vectors} vector"):
+            irq.enable(1, start=vectors)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_closed_device_says_so_whatever_is_asked_of_its_interrupts(own: list[int], *, enabled: bool) -> None:
+    """And not that the interrupt is not enabled."""
+    with SpecialKernel(groups=[(2, [DEVICE])]) as kernel, nothing_left(kernel):
+        device = pyvfio.open_device(BDF, kernel=kernel)
+        irq = device.irq(INTX)
+        if enabled:
+            irq.enable()
+        device.close()
+        calls: list[Callable[[], object]] = [irq.trigger, irq.wait, irq.wait_any, irq.mask, irq.unmask, irq.enable]
+        calls += [partial(irq.unmask_by, None), partial(irq.enable, fds=own[:1]), partial(irq.unmask_by, own[0])]
+        kernel.clear_trace()
+        for call in calls:
+            with pytest.raises(pyvfio.ClosedError, match="has been closed"):
+                call()
+        irq.disable()
+        irq.disable(0)
+        assert not kernel.trace
+
+
 # ---------------------------------------------------------------------------------------- what the kernel refuses
 
 
@@ -1074,7 +1112,9 @@ def test_the_eventfd_that_unmasks_is_closed_when_it_no_longer_does(device: pyvfi
     irq.unmask_by(None)
     assert open_fds() == before
     irq.unmask_by(own[0])
+    held = irq.held()
     irq.disable()
+    assert [eventfd.fd for eventfd in (*held[0], held[1]) if eventfd is not None] == [-1, -1]
     irq.enable()
     assert open_fds() == before
     assert irq.held()[1] is None

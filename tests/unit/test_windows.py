@@ -935,12 +935,12 @@ def test_an_access_of_what_is_mapped_waits_for_no_other_thread(plain: pyvfio.Dev
             _STORES[width](region, place, place >> 3 & 0x7F)
         assert [register.read() for register in registers] == [offset >> 3 & 0x7F for offset in offsets]
 
-        def access() -> None:
+        def access(region: Region, places: Sequence[int], registers: Sequence[Register], seen: list[int]) -> None:
             for place in places:
-                _STORES[width](region, place, _LOADS[width](region, place) + 1)  # noqa: B023 (it ends in this turn)
-            seen.extend(register.read() for register in registers)  # noqa: B023
+                _STORES[width](region, place, _LOADS[width](region, place) + 1)
+            seen.extend(register.read() for register in registers)
 
-        thread = threading.Thread(target=access, daemon=True)
+        thread = threading.Thread(target=access, args=(region, places, registers, seen), daemon=True)
         with region.guard.lock:
             thread.start()
             thread.join(10)
@@ -1008,8 +1008,10 @@ def test_a_device_that_was_pulled_out_is_told_apart_and_closes(kernel: FakeKerne
     block.resize(PAGE_SIZE)
     mapper.close()
     blocks.close()
+    kernel.clear_trace()
     device.close()
     assert device.closed
+    assert "VFIO_DEVICE_RESET" not in [call.request for call in kernel.trace]  # which would take seconds
     with pyvfio.open_device(SIBLING, kernel=kernel) as again, pytest.raises(pyvfio.DeviceGoneError):
         again.memory_enabled = True
 
@@ -1110,6 +1112,8 @@ def test_poll_reads_once_at_least_and_says_what_it_saw(nic: pyvfio.Device) -> No
     assert str(error) == f"BAR0 (region 0) of {BDF}, offset 0x0 is 0x1 after 0 s: & 0xf0 gives 0x0, not 0x10"
     with pytest.raises(pyvfio.RegisterTimeoutError, match=r"after 0\.01 s"):
         region.poll32(4, value=0, timeout=0.01, interval=0.001)
+    with pytest.raises(pyvfio.RegisterTimeoutError, match=r"after 0\.01 s"):
+        region.poll32(4, value=0, timeout=0.01, interval=1e6)
 
 
 def test_poll_refuses_what_can_never_be(kernel: FakeKernel, nic: pyvfio.Device) -> None:
