@@ -230,6 +230,7 @@ def test_the_header_describes_the_device(device: pyvfio.Device, file: Path) -> N
     with pyvfio.open_device(EDU, kernel=device.kernel) as edu:
         edu.record(file).close()
     assert record_of(file).header.capabilities() == [(0x40, 5)]
+    assert not record_of(file).header.resettable
 
 
 def test_numbers_of_the_header_are_those_bytes_of_configuration_space() -> None:
@@ -567,6 +568,51 @@ def test_the_last_events_are_kept_without_a_file(device: pyvfio.Device) -> None:
         for value in range(4):
             device.region(0).write8(0, value)
         assert recording.last == ("w8 bar0 0x00000 0x02", "w8 bar0 0x00000 0x03")
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(0, []), (1, [3]), (4, [0, 1, 2, 3]), (sys.maxsize, [0, 1, 2, 3])])
+def test_a_recording_keeps_any_number_of_events(device: pyvfio.Device, keep: int, kept: list[int]) -> None:
+    """From none to all of them."""
+    with device.record(keep=keep) as recording:
+        for value in range(4):
+            device.region(0).write8(0, value)
+        assert recording.last == tuple(f"w8 bar0 0x00000 {value:#04x}" for value in kept)
+
+
+def test_a_closed_device_is_not_recorded(kernel: FakeKernel, file: Path) -> None:
+    """And no file is made."""
+    device = pyvfio.open_device(BDF, kernel=kernel)
+    device.record().close()
+    device.close()
+    with pytest.raises(pyvfio.ClosedError):
+        device.record(file)
+    assert not file.exists()
+
+
+def test_a_mapping_that_another_thread_makes_while_a_recording_begins_is_seen(
+    device: pyvfio.Device, kernel: FakeKernel, file: Path
+) -> None:
+    """The recording does not begin, and its file is closed."""
+    device.record().close()
+    before, heard = open_fds(), list[str]()
+
+    def record() -> None:
+        try:
+            device.record(file).close()
+        except pyvfio.VfioError as error:
+            heard.append(str(error))
+
+    thread = threading.Thread(target=record, daemon=True)
+    with device.windows.guard.lock:
+        thread.start()
+        while not file.exists():
+            assert thread.is_alive()
+        mapped = device.region(0).mmap()
+    thread.join(20)
+    assert [text for text in heard if "is mapped by Region.mmap" in text] == heard != []
+    assert (open_fds(), device.seam) == (before, kernel)
+    mapped.close()
+    device.record(file).close()
 
 
 def test_times_are_relative_to_the_first_event(device: pyvfio.Device, file: Path) -> None:

@@ -150,6 +150,9 @@ STOPS: dict[str, tuple[int, bytes]] = {
     "PMCSR, 16 bits": (PMCSR, b"\3\0"),
     "PMCSR, 32 bits": (PMCSR, b"\3\0\0\0"),
     "PMCSR, from before": (PM, b"\0\0\0\0\3\0"),
+    "COMMAND, and D0": (PCI_COMMAND, bytes(PMCSR + 2 - PCI_COMMAND)),
+    "PMCSR, and decoding": (PCI_COMMAND, b"\2".ljust(PMCSR - PCI_COMMAND, b"\0") + b"\3\0"),
+    "PMCSR, and a reset": (PMCSR, b"\3".ljust(0xE5 - PMCSR, b"\1")),
 }
 RESUMES = ((PCI_COMMAND, b"\2\0"), (PMCSR, b"\0\0"))
 
@@ -211,10 +214,13 @@ def test_a_register_of_configuration_space_drops_windows_as_its_width_does(
 @pytest.mark.parametrize("offset", [PCI_COMMAND, PMCSR])
 def test_each_width_of_a_write_is_looked_at(nic: pyvfio.Device, width: int, offset: int) -> None:
     """`write8` and its kin, and what they take."""
-    nic.region(0).read32(0)
-    getattr(nic.config, f"write{width}")(offset, 0 if offset == PCI_COMMAND else 3)
-    with pytest.raises(pyvfio.VfioError, match="cannot be reached"):
+    for _ in range(2):  # before and after the capabilities are known
         nic.region(0).read32(0)
+        getattr(nic.config, f"write{width}")(offset, 0 if offset == PCI_COMMAND else 3)
+        with pytest.raises(pyvfio.VfioError, match="cannot be reached"):
+            nic.region(0).read32(0)
+        nic.memory_enabled = True
+        nic.config.write16(PMCSR, 0)
     for wrong in (1 << width, -1):
         with pytest.raises(ValueError, match="does not fit"):
             getattr(nic.config, f"write{width}")(offset, wrong)
@@ -293,6 +299,29 @@ def test_windows_are_dropped_before_the_write(kernel: WatchedKernel, plain: pyvf
     assert kernel.mapped == [0]
     with pytest.raises(pyvfio.ClosedError):
         mapped.view()
+
+
+def test_pointers_have_reserved_bits_and_of_two_capabilities_the_first_counts() -> None:
+    """The list may begin at the first place. The upper bits of the byte of the power state say nothing of the state."""
+    config = {
+        6: b"\x10\0",
+        0x34: b"\x43",
+        0x40: b"\x09\x4b",
+        0x48: b"\x01\xfe\x22\0\x08\0",
+        0xFC: b"\x01\0\x22\0",
+    }
+    with (
+        WatchedKernel(groups=[(2, [FakeDevice(BDF, bars={0: Bar(PAGE_SIZE)}, config=config)])]) as kernel,
+        pyvfio.open_device(BDF, kernel=kernel) as device,
+    ):
+        region = device.region(0)
+        region.read32(0)
+        kernel.mapped.clear()
+        device.config.write8(0x50, 3)
+        device.config.write8(0x4C, 0x08)
+        assert kernel.mapped == [1, 1]
+        device.config.write8(0x4C, 0x0B)
+        assert kernel.mapped == [1, 1, 0]
 
 
 def test_a_device_without_capabilities_has_no_power_to_lower() -> None:
@@ -388,6 +417,56 @@ def test_drop_windows_by_force_keeps_the_mapping_with_a_view(kernel: FakeKernel,
     kernel.clear_trace()
     region.read32(0)
     assert made(kernel) == [(0, 128 * KIB)]
+
+
+@pytest.mark.parametrize("what", FORCED)
+def test_by_force_only_the_mappings_of_other_devices_end(plain: pyvfio.Device, what: str) -> None:
+    """With a view; without force nothing of another device ends either."""
+    region = plain.region(0)
+    ended: list[int] = []
+
+    def end() -> None:
+        ended.append(1)
+        region.dependents.clear()
+
+    region.dependents.append(end)
+    with region.mmap() as mapped, mapped.view():
+        with pytest.raises(BufferError):
+            plain.memory_enabled = False
+        assert not ended
+        FORCED[what](plain.config)
+        assert (ended, bool(mapped.vaddr), plain.memory_enabled) == ([1], True, False)
+        region.dependents.append(end)
+        plain.config.write16(PCI_COMMAND, 0)  # which ends nothing more
+        assert ended == [1, 1]
+        plain.memory_enabled = True
+
+
+@pytest.mark.parametrize("how", ["write16", "change16", "reset"])
+def test_a_reset_under_a_view_ends_the_mappings_of_other_devices_alone(nic: pyvfio.Device, how: str) -> None:
+    """Without the lock of the registers. A mapping waits for the end of the reset."""
+    region, config = nic.region(0), nic.config
+    config.read8(0)
+    seen: list[bool] = []
+
+    def look() -> None:
+        seen.append(region.guard.lock.acquire(timeout=10))
+        region.guard.lock.release()
+
+    def end() -> None:
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join(20)
+        region.dependents.clear()
+
+    region.dependents.append(end)
+    with region.mmap() as mapped, mapped.view():
+        {
+            "write16": lambda: config.write16(0xD8, 0x8000),
+            "change16": lambda: config.change16(0xD8, 0x8000, on=True),
+            "reset": lambda: nic.windows.change(lambda: None, keep="all maps"),
+        }[how]()
+        assert (seen, bool(mapped.vaddr)) == ([True], True)
 
 
 # ------------------------------------------------------------------------------------------------------- low power
@@ -689,6 +768,34 @@ def test_a_register_whose_window_is_dropped_at_once_is_reached_all_the_same(plai
     )
     register.write(5)
     assert register.read() == 5
+
+
+def test_a_register_is_looked_up_once_for_each_window(plain: pyvfio.Device) -> None:
+    """Later accesses are those of the window, whichever came first."""
+    region, calls = plain.region(0), list[str]()
+
+    def look_up(name: str, call: Callable[..., Cell | int | None], *given: int) -> Cell | int | None:
+        calls.append(name)
+        return call(*given)
+
+    def make() -> Register:
+        return Register(
+            "watched",
+            region.guard,
+            open_cell=partial(look_up, "open", region._cell, 8, 4),  # type: ignore[arg-type]
+            load=partial(look_up, "load", region.read32, 8),  # type: ignore[arg-type]
+            store=partial(look_up, "store", region.write32, 8),
+        )
+
+    region.write32(8, 7)
+    for first, others in (("load", "store"), ("store", "load")):
+        for _ in range(2):
+            plain.drop_windows()
+            register = make()
+            for access in (first, others, first):
+                assert register.write(7) is None if access == "store" else register.read() == 7
+            assert calls == ["open", first]
+            calls.clear()
 
 
 def test_a_register_of_a_closed_device_raises(kernel: FakeKernel) -> None:
@@ -1075,8 +1182,14 @@ def test_a_system_call_that_finds_no_device_says_that_it_has_gone(kernel: FakeKe
         plain.region(4).write16(8, 1)
     assert one.value.hint == ""
     kernel.fail(call="pread", errno=5)
-    with pytest.raises(pyvfio.IoctlError, match=f"whether {SIBLING} has gone is unknown"):
+    with pytest.raises(pyvfio.IoctlError, match=f"whether {SIBLING} has gone is unknown") as one:
         plain.check_present()
+    assert (one.value.request, one.value.errno) == ("pread", 5)
+    assert one.value.arguments == {"device": SIBLING, "region": 7, "offset": 6, "size": 2}
+    for number in (6, 19):
+        kernel.fail(call="pread", errno=number)
+        with pytest.raises(pyvfio.DeviceGoneError, match="the STATUS register is unreadable"):
+            plain.check_present()
 
 
 def test_a_close_that_a_removal_waits_for_ignores_that_the_reset_cannot_be_had(kernel: FakeKernel) -> None:
