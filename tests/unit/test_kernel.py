@@ -29,6 +29,8 @@ READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 PR_SET_NAME = 15
 F_ADD_SEALS, F_SEAL_GROW = 1033, 4  # linux/fcntl.h
+F_SEAL_SEAL = 1
+KEEP_SIZE, PUNCH_HOLE = 1, 2  # linux/falloc.h
 TMPFS_MAGIC = 0x0102_1994  # linux/magic.h
 
 
@@ -60,6 +62,31 @@ def test_descriptors_do_not_survive_exec(kernel: LinuxKernel, tmp_path: Path) ->
         kernel.close(fd)
         with pytest.raises(OSError, match="Bad file"):
             os.fstat(fd)
+
+
+@pytest.mark.parametrize(("flags", "sealed"), [(0, F_SEAL_SEAL), (os.MFD_ALLOW_SEALING, 0)])
+def test_a_file_in_memory_has_the_flags_and_the_name_that_it_was_made_with(
+    kernel: LinuxKernel, flags: int, sealed: int
+) -> None:
+    """And none that a program inherits. Another descriptor of the same file neither."""
+    fd = kernel.memfd_create("pyvfio-test", flags)
+    again = kernel.dup(fd)
+    assert [os.get_inheritable(each) for each in (fd, again)] == [False, False]
+    assert [kernel.file_status(each).seals & F_SEAL_SEAL for each in (fd, again)] == [sealed, sealed]
+    assert os.readlink(f"/proc/self/fd/{again}").startswith("/memfd:pyvfio-test")
+    kernel.close(fd)
+    kernel.ftruncate(again, PAGE_SIZE)
+    assert kernel.file_status(again).size == PAGE_SIZE
+    kernel.close(again)
+
+
+def test_a_hole_is_where_the_call_says_and_of_that_size(kernel: LinuxKernel) -> None:
+    """The bytes on both sides stay."""
+    fd = kernel.memfd_create("pyvfio-test", 0)
+    os.write(fd, b"x" * 5 * PAGE_SIZE)
+    kernel.fallocate(fd, PUNCH_HOLE | KEEP_SIZE, PAGE_SIZE, 3 * PAGE_SIZE)
+    assert kernel.pread(fd, 6 * PAGE_SIZE, 0) == b"x" * PAGE_SIZE + bytes(3 * PAGE_SIZE) + b"x" * PAGE_SIZE
+    kernel.close(fd)
 
 
 def test_a_file_that_does_not_exist_is_enoent(kernel: LinuxKernel, tmp_path: Path) -> None:
