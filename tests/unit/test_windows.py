@@ -773,27 +773,32 @@ def test_a_register_whose_window_is_dropped_at_once_is_reached_all_the_same(plai
 def test_a_register_is_looked_up_once_for_each_window(plain: pyvfio.Device) -> None:
     """Later accesses are those of the window, whichever came first."""
     region, calls = plain.region(0), list[str]()
-
-    def look_up(name: str, call: Callable[..., Cell | int | None], *given: int) -> Cell | int | None:
-        calls.append(name)
-        return call(*given)
-
-    def make() -> Register:
-        return Register(
-            "watched",
-            region.guard,
-            open_cell=partial(look_up, "open", region._cell, 8, 4),  # type: ignore[arg-type]
-            load=partial(look_up, "load", region.read32, 8),  # type: ignore[arg-type]
-            store=partial(look_up, "store", region.write32, 8),
-        )
-
     region.write32(8, 7)
-    for first, others in (("load", "store"), ("store", "load")):
+
+    def open_cell() -> Cell | None:
+        calls.append("open")
+        return region._cell(8, 4)
+
+    def load() -> int:
+        calls.append("load")
+        return region.read32(8)
+
+    def store(value: int) -> None:
+        calls.append("store")
+        region.write32(8, value)
+
+    def use(register: Register, access: str) -> None:
+        if access == "store":
+            register.write(7)
+        else:
+            assert register.read() == 7
+
+    for first, other in (("load", "store"), ("store", "load")):
         for _ in range(2):
             plain.drop_windows()
-            register = make()
-            for access in (first, others, first):
-                assert register.write(7) is None if access == "store" else register.read() == 7
+            register = Register("watched", region.guard, open_cell, load, store)
+            for access in (first, other, first):
+                use(register, access)
             assert calls == ["open", first]
             calls.clear()
 
