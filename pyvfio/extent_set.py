@@ -121,7 +121,8 @@ class ExtentSet:
         assert list(self) == runs(self), self
         assert self._starts == _starts(self._chunks)
         sizes = [len(chunk) for chunk in self._chunks]
-        assert len(sizes) < 2 or all(self.LEAST <= size <= self.MOST for size in sizes), sizes
+        assert all(0 < size <= self.MOST for size in sizes), sizes
+        assert len(sizes) < 2 or min(sizes) >= self.LEAST, sizes
 
 
 NOTHING = ExtentSet()

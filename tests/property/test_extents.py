@@ -86,6 +86,20 @@ def test_a_set_in_chunks_has_the_bytes_of_a_set_in_one(
     assert kept.extents is kept.extents
 
 
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("adds", [True, False])
+def test_every_part_joins_and_leaves_what_lies_in_other_chunks(first: int, *, adds: bool) -> None:
+    """A part that fills the gap between two chunks is the neighbour of both."""
+    extents = tuple(Extent(start, start + 1) for start in range(first, MOST, 2))
+    kept = InChunks(extents)
+    assert len(kept._chunks) > 4
+    for start, end in itertools.combinations(range(MOST + 1), 2):
+        changed = (kept.added if adds else kept.removed)([(start, end)])
+        changed._check()
+        assert tuple(changed) == (added if adds else removed)(extents, [(start, end)])
+        assert kept.clip(start, end) == clip(extents, start, end)
+
+
 def test_a_change_of_one_place_among_many_keeps_the_other_chunks() -> None:
     """A change copies one chunk; the others are the same objects."""
     many = ExtentSet((4 * number, 4 * number + 1) for number in range(10_000))
