@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Literal
 
 import pytest
 
@@ -104,6 +105,34 @@ def test_a_policy_that_is_none_is_a_type_error_and_no_block_comes(kernel: Specia
         assert not rig.container.reserved_iova
         with pytest.raises(TypeError, match="must be callable"):
             pyvfio.DmaMapper(rig.container, policy_of=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("cut", "policy", "error", "message"),
+    [
+        (None, Policy("cut"), pyvfio.UnsupportedError, "can unmap part of a mapping"),
+        ("replace", Policy("cut", allow_gap=False), ValueError, "needs Ioas\\(cut='pages'\\)"),
+    ],
+    ids=["no cuts", "cuts with a gap"],
+)
+def test_a_block_whose_policy_the_space_cannot_follow_is_refused(
+    cut: Literal["replace"] | None, policy: Policy, error: type[Exception], message: str
+) -> None:
+    """When the block is added, not when a shrink needs the cut; and in a plan. Blocks of other policies come."""
+    with (
+        SpecialKernel("7.3", iommufd=True) as kernel,
+        pyvfio.Ioas(kernel=kernel, cut=cut) as space,
+        Rig(kernel, space=space, mapper=mapper_of({"rings": policy})) as rig,
+    ):
+        rig.add("other")
+        before = rig.reached(), rig.space.reserved_iova
+        with pytest.raises(error, match=message):
+            rig.add("rings")
+        with pytest.raises(error, match=message):
+            rig.mapper.plan([BlockShape("rings", 0, MIB)])
+        assert (rig.reached(), rig.space.reserved_iova) == before
+        assert "rings" not in rig.blocks
+        rig.check()
 
 
 class Stays:
