@@ -428,6 +428,12 @@ def _dirty() -> Iterator[Operation]:
         "DirtyLog()", partial(_blocks, policy="remap"), lambda s: pyvfio.DirtyLog(_got(s.blocks)), makes=True
     )
     yield Operation("close a DirtyLog", _logged, partial(_close, "log"))
+    claims: dict[str, Callable[[Scene], object]] = {
+        "forbid discards": lambda s: _got(s.blocks).discards.disable(),
+        "require discards": lambda s: _got(s.blocks).discards.require_coordinated(),
+    }
+    for name, claim in claims.items():
+        yield Operation(name, partial(_blocks, policy="remap"), claim, makes=True)
 
 
 # ------------------------------------------------------------------------------------------------ live update

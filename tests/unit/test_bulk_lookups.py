@@ -8,8 +8,9 @@ import subprocess
 import sys
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
+from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -435,6 +436,38 @@ def test_runs_and_vectors_find_the_run_that_a_walk_finds(
             runs.translate(vaddrs, size)
         with pytest.raises(LookupError, match=message):
             vectors.translate(np.array(vaddrs, dtype=np.uint64), size)
+
+
+SOME = {
+    "none": [],
+    "at 0": [(0, 3, 500, 0)],
+    "behind 0": [(1, 3, 500, 0)],
+    "apart": [(3, 4, 500, 0), (8, 2, 700, 1), (10, 1, 600, 2), (13, 5, 900, 3)],
+    "neighbours of one owner": [(5, 2, 700, 7), (3, 2, 698, 7), (7, 1, 702, 8)],
+}
+
+
+@pytest.mark.parametrize("layout", SOME)
+def test_an_address_is_found_or_not_whatever_was_looked_up_before(layout: str) -> None:
+    """The run of the address before is tried first, and the next run; also where no address was before."""
+    pieces = SOME[layout]
+    owners = {at: {piece[3] for piece in pieces if piece[0] <= at < piece[0] + piece[1]} for at in range(-1, 30)}
+    iovas = {at: iova + at - start for start, length, iova, _ in pieces for at in range(start, start + length)}
+    runs = Runs.of(pieces)
+    vectors = RunVectors(runs)
+    for size in range(1, 6):
+        of = {at: set[int].intersection(*(owners[at + byte] for byte in range(size))) for at in range(-1, 24)}
+        for pair in product(of, repeat=2):
+            bad = [at for at in pair if not of[at]]
+            if not bad:
+                assert list(runs.translate(pair, size)) == [iovas[at] for at in pair]
+                continue
+            message = f"^{len(bad)} of 2 .* vaddr {bad[0]:#x}, number {pair.index(bad[0])} "
+            with pytest.raises(LookupError, match=message):
+                runs.translate(pair, size)
+        for at in range(24):
+            with nullcontext() if of[at] else pytest.raises(LookupError, match=r"^1 of 1 "):
+                assert list(vectors.translate(np.array([at], dtype=np.uint64), size)) == [iovas[at]]
 
 
 # ------------------------------------------------------------------------------------------------------------- segments

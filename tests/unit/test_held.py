@@ -86,12 +86,13 @@ def test_a_view_of_other_memory_of_the_same_object_has_an_export_of_its_own() ->
     two = exports.keep(*export_buffer(memoryview(memory)[2 * PAGE_SIZE :]))
     assert one is not two
     assert exports.keep(*export_buffer(memoryview(memory)[3 * PAGE_SIZE :])) is two
+    assert exports.keep(*export_buffer(memoryview(memory)[:PAGE_SIZE])) is two
     other, _ = export_buffer(memoryview(memory)[:PAGE_SIZE])
     own = exports.keep(other, start + (1 << 40))  # as if it were elsewhere
     assert own is other
     first.release()
-    exports._check([one, two, two, own])
-    for export in (two, own, one, two):
+    exports._check([one, two, two, two, own])
+    for export in (two, own, one, two, two):
         exports.release(export)
     exports._check([])
 

@@ -186,6 +186,29 @@ def test_each_piece_is_reported_when_it_is_done(kernel: PopulatingKernel) -> Non
         assert told == [Progress(block, "unmap", 2 * MIB, 2 * MIB)]
 
 
+@pytest.mark.parametrize("by", ["list", "mapper"])
+def test_populated_memory_is_reported_part_by_part(kernel: PopulatingKernel, by: str) -> None:
+    """The bytes that have pages by then, and the bytes of all parts; by whoever populates them."""
+    told: list[Progress] = []
+    mapper = partial(PREFAULTS, progress=told.append) if by == "mapper" else pyvfio.DmaMapper
+    with Rig(kernel, mapper=mapper) as rig:
+        block = rig.blocks.add(
+            "ring",
+            used_length=8 * PAGE_SIZE,
+            max_length=MIB,
+            prealloc=int(by == "list"),
+            progress=told.append if by == "list" else None,
+        )
+        for offset, size in ((0, PAGE_SIZE), (3 * PAGE_SIZE, 3 * PAGE_SIZE)):
+            block.discard(offset, size)
+        told.clear()
+        block.populate(0, 8 * PAGE_SIZE)
+        assert [progress for progress in told if progress.step == "prefault"] == [
+            Progress(block, "prefault", PAGE_SIZE, 4 * PAGE_SIZE),
+            Progress(block, "prefault", 4 * PAGE_SIZE, 4 * PAGE_SIZE),
+        ]
+
+
 def test_a_callback_that_raises_ends_the_change_between_pieces(kernel: PopulatingKernel) -> None:
     """Two of four pieces were mapped, and are unmapped again; the block is as it was."""
 
