@@ -100,4 +100,6 @@ class Buckets(Generic[_Bucket]):
         assert self._firsts[1:] == [each[0] for each in keys[1:]]
         every = [key for each in keys for key in each]
         assert all(one < other for one, other in pairwise(every)), every
-        assert len(keys) == 1 or all(self.least <= len(each) <= self.most for each in keys), list(map(len, keys))
+        sizes = list(map(len, keys))
+        assert max(sizes) <= self.most, sizes
+        assert len(sizes) == 1 or min(sizes) >= self.least, sizes

@@ -108,14 +108,15 @@ def test_a_table_in_buckets_answers_as_a_dict_does(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_things_by_address_are_found_as_in_a_sorted_list(seed: int) -> None:
-    """Also the last answer again, and after a removal."""
+    """With the lock and without, also after a removal. The number of changes never returns to a former one."""
     chance = random.Random(seed)  # noqa: S311
     made, model = SmallByAddress(), list[int]()
     for _ in range(500):
         vaddr = chance.randrange(200)
         below = [each for each in model if each <= vaddr]
-        found = made.below(vaddr)
-        assert (None if found is None else found.vaddr) == (below[-1] if below else None)
+        for found in (made.below(vaddr), made.peek(vaddr)):
+            assert (None if found is None else found.vaddr) == (below[-1] if below else None)
+        before = made.changes, list(model)
         if vaddr in model:
             made.remove(vaddr)
             model.remove(vaddr)
@@ -124,9 +125,12 @@ def test_things_by_address_are_found_as_in_a_sorted_list(seed: int) -> None:
             model = sorted([*model, vaddr])
         made._check()
         assert [thing.vaddr for thing in made] == model
+        assert (made.changes > before[0]) == (model != before[1])
+    last = made.changes
     made.clear()
     made._check()
-    assert len(made) == 0
+    assert (len(made), made.peek(200)) == (0, None)
+    assert made.changes > last
 
 
 # ------------------------------------------------------------------------------------------------------ what is free

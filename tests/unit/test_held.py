@@ -90,6 +90,11 @@ def test_a_view_of_other_memory_of_the_same_object_has_an_export_of_its_own() ->
     other, _ = export_buffer(memoryview(memory)[:PAGE_SIZE])
     own = exports.keep(other, start + (1 << 40))  # as if it were elsewhere
     assert own is other
+    size = len(memory)
+    for vaddr in (start - PAGE_SIZE, start - 1, start + size - PAGE_SIZE + 1, start + size):  # or in part
+        beside, _ = export_buffer(memoryview(memory)[:PAGE_SIZE])
+        assert exports.keep(beside, vaddr) is beside
+        exports.release(beside)
     first.release()
     exports._check([one, two, two, two, own])
     for export in (two, own, one, two, two):
