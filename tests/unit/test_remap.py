@@ -7,13 +7,14 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 
 import pyvfio
 from pyvfio import Anonymous, File, Memfd
-from pyvfio.extents import Extent
+from pyvfio.extents import Extent, clip
 from pyvfio.kernel import F_SEAL_FUTURE_WRITE
 from pyvfio.memory import MemoryKind
 from pyvfio.testing.fake import DmaFault, FakeDevice, FakeKernel
@@ -378,6 +379,24 @@ def test_what_is_discarded_and_in_reach_since_an_undo_failed_keeps_its_pages(ker
         block.remap(0, 4 * PAGE_SIZE)
         assert not kernel.violations
         rig.check()
+
+
+@pytest.mark.parametrize("pages", [0, 1, 3])
+def test_a_shrink_ends_the_doubt_about_the_parts_that_it_removes(kernel: SpecialKernel, pages: int) -> None:
+    """No device reaches them any more, and they are not discarded when they come back. The doubt about others stays."""
+    with Rig(kernel, mapper=PAGES) as rig:
+        block = filled(rig)
+        block.discard(0, 4 * PAGE_SIZE)
+        _populates_in_vain(rig, block)
+        block.resize(pages * PAGE_SIZE)
+        rig.check()
+        assert block.state.doubtful == tuple(clip([(0, 2 * PAGE_SIZE)], 0, pages * PAGE_SIZE))
+        block.resize(8 * PAGE_SIZE)
+        block.remap(pages * PAGE_SIZE, (8 - pages) * PAGE_SIZE)
+        rig.check()
+        with pytest.raises(pyvfio.DiscardError) if pages else nullcontext():
+            block.remap(0, 8 * PAGE_SIZE)
+        assert not kernel.violations
 
 
 def test_a_block_whose_grow_could_not_be_undone_is_remapped_where_it_is_in_use(kernel: SpecialKernel) -> None:
