@@ -29,6 +29,7 @@ from tests.unit.fakes import Rig, SpecialKernel, nothing_left
 from tests.unit.processes import in_child
 
 Forms = Callable[[Sequence[int]], object]
+HIGH = 5 << 30
 _GRANULES = partial(pyvfio.DmaMapper, resize="extend", granule=PAGE_SIZE)
 FORMS: dict[str, Forms] = {
     "list": list,
@@ -605,6 +606,23 @@ def test_an_answer_that_was_kept_is_not_given_when_the_memory_is_mapped_no_more(
         mapping.close()
         with pytest.raises(LookupError):
             rig.mapper.translate_vaddr(mapping.vaddr)
+
+
+def test_an_answer_that_was_kept_is_given_for_bytes_of_the_same_memory_alone(rig: Rig) -> None:
+    """Not for a byte before, nor for one behind, whether a block or memory of the caller was asked for before."""
+    memory = rig.memory(6 * PAGE_SIZE)
+    block, mapping = rig.add(), rig.mapper.map_dma(vaddr=memory + 2 * PAGE_SIZE, size=2 * PAGE_SIZE, iova=HIGH)
+    places = ((block.vaddr, rig.mapper.iova(block)), (mapping.vaddr, HIGH))
+    asked: dict[tuple[int, int], int | None] = {}
+    for start, iova in places:
+        for offset, size in product((-1, 0, 1, PAGE_SIZE, 2 * PAGE_SIZE - 1, 2 * PAGE_SIZE), (1, 2, PAGE_SIZE)):
+            inside = 0 <= offset <= 2 * PAGE_SIZE - size
+            asked[start + offset, size] = iova + offset if inside else None
+    for before, then in product(asked, repeat=2):
+        for vaddr, size in (before, then):
+            assert single(rig.mapper, [vaddr], size) == [asked[vaddr, size]]
+    mapping.close()
+    rig.free(memory, 6 * PAGE_SIZE)
 
 
 def test_a_child_gets_no_answer_that_its_parent_has_kept(kernel: SpecialKernel) -> None:
