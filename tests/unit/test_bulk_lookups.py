@@ -499,10 +499,12 @@ def test_arrays_have_the_segments_of_the_single_cut(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_parts_of_a_block_have_the_segments_of_each(rig: Rig, form: str) -> None:
-    """Whatever form the offsets have."""
+    """Whatever form the offsets have, and whichever of two limits is less."""
     block = rig.add(used=16 * PAGE_SIZE)
     offsets = [0x1080, 0, 7 * PAGE_SIZE]
-    for size, limits in ((0x2100, {"boundary": PAGE_SIZE}), (None, {"max_segment": 5000}), (8, {})):
+    both = [{"max_segment": most, "boundary": 0x1000} for most in (1000, 0xFFF, 0x1000, 0x1001, 5000, 1 << 64)]
+    one: list[dict[str, int]] = [{"boundary": PAGE_SIZE}, {"max_segment": 5000}, {}]
+    for size, limits in product((0x2100, None, 8), one + both):
         found = rig.mapper.segment_arrays(block, FORMS[form](offsets), size, **limits)  # type: ignore[call-overload]
         each = [rig.mapper.segments(block, offset, size, **limits) for offset in offsets]
         assert list(zip(found.iovas, found.sizes, strict=True)) == [segment for one in each for segment in one]
