@@ -580,6 +580,8 @@ def test_a_log_and_a_mapper_and_a_tracking_belong_together(kernel: SpecialKernel
             for ask in asks(log, tracking, rig.mapper):
                 with pytest.raises(ValueError, match="not in the list that this log follows"):
                     ask(stranger)
+                with pytest.raises(TypeError, match="block must be a RamBlock, not 'ring'"):
+                    ask("ring")  # type: ignore[arg-type]
             for wrong in ((rig.mapper, rig.mapper), (tracking, tracking)):
                 with pytest.raises(TypeError, match=r"collect\(\) needs a"):
                     log.collect(block, *wrong)
@@ -592,19 +594,21 @@ def test_a_log_and_a_mapper_and_a_tracking_belong_together(kernel: SpecialKernel
 
 
 def test_it_ends_with_its_close(rig: Rig) -> None:
-    """Twice is fine; the list and its blocks go on."""
+    """Twice is fine; the list and its blocks go on, and tell it no more."""
     block = rig.add()
     log = DirtyLog(rig.blocks)
     assert repr(log) == "<DirtyLog of 1 blocks>"
     log.close()
     log.close()
+    assert rig.blocks.notifiers == (rig.mapper,)
     assert repr(log) == "<DirtyLog closed>"
     with DirtyTracking(rig.space) as tracking:
         for ask in asks(log, tracking, rig.mapper):
             with pytest.raises(pyvfio.ClosedError, match="this log has been closed"):
                 ask(block)
     block.resize(PAGE_SIZE)
-    rig.blocks.discards.require_coordinated().close()
+    rig.mapper.close()  # which has a claim of its own
+    rig.blocks.discards.require().close()
 
 
 def test_who_takes_it_out_of_its_list_ends_it(rig: Rig) -> None:
