@@ -257,6 +257,27 @@ def test_the_allocator_answers_as_the_simple_one(monkeypatch: pytest.MonkeyPatch
     pair.look()
 
 
+@pytest.mark.parametrize("count", [*range(1, 10), 16, 17])
+def test_the_only_long_run_is_found_in_whichever_bucket_it_is(count: int) -> None:
+    """From both ends, with and without a stride, after a search that has found nothing has measured every bucket."""
+    page, highest = PAGE_SIZE, (1 << 39) - 1
+    for place in range(4 * count):  # runs; a bucket begins with four
+        start = 8 * place * page
+        for stride in (0, 4 * page):
+            for down in (False, True):
+                made = SmallRuns(
+                    (8 * at * page, (8 * at + (4 if at == place else 2)) * page - 1) for at in range(4 * count)
+                )
+                take = made.take_highest if down else made.take_lowest
+                assert take(5 * page, stride, 0, 0, highest) is None
+                made._check()
+                assert take(4 * page, stride, 0, 0, highest) == start
+                assert take(3 * page, stride, 0, 0, highest) is None
+                made._check()
+                made.give(start, start + 4 * page - 1)
+                assert take(4 * page, stride, 0, 0, highest) == start
+
+
 def test_a_place_that_is_released_is_had_again_without_a_search() -> None:
     """And is free for every other question meanwhile."""
     made = IovaAllocator(RANGES)

@@ -314,6 +314,20 @@ def test_an_address_that_is_reserved_is_refused_with_what_is_there(iova: int, si
     made._check()
 
 
+def test_an_overlap_with_many_reservations_names_the_first_eight() -> None:
+    """The rest is a mark of omission in the message, and complete in the error."""
+    made = allocator(*WHOLE)
+    for number in range(9):
+        made.reserve_at((16 + number) * PAGE, PAGE)
+    for count in (8, 9):
+        with pytest.raises(IovaOverlapError) as raised:
+            made.reserve_at(16 * PAGE, count * PAGE)
+        assert raised.value.existing == made.reservations[:count]
+        named = ", ".join(f"{(16 + number) * PAGE:#x}-{(17 + number) * PAGE - 1:#x}" for number in range(8))
+        assert f"is reserved already: {named}" in str(raised.value)
+        assert ("…" in str(raised.value)) == (count > 8)
+
+
 @pytest.mark.parametrize("iova", [1, PAGE - 1, -PAGE, 1 << 64])
 def test_an_address_that_can_never_be_right_is_a_value_error(iova: int) -> None:
     """Misaligned, negative or too large."""
@@ -321,7 +335,7 @@ def test_an_address_that_can_never_be_right_is_a_value_error(iova: int) -> None:
         allocator(*WHOLE).reserve_at(iova, PAGE)
 
 
-@pytest.mark.parametrize("size", [0, -PAGE, 1, PAGE + 1])
+@pytest.mark.parametrize("size", [0, -PAGE, 1, 2, PAGE // 2, PAGE + 1, PAGE + 2, PAGE + PAGE // 2])
 def test_a_size_that_can_never_be_right_is_a_value_error(size: int) -> None:
     """Wherever it is asked for."""
     made = allocator(*WHOLE)
