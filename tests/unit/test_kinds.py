@@ -26,6 +26,7 @@ from pyvfio.kernel import (
     F_SEAL_GROW,
     F_SEAL_WRITE,
     HUGETLBFS_MAGIC,
+    MADV_POPULATE_READ,
     MAP_SHARED,
     MAP_SHARED_VALIDATE,
     MAP_SYNC,
@@ -383,6 +384,29 @@ def test_a_file_that_may_be_punched_gives_its_pages_back(blocks: RamBlockList, f
     block.resize(PAGE_SIZE)
     status = os.fstat(fd)
     assert (status.st_size, status.st_blocks * 512) == (MIB, PAGE_SIZE)
+
+
+@pytest.mark.parametrize("way", ["drop", "deactivate", "replace"])
+def test_exactly_the_pages_that_are_released_are_punched_out_of_a_file(
+    kernel: SpecialKernel, fd: int, way: str
+) -> None:
+    """Not those beside them, and nothing of the file before the block or behind it."""
+    os.pwrite(fd, b"\x5a" * 64 * PAGE_SIZE, 0)
+    memory = Reservation(kernel, max_length=8 * PAGE_SIZE, kind=File(fd, 4 * PAGE_SIZE, punch=True))
+    memory.activate(8 * PAGE_SIZE)
+    start, end = (5, 8) if way == "deactivate" else (2, 4)
+    if way == "deactivate":
+        memory.deactivate(start * PAGE_SIZE)
+    elif way == "drop":
+        memory.drop(start * PAGE_SIZE, end * PAGE_SIZE)
+    else:
+        memory.replace(start * PAGE_SIZE, end * PAGE_SIZE, provide=False)
+    assert os.fstat(fd).st_blocks * 512 == (64 - end + start) * PAGE_SIZE
+    hole = bytes((end - start) * PAGE_SIZE)
+    assert os.pread(fd, 65 * PAGE_SIZE, 0) == (
+        b"\x5a" * (4 + start) * PAGE_SIZE + hole + b"\x5a" * (64 - 4 - end) * PAGE_SIZE
+    )
+    memory.release()
 
 
 def test_private_pages_of_a_file_are_not_the_files(blocks: RamBlockList, fd: int) -> None:
@@ -1133,7 +1157,9 @@ def test_descriptor_0_is_one_like_any_other(kernel: SpecialKernel) -> None:
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(0)
         memory = Reservation(kernel, max_length=MIB, kind=Memfd())
+        kernel.clear_trace()
         memory.activate_whole(PAGE_SIZE)
+        assert kernel.trace[-1].given == (memory.vaddr, MIB, 3)  # the page behind still guards
         memory._check()
         with Rig(kernel) as rig:
             block = rig.blocks.add("file", used_length=PAGE_SIZE, max_length=MIB, memory=File(0))
@@ -1239,6 +1265,8 @@ def test_replaced_pages_are_new_and_a_refusal_says_which_were_not(
             assert memory.file is not None
             assert MIB - os.fstat(memory.file[0]).st_blocks * 512 == (0 if provide else 2 * PAGE_SIZE)
         kept = name == "file shared"
+        if kept:  # a page that has failed and cannot be read again is an error here, and no SIGBUS later
+            assert kernel.trace[-1].given == (memory.vaddr + PAGE_SIZE, 2 * PAGE_SIZE, MADV_POPULATE_READ)
         new = b"\x5a" * 2 * PAGE_SIZE if kept else bytes(2 * PAGE_SIZE)
         found = ctypes.string_at(memory.vaddr, MIB)
         assert found == b"\x5a" * PAGE_SIZE + new + b"\x5a" * (MIB - 3 * PAGE_SIZE)

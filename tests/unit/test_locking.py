@@ -267,6 +267,7 @@ def test_address_space_that_may_not_be_locked_is_refused_with_the_numbers(kernel
         Reservation(kernel, max_length=GIB)
     assert "994 MiB are missing" in caught.value.message
     assert (caught.value.errno, caught.value.limit, caught.value.asked) == (errno.EAGAIN, 64 * MIB, GIB + 2 * MIB)
+    assert (caught.value.request, caught.value.arguments) == ("mmap", {"size": GIB + PAGE_SIZE})
     assert kernel.areas == []
 
 
