@@ -248,8 +248,10 @@ def test_what_does_not_fit_is_refused_before_it_is_touched(kernel: LimitedKernel
         assert len(blocks) == 0
         block = blocks.add("ring", used_length=4 * MIB, max_length=64 * MIB, memory=memory, prealloc=1)
         kernel.clear_trace()
-        with pytest.raises(pyvfio.IoctlError, match=r"2 MiB more than .*memory\.(max|limit_in_bytes) is"):
+        with pytest.raises(pyvfio.IoctlError, match=r"2 MiB more than .*memory\.(max|limit_in_bytes) is") as caught:
             block.resize(10 * MIB)
+        part = {"vaddr": block.vaddr + 4 * MIB, "size": 6 * MIB}
+        assert (caught.value.request, caught.value.arguments) == ("madvise", part | {"advice": MADV_POPULATE_WRITE})
         assert not {"mprotect", "fallocate"} & {call.call for call in kernel.trace}
         assert (block.used_length, rss(block)) == (4 * MIB, 4 * MIB)
         block._check()

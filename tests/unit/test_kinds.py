@@ -589,6 +589,8 @@ def test_persistent_memory_is_mapped_synchronously(fd: int) -> None:
     with PersistentKernel() as kernel, RamBlockList(kernel=kernel) as blocks, warnings.catch_warnings():
         warnings.simplefilter("error")
         block = blocks.add("ring", used_length=2 * PAGE_SIZE, max_length=MIB, memory=File(fd, pmem=True))
+        probe = next(call for call in kernel.trace if call.call == "mmap")
+        assert next(call.given for call in kernel.trace if call.call == "munmap") == (probe.result, PAGE_SIZE)
         block.resize(PAGE_SIZE)
         assert kernel.synchronous == [True] * 3  # a probe, the reservation, the shrink
         block.resize(2 * PAGE_SIZE)
@@ -725,6 +727,9 @@ def test_a_disk_that_is_full_refuses_the_growth(fd: int) -> None:
             block.resize(4 * PAGE_SIZE)
         assert caught.value.errno == errno.ENOSPC
         assert (block.used_length, os.fstat(fd).st_size) == (PAGE_SIZE, PAGE_SIZE)
+        block.resize(4 * PAGE_SIZE)
+        status = os.fstat(fd)
+        assert (status.st_size, status.st_blocks * 512) == (4 * PAGE_SIZE, 4 * PAGE_SIZE)
 
 
 @pytest.mark.parametrize("call", ["mprotect", "fallocate", "notifier"])
