@@ -113,9 +113,15 @@ def space(kind: Kind, kernel: FakeKernel, memory: int) -> Iterator[Space]:
 # ------------------------------------------------------------------------------------------------ without a device
 
 
-def test_nothing_is_mapped_where_no_device_uses_the_space(kind: Kind, kernel: FakeKernel, memory: int) -> None:
+@pytest.mark.parametrize("left", [False, True], ids=["before the first device", "after the last one"])
+def test_nothing_is_mapped_where_no_device_uses_the_space(
+    kind: Kind, kernel: FakeKernel, memory: int, *, left: bool
+) -> None:
     """Nor reserved: nobody knows the ranges, and iommufd would neither check nor pin anything."""
     with nothing_left(kernel), kind.make(kernel) as space:
+        if left:
+            pyvfio.open_device(BDF, space=space).close()
+        assert space.iova_ranges == ()
         uses = (
             partial(space.reserve_iova, PAGE_SIZE, alignment=PAGE_SIZE, offset=0),
             partial(space.reserve_iova_at, MIB, PAGE_SIZE),

@@ -246,6 +246,15 @@ def test_a_group_is_attached_once(container: Container) -> None:
         container.attach(group)
 
 
+def test_only_a_group_is_attached_or_detached(kernel: SpecialKernel, container: Container) -> None:
+    """The number of one is none."""
+    kernel.clear_trace()
+    for call in (container.attach, container.detach):
+        with pytest.raises(TypeError, match="group must be a Group, not int"):
+            call(2)  # type: ignore[arg-type]
+    assert kernel.trace == []
+
+
 def test_several_groups_share_a_container(kernel: SpecialKernel, memory: int) -> None:
     """The IOMMU is set once, mappings count for all, and stay until the last group has left."""
     with nothing_left(kernel), Container(kernel=kernel) as container:
@@ -835,8 +844,11 @@ def test_without_assertions_each_refusal_stays() -> None:
 def test_a_closed_container_says_so(kernel: SpecialKernel) -> None:
     """To whoever wants to map; unmapping what it had is done already."""
     with nothing_left(kernel), Container(kernel=kernel) as container:
-        container.attach(Group(2, kernel=kernel))
+        group = Group(2, kernel=kernel)
+        container.attach(group)
         container.close()
+        with pytest.raises(pyvfio.ClosedError):
+            container.detach(group)
         with pytest.raises(pyvfio.ClosedError):
             container.reserve_iova(PAGE_SIZE, alignment=PAGE_SIZE, offset=0)
         with pytest.raises(pyvfio.ClosedError):

@@ -409,6 +409,18 @@ def test_exactly_the_pages_that_are_released_are_punched_out_of_a_file(
     memory.release()
 
 
+def test_what_a_grow_adds_to_a_retained_tail_shows_the_file(kernel: SpecialKernel, fd: int) -> None:
+    """Only the tail, which the block had before, reads zeros."""
+    os.pwrite(fd, b"\x5a" * 8 * PAGE_SIZE, 0)
+    memory = Reservation(kernel, max_length=8 * PAGE_SIZE, kind=File(fd, punch=True))
+    memory.activate(2 * PAGE_SIZE)
+    memory.retain(PAGE_SIZE)
+    memory.let_go()
+    memory.activate(8 * PAGE_SIZE)
+    assert os.pread(fd, 8 * PAGE_SIZE, 0) == b"\x5a" * PAGE_SIZE + bytes(PAGE_SIZE) + b"\x5a" * 6 * PAGE_SIZE
+    memory.release()
+
+
 def test_private_pages_of_a_file_are_not_the_files(blocks: RamBlockList, fd: int) -> None:
     """What is written stays with the process."""
     os.ftruncate(fd, MIB)
