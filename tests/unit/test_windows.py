@@ -1217,6 +1217,7 @@ def test_poll_returns_the_value_that_it_waited_for(nic: pyvfio.Device) -> None:
     assert region.poll32(0, value=3, timeout=10) == 3
     assert region.poll32(0, mask=0xC, value=0xC, timeout=None, interval=0.0001) == 0xC
     assert region.poll32(0, mask=0, value=0, timeout=0) == 0xD
+    assert region.poll32(0, mask=0xFFFF_FFFF, value=0xE, timeout=0) == 0xE
 
 
 def test_poll_reads_once_at_least_and_says_what_it_saw(nic: pyvfio.Device) -> None:
