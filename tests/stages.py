@@ -162,8 +162,7 @@ def host_stages(pythons: Sequence[str]) -> Iterator[Stage]:
     lives = ("tests/property/test_random_life.py", f"--random-steps={RANDOM_STEPS}")
     yield Stage(f"random lives of {RANDOM_STEPS} steps", 60, _pytest(first, *lives))
     yield from _fakes(first, FAKES, IOMMUFD_FAKES, quick=False)
-    # The newest, since one process judges many mistakes from Python 3.12 on.
-    yield Stage("seeded bugs", 1100, (pythons[-1], "-m", "tests.mutants", "--library", "--jobs=1"))
+    yield Stage("seeded bugs", 1100, (first, "-m", "tests.mutants", "--library", "--jobs=1"))
 
 
 def _version(python: str) -> str:

@@ -6,6 +6,7 @@ import gc
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from inspect import CO_OPTIMIZED
 from itertools import zip_longest
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -33,7 +34,7 @@ def live_functions(package: Path) -> dict[Key, list[FunctionType]]:
     gc.unfreeze()  # frozen objects are not among those that the collector names
     prefix, found = f"{package}{os.sep}", defaultdict[Key, list[FunctionType]](list)
     for thing in gc.get_objects():
-        if isinstance(thing, FunctionType) and thing.__code__.co_filename.startswith(prefix):
+        if type(thing) is FunctionType and thing.__code__.co_filename.startswith(prefix):
             found[_key(thing.__code__)].append(thing)
     return found
 
@@ -90,10 +91,13 @@ def _key(code: CodeType) -> Key:
 
 def _own(code: CodeType) -> tuple[object, ...]:
     """Return what a code object executes, without nested code and without line numbers."""
+    constants = [constant for constant in code.co_consts if not isinstance(constant, CodeType)]
+    if not code.co_flags & CO_OPTIMIZED:  # a class; from Python 3.13 on, its first line is among the constants
+        constants = [constant for constant in constants if constant != code.co_firstlineno]
     return (
         *(code.co_code, code.co_exceptiontable, code.co_flags, code.co_names, code.co_varnames),
         *(code.co_freevars, code.co_cellvars),
-        [(type(constant), constant) for constant in code.co_consts if not isinstance(constant, CodeType)],
+        [(type(constant), constant) for constant in constants],
     )
 
 

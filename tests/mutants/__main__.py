@@ -12,15 +12,13 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.mutants import addresses, blocks, fake, fake_iommufd, guarding, library, listeners, windows
 from tests.mutants.checkout import borrowed, copies, first_failure, rewritten
-from tests.mutants.mutant import ROOT, Mutant, Suite
-from tools.judge import AVAILABLE, Change, JudgeError, judged
+from tests.mutants.mutant import Mutant, Suite
 
 
 def is_caught(checkout: Path, suite: Suite, mutant: Mutant) -> str | None:
@@ -31,46 +29,18 @@ def is_caught(checkout: Path, suite: Suite, mutant: Mutant) -> str | None:
         return next((witness for witness in witnesses if witness is not None), None)
 
 
-def find_caught(suite: Suite, mutants: Sequence[Mutant], *, jobs: int) -> Iterator[tuple[Mutant, str]]:
-    """Yield each mutant that a judge finds to be caught, and the test. The others need a process of their own.
-
-    Raises JudgeError.
-    """
-    by_tests = defaultdict[tuple[str, ...], list[Mutant]](list)
-    for mutant in mutants:
-        by_tests[tuple(suite.rounds(mutant)[-1])].append(mutant)
-    for tests, some in by_tests.items():
-        changed = (mutant.apply(ROOT / suite.folder) for mutant in some)
-        changes = [Change(str(path.relative_to(ROOT)), source) for path, source in changed]
-        for verdict in judged(changes, tests, checkout=ROOT, jobs=jobs):
-            if verdict.kind == "caught":
-                yield some[verdict.at], verdict.witness
-
-
-def run(suite: Suite, mutants: Sequence[Mutant], *, jobs: int, in_process: bool = AVAILABLE) -> list[Mutant]:
+def run(suite: Suite, mutants: Sequence[Mutant], *, jobs: int) -> list[Mutant]:
     """Print the test that notices each mutant, and return the mutants that none notices.
 
-    `in_process`: a judge goes first. Exits where a test fails without any mistake.
+    Exits where a test fails without any mistake.
     """
-
-    def show(mutant: Mutant, witness: str | None) -> None:
-        print(f"{'caught ' if witness else 'MISSED '} {mutant.what}\n        {witness or ''}", flush=True)
-
-    left = list(mutants)
-    try:
-        for mutant, noticed in find_caught(suite, mutants, jobs=jobs) if in_process else ():
-            show(mutant, noticed)
-            left.remove(mutant)
-    except JudgeError as error:
-        sys.exit(f"mutants: {error}")
-    survivors = []
     with copies(jobs) as queue, ThreadPoolExecutor(jobs) as pool:
 
         def find_fault(arguments: Sequence[str]) -> str | None:
             with borrowed(queue) as pristine:
                 return first_failure(pristine, arguments)
 
-        for witness in pool.map(find_fault, {tuple(suite.rounds(mutant)[-1]) for mutant in left}):
+        for witness in pool.map(find_fault, {tuple(suite.rounds(mutant)[-1]) for mutant in mutants}):
             if witness is not None:
                 sys.exit(f"mutants: {witness} fails without any mistake: repair that first, or no mutant can be judged")
 
@@ -78,9 +48,10 @@ def run(suite: Suite, mutants: Sequence[Mutant], *, jobs: int, in_process: bool 
             with borrowed(queue) as checkout:
                 return mutant, is_caught(checkout, suite, mutant)
 
-        for mutant, found in pool.map(judge, left):
-            show(mutant, found)
-            if found is None:
+        survivors = []
+        for mutant, witness in pool.map(judge, mutants):
+            print(f"{'caught ' if witness else 'MISSED '} {mutant.what}\n        {witness or ''}", flush=True)
+            if witness is None:
                 survivors.append(mutant)
     return survivors
 

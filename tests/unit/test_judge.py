@@ -92,7 +92,7 @@ def test_each_mistake_has_its_verdict(checkout: Path) -> None:
     verdicts = judge(
         checkout,
         ("number // FACTOR", "number * FACTOR"),
-        ("if number is None", "if number is not None"),
+        ("return call(number)", "return call(number) + 1"),
         ("2 * place", "3 * place"),
         ("len(value)", "1 + len(value)"),
         ("        if number is None:\n            return None\n", ""),
