@@ -278,6 +278,17 @@ def test_the_only_long_run_is_found_in_whichever_bucket_it_is(count: int) -> Non
                 assert take(4 * page, stride, 0, 0, highest) == start
 
 
+def test_the_longest_run_within_limits_is_that_of_a_walk_over_all() -> None:
+    """Whichever bucket a limit cuts."""
+    chance = random.Random(7)  # noqa: S311 (nothing secret)
+    runs = [(100 * at, 100 * at + chance.randrange(90)) for at in range(40)]
+    made = SmallRuns(runs)
+    for lowest in range(0, 4000, 130):
+        for highest in range(lowest, 4000, 70):
+            within = [min(last, highest) - max(first, lowest) + 1 for first, last in runs]
+            assert made.longest(lowest, highest) == max(0, *within), (lowest, highest)
+
+
 def test_a_place_that_is_released_is_had_again_without_a_search() -> None:
     """And is free for every other question meanwhile."""
     made = IovaAllocator(RANGES)

@@ -516,6 +516,12 @@ def test_after_each_raw_call_the_table_is_what_the_kernel_has(version: str, iomm
         container.map_dma(vaddr=vaddr, iova=MIB, size=PAGE_SIZE, flags=int(ioctls.VFIO_DMA_MAP_FLAG_VADDR))
         check()
         assert container.mapping_at(MIB) == (MIB, PAGE_SIZE, vaddr)
+        for number, hint in ((errno.EINVAL, f"mappings in this range are: {MIB:#x}"), (errno.ENOMEM, "")):
+            kernel.fail(call="ioctl", request="VFIO_IOMMU_UNMAP_DMA", errno=number)
+            with pytest.raises(pyvfio.IoctlError) as caught:
+                container.unmap_dma(iova=MIB, size=PAGE_SIZE)
+            error = caught.value
+            assert (error.errno, hint in error.hint, bool(error.hint)) == (number, True, bool(hint))
         container.unmap_dma(iova=0, size=0, flags=int(ioctls.VFIO_DMA_UNMAP_FLAG_ALL))
         check()
         assert container.mappings == ()

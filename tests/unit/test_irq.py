@@ -225,6 +225,9 @@ def test_what_cannot_be_waited_for_is_refused(
         irq.wait_any(vectors)
     with pytest.raises(TypeError):
         irq.wait_any(timeout="1")  # type: ignore[arg-type]
+    for wait in (irq.wait_any, partial(irq.wait, 0)):
+        with pytest.raises(ValueError, match="not a number"):
+            wait(timeout=float("nan"))
 
 
 def test_nothing_can_be_waited_for_before_it_is_enabled(device: pyvfio.Device) -> None:
