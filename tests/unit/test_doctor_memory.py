@@ -96,7 +96,7 @@ def test_the_memory_that_is_locked_already_counts(
 
 def test_a_limit_is_raised_by_whole_kibibytes(limited: Limited) -> None:
     """As limits.conf counts, so that the last byte fits too."""
-    limits = limited.proc / "self/root/etc/security/limits.d"
+    limits = limited.proc / "self/root" / "etc/security/limits.d"
     limits.mkdir(parents=True)
     found = only(pyvfio.doctor(kernel=limited, memory=MIB + 1), "memlock")
     assert commands(found) == [
@@ -132,8 +132,8 @@ def test_a_limit_is_raised_where_this_machine_can(limited: Limited) -> None:
 )
 def test_limits_conf_names_a_user_as_passwd_does(limited: Limited, passwd: str, user: str) -> None:
     """By the number where no name is safe in a shell, or the group has the number."""
-    (limited.proc / "self/root/etc/security/limits.d").mkdir(parents=True)
-    (limited.proc / "self/root/etc/passwd").write_text(passwd)
+    (limited.proc / "self/root" / "etc/security/limits.d").mkdir(parents=True)
+    (limited.proc / "self/root" / "etc/passwd").write_text(passwd)
     found = only(pyvfio.doctor(kernel=limited), "memlock")
     assert commands(found)[0] == (
         f"printf '%s\\n' '{user} - memlock unlimited' > /etc/security/limits.d/90-pyvfio.conf"

@@ -32,6 +32,7 @@ from pyvfio.pci.surroundings import Surroundings, look_around
 from tests.unit.sysfs import BRIDGE, SysfsTree, link, place_process
 
 BDF, OTHER = "0000:00:02.0", "0000:00:02.1"
+ROOT_OF_SELF = "proc/self/root"
 RELEASE = "6.12.9-amd64"
 INTEL = "vendor_id\t: GenuineIntel\nflags\t\t: fpu vmx\n"
 AMD = "vendor_id\t: AuthenticAMD\nflags\t\t: fpu svm\n"
@@ -132,7 +133,7 @@ def test_a_kernel_without_an_iommu_is_told_with_the_words_that_change_that(tree:
     put(tree, "proc/cmdline", f"quiet {machine.words}\n")
     put(tree, "proc/cpuinfo", machine.cpuinfo)
     put(tree, "proc/sys/kernel/osrelease", f"{RELEASE}\n")
-    put(tree, f"proc/self/root/boot/config-{RELEASE}", machine.config)
+    put(tree, f"{ROOT_OF_SELF}/boot/config-{RELEASE}", machine.config)
     for name, text in machine.files.items():
         put(tree, "sys/firmware/devicetree/base/model" if name == "dt" else name, text)
     found = iommu_problems(tree.kernel)
@@ -269,7 +270,7 @@ def test_the_options_of_a_kernel_are_those_of_the_file_that_came_with_it(tree: S
     """Wherever the distribution installs the file. Values that are neither y nor m are left out."""
     put(tree, "proc/sys/kernel/osrelease", f"{RELEASE}\n")
     assert build_options(tree.kernel) == {}
-    put(tree, f"proc/self/root/{place}", SOME)
+    put(tree, f"{ROOT_OF_SELF}/{place}", SOME)
     assert build_options(tree.kernel) == {"VFIO": "m", "IOMMUFD": "n", "PCI": "y"}
     put(tree, "proc/sys/kernel/osrelease", "other\n")
     assert build_options(tree.kernel) == {}
@@ -278,7 +279,7 @@ def test_the_options_of_a_kernel_are_those_of_the_file_that_came_with_it(tree: S
 def test_the_options_that_the_kernel_itself_shows_come_first(tree: SysfsTree) -> None:
     """Unless they cannot be unpacked."""
     put(tree, "proc/sys/kernel/osrelease", f"{RELEASE}\n")
-    put(tree, f"proc/self/root/boot/config-{RELEASE}", SOME)
+    put(tree, f"{ROOT_OF_SELF}/boot/config-{RELEASE}", SOME)
     packed = gzip.compress(b"CONFIG_VFIO=y\n")
     (tree.proc / "config.gz").write_bytes(packed)
     assert build_options(tree.kernel) == {"VFIO": "y"}
