@@ -114,7 +114,7 @@ def run(mutations: Sequence[Mutation], *, jobs: int, in_process: bool = AVAILABL
     def show(mutation: Mutation, witness: str | None) -> None:
         print(f"{'caught  ' if witness else 'SURVIVED'} {mutation}\n         {witness or ''}", flush=True)
 
-    left = dict.fromkeys(mutations, True)  # whether no test has run
+    left = dict.fromkeys(mutations, True)  # whether the judge has run no test
     for mutation, verdict in find_caught(mutations, jobs=jobs) if in_process else ():
         left[mutation] = not verdict.tests
         if verdict.kind == "caught":
@@ -126,7 +126,7 @@ def run(mutations: Sequence[Mutation], *, jobs: int, in_process: bool = AVAILABL
 
         def judge(mutation: Mutation) -> tuple[Mutation, str | None]:
             chosen = chosen_tests(mutation.module)
-            if in_process:
+            if not left[mutation]:
                 chosen = [test for test in chosen if test not in EVERYWHERE]  # the judge has run those
             for files in (chosen, [test for test in rest if test not in chosen] if left[mutation] else []):
                 tests, patience = [*files, *_SAMPLES], _PATIENCE * len(files)
