@@ -16,6 +16,7 @@ import re
 import sys
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,14 +137,14 @@ HEADER = f"{'words':>7} {'what':>6} {'it':>6} {'long':>6} {'pronoun':>8} {'turns
 
 def texts_of_source(path: str, source: str) -> Iterator[Text]:
     """Yield the docstrings, messages and comments of a module."""
-    tree = ast.parse(source)
+    nodes = list(ast.walk(ast.parse(source)))
     documented: set[int] = set()
-    for owner in ast.walk(tree):
+    for owner in nodes:
         for string in _docstrings(owner):
             documented.add(id(string))
             yield Text(path, string.lineno, "docstrings", _without_examples(inspect.cleandoc(str(string.value))))
-    inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
-    for node in ast.walk(tree):
+    inside = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
+    for node in nodes:
         joined = isinstance(node, ast.JoinedStr)
         if id(node) in documented or (id(node) in inside and not joined):
             continue
@@ -270,9 +271,14 @@ def read(paths: Iterable[Path], root: Path = ROOT) -> dict[str, list[Sentence]]:
     found: dict[str, list[Sentence]] = {}
     for path in paths:
         name = str(path.resolve().relative_to(root))
-        parse: Callable[[str, str], Iterator[Text]] = texts_of_page if path.suffix == ".md" else texts_of_source
-        found[name] = list(sentences(parse(name, path.read_text(encoding="utf-8"))))
+        found[name] = list(_sentences_of(name, path.read_text(encoding="utf-8")))
     return found
+
+
+@cache
+def _sentences_of(name: str, content: str) -> tuple[Sentence, ...]:
+    parse: Callable[[str, str], Iterator[Text]] = texts_of_page if name.endswith(".md") else texts_of_source
+    return tuple(sentences(parse(name, content)))
 
 
 def counts(found: dict[str, list[Sentence]], kind: str) -> dict[str, Counts]:
