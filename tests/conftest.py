@@ -120,6 +120,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line("markers", "each_operation: made for each of tests/interruptions/operations.py")
     config.addinivalue_line("markers", "judge: what needs Python 3.12, as tools/judge.py does")
+    config.addinivalue_line("markers", "long: takes a tenth of a second or more; scripts/test --quick leaves it out")
     config.addinivalue_line("markers", "kvm: what needs a /dev/kvm that this user may open")
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.mutants.mutant import ROOT
+from tools.choice import witnesses_of
 
 SILENCE = 1800.0
 """A stage that prints nothing for this many seconds hangs: each test prints at the end, and the longest test takes five
@@ -129,19 +130,63 @@ def _pytest(python: str, *arguments: str, quick: bool = False) -> tuple[str, ...
     return (python, "-m", "pytest", "-q", "--hw-required", "--durations=5", *report, *arguments)
 
 
+def first_stage(python: str, changed: Sequence[str]) -> Stage | None:
+    """Return the stage of --quick that runs before all others, and alone: the tests for the changed files.
+
+    None if no test has the name of a changed file.
+    """
+    chosen = witnesses_of(changed)
+    options = ("--maxfail=10", *SAMPLES)
+    return Stage("what has changed", 0, _pytest(python, *options, *chosen, quick=True)) if chosen else None
+
+
+def changed_files(root: Path = ROOT) -> list[str]:
+    """Return the files that differ from the last commit, new ones included. An empty list outside of a repository."""
+    found = []
+    for words in (["diff", "--name-only", "--relative", "HEAD"], ["ls-files", "--others", "--exclude-standard"]):
+        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)
+        found += done.stdout.splitlines()
+    return found
+
+
 def quick_stages(pythons: Sequence[str]) -> Iterator[Stage]:
     """Yield the stages of --quick.
 
-    One fake; each failing call, without failures of the undo; testing tools on the first interpreter only; mypy without
-    pyright; a tenth of the interruptions, collections and steps of threads.
+    No test that is marked `long`, and no tests of the testing tools; mypy without pyright; one fake; a tenth of the
+    interruptions, collections and steps of threads, and each failing call of a quarter of the operations.
     """
-    first = pythons[0]
+    first, short = pythons[0], ("-m", "not long")
     yield Stage("linters and types", 1000, _pytest(first, *LINTERS, "-k", "not pyright", quick=True))
-    yield Stage("the site", 40, _pytest(first, SITE, quick=True))
-    yield from (_unit(python, *SAMPLES, quick=True) for python in pythons)
-    yield Stage("each failure of each call", 30, _pytest(first, FAILURES, "-k", "not step_of_the_undo", quick=True))
-    yield Stage("testing tools and examples", 60, _pytest(first, *SAMPLES, *TOOLS, quick=True))
-    yield from _fakes(first, ("6.12",), ("6.12",), quick=True)
+    for python in pythons:
+        for number, files in enumerate(halves(_unit_files()), 1):
+            name = f"unit tests, half {number} of 2, {_version(python)}"
+            yield Stage(name, 100, _pytest(python, *short, *SAMPLES, *files, quick=True))
+    failures = (FAILURES, "-k", "not step_of_the_undo")
+    yield Stage("each failure of each call", 30, _pytest(first, *SAMPLES, *failures, quick=True))
+    contract = ("tests/property", "tests/contract")
+    yield Stage("random sequences, and the contract on the fake", 40, _pytest(first, *short, *contract, quick=True))
+    for space in ("type1", "iommufd"):
+        command = _pytest(first, *short, "tests/hw", "--fake=6.12", f"--space={space}", quick=True)
+        yield Stage(f"devices, on the fake kernel 6.12 with {space}", 25, command)
+
+
+def _unit_files() -> list[str]:
+    """Return the files with tests of the package itself."""
+    apart = {*TOOLS, FAILURES, *LINTERS, SITE}
+    return [
+        name for path in sorted(ROOT.glob("tests/unit/test_*.py")) if (name := str(path.relative_to(ROOT))) not in apart
+    ]
+
+
+def halves(files: Sequence[str], root: Path = ROOT) -> tuple[list[str], list[str]]:
+    """Divide files into two lists of about the same number of bytes."""
+    parts: tuple[list[str], list[str]] = ([], [])
+    sizes = [0, 0]
+    for file in sorted(files, key=lambda name: -(root / name).stat().st_size):
+        less = sizes.index(min(sizes))
+        parts[less].append(file)
+        sizes[less] += (root / file).stat().st_size
+    return parts
 
 
 def host_stages(pythons: Sequence[str]) -> Iterator[Stage]:
@@ -161,7 +206,7 @@ def host_stages(pythons: Sequence[str]) -> Iterator[Stage]:
         yield Stage(f"testing tools and examples, {_version(python)}", tools, _pytest(python, *samples, *TOOLS))
     lives = ("tests/property/test_random_life.py", f"--random-steps={RANDOM_STEPS}")
     yield Stage(f"random lives of {RANDOM_STEPS} steps", 60, _pytest(first, *lives))
-    yield from _fakes(first, FAKES, IOMMUFD_FAKES, quick=False)
+    yield from _fakes(first)
     yield Stage("seeded bugs", 1100, (first, "-m", "tests.mutants", "--library", "--jobs=1"))
 
 
@@ -170,19 +215,17 @@ def _version(python: str) -> str:
     return done.stdout.strip()
 
 
-def _unit(python: str, *options: str, quick: bool = False, weight: int = 360) -> Stage:
+def _unit(python: str, *options: str, weight: int = 360) -> Stage:
     left_out = [f"--ignore={name}" for name in (*TOOLS, FAILURES, *LINTERS, SITE)]
-    command = _pytest(python, *left_out, *options, "tests/unit", quick=quick)
-    return Stage(f"unit tests, {_version(python)}", weight, command)
+    return Stage(f"unit tests, {_version(python)}", weight, _pytest(python, *left_out, *options, "tests/unit"))
 
 
-def _fakes(python: str, versions: Sequence[str], with_iommufd: Sequence[str], *, quick: bool) -> Iterator[Stage]:
+def _fakes(python: str) -> Iterator[Stage]:
     contract = ("tests/property", "tests/contract")
-    yield Stage("random sequences, and the contract on the fake", 40, _pytest(python, *contract, quick=quick))
-    for version in versions:
-        command = _pytest(python, "tests/hw", f"--fake={version}", quick=quick)
-        yield Stage(f"devices, on the fake kernel {version}", 25, command)
-    for version in with_iommufd:
+    yield Stage("random sequences, and the contract on the fake", 40, _pytest(python, *contract))
+    for version in FAKES:
+        yield Stage(f"devices, on the fake kernel {version}", 25, _pytest(python, "tests/hw", f"--fake={version}"))
+    for version in IOMMUFD_FAKES:
         # The pages promise tests on type1, so tests.series must not count these.
         command = _pytest(python, "tests/hw", f"--fake={version}", "--space=iommufd", quick=True)
         yield Stage(f"devices, on the fake kernel {version} with iommufd", 25, command)
@@ -358,14 +401,19 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     pythons, start = options.pythons, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="pyvfio-stages-") as directory:
+        runner, last = Runner(Path(directory)), None
         if options.quick:
-            stages, last = list(quick_stages(pythons)), None
+            first = first_stage(pythons[0], changed_files())
+            if first is not None and not runner.run(first).ok:
+                print("These are the tests for the changed files. The other tests were not run.")
+                return 1
+            stages = list(quick_stages(pythons))
         else:
             compile_tests(pythons[0])
             stages = [*host_stages(pythons), *machine_stages(pythons[0])]
             names = [str(Path(directory, stage.file)) for stage in stages]
             last = Stage("each row of docs/series.md and reports.md", 0, (pythons[0], "-m", "tests.series", *names))
-        outcomes = run(stages, last, Runner(Path(directory)))
+        outcomes = run(stages, last, runner)
     print(*table(outcomes, time.monotonic() - start), sep="\n")
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 

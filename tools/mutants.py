@@ -21,41 +21,12 @@ from pathlib import Path
 
 from tests.mutants.checkout import borrowed, copies, first_failure, rewritten
 from tests.mutants.mutant import ROOT
+from tools.choice import EVERYWHERE, chosen_tests
 from tools.count import modules
 from tools.judge import AVAILABLE, Change, JudgeError, Verdict, judged
 from tools.mutations import Mutation, sample
 
-# Tests whose names do not show the modules that they cover.
-_TESTS = {
-    "__main__": ("cli_main", "cli_plan"),
-    "blocks": ("ramblock", "discards", "remap", "memory", "safety_net", "cgroup", "prefault", "dirty_log"),
-    "ramblock": ("memory", "discards", "remap", "safety_net", "listener_models", "prefault"),
-    "mapper": ("pieces", "dma", "changes", "plan", "holders"),
-    "dma": ("pieces", "plan", "remap"),
-    "iommu": ("iova", "space", "container", "dma", "errors", "moving"),
-    "container": ("device", "dma", "holders", "live_update"),
-    "device": ("container", "dirty", "noiommu"),
-    "diagnosis": ("doctor", "doctor_boot_loaders", "doctor_command", "doctor_garbage"),
-    "dirty": ("dirty_log",),
-    "findings": ("doctor", "doctor_command"),
-    "info": ("caps", "container", "device"),
-    "memory": ("kinds", "prefault", "locking", "cgroup", "ramblock"),
-    "pci": ("cli_admin", "cli_bind", "nodes", "errors", "device", "doctor"),
-    "handle": ("container", "device"),
-    "kernel": ("fake", "memory", "locking"),
-    "errors": ("container", "device", "pci"),
-    "extent_set": ("discards", "block_index"),
-    "extents": ("discards", "pieces"),
-    "fields": ("abi",),
-    "guard": ("forks", "collections", "interruptions"),
-    "ioctls": ("abi", "container", "device"),
-    "ioas": ("address_spaces", "moving"),
-    "iommufd": ("iommufd",),
-    "iommufd_ioctls": ("abi",),
-    "page_tables": ("dirty", "cdev"),
-}
-# These cover every operation of a mapper and its blocks. The steps of an undo would take minutes for each mistake.
-EVERYWHERE = ("tests/unit/test_failures.py", "tests/property")
+# The steps of an undo would take minutes for each mistake.
 _LEFT_OUT = ("-k", "not step_of_the_undo")
 _SAMPLES = ("--points=200", "--thread-steps=2000")
 # These read the checkout as text, or run the checkout elsewhere, and do not test its behaviour.
@@ -67,17 +38,6 @@ _PATIENCE = 300.0
 """Seconds that a test file may take. A file that takes longer hangs, and the mistake is noticed."""
 _LIMIT = 60.0
 """Seconds of tests that the judge runs for one mistake. A line that all tests reach would take minutes."""
-
-
-def chosen_tests(module: str, root: Path = ROOT) -> list[str]:
-    """Return the test files for a mistake in `module`, such as "mapper/window.py", the most likely witness first."""
-    path = Path(module)
-    names = [path.stem, path.parts[0].removesuffix(".py")]
-    units = {file.stem.removeprefix("test_"): file for file in sorted(root.glob("tests/unit/test_*.py"))}
-    wanted = [unit for name in names for unit in units if name in (unit, *unit.split("_"))]
-    wanted += [unit for unit in _TESTS.get(names[-1], ()) if unit in units]
-    found = [str(units[unit].relative_to(root)) for unit in dict.fromkeys(wanted)]
-    return list(dict.fromkeys([*found, *(test for test in EVERYWHERE if (root / test).exists())]))
 
 
 def all_tests(root: Path = ROOT) -> list[str]:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants.mutant import ROOT
 from tools.count import modules
-from tools.mutants import chosen_tests, main, witness_of
+from tools.mutants import main, witness_of
 from tools.mutations import Mutation, mutations, sample
 
 
@@ -75,18 +74,6 @@ def test_a_seed_gives_one_sample() -> None:
     sources = {"a.py": "x = 1 + 2 - 3", "b.py": "y = 4 < 5"}
     assert sample(sources, 4, seed=1) == sample(sources, 4, seed=1) != sample(sources, 4, seed=2)
     assert len(sample(sources, 100, seed=1)) == 9
-
-
-def test_each_module_has_tests_of_its_own() -> None:
-    """Beside those that know every operation."""
-    for path, _, counted in modules():
-        if counted and path.name != "__init__.py":
-            tests = chosen_tests(str(path))
-            assert tests[0].startswith("tests/unit/test_"), path
-            assert tests[0] != "tests/unit/test_failures.py", path
-            assert all((ROOT / test).exists() for test in tests)
-    assert chosen_tests("device/irq.py")[0] == "tests/unit/test_irq.py"
-    assert chosen_tests("device/region.py")[0] == "tests/unit/test_device.py"
 
 
 def test_a_test_that_notices_is_the_witness(tmp_path: Path) -> None:

@@ -110,12 +110,43 @@ def test_each_pair_of_the_random_calls_is_played_once_and_in_a_machine_of_the_ma
         assert words[words.index("--ops") + 1] == str(stages.RANDOM_CALLS)
 
 
-def test_only_the_quick_stages_take_smaller_samples_and_leave_pyright_out() -> None:
-    """Of interruptions, collections and steps of threads, wherever these tests run."""
+def test_only_the_quick_stages_take_smaller_samples_and_leave_tests_out() -> None:
+    """A tenth of the points and steps wherever these tests run; pyright and the tests marked as long."""
     quick = [stage.command for stage in stages.quick_stages([sys.executable])]
     for words in quick:
-        if "tests/unit" in words or "tests/unit/test_interruptions.py" in words:
+        if any(word.startswith("tests/unit") for word in words) and not set(stages.LINTERS) & set(words):
             assert set(stages.SAMPLES) <= set(words)
     assert sum("not pyright" in words for words in quick) == 1
+    assert sum("not long" in words for words in quick) == len(quick) - 2  # the linters and the failing calls
     for stage in stages.host_stages([sys.executable]):
-        assert not {"not pyright", *stages.SAMPLES} & set(stage.command)
+        assert not {"not pyright", "not long", *stages.SAMPLES} & set(stage.command)
+
+
+def test_the_quick_stages_have_each_test_file_of_the_package_once() -> None:
+    """The tests of the testing tools and of the site are for the full run."""
+    files = [
+        word
+        for stage in stages.quick_stages([sys.executable])
+        for word in stage.command
+        if word.startswith("tests/unit/")
+    ]
+    there = {f"tests/unit/{path.name}" for path in Path(__file__).parent.glob("test_*.py")}
+    assert sorted(files) == sorted(there - {*stages.TOOLS, stages.SITE})
+
+
+def test_both_halves_have_about_as_many_bytes(tmp_path: Path) -> None:
+    """Each file is in one of them."""
+    sizes = {"a": 50, "b": 30, "c": 25, "d": 5}
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(bytes(size))
+    one, other = stages.halves(list(sizes), tmp_path)
+    assert sorted([*one, *other]) == list(sizes)
+    assert {sum(sizes[name] for name in part) for part in (one, other)} == {55}
+
+
+def test_a_quick_run_begins_with_the_tests_for_the_changed_files() -> None:
+    """None where nothing has changed that a test is named after."""
+    first = stages.first_stage(sys.executable, ["pyvfio/dma.py", "README.md"])
+    assert first is not None
+    assert "tests/unit/test_dma.py" in first.command
+    assert stages.first_stage(sys.executable, ["README.md"]) is None
