@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from pyvfio.testing.fake import FakeDevice
+from pyvfio.testing.fake import FakeDevice, FakeKernel
 from tests.unit.fakes import BDF, Rig, SpecialKernel
+from tests.unit.machines import MachineTree
 from tests.unit.processes import open_fds
 
 
@@ -39,3 +41,12 @@ def rig(kernel: SpecialKernel) -> Iterator[Rig]:
     """A device, and blocks that its mapper follows."""
     with Rig(kernel) as made:
         yield made
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Iterator[MachineTree]:
+    """A machine to make into another shape."""
+    made = MachineTree(tmp_path)
+    yield made
+    if isinstance(made.machine, FakeKernel):
+        made.machine.close()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from pyvfio.findings import Finding
 from pyvfio.kernel import Kernel
 from tests.unit.fakes import PlacedKernel
 from tests.unit.sysfs import BRIDGE, DISK, NETWORK, SysfsTree, link, place_process
@@ -15,6 +18,26 @@ BARE, VIRTUAL = "flags\t\t: fpu vmx lahf_lm\n", "flags\t\t: fpu hypervisor lahf_
 DRIVERS = ("vfio.ko", "vfio_iommu_type1.ko", "pci/vfio-pci-core.ko", "pci/vfio-pci.ko")
 REMAPPED = "  0:   9   IR-IO-APIC   2-edge   timer\n 24:   7   IR-PCI-MSI-0000:01:00.0   0-edge   eth0\n"
 PLAIN = "  0:   9   IO-APIC   2-edge   timer\n 24:   7   PCI-MSI-0000:01:00.0   0-edge   eth0\n"
+
+
+def told(found: Sequence[Finding]) -> list[tuple[str, str]]:
+    """The status and the summary of each finding."""
+    return [(each.status, each.summary) for each in found]
+
+
+def texts(found: Sequence[Finding]) -> list[str]:
+    """All commands of findings."""
+    return [command.text for each in found for command in each.commands]
+
+
+@contextmanager
+def program_of_root(proc: Path) -> Iterator[PlacedKernel]:
+    """A fake kernel whose program is root, in no container and no service. The program closes all descriptors."""
+    place_process(proc)
+    with PlacedKernel() as kernel:
+        kernel.own_proc = proc
+        yield kernel
+        assert kernel.descriptors == ()
 
 
 class KernelOnTree(PlacedKernel):

@@ -20,29 +20,17 @@ from pyvfio.kernel import LinuxKernel, Memlock
 from pyvfio.testing.fake import FakeDevice, FakeKernel
 from tests.unit import machines
 from tests.unit.fakes import BDF, PlacedKernel
-from tests.unit.machines import NIC, SOUND, SSD, KernelOnTree, MachineTree
+from tests.unit.machines import NIC, SOUND, SSD, KernelOnTree, MachineTree, program_of_root
 from tests.unit.sysfs import BRIDGE, place_process
 
 MODPROBE = "modprobe -a vfio-pci vfio_iommu_type1"
 
 
 @pytest.fixture
-def tree(tmp_path: Path) -> Iterator[MachineTree]:
-    """A machine to make into another shape."""
-    made = MachineTree(tmp_path)
-    yield made
-    if isinstance(made.machine, FakeKernel):
-        made.machine.close()
-
-
-@pytest.fixture
 def kernel(tmp_path: Path) -> Iterator[PlacedKernel]:
     """A fake kernel whose program is root, in no container and no service."""
-    place_process(tmp_path)
-    with PlacedKernel() as made:
-        made.own_proc = tmp_path
+    with program_of_root(tmp_path) as made:
         yield made
-        assert made.descriptors == ()
 
 
 def wrong(diagnosis: Sequence[Finding] | pyvfio.Diagnosis) -> list[tuple[str, str]]:

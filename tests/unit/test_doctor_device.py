@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
 import pyvfio
 from pyvfio.findings import Finding
 from pyvfio.kernel import Kernel
-from pyvfio.testing.fake import FakeKernel
 from tests.unit import machines
-from tests.unit.machines import NIC, PORT, RELEASE, SOUND, SSD, MachineTree
+from tests.unit.machines import NIC, PORT, RELEASE, SOUND, SSD, MachineTree, texts, told
 from tests.unit.sysfs import BRIDGE, NETWORK, link, place_process
 
 PROGRAMS = {
@@ -21,28 +19,9 @@ PROGRAMS = {
 }
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Iterator[MachineTree]:
-    """A machine to make into another shape."""
-    made = MachineTree(tmp_path)
-    yield made
-    if isinstance(made.machine, FakeKernel):
-        made.machine.close()
-
-
 def of_check(tree: MachineTree, check: str, bdf: str | None = NIC, *, kernel: Kernel | None = None) -> list[Finding]:
     """The findings of a check."""
     return [found for found in pyvfio.doctor(bdf, kernel=kernel or tree.machine) if found.check == check]
-
-
-def told(found: list[Finding]) -> list[tuple[str, str]]:
-    """The status and the summary of each."""
-    return [(each.status, each.summary) for each in found]
-
-
-def texts(found: list[Finding]) -> list[str]:
-    """All commands."""
-    return [command.text for each in found for command in each.commands]
 
 
 @pytest.mark.parametrize("user", [0, 1000])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,10 +11,9 @@ import pytest
 import pyvfio
 from pyvfio.findings import Command, Finding
 from pyvfio.kernel import Kernel
-from pyvfio.testing.fake import FakeKernel
 from tests.unit import machines
 from tests.unit.fakes import BDF, PlacedKernel
-from tests.unit.machines import NIC, RELEASE, MachineTree
+from tests.unit.machines import NIC, RELEASE, MachineTree, texts, told
 from tests.unit.sysfs import place_process
 
 CONFIG = f"boot/config-{RELEASE}"
@@ -22,28 +21,9 @@ ALL = "CONFIG_VFIO=m\nCONFIG_VFIO_PCI=m\nCONFIG_VFIO_GROUP=y\nCONFIG_VFIO_IOMMU_
 RISK = "Accept the risk until the next boot"
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Iterator[MachineTree]:
-    """A machine to make into another shape."""
-    made = MachineTree(tmp_path)
-    yield made
-    if isinstance(made.machine, FakeKernel):
-        made.machine.close()
-
-
 def of_check(kernel: Kernel, check: str, *, iommu: str | None = None) -> list[Finding]:
     """The findings of a check of the machine."""
     return [found for found in pyvfio.doctor(kernel=kernel, iommu=iommu) if found.check == check]
-
-
-def told(found: list[Finding]) -> list[tuple[str, str]]:
-    """The status and the summary of each."""
-    return [(each.status, each.summary) for each in found]
-
-
-def texts(found: list[Finding]) -> list[str]:
-    """All commands."""
-    return [command.text for each in found for command in each.commands]
 
 
 def takes_off(found: Finding, word: str) -> bool:

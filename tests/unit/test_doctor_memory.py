@@ -40,12 +40,6 @@ def limited(tmp_path: Path) -> Iterator[Limited]:
         yield made
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> MachineTree:
-    """A machine to make into another shape."""
-    return MachineTree(tmp_path)
-
-
 def only(diagnosis: pyvfio.Diagnosis, check: str) -> Finding:
     """The only finding of a check."""
     (found,) = [each for each in diagnosis if each.check == check]

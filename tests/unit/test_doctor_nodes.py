@@ -15,7 +15,7 @@ from pyvfio.kernel import Kernel
 from pyvfio.testing.fake import FakeDevice, FakeKernel
 from tests.unit import machines
 from tests.unit.fakes import BDF, PlacedKernel
-from tests.unit.machines import NIC, SSD, MachineTree
+from tests.unit.machines import NIC, SSD, MachineTree, program_of_root, texts, told
 from tests.unit.processes import open_fds
 from tests.unit.sysfs import link, place_process
 
@@ -23,37 +23,15 @@ GIVEN = "The rights last until the device is unbound; --persist renews the right
 
 
 @pytest.fixture
-def tree(tmp_path: Path) -> Iterator[MachineTree]:
-    """A machine to make into another shape."""
-    made = MachineTree(tmp_path)
-    yield made
-    if isinstance(made.machine, FakeKernel):
-        made.machine.close()
-
-
-@pytest.fixture
 def kernel(tmp_path: Path) -> Iterator[PlacedKernel]:
     """A fake kernel whose program is root, in no container and no service."""
-    place_process(tmp_path)
-    with PlacedKernel() as made:
-        made.own_proc = tmp_path
+    with program_of_root(tmp_path) as made:
         yield made
-        assert made.descriptors == ()
 
 
 def of_check(kernel: Kernel, check: str, bdf: str | None = NIC, *, iommu: str | None = None) -> list[Finding]:
     """The findings of a check."""
     return [found for found in pyvfio.doctor(bdf, kernel=kernel, iommu=iommu) if found.check == check]
-
-
-def told(found: list[Finding]) -> list[tuple[str, str]]:
-    """The status and the summary of each."""
-    return [(each.status, each.summary) for each in found]
-
-
-def texts(found: list[Finding]) -> list[str]:
-    """All commands."""
-    return [command.text for each in found for command in each.commands]
 
 
 # --- /dev/vfio/vfio and the group

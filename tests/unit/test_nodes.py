@@ -20,17 +20,15 @@ from pyvfio.pci.nodes import explain_open
 from pyvfio.pci.surroundings import Surroundings, look_around
 from pyvfio.testing.fake import FakeDevice, FakeKernel
 from tests.unit.fakes import BDF, PlacedKernel
+from tests.unit.machines import program_of_root
 from tests.unit.sysfs import place_process
 
 
 @pytest.fixture
 def kernel(tmp_path: Path) -> Iterator[PlacedKernel]:
     """The program is root, in no container and no service."""
-    place_process(tmp_path)
-    with PlacedKernel() as made:
-        made.own_proc = tmp_path
+    with program_of_root(tmp_path) as made:
         yield made
-        assert made.descriptors == ()
 
 
 def opening(kernel: FakeKernel, node: str) -> Callable[[], object]:
