@@ -61,8 +61,8 @@ class LongWork:
         if self.threads and parts and self._block.state.memory.charged != "never":
             prefault.check_room(self._kernel, parts, vaddr=self._block.vaddr)
 
-    def populate(self, parts: Sequence[tuple[int, int]]) -> None:
-        """Populate `parts`. Raises IoctlError."""
+    def populate(self, parts: Sequence[tuple[int, int]], *, required: bool = False) -> None:
+        """Populate `parts`. Raises IoctlError. `required`: as in `pyvfio.memory.prefault.populate`."""
         if self.threads:
             prefault.populate(
                 self._kernel,
@@ -71,6 +71,7 @@ class LongWork:
                 threads=self.threads,
                 report=self._prefaulted,
                 touch=self._touch,
+                required=required,
             )
 
     def _prefaulted(self, done: int, total: int) -> None:

@@ -46,8 +46,8 @@ class Preallocation(Protocol):
         """Raise IoctlError if the memory for `parts` certainly cannot be allocated."""
         ...
 
-    def populate(self, parts: Sequence[tuple[int, int]]) -> None:
-        """Populate `parts`. Raises IoctlError."""
+    def populate(self, parts: Sequence[tuple[int, int]], *, required: bool = False) -> None:
+        """Populate `parts`. Raises IoctlError. `required`: also where the kernel cannot populate."""
         ...
 
 
@@ -191,12 +191,13 @@ class BlockState:
         needed = self.max_length if self.whole else length
         if needed:
             self._check_room(0, needed)
-            try:
-                self.memory.activate(needed)
-            except IoctlError as error:
-                if error.errno != errno.ENOMEM or not self._activate_whole(needed, error):
-                    raise
-            self._populate(0, needed)
+            if not self._extend(0, needed):
+                try:
+                    self.memory.activate(needed)
+                except IoctlError as error:
+                    if error.errno != errno.ENOMEM or not self._activate_whole(needed, error):
+                        raise
+                self._populate(0, needed)
         self.used_length = length
 
     def _activate_whole(self, needed: int, why: IoctlError) -> bool:
@@ -225,7 +226,7 @@ class BlockState:
                 self.memory.provide(old, length)  # a block that became whole may have no pages yet
                 self._populate(old, length)
                 self.memory.clear(old, length)
-            else:
+            elif not self._extend(old, length):
                 self.memory.activate(length)
                 if self.prealloc is not None:
                     self.prealloc.populate([(old, length)])
@@ -237,6 +238,28 @@ class BlockState:
         except BaseException:
             self._take_back()
             raise
+
+    def _extend(self, start: int, length: int) -> bool:
+        """Activate memory of a memfd, and let several threads allocate the pages. Return False if that is impossible.
+
+        fallocate(2) allocates in one thread, under the lock of the file. Only fallocate reports why pages are missing,
+        so after any error nothing is active, and the caller takes that way.
+        """
+        if self.whole or not self._spreads or not self.memory.can_extend(start):
+            return False
+        try:
+            self.memory.activate(length, allocate=False)
+            self._populate(start, length, required=True)
+        except IoctlError as error:
+            logger.debug("RAM block '%s': %s", self.idstr, error)
+            self._take_back()
+            return False
+        return True
+
+    @property
+    def _spreads(self) -> bool:
+        """Whether several threads allocate pages."""
+        return self.prealloc is not None and self.prealloc.threads > 1
 
     def shrink(self, length: int, tell: Tell) -> OSError | None:
         """Call `tell`, set the length, and release the memory behind. Return the error that kept the memory, or None.
@@ -296,9 +319,9 @@ class BlockState:
         if self.prealloc is not None:
             self.prealloc.check([(start, end)])
 
-    def _populate(self, start: int, end: int) -> None:
+    def _populate(self, start: int, end: int, *, required: bool = False) -> None:
         if self.prealloc is not None:
-            self.prealloc.populate([(start, end)])
+            self.prealloc.populate([(start, end)], required=required)
 
     # --------------------------------------------------------------------------------------------------- its parts
 

@@ -55,18 +55,19 @@ def populate(
     threads: int,
     report: Report | None = None,
     touch: bool = False,
+    required: bool = False,
 ) -> None:
     """Populate all `parts`, (start, end) in bytes from `vaddr` on, with `threads` threads.
 
     If the kernel returns EINVAL (before 5.14, or for memory without pages of its own), the pages are touched if `touch`
-    is set; else the map populates them later.
+    is set; else the map populates them later. `required`: EINVAL is an error too.
 
     The caller's thread calls `report`. Raises IoctlError if no pages are left, and any exception from `report`; calls
     in progress end first, and the pages populated by then stay.
     """
     slices = [piece for part in parts for piece in _slices(*part)]
     total, done = sum(end - start for start, end in slices), 0
-    calls = [partial(_populate, kernel, vaddr + start, end - start) for start, end in slices]
+    calls = [partial(_populate, kernel, vaddr + start, end - start, required=required) for start, end in slices]
     with closing(_made(calls, threads)) as answers:  # waits for the calls in progress, also after an exception
         for where, size, populated in answers:
             if touch and not populated:
@@ -115,12 +116,12 @@ def _slices(start: int, end: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def _populate(kernel: Kernel, vaddr: int, size: int) -> tuple[int, int, bool]:
+def _populate(kernel: Kernel, vaddr: int, size: int, *, required: bool) -> tuple[int, int, bool]:
     """Populate one range. Return its address and size, and whether madvise was able to populate the range."""
     try:
         kernel.madvise(vaddr, size, MADV_POPULATE_WRITE)
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if required or error.errno != errno.EINVAL:
             raise IoctlError.of(
                 error,
                 f"{format_size(size)} of memory could not be populated",

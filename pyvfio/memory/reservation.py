@@ -256,8 +256,15 @@ class Reservation:
             vaddr + start, end - start, PROT_NONE, store.flags | MAP_FIXED, fd=store.fd, offset=store.offset + start
         )
 
-    def activate(self, length: int) -> None:
+    def can_extend(self, start: int) -> bool:
+        """Return whether `activate(allocate=False)` allocates nothing from `start` on: the file has no pages there."""
+        return self._store.fd >= 0 and self._store.is_own and start >= self._touched
+
+    def activate(self, length: int, *, allocate: bool = True) -> None:
         """Make `[0, length)` usable. `length` must be above the present length and at most `max_length`.
+
+        `allocate=False`: allocate no pages of a memfd. The caller populates the memory before anyone else touches it: a
+        touch for which the kernel has no page is SIGBUS.
 
         Raises IoctlError (ENOMEM: the commit limit, RLIMIT_DATA or RLIMIT_AS is reached). On an error nothing has
         changed, /proc/self/maps included.
@@ -271,7 +278,10 @@ class Reservation:
             self._settle(*self._unsettled)
         store, step = self._store, "fallocate"
         try:
-            if store.fd >= 0:  # otherwise the first touch allocates the pages
+            if not allocate:
+                step = "ftruncate"
+                store.extend(length)
+            elif store.fd >= 0:  # otherwise the first touch allocates the pages
                 store.provide(start, length)
             step = "mprotect"
             self._kernel.mprotect(self.vaddr + start, length - start, store.protection)

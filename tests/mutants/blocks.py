@@ -13,6 +13,7 @@ _WITNESSES: dict[str, list[list[str]]] = {
     "extents": [["tests/property/test_extents.py"]],
     "parts": [["tests/unit/test_block_index.py", "-k", "parts or part"]],
     "index": [["tests/unit/test_block_index.py"]],
+    "pages by threads": [["tests/unit/test_prefault.py"]],
     "hand over": [["tests/unit/test_live_update.py", "-k", "lists or follows or mapped"]],
 }
 
@@ -41,6 +42,14 @@ _MUTANTS = (
         "index",
     ),
     Mutant("BlockIndex.__iter__", "iter(tuple(self._ascending))", "iter(self._ascending)", "index"),
+    # ------------------------------------------------------------------------------------------------ pages by threads
+    # A file of the caller, old contents, a whole block; what threads could not allocate stays; a kernel that cannot.
+    Mutant("Reservation.can_extend", "self._store.is_own and ", "", "pages by threads"),
+    Mutant("Reservation.can_extend", " and start >= self._touched", "", "pages by threads"),
+    Mutant("BlockState._extend", "self.whole or not", "not", "pages by threads"),
+    Mutant("BlockState._extend", "            self._take_back()\n", "", "pages by threads"),
+    Mutant("BlockState._extend", ", required=True", "", "pages by threads"),
+    Mutant("BlockState._spreads", "threads > 1", "threads > 0", "pages by threads"),
     # ------------------------------------------------------------------------------------------------------- hand over
     Mutant("find_obstacles", "block not in followed", "block not in dict(mapper.windows())", "hand over"),
 )

@@ -388,6 +388,174 @@ def test_nothing_is_kept_of_pages_that_were_not_all_to_be_had(
         assert resident(block.vaddr, 2 * SLICE) == 2 * SLICE
 
 
+def made_of(kernel: SpecialKernel) -> list[str]:
+    """The calls that allocate memory and give it back, in order, without the settings of a block."""
+    names = ("fallocate", "ftruncate", "mprotect")
+    return [call.call for call in kernel.trace if call.call in names or MADV_POPULATE_WRITE in call.arguments.values()]
+
+
+def test_several_threads_allocate_the_pages_of_a_memfd() -> None:
+    """The file is extended, and each slice is populated by itself: fallocate would allocate all in one thread."""
+    with PopulatingKernel(together=True) as kernel, pyvfio.RamBlockList(kernel=kernel) as blocks:
+        memory = pyvfio.Memfd()
+        block = blocks.add("ring", used_length=2 * SLICE, max_length=4 * SLICE, memory=memory, prealloc=2)
+        assert len(kernel.threads) == 2
+        assert made_of(kernel) == ["ftruncate", "mprotect", "madvise", "madvise"]
+        kernel.clear_trace()
+        block.resize(4 * SLICE)
+        assert made_of(kernel) == ["ftruncate", "mprotect", "madvise", "madvise"]
+        assert resident(block.vaddr, 4 * SLICE) == 4 * SLICE
+        assert block.file is not None
+        assert os.fstat(block.file.fd).st_size == 4 * SLICE
+        block._check()
+
+
+@pytest.mark.parametrize("number", [None, errno.EFAULT], ids=["populated", "not populated"])
+def test_a_memfd_that_is_whole_is_allocated_by_fallocate(kernel: PopulatingKernel, number: int | None) -> None:
+    """Its memory is never given back, so threads must not leave a part without pages."""
+
+    class Fixed:
+        """Cannot follow a resize."""
+
+        def ram_block_added(self, block: pyvfio.RamBlock, used_length: int, max_length: int) -> None:
+            """Nothing."""
+
+    with pyvfio.RamBlockList(kernel=kernel) as blocks:
+        blocks.add_notifier(Fixed())
+        if number is not None:
+            kernel.fail(call="madvise", errno=number, nth=3)  # after the settings of the block
+        memory = pyvfio.Memfd()
+        add = partial(blocks.add, "ring", used_length=SLICE, max_length=2 * SLICE, memory=memory, prealloc=2)
+        if number is None:
+            assert add().whole
+            assert made_of(kernel)[:2] == ["fallocate", "mprotect"]
+        else:
+            with pytest.raises(pyvfio.IoctlError, match="could not be populated"):
+                add()
+            assert not kernel.planned_failures
+            assert len(blocks) == 0
+
+
+def test_pages_of_a_file_of_a_caller_are_allocated_by_fallocate(kernel: PopulatingKernel) -> None:
+    """What threads had allocated before a failure would stay in the file, which is not the block's to punch."""
+    fd = os.memfd_create("caller's", os.MFD_CLOEXEC)
+    with pyvfio.RamBlockList(kernel=kernel) as blocks:
+        memory = pyvfio.File(fd, grow=True)
+        block = blocks.add("ring", used_length=SLICE, max_length=2 * SLICE, memory=memory, prealloc=2)
+        block.resize(2 * SLICE)
+        assert [name for name in made_of(kernel) if name != "madvise"] == ["fallocate", "mprotect"] * 2
+        assert resident(block.vaddr, 2 * SLICE) == 2 * SLICE
+    os.close(fd)
+
+
+def test_one_thread_allocates_the_pages_of_a_memfd_by_fallocate(kernel: PopulatingKernel) -> None:
+    """Extending the file and touching each page takes one thread longer."""
+    with pyvfio.RamBlockList(kernel=kernel) as blocks:
+        blocks.add("ring", used_length=SLICE, max_length=SLICE, memory=pyvfio.Memfd(), prealloc=1)
+        assert made_of(kernel) == ["fallocate", "mprotect", "madvise"]
+
+
+@pytest.mark.parametrize("number", [errno.EFAULT, errno.ENOMEM, errno.EINVAL], ids=errno.errorcode.get)
+def test_pages_of_a_memfd_that_threads_cannot_allocate_are_allocated_by_fallocate(
+    kernel: PopulatingKernel, number: int
+) -> None:
+    """Whatever the reason: missing pages (EFAULT), a kernel that cannot populate. The first slice is given back."""
+    with pyvfio.RamBlockList(kernel=kernel) as blocks:
+        memory = pyvfio.Memfd()
+        block = blocks.add("ring", used_length=MIB, max_length=4 * SLICE, memory=memory, prealloc=2)
+        kernel.clear_trace()
+        kernel.fail(call="madvise", errno=number, nth=2)
+        block.resize(3 * SLICE)
+        assert kernel.planned_failures == ()
+        assert [name for name in made_of(kernel) if name != "madvise"] == [
+            *("ftruncate", "mprotect"),
+            "ftruncate",
+            *("fallocate", "mprotect"),
+        ]
+        assert resident(block.vaddr, 3 * SLICE) == 3 * SLICE
+        block._check()
+
+
+def test_what_fallocate_says_of_missing_pages_is_the_error(kernel: PopulatingKernel) -> None:
+    """A fault says nothing of the reason. The block is as before."""
+    with pyvfio.RamBlockList(kernel=kernel) as blocks:
+        memory = pyvfio.Memfd()
+        block = blocks.add("ring", used_length=MIB, max_length=4 * SLICE, memory=memory, prealloc=2)
+        kernel.fail(call="madvise", errno=errno.EFAULT, nth=1)
+        kernel.fail(call="fallocate", errno=errno.ENOSPC, nth=1)
+        with pytest.raises(pyvfio.IoctlError) as caught:
+            block.resize(3 * SLICE)
+        assert (caught.value.errno, caught.value.request) == (errno.ENOSPC, "fallocate")
+        assert block.used_length == MIB
+        assert resident(block.vaddr, 4 * SLICE) == MIB
+        assert block.file is not None
+        assert os.fstat(block.file.fd).st_size == MIB
+        block._check()
+
+
+def test_memory_that_threads_could_not_allocate_nor_give_back_is_allocated_by_fallocate(
+    kernel: PopulatingKernel,
+) -> None:
+    """What was not given back counts as old contents, and is cleared after fallocate: a clear of no page is SIGBUS."""
+    with pyvfio.RamBlockList(kernel=kernel) as blocks:
+        memory = pyvfio.Memfd()
+        block = blocks.add("ring", used_length=MIB, max_length=4 * SLICE, memory=memory, prealloc=2)
+        kernel.fail(call="madvise", errno=errno.EFAULT, nth=1)
+        kernel.fail(call="mmap", errno=errno.ENOMEM, nth=1)
+        block.resize(3 * SLICE)
+        assert kernel.planned_failures == ()
+        with block.view() as view:
+            assert not any(view[::PAGE_SIZE])
+        block._check()
+
+
+@pytest.mark.parametrize("operation", ["add", "grow"])
+def test_a_callback_that_ends_an_allocation_by_threads_leaves_nothing(kernel: PopulatingKernel, operation: str) -> None:
+    """After the first slice."""
+    ending = operation == "add"
+
+    def tell(_progress: Progress) -> None:
+        if ending:
+            raise Interrupt
+
+    memory = pyvfio.Memfd()
+    with pyvfio.RamBlockList(kernel=kernel) as blocks:
+        add = partial(blocks.add, "ring", max_length=4 * SLICE, memory=memory, prealloc=2, progress=tell)
+        if operation == "add":
+            with pytest.raises(Interrupt):
+                add(used_length=3 * SLICE)
+            assert len(blocks) == 0
+            return
+        block = add(used_length=MIB)
+        ending = True
+        with pytest.raises(Interrupt):
+            block.resize(3 * SLICE)
+        assert block.used_length == MIB
+        assert resident(block.vaddr, 4 * SLICE) == MIB
+        block._check()
+        ending = False
+        block.resize(3 * SLICE)
+
+
+def test_pages_that_a_shrink_has_left_are_zeros_again_when_threads_allocate(kernel: PopulatingKernel) -> None:
+    """The file cannot be truncated, so what is behind the block holds old contents."""
+    with pyvfio.RamBlockList(kernel=kernel) as blocks:
+        memory = pyvfio.Memfd()
+        block = blocks.add("ring", used_length=2 * SLICE, max_length=4 * SLICE, memory=memory, prealloc=2)
+        with block.view() as view:
+            view[SLICE : SLICE + 4] = b"left"
+        kernel.fail(call="ftruncate", errno=errno.EPERM, nth=1)
+        with pytest.warns(pyvfio.MemoryNotReturnedWarning):
+            block.resize(MIB)
+        assert kernel.planned_failures == ()
+        kernel.clear_trace()
+        block.resize(4 * SLICE)
+        assert "fallocate" in made_of(kernel)  # clearing memory without pages would be SIGBUS where memory is short
+        with block.view() as view:
+            assert bytes(view[SLICE : SLICE + 4]) == bytes(4)
+        block._check()
+
+
 def test_a_kernel_that_cannot_populate_has_each_page_touched(kernel: PopulatingKernel) -> None:
     """And what is in a page stays."""
     with pyvfio.RamBlockList(kernel=kernel) as blocks:
