@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants import addresses, blocks, fake, fake_iommufd, guarding, library, listeners, windows
+from tests.mutants import addresses, blocks, fake, fake_iommufd, guarding, library, listeners, windows, witnesses
+from tests.mutants.__main__ import FAKES, LIBRARY, run
 from tests.mutants.mutant import ROOT, Mutant, Suite
 
 OPERATIONS = (
@@ -25,20 +26,7 @@ def dump(source: str) -> str:
 
 @pytest.mark.parametrize(
     ("suite", "mutant"),
-    [
-        (suite, mutant)
-        for suite in (
-            fake.SUITE,
-            fake_iommufd.SUITE,
-            library.SUITE,
-            listeners.SUITE,
-            guarding.SUITE,
-            addresses.SUITE,
-            windows.SUITE,
-            blocks.SUITE,
-        )
-        for mutant in suite.mutants
-    ],
+    [(suite, mutant) for suite in (*FAKES, *LIBRARY) for mutant in suite.mutants],
     ids=lambda given: given.what[:60] if isinstance(given, Mutant) else "",
 )
 def test_each_mutant_changes_one_place_and_is_still_python(suite: Suite, mutant: Mutant) -> None:
@@ -98,3 +86,38 @@ def test_a_list_that_is_out_of_date_says_so(text: str, tmp_path: Path) -> None:
     (tmp_path / "module.py").write_text(text)
     with pytest.raises(ValueError, match="out of date"):
         Mutant("a", "a", "b").apply(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------ known witnesses
+
+UNITS = "tests/unit/test_units.py"
+NOTICED = f"{UNITS}::test_other_numbers_are_no_powers_of_two[0]"
+NAMED = {
+    Mutant("is_power_of_two", "number > 0", "number >= 0"): NOTICED,
+    Mutant("is_power_of_two", "number > 0 and ", ""): f"{UNITS}::test_units_are_powers_of_1024",  # passes
+    Mutant("is_power_of_two", "number > 0", "True"): f"{UNITS}::test_that_is_gone",
+}
+
+
+def test_witnesses_are_read_as_they_were_written(tmp_path: Path) -> None:
+    """Sorted; what is no name of a test is left out, as are lines that are wrong. Without the file there are none."""
+    file = tmp_path / "witnesses.txt"
+    assert witnesses.read(file) == {}
+    witnesses.write({"b": "t.py::b[1 2]", "a": "t.py::a", "c": "not over in 3 seconds"}, file)
+    assert file.read_text() == "a\tt.py::a\nb\tt.py::b[1 2]\n"
+    file.write_text(file.read_text() + "no tab\n")
+    assert witnesses.read(file) == {"a": "t.py::a", "b": "t.py::b[1 2]"}
+
+
+def test_a_known_witness_decides_only_where_it_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Otherwise all tests of the mutant run, after it."""
+    file = tmp_path / "witnesses.txt"
+    witnesses.write({mutant.what: test for mutant, test in NAMED.items()}, file)
+    suite = Suite(Path("pyvfio"), tuple(NAMED), lambda _mutant: [[UNITS, "-k", "powers_of_two"]])
+    assert run(suite, suite.mutants, jobs=1, file=file) == dict.fromkeys(NAMED, NOTICED)
+    assert capsys.readouterr().out.count("caught") == len(NAMED)
+
+
+def test_the_file_names_tests_of_listed_mutants() -> None:
+    """A mutant that was renamed or removed leaves no line."""
+    assert set(witnesses.read()) <= {mutant.what for suite in (*FAKES, *LIBRARY) for mutant in suite.mutants}
