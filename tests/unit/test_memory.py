@@ -36,6 +36,8 @@ from pyvfio.memory import (
     apply_settings,
     describe,
 )
+from pyvfio.memory.maps import areas as maps_areas
+from pyvfio.memory.maps import areas_by_text
 from pyvfio.testing import FakeKernel
 from pyvfio.units import MIB, PAGE_SIZE, TIB, U64_MAX, Vaddr, align_up
 from tests.unit.processes import areas, in_child, limit_memory, maps
@@ -871,6 +873,25 @@ def test_a_description_counts_the_bytes_that_are_missing() -> None:
     assert describe(vaddr, 3 * PAGE_SIZE).endswith(f"; {PAGE_SIZE:#x} bytes of the range are not mapped at all")
     linux.munmap(vaddr, PAGE_SIZE)
     linux.munmap(vaddr + 2 * PAGE_SIZE, PAGE_SIZE)
+
+
+def test_the_kernel_answers_as_the_text_of_its_file_reads(tmp_path: Path) -> None:
+    """Of each kind of mapping: from its middle, to the middle of the next, and where nothing is mapped."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(PAGE_SIZE))
+    memory = reserve(active=MIB)
+    linux = LinuxKernel()
+    with path.open("rb") as file, path.open("r+b") as writable:
+        kinds = ((file, 1, mmap.MAP_SHARED), (file, 5, mmap.MAP_PRIVATE), (writable, 3, mmap.MAP_SHARED))
+        places = [linux.mmap(0, PAGE_SIZE, rights, flags, fd=each.fileno()) for each, rights, flags in kinds]
+    ranges: list[tuple[int, int]] = [(place, PAGE_SIZE) for place in places]
+    ranges += [(memory.vaddr + PAGE_SIZE, 2 * MIB), (memory.vaddr + MIB, PAGE_SIZE), (0, PAGE_SIZE), (1 << 63, MIB)]
+    for vaddr, size in ranges:
+        assert maps_areas(vaddr, size) == areas_by_text(vaddr, size)
+    assert [rights for place in places for *_, rights in maps_areas(place, PAGE_SIZE)] == ["r--s", "r-xp", "rw-s"]
+    for place in places:
+        linux.munmap(place, PAGE_SIZE)
+    memory.release()
 
 
 def test_a_file_with_a_strange_name_does_not_confuse_the_map(tmp_path: Path) -> None:

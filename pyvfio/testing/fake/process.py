@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn, Protocol
 
 from pyvfio.kernel import WritableBuffer
+from pyvfio.memory.maps import Area, query
 from pyvfio.units import PAGE_SIZE, U64_MAX, align_down, align_up
 
 _MADV_POPULATE_READ = 22
@@ -28,10 +29,7 @@ _SCAN = struct.Struct("=12Q")  # struct pm_scan_arg
 _REGIONS = 64
 _Regions = ctypes.c_uint64 * (3 * _REGIONS)
 _IS_ZERO_PAGE = 1 << 5  # PAGE_IS_PFNZERO
-_PROCMAP_QUERY = 0xC068_6611  # linux/fs.h, since 6.11
-_QUERY = struct.Struct("=9Q4I2Q")  # struct procmap_query
-_SHARED_WRITABLE_FILE = 0x02 | 0x08 | 0x10 | 0x20  # VMA_WRITABLE, _SHARED, COVERING_OR_NEXT_VMA, FILE_BACKED_VMA
-_ANY_QUERY = _QUERY.pack(_QUERY.size, _SHARED_WRITABLE_FILE, *[0] * 13)
+_SHARED_WRITABLE, _FILE_BACKED = 0x02 | 0x08, 0x20  # PROCMAP_QUERY_*
 _UNTRACKED = frozenset(("tmpfs", "ramfs", "hugetlbfs", "devtmpfs", "proc", "sysfs"))  # vma_needs_dirty_tracking
 _PRESENT, _OF_FILE, _EXCLUSIVE = 1 << 63, 1 << 61, 1 << 56  # Documentation/admin-guide/mm/pagemap.rst
 
@@ -305,25 +303,20 @@ class FileAreas:
         Such a mapping is shared and writable, and the file system must see writes. None: there is no such mapping
         (memory files do not count), or the running kernel does not have PROCMAP_QUERY.
         """
-        at = vaddr
-        while at < vaddr + size and (found := self._next(at)) is not None:
-            start, end, device = found
-            if start >= vaddr + size:
-                break
-            if _file_systems().get(device, "tmpfs") not in _UNTRACKED:
-                return max(start, vaddr)
-            at = end
+        at, end = vaddr, vaddr + size
+        wanted = 0  # mostly one mapping has the whole range; with flags the kernel walks over all others of the process
+        while at < end and (found := self._next(at, wanted)) is not None and found.start < end:
+            shared = found.flags & _SHARED_WRITABLE == _SHARED_WRITABLE
+            if shared and _file_systems().get(found.device, "tmpfs") not in _UNTRACKED:
+                return max(found.start, vaddr)
+            at, wanted = found.end, _SHARED_WRITABLE | _FILE_BACKED
         return None
 
-    def _next(self, vaddr: int) -> tuple[int, int, tuple[int, int]] | None:
-        argument = bytearray(_ANY_QUERY)
-        struct.pack_into("=Q", argument, 16, vaddr)
+    def _next(self, vaddr: int, flags: int) -> Area | None:
         try:
-            fcntl.ioctl(-1 if self._fd is None else self._fd, _PROCMAP_QUERY, argument)
-        except (OSError, ValueError):  # no such mapping, or a kernel before 6.11
+            return query(-1 if self._fd is None else self._fd, vaddr, flags)
+        except (OSError, ValueError):  # a kernel before 6.11, or the file is closed
             return None
-        answer = _QUERY.unpack(argument)
-        return answer[3], answer[4], (answer[9], answer[10])
 
 
 class Argument(Protocol):
