@@ -161,8 +161,8 @@ def _available(kernel: Kernel, bdf: str) -> tuple[str, str]:
     if found.iommu_group is not None:
         nodes.append(pci.group_node(found.iommu_group, kernel=kernel))
     missing = [str(node) for node in nodes if not node.exists()]
-    cdev = cdev_node(bdf, kernel=kernel)
-    if not missing or cdev is None or not cdev.exists() or not iommufd_node(kernel).exists():
+    cdev = cdev_node(bdf, kernel=kernel) if missing else None
+    if cdev is None or not cdev.exists() or not iommufd_node(kernel).exists():
         return "type1", "the kernel has type1, which is the first choice"
     return "iommufd", f"type1 cannot be used without {' and '.join(missing)}"
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyvfio.errors import DeviceNotFoundError, VfioError, descriptor_hint
+from pyvfio.guard import uninterrupted
 from pyvfio.kernel import Kernel, LinuxKernel
 
 _logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ _BRIDGE_CLASSES = frozenset({0x0604, 0x0607, 0x0609})
 NO_SYSFS = "No kernel writes this text: check the mount at this path with findmnt"
 """The hint of errors about texts that sysfs cannot have."""
 
+_AT_ONCE = 4096  # bytes of one read: an attribute of sysfs has no more
 _SHOWN = 40  # characters of a wrong text that an error quotes
 
 
@@ -107,13 +109,14 @@ def read_device(bdf: str, *, kernel: Kernel | None = None) -> PciDevice:
     kernel = kernel or LinuxKernel()
     bdf = parse_bdf(bdf)
     path = device_path(kernel, bdf)
-    vendor, device, class_code = (read_number(path / name, 16) for name in ("vendor", "device", "class"))
+    home = f"{path}/"  # each `path / name` takes as long as the read of a file
+    vendor, device, class_code = (read_number(home + name, 16) for name in ("vendor", "device", "class"))
     if vendor is None or device is None or class_code is None:
         raise _not_found(kernel, bdf)
-    driver = link_name(path / "driver")
-    override = read_text(path / "driver_override")
-    group = link_name(path / "iommu_group")
-    node = read_number(path / "numa_node", 10)
+    driver = link_name(home + "driver")
+    override = read_text(home + "driver_override")
+    group = link_name(home + "iommu_group")
+    node = read_number(home + "numa_node", 10)
     return PciDevice(
         bdf=bdf,
         vendor=vendor,
@@ -121,7 +124,7 @@ def read_device(bdf: str, *, kernel: Kernel | None = None) -> PciDevice:
         class_code=class_code,
         driver=driver,
         driver_override=None if override in {None, "", "(null)"} else override,
-        iommu_group=None if group is None else parse_number(path / "iommu_group", group, 10),
+        iommu_group=None if group is None else parse_number(home + "iommu_group", group, 10),
         numa_node=None if node is None or node < 0 else node,
         is_bridge=class_code >> 8 in _BRIDGE_CLASSES,
         is_vfio=is_vfio_driver(path, driver),
@@ -226,17 +229,30 @@ def _check_descriptors(error: OSError) -> None:
         raise VfioError(f"sysfs cannot be read: {error.strerror}", hint=descriptor_hint(error.errno)) from error
 
 
-def read_text(path: Path) -> str | None:
+def read_text(path: Path | str) -> str | None:
     """Return the text of a small file without the final newline; None if the file cannot be read."""
     try:
-        # Not read_text(), which turns a carriage return in a name into a newline.
-        return path.read_bytes().decode("utf-8", errors="replace").rstrip("\n")
+        # Not Path.read_text(), which turns a carriage return in a name into a newline.
+        return _read(path).decode("utf-8", errors="replace").rstrip("\n")
     except OSError as error:
         _check_descriptors(error)
         return None
 
 
-def parse_number(path: Path, text: str, base: int) -> int:
+@uninterrupted()
+def _read(path: Path | str) -> bytes:
+    """Read a file as `Path.read_bytes`, which makes nine system calls in place of four."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = os.read(file, _AT_ONCE)
+        while more := os.read(file, _AT_ONCE):
+            data += more
+        return data
+    finally:
+        os.close(file)
+
+
+def parse_number(path: Path | str, text: str, base: int) -> int:
     """Return `text`, read from `path`, as a number. Raises VfioError with the name of the file."""
     try:
         return int(text, base)
@@ -244,7 +260,7 @@ def parse_number(path: Path, text: str, base: int) -> int:
         raise VfioError(f"{path} contains {text[:_SHOWN]!r}, which is not a number", hint=NO_SYSFS) from error
 
 
-def read_number(path: Path, base: int) -> int | None:
+def read_number(path: Path | str, base: int) -> int | None:
     """Return the number in a small file; None if the file cannot be read. Raises VfioError for any other text."""
     text = read_text(path)
     return None if text is None else parse_number(path, text, base)
@@ -270,7 +286,7 @@ def list_names(path: Path) -> set[str]:
         return set()
 
 
-def link_name(path: Path) -> str | None:
+def link_name(path: Path | str) -> str | None:
     """Return the last part of the target of a symbolic link; None if `path` is not a link."""
     try:
         return os.path.basename(os.readlink(path))

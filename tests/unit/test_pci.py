@@ -28,6 +28,7 @@ from pyvfio.errors import (
     VfioError,
 )
 from pyvfio.kernel import LinuxKernel
+from pyvfio.pci.sysfs import read_text
 from pyvfio.pci.usage import hidden_interfaces
 from tests.interruptions.points import Walk
 from tests.unit.processes import open_fds
@@ -108,6 +109,16 @@ def test_a_device_without_driver_override_and_node_has_none_of_them(tree: SysfsT
     tree.add_device("0000:01:00.0")
     device = pci.read_device("0000:01:00.0", kernel=tree.kernel)
     assert (device.driver, device.driver_override, device.numa_node, device.iommu_group) == (None, None, None, None)
+
+
+def test_a_file_is_read_to_its_end(tmp_path: Path) -> None:
+    """However many reads that takes; a carriage return stays, and a directory has no text."""
+    text = "a\rb\x85\u1234" * 5000
+    (tmp_path / "file").write_text(text + "\n", encoding="utf-8", newline="")
+    assert read_text(tmp_path / "file") == text
+    assert read_text(str(tmp_path / "file")) == text
+    assert read_text(tmp_path) is None
+    assert read_text(tmp_path / "missing") is None
 
 
 def test_a_missing_device_is_an_error_that_names_those_on_its_bus(tree: SysfsTree) -> None:
