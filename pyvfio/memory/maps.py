@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import itertools
 import os
 import struct
 from bisect import bisect_right
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,15 +18,19 @@ _QUERY = struct.Struct("=9Q4I2Q")  # struct procmap_query
 _COVERING_OR_NEXT = 0x10  # PROCMAP_QUERY_COVERING_OR_NEXT_VMA
 _RIGHTS = ((1, "r"), (2, "w"), (4, "x"))  # PROCMAP_QUERY_VMA_READABLE, _WRITABLE, _EXECUTABLE
 _SHARED = 8  # PROCMAP_QUERY_VMA_SHARED
+_PATH_MAX = 4096
 
 
 class Area(NamedTuple):
-    """An answer of PROCMAP_QUERY. `flags`: PROCMAP_QUERY_VMA_*. `device`: major and minor number of the file."""
+    """An answer of PROCMAP_QUERY. `flags`: PROCMAP_QUERY_VMA_*. `offset`, `device`, `inode` are of a file, or 0."""
 
     start: int
     end: int
     flags: int
+    offset: int
     device: tuple[int, int]
+    inode: int
+    name: str = ""
 
     @property
     def permissions(self) -> str:
@@ -33,43 +39,56 @@ class Area(NamedTuple):
         return rights + ("s" if self.flags & _SHARED else "p")
 
 
-def query(maps: int, vaddr: int, flags: int = 0) -> Area | None:
+def query(maps: int, vaddr: int, flags: int = 0, *, named: bool = False) -> Area | None:
     """Return the first mapping that ends behind `vaddr` and has all PROCMAP_QUERY_* `flags`; None without one.
 
     `maps` is a descriptor of /proc/self/maps. Raises OSError on kernels before 6.11. Cost: 1 µs; with `flags`, the
     kernel walks over the mappings without these flags.
     """
-    argument = bytearray(_QUERY.pack(_QUERY.size, _COVERING_OR_NEXT | flags, vaddr, *[0] * 12))
+    name = ctypes.create_string_buffer(_PATH_MAX if named else 1)
+    place = (_PATH_MAX, 0, ctypes.addressof(name), 0) if named else (0, 0, 0, 0)
+    argument = bytearray(_QUERY.pack(_QUERY.size, _COVERING_OR_NEXT | flags, vaddr, *[0] * 8, *place))
     try:
         fcntl.ioctl(maps, _PROCMAP_QUERY, argument)
     except OSError as error:
         if error.errno == errno.ENOENT:
             return None
         raise
-    answer = _QUERY.unpack(argument)
-    return Area(answer[3], answer[4], answer[5], (answer[9], answer[10]))
+    _size, _flags, _vaddr, start, end, found, _page_size, offset, inode, major, minor, *_ = _QUERY.unpack(argument)
+    return Area(start, end, found, offset, (major, minor), inode, name.value.decode("utf-8", "replace"))
+
+
+def query_ranges(ranges: Iterable[tuple[int, int]], *, named: bool = False) -> list[Area] | None:
+    """Return the mappings that overlap the ranges, start to end, each once; None on kernels before 6.11.
+
+    `named`: shared mappings of files with the name of the file. Cost: 5 µs, and 2 µs for each mapping.
+    """
+    found = {}
+    maps = os.open("/proc/self/maps", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for start, end in ranges:
+            at = start
+            while at < end and (area := query(maps, at)) is not None and area.start < end:
+                at = area.end
+                if named and area.inode and area.flags & _SHARED:
+                    area = query(maps, area.start, named=True) or area
+                found[area.start] = area
+    except OSError:
+        return None
+    finally:
+        os.close(maps)
+    return [area for _start, area in sorted(found.items())]
 
 
 def areas(vaddr: int, size: int) -> list[tuple[int, int, str]]:
     """Return the lines of /proc/self/maps that overlap `[vaddr, vaddr + size)`: start, end, permissions.
 
-    Cost: 10 µs, or those of `areas_by_text` on kernels before 6.11.
+    Cost: as `query_ranges`, or as `areas_by_text` on kernels before 6.11.
     """
-    maps = os.open("/proc/self/maps", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return _areas_by_query(maps, vaddr, vaddr + size)
-    except OSError:
+    found = query_ranges([(vaddr, vaddr + size)])
+    if found is None:
         return areas_by_text(vaddr, size)
-    finally:
-        os.close(maps)
-
-
-def _areas_by_query(maps: int, vaddr: int, end: int) -> list[tuple[int, int, str]]:
-    found = []
-    while vaddr < end and (area := query(maps, vaddr)) is not None and area.start < end:
-        found.append((area.start, area.end, area.permissions))
-        vaddr = area.end
-    return found
+    return [(area.start, area.end, area.permissions) for area in found]
 
 
 def areas_by_text(vaddr: int, size: int) -> list[tuple[int, int, str]]:

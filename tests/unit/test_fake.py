@@ -32,6 +32,9 @@ from pyvfio.testing.fake.pins import ByIova, Mapped, VaddrIndex, Violation
 from pyvfio.testing.fake.process import (
     Pagemap,
     can_be_pinned,
+    device_areas,
+    device_areas_by_text,
+    file_areas,
     maps_allow,
     read_memory,
     write_memory,
@@ -703,6 +706,31 @@ def test_kernels_before_5_14_would_be_asked_in_a_way_that_agrees(
         kernel.munmap(vaddr + 2 * PAGE, PAGE)
     assert maps_allow(vaddr, 3 * PAGE, write=write) == can_be_pinned(vaddr, 3 * PAGE, write=write)
     assert maps_allow(vaddr, PAGE, write=write)
+
+
+def test_kernels_before_6_11_would_be_asked_for_mapped_bars_in_a_way_that_agrees() -> None:
+    with FakeKernel(groups=[(2, [FakeDevice(BDF, bars={0: Bar(4 * PAGE)})])]) as kernel:
+        device = open_device(kernel, attach(kernel)[1])
+        bar = kernel.mmap(0, 3 * PAGE, BOTH, 1, fd=device, offset=PAGE)
+        kernel.munmap(bar + PAGE, PAGE)
+        for vaddr, size in ((bar, PAGE), (bar - PAGE, 5 * PAGE), (bar + PAGE, PAGE), (bar + 2 * PAGE, 8 * PAGE)):
+            assert list(device_areas(vaddr, size)) == list(device_areas_by_text(vaddr, size))
+        assert list(device_areas(bar, 3 * PAGE)) == [(0, PAGE, BDF, PAGE), (2 * PAGE, PAGE, BDF, 3 * PAGE)]
+
+
+@pytest.mark.parametrize("ranges", [1, 100])
+def test_mappings_of_a_file_are_found_however_many_ranges_devices_reach(ranges: int) -> None:
+    linux = LinuxKernel()
+    fd = linux.memfd_create("", 0)
+    linux.ftruncate(fd, 8 * PAGE)
+    shared = linux.mmap(0, 4 * PAGE, BOTH, 1, fd=fd, offset=2 * PAGE)
+    private = linux.mmap(0, 4 * PAGE, BOTH, 2, fd=fd, offset=0)
+    both = [(shared, shared + PAGE), (private + PAGE, private + 2 * PAGE)] * ranges
+    found = [(shared + PAGE, 2 * PAGE), (private + 3 * PAGE, PAGE)]
+    assert sorted(file_areas(fd, 3 * PAGE, 5 * PAGE, both)) == sorted(found)
+    for vaddr in (shared, private):
+        linux.munmap(vaddr, 4 * PAGE)
+    linux.close(fd)
 
 
 # ------------------------------------------------------------------------------------------------- processes, threads

@@ -188,7 +188,8 @@ class MemoryCalls:
             return
         with self._lock:
             # Looked up before the call: afterwards, pages behind the new end of the file cannot be found.
-            areas = list(file_areas(fd, start, end)) if start < end and (self._pins.used or self._pins.pinned) else []
+            reached = ((each.vaddr, each.vaddr + each.size) for each in self._pins.index)
+            areas = list(file_areas(fd, start, end, reached)) if start < end else []
             made = False
 
             def act() -> None:

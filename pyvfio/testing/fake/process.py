@@ -7,22 +7,25 @@ import ctypes
 import errno
 import fcntl
 import functools
+import itertools
 import mmap
 import os
 import struct
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn, Protocol
 
 from pyvfio.kernel import WritableBuffer
-from pyvfio.memory.maps import Area, query
+from pyvfio.memory.maps import Area, query, query_ranges
 from pyvfio.units import PAGE_SIZE, U64_MAX, align_down, align_up
 
 _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
 DEVICE_MEMORY = "vfio-device"
 """The name of the memory files of fake devices, by which mappings of BARs are found."""
+_DEVICE_MARK = f"/memfd:{DEVICE_MEMORY} "
+_FEW = 64  # ranges: with more, the text of /proc/self/maps is as fast
 
 _PAGEMAP_SCAN = 0xC060_6610  # linux/fs.h, since 6.7
 _SCAN = struct.Struct("=12Q")  # struct pm_scan_arg
@@ -127,19 +130,32 @@ class DeviceArea(NamedTuple):
 
 
 def device_areas(vaddr: int, size: int) -> Iterator[DeviceArea]:
-    """Yield the parts of a range that are mappings of BARs of fake devices, ascending. Source: /proc/self/maps."""
-    mark = f"/memfd:{DEVICE_MEMORY} "
+    """Yield the parts of a range that are mappings of BARs of fake devices, ascending."""
+    areas = query_ranges([(vaddr, vaddr + size)], named=True)
+    if areas is None:
+        yield from device_areas_by_text(vaddr, size)
+    for area in areas or ():
+        if area.name.startswith(_DEVICE_MARK):
+            yield _device_area(vaddr, size, area.start, area.end, area.offset, area.name)
+
+
+def _device_area(vaddr: int, size: int, first: int, last: int, offset: int, name: str) -> DeviceArea:  # noqa: PLR0917
+    start, end = max(first, vaddr), min(last, vaddr + size)
+    return DeviceArea(start - vaddr, end - start, name.removeprefix(_DEVICE_MARK).split()[0], offset + start - first)
+
+
+def device_areas_by_text(vaddr: int, size: int) -> Iterator[DeviceArea]:
+    """Yield the parts as `device_areas`, from the text of /proc/self/maps, on kernels before 6.11."""
     data = Path("/proc/self/maps").read_bytes()  # read for each mapping, so that only the lines of BARs are parsed
-    at = data.find(mark.encode())
+    at = data.find(_DEVICE_MARK.encode())
     while at >= 0:
         end_of_line = data.find(b"\n", at)
         line = data[data.rfind(b"\n", 0, at) + 1 : end_of_line].decode("ascii", "replace")
-        at = data.find(mark.encode(), end_of_line)
+        at = data.find(_DEVICE_MARK.encode(), end_of_line)
         first, last = (int(part, 16) for part in line.split(" ", 1)[0].split("-"))
-        start, end = max(first, vaddr), min(last, vaddr + size)
-        if start < end:
-            offset = int(line.split(maxsplit=3)[2], 16) + start - first
-            yield DeviceArea(start - vaddr, end - start, line.partition(mark)[2].split()[0], offset)
+        if first < vaddr + size and vaddr < last:
+            *_, offset, _device, _inode, name = line.split(maxsplit=5)
+            yield _device_area(vaddr, size, first, last, int(offset, 16), name)
 
 
 def maps_allow(vaddr: int, size: int, *, write: bool) -> bool:
@@ -265,21 +281,35 @@ def _file_systems() -> dict[tuple[int, int], str]:
     return found
 
 
-def file_areas(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield where this process has bytes `start` to `end` of a file mapped: vaddr, size. Source: /proc/self/maps."""
+def file_areas(fd: int, start: int, end: int, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield where this process has bytes `start` to `end` of a file mapped, ascending: vaddr, size.
+
+    A mapping that overlaps none of the `ranges`, given as start and end, may be left out.
+    """
     status = os.fstat(fd)
-    mark = b" %02x:%02x %d " % (os.major(status.st_dev), os.minor(status.st_dev), status.st_ino)
+    file = (os.major(status.st_dev), os.minor(status.st_dev)), status.st_ino
+    few = list(itertools.islice(ranges, _FEW + 1))
+    areas = query_ranges(few) if len(few) <= _FEW else None
+    if areas is None:
+        places = _file_places(*file)
+    else:
+        places = ((area.start, area.end, area.offset) for area in areas if (area.device, area.inode) == file)
+    for first, last, offset in places:
+        low, high = max(start, offset), min(end, offset + last - first)
+        if low < high:
+            yield first + low - offset, high - low
+
+
+def _file_places(device: tuple[int, int], number: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the mappings of a file, from the text of /proc/self/maps: start, end, offset."""
+    mark = b" %02x:%02x %d " % (*device, number)
     for line in Path("/proc/self/maps").read_bytes().split(b"\n"):
         if mark not in line:  # the format of show_vma_header_prefix; a path can contain the mark too
             continue
-        span, _rights, offset, device, inode = line.split(maxsplit=5)[:5]
-        if mark != b" %s %s " % (device, inode):
-            continue
-        first, last = (int(part, 16) for part in span.split(b"-"))
-        begin = int(offset, 16)
-        low, high = max(start, begin), min(end, begin + last - first)
-        if low < high:
-            yield first + low - begin, high - low
+        span, _rights, offset, where, inode = line.split(maxsplit=5)[:5]
+        if mark == b" %s %s " % (where, inode):
+            first, last = span.split(b"-")
+            yield int(first, 16), int(last, 16), int(offset, 16)
 
 
 class FileAreas:
