@@ -18,10 +18,18 @@ OPERATIONS = (
 )
 
 
+def dump(definition: str, after: str) -> str:
+    """The definition, at whichever depth it stands, without its layout and comments. Something follows, as in `after`:
+    the last line has to end, and the depth to be the same again."""
+    depth = definition[: len(definition) - len(definition.lstrip(" "))]
+    blank = after[: len(after) - len(after.lstrip("\n"))]
+    return ast.dump(ast.parse(f"{'if True:' if depth else ''}\n{definition}{blank}{depth}pass\n"))
+
+
 @cache
-def dump(source: str) -> str:
-    """The program, without its layout and comments."""
-    return ast.dump(ast.parse(source))
+def lines(path: Path) -> list[str]:
+    """Of a file."""
+    return path.read_text(encoding="utf-8").splitlines(keepends=True)
 
 
 @pytest.mark.parametrize(
@@ -30,9 +38,14 @@ def dump(source: str) -> str:
     ids=lambda given: given.what[:60] if isinstance(given, Mutant) else "",
 )
 def test_each_mutant_changes_one_place_and_is_still_python(suite: Suite, mutant: Mutant) -> None:
-    """And is another program than the one it was made of."""
+    """And is another program than the one it was made of; what stands outside of the definition is as it was."""
     path, mutated = mutant.apply(ROOT / suite.folder)
-    assert dump(mutated) != dump(path.read_text(encoding="utf-8"))
+    _path, first, end = mutant.find(ROOT / suite.folder)
+    before, after = "".join(lines(path)[:first]), "".join(lines(path)[end:])
+    assert mutated.startswith(before)
+    assert mutated.endswith(after)
+    definition = mutated[len(before) : len(mutated) - len(after)]
+    assert dump(definition, after) != dump("".join(lines(path)[first:end]), after)
 
 
 def test_there_are_enough_of_them() -> None:
