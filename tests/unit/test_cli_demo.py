@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pyvfio import ioctls
-from pyvfio.cli.common import Json
+from pyvfio.cli.common import Json, run
+from pyvfio.cli.demo import NAME, main
 from pyvfio.cli.main_job import Space
 from pyvfio.cli.side_by_side import LENGTH, STEP, Figures, Policy, SideBySide, WatchedContainer
 from pyvfio.device import open_device
@@ -35,6 +39,15 @@ def demo(*arguments: str, path: str = "/usr/bin:/bin") -> subprocess.CompletedPr
     return subprocess.run(command, cwd=ROOT, env={"PATH": path}, capture_output=True, text=True, check=False)
 
 
+def said(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """As `demo`, in this process, for what a process of its own makes no difference to."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        run(partial(main, arguments), name=NAME)
+    assert isinstance(ended.value.code, int)
+    return subprocess.CompletedProcess(arguments, ended.value.code, out.getvalue(), err.getvalue())
+
+
 @pytest.mark.parametrize("kernel", _FAKE_VERSIONS)
 def test_the_demo_holds_on_the_fake(kernel: str) -> None:
     """Every step, those of the DMA engine too; and it says where it was."""
@@ -49,7 +62,7 @@ def test_the_demo_holds_on_the_fake(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", ["6.12", "7.3", "7+iommufd"])
 def test_the_main_job_holds_on_iommufd_and_says_which_space_and_why(kernel: str) -> None:
     """The same steps; a name of a virtual machine's kernel goes for the fake, too."""
-    done = demo("--fake", "--space", "iommufd", "--kernel", kernel)
+    done = said("--fake", "--space", "iommufd", "--kernel", kernel)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "I/O address space 1 of iommufd, no limit of mappings; the program asked for iommufd" in done.stdout
     assert done.stdout.count("ok  ") == 13
@@ -77,7 +90,7 @@ def test_type1_is_the_default_and_an_explicit_choice_is_named() -> None:
 )
 def test_a_space_that_cannot_be_is_wrong_usage(words: list[str], message: str) -> None:
     """With the reason, and without a step."""
-    done = demo("--fake", *words)
+    done = said("--fake", *words)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
 
@@ -85,7 +98,7 @@ def test_a_space_that_cannot_be_is_wrong_usage(words: list[str], message: str) -
 @pytest.mark.parametrize(("iommu", "seen"), [("intel48", "dma_bits=64: DMA at 0xfffffffff000"), ("intel", "")])
 def test_the_demo_lifts_the_limit_of_39_bits_where_the_iommu_has_more(iommu: str, seen: str) -> None:
     """And says so."""
-    done = demo("--fake", "--iommu", iommu)
+    done = said("--fake", "--iommu", iommu)
     assert done.returncode == 0, done.stdout + done.stderr
     assert seen in done.stdout
     assert ("dma_bits" in done.stdout) == bool(seen)
@@ -119,7 +132,7 @@ def test_a_demo_without_qemu_prints_nothing_but_its_document_where_stderr_is_clo
 @pytest.mark.parametrize("words", [("--fake", "--kernel", "7"), ("--fake", "7"), ("--fake=7.3",)])
 def test_the_fake_goes_by_the_names_that_the_virtual_machine_has_for_kernels(words: tuple[str, ...]) -> None:
     """The same `--kernel 7` with QEMU and without, or as `pyvfio plan` has it."""
-    done = demo(*words, "--iommu", "amd")
+    done = said(*words, "--iommu", "amd")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("world    the fake kernel, as Linux 7.3, amd IOMMU\n")
 
@@ -127,10 +140,10 @@ def test_the_fake_goes_by_the_names_that_the_virtual_machine_has_for_kernels(wor
 def test_a_version_that_the_fake_cannot_be_is_wrong_usage() -> None:
     """With those that it can be. Two names are one too many."""
     for words in (("--kernel", "5.10"), ("5.10",)):
-        done = demo("--fake", *words)
+        done = said("--fake", *words)
         assert done.returncode == 2
         assert "6.1, 6.12, 7.3" in done.stderr
-    done = demo("--fake", "7", "--kernel", "6.1")
+    done = said("--fake", "7", "--kernel", "6.1")
     assert (done.returncode, done.stdout) == (2, "")
     assert "--fake and --kernel name a kernel each" in done.stderr
 
@@ -140,7 +153,7 @@ def test_a_version_that_the_fake_cannot_be_is_wrong_usage() -> None:
 
 def report(*arguments: str) -> dict[str, Json]:
     """What it tells programs."""
-    done = demo("--fake", "--json", *arguments)
+    done = said("--fake", "--json", *arguments)
     assert (done.returncode, done.stderr) == (0, "")
     answer: dict[str, Json] = json.loads(done.stdout)
     return answer
@@ -148,7 +161,7 @@ def report(*arguments: str) -> dict[str, Json]:
 
 def test_extend_is_shown_beside_remap_in_pairs_of_steps() -> None:
     """And as a table at the end; with what a fake says nothing of left out, and said to be."""
-    done = demo("--fake", "--resize", "extend")
+    done = said("--fake", "--resize", "extend")
     assert done.returncode == 0, done.stdout + done.stderr
     steps = [line[22:] for line in done.stdout.splitlines() if line.startswith("ok  ")]
     assert steps[3:7] == [
@@ -187,7 +200,7 @@ def test_remap_can_be_shown_alone_and_without_the_option_there_is_nothing_of_it(
     assert isinstance(policies, list)
     assert [one["policy"] for one in policies] == ["remap"]
     assert "policies" not in report()
-    assert demo("--fake", "--resize", "shrink").returncode == 2
+    assert said("--fake", "--resize", "shrink").returncode == 2
 
 
 class LateEdu(FakeEdu):
