@@ -39,6 +39,21 @@ def run_pytest(directory: Path, *arguments: str) -> subprocess.CompletedProcess[
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
 
 
+RUNS = """
+import sys, pytest
+for options in sys.argv[1:]:
+    print("ended with", int(pytest.main(options.split())), options, flush=True)
+"""
+
+
+def run_pytest_with_each(directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """As `run_pytest`, with the arguments of one run after another: the process starts once."""
+    common = "-p pyvfio.testing.plugin -p no:cacheprovider -p no:hypothesispytest"
+    command = [sys.executable, "-c", RUNS, *(f"{common} {each}" for each in options)]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
+
+
 @contextmanager
 def started_pytest(directory: Path, *arguments: str, locks: Path) -> Iterator[subprocess.Popen[str]]:
     """As `run_pytest`, of a test that goes on meanwhile; its locks are in a directory of the test's."""
@@ -64,13 +79,14 @@ def test_the_examples_of_the_page_pass_in_an_empty_directory(tmp_path: Path, exa
     """On each version of the fake, and warnings are errors."""
     (tmp_path / "test_it.py").write_text(example, encoding="utf-8")
     (tmp_path / "adder.py").write_text(ADDER, encoding="utf-8")
+    runs = []
     for version in _FAKE_VERSIONS:
         both = version != "6.1" and "VFIO_IOMMU" not in example  # the call of one space fails there
         for space in ("type1", "iommufd") if both else ("type1",):
-            options = ("--vfio-fake-version", version, "--vfio-space", space)
-            done = run_pytest(tmp_path, "-q", "-W", "error", *options)
-            assert done.returncode == 0, done.stdout + done.stderr
-            assert "1 passed" in done.stdout
+            runs.append(f"-q -W error --vfio-fake-version {version} --vfio-space {space}")
+    done = run_pytest_with_each(tmp_path, *runs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("1 passed") == done.stdout.count("ended with 0") == len(runs), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
