@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,23 @@ from pyvfio.testing.fake import FakeDevice, FakeKernel
 from tests.unit.fakes import BDF, Rig, SpecialKernel
 from tests.unit.machines import MachineTree
 from tests.unit.processes import open_fds
+
+_MEMORY = "/dev/shm"  # noqa: S108 (a new directory is made there)
+_OF_TREES = (
+    *("test_pci", "test_cdevs", "test_doctor"),
+    *("test_cli_admin", "test_cli_bad_input", "test_cli_bind", "test_cli_info", "test_cli_list"),
+)
+"""How the names of modules begin whose tests each make a tree that looks like sysfs."""
+
+
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """As pytest's; in memory for tests of trees: on a disk, the tree can take as long as the test."""
+    if not request.path.name.startswith(_OF_TREES) or not os.access(_MEMORY, os.W_OK):
+        yield request.getfixturevalue("tmp_path")
+        return
+    with tempfile.TemporaryDirectory(prefix="pyvfio-tree-", dir=_MEMORY) as made:
+        yield Path(made)
 
 
 def _maps_open() -> set[int]:

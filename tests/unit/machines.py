@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from pyvfio.findings import Finding
 from pyvfio.kernel import Kernel
 from tests.unit.fakes import PlacedKernel
-from tests.unit.sysfs import BRIDGE, DISK, NETWORK, SysfsTree, link, place_process
+from tests.unit.sysfs import BRIDGE, DISK, NETWORK, SysfsTree, link, make_directory, place_process, write_file
 
 NIC, SOUND, SSD, PORT = "0000:01:00.0", "0000:00:1f.3", "0000:02:00.0", "0000:00:1c.0"
 RELEASE = "6.12.9-amd64"
@@ -89,9 +90,9 @@ class MachineTree(SysfsTree):
 
     def put(self, name: str, text: str) -> None:
         """Write a file below the parent of sys, dev and proc."""
-        path = self.sysfs.parent / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path = f"{self.sysfs.parent}/{name}"
+        make_directory(os.path.dirname(path))
+        write_file(path, text)
 
     def file(self, name: str, text: str) -> None:
         """Write a file of the distribution, named from the root."""
