@@ -15,6 +15,7 @@ from pyvfio import ioctls
 from pyvfio.errors import ClosedError, HandOverError, IoctlError, raise_collected
 from pyvfio.guard import ContextManager, Guard, closing, forget_in_child, run_outside, uninterrupted
 from pyvfio.kernel import IoctlArgument, Kernel, LinuxKernel
+from pyvfio.unique import Unique
 
 _First = TypeVar("_First")
 _Second = TypeVar("_Second")
@@ -39,7 +40,7 @@ class _Usable:
         self.fd = -1
 
 
-class Handle(ContextManager):
+class Handle(ContextManager, Unique):
     """The base of all classes that own a descriptor, such as `Container`, `Group`, `Device` and `Iommufd`.
 
     A handle is a context manager, and `close()` can be called twice. In a forked child `fd` raises ForkedError, and

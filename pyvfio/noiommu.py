@@ -38,6 +38,7 @@ from pyvfio.memory import Memfd
 from pyvfio.pci.nodes import explain_container
 from pyvfio.pci.noiommu import RISK
 from pyvfio.ramblock import RamBlockList
+from pyvfio.unique import Unique
 from pyvfio.units import MIB, PAGE_SIZE, Vaddr, check_whole_number
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class PhysicalMemory:
             )
 
 
-class UnsafeNoIommu(ContextManager, ABC):
+class UnsafeNoIommu(ContextManager, Unique, ABC):
     """No protection: the device reads and writes all memory of the machine, whatever this object says.
 
     `device.unsafe_noiommu` of a device that was opened with `iommu="unsafe-noiommu"`. This is no address space. Nothing

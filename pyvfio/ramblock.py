@@ -50,6 +50,7 @@ from pyvfio.handle import attempt
 from pyvfio.kernel import Kernel, LinuxKernel
 from pyvfio.memory import Anonymous, MemoryKind, MemorySettings
 from pyvfio.memory.prefault import check_threads
+from pyvfio.unique import Unique
 from pyvfio.units import align_up, check_bool
 
 __all__ = ["RamBlock", "RamBlockList", "RamBlockNotifier", "ResizedCallback"]
@@ -126,7 +127,7 @@ class _Change:
         self._blocks.changing = False
 
 
-class RamBlockList(ContextManager):
+class RamBlockList(ContextManager, Unique):
     """The RAM blocks of a program, and the notifiers that follow the blocks.
 
     `kernel` makes the system calls on memory (None: the running kernel). The list is a context manager: the end of the

@@ -17,6 +17,7 @@ from pyvfio.extents import Extent, total
 from pyvfio.guard import Guard, reading
 from pyvfio.kernel import Kernel
 from pyvfio.memory import MemoryKind, MemorySettings
+from pyvfio.unique import Unique
 from pyvfio.units import Vaddr, format_size
 
 
@@ -46,7 +47,7 @@ class FileRange(NamedTuple):
     size: int
 
 
-class RamBlock:
+class RamBlock(Unique):
     """Memory at `vaddr` that can be resized in place up to `max_length`. Made by `RamBlockList.add`.
 
     `used_length` bytes can be read and written, through `view()`, the buffer protocol (from Python 3.12 on) or

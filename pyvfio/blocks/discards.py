@@ -21,6 +21,7 @@ from collections import Counter
 
 from pyvfio.errors import DiscardError
 from pyvfio.guard import ContextManager, Guard, closing, making
+from pyvfio.unique import Unique
 
 _EXCLUDES = {
     "disable": ("require", "require_coordinated"),
@@ -30,7 +31,7 @@ _EXCLUDES = {
 }
 
 
-class DiscardClaim(ContextManager):
+class DiscardClaim(ContextManager, Unique):
     """A claim that holds until `close`. A context manager."""
 
     def __init__(self, claims: DiscardGuard, kind: str) -> None:
@@ -53,7 +54,7 @@ def _close(claim: DiscardClaim) -> None:
     claim.close()
 
 
-class DiscardGuard:
+class DiscardGuard(Unique):
     """The claims on the blocks of a list. Each method raises DiscardError if an existing claim excludes the new claim.
 
     Synchronization: any thread may call any method. Cost: O(1).

@@ -23,6 +23,7 @@ from pyvfio.guard import Guard, guarded
 from pyvfio.handle import attempt, attempt_all
 from pyvfio.info import IrqInfo
 from pyvfio.kernel import IoctlArgument, Kernel
+from pyvfio.unique import Unique
 from pyvfio.units import check_whole_number
 
 _ONE_AT_A_TIME = (ioctls.VFIO_PCI_INTX_IRQ_INDEX, ioctls.VFIO_PCI_MSI_IRQ_INDEX, ioctls.VFIO_PCI_MSIX_IRQ_INDEX)
@@ -63,7 +64,7 @@ class _Owner(Protocol):
     ) -> int: ...
 
 
-class Irq:
+class Irq(Unique):
     """One kind of interrupt of a device: INTx, MSI, MSI-X, error or request. Vectors signal eventfds.
 
     Synchronization: any thread. `wait` and `wait_any` hold no lock, and raise if another thread disables the interrupt

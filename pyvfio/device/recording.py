@@ -23,6 +23,7 @@ from pyvfio.kernel import Kernel
 from pyvfio.recording.format import CONFIG, Header, RegionShape
 from pyvfio.recording.log import EventLog
 from pyvfio.recording.seam import RecordingKernel, as_kernel
+from pyvfio.unique import Unique
 from pyvfio.units import check_bool, check_whole_number
 
 _FLAGS = {
@@ -66,7 +67,7 @@ class Recorded(Protocol):
     def use_seam(self, seam: Kernel) -> None: ...
 
 
-class Recording(ContextManager):
+class Recording(ContextManager, Unique):
     """An open recording of a device, from `Device.record`. A context manager; `close` ends the recording.
 
     Recordings of one device may overlap. Each has all events of its time.

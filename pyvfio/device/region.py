@@ -33,6 +33,7 @@ from pyvfio.handle import attempt_all
 from pyvfio.info import RegionInfo
 from pyvfio.kernel import Cell, Kernel, Numbers, Registers
 from pyvfio.memory import Exports
+from pyvfio.unique import Unique
 from pyvfio.units import MIB, PAGE_SIZE, align_down, align_up, is_aligned
 
 _PROT_READ, _PROT_WRITE, _MAP_SHARED = 1, 2, 1
@@ -84,7 +85,7 @@ class RegionOwner(Protocol):
     def all_regions(self) -> tuple[Region, ...]: ...
 
 
-class RegionMap(ContextManager):
+class RegionMap(ContextManager, Unique):
     """A part of a region mapped into this process: the result of `Region.mmap`.
 
     Python chooses the width of loads and stores through `view()`. Use `Region.register32` and the like for registers.
@@ -143,7 +144,7 @@ class RegionMap(ContextManager):
             raise BufferError(f"a view of {self._region!r} is still alive: release the view first")
 
 
-class Region:
+class Region(Unique):
     """A region of a device: a BAR, the ROM, configuration space, or a region that the device's driver adds.
 
     `read32` and the like make one access of exactly that width: a load or store if the region can be mapped, otherwise

@@ -10,12 +10,13 @@ from operator import index
 from pyvfio.errors import RegisterTimeoutError
 from pyvfio.guard import Guard
 from pyvfio.kernel import Cell
+from pyvfio.unique import Unique
 
 _CLOSED = memoryview(b"\0")
 _CLOSED.release()
 
 
-class Register:
+class Register(Unique):
     """A register of a region, from `Region.register32` and the like: `read()` and `write(value)` make one access each.
 
     Numbers are little-endian, as in PCI. If the region is mapped, an access is one load or store, without a lock and

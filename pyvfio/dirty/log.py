@@ -28,6 +28,7 @@ from pyvfio.extents import Extent, clip, runs, span, total, without
 from pyvfio.guard import ContextManager, Guard, close_now, closing, constructing, guarded, making
 from pyvfio.iommu.space import Mapping
 from pyvfio.ramblock import RamBlock, RamBlockList
+from pyvfio.unique import Unique
 from pyvfio.units import Iova, align_down, align_up, check_whole_number, format_size
 
 
@@ -78,7 +79,7 @@ def _put_back(taken: _Taken) -> None:
     taken.log.soil(taken.block, taken.found.dirty)
 
 
-class DirtyLog(ContextManager):
+class DirtyLog(ContextManager, Unique):
     """Tracks the dirty pages of the blocks of a list, until `close`; a context manager.
 
     The log sees changes that blocks undergo through the list, and nothing else. The log does not see writes of the

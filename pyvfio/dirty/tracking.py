@@ -19,6 +19,7 @@ from typing import NamedTuple, SupportsIndex
 from pyvfio.errors import ClosedError
 from pyvfio.guard import ContextManager, Guard, closing, constructing, guarded, making
 from pyvfio.iommu.space import AddressSpace, DirtyRecord
+from pyvfio.unique import Unique
 from pyvfio.units import IovaRange, check_bool, check_whole_number, format_ranges, format_size
 
 
@@ -58,7 +59,7 @@ def _put_back(taken: _Taken) -> None:
     taken.space.keep_dirty(taken.found.dirty)
 
 
-class DirtyTracking(ContextManager):
+class DirtyTracking(ContextManager, Unique):
     """Lets the kernel track the pages that the devices of `space` write, until `close`; a context manager.
 
     `space`: a Container or an Ioas, such as `device.space`. The devices of an Ioas are moved to page tables that record

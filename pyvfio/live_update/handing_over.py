@@ -20,6 +20,7 @@ from pyvfio.live_update.obstacles import find_obstacles
 from pyvfio.live_update.state import HandedBlock, HandedIrq, State
 from pyvfio.live_update.ways import giving
 from pyvfio.mapper.window import Window
+from pyvfio.unique import Unique
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def _enter(space: Container | Ioas, update: HandOver) -> HandOver | None:
     return None
 
 
-class HandOver(ContextManager):
+class HandOver(ContextManager, Unique):
     """A hand-over in progress, made by `hand_over`. A context manager: its end cancels, unless finished.
 
     `state` and `fds` are the arguments of `take_over`. `state` is JSON in bytes. `fds` are the descriptors of the

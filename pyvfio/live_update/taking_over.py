@@ -25,6 +25,7 @@ from pyvfio.mapper.plan import BlockShape
 from pyvfio.mapper.policy import Policy
 from pyvfio.memory import File, Memfd, Received
 from pyvfio.ramblock import RamBlockList
+from pyvfio.unique import Unique
 from pyvfio.units import check_whole_number, format_size
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class TakenOver(ContextManager):
+class TakenOver(ContextManager, Unique):
     """The objects taken over from another process, made by `take_over`.
 
     A context manager, whose end closes all objects: `close`. Synchronization: any thread.

@@ -12,11 +12,12 @@ from time import monotonic
 
 from pyvfio.guard import ContextManager, Guard, closing, guarded
 from pyvfio.recording.format import Event, Header
+from pyvfio.unique import Unique
 
 END = "end\n"
 
 
-class EventLog(ContextManager):
+class EventLog(ContextManager, Unique):
     """Keeps the text of the last `keep` events, and writes each event to `path`, if one is given.
 
     Each line is one write(2): the file has every event that was reported before the process died. `times`: each line

@@ -23,7 +23,7 @@ FLOORS = {
     **dict.fromkeys(
         (
             *("fields", "ioctls", "iommufd_ioctls", "kernel", "errors", "units", "extents", "extent_set", "handle"),
-            *("info", "guard", "findings"),
+            *("info", "guard", "findings", "unique"),
         ),
         0,
     ),

@@ -38,11 +38,12 @@ from pyvfio.testing.fake.record import KEPT, Failure, Record
 from pyvfio.testing.fake.tree import Tree
 from pyvfio.testing.fake.unmodelled import unmodelled_part
 from pyvfio.testing.fake.versions import KernelVersion, kernel_version
+from pyvfio.unique import Unique
 
 _GET_DEVICE_FD = ioctls.VFIO_GROUP_GET_DEVICE_FD
 
 
-class FakeKernel(MemoryCalls):
+class FakeKernel(MemoryCalls, Unique):
     """A kernel with VFIO and an IOMMU, for tests on a machine without them.
 
     The fake answers the system calls of VFIO as Linux `version` ("6.1", "6.12" or "7.3") does, in the order of checks
