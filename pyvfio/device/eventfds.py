@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import stat
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import NoReturn, TypeAlias
@@ -58,6 +59,21 @@ def check_eventfd(fd: int, what: str) -> None:
     check_open(fd, what)
     if not _may_be_eventfd(read_fdinfo(fd)):
         raise _no_eventfd(fd)
+
+
+def _is_lost(fd: int) -> bool:
+    """Return whether the program has closed the descriptor of an eventfd, and perhaps opened another file instead."""
+    try:
+        mode = os.fstat(fd).st_mode
+    except OSError:
+        return True
+    return stat.S_IFMT(mode) != 0 and not _may_be_eventfd(read_fdinfo(fd))  # an eventfd has no type of file
+
+
+def _lost(fds: Collection[int]) -> VfioError:
+    shown = ", ".join(map(str, fds))
+    message = f"the program has closed descriptor {shown} of an eventfd that belongs to pyvfio"
+    return VfioError(message, hint="Leave the eventfds of enable() to disable(), or pass eventfds of your own: fds=")
 
 
 def _may_be_eventfd(lines: Mapping[str, str] | None) -> bool:
@@ -114,10 +130,16 @@ class Eventfd:
 
     @uninterrupted()
     def close(self) -> None:
-        """Close the descriptor; twice is fine."""
+        """Close the descriptor; twice is fine.
+
+        Raises VfioError if the program has closed the descriptor. Another file with that number stays open.
+        """
         fd = self.release()
-        if fd >= 0:
-            self._kernel.close(fd)
+        if fd < 0:
+            return
+        if fd == self.number and _is_lost(fd):  # the program knows no other number
+            raise _lost([fd])
+        self._kernel.close(fd)
 
     def __del__(self) -> None:
         if getattr(self, "fd", -1) >= 0 and not self._guard.forked:
@@ -156,6 +178,13 @@ class _Turn:
         self.key = key
         self.eventfds = eventfds
         self.poll = poll
+
+
+def _explain_read(error: BaseException, turn: _Turn) -> None:
+    if isinstance(error, BlockingIOError):  # another thread has read the eventfd
+        raise ReplacedError from None
+    if isinstance(error, OSError) and (lost := [fd for fd in turn.eventfds if _is_lost(fd)]):
+        raise _lost(lost) from error
 
 
 class Vectors:
@@ -220,8 +249,7 @@ class Vectors:
                 return self._read_one(turn, eventfd)
         except BaseException as error:
             self._waiting.pop(turn, None)
-            if isinstance(error, BlockingIOError):  # another thread has read the eventfd
-                raise ReplacedError from None
+            _explain_read(error, turn)
             raise
         del self._waiting[turn]
         self._turns[vector] = turn
@@ -246,8 +274,7 @@ class Vectors:
                 return {vector: self._read_one(turn, eventfd)}
         except BaseException as error:
             self._waiting.pop(turn, None)
-            if isinstance(error, BlockingIOError):  # another thread has read the eventfd
-                raise ReplacedError from None
+            _explain_read(error, turn)
             raise
         del self._waiting[turn]
         self._turns[vectors] = turn

@@ -125,10 +125,10 @@ class Irq(Unique):
     ) -> tuple[int | None, ...]:
         """Let vectors from `start` on signal eventfds: `vectors` (default 1) new ones, or `fds` of the program.
 
-        Returns the eventfds of these vectors. `disable` closes new eventfds. New eventfds do not block, and must stay
-        so (EFD_NONBLOCK): `wait` reads before the poll. A descriptor in `fds` still belongs to the program: pyvfio
-        duplicates the descriptor, and never closes the original. None in `fds`: the vector signals nothing. Make own
-        eventfds with EFD_NONBLOCK, or let only one thread wait for each.
+        Returns the eventfds of these vectors. `disable` closes new eventfds; the program never does. New eventfds do
+        not block, and must stay so (EFD_NONBLOCK): `wait` reads before the poll. A descriptor in `fds` still belongs to
+        the program: pyvfio duplicates the descriptor, and never closes the original. None in `fds`: the vector signals
+        nothing. Make own eventfds with EFD_NONBLOCK, or let only one thread wait for each.
 
         Other vectors keep their eventfds, and lose no signal. `fds` replaces the eventfds of the named vectors. Signals
         of these vectors can be lost during the change. If `can_grow`, vectors can be added behind the enabled ones.
@@ -291,7 +291,8 @@ class Irq(Unique):
         arguments the whole interrupt is disabled, so that another kind can be enabled.
 
         Raises TypeError; ValueError for a vector that the device does not have; HandOverError; IoctlError (EMFILE:
-        stopping some vectors needs one descriptor); RollbackError.
+        stopping some vectors needs one descriptor); RollbackError; VfioError if the program has closed an eventfd that
+        `enable` made.
         """
         chosen = {self._checked_vector(vector) for vector in vectors}
         if self._enabled is None:
