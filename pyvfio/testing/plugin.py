@@ -98,12 +98,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker. Refuse a fake that cannot be."""
+    """Register the marker. Refuse a fake that cannot be, and options that are never right or have no effect."""
     if config.getoption("--vfio-space") == "iommufd" and config.getoption("--vfio-fake-version") == "6.1":
         raise pytest.UsageError("--vfio-space iommufd: Linux 6.1 has no iommufd; use --vfio-fake-version 6.12 or 7.3")
+    _check_numbers(config)
+    _check_devices(config)
     config.addinivalue_line(
         "markers", "vfio_devices(count): how many devices of --vfio-device or of the virtual machine the test needs"
     )
+
+
+def _check_numbers(config: pytest.Config) -> None:
+    for option in ("--vfio-last", "--vfio-lock-timeout"):
+        if not (config.getoption(option) or 0) >= 0:  # nor is nan
+            raise pytest.UsageError(f"{option} must not be negative, and must be a number")
+
+
+def _check_devices(config: pytest.Config) -> None:
+    named: list[str] = config.getoption("--vfio-device") or []
+    if not named:
+        return
+    if "hardware" not in (config.getoption("--vfio-world") or []):
+        raise pytest.UsageError(
+            "--vfio-device names hardware, and the tests would run elsewhere: add --vfio-world hardware"
+        )
+    from pyvfio.pci import parse_bdf  # noqa: PLC0415
+
+    for bdf in named:
+        try:
+            parse_bdf(bdf)
+        except ValueError as error:
+            raise pytest.UsageError(f"--vfio-device: {error}") from None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -183,7 +208,7 @@ def vfio_world(request: pytest.FixtureRequest) -> Iterator[World]:
 
     with ExitStack() as stack:
         world: World
-        match request.param:
+        match _world_name(request):
             case "fake":
                 world = FakeWorld(request.getfixturevalue("fake_kernel"))
             case "vm":
@@ -195,6 +220,19 @@ def vfio_world(request: pytest.FixtureRequest) -> Iterator[World]:
                 world = LinuxWorld(_locked(request, stack, list(dict.fromkeys(named))))
         _watch_faults(request, stack, world)
         yield world
+
+
+def _world_name(request: pytest.FixtureRequest) -> str:
+    """The world of a test. pytest gives a method of unittest.TestCase, and a late getfixturevalue, no parameter."""
+    worlds: list[str] = request.config.getoption("--vfio-world") or ["fake"]
+    if not hasattr(request, "param") and len(set(worlds)) > 1:
+        pytest.fail(
+            "a method of unittest.TestCase, or a test that calls getfixturevalue, runs once: give --vfio-world once, "
+            "or name the fixture as an argument of a test function",
+            pytrace=False,
+        )
+    name: str = getattr(request, "param", worlds[0])
+    return name
 
 
 def _virtual_machine(request: pytest.FixtureRequest, stack: ExitStack) -> World:
@@ -243,7 +281,9 @@ def _locked(request: pytest.FixtureRequest, stack: ExitStack, bdfs: Sequence[str
 def _devices_needed(request: pytest.FixtureRequest, there: int) -> int:
     mark = request.node.get_closest_marker("vfio_devices")
     if mark is not None:
-        return int(mark.args[0])
+        if not (mark.args and isinstance(mark.args[0], int)):
+            pytest.fail("the marker takes a number: @pytest.mark.vfio_devices(2)", pytrace=False)
+        return mark.args[0]
     own = inspect.signature(request.function).parameters
     return 1 if "vfio_device" in request.fixturenames and "vfio_world" not in own else there
 
@@ -332,6 +372,8 @@ def _record_file(request: pytest.FixtureRequest) -> Path | None:
     if wanted.is_dir() or named.endswith("/"):
         wanted.mkdir(parents=True, exist_ok=True)
         return wanted / f"{_file_name(request.node.nodeid)}.record"
+    if not wanted.parent.is_dir():
+        pytest.fail(f"--vfio-record {wanted}: there is no directory {wanted.parent}", pytrace=False)
     written = request.config.stash.setdefault(_RECORDED, {})
     if other := written.get(wanted):
         pytest.fail(f"--vfio-record {wanted} has the record of {other}; name a directory for several", pytrace=False)

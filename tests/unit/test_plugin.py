@@ -219,6 +219,61 @@ def test_it_may_be_asked_for_twice(tmp_path: Path, extra: tuple[str, ...]) -> No
     assert "1 passed" in outcome(tmp_path, "def test_it(fake_kernel):\n    fake_kernel.check()\n", *extra)
 
 
+UNITTEST = """
+import unittest
+import pytest
+
+class TestIt(unittest.TestCase):
+    @pytest.fixture(autouse=True)
+    def _open(self, vfio_device):
+        self.device = vfio_device
+
+    def test_it(self):
+        assert self.device.config.read16(0) == 0x1234
+"""
+LATE = """
+def test_it(request):
+    assert request.getfixturevalue("vfio_device").config.read16(0) == 0x1234
+"""
+
+
+@pytest.mark.parametrize("test", [UNITTEST, LATE])
+def test_a_method_of_a_testcase_and_a_late_request_run_in_the_one_world(tmp_path: Path, test: str) -> None:
+    """pytest gives neither a parameter, and runs neither in two worlds."""
+    assert "1 passed" in outcome(tmp_path, test)
+    assert "give --vfio-world once" in outcome(tmp_path, test, "--vfio-world", "fake", "--vfio-world", "vm")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--vfio-device", "0000:00:02.0"), "add --vfio-world hardware"),
+        (("--vfio-device", "0000:00:02.0", "--vfio-world", "fake"), "add --vfio-world hardware"),
+        (("--vfio-world", "hardware", "--vfio-device", "00:02"), "not a PCI address: '00:02'"),
+        (("--vfio-last", "-1"), "--vfio-last must not be negative"),
+        (("--vfio-lock-timeout", "-3"), "--vfio-lock-timeout must not be negative"),
+        (("--vfio-lock-timeout", "nan"), "--vfio-lock-timeout must not be negative"),
+    ],
+)
+def test_options_that_would_have_no_effect_or_can_never_be_right_are_refused_at_the_start(
+    tmp_path: Path, options: tuple[str, ...], said: str
+) -> None:
+    """A test that runs on the fake unnoticed shows nothing about a device."""
+    (tmp_path / "test_it.py").write_text("def test_it(vfio_device): pass", encoding="utf-8")
+    done = run_pytest(tmp_path, "-q", *options)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert said in done.stderr
+
+
+def test_a_record_in_no_directory_and_a_marker_without_a_number_fail_with_the_remedy(tmp_path: Path) -> None:
+    """Without a traceback of the plugin."""
+    said = outcome(tmp_path, "def test_it(vfio_device): pass", "--vfio-record", str(tmp_path / "no" / "file"))
+    assert f"there is no directory {tmp_path / 'no'}" in said
+    marked = "import pytest\n@pytest.mark.vfio_devices\ndef test_it(vfio_world): pass"
+    said = outcome(tmp_path, marked, "--vfio-world", "hardware", "--vfio-device", "0000:99:00.0")
+    assert "the marker takes a number" in said
+
+
 def test_loading_it_imports_nothing_of_pyvfio_but_the_plugin() -> None:
     """pytest loads it in projects that use nothing of it."""
     script = "import sys, pyvfio.testing.plugin; print(sorted(name for name in sys.modules if name[:6] == 'pyvfio'))"
