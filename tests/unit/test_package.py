@@ -137,6 +137,24 @@ def test_each_package_that_is_imported_is_declared() -> None:
     assert {owners[name][0] for name in imported} == {*declared, "pytest"}
 
 
+_BUILD_EDITABLE = (
+    "import sys; from tools import build_backend as b; b.build_editable(sys.argv[1], dict([sys.argv[2:]]))"
+)
+
+
+def test_a_type_checker_finds_the_installation_that_the_readme_names_for_it(
+    distributions: dict[str, Path], tmp_path: Path
+) -> None:
+    """By a directory in a .pth file: a type checker runs no import hook, which -e alone installs."""
+    (setting,) = re.findall(r"--config-settings (\w+)=(\w+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    run(sys.executable, "-c", _BUILD_EDITABLE, tmp_path, *setting, cwd=distributions["source"])
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (path,) = [name for name in archive.namelist() if name.endswith(".pth")]
+        lines = archive.read(path).decode().splitlines()
+    assert [(Path(line) / "pyvfio" / "py.typed").is_file() for line in lines] == [True]
+
+
 @pytest.fixture(scope="module")
 def bare(distributions: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of programs of an environment in which is the wheel, with the dependencies that it declares."""
