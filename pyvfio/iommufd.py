@@ -22,11 +22,12 @@ from typing import ClassVar
 
 from pyvfio import ioctls
 from pyvfio import iommufd_ioctls as abi
+from pyvfio.arguments import checked_kernel
 from pyvfio.errors import CapabilityError, IoctlError, raise_collected
 from pyvfio.guard import close_now, closing_after_dependents, constructing, guarded, uninterrupted
 from pyvfio.handle import Handle, attempt, check_kind, checked_fd, give_up_fd
 from pyvfio.iommu import iommufd_hints as hints
-from pyvfio.kernel import Kernel, LinuxKernel
+from pyvfio.kernel import Kernel
 from pyvfio.pci.cdevs import explain_iommufd, iommufd_node
 from pyvfio.units import U64_MAX, Iova, IovaRange, check_whole_number, is_power_of_two
 
@@ -78,7 +79,7 @@ class Iommufd(Handle):
 
     @constructing(Handle.close_fd)
     def __init__(self, *, kernel: Kernel | None = None) -> None:
-        kernel = kernel or LinuxKernel()
+        kernel = checked_kernel(kernel)
         path = iommufd_node(kernel)
         try:
             fd = kernel.open(str(path), os.O_RDWR)
@@ -114,7 +115,7 @@ class Iommufd(Handle):
         Source: IOMMU_OPTION.
         """
         iommufd = cls.__new__(cls)
-        iommufd._own(kernel or LinuxKernel(), checked_fd(fd))
+        iommufd._own(checked_kernel(kernel), checked_fd(fd))
         check_kind(iommufd, iommufd._get_rlimit_mode, "an iommufd")
         return iommufd
 

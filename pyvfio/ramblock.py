@@ -27,6 +27,7 @@ from functools import partial
 from itertools import islice
 from types import TracebackType
 
+from pyvfio.arguments import checked_kernel
 from pyvfio.blocks import parts
 from pyvfio.blocks.block import RamBlock
 from pyvfio.blocks.change import Added, Change, Removed, Resized, tell_each
@@ -47,7 +48,7 @@ from pyvfio.errors import (
 from pyvfio.extents import Extent
 from pyvfio.guard import ContextManager, Guard, closing, guarded, making, undoing
 from pyvfio.handle import attempt
-from pyvfio.kernel import Kernel, LinuxKernel
+from pyvfio.kernel import Kernel
 from pyvfio.memory import Anonymous, MemoryKind, MemorySettings
 from pyvfio.memory.prefault import check_threads
 from pyvfio.unique import Unique
@@ -154,7 +155,7 @@ class RamBlockList(ContextManager, Unique):
     """
 
     def __init__(self, *, kernel: Kernel | None = None) -> None:
-        self.kernel: Kernel = kernel or LinuxKernel()
+        self.kernel: Kernel = checked_kernel(kernel)
         self.guard = Guard("this list of RAM blocks")
         self._blocks = BlockIndex()
         self._notifiers: tuple[RamBlockNotifier, ...] = ()  # newest first, as QLIST_INSERT_HEAD leaves them

@@ -15,6 +15,7 @@ from pyvfio.device.region import Region
 from pyvfio.device.windows import Keep
 from pyvfio.errors import DeviceGoneError, IoctlError
 from pyvfio.guard import guarded
+from pyvfio.units import check_bool
 
 PCI_COMMAND = 0x04  # linux/pci_regs.h
 PCI_COMMAND_MEMORY = 0x2
@@ -86,6 +87,7 @@ class ConfigSpace(Region):
 
     def write(self, offset: int, data: bytes | bytearray | memoryview, *, force: bool = False) -> None:
         """Write as `Region.write`. Raises BufferError if decoding would end under a view, unless `force`."""
+        check_bool(force, "force")
         self._write(*self._checked(offset, data), force=force)
 
     def _write(self, offset: int, data: bytes, *, force: bool) -> None:
@@ -166,6 +168,8 @@ class ConfigSpace(Region):
 
     def change16(self, offset: int, bits: int, *, on: bool, force: bool = False) -> None:
         """Change bits as `Region.change16`; `force` as for `write`."""
+        check_bool(on, "on")
+        check_bool(force, "force")
         offset, bits = self._check_value(offset, 2, bits)
         while effect := self._change16(offset, bits, on=on, force=force):
             self._close_dependents(effect, force=force)
@@ -192,6 +196,7 @@ class ConfigSpace(Region):
 
     def _put(self, offset: int, width: int, value: int, *, force: bool) -> None:
         offset, value = self._check_value(offset, width, value)
+        check_bool(force, "force")
         data = value.to_bytes(width, "little")
         if self._watched_bytes >> offset & (1 << width) - 1:
             self._write(offset, data, force=force)

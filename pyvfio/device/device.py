@@ -44,6 +44,7 @@ from pyvfio.handle import attempt, attempt_all, check_kind, checked_fd
 from pyvfio.info import DeviceInfo, parse_device_info, parse_irq_info, parse_region_info
 from pyvfio.ioas import Ioas
 from pyvfio.kernel import Kernel
+from pyvfio.units import check_bool
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -319,6 +320,7 @@ class Device(AttachedHandle):
         mapping stays.
         Synchronization: any thread; waits for the lock of the regions.
         """
+        check_bool(force, "force")
         self.windows.change(_nothing, keep="maps in use" if force else "no maps")
 
     @property
@@ -429,6 +431,7 @@ class Device(AttachedHandle):
 
     @bus_master.setter
     def bus_master(self, on: bool) -> None:
+        check_bool(on, "bus_master")  # "off" would be true
         self.config.change16(PCI_COMMAND, PCI_COMMAND_MASTER, on=on)
 
     @property
@@ -443,6 +446,7 @@ class Device(AttachedHandle):
 
     @memory_enabled.setter
     def memory_enabled(self, on: bool) -> None:
+        check_bool(on, "memory_enabled")
         self.config.change16(PCI_COMMAND, PCI_COMMAND_MEMORY, on=on)
 
     @property

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Literal
 
 from pyvfio import ioctls, pci
+from pyvfio.arguments import checked_kernel
 from pyvfio.container import Container
 from pyvfio.device.device import Device
 from pyvfio.errors import NotBoundError, VfioError
@@ -83,7 +84,7 @@ def open_device(
     kind = _checked_kind(iommu, given)
     if iommu_type is not None:
         _check_type(kind, given, iommu_type)
-    kernel = given.kernel if given is not None else kernel or LinuxKernel()
+    kernel = _kernel_of(given, kernel)
     try:
         device = _open_with(kernel, kind, given, bdf, token, iommu_type)
     except VfioError as error:
@@ -91,6 +92,15 @@ def open_device(
         raise
     logger.debug("opened %s %s", bdf, device.attachment.place)
     return device
+
+
+def _kernel_of(given: Container | Ioas | None, kernel: Kernel | None) -> Kernel:
+    if given is None:
+        return checked_kernel(kernel)
+    both_running = isinstance(kernel, LinuxKernel) and isinstance(given.kernel, LinuxKernel)
+    if kernel is None or kernel is given.kernel or both_running:
+        return given.kernel
+    raise ValueError(f"the space uses {given.kernel!r}, and kernel= is {checked_kernel(kernel)!r}: leave kernel= out")
 
 
 def _checked_space(space: Container | Ioas | None, container: Container | None) -> Container | Ioas | None:

@@ -34,7 +34,7 @@ from pyvfio.info import RegionInfo
 from pyvfio.kernel import Cell, Kernel, Numbers, Registers
 from pyvfio.memory import Exports
 from pyvfio.unique import Unique
-from pyvfio.units import MIB, PAGE_SIZE, align_down, align_up, is_aligned
+from pyvfio.units import MIB, PAGE_SIZE, align_down, align_up, check_bool, is_aligned
 
 _PROT_READ, _PROT_WRITE, _MAP_SHARED = 1, 2, 1
 _WHOLE_MAX = 64 * MIB
@@ -328,6 +328,7 @@ class Region(Unique):
     @guarded
     def change16(self, offset: int, bits: int, *, on: bool) -> None:
         """Set or clear bits of two bytes by a read and a write, with no other `change16` in between."""
+        check_bool(on, "on")
         offset, bits = self._check_value(offset, 2, bits)
         value = self.read16(offset)
         self.write16(offset, value | bits if on else value & ~bits)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeAlias, cast
 
+from pyvfio.arguments import checked_kernel
 from pyvfio.diagnosis import device, machine, memory, modules, nodes
 from pyvfio.diagnosis.case import Case, of_error
 from pyvfio.diagnosis.report import Diagnosis
@@ -122,7 +123,7 @@ def doctor(
     Synchronization: any thread.
     Cost: some 10 ms, and a look at each process where a group is in use.
     """
-    kernel = kernel or LinuxKernel()
+    kernel = checked_kernel(kernel)
     return examine(bdf, memory=memory, kernel=kernel, process=this_process(kernel.proc) or None, iommu=iommu)
 
 
@@ -141,7 +142,7 @@ def examine(
         raise ValueError(f"memory is a number of bytes, 0 or more, not {size}")
     if iommu not in {None, *ADDRESS_SPACES}:
         raise ValueError(f"iommu is {' or '.join(map(repr, ADDRESS_SPACES))}, not {iommu!r}")
-    case = Case(kernel or LinuxKernel(), bdf=address, memory=size, process=process, iommu=iommu)
+    case = Case(checked_kernel(kernel), bdf=address, memory=size, process=process, iommu=iommu)
     findings = _run(case, _CHECKS)
     return Diagnosis(address, case.host, case.release, tuple(sorted(findings, key=_place)))
 

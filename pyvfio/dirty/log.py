@@ -29,7 +29,7 @@ from pyvfio.guard import ContextManager, Guard, close_now, closing, constructing
 from pyvfio.iommu.space import Mapping
 from pyvfio.ramblock import RamBlock, RamBlockList
 from pyvfio.unique import Unique
-from pyvfio.units import Iova, align_down, align_up, check_whole_number, format_size
+from pyvfio.units import Iova, align_down, align_up, check_bool, check_whole_number, format_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +241,7 @@ class DirtyLog(ContextManager, Unique):
 
         Raises ValueError if the block is not in this list; ClosedError.
         """
+        check_bool(clear, "clear")
         return self._take(block, clear=clear).found
 
     @making(_put_back)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from pyvfio.arguments import checked_kernel
 from pyvfio.blocks.block import RamBlock
 from pyvfio.blocks.progress import ProgressCallback, preallocate
 from pyvfio.blocks.state import ResizedCallback
@@ -18,7 +19,7 @@ from pyvfio.dma import DmaMapper
 from pyvfio.errors import HandOverError, RollbackError, VfioError, as_exception
 from pyvfio.guard import ContextManager, Guard, Guarded, checkpoint, close_now, closing, uninterrupted
 from pyvfio.handle import attempt, attempt_all
-from pyvfio.kernel import HUGETLBFS_MAGIC, FileStatus, Kernel, LinuxKernel
+from pyvfio.kernel import HUGETLBFS_MAGIC, FileStatus, Kernel
 from pyvfio.live_update.state import HandedBlock, HandedIrq, State
 from pyvfio.live_update.ways import taking
 from pyvfio.mapper.plan import BlockShape
@@ -143,10 +144,10 @@ def take_over(
         True
         >>> taken.close()
     """
+    kernel = checked_kernel(kernel)
     callbacks = _check_callbacks(resized, place, policy_of, progress)
     numbers = [_check_number(fd) for fd in fds]
     wanted = _load(state, callbacks)
-    kernel = kernel or LinuxKernel()
     _check_descriptors(kernel, wanted, numbers)
     taking = _Taking(kernel, wanted, numbers)
     try:

@@ -20,9 +20,10 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping
 
+from pyvfio.arguments import checked_kernel
 from pyvfio.errors import IoctlError, PinLimitError
-from pyvfio.kernel import MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT, Kernel, LinuxKernel, Memlock
-from pyvfio.units import format_size
+from pyvfio.kernel import MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT, Kernel, Memlock
+from pyvfio.units import check_bool, format_size
 
 
 def lock_all_memory(*, on_fault: bool = False, kernel: Kernel | None = None) -> None:
@@ -36,7 +37,8 @@ def lock_all_memory(*, on_fault: bool = False, kernel: Kernel | None = None) -> 
     reserved parts of blocks included: the kernel compares these two. Nothing is locked then. Source: `os_mlock` of
     QEMU.
     """
-    kernel = kernel or LinuxKernel()
+    check_bool(on_fault, "on_fault")
+    kernel = checked_kernel(kernel)
     flags = MCL_CURRENT | MCL_FUTURE | (MCL_ONFAULT if on_fault else 0)
     try:
         kernel.mlockall(flags)
@@ -50,7 +52,7 @@ def unlock_all_memory(*, kernel: Kernel | None = None) -> None:
     Memory mapped for devices stays pinned and charged. Raises IoctlError.
     """
     try:
-        (kernel or LinuxKernel()).munlockall()
+        checked_kernel(kernel).munlockall()
     except OSError as error:
         raise IoctlError.of(error, f"{error.strerror}", request="munlockall", arguments={}) from error
 

@@ -12,13 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, SupportsFloat, SupportsIndex, TypeAlias
 
+from pyvfio.arguments import checked_kernel
 from pyvfio.errors import AccessDeniedError, RollbackError, VfioError
 from pyvfio.guard import checkpoint, uninterrupted
-from pyvfio.kernel import Kernel, LinuxKernel
+from pyvfio.kernel import Kernel
 from pyvfio.pci.refusals import check_driver, check_idle, check_loaded, checked_name, without_group
 from pyvfio.pci.rights import NodeChange, NodeOwner, Rights, give, set_ownership, take_back
 from pyvfio.pci.surroundings import Surroundings, look_around
 from pyvfio.pci.sysfs import NO_DRIVER, PciDevice, device_path, read_device
+from pyvfio.units import check_bool
 
 _logger = logging.getLogger(__name__)
 
@@ -77,6 +79,11 @@ class _Options(NamedTuple):
     write: SysfsWriter
     own: NodeOwner = set_ownership
     rights: Rights | None = None
+
+
+def _check_flags(*, dry_run: object, force: object) -> None:
+    check_bool(dry_run, "dry_run")
+    check_bool(force, "force")
 
 
 def _checked_patience(patience: object) -> float:
@@ -160,8 +167,9 @@ def bind(
     """
     if not isinstance(rights, Rights | None):
         raise TypeError(f"rights are Rights, such as Rights.parse('alice'), not {type(rights).__name__}")
+    _check_flags(dry_run=dry_run, force=force)
     options = _Options(dry_run, force, _checked_patience(patience), write, own, rights)
-    return _bind(kernel or LinuxKernel(), bdf, driver, options).binding
+    return _bind(checked_kernel(kernel), bdf, driver, options).binding
 
 
 @uninterrupted(_undo_unheard)
@@ -218,7 +226,8 @@ def unbind(
     """
     if to is not None:
         return bind(bdf, to, dry_run=dry_run, force=force, patience=patience, kernel=kernel, write=write)
-    return _unbind(kernel or LinuxKernel(), bdf, _Options(dry_run, force, _checked_patience(patience), write)).binding
+    _check_flags(dry_run=dry_run, force=force)
+    return _unbind(checked_kernel(kernel), bdf, _Options(dry_run, force, _checked_patience(patience), write)).binding
 
 
 @uninterrupted(_undo_unheard)
@@ -260,8 +269,9 @@ def restore(
         >>> pci.restore(change, kernel=kernel).steps
         ()
     """
+    _check_flags(dry_run=dry_run, force=force)
     options = _Options(dry_run, force, 0.0, write, own)
-    return _restore(kernel or LinuxKernel(), binding, options).binding
+    return _restore(checked_kernel(kernel), binding, options).binding
 
 
 @uninterrupted(_undo_unheard)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno as errnos
 from pathlib import Path
 
+from pyvfio.arguments import checked_kernel
 from pyvfio.errors import (
     DeviceGoneError,
     DeviceNotFoundError,
@@ -21,7 +22,7 @@ from pyvfio.errors import (
     descriptor_hint,
     nobody_found,
 )
-from pyvfio.kernel import Kernel, LinuxKernel
+from pyvfio.kernel import Kernel
 from pyvfio.pci.boot import build_options, release
 from pyvfio.pci.groups import (
     group_members,
@@ -62,7 +63,7 @@ def cdev_node(bdf: str, *, kernel: Kernel | None = None) -> Path | None:
         >>> pci.cdev_node("0000:00:02.0", kernel=FakeKernel()) is None  # a kernel without CONFIG_VFIO_DEVICE_CDEV
         True
     """
-    kernel = kernel or LinuxKernel()
+    kernel = checked_kernel(kernel)
     name = read_device(bdf, kernel=kernel).cdev
     return None if name is None else kernel.dev / CDEVS / name
 
@@ -93,7 +94,7 @@ def holders_of_cdev(bdf: str, *, kernel: Kernel | None = None) -> tuple[Holder, 
 
     Raises: as `read_device`.
     """
-    kernel = kernel or LinuxKernel()
+    kernel = checked_kernel(kernel)
     path = cdev_node(bdf, kernel=kernel)
     return () if path is None else holders_of(path, kernel=kernel)
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from pyvfio.arguments import checked_kernel
 from pyvfio.errors import UnsupportedError
-from pyvfio.kernel import Kernel, LinuxKernel
+from pyvfio.kernel import Kernel
 from pyvfio.pci.sysfs import is_running
 
 
@@ -35,7 +36,7 @@ def monitor(
     Raises: ValueError if `kernel` has another sysfs; UnsupportedError without libudev.
     Synchronization: one thread for each iterator.
     """
-    kernel = kernel or LinuxKernel()
+    kernel = checked_kernel(kernel)
     if not is_running(kernel):
         raise ValueError(
             f"PCI events come from the running machine, and {kernel.sysfs} is not the sysfs of this machine"

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from pyvfio.arguments import checked_kernel
 from pyvfio.errors import DeviceNotFoundError, GroupMember, Holder
-from pyvfio.kernel import Kernel, LinuxKernel
+from pyvfio.kernel import Kernel
 from pyvfio.pci.iommus import iommu_problems, iommu_units
 from pyvfio.pci.sysfs import (
     CDEVS,
@@ -44,7 +45,7 @@ def group_of(bdf: str, *, kernel: Kernel | None = None) -> int:
         >>> pci.group_of("0000:00:02.0", kernel=FakeKernel())  # without kernel=: the running kernel
         2
     """
-    kernel = kernel or LinuxKernel()
+    kernel = checked_kernel(kernel)
     device = read_device(bdf, kernel=kernel)
     if device.iommu_group is None:
         raise no_group(kernel, device)
@@ -78,7 +79,7 @@ def comes_later(device: PciDevice, *, kernel: Kernel | None = None) -> bool:
     Synchronization: any thread. Cost: two directories.
     Source: `acpi_iommu_configure_id`, which only `pci_dma_configure` calls.
     """
-    kernel = kernel or LinuxKernel()
+    kernel = checked_kernel(kernel)
     if device.iommu_group is not None or device.driver is not None or device.is_bridge:
         return False
     if not list_names(kernel.sysfs / "kernel/iommu_groups"):
@@ -102,7 +103,7 @@ def group_members(group: int, *, kernel: Kernel | None = None) -> tuple[GroupMem
         >>> pci.group_members(2, kernel=FakeKernel())  # without kernel=: the running kernel
         (GroupMember(bdf='0000:00:02.0', driver='vfio-pci', blocks=False),)
     """
-    kernel = kernel or LinuxKernel()
+    kernel = checked_kernel(kernel)
     directory = kernel.sysfs / "kernel/iommu_groups" / str(group) / "devices"
     names = list_names(directory)
     if not names:
@@ -137,7 +138,7 @@ def group_node(group: int, *, kernel: Kernel | None = None) -> Path:
         >>> pci.group_node(7)
         PosixPath('/dev/vfio/7')
     """
-    kernel = kernel or LinuxKernel()
+    kernel = checked_kernel(kernel)
     made_up = read_text(kernel.sysfs / "kernel/iommu_groups" / str(group) / "name") == "vfio-noiommu"
     return kernel.dev / "vfio" / (f"noiommu-{group}" if made_up else str(group))
 
@@ -163,7 +164,7 @@ def holders_of(path: Path, *, kernel: Kernel | None = None) -> tuple[Holder, ...
 
 def holders_of_any(paths: Iterable[Path], kernel: Kernel | None = None) -> tuple[Holder, ...]:
     """Return the processes that have one of `paths` open, as `holders_of`, in one pass over the processes."""
-    proc = (kernel or LinuxKernel()).proc
+    proc = checked_kernel(kernel).proc
     wanted: dict[tuple[int, ...], str] = {}
     for path in paths:
         with suppress(OSError):

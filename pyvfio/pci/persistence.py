@@ -17,14 +17,16 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pyvfio.arguments import checked_kernel
 from pyvfio.errors import UnavailableError, VfioError
 from pyvfio.guard import uninterrupted
-from pyvfio.kernel import Kernel, LinuxKernel
+from pyvfio.kernel import Kernel
 from pyvfio.pci.binding import VFIO_PCI
 from pyvfio.pci.cdevs import IOMMUFD
 from pyvfio.pci.refusals import check_driver
 from pyvfio.pci.rights import Rights
 from pyvfio.pci.sysfs import NO_DRIVER, link_name, list_names, parse_bdf, read_device, read_text
+from pyvfio.units import check_bool
 
 _logger = logging.getLogger(__name__)
 
@@ -107,7 +109,8 @@ def persist(
         True
         >>> folder.cleanup()
     """
-    kernel = kernel or LinuxKernel()
+    check_bool(dry_run, "dry_run")
+    kernel = checked_kernel(kernel)
     device = read_device(bdf, kernel=kernel)
     check_driver(kernel, device, driver)
     if _DRIVER.fullmatch(driver) is None:
@@ -129,6 +132,7 @@ def forget(bdf: str, *, dry_run: bool = False, etc: Path = ETC) -> RuleChange:
     was edited, or if the file cannot be removed.
     Synchronization: any thread; as for `bind`. Cost: one file.
     """
+    check_bool(dry_run, "dry_run")
     path = _path(etc, parse_bdf(bdf))
     former = _read(path)
     if former is None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pyvfio.arguments import checked_kernel
 from pyvfio.errors import VfioError
-from pyvfio.kernel import Kernel, LinuxKernel
+from pyvfio.kernel import Kernel
 from pyvfio.pci.sysfs import NO_SYSFS, device_path, parse_bdf
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def physical_function(bdf: str, *, kernel: Kernel | None = None) -> str | None:
     names no PCI address.
     Synchronization: any thread. Cost: one link.
     """
-    link = device_path(kernel or LinuxKernel(), parse_bdf(bdf)) / "physfn"
+    link = device_path(checked_kernel(kernel), parse_bdf(bdf)) / "physfn"
     if not link.is_symlink():
         return None
     name = link.resolve().name
@@ -55,4 +56,4 @@ def is_physical_function(bdf: str, *, kernel: Kernel | None = None) -> bool:
     Raises: ValueError if `bdf` is not a PCI address; TypeError if `bdf` is not a string.
     Synchronization: any thread. Cost: one file.
     """
-    return (device_path(kernel or LinuxKernel(), parse_bdf(bdf)) / "sriov_totalvfs").is_file()
+    return (device_path(checked_kernel(kernel), parse_bdf(bdf)) / "sriov_totalvfs").is_file()

@@ -23,7 +23,7 @@ FLOORS = {
     **dict.fromkeys(
         (
             *("fields", "ioctls", "iommufd_ioctls", "kernel", "errors", "units", "extents", "extent_set", "handle"),
-            *("info", "guard", "findings", "unique"),
+            *("info", "guard", "findings", "unique", "arguments"),
         ),
         0,
     ),
