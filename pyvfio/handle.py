@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from operator import index
 from threading import get_ident
 from typing import ClassVar, TypeVar
 
@@ -16,6 +15,7 @@ from pyvfio.errors import ClosedError, HandOverError, IoctlError, raise_collecte
 from pyvfio.guard import ContextManager, Guard, closing, forget_in_child, run_outside, uninterrupted
 from pyvfio.kernel import IoctlArgument, Kernel, LinuxKernel
 from pyvfio.unique import Unique
+from pyvfio.units import as_number
 
 _First = TypeVar("_First")
 _Second = TypeVar("_Second")
@@ -237,7 +237,7 @@ def checked_fd(fd: int) -> int:
 
     Raises TypeError, and ValueError for a number that no descriptor can have.
     """
-    if not 0 <= (number := index(fd)) < 1 << 31:  # descriptors are C ints
+    if not 0 <= (number := as_number(fd, "fd")) < 1 << 31:  # descriptors are C ints
         raise ValueError(f"{number} is no file descriptor")
     return number
 

@@ -52,7 +52,7 @@ from pyvfio.kernel import Kernel
 from pyvfio.memory import Anonymous, MemoryKind, MemorySettings
 from pyvfio.memory.prefault import check_threads
 from pyvfio.unique import Unique
-from pyvfio.units import align_up, check_bool
+from pyvfio.units import align_up, as_number, check_bool
 
 __all__ = ["RamBlock", "RamBlockList", "RamBlockNotifier", "ResizedCallback"]
 
@@ -210,7 +210,7 @@ class RamBlockList(ContextManager, Unique):
 
         Source: `qemu_ram_block_from_host`.
         """
-        vaddr = operator.index(vaddr)
+        vaddr = as_number(vaddr, "vaddr")
         block = self._blocks.below(vaddr)
         if block is None or vaddr >= block.state.start + block.state.max_length:
             return None

@@ -25,6 +25,7 @@ MIB = 1 << 20
 GIB = 1 << 30
 TIB = 1 << 40
 U64_MAX = (1 << 64) - 1
+_SHOWN = 80  # characters of a wrong argument in an error
 PAGE_SIZE = mmap.PAGESIZE
 """The page size of this process's memory, in bytes."""
 
@@ -57,14 +58,31 @@ def check_whole_number(value: object, what: str) -> int:
     if type(value) is int:  # isinstance() with a protocol costs a microsecond
         return value
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise TypeError(f"{what} must be a whole number, not {value!r}")
+        raise TypeError(f"{what} must be a whole number, not {_shown(value)}")
     return index(value)
+
+
+def as_number(value: SupportsIndex, what: str) -> int:
+    """Return `value` as an int, also a bool: registers are often switches.
+
+    Raises TypeError, which names the argument as `what`, for a value that is no whole number.
+    """
+    try:
+        return index(value)
+    except TypeError:
+        raise TypeError(f"{what} must be a whole number, not {_shown(value)}") from None
+
+
+def _shown(value: object) -> str:
+    """Return the repr, or the begin of a long one, such as that of an array."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _SHOWN else f"{type(value).__name__}: {text[:_SHOWN]}…"
 
 
 def check_bool(value: object, what: str) -> None:
     """Raise TypeError, which names the argument as `what`, unless `value` is True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{what} must be True or False, not {value!r}")
+        raise TypeError(f"{what} must be True or False, not {_shown(value)}")
 
 
 def format_size(size: int) -> str:

@@ -10,7 +10,6 @@ import errno
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
-from operator import index as as_number
 from typing import TYPE_CHECKING, Generic, Self, TypeVar, overload
 
 from pyvfio import ioctls, pci
@@ -44,7 +43,7 @@ from pyvfio.handle import attempt, attempt_all, check_kind, checked_fd
 from pyvfio.info import DeviceInfo, parse_device_info, parse_irq_info, parse_region_info
 from pyvfio.ioas import Ioas
 from pyvfio.kernel import Kernel
-from pyvfio.units import check_bool
+from pyvfio.units import as_number, check_bool
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -270,7 +269,7 @@ class Device(AttachedHandle):
         Raises ValueError for an index that the device does not have, IoctlError (EINVAL: VGA region of a device without
         VGA). Cost: the first call for an index makes one or two ioctls.
         """
-        index = as_number(index)
+        index = as_number(index, "index")
         if index not in self._regions:
             if not 0 <= index < self.info.num_regions:
                 raise ValueError(f"{self.bdf} has regions 0 to {self.info.num_regions - 1}, not {index}")
@@ -403,7 +402,7 @@ class Device(AttachedHandle):
         Raises ValueError for an index that the device does not have, IoctlError (EINVAL: the error interrupt of a
         conventional device).
         """
-        index = as_number(index)
+        index = as_number(index, "index")
         if index not in self._irqs:
             if not 0 <= index < self.info.num_irqs:
                 raise ValueError(f"{self.bdf} has kinds of interrupt 0 to {self.info.num_irqs - 1}, not {index}")

@@ -13,7 +13,6 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from operator import index
 from types import TracebackType
 from typing import Generic, Protocol, TypeVar, overload
 
@@ -24,7 +23,7 @@ from pyvfio.errors import IoctlError, UnsupportedError, VfioError
 from pyvfio.guard import Guard
 from pyvfio.handle import Handle
 from pyvfio.kernel import IoctlArgument, Kernel
-from pyvfio.units import PAGE_SIZE, check_whole_number, is_aligned
+from pyvfio.units import PAGE_SIZE, as_number, check_whole_number, is_aligned
 
 _GET = ioctls.VFIO_DEVICE_FEATURE_GET
 _SET = ioctls.VFIO_DEVICE_FEATURE_SET
@@ -197,7 +196,7 @@ def _payload(data: ctypes.Structure | bytes | bytearray) -> bytearray:
 
 def checked_number(number: int) -> int:
     """Return the number of a feature. Raises TypeError, and ValueError for a number that does not fit 16 bits."""
-    if not 0 <= (number := index(number)) <= ioctls.VFIO_DEVICE_FEATURE_MASK:
+    if not 0 <= (number := as_number(number, "number")) <= ioctls.VFIO_DEVICE_FEATURE_MASK:
         raise ValueError(f"the number of a feature is from 0 to {ioctls.VFIO_DEVICE_FEATURE_MASK:#x}, not {number}")
     return number
 
@@ -293,7 +292,7 @@ def checked_ranges(ranges: Iterable[tuple[int, int]] | None, size: int, what: st
     Raises TypeError, and ValueError for parts that are not whole pages or not in the BAR.
     """
     given = [(0, size)] if ranges is None else list(ranges)
-    checked = tuple((index(offset), index(length)) for offset, length in given)
+    checked = tuple((as_number(offset, "offset"), as_number(length, "size")) for offset, length in given)
     if not checked:
         raise ValueError("a DMA-buf needs one part at least")
     for offset, length in checked:

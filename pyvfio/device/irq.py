@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from operator import index as as_number
 from typing import Protocol, overload
 
 from pyvfio import ioctls
@@ -24,7 +23,7 @@ from pyvfio.handle import attempt, attempt_all
 from pyvfio.info import IrqInfo
 from pyvfio.kernel import IoctlArgument, Kernel
 from pyvfio.unique import Unique
-from pyvfio.units import check_whole_number
+from pyvfio.units import as_number, check_whole_number
 
 _ONE_AT_A_TIME = (ioctls.VFIO_PCI_INTX_IRQ_INDEX, ioctls.VFIO_PCI_MSI_IRQ_INDEX, ioctls.VFIO_PCI_MSIX_IRQ_INDEX)
 
@@ -151,7 +150,7 @@ class Irq(Unique):
         if fds is not None and vectors is not None:
             raise TypeError("pass either vectors, the number of new eventfds, or fds, not both")
         own = None if fds is None else _checked_fds(fds)
-        count = len(own) if own is not None else as_number(1 if vectors is None else vectors)
+        count = len(own) if own is not None else as_number(1 if vectors is None else vectors, "vectors")
         return self._enable(check_whole_number(start, "start"), count, own)
 
     @guarded
@@ -393,7 +392,7 @@ class Irq(Unique):
         seconds = None if timeout is None else _checked_timeout(timeout)
         deadline = None if seconds is None else time.monotonic() + seconds
         self._device.check_usable()
-        number = vector if type(vector) is int else as_number(vector)
+        number = vector if type(vector) is int else as_number(vector, "vector")
         while True:
             enabled = self._enabled
             if enabled is None or number not in enabled.eventfds:
@@ -414,7 +413,7 @@ class Irq(Unique):
         """
         seconds = _checked_timeout(timeout)
         self._device.check_usable()
-        chosen = None if vectors is None else tuple(dict.fromkeys(map(as_number, vectors)))
+        chosen = None if vectors is None else _checked_vectors(vectors)
         if chosen == ():
             raise ValueError("wait_any needs one vector at least")
         return self._wait(chosen, seconds)
@@ -447,8 +446,9 @@ class Irq(Unique):
     def trigger(self, vector: int = 0) -> None:
         """Signal the eventfd of `vector` as if the device had raised the interrupt. Raises as `wait`."""
         self._device.check_usable()  # also in a child, whose parent may have been in the middle of a change
-        self._look_up((as_number(vector),))
-        self._act(ioctls.VFIO_IRQ_SET_ACTION_TRIGGER, start=as_number(vector), count=1)
+        number = as_number(vector, "vector")
+        self._look_up((number,))
+        self._act(ioctls.VFIO_IRQ_SET_ACTION_TRIGGER, start=number, count=1)
 
     def mask(self) -> None:
         """Mask INTx. Raises IoctlError (ENOTTY) for the other kinds."""
@@ -536,6 +536,12 @@ def _checked_fds(fds: Sequence[int | None]) -> list[int | None]:
     return [None if fd is None else check_whole_number(fd, "a descriptor in fds") for fd in fds]
 
 
+def _checked_vectors(vectors: Iterable[int]) -> tuple[int, ...]:
+    if not isinstance(vectors, Iterable):
+        raise TypeError(f"vectors must be a list of vectors or None, not {vectors!r}")
+    return tuple(dict.fromkeys(as_number(vector, "a vector") for vector in vectors))
+
+
 def _replaced(row: Row, start: int, new: Row, before: Row) -> Row:
     """Return the row with `new` from `start` on. An eventfd that the vector has under the same number stays."""
     answer = list(row)
@@ -549,7 +555,10 @@ def _replaced(row: Row, start: int, new: Row, before: Row) -> Row:
 def _checked_timeout(timeout: float | None) -> float | None:
     if isinstance(timeout, str | bytes):  # float() would accept text
         raise TypeError(f"timeout is a number of seconds or None, not {type(timeout).__name__}")
-    timeout = math.inf if timeout is None else float(timeout)
+    try:
+        timeout = math.inf if timeout is None else float(timeout)
+    except TypeError:
+        raise TypeError(f"timeout is a number of seconds or None, not {type(timeout).__name__}") from None
     if timeout == math.inf:
         return None
     if math.isnan(timeout):

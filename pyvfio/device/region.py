@@ -10,7 +10,6 @@ from bisect import bisect, insort
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from operator import index
 from typing import Protocol, TypeAlias, TypeVar
 
 from pyvfio import ioctls
@@ -34,7 +33,7 @@ from pyvfio.info import RegionInfo
 from pyvfio.kernel import Cell, Kernel, Numbers, Registers
 from pyvfio.memory import Exports
 from pyvfio.unique import Unique
-from pyvfio.units import MIB, PAGE_SIZE, align_down, align_up, check_bool, is_aligned
+from pyvfio.units import MIB, PAGE_SIZE, align_down, align_up, as_number, check_bool, is_aligned
 
 _PROT_READ, _PROT_WRITE, _MAP_SHARED = 1, 2, 1
 _WHOLE_MAX = 64 * MIB
@@ -203,7 +202,7 @@ class Region(Unique):
 
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes. The kernel chooses the width of the accesses."""
-        offset, size = index(offset), index(size)
+        offset, size = as_number(offset, "offset"), as_number(size, "size")
         self._check_span(offset, size)
         return self._pread(offset, size)
 
@@ -291,7 +290,8 @@ class Region(Unique):
         Raises RegisterTimeoutError, a TimeoutError with the last value; ValueError if `value` has bits outside `mask`;
         and the errors of `read32`. Synchronization: any thread; no lock.
         """
-        what = f"{self._name}, offset {index(offset):#x}"
+        offset = as_number(offset, "offset")
+        what = f"{self._name}, offset {offset:#x}"
         return poll(partial(self.read32, offset), what, mask=mask, value=value, timeout=timeout, interval=interval)
 
     def register8(self, offset: int) -> Register:
@@ -315,7 +315,7 @@ class Region(Unique):
         return self._register(offset, 8)
 
     def _register(self, offset: int, width: int) -> Register:
-        offset = index(offset)
+        offset = as_number(offset, "offset")
         self._check_access(offset, width)
         return Register(
             f"{width} bytes at {offset:#x} of {self._name}",
@@ -335,7 +335,7 @@ class Region(Unique):
 
     def _load(self, offset: int, width: int) -> int:
         if type(offset) is not int:
-            offset = index(offset)
+            offset = as_number(offset, "offset")
         start, numbers = self._views[width]
         if offset < start or offset % width:
             value = self._load_anew(offset, width)
@@ -367,14 +367,14 @@ class Region(Unique):
 
     def _load_by_pread(self, offset: int, width: int) -> int:
         if type(offset) is not int:
-            offset = index(offset)
+            offset = as_number(offset, "offset")
         if offset < 0 or offset % width or offset + width > self._size:
             self._check_access(offset, width)
         return _from_bytes(self._pread(offset, width), "little")
 
     def _store(self, offset: int, width: int, value: int) -> None:
         if type(offset) is not int:
-            offset = index(offset)
+            offset = as_number(offset, "offset")
         start, numbers = self._views[width]
         if offset >= start and not offset % width:
             try:
@@ -484,8 +484,8 @@ class Region(Unique):
         """
         if offset == 0 and size is None and not self.mappable:
             raise UnsupportedError(f"{self._name}, of {self.size:#x} bytes, cannot be mapped: use read32 and the like")
-        offset = index(offset)
-        size = self.size - offset if size is None else index(size)
+        offset = as_number(offset, "offset")
+        size = self.size - offset if size is None else as_number(size, "size")
         self._check_span(offset, size)
         if (not is_aligned(offset | size, PAGE_SIZE) and size != self.size) or size == 0:
             raise ValueError(f"offset and size must be multiples of {PAGE_SIZE} bytes, not {offset:#x} and {size:#x}")
@@ -552,7 +552,7 @@ class Region(Unique):
             raise ValueError(f"an access of {width} bytes at {offset:#x} is misaligned")
 
     def _check_value(self, offset: int, width: int, value: int) -> tuple[int, int]:
-        offset, value = index(offset), index(value)
+        offset, value = as_number(offset, "offset"), as_number(value, "value")
         if offset < 0 or offset % width or offset + width > self._size:
             self._check_access(offset, width)
         if value >> 8 * width:
@@ -562,7 +562,7 @@ class Region(Unique):
     def _checked(self, offset: int, data: bytes | bytearray | memoryview) -> tuple[int, bytes]:
         if not isinstance(data, bytes | bytearray | memoryview):
             raise TypeError(f"data must be bytes, not {type(data).__name__}")
-        offset, data = index(offset), bytes(data)
+        offset, data = as_number(offset, "offset"), bytes(data)
         self._check_span(offset, len(data))
         return offset, data
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from operator import index
 
 from pyvfio.errors import RegisterTimeoutError
 from pyvfio.guard import Guard
 from pyvfio.kernel import Cell
 from pyvfio.unique import Unique
+from pyvfio.units import as_number
 
 _CLOSED = memoryview(b"\0")
 _CLOSED.release()
@@ -88,7 +88,7 @@ class Register(Unique):
 
 def poll(read: Callable[[], int], what: str, *, mask: int, value: int, timeout: float | None, interval: float) -> int:
     """Wait as `Region.poll32`, for any register."""
-    mask, value = index(mask), index(value)
+    mask, value = as_number(mask, "mask"), as_number(value, "value")
     if not 0 <= mask <= 0xFFFF_FFFF or value & ~mask:
         raise ValueError(f"a register of 32 bits & {mask:#x} can never be {value:#x}")
     seconds, pause = _seconds("timeout", timeout), _seconds("interval", interval)
@@ -111,7 +111,10 @@ def poll(read: Callable[[], int], what: str, *, mask: int, value: int, timeout: 
 def _seconds(name: str, seconds: float | None) -> float:
     if isinstance(seconds, str | bytes):  # float() would accept text
         raise TypeError(f"{name} is a number of seconds, not {type(seconds).__name__}")
-    seconds = math.inf if seconds is None else float(seconds)
+    try:
+        seconds = math.inf if seconds is None else float(seconds)
+    except TypeError:
+        raise TypeError(f"{name} is a number of seconds, not {type(seconds).__name__}") from None
     if not seconds >= 0:
         raise ValueError(f"{name} is a number of seconds, 0 or more, not {seconds}")
     return seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import pytest
 
@@ -108,3 +109,76 @@ def test_a_snapshot_clears_on_true_alone(device: pyvfio.Device) -> None:
         with pytest.raises(TypeError, match="clear must be True or False"):
             log.snapshot(ring, clear="no")  # type: ignore[arg-type]
         assert log.snapshot(ring).dirty
+
+
+class _Calls:
+    """The public calls on a device that take a number, by the name of the number."""
+
+    def __init__(self, device: pyvfio.Device) -> None:
+        bar = device.region(0)
+        irq = device.irq(pyvfio.ioctls.VFIO_PCI_MSI_IRQ_INDEX)
+        irq.enable(1)
+        blocks = pyvfio.RamBlockList(kernel=device.kernel)
+        self.calls: list[tuple[str, Callable[[int], object]]] = [
+            ("index", device.region),
+            ("index", device.irq),
+            ("number", device.feature),
+            *(("offset", getattr(bar, f"read{bits}")) for bits in (8, 16, 32, 64)),
+            *(("offset", getattr(device.config, f"read{bits}")) for bits in (8, 16, 32, 64)),
+            *(("offset", getattr(bar, f"register{bits}")) for bits in (8, 16, 32, 64)),
+            *(("value", partial(getattr(bar, f"write{bits}"), 0)) for bits in (8, 16, 32, 64)),
+            ("value", bar.register32(4).write),
+            ("offset", lambda offset: bar.write32(offset, 0)),
+            ("offset", lambda offset: bar.read(offset, 4)),
+            ("size", lambda size: bar.read(0, size)),
+            ("offset", lambda offset: bar.write(offset, b"")),
+            ("offset", lambda offset: bar.mmap(offset, 4096)),
+            ("size", lambda size: bar.mmap(0, size)),
+            ("mask", lambda mask: bar.poll32(0, mask=mask, value=0, timeout=0)),
+            ("value", lambda value: bar.poll32(0, value=value, timeout=0)),
+            ("vector", lambda vector: irq.wait(vector, timeout=0)),
+            ("a vector", lambda vector: irq.wait_any([vector], timeout=0)),
+            ("vector", irq.trigger),
+            ("vaddr", blocks.block_at),
+            ("fd", lambda fd: pyvfio.Device.from_fd(device.group, BDF, fd)),
+        ]
+
+
+@pytest.mark.parametrize("number", [0x10 / 4, "4", None, b"4", [4]])
+def test_a_number_that_is_none_is_refused_with_the_name_of_the_argument(device: pyvfio.Device, number: object) -> None:
+    """As a division with one slash gives it. Python alone would not say which argument is meant."""
+    for name, call in _Calls(device).calls:
+        if number is None and name == "size":
+            continue  # to the end
+        with pytest.raises(TypeError, match=f"^{name} must be a whole number, not "):
+            call(number)  # type: ignore[arg-type]
+
+
+def test_a_number_may_be_of_numpy_and_a_switch_may_be_written(device: pyvfio.Device) -> None:
+    """A register of one bit is a switch."""
+    numpy = pytest.importorskip("numpy")
+    bar = device.region(0)
+    bar.write32(numpy.uint64(4), numpy.int8(1))
+    assert bar.read32(numpy.int32(4)) == 0xFFFFFFFE
+    bar.write32(4, True)  # noqa: FBT003
+    assert bar.read32(4) == 0xFFFFFFFE
+
+
+def test_a_long_wrong_argument_is_cut_in_the_error(device: pyvfio.Device) -> None:
+    """The repr of an array has many lines."""
+    with pytest.raises(TypeError) as refused:
+        device.region(0).read32(list(range(1000)))  # type: ignore[arg-type]
+    assert str(refused.value).startswith("offset must be a whole number, not list: [0, 1, 2")
+    assert len(str(refused.value)) < 200
+
+
+@pytest.mark.parametrize("timeout", [[], object(), "1"])
+def test_a_timeout_that_is_no_number_is_named(device: pyvfio.Device, timeout: object) -> None:
+    """And not only float()'s complaint."""
+    irq = device.irq(pyvfio.ioctls.VFIO_PCI_MSI_IRQ_INDEX)
+    irq.enable(1)
+    for wait in (irq.wait, irq.wait_any, partial(device.region(0).poll32, 0, value=0)):
+        with pytest.raises(TypeError, match=r"^timeout is a number of seconds"):
+            wait(timeout=timeout)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^vectors must be a list of vectors"):
+        irq.wait_any(0, timeout=0)  # type: ignore[arg-type]
