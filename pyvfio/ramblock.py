@@ -33,7 +33,13 @@ from pyvfio.blocks.block import RamBlock
 from pyvfio.blocks.change import Added, Change, Removed, Resized, tell_each
 from pyvfio.blocks.discards import DiscardGuard
 from pyvfio.blocks.index import BlockIndex
-from pyvfio.blocks.notifier import HOOKS, RamBlockNotifier, reaches_for_good, reaches_whole_blocks
+from pyvfio.blocks.notifier import (
+    RamBlockNotifier,
+    check_called,
+    check_hooks,
+    reaches_for_good,
+    reaches_whole_blocks,
+)
 from pyvfio.blocks.progress import ProgressCallback, preallocate
 from pyvfio.blocks.state import ResizedCallback
 from pyvfio.errors import (
@@ -89,6 +95,8 @@ def _check_options(idstr: object, settings: object, *, callbacks: Sequence[objec
         raise TypeError(f"settings must be a MemorySettings(), not {settings!r}")
     if not all(callback is None or callable(callback) for callback in callbacks):
         raise TypeError("progress and resized must be callable or None")
+    for callback in callbacks:
+        check_called(callback, "progress or resized")
 
 
 def _part(block: RamBlock, offset: int, size: int) -> Extent:
@@ -380,19 +388,16 @@ class RamBlockList(ContextManager, Unique):
     def add_notifier(self, notifier: RamBlockNotifier) -> None:
         """Add a notifier. Call its hook for every block now, and for every change from now on, before older notifiers.
 
-        Raises TypeError for an object without hooks, ValueError if the notifier is already in the list, and ClosedError
-        if the list is closed. Raises UnsupportedError if the notifier has a hook for blocks but none for resizes, and a
-        block can be resized. Raises the notifier's own exception.
+        Raises TypeError for an object without hooks, for a class, and for hooks that are coroutine functions. Raises
+        ValueError if the notifier is already in the list, and ClosedError if the list is closed. Raises
+        UnsupportedError if the notifier has a hook for blocks but none for resizes, and a block can be resized. Raises
+        the notifier's own exception.
 
         After an error the notifier is not in the list, and has been notified that the blocks it knew are removed. If
         that fails too, RollbackError is raised, and the memory of all blocks is kept permanently: a device may still
         reach this memory.
         """
-        if not isinstance(notifier, HOOKS):
-            raise TypeError(
-                f"{notifier!r} has none of ram_block_added, _removed and _resized, and not both of _discarded and "
-                "_populated"
-            )
+        check_hooks(notifier)
         with self._change:
             self._check_open()
             self._check_follows(notifier)

@@ -9,6 +9,7 @@ notifier can refuse a resize; in pyvfio, each can.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import iscoroutinefunction
 from typing import Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 from pyvfio.blocks.block import RamBlock
@@ -110,6 +111,25 @@ HOOKS = (
     SupportsRamBlockDiscarded,
     SupportsRamBlockRemapped,
 )
+
+
+def check_hooks(notifier: object) -> None:
+    """Raise TypeError for an object that no change could call: one without hooks, a class, or coroutine functions."""
+    if isinstance(notifier, type):
+        raise TypeError(f"{notifier!r} is a class: add an object of the class")
+    if not isinstance(notifier, HOOKS):
+        raise TypeError(
+            f"{notifier!r} has none of ram_block_added, _removed and _resized, and not both of _discarded and "
+            "_populated"
+        )
+    for name in (name for protocol in HOOKS for name in vars(protocol) if name.startswith("ram_block_")):
+        check_called(getattr(notifier, name, None), name)
+
+
+def check_called(hook: object, name: str) -> None:
+    """Raise TypeError for a coroutine function: a call would return, and the body would never run."""
+    if iscoroutinefunction(hook):
+        raise TypeError(f"{name} must be a function, not a coroutine function (async def): the call must do the work")
 
 
 def follows_parts(notifier: object) -> TypeGuard[SupportsRamBlockDiscarded]:

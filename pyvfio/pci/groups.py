@@ -146,7 +146,7 @@ def group_node(group: int, *, kernel: Kernel | None = None) -> Path:
 # --- Holders -----------------------------------------------------------------------------------------------------
 
 
-def holders_of(path: Path, *, kernel: Kernel | None = None) -> tuple[Holder, ...]:
+def holders_of(path: Path | str, *, kernel: Kernel | None = None) -> tuple[Holder, ...]:
     """Return the processes that have `path` open, as far as the calling user is allowed to see.
 
     Device nodes are compared by device number: a node with another name in a container counts. Other files are compared
@@ -156,10 +156,10 @@ def holders_of(path: Path, *, kernel: Kernel | None = None) -> tuple[Holder, ...
     * processes in other PID namespaces;
     * mappings, and processes that hold only a device descriptor of the group.
 
-    Raises: nothing; an unreadable /proc has no holders.
+    Raises: TypeError for an object that is no path; an unreadable /proc has no holders.
     Synchronization: any thread. Cost: a readlink for each descriptor of each process, 10 ms on a desktop.
     """
-    return holders_of_any((path,), kernel)
+    return holders_of_any((Path(path),), kernel)
 
 
 def holders_of_any(paths: Iterable[Path], kernel: Kernel | None = None) -> tuple[Holder, ...]:

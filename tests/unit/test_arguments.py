@@ -182,3 +182,11 @@ def test_a_timeout_that_is_no_number_is_named(device: pyvfio.Device, timeout: ob
             wait(timeout=timeout)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^vectors must be a list of vectors"):
         irq.wait_any(0, timeout=0)  # type: ignore[arg-type]
+
+
+def test_the_holders_of_a_file_are_found_by_text_too(device: pyvfio.Device) -> None:
+    """As open() takes a name."""
+    with open("/dev/null", encoding="utf-8"):  # noqa: PTH123 (the text is the point)
+        assert any(holder.is_this_process for holder in pci.holders_of("/dev/null", kernel=device.kernel))
+    with pytest.raises(TypeError, match="not int"):
+        pci.holders_of(3, kernel=device.kernel)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pyvfio.testing.fake.device import FakeDevice
 from pyvfio.testing.fake.edu import FakeEdu
@@ -18,17 +18,26 @@ def default_groups() -> list[GroupDeclaration]:
     return [(2, [FakeEdu("0000:00:02.0")]), (3, [FakeEdu("0000:00:03.0")])]
 
 
+def listed(groups: Iterable[GroupDeclaration]) -> list[GroupDeclaration]:
+    """Return the groups as a list. Raises ValueError for a device, or another object, in place of groups."""
+    if not isinstance(groups, Iterable):
+        raise ValueError(f"groups are a list of (number, [devices]), not {groups!r}")  # noqa: TRY004 (as other mistakes)
+    return list(groups)
+
+
 def _check_declaration(declaration: object) -> None:
     if not isinstance(declaration, tuple) or len(declaration) != 2:
         raise ValueError(f"a group is declared as (number, [devices]), not {declaration!r}")
     number, devices = declaration
     if not isinstance(number, int) or number < 0:
         raise ValueError(f"an IOMMU group has a number from 0 on, not {number!r}")
+    if not isinstance(devices, Sequence):
+        raise ValueError(f"IOMMU group {number}: the devices are a list, [device], not {devices!r}")  # noqa: TRY004
     for device in devices:
         what = f"IOMMU group {number}: {type(device).__name__}"
         if not isinstance(device, FakeDevice | FakePciDevice):
             raise ValueError(f"{what} is neither a FakeDevice nor a FakePciDevice")  # noqa: TRY004 (as other mistakes)
-        if not hasattr(device, "bdf"):
+        if isinstance(device, FakePciDevice) and not hasattr(device, "declaration"):
             raise ValueError(f"{what} did not call super().__init__(bdf)")
 
 

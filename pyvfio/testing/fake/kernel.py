@@ -21,6 +21,7 @@ from pyvfio.testing.fake.declaration import (
     check_groups,
     check_interfaces,
     default_groups,
+    listed,
 )
 from pyvfio.testing.fake.descriptors import Descriptors
 from pyvfio.testing.fake.device import PciDevice, is_vfio_driver
@@ -88,7 +89,7 @@ class FakeKernel(MemoryCalls, Unique):
         iommufd: bool = False,
         type1: bool = True,
     ) -> None:
-        declared = default_groups() if groups is None else list(groups)
+        declared = default_groups() if groups is None else listed(groups)
         check_groups(declared)
         if not isinstance(iommu, str | IommuModel):
             raise ValueError(f"iommu is intel, intel48, amd, virtio, none or an IommuModel, not {iommu!r}")  # noqa: TRY004

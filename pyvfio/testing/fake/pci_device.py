@@ -93,6 +93,8 @@ class FakePciDevice(ABC):
     config: ClassVar[Mapping[int, bytes]] = {}
 
     def __init__(self, bdf: str, *, driver: str | None = "vfio-pci") -> None:
+        if not isinstance(sizes := self.bar_sizes, Mapping):
+            raise ValueError(f"{bdf}: bar_sizes is a dict of sizes by BAR, such as {{0: 4096}}, not {sizes!r}")  # noqa: TRY004
         self.bdf = bdf
         self._slot: Slot | None = None
         self.declaration = FakeDevice(
