@@ -186,7 +186,7 @@ def test_a_timeout_that_is_no_number_is_named(device: pyvfio.Device, timeout: ob
 
 def test_the_holders_of_a_file_are_found_by_text_too(device: pyvfio.Device) -> None:
     """As open() takes a name."""
-    with open("/dev/null", encoding="utf-8"):  # noqa: PTH123 (the text is the point)
+    with open("/dev/null", encoding="utf-8"):
         assert any(holder.is_this_process for holder in pci.holders_of("/dev/null", kernel=device.kernel))
     with pytest.raises(TypeError, match="not int"):
         pci.holders_of(3, kernel=device.kernel)  # type: ignore[arg-type]
