@@ -81,6 +81,11 @@ class _Options(NamedTuple):
     rights: Rights | None = None
 
 
+def _writer(kernel: Kernel, write: SysfsWriter | None) -> SysfsWriter:
+    """Return who writes to sysfs: by default a fake kernel itself, whose files have no effect."""
+    return getattr(kernel, "write_sysfs", write_sysfs) if write is None else write
+
+
 def _check_flags(*, dry_run: object, force: object) -> None:
     check_bool(dry_run, "dry_run")
     check_bool(force, "force")
@@ -120,7 +125,7 @@ def bind(
     force: bool = False,
     patience: float = 1.0,
     kernel: Kernel | None = None,
-    write: SysfsWriter = write_sysfs,
+    write: SysfsWriter | None = None,
     own: NodeOwner = set_ownership,
 ) -> Binding:
     """Unbind a device from the current driver, if any, and bind the device to `driver`.
@@ -140,7 +145,7 @@ def bind(
         force: bind although a network interface is up or a disk is in use.
         patience: seconds to wait for the driver, and for the nodes if `rights` are given.
         kernel: the running kernel by default.
-        write, own: replacements for the writes to sysfs and the changes of ownership, for tests.
+        write, own: replacements for writes to sysfs and changes of ownership. A FakeKernel has its own `write_sysfs`.
 
     Raises:
         ValueError: `bdf` is not an address, `driver` is not a name, or `patience` is negative.
@@ -168,8 +173,9 @@ def bind(
     if not isinstance(rights, Rights | None):
         raise TypeError(f"rights are Rights, such as Rights.parse('alice'), not {type(rights).__name__}")
     _check_flags(dry_run=dry_run, force=force)
-    options = _Options(dry_run, force, _checked_patience(patience), write, own, rights)
-    return _bind(checked_kernel(kernel), bdf, driver, options).binding
+    kernel = checked_kernel(kernel)
+    options = _Options(dry_run, force, _checked_patience(patience), _writer(kernel, write), own, rights)
+    return _bind(kernel, bdf, driver, options).binding
 
 
 @uninterrupted(_undo_unheard)
@@ -205,7 +211,7 @@ def unbind(
     force: bool = False,
     patience: float = 1.0,
     kernel: Kernel | None = None,
-    write: SysfsWriter = write_sysfs,
+    write: SysfsWriter | None = None,
 ) -> Binding:
     """Clear the override of a device, unbind the device, and let the kernel bind the matching driver, if any.
 
@@ -227,7 +233,9 @@ def unbind(
     if to is not None:
         return bind(bdf, to, dry_run=dry_run, force=force, patience=patience, kernel=kernel, write=write)
     _check_flags(dry_run=dry_run, force=force)
-    return _unbind(checked_kernel(kernel), bdf, _Options(dry_run, force, _checked_patience(patience), write)).binding
+    kernel = checked_kernel(kernel)
+    options = _Options(dry_run, force, _checked_patience(patience), _writer(kernel, write))
+    return _unbind(kernel, bdf, options).binding
 
 
 @uninterrupted(_undo_unheard)
@@ -250,7 +258,7 @@ def restore(
     dry_run: bool = False,
     force: bool = False,
     kernel: Kernel | None = None,
-    write: SysfsWriter = write_sysfs,
+    write: SysfsWriter | None = None,
     own: NodeOwner = set_ownership,
 ) -> Binding:
     """Undo a `bind` or `unbind`: restore the former driver, override and rights.
@@ -270,8 +278,9 @@ def restore(
         ()
     """
     _check_flags(dry_run=dry_run, force=force)
-    options = _Options(dry_run, force, 0.0, write, own)
-    return _restore(checked_kernel(kernel), binding, options).binding
+    kernel = checked_kernel(kernel)
+    options = _Options(dry_run, force, 0.0, _writer(kernel, write), own)
+    return _restore(kernel, binding, options).binding
 
 
 @uninterrupted(_undo_unheard)

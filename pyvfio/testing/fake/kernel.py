@@ -36,6 +36,7 @@ from pyvfio.testing.fake.noiommu import FramesOfProcess, NoIommu, without_huge_p
 from pyvfio.testing.fake.pins import Mapped, Pins, Violation, describe
 from pyvfio.testing.fake.process import AddressArgument, BufferArgument, FileAreas
 from pyvfio.testing.fake.record import KEPT, Failure, Record
+from pyvfio.testing.fake.sysfs_writes import address_of, write_sysfs
 from pyvfio.testing.fake.tree import Tree
 from pyvfio.testing.fake.unmodelled import unmodelled_part
 from pyvfio.testing.fake.versions import KernelVersion, kernel_version
@@ -362,6 +363,16 @@ class FakeKernel(MemoryCalls, Unique):
                 device.driver = None
             if self._tree is not None:
                 self._tree.bind(group, device)
+
+    def write_sysfs(self, path: Path, value: str) -> None:
+        """Write to a file below `sysfs` that changes a driver, as `pyvfio.pci.bind` and `unbind` do on this kernel.
+
+        `driver_override`, `unbind`, `bind` and `drivers_probe` act as on a kernel. The driver that matches a device
+        without an override is the declared one. Raises OSError, ValueError for an unknown device.
+        """
+        declared = self._machine.find(address_of(path, value))[1].declared.driver
+        own = None if is_vfio_driver(declared) else declared
+        write_sysfs(path, value, sysfs=self.sysfs, bind=self.bind, own_driver=own)
 
     @uninterrupted()
     def pull_out(self, bdf: str) -> None:
