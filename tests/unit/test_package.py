@@ -146,7 +146,7 @@ def test_a_type_checker_finds_the_installation_that_the_readme_names_for_it(
     distributions: dict[str, Path], tmp_path: Path
 ) -> None:
     """By a directory in a .pth file: a type checker runs no import hook, which -e alone installs."""
-    (setting,) = re.findall(r"--config-settings (\w+)=(\w+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    (setting,) = re.findall(r"--config-settings\s+(\w+)=(\w+)", (ROOT / "README.md").read_text(encoding="utf-8"))
     run(sys.executable, "-c", _BUILD_EDITABLE, tmp_path, *setting, cwd=distributions["source"])
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
