@@ -6,6 +6,7 @@ fake checks the driver's numbers. QEMU's controller checks the fake, because the
 
 from __future__ import annotations
 
+import mmap
 import struct
 import threading
 import time
@@ -87,7 +88,7 @@ class FakeNvme(FakePciDevice):
     def __init__(self, bdf: str, *, blocks: int = 16384, block_size: int = 512, pause: float | None = 0.0005) -> None:
         """`pause` in seconds."""
         self.block_size = block_size
-        self.storage = bytearray(blocks * block_size)
+        self.storage = mmap.mmap(-1, blocks * block_size)  # zeros, of which a page is there once it is written
         self.executed = 0
         self.flushed = 0
         self._pause = pause
@@ -306,7 +307,7 @@ class FakeNvme(FakePciDevice):
             self.storage[start : start + size] = b"".join(self.dma_read(iova, count) for iova, count in parts)
             return SUCCESS
         for iova, count in parts:
-            self.dma_write(iova, bytes(self.storage[start : start + count]))
+            self.dma_write(iova, self.storage[start : start + count])
             start += count
         return SUCCESS
 
