@@ -461,13 +461,13 @@ class Container(IovaSpace):
 
     def map_locked(self, vaddr: int, iova: int, size: int, access: int) -> None:
         """As `AddressSpace.map_locked`. `access` can be any flags of VFIO_IOMMU_MAP_DMA."""
-        argument = self._map_argument
+        argument, fd, ioctl = self._map_argument, self._fd, self._ioctl
         try:
             _fill_map(argument, 0, 32, access, vaddr, iova, size)
         except struct.error as error:
             raise ValueError(f"vaddr, iova and size have 64 bits, flags has 32: {error}") from error
         try:
-            self._kernel.ioctl(self._fd if self._fd >= 0 else self.fd, _MAP, argument)
+            ioctl(fd if fd >= 0 else self.fd, _MAP, argument)
         except OSError as error:
             raise Type1MapRefusal(
                 error=error,
@@ -513,31 +513,41 @@ class Container(IovaSpace):
         return unmapped
 
     def _unmap_in_kernel(self, iova: int, size: int) -> int:
-        return self._unmap_dma(iova, size, 0, None)
+        argument, fd, ioctl = self._unmap_argument, self._fd, self._ioctl
+        _fill_unmap(argument, 0, 24, 0, iova, size)
+        try:
+            ioctl(fd if fd >= 0 else self.fd, _UNMAP, argument)
+        except OSError as error:
+            raise self._not_unmapped(error, iova, size, 0) from error
+        unmapped: int
+        (unmapped,) = _unmapped_of(argument)
+        return unmapped
 
     def _unmap_dma(self, iova: int, size: int, flags: int, bitmap: ioctls.vfio_bitmap | None) -> int:
         argument: bytearray | ioctls.DmaUnmapWithBitmap
         if bitmap is None:
-            argument = self._unmap_argument
-            _fill_unmap(argument, 0, 24, flags, iova, size)
+            argument = bytearray(_dma_unmap.pack(24, flags, iova, size))
         else:
             flags |= ioctls.VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP
             argument = ioctls.DmaUnmapWithBitmap(48, flags, iova, size, bitmap)
         try:
-            self._kernel.ioctl(self._fd if self._fd >= 0 else self.fd, _UNMAP, argument)
+            self._kernel.ioctl(self.fd, _UNMAP, argument)
         except OSError as error:
-            found = describe_mappings(self.table.overlapping(iova=iova, size=max(size, 1)))
-            hint = f"The range must cover whole mappings. The mappings in this range are: {found}"
-            raise IoctlError.of(
-                error,
-                f"{self.guard.what}: {error.strerror}",
-                request="VFIO_IOMMU_UNMAP_DMA",
-                arguments={"iova": iova, "size": size, "flags": flags},
-                hint=hint if error.errno == errno.EINVAL else "",
-            ) from error
+            raise self._not_unmapped(error, iova, size, flags) from error
         unmapped: int
         (unmapped,) = _unmapped_of(argument)
         return unmapped
+
+    def _not_unmapped(self, error: OSError, iova: int, size: int, flags: int) -> IoctlError:
+        found = describe_mappings(self.table.overlapping(iova=iova, size=max(size, 1)))
+        hint = f"The range must cover whole mappings. The mappings in this range are: {found}"
+        return IoctlError.of(
+            error,
+            f"{self.guard.what}: {error.strerror}",
+            request="VFIO_IOMMU_UNMAP_DMA",
+            arguments={"iova": iova, "size": size, "flags": flags},
+            hint=hint if error.errno == errno.EINVAL else "",
+        )
 
     def _is_gone(self, mapping: Mapping) -> bool:
         """Return whether the kernel no longer has the mapping.

@@ -348,10 +348,10 @@ class Ioas(IovaSpace):
             self._check_ready()
         if self._sharing is not None and self._copy_from_others(vaddr, iova, size, access):
             return
-        argument = self._map_argument
+        argument, ioctl = self._map_argument, self._ioctl
         _fill_map(argument, 0, 40, _FLAGS[access], self.id, 0, vaddr, size, iova)
         try:
-            self._kernel.ioctl(self._fd, _MAP, argument)
+            ioctl(self._fd, _MAP, argument)
         except OSError as error:
             raise self._refusal(error, vaddr, iova, size, access) from error
         # As `_note_map`: one call less for most mappings.
@@ -469,10 +469,10 @@ class Ioas(IovaSpace):
         """
         if self._tables.tracks:
             self._keep_dirty([Extent(iova, iova + size)])
-        argument = self._unmap_argument
+        argument, fd, ioctl = self._unmap_argument, self._fd, self._ioctl
         _fill_unmap(argument, 0, 24, self.id, iova, size)
         try:
-            self._kernel.ioctl(self._fd if self._fd >= 0 else self.fd, _UNMAP, argument)
+            ioctl(fd if fd >= 0 else self.fd, _UNMAP, argument)
         except OSError as error:
             if error.errno == errno.ENOENT:  # nothing is mapped there, where type1 would report success and 0 bytes
                 return 0

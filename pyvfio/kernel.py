@@ -623,3 +623,12 @@ class LinuxKernel:
             privileged=bool(int(status["CapEff"], 16) >> _CAP_IPC_LOCK & 1),
             address_space=int(status.get("VmSize", "0 kB").split()[0]) * 1024,
         )
+
+
+def ioctl_of_buffer(kernel: Kernel) -> Callable[[int, int, bytearray], object]:
+    """Return the call `ioctl` of `kernel` for buffers of at most 1024 bytes: without a method around it, if possible.
+
+    For calls of which each map makes one: the method would take as long as `fcntl.ioctl` without the system call.
+    """
+    plain = type(kernel).ioctl is LinuxKernel.ioctl and "ioctl" not in vars(kernel)
+    return fcntl.ioctl if plain else kernel.ioctl

@@ -20,7 +20,7 @@ from pyvfio.iommu.iova import IovaAllocator, check_dma_bits
 from pyvfio.iommu.space import CountsBy, Mapping
 from pyvfio.iommu.table import MOST_DESCRIBED, MappingTable, Place, describe_mappings
 from pyvfio.iommu.tracked_space import TrackedSpace
-from pyvfio.kernel import Kernel, Memlock
+from pyvfio.kernel import Kernel, Memlock, ioctl_of_buffer
 from pyvfio.memory import locking
 from pyvfio.units import Iova, IovaRange
 
@@ -56,6 +56,7 @@ class IovaSpace(TrackedSpace):
         self._ready = False  # whether a device uses the space, so that ranges and page size are known
         self._dma_bits = dma_bits
         self._kept: list[object] = []
+        self._ioctl = ioctl_of_buffer(kernel)
         super().__init__(kernel, fd, what, guard=guard)
 
     # ------------------------------------------------------------------------------------------------ for subclasses

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Sequence
+from heapq import merge
 from typing import Self, TypeAlias
 
 from pyvfio.iommu.buckets import Buckets
@@ -68,50 +69,73 @@ Place: TypeAlias = tuple[_Rows, int]
 class MappingTable(Buckets[_Rows]):
     """The mappings that an address space has in the kernel, sorted by IOVA. 24 bytes each.
 
+    The newest mapping stays apart from the sorted rows until the next `add` or `discard`. A driver that maps for each
+    transfer removes that mapping next, and so no row moves. `is_whole` and `has_neighbours` are steps of a change.
+    Other look-ups move no row: a signal handler can raise in them.
+
     Synchronization: none; the owner serializes calls. Cost: as `Buckets`.
     """
 
-    __slots__ = ("_length", "changes")
+    __slots__ = ("_apart", "_length", "_newest", "_place", "changes")
 
     def __init__(self) -> None:
         super().__init__(_no_rows())
-        self._length = 0
+        self._newest = _Rows([0], array("Q", [0]), array("Q", [0]))
+        self._place: Place = (self._newest, 0)
+        self._apart = False
+        """Whether `_newest` has a mapping."""
+        self._length = 0  # the number of the sorted rows
         self.changes = 0
         """The number of changes."""
 
     def __len__(self) -> int:
-        return self._length
+        return self._length + self._apart
 
     def __bool__(self) -> bool:
-        return bool(self._buckets[0].keys)
+        return self._apart or bool(self._buckets[0].keys)
 
     def __iter__(self) -> Iterator[Mapping]:
-        return (
+        sorted_rows = (
             Mapping(Iova(iova), size, Vaddr(vaddr))
             for rows in self._buckets
             for iova, size, vaddr in zip(rows.keys, rows.sizes, rows.vaddrs, strict=True)
         )
+        return merge(sorted_rows, [self._newest.mapping(0)]) if self._apart else sorted_rows
 
     @property
     def mapped(self) -> int:
         """The number of bytes mapped. Cost: O(n)."""
-        return sum(sum(rows.sizes) for rows in self._buckets)
+        return sum(sum(rows.sizes) for rows in self._buckets) + (self._newest.sizes[0] if self._apart else 0)
 
     def add(self, iova: int, size: int, vaddr: int) -> None:
         """Add a mapping. The kernel has checked that no mapping overlaps."""
+        if self._apart:
+            self._sort()
+        newest = self._newest
+        newest.keys[0], newest.sizes[0], newest.vaddrs[0] = iova, size, vaddr
+        self._apart = True
+        self.changes += 1
+
+    def _sort(self) -> None:
+        """Insert the newest mapping into the sorted rows. For changes only."""
+        iova = self._newest.keys[0]
         rows = self._only or self._buckets[bisect_right(self._firsts, iova) - 1]
         keys = rows.keys
         position = bisect_left(keys, iova)
         keys.insert(position, iova)
-        rows.sizes.insert(position, size)
-        rows.vaddrs.insert(position, vaddr)
+        rows.sizes.insert(position, self._newest.sizes[0])
+        rows.vaddrs.insert(position, self._newest.vaddrs[0])
         self._length += 1
-        self.changes += 1
+        self._apart = False
         if len(keys) > self.most:
             self._changed(bisect_right(self._firsts, iova) - 1)
 
     def find(self, iova: int, size: int) -> Place | None:
         """Return the place of the mapping that is exactly `[iova, iova + size)`, or None."""
+        if self._apart:
+            newest = self._newest
+            if newest.keys[0] == iova:
+                return self._place if newest.sizes[0] == size else None
         rows = self._only or self._buckets[bisect_right(self._firsts, iova) - 1]
         keys = rows.keys
         position = bisect_left(keys, iova)
@@ -121,11 +145,14 @@ class MappingTable(Buckets[_Rows]):
 
     def remove(self, place: Place) -> None:
         """Remove the mapping at a place that `find` returned."""
+        self.changes += 1
         rows, position = place
+        if rows is self._newest:
+            self._apart = False
+            return
         iova = rows.keys[position]
         del rows.keys[position], rows.sizes[position], rows.vaddrs[position]
         self._length -= 1
-        self.changes += 1
         if self._only is None and (not position or len(rows.keys) < self.least):
             self._changed(bisect_right(self._firsts, iova) - 1)
 
@@ -136,6 +163,8 @@ class MappingTable(Buckets[_Rows]):
 
     def has_neighbours(self, iovas: Sequence[int], vaddrs: Sequence[int], end: int) -> bool:
         """Return whether mappings begin at exactly these IOVAs and vaddrs, and fill `[iovas[0], end)`."""
+        if self._apart:
+            self._sort()
         iovas_there, vaddrs_there = list[int](), list[int]()
         for rows, first, last in self._spans(iovas[0], end):
             iovas_there += rows.keys[first:last]
@@ -149,10 +178,16 @@ class MappingTable(Buckets[_Rows]):
             if start and rows.keys[start - 1] + rows.sizes[start - 1] > iova:
                 found.append(rows.mapping(start - 1))  # a mapping that begins before `iova` and ends behind it
             found += map(rows.mapping, range(start, end))
+        if self._apart:
+            newest = self._newest.mapping(0)
+            if newest.iova < iova + size and iova < newest.iova + newest.size:
+                insort(found, newest)
         return found
 
     def is_whole(self, iova: int, size: int) -> bool:
         """Return whether mappings fill `[iova, iova + size)` without a gap, and none reaches beyond."""
+        if self._apart:
+            self._sort()
         reached = iova
         for rows, start, end in self._spans(iova, iova + size):
             if start == end or rows.keys[start] != reached:
@@ -165,6 +200,8 @@ class MappingTable(Buckets[_Rows]):
 
     def discard(self, *, iova: int, size: int) -> None:
         """Remove the mappings that begin in `[iova, iova + size)`."""
+        if self._apart:
+            self._sort()
         self._cut(iova, iova + size)
         self._length = sum(len(rows.keys) for rows in self._buckets)
         self.changes += 1
@@ -186,6 +223,8 @@ class MappingTable(Buckets[_Rows]):
 
     def at(self, iova: int) -> Mapping | None:
         """Return the mapping that covers `iova`, or None."""
+        if self._apart and 0 <= iova - self._newest.keys[0] < self._newest.sizes[0]:
+            return self._newest.mapping(0)
         number = bisect_right(self._firsts, iova) - 1
         rows = self._buckets[number]
         position = bisect_right(rows.keys, iova) - 1
@@ -196,6 +235,7 @@ class MappingTable(Buckets[_Rows]):
     def clear(self) -> None:
         """Remove all mappings."""
         super().__init__(_no_rows())
+        self._apart = False
         self._length = 0
         self.changes += 1
 
@@ -203,6 +243,7 @@ class MappingTable(Buckets[_Rows]):
         super()._check()
         for rows in self._buckets:
             assert len(rows.keys) == len(rows.sizes) == len(rows.vaddrs)
+        assert self._place == (self._newest, 0)
         mappings = list(self)
         assert len(self) == len(mappings)
         assert bool(self) == bool(mappings)

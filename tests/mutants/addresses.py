@@ -63,6 +63,12 @@ _MUTANTS = (
     Mutant("FreeRuns._note_longest", "            tree[node] = max(", "            max(", "free"),
     Mutant("FreeRuns._joins_next", "if after in self._seams or ", "if ", "free"),
     Mutant("Buckets._changed", "            firsts[number] = buckets[number].keys[0]\n", "            pass\n", "free"),
+    # The newest mapping is lost when another one comes; a look-up ignores its size, or moves it.
+    Mutant("MappingTable.add", "            self._sort()\n", "            pass\n", "free"),
+    Mutant("MappingTable.find", "if newest.sizes[0] == size else None", "", "free"),
+    Mutant(
+        "MappingTable.overlapping", "        if self._apart:\n", "        if self._apart and self._sort():\n", "free"
+    ),
     # A reset takes what somebody else has unmapped for mapped; buffers that share an export are released with the first
     # of them, and a view of other memory shares it.
     Mutant("MappingTable.has_neighbours", "vaddrs_there == vaddrs and", "", "shared"),

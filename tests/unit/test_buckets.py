@@ -91,7 +91,13 @@ def test_a_table_in_buckets_answers_as_a_dict_does(seed: int) -> None:
             assert not made.has_neighbours(there, [*vaddrs[:-1], 1], at + size)
         if not there:
             made.add(at, size, at + 7)
-            model[at] = size
+            newest = made.find(at, size)
+            assert newest is not None
+            assert made.find(at, size + PAGE_SIZE) is None
+            if chance.random() < 0.8:
+                model[at] = size
+            else:
+                made.remove(newest)
         elif chance.random() < 0.5:
             place = made.find(there[0], model[there[0]])
             assert place is not None
@@ -104,6 +110,45 @@ def test_a_table_in_buckets_answers_as_a_dict_does(seed: int) -> None:
             model = {start: length for start, length in model.items() if not at <= start < at + size}
         made._check()
         assert {mapping.iova: mapping.size for mapping in made} == model
+        assert (len(made), bool(made), made.mapped) == (len(model), bool(model), sum(model.values()))
+
+
+@pytest.mark.parametrize(
+    "look_up",
+    [
+        list,
+        len,
+        lambda table: table.mapped,
+        lambda table: table.at(PAGE_SIZE),
+        lambda table: table.overlapping(iova=0, size=8 * PAGE_SIZE),
+        lambda table: table.find(2 * PAGE_SIZE, PAGE_SIZE),
+        lambda table: table.has(PAGE_SIZE, PAGE_SIZE, 7),
+    ],
+)
+def test_a_look_up_in_a_table_moves_no_row_so_a_signal_handler_can_raise_in_it(
+    look_up: Callable[[MappingTable], object],
+) -> None:
+    """The newest mapping stays where it is, until the next change."""
+    made = SmallTable()
+    for number in (0, 2, 1):
+        made.add(number * PAGE_SIZE, PAGE_SIZE, 7)
+    before = [list(rows.keys) for rows in made._buckets]
+    look_up(made)
+    assert [list(rows.keys) for rows in made._buckets] == before == [[0, 2 * PAGE_SIZE]]
+
+
+def test_the_newest_mapping_is_removed_again_at_the_same_cost_among_many() -> None:
+    def once(made: MappingTable) -> None:
+        made.add(5, 1, 7)
+        place = made.find(5, 1)
+        assert place is not None
+        made.remove(place)
+
+    few, many = SmallTable(), SmallTable()
+    for number in range(10, 1000):
+        many.add(number, 1, 7)
+    once(many)
+    assert count_lines(lambda: once(many)) == count_lines(lambda: once(few))
 
 
 @pytest.mark.parametrize("seed", range(6))
