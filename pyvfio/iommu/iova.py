@@ -69,8 +69,9 @@ class IovaAllocator:
         self._lowest = IOVA_MIN
         self._reserved: dict[int, int] = {}  # first address -> size
         self._free = FreeRuns()  # no run crosses the end of a range
-        # A fast path for a buffer that is mapped and unmapped again and again. If the last place found is released and
-        # nothing else has changed, the same search finds the same place.
+        # Two fast paths. If the last place found is released and nothing else has changed, the same search finds the
+        # same place: a buffer is mapped and unmapped again and again. If nothing has changed at all, the same search
+        # from the top finds the place below: the runs above are too short, as they were before.
         self._spare: int | None = None  # the place, once it is released
         self._answer: int | None = None  # the last place found, as long as nothing else has changed
         self._wanted = (0, 0, False, 0)  # the arguments of that search
@@ -175,9 +176,13 @@ class IovaAllocator:
     def place(self, size: int, alignment: int, offset: int, top_down: bool, dma_bits: int) -> Iova:  # noqa: FBT001
         """Reserve as `reserve` does. The arguments are positional, for speed."""
         wanted = (size, alignment, top_down, dma_bits)
-        if wanted == self._wanted and self._spare is not None:
-            start, self._spare = self._spare, None
-        else:
+        start: int | None = None
+        if wanted == self._wanted and (answer := self._answer) is not None:
+            if self._spare is not None:
+                start, self._spare = answer, None
+            elif top_down:
+                start = self._answer = self._free.take_below(answer, size, self._lowest)
+        if start is None:
             start = self._find(size, alignment, offset, top_down, dma_bits)
             self._wanted, self._answer = wanted, start if alignment <= self.page_size else None
         self._reserved[start] = size

@@ -59,6 +59,10 @@ _MUTANTS = (
     Mutant(
         "IovaAllocator._runs", "        self._spare = self._answer = None\n", "        self._spare = None\n", "free"
     ),
+    # The place below is taken: though it is not free, or too low; from a run that then has no address.
+    Mutant("FreeRuns.take_below", " or lasts[position] != place - 1", "", "free"),
+    Mutant("FreeRuns.take_below", " or start < lowest", "", "free"),
+    Mutant("FreeRuns.take_below", "bisect_left(runs.keys, start)", "bisect_right(runs.keys, start)", "free"),
     Mutant("FreeRuns.give", "if last - start > runs.longest:", "if False:", "free"),
     Mutant("FreeRuns._note_longest", "            tree[node] = max(", "            max(", "free"),
     Mutant("FreeRuns._joins_next", "if after in self._seams or ", "if ", "free"),

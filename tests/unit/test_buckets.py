@@ -236,24 +236,27 @@ RANGES = (
 
 
 class Pair:
-    """The allocator and the simple one, which are asked the same."""
+    """The allocator and the simple one, which are asked the same. `again`: how often a search is the last one again."""
 
-    def __init__(self, seed: int) -> None:
-        self.chance = random.Random(seed)  # noqa: S311
+    def __init__(self, seed: int, again: float = 0) -> None:
+        self.chance, self.again = random.Random(seed), again  # noqa: S311
+        self.search = (PAGE_SIZE, 1, 0, True, 39)
         self.made, self.model, self.held = IovaAllocator(RANGES), Simple(RANGES), list[int]()
 
     def reserve(self) -> None:
         """The same place, or none."""
         chance = self.chance
-        size = chance.choice([1, 1, 1, 2, 3, 8, 64, 600]) * PAGE_SIZE
-        alignment, offset = chance.choice([1, 1, PAGE_SIZE, 16 * PAGE_SIZE]), chance.randrange(32) * PAGE_SIZE
-        top_down, bits = chance.random() < 0.4, chance.choice([17, 21, 39, 39, 64])
-        start = self.model.reserve(size, alignment, offset, top_down, bits)
+        if chance.random() >= self.again:
+            size = chance.choice([1, 1, 1, 2, 3, 8, 64, 600]) * PAGE_SIZE
+            alignment, offset = chance.choice([1, 1, PAGE_SIZE, 16 * PAGE_SIZE]), chance.randrange(32) * PAGE_SIZE
+            top_down, bits = chance.random() < 0.4, chance.choice([17, 21, 39, 39, 64])
+            self.search = size, alignment, offset, top_down, bits
+        start = self.model.reserve(*self.search)
         if start is None:
             with pytest.raises(IovaRangeError):
-                self.made.place(size, alignment, offset, top_down, bits)
+                self.made.place(*self.search)
             return
-        assert self.made.place(size, alignment, offset, top_down, bits) == start
+        assert self.made.place(*self.search) == start
         self.held.append(start)
 
     def reserve_at(self) -> None:
@@ -332,6 +335,34 @@ def test_the_longest_run_within_limits_is_that_of_a_walk_over_all() -> None:
         for highest in range(lowest, 4000, 70):
             within = [min(last, highest) - max(first, lowest) + 1 for first, last in runs]
             assert made.longest(lowest, highest) == max(0, *within), (lowest, highest)
+
+
+@pytest.mark.parametrize("again", [0.6, 0.95])
+@pytest.mark.parametrize("seed", range(12))
+def test_the_same_search_again_answers_as_the_simple_one(
+    monkeypatch: pytest.MonkeyPatch, seed: int, *, again: float
+) -> None:
+    """From the top, mostly the place below the last one: until the run ends, or something else has changed."""
+    monkeypatch.setattr(iova, "FreeRuns", SmallRuns)
+    pair = Pair(seed, again)
+    steps = [pair.reserve] * 22 + [pair.reserve_at] + [pair.release] * 14
+    for _ in range(300):
+        pair.chance.choice(steps)()
+        pair.made._check()
+    pair.look()
+
+
+def test_the_place_below_the_last_one_is_had_without_a_search() -> None:
+    """Down to the lowest address of the run, which a search takes."""
+    made = IovaAllocator([IovaRange(Iova(0), Iova(IOVA_MIN + 4 * PAGE_SIZE - 1))])
+    assert made.place(PAGE_SIZE, 1, 0, True, 39) == IOVA_MIN + 3 * PAGE_SIZE  # noqa: FBT003
+    lines = count_lines(lambda: made.place(PAGE_SIZE, 1, 0, True, 39))  # noqa: FBT003
+    assert lines < 20
+    made._check()
+    assert [made.place(PAGE_SIZE, 1, 0, True, 39) for _ in range(2)] == [IOVA_MIN + PAGE_SIZE, IOVA_MIN]  # noqa: FBT003
+    with pytest.raises(IovaRangeError):  # lower addresses are only for a caller who names them
+        made.place(PAGE_SIZE, 1, 0, True, 39)  # noqa: FBT003
+    made._check()
 
 
 def test_a_place_that_is_released_is_had_again_without_a_search() -> None:
