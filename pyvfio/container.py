@@ -635,7 +635,7 @@ class Container(IovaSpace):
         refuses_last_page = any(r.last == U64_MAX for r in ranges) and not self._unmaps_last_page(page_size)
         if refuses_last_page:
             ranges = tuple(_without_last_page(r, page_size) for r in ranges)
-        self.allocator.set_ranges(ranges, page_size=page_size)
+        self._set_ranges(ranges, page_size=page_size)
         self._info, self._refuses_last_page, self._ready = info, refuses_last_page, True
 
     def _unmaps_last_page(self, page_size: int) -> bool:

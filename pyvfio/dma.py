@@ -215,7 +215,7 @@ class DmaMapper(TranslatingMapper, ContextManager):
         blocks, buffers = len(self._followed), len(self._fixed)
         return (
             f"{blocks} block{'s' * (blocks != 1)}, {buffers} buffer{'s' * (buffers != 1)}, "
-            f"{len(self._temporary) + len(self._given_up)} temporary"
+            f"{len(self._temporary)} temporary"
         )
 
     # ------------------------------------------------------------------------------------------------ RAM blocks
@@ -700,6 +700,14 @@ class DmaMapper(TranslatingMapper, ContextManager):
         followed = self._followed.below(vaddr)
         return followed.window if followed is not None and followed.window.reaches(vaddr, size) else None
 
+    def _block_of(self, vaddr: int, size: int) -> Window | None:
+        if not self._windows and self.blocks is None:
+            return None
+        window = self._find_block(vaddr, size)
+        if window is None:
+            self._check_no_block(vaddr, size)
+        return window
+
     def _glance_at_block(self, vaddr: int, size: int) -> Window | None:
         followed = self._followed.peek(vaddr)
         return followed.window if followed is not None and followed.window.has_seen(vaddr, size) else None
@@ -714,8 +722,6 @@ class DmaMapper(TranslatingMapper, ContextManager):
                 yield vaddr + start, end - start, window.iova + start, vaddr
 
     def _check_no_block(self, vaddr: int, size: int) -> None:
-        if not self._windows and self.blocks is None:
-            return
         followed = self._followed.below(vaddr + size - 1)
         if followed is not None and followed.window.end > vaddr:
             block = followed.block

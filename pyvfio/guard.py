@@ -11,7 +11,7 @@ table of mappings and the blocks consistent:
    change. Inside a guarded call, a close by the same thread is deferred to the end of the call. Therefore no structure
    changes during a search, and the order in which locks are taken is fixed. A finalizer must make no call but a close.
    Hooks of notifiers are code of the program that runs between two steps: `call_out` lets a hook close a mapping at
-   once.
+   once. A close in one step (`closing_in_one_step`) is never deferred: nothing can run in the middle of the step.
 3. *Signals.* A handler that raises must not run between a change that the kernel made and the record of the change.
    Python runs handlers in the main thread only. During a guarded call of the main thread, signals whose handlers are
    Python functions are noted. The handlers run at `checkpoint`, between the pieces of a long change, and at the end of
@@ -435,6 +435,21 @@ def closing(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
             place.put_off.append(partial(_close, self, call, _own))
         else:
             _run(place, guard.lock, None, call, (self,), {})
+
+    return wrapper
+
+
+def closing_in_one_step(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
+    """Decorate a close that only records that the object is closed: does nothing in a child, and is never deferred.
+
+    `call` must change nothing but by one statement without a call, such as an assignment to a dict of the program's
+    owner: no handler, finalizer or thread comes in between. A guarded call of the owner does the rest.
+    """
+
+    @wraps(call)
+    def wrapper(self: _Self, /) -> None:
+        if self.guard.pid == _signals.process:
+            call(self)
 
     return wrapper
 

@@ -325,7 +325,7 @@ class Ioas(IovaSpace):
     def _read_ranges(self) -> None:
         ranges, alignment = self.iommufd.ioas_iova_ranges(self.id)
         # The alignment is 1 without a device. Mappings are of whole pages of the process, too.
-        self.allocator.set_ranges(ranges, page_size=max(alignment, PAGE_SIZE))
+        self._set_ranges(ranges, page_size=max(alignment, PAGE_SIZE))
         self._ready = True
 
     def _check_ready(self) -> None:

@@ -291,10 +291,10 @@ class IovaAllocator:
     def release_neighbours(self, iovas: Sequence[int]) -> None:
         """Release adjacent reservations, given in ascending order. Raises KeyError if one of them does not exist."""
         reserved = self._reserved
-        sizes = [reserved[iova] for iova in iovas]
-        for iova in iovas:
-            del reserved[iova]
-        self._runs().give(iovas[0], iovas[0] + sum(sizes) - 1)
+        if not all(map(reserved.__contains__, iovas)):
+            raise KeyError(f"not all of {iovas!r} are reserved")
+        size = sum(map(reserved.pop, iovas))
+        self._runs().give(iovas[0], iovas[0] + size - 1)
 
     def is_reserved(self, iova: int) -> bool:
         """Return whether a reservation begins at `iova`."""

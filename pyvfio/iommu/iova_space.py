@@ -53,6 +53,8 @@ class IovaSpace(TrackedSpace):
         self.handing: object | None = None
         """The HandOver in progress, or None."""
         self.allocator = IovaAllocator()
+        self.page_size = self.allocator.page_size
+        """The smallest page size of the IOMMU, in bytes."""
         self._ready = False  # whether a device uses the space, so that ranges and page size are known
         self._dma_bits = dma_bits
         self._kept: list[object] = []
@@ -111,11 +113,6 @@ class IovaSpace(TrackedSpace):
         return self.table.changes
 
     @property
-    def page_size(self) -> int:
-        """The smallest page size of the IOMMU, in bytes."""
-        return self.allocator.page_size
-
-    @property
     def iova_ranges(self) -> tuple[IovaRange, ...]:
         """The ranges in which IOVAs can be mapped, ascending."""
         return self.allocator.ranges
@@ -165,6 +162,11 @@ class IovaSpace(TrackedSpace):
 
     # ------------------------------------------------------------------------------------------------ IOVA
 
+    def _set_ranges(self, ranges: Iterable[IovaRange], *, page_size: int) -> None:
+        """Set ranges and page size as `IovaAllocator.set_ranges`."""
+        self.allocator.set_ranges(ranges, page_size=page_size)
+        self.page_size = page_size
+
     @guarded
     def reserve_iova(
         self, size: int, *, alignment: int, offset: int, top_down: bool = False, dma_bits: int | None = None
@@ -210,13 +212,13 @@ class IovaSpace(TrackedSpace):
             vaddr, iova, size = index(vaddr), index(iova), index(size)
             union = vaddr | iova | size
         access = READ | WRITE if read and write else (READ if read else 0) | (WRITE if write else 0)
-        if union & (self.allocator.page_size - 1) or union < 0 or union + size >= _END or not size or not access:
+        if union & (self.page_size - 1) or union < 0 or union + size >= _END or not size or not access:
             self._check_map(vaddr, iova, size, access)
         self._map(vaddr, iova, size, access)
 
     def _check_map(self, vaddr: int, iova: int, size: int, access: int) -> None:
         """Raise if the arguments of `map` are invalid."""
-        page = self.allocator.page_size
+        page = self.page_size
         if size <= 0 or iova < 0 or (iova | size) & (page - 1) or iova + size > _END:
             raise self._misaligned(iova, size)
         if vaddr < 0 or vaddr & (page - 1) or vaddr + size > _END or not access:
@@ -313,7 +315,7 @@ class IovaSpace(TrackedSpace):
         if type(union) is not int:
             iova, size = index(iova), index(size)
             union = iova | size
-        if union & (self.allocator.page_size - 1) or union < 0 or not size or iova + size > _END:
+        if union & (self.page_size - 1) or union < 0 or not size or iova + size > _END:
             raise self._misaligned(iova, size)
         self._unmap(iova, size)
 
@@ -381,7 +383,7 @@ class IovaSpace(TrackedSpace):
         """As `AddressSpace.unmap_neighbours_locked`."""
         if not self.table.has_neighbours(iovas, vaddrs, iovas[0] + size):
             return False
-        self.unmap_locked(iovas[0], size)
+        self._note_unmap(iovas[0], size, None, self._unmap_in_kernel(iovas[0], size))
         self.allocator.release_neighbours(iovas)
         return True
 

@@ -165,11 +165,18 @@ class MappingTable(Buckets[_Rows]):
         """Return whether mappings begin at exactly these IOVAs and vaddrs, and fill `[iovas[0], end)`."""
         if self._apart:
             self._sort()
-        iovas_there, vaddrs_there = list[int](), list[int]()
+        iovas_there: list[int] = []
+        sizes_there: array[int] = array("Q")
+        vaddrs_there: array[int] = array("Q")
         for rows, first, last in self._spans(iovas[0], end):
             iovas_there += rows.keys[first:last]
+            sizes_there += rows.sizes[first:last]
             vaddrs_there += rows.vaddrs[first:last]
-        return iovas_there == iovas and vaddrs_there == vaddrs and self.is_whole(iovas[0], end - iovas[0])
+        if iovas_there != iovas or vaddrs_there != array("Q", vaddrs):
+            return False
+        # Mappings do not overlap, so the sizes add up to the distance exactly if there is no gap.
+        whole: bool = iovas[0] + sum(sizes_there) == iovas[-1] + sizes_there[-1] == end
+        return whole
 
     def overlapping(self, *, iova: int, size: int) -> list[Mapping]:
         """Return the mappings that share an address with `[iova, iova + size)`."""

@@ -13,11 +13,13 @@ from __future__ import annotations
 import errno
 import logging
 import warnings
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Never, Protocol, SupportsIndex
+from operator import attrgetter
+from typing import TYPE_CHECKING, Never, Protocol, SupportsIndex, TypeVar
 
 from pyvfio.errors import ClosedError, IoctlError, IovaOverlapError, VfioError
-from pyvfio.guard import ContextManager, Guard, closing_in_hooks, guarded, making, reading
+from pyvfio.guard import ContextManager, Guard, closing_in_hooks, closing_in_one_step, guarded, making, reading
 from pyvfio.handle import attempt_all
 from pyvfio.iommu.iova import check_dma_bits
 from pyvfio.iommu.space import AddressSpace
@@ -30,6 +32,8 @@ if TYPE_CHECKING:  # collections.abc has it from 3.12 on
     from typing_extensions import Buffer
 
 logger = logging.getLogger(__name__)
+
+_Own = TypeVar("_Own", bound=OwnMemory)
 
 LARGE_PAGE = 2 * MIB
 """IOVA is congruent to vaddr modulo this size, so that the IOMMU can use large pages for memory in large pages."""
@@ -108,6 +112,23 @@ class _MappingOfView(DmaMapping):
         super().__init__(mapper, memory, vaddr, size)
 
 
+class _TemporaryMapping(DmaMapping):
+    """A mapping of temporary memory, which has no other holder. `reset_temporary` does the work of the close."""
+
+    __slots__ = ()
+    _memory: TemporaryMemory
+
+    @closing_in_one_step
+    def close(self) -> None:
+        """Leave the memory to the next `reset_temporary()`. A second call does nothing."""
+        if self._mapper is not None:
+            self._mapper.left[self._memory], self._mapper = None, None
+
+
+def _close(mapping: DmaMapping) -> None:
+    mapping.close()
+
+
 class BufferMapper:
     """Maps buffers of the caller into `space`. The subclass `DmaMapper` also follows RAM blocks.
 
@@ -124,8 +145,10 @@ class BufferMapper:
         self.dma_bits = space.dma_bits if dma_bits is None else check_dma_bits(dma_bits)
         """The number of address bits of the device. IOVAs chosen by the mapper lie below 2^`dma_bits`."""
         self._fixed = ByAddress[OwnMemory]()  # made by map_dma and map_buffer
-        self._temporary: dict[Iova, OwnMemory] = {}
-        self._given_up: dict[Iova, OwnMemory] = {}  # temporary memory whose holders are all closed
+        self._temporary: dict[Iova, TemporaryMemory] = {}  # until it is unmapped
+        self.left: dict[TemporaryMemory, None] = {}
+        """Temporary memory whose mapping has been closed since the last reset. For the close of the mapping."""
+        self._given_up: list[TemporaryMemory] = []  # closed temporary memory, which the next reset unmaps
         self._exports = Exports()
         self._size = 0  # the size of the last map
         self._closed = False
@@ -141,7 +164,7 @@ class BufferMapper:
         warnings.warn(f"{self!r} was never closed: its memory stays mapped", ResourceWarning, stacklevel=2, source=self)
 
     def _own(self) -> list[OwnMemory]:
-        return [*self._fixed, *self._temporary.values(), *self._given_up.values()]
+        return [*self._fixed, *self._temporary.values()]
 
     @property
     def space(self) -> AddressSpace:
@@ -234,7 +257,7 @@ class BufferMapper:
         known = self._known(vaddr, size, wanted, access)
         if known is not None:
             return self._hold(known, vaddr, size, view)
-        memory = self._map(vaddr, size, wanted, access, view)
+        memory = self._map(vaddr, size, wanted, access, view, OwnMemory)
         self._fixed.add(memory)
         return DmaMapping(self, memory, memory.vaddr, memory.size)
 
@@ -254,23 +277,21 @@ class BufferMapper:
 
     def _known(self, vaddr: int, size: int, iova: int | None, access: int) -> OwnMemory | Window | None:
         """Return memory that is mapped whole, or None. Raises ValueError if a part is mapped, or would be later."""
-        own = self._overlapping(vaddr, size)
-        memory = self._find_block(vaddr, size) if own is None else own
-        if own is not None and not self._holds(own, vaddr, size):
-            self._refuse_overlap(own, vaddr, size)
-        if memory is None:
-            self._check_no_block(vaddr, size)
-            return None
+        own = self._fixed.below(vaddr + size - 1)
+        memory: OwnMemory | Window | None
+        if own is None or own.vaddr + own.size <= vaddr:
+            memory = self._block_of(vaddr, size)
+            if memory is None:
+                return None
+        else:
+            memory = own
+            if not self._holds(own, vaddr, size):
+                self._refuse_overlap(own, vaddr, size)
         found = memory.iova + vaddr - memory.vaddr
         _check_place(found, vaddr, iova)
         if access & ~memory.access:
             raise _less_access(found)
         return memory
-
-    def _overlapping(self, vaddr: int, size: int) -> OwnMemory | None:
-        """Return the last fixed memory that contains one of these bytes, or None. Blocks are not searched."""
-        memory = self._fixed.below(vaddr + size - 1)
-        return memory if memory is not None and memory.vaddr + memory.size > vaddr else None
 
     def _holds(self, memory: OwnMemory, vaddr: int, size: int) -> bool:
         """Return whether that memory contains all these bytes, and no other user of the space has unmapped it."""
@@ -299,6 +320,11 @@ class BufferMapper:
         del vaddr, size
         return None
 
+    def _block_of(self, vaddr: int, size: int) -> Window | None:
+        """Return as `_find_block`. Raises as `_check_no_block`. This class has no blocks."""
+        del vaddr, size
+        return None
+
     def _check_no_block(self, vaddr: int, size: int) -> None:
         """Raise ValueError if any of these bytes belong to a block. This class has no blocks."""
 
@@ -306,10 +332,6 @@ class BufferMapper:
         """Drop `mapping` as a holder, and unmap the memory after the last holder. For DmaMapping.close."""
         if not isinstance(memory, OwnMemory) or memory.holders > 1:
             memory.let_go(mapping)
-        elif memory.temporary:
-            if memory.holders:  # 0 if _unmap_all() has dropped all holders
-                self._given_up[memory.iova] = self._temporary.pop(memory.iova)
-                memory.holders = 0
         else:
             self._unmap(memory)
 
@@ -374,7 +396,7 @@ class BufferMapper:
         """
         return self._map_for_once(buffer, iova, READ | WRITE if read and write else _access(read=read, write=write))
 
-    @making(DmaMapping.close)
+    @making(_close)
     def _map_for_once(self, buffer: Buffer, iova: SupportsIndex | None, access: int) -> DmaMapping:
         view, vaddr = export_buffer(buffer)
         try:
@@ -386,18 +408,17 @@ class BufferMapper:
     def _map_once(self, vaddr: int, size: int, iova: SupportsIndex | None, access: int, view: memoryview) -> DmaMapping:
         wanted = None if iova is None else check_whole_number(iova, "iova")
         self._check_usable(vaddr, size)
-        own = self._overlapping(vaddr, size)
-        known = own if own is not None and self._holds(own, vaddr, size) else self._find_block(vaddr, size)
-        if known is None:
-            self._check_no_block(vaddr, size)
-        elif not access & ~known.access:
+        known: OwnMemory | Window | None = self._fixed.below(vaddr + size - 1)
+        if not isinstance(known, OwnMemory) or not self._holds(known, vaddr, size):
+            known = self._block_of(vaddr, size)
+        if known is not None and not access & ~known.access:
             _check_place(known.iova + vaddr - known.vaddr, vaddr, wanted)
             return self._hold(known, vaddr, size, view)
-        elif isinstance(known, Window):
+        if isinstance(known, Window):
             raise _less_access(known.iova + vaddr - known.vaddr)
         memory = self._map(vaddr, size, wanted, access, view, TemporaryMemory)
         self._temporary[memory.iova] = memory
-        return DmaMapping(self, memory, memory.vaddr, memory.size)
+        return _TemporaryMapping(self, memory, memory.vaddr, size)
 
     @guarded
     def reset_temporary(self) -> int:
@@ -406,39 +427,51 @@ class BufferMapper:
         Raises UnmapSizeError or IoctlError; mappings that could not be unmapped stay recorded. Cost: one unmap for each
         run of adjacent mappings.
         """
-        if self._given_up:
+        if self._gather():
             with self._space.guard.lock:
                 self._reset()
         return len(self._temporary)
 
+    def _gather(self) -> Sequence[TemporaryMemory]:
+        """Return all closed temporary memory, the newly closed included."""
+        if self.left:
+            left, self.left = self.left, {}  # one step: a finalizer, or another thread, can close a mapping meanwhile
+            closed = [memory for memory in left if memory.holders]  # 0 if _unmap_all() has dropped all holders
+            for memory in closed:
+                memory.holders = 0
+            self._given_up += closed
+        return self._given_up
+
     def _reset(self) -> None:
         """Unmap runs of adjacent mappings, from the top downwards."""
         given_up = self._given_up
-        run: list[OwnMemory] = []
-        follows = -1
-        for iova in sorted(given_up, reverse=True):
-            memory = given_up[iova]
-            if run and iova + memory.size != follows:
-                self._unmap_run(run)
-                run = []
-            run.append(memory)
-            follows = iova
-        self._unmap_run(run)
+        given_up.sort(key=_iova_of)
+        while given_up:
+            first, follows = len(given_up), given_up[-1].iova + given_up[-1].size
+            for memory in reversed(given_up):
+                if memory.iova + memory.size != follows:
+                    break
+                first, follows = first - 1, memory.iova
+            self._unmap_run(first)
 
-    def _unmap_run(self, run: list[OwnMemory]) -> None:
-        """Unmap adjacent mappings, given from the top downwards, in one call if all of them still exist."""
-        run.reverse()
+    def _unmap_run(self, first: int) -> None:
+        """Unmap the given up memory from `first` on, all adjacent, in one call if all of the mappings still exist."""
+        run = self._given_up[first:]
         iovas, vaddrs = [memory.iova for memory in run], [memory.vaddr for memory in run]
-        size = run[-1].iova + run[-1].size - iovas[0]
-        if self._space.unmap_neighbours_locked(iovas, vaddrs, size):
-            for memory in run:
-                del self._given_up[memory.iova]
-                self._release(memory)
+        if self._space.unmap_neighbours_locked(iovas, vaddrs, run[-1].iova + run[-1].size - iovas[0]):
+            del self._given_up[first:]
+            self._drop(run, iovas)
             return
         for memory in reversed(run):
             self._space.unmap_and_release_locked(memory.iova, memory.size, memory.vaddr)
-            del self._given_up[memory.iova]
-            self._release(memory)
+            self._drop([self._given_up.pop()], [memory.iova])
+
+    def _drop(self, run: Sequence[TemporaryMemory], iovas: Iterable[Iova]) -> None:
+        """Forget temporary memory that the kernel has unmapped, and release the buffers."""
+        temporary = self._temporary
+        for iova in iovas:
+            del temporary[iova]
+        self._exports.release_each(run)
 
     @reading
     def buffers(self) -> list[OwnMemory]:
@@ -454,8 +487,8 @@ class BufferMapper:
         wanted: int | None,
         access: int,
         view: memoryview | None,
-        kind: type[OwnMemory] = OwnMemory,
-    ) -> OwnMemory:
+        kind: type[_Own],
+    ) -> _Own:
         """Map memory of the caller at the IOVA `wanted`, or at an IOVA that the space chooses."""
         space, export = self._space, None if view is None else self._exports.keep(view, vaddr)
         alignment = LARGE_PAGE if size >= LARGE_PAGE else 1
@@ -494,9 +527,10 @@ class BufferMapper:
         Returns whether another attempt makes sense.
         """
         if isinstance(error, IovaOverlapError):
-            if not any(taken.start in self._given_up for taken in error.existing):
+            closed = {memory.iova for memory in self._gather()}
+            if not any(taken.start in closed for taken in error.existing):
                 return False
-        elif error.errno not in (errno.ENOSPC, errno.ENOMEM) or not self._given_up:
+        elif error.errno not in (errno.ENOSPC, errno.ENOMEM) or not self._gather():
             return False
         logger.debug("recycling temporary mappings: %s", error)
         self.reset_temporary()
@@ -526,10 +560,9 @@ class BufferMapper:
 
     def _unmap_all(self) -> None:
         """Unmap all memory other than blocks, regardless of its holders."""
-        for memory in self._temporary.values():
+        self._given_up[:] = self._temporary.values()
+        for memory in self._given_up:
             memory.holders = 0
-        self._given_up |= self._temporary
-        self._temporary.clear()
         steps = [partial(self._unmap, memory) for memory in reversed(list(self._fixed))]
         attempt_all("unmapping buffers", [*steps, self.reset_temporary])
 
@@ -538,9 +571,14 @@ class BufferMapper:
         for memory in () if self._space.lost or self._space.closed else self._own():
             assert self._space.mapping_at(memory.iova) == (memory.iova, memory.size, memory.vaddr), memory
         self._fixed._check()
-        assert all(memory.holders > 0 for memory in (*self._fixed, *self._temporary.values()))
-        assert not any(memory.holders for memory in self._given_up.values())
+        closed = [memory for memory in self._temporary.values() if not memory.holders]
+        assert sorted(map(id, closed)) == sorted(map(id, self._given_up))
+        assert all(self._temporary[iova].iova == iova for iova in self._temporary)
+        assert all(memory.holders > 0 for memory in self._fixed)
         self._exports._check(memory.export for memory in self._own())
+
+
+_iova_of = attrgetter("iova")
 
 
 def _access(*, read: bool, write: bool) -> int:

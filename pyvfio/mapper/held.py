@@ -14,18 +14,24 @@ if TYPE_CHECKING:  # collections.abc has it from 3.12 on
     from typing_extensions import Buffer
 
 
+_first_byte, _address_of = ctypes.c_char.from_buffer, ctypes.addressof
+
+
 def export_buffer(buffer: Buffer) -> tuple[memoryview, Vaddr]:
     """Return a memoryview that pins the buffer's memory in place, and the address of the first byte."""
     view = memoryview(buffer)
-    if view.readonly or not view.c_contiguous or not view.nbytes:
+    try:
+        return view, _address_of(_first_byte(view))  # type: ignore[return-value]  # Vaddr() is a call, and int at runtime
+    except (TypeError, ValueError):  # from_buffer() checks all three
+        if not view.readonly and view.c_contiguous and view.nbytes:
+            raise
         what = "read-only" if view.readonly else "empty" if view.c_contiguous else "not contiguous"
         size = view.nbytes
         view.release()
-        raise ValueError(
-            f"this buffer of {size} bytes is {what}; a buffer for DMA must be writable, contiguous and not empty. Map "
-            "memory that must not be written with map_dma(vaddr=…, size=…, write=False)"
-        )
-    return view, Vaddr(ctypes.addressof(ctypes.c_char.from_buffer(view)))
+    raise ValueError(
+        f"this buffer of {size} bytes is {what}; a buffer for DMA must be writable, contiguous and not empty. Map "
+        "memory that must not be written with map_dma(vaddr=…, size=…, write=False)"
+    )
 
 
 class SharedExport:
@@ -94,6 +100,16 @@ class Exports:
         if self._by_object.get(number) is export:
             del self._by_object[number]
         view.release()
+
+    def release_each(self, run: Iterable[OwnMemory]) -> None:
+        """Undo the `keep` of each memory of `run`."""
+        for memory in run:
+            export = memory.export
+            memory.export = None
+            if type(export) is SharedExport and export.shares > 1:
+                export.shares -= 1
+            elif export is not None:
+                self.release(export)
 
     def _check(self, held: Iterable[Export | None]) -> None:
         """Check the export counts. `held`: the export of each mapping."""

@@ -182,7 +182,7 @@ class RegionMapper(BufferMapper):
             raise
         try:
             self._check_whole_pages(memory)
-            memory.iova = self._map(memory.vaddr, memory.size, wanted, access, None).iova
+            memory.iova = self._map(memory.vaddr, memory.size, wanted, access, None, OwnMemory).iova
         except BaseException:
             self._take_back(memory)
             raise

@@ -19,6 +19,7 @@ _WITNESSES: dict[str, list[list[str]]] = {
         ["tests/unit/test_bulk_lookups.py", "tests/unit/test_by_address.py"],
     ],
     "free": [["tests/unit/test_buckets.py"], ["tests/property/test_iova.py"]],
+    "temporary": [["tests/unit/test_dma.py", "-k", "temporary or reset"]],
     "shared": [["tests/unit/test_held.py", "tests/unit/test_buckets.py"]],
     "policies": [["tests/unit/test_policies.py"]],
     "changes": [["tests/unit/test_changes.py"]],
@@ -50,7 +51,7 @@ _MUTANTS = (
     # The new process forgets it.
     Mutant("_Taking.take", "            dma_bits=state.mapper_bits,\n", "", "address bits"),
     # A temporary mapping that was closed stays in the way.
-    Mutant("BufferMapper._recycle", "taken.start in self._given_up", "False", "address bits"),
+    Mutant("BufferMapper._recycle", "taken.start in closed", "False", "address bits"),
     # ------------------------------------------------------------------------------------------- free IOVA, in buckets
     # The spare place is given out twice, or for another question; a bound hides a run that fits; a bucket's first key
     # is an old one; runs of two ranges are joined.
@@ -75,14 +76,22 @@ _MUTANTS = (
     ),
     # A reset takes what somebody else has unmapped for mapped; buffers that share an export are released with the first
     # of them, and a view of other memory shares it.
-    Mutant("MappingTable.has_neighbours", "vaddrs_there == vaddrs and", "", "shared"),
+    Mutant("MappingTable.has_neighbours", ' or vaddrs_there != array("Q", vaddrs)', "", "shared"),
     Mutant("Exports.keep", "            export.shares += 1\n", "            pass\n", "shared"),
+    # A temporary mapping is closed, and no reset unmaps it; its mapper has unmapped it before; others lie between.
+    Mutant(
+        "_TemporaryMapping.close",
+        "self._mapper.left[self._memory], self._mapper = None, None",
+        "self._mapper = None",
+        "temporary",
+    ),
+    Mutant("BufferMapper._gather", "for memory in left if memory.holders", "for memory in left", "temporary"),
+    Mutant("BufferMapper._reset", "memory.iova + memory.size != follows", "False", "temporary"),
     # A buffer goes before its mapping, or stays exported when nothing was mapped.
     Mutant(
         "BufferMapper._unmap_run",
-        "        if self._space.unmap_neighbours_locked(iovas, vaddrs, size):\n",
-        "        for memory in run:\n            self._release(memory)\n"
-        "        if self._space.unmap_neighbours_locked(iovas, vaddrs, size):\n",
+        "        if self._space.unmap_neighbours_locked(",
+        "        self._exports.release_each(run)\n        if self._space.unmap_neighbours_locked(",
         "shared",
     ),
     Mutant(

@@ -34,6 +34,7 @@ _MUTANTS = (
     ),
     Mutant("closing", "        if guard.pid != _signals.process:\n", "        if False:\n", "forks"),
     Mutant("closing_in_hooks", "        if guard.pid != _signals.process:\n", "        if False:\n", "forks"),
+    Mutant("closing_in_one_step", "self.guard.pid == _signals.process", "True", "forks"),
     # The child of a hook counts as inside of the call.
     Mutant("_after_fork", "    _thread.place = _Place()\n", "", "forks"),
     # The child of a hook makes the closes that its parent has put off.

@@ -189,11 +189,9 @@ _MUTANTS = (
         "held memory",
     ),
     # A temporary mapping is asked for more than the block allows.
+    Mutant("BufferMapper._map_once", "        if isinstance(known, Window):\n", "        if False:\n", "held memory"),
     Mutant(
-        "BufferMapper._map_once", "        elif isinstance(known, Window):\n", "        elif False:\n", "held memory"
-    ),
-    Mutant(
-        "BufferMapper._map_once", "            self._check_no_block(vaddr, size)\n", "            pass\n", "held memory"
+        "DmaMapper._block_of", "            self._check_no_block(vaddr, size)\n", "            pass\n", "held memory"
     ),
     # A mapper that has lost everything answers.
     Mutant("BufferMapper.check_open", "self._space.lost", "False", "held memory"),

@@ -7,6 +7,7 @@ import errno
 import gc
 import logging
 import mmap
+import os
 import sys
 import threading
 import tracemalloc
@@ -812,6 +813,46 @@ def test_a_temporary_mapping_that_is_given_up_stays_until_the_reset(rig: Rig) ->
     held.close()
     assert rig.mapper.reset_temporary() == 0
     assert rig.mapper.reset_temporary() == 0
+
+
+def test_a_temporary_mapping_that_outlives_its_mapper_is_closed_and_nothing_else(rig: Rig) -> None:
+    """The mapper has unmapped the memory, whose IOVA another mapper uses meanwhile."""
+    (page, other) = _pages(2)
+    mapping = rig.mapper.map_temporary(page)
+    rig.mapper.close()
+    with pyvfio.DmaMapper(rig.container) as late, late.map_temporary(other) as same:
+        assert same.iova == mapping.iova
+        mapping.close()
+        assert mapping.closed
+        rig.mapper._check()
+        assert rig.mapper.reset_temporary() == 0
+        assert [iova for iova, _vaddr, _size in rig.reached()] == [same.iova]
+
+
+def test_a_temporary_mapping_is_closed_while_another_thread_holds_its_mapper(rig: Rig) -> None:
+    """The close takes no lock. The next reset unmaps the memory."""
+    (page,) = _pages(1)
+    mapping = rig.mapper.map_temporary(page)
+    with rig.mapper.guard.lock:
+        closer = threading.Thread(target=mapping.close)
+        closer.start()
+        closer.join(10)
+        assert mapping.closed
+    rig.mapper._check()
+    assert rig.mapper.reset_temporary() == 0
+    assert rig.reached() == []
+
+
+@pytest.mark.parametrize("count", [1, 64])
+def test_a_child_that_closes_a_temporary_mapping_changes_nothing(rig: Rig, count: int) -> None:
+    """Not even its own copy."""
+    mappings = [rig.mapper.map_temporary(page) for page in _pages(count)]
+    if (pid := os.fork()) == 0:
+        for mapping in mappings:
+            mapping.close()
+        os._exit(sum(mapping.closed for mapping in mappings))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert rig.mapper.reset_temporary() == count
 
 
 def test_neighbouring_temporary_mappings_are_unmapped_in_one_call(rig: Rig) -> None:

@@ -30,6 +30,7 @@ from pyvfio.guard import (
     closing,
     closing_after_dependents,
     closing_in_hooks,
+    closing_in_one_step,
     closing_under,
     constructing,
     guarded,
@@ -785,6 +786,28 @@ class TestLocks:
         assert free == [False] * 13
         asking.ask()
         assert free[-1]
+
+    def test_a_close_in_one_step_waits_for_nothing_and_does_nothing_in_a_child(self) -> None:
+        class Noting(Thing):
+            @closing_in_one_step
+            def note(self) -> None:
+                self.events.append("noted")
+
+        thing = Noting()
+        with thing.guard.lock:
+            noting = threading.Thread(target=thing.note)
+            noting.start()
+            noting.join(5)
+            assert thing.events == ["noted"]
+        thing.change(each(thing.note, lambda: thing.events.append("after")))
+        thing.look(each(thing.note, lambda: thing.events.append("after")))
+        assert thing.events == ["noted", "begin", "noted", "after", "end", "noted", "after", "looked"]
+
+        def child() -> None:
+            thing.note()
+            os._exit(len(thing.events))
+
+        assert in_a_child(child) == len(thing.events)
 
 
 class TestFinalizers:

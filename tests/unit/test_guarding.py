@@ -68,7 +68,7 @@ UNGUARDED = {
         Container.info
         Container.changes Container.group Container.maps_files Container.iommu_type Container.iova_pgsizes
         Container.iova_ranges
-        Container.kernel Container.page_size Container.check_takes_mappings Container.takes_mappings
+        Container.kernel Container.check_takes_mappings Container.takes_mappings
         Ioas.check_takes_mappings Ioas.takes_mappings
         DmaBuf.check_here DmaBuf.check_usable DmaBuf.closed DmaBuf.fd DmaBuf.kernel
         Device.can_reset Device.check_here Device.check_usable Device.check_views Device.closed
@@ -80,7 +80,7 @@ UNGUARDED = {
         Ioas.can_cut Ioas.changes Ioas.check_here Ioas.check_usable Ioas.closed Ioas.cut_opens_gap Ioas.dma_bits
         Ioas.entries_left Ioas.fd Ioas.tracks
         Container.counts_by Ioas.counts_by
-        Ioas.iova_ranges Ioas.kernel Ioas.maps_files Ioas.page_size TakenOver.container
+        Ioas.iova_ranges Ioas.kernel Ioas.maps_files TakenOver.container
         Irq.can_grow Irq.count
         ConfigSpace.check_usable ConfigSpace.check_views ConfigSpace.mappable ConfigSpace.size
         Irq.fds RamBlock.discarded RamBlock.file RamBlock.guard RamBlock.idstr RamBlock.max_length RamBlock.page_size
