@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 READ, WRITE = 1, 2
 """The bits of `access`."""
+_BOTH = READ | WRITE
 
 _END = 1 << 64
 
@@ -211,16 +212,15 @@ class IovaSpace(TrackedSpace):
         if type(union) is not int:
             vaddr, iova, size = index(vaddr), index(iova), index(size)
             union = vaddr | iova | size
-        access = READ | WRITE if read and write else (READ if read else 0) | (WRITE if write else 0)
-        if union & (self.page_size - 1) or union < 0 or union + size >= _END or not size or not access:
+        access = _BOTH if read and write else (READ if read else 0) | (WRITE if write else 0)
+        if union & (self.page_size - 1) or union >> 63 or not size or not access:  # negative or large, or never right
             self._check_map(vaddr, iova, size, access)
         self._map(vaddr, iova, size, access)
 
     def _check_map(self, vaddr: int, iova: int, size: int, access: int) -> None:
         """Raise if the arguments of `map` are invalid."""
         page = self.page_size
-        if size <= 0 or iova < 0 or (iova | size) & (page - 1) or iova + size > _END:
-            raise self._misaligned(iova, size)
+        self._check_unmap(iova, size)
         if vaddr < 0 or vaddr & (page - 1) or vaddr + size > _END or not access:
             raise self._not_memory(vaddr, size, access)
         self._check_place(iova, size)
@@ -315,17 +315,29 @@ class IovaSpace(TrackedSpace):
         if type(union) is not int:
             iova, size = index(iova), index(size)
             union = iova | size
-        if union & (self.page_size - 1) or union < 0 or not size or iova + size > _END:
-            raise self._misaligned(iova, size)
+        if union & (self.page_size - 1) or union >> 63 or not size:  # negative or large, or never right
+            self._check_unmap(iova, size)
         self._unmap(iova, size)
+
+    def _check_unmap(self, iova: int, size: int) -> None:
+        """Raise if the arguments of `unmap` are invalid."""
+        if size <= 0 or iova < 0 or (iova | size) & (self.page_size - 1) or iova + size > _END:
+            raise self._misaligned(iova, size)
 
     def unmap_locked(self, iova: int, size: int) -> None:
         """As `AddressSpace.unmap_locked`."""
-        place = self.table.find(iova, size)
-        if place is None and not self.table.is_whole(iova, size):
+        table = self.table
+        place = table.find(iova, size)
+        if place is None and not table.is_whole(iova, size):
             self._refuse_unmap(iova, size)
             return
-        self._note_unmap(iova, size, place, self._unmap_in_kernel(iova, size))
+        unmapped = self._unmap_in_kernel(iova, size)
+        if unmapped == size and place is not None:  # not `_note_unmap`: one call less for most unmaps
+            table.remove(place)
+            if logger.isEnabledFor(logging.DEBUG):
+                logger.debug("unmapped iova=%#x size=%#x", iova, size)
+            return
+        self._note_unmap(iova, size, place, unmapped)
 
     _unmap = guarded(unmap_locked)
 

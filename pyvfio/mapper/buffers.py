@@ -253,7 +253,9 @@ class BufferMapper:
         self, vaddr: int, size: int, iova: SupportsIndex | None, access: int, view: memoryview | None
     ) -> DmaMapping:
         wanted = None if iova is None else check_whole_number(iova, "iova")
-        self._check_usable(vaddr, size)
+        union, space = vaddr | size, self._space
+        if union & (space.page_size - 1) or union >> 63 or not size or self._closed or space.lost:
+            self._check_usable(vaddr, size)
         known = self._known(vaddr, size, wanted, access)
         if known is not None:
             return self._hold(known, vaddr, size, view)
@@ -290,7 +292,7 @@ class BufferMapper:
         found = memory.iova + vaddr - memory.vaddr
         _check_place(found, vaddr, iova)
         if access & ~memory.access:
-            raise _less_access(found)
+            _refuse_access(found)
         return memory
 
     def _holds(self, memory: OwnMemory, vaddr: int, size: int) -> bool:
@@ -400,25 +402,24 @@ class BufferMapper:
     def _map_for_once(self, buffer: Buffer, iova: SupportsIndex | None, access: int) -> DmaMapping:
         view, vaddr = export_buffer(buffer)
         try:
-            return self._map_once(vaddr, view.nbytes, iova, access, view)
+            size, space = view.nbytes, self._space
+            wanted = None if iova is None else check_whole_number(iova, "iova")
+            if (vaddr | size) & (space.page_size - 1) or self._closed or space.lost:
+                self._check_usable(vaddr, size)
+            own = self._fixed.below(vaddr + size - 1)
+            known = self._block_of(vaddr, size) if own is None or not self._holds(own, vaddr, size) else own
+            if known is not None:
+                if not access & ~known.access:
+                    _check_place(known.iova + vaddr - known.vaddr, vaddr, wanted)
+                    return self._hold(known, vaddr, size, view)
+                if isinstance(known, Window):
+                    _refuse_access(known.iova + vaddr - known.vaddr)
+            memory = self._map(vaddr, size, wanted, access, view, TemporaryMemory)
+            self._temporary[memory.iova] = memory
+            return _TemporaryMapping(self, memory, memory.vaddr, size)
         except BaseException:
             view.release()
             raise
-
-    def _map_once(self, vaddr: int, size: int, iova: SupportsIndex | None, access: int, view: memoryview) -> DmaMapping:
-        wanted = None if iova is None else check_whole_number(iova, "iova")
-        self._check_usable(vaddr, size)
-        known: OwnMemory | Window | None = self._fixed.below(vaddr + size - 1)
-        if not isinstance(known, OwnMemory) or not self._holds(known, vaddr, size):
-            known = self._block_of(vaddr, size)
-        if known is not None and not access & ~known.access:
-            _check_place(known.iova + vaddr - known.vaddr, vaddr, wanted)
-            return self._hold(known, vaddr, size, view)
-        if isinstance(known, Window):
-            raise _less_access(known.iova + vaddr - known.vaddr)
-        memory = self._map(vaddr, size, wanted, access, view, TemporaryMemory)
-        self._temporary[memory.iova] = memory
-        return _TemporaryMapping(self, memory, memory.vaddr, size)
 
     @guarded
     def reset_temporary(self) -> int:
@@ -593,8 +594,8 @@ def _check_place(found: int, vaddr: int, wanted: int | None) -> None:
         )
 
 
-def _less_access(iova: int) -> ValueError:
-    return ValueError(
+def _refuse_access(iova: int) -> Never:
+    raise ValueError(
         f"the memory is mapped already, at IOVA {iova:#x}, with less access than was asked for: close that mapping "
         "first, or add the block with write access"
     )

@@ -124,12 +124,13 @@ _MUTANTS = (
         "shrink",
     ),
     # How much the kernel says it unmapped is not looked at.
+    Mutant("IovaSpace.unmap_locked", "unmapped == size and place", "place", "shrink"),
     Mutant("IovaSpace._note_unmap", "        if unmapped != size:\n", "        if unmapped > size:\n", "shrink"),
     # A mapping that the kernel refused to unmap is forgotten, or one of which it unmapped nothing.
     Mutant(
         "IovaSpace.unmap_locked",
-        "        self._note_unmap(iova,",
-        "        self.table.discard(iova=iova, size=size)\n        self._note_unmap(iova,",
+        "        unmapped = self._unmap_in_kernel(",
+        "        self.table.discard(iova=iova, size=size)\n        unmapped = self._unmap_in_kernel(",
         "shrink",
     ),
     Mutant("Container._is_gone", "error.errno == errno.ENOENT", "error.errno == errno.EINVAL", "shrink"),

@@ -189,7 +189,7 @@ _MUTANTS = (
         "held memory",
     ),
     # A temporary mapping is asked for more than the block allows.
-    Mutant("BufferMapper._map_once", "        if isinstance(known, Window):\n", "        if False:\n", "held memory"),
+    Mutant("BufferMapper._map_for_once", "if isinstance(known, Window):", "if False:", "held memory"),
     Mutant(
         "DmaMapper._block_of", "            self._check_no_block(vaddr, size)\n", "            pass\n", "held memory"
     ),
