@@ -69,14 +69,14 @@ Place: TypeAlias = tuple[_Rows, int]
 class MappingTable(Buckets[_Rows]):
     """The mappings that an address space has in the kernel, sorted by IOVA. 24 bytes each.
 
-    The newest mapping stays apart from the sorted rows until the next `add` or `discard`. A driver that maps for each
-    transfer removes that mapping next, and so no row moves. `is_whole` and `has_neighbours` are steps of a change.
-    Other look-ups move no row: a signal handler can raise in them.
+    The newest mapping stays apart from the sorted rows, as long as each `remove` follows its `add`: a driver that maps
+    for each transfer moves no row. Another change, `is_whole` and `has_neighbours` insert the row, and later rows are
+    inserted at once. Other look-ups move no row: a signal handler can raise in them.
 
     Synchronization: none; the owner serializes calls. Cost: as `Buckets`.
     """
 
-    __slots__ = ("_apart", "_length", "_newest", "_place", "changes")
+    __slots__ = ("_apart", "_in_turn", "_last", "_length", "_newest", "_place", "changes")
 
     def __init__(self) -> None:
         super().__init__(_no_rows())
@@ -84,6 +84,8 @@ class MappingTable(Buckets[_Rows]):
         self._place: Place = (self._newest, 0)
         self._apart = False
         """Whether `_newest` has a mapping."""
+        self._in_turn = True  # whether the last `remove` followed its `add`
+        self._last = -1  # the last key that was inserted at once
         self._length = 0  # the number of the sorted rows
         self.changes = 0
         """The number of changes."""
@@ -109,26 +111,33 @@ class MappingTable(Buckets[_Rows]):
 
     def add(self, iova: int, size: int, vaddr: int) -> None:
         """Add a mapping. The kernel has checked that no mapping overlaps."""
+        self.changes += 1
         if self._apart:
             self._sort()
-        newest = self._newest
-        newest.keys[0], newest.sizes[0], newest.vaddrs[0] = iova, size, vaddr
-        self._apart = True
-        self.changes += 1
+        if self._in_turn:
+            newest = self._newest
+            newest.keys[0], newest.sizes[0], newest.vaddrs[0] = iova, size, vaddr
+            self._apart = True
+        else:
+            self._insert(iova, size, vaddr)
+            self._last = iova
 
-    def _sort(self) -> None:
-        """Insert the newest mapping into the sorted rows. For changes only."""
-        iova = self._newest.keys[0]
+    def _insert(self, iova: int, size: int, vaddr: int) -> None:
         rows = self._only or self._buckets[bisect_right(self._firsts, iova) - 1]
         keys = rows.keys
         position = bisect_left(keys, iova)
         keys.insert(position, iova)
-        rows.sizes.insert(position, self._newest.sizes[0])
-        rows.vaddrs.insert(position, self._newest.vaddrs[0])
+        rows.sizes.insert(position, size)
+        rows.vaddrs.insert(position, vaddr)
         self._length += 1
-        self._apart = False
         if len(keys) > self.most:
             self._changed(bisect_right(self._firsts, iova) - 1)
+
+    def _sort(self) -> None:
+        """Insert the newest mapping into the sorted rows. For changes only."""
+        newest = self._newest
+        self._insert(newest.keys[0], newest.sizes[0], newest.vaddrs[0])
+        self._apart = self._in_turn = False
 
     def find(self, iova: int, size: int) -> Place | None:
         """Return the place of the mapping that is exactly `[iova, iova + size)`, or None."""
@@ -151,6 +160,8 @@ class MappingTable(Buckets[_Rows]):
             self._apart = False
             return
         iova = rows.keys[position]
+        if iova == self._last:
+            self._in_turn = True
         del rows.keys[position], rows.sizes[position], rows.vaddrs[position]
         self._length -= 1
         if self._only is None and (not position or len(rows.keys) < self.least):
