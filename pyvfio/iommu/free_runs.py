@@ -219,20 +219,6 @@ class FreeRuns(Buckets[_Runs]):
             number -= 1
         return None
 
-    def take_below(self, place: int, size: int, lowest: int) -> int | None:
-        """Remove the `size` addresses below `place`. Return the first address.
-
-        Return None, and change nothing, if these are not the upper end of a longer run, or reach below `lowest`.
-        """
-        start = place - size
-        runs = self._only or self._buckets[bisect_right(self._firsts, start) - 1]
-        lasts = runs.lasts
-        position = bisect_left(runs.keys, start) - 1
-        if position < 0 or lasts[position] != place - 1 or start < lowest:
-            return None
-        lasts[position] = start - 1
-        return start
-
     def take(self, start: int, last: int) -> bool:
         """Remove `[start, last]`. Return False, and change nothing, unless one run contains all of it."""
         number = bisect_right(self._firsts, start) - 1

@@ -71,9 +71,12 @@ class IovaAllocator:
         self._free = FreeRuns()  # no run crosses the end of a range
         # Two fast paths. If the last place found is released and nothing else has changed, the same search finds the
         # same place: a buffer is mapped and unmapped again and again. If nothing has changed at all, the same search
-        # from the top finds the place below: the runs above are too short, as they were before.
+        # from the top finds the place below: the runs above are too short, as they were before. `_runs` removes such
+        # places from the free runs, all at once.
         self._spare: int | None = None  # the place, once it is released
         self._answer: int | None = None  # the last place found, as long as nothing else has changed
+        self._top = 0  # the place that the last search found in the free runs
+        self._floor = 0  # the lowest place that the same search can find below `_answer`
         self._wanted = (0, 0, False, 0)  # the arguments of that search
         self.set_ranges(ranges, page_size=page_size)
 
@@ -180,11 +183,13 @@ class IovaAllocator:
         if wanted == self._wanted and (answer := self._answer) is not None:
             if self._spare is not None:
                 start, self._spare = answer, None
-            elif top_down:
-                start = self._answer = self._free.take_below(answer, size, self._lowest)
+            elif answer - size >= self._floor:
+                start = self._answer = answer - size
         if start is None:
-            start = self._find(size, alignment, offset, top_down, dma_bits)
+            start = self._top = self._floor = self._find(size, alignment, offset, top_down, dma_bits)
             self._wanted, self._answer = wanted, start if alignment <= self.page_size else None
+            if top_down and (below := self._free.covering(start - 1)) is not None:
+                self._floor = max(below[0], self._lowest)
         self._reserved[start] = size
         return start  # type: ignore[return-value]  # Iova() is a call, and int at runtime
 
@@ -205,7 +210,9 @@ class IovaAllocator:
         return start
 
     def _runs(self) -> FreeRuns:
-        """Return the free runs, the spare place included. The next search cannot use the fast path."""
+        """Return the free runs as they are. The next search cannot use a fast path."""
+        if self._answer is not None and self._answer < self._top:
+            self._free.take(self._answer, self._top - 1)
         if self._spare is not None:
             self._free.give(self._spare, self._spare + self._wanted[0] - 1)
         self._spare = self._answer = None
@@ -334,7 +341,9 @@ class IovaAllocator:
 
     def _check(self) -> None:
         free = FreeRuns(self._free, {offered.start for offered in self._ranges})
-        if self._spare is not None:  # self._runs() would end the fast path; this check must change nothing
+        if self._answer is not None and self._answer < self._top:  # as in _runs(): this check must change nothing
+            assert free.take(self._answer, self._top - 1)
+        if self._spare is not None:
             assert self._spare == self._answer
             free.give(self._spare, self._spare + self._wanted[0] - 1)
         assert list(free) == list(self._gaps())

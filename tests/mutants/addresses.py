@@ -60,10 +60,10 @@ _MUTANTS = (
     Mutant(
         "IovaAllocator._runs", "        self._spare = self._answer = None\n", "        self._spare = None\n", "free"
     ),
-    # The place below is taken: though it is not free, or too low; from a run that then has no address.
-    Mutant("FreeRuns.take_below", " or lasts[position] != place - 1", "", "free"),
-    Mutant("FreeRuns.take_below", " or start < lowest", "", "free"),
-    Mutant("FreeRuns.take_below", "bisect_left(runs.keys, start)", "bisect_right(runs.keys, start)", "free"),
+    # The place below is taken: though it is not free, or too low; and stays among the free runs.
+    Mutant("IovaAllocator.place", "elif answer - size >= self._floor:", "elif top_down:", "free"),
+    Mutant("IovaAllocator.place", "max(below[0], self._lowest)", "below[0]", "free"),
+    Mutant("IovaAllocator._runs", "self._answer < self._top", "False", "free"),
     Mutant("FreeRuns.give", "if last - start > runs.longest:", "if False:", "free"),
     Mutant("FreeRuns._note_longest", "            tree[node] = max(", "            max(", "free"),
     Mutant("FreeRuns._joins_next", "if after in self._seams or ", "if ", "free"),
