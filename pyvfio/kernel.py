@@ -630,5 +630,10 @@ def ioctl_of_buffer(kernel: Kernel) -> Callable[[int, int, bytearray], object]:
 
     For calls of which each map makes one: the method would take as long as `fcntl.ioctl` without the system call.
     """
-    plain = type(kernel).ioctl is LinuxKernel.ioctl and "ioctl" not in vars(kernel)
-    return fcntl.ioctl if plain else kernel.ioctl
+    if getattr(type(kernel), "ioctl", None) is LinuxKernel.ioctl and "ioctl" not in vars(kernel):
+        return fcntl.ioctl
+
+    def make(fd: int, request: int, argument: bytearray) -> int:
+        return kernel.ioctl(fd, request, argument)  # looked up anew for each call: an object may pass calls on
+
+    return make

@@ -63,10 +63,10 @@ class Limits:
 
 
 _PATHS = {
-    "container": 53.0,
-    "map_dma": 79.0,
-    "map_buffer": 90.0,
-    "temporary": 86.0,
+    "container": 46.8,
+    "map_dma": 71.1,
+    "map_buffer": 79.9,
+    "temporary": 60.0,
     "translate_16": 6.0,
     "translate_1000": 6.0,
     "translate_16384": 6.0,
@@ -86,11 +86,11 @@ LATER = 1.02
 where pyvfio takes most of the time."""
 
 LIMITS: Mapping[str, Limits] = {
-    "6.1": Limits(_PATHS, among=1.2, grow_added=63.0, shrink_added=137.0),
+    "6.1": Limits(_PATHS, among=1.16, grow_added=62.0, shrink_added=137.0),
     "7": Limits(
         {**_PATHS, **{key: LATER * _PATHS[key] for key in _BY_SYSTEM_CALLS}},
-        among=1.2,
-        grow_added=63.0,
+        among=1.16,
+        grow_added=62.0,
         shrink_added=137.0,
     ),
 }
@@ -99,15 +99,15 @@ LIMITS: Mapping[str, Limits] = {
 _CUTS = {"cut-pages": 213.0, "cut-replace": 340.0}
 IOMMUFD: Mapping[str, Limits] = {
     "6.12": Limits(
-        {**_PATHS, "container": 59.1, "map_dma": 84.9, "map_buffer": 95.8, "temporary": 92.2},
-        among=1.2,
+        {**_PATHS, "container": 52.7, "map_dma": 77.1, "map_buffer": 85.9, "temporary": 65.7},
+        among=1.16,
         grow_added=64.0,
         shrink_added=137.0,
         cut_added=_CUTS,
     ),
     "7": Limits(
-        {**_PATHS, "container": 61.2, "map_dma": 86.9, "map_buffer": 97.8, "temporary": 93.9},
-        among=1.2,
+        {**_PATHS, "container": 55.2, "map_dma": 79.6, "map_buffer": 88.4, "temporary": 67.9},
+        among=1.16,
         grow_added=74.0,
         shrink_added=137.0,
         cut_added=_CUTS,

@@ -25,6 +25,7 @@ _WITNESSES: dict[str, list[list[str]]] = {
     "changes": [["tests/unit/test_changes.py"]],
     "IOMMU pages": [["tests/unit/test_iommu_pages.py"]],
     "pin limit": [["tests/unit/test_pieces.py", "-k", "pin_limit or limits"]],
+    "seam": [["tests/unit/test_kernel.py", "-k", "ioctl"]],
     "views": [["tests/unit/test_ramblock.py", "-k", "view"]],
     "last page": [["tests/unit/test_container.py", "-k", "last_page or fits"]],
 }
@@ -68,6 +69,9 @@ _MUTANTS = (
     Mutant("FreeRuns._note_longest", "            tree[node] = max(", "            max(", "free"),
     Mutant("FreeRuns._joins_next", "if after in self._seams or ", "if ", "free"),
     Mutant("Buckets._changed", "            firsts[number] = buckets[number].keys[0]\n", "            pass\n", "free"),
+    # The method of a kernel of the program's own is passed by.
+    Mutant("ioctl_of_buffer", 'getattr(type(kernel), "ioctl", None) is LinuxKernel.ioctl and ', "", "seam"),
+    Mutant("ioctl_of_buffer", ' and "ioctl" not in vars(kernel)', "", "seam"),
     # The newest mapping is lost when another one comes; a look-up ignores its size, or moves it.
     Mutant("MappingTable.add", "            self._sort()\n", "            pass\n", "free"),
     Mutant("MappingTable.find", "if newest.sizes[0] == size else None", "", "free"),

@@ -19,7 +19,7 @@ from types import FrameType
 
 import pytest
 
-from pyvfio.kernel import PROT_NONE, Kernel, LinuxKernel, MappedRegisters, Memlock
+from pyvfio.kernel import PROT_NONE, IoctlArgument, Kernel, LinuxKernel, MappedRegisters, Memlock, ioctl_of_buffer
 from pyvfio.testing import FakeKernel
 from pyvfio.units import PAGE_SIZE, Vaddr
 from tests.unit.fakes import Interrupt
@@ -520,3 +520,40 @@ def test_a_buffer_is_free_again_when_the_kernel_has_answered(kernel: LinuxKernel
     assert readable(kernel, buffer) == 3
     buffer.extend(b"x" * 100_000)
     assert len(buffer) == 102_000
+
+
+class _Counting(LinuxKernel):
+    """With an `ioctl` of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def ioctl(self, fd: int, request: int, argument: IoctlArgument = 0) -> int:
+        """One more."""
+        self.count += 1
+        return super().ioctl(fd, request, argument)
+
+
+class _Passing:
+    """Passes each call on, and counts the look-ups."""
+
+    def __init__(self) -> None:
+        self.kernel, self.count = LinuxKernel(), 0
+
+    def __getattr__(self, name: str) -> object:
+        self.count += name == "ioctl"
+        return getattr(self.kernel, name)
+
+
+def test_an_ioctl_with_a_buffer_is_made_without_a_method_unless_the_kernel_has_one_of_its_own() -> None:
+    """A class derived from LinuxKernel, an object with a function of its own, one that passes calls on: each time."""
+    assert ioctl_of_buffer(LinuxKernel()) is fcntl.ioctl
+    derived, own, counted, passing = _Counting(), LinuxKernel(), _Counting(), _Passing()
+    vars(own)["ioctl"] = counted.ioctl
+    with Path(__file__).open("rb") as file:
+        for kernel in (derived, own, passing):
+            call = ioctl_of_buffer(kernel)  # type: ignore[arg-type]
+            for _ in range(2):
+                call(file.fileno(), termios.FIONREAD, bytearray(4))
+    assert (derived.count, counted.count, passing.count) == (2, 2, 2)
