@@ -634,6 +634,6 @@ def ioctl_of_buffer(kernel: Kernel) -> Callable[[int, int, bytearray], object]:
         return fcntl.ioctl
 
     def make(fd: int, request: int, argument: bytearray) -> int:
-        return kernel.ioctl(fd, request, argument)  # looked up anew for each call: an object may pass calls on
+        return kernel.ioctl(fd, request, argument)  # looked up for each call: an object may pass calls on
 
     return make

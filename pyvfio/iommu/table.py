@@ -6,7 +6,6 @@ import itertools
 from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Sequence
-from heapq import merge
 from typing import Self, TypeAlias
 
 from pyvfio.iommu.buckets import Buckets
@@ -102,7 +101,11 @@ class MappingTable(Buckets[_Rows]):
             for rows in self._buckets
             for iova, size, vaddr in zip(rows.keys, rows.sizes, rows.vaddrs, strict=True)
         )
-        return merge(sorted_rows, [self._newest.mapping(0)]) if self._apart else sorted_rows
+        if not self._apart:
+            return sorted_rows
+        every = list(sorted_rows)
+        insort(every, self._newest.mapping(0))
+        return iter(every)
 
     @property
     def mapped(self) -> int:
