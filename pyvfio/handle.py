@@ -97,7 +97,8 @@ class Handle(ContextManager, Unique):
         if self._aside >= 0:
             raise HandOverError(
                 f"{self.guard.what} is being handed to another process",
-                hint="Call cancel() or finish() of the HandOver: the call decides which process owns the object",
+                hint="Call cancel() or finish() of the HandOver, which hand_over(mapper) returns again: the call "
+                "decides which process owns the object",
             )
 
     def ioctl(

@@ -495,7 +495,8 @@ class RamBlockList(ContextManager, Unique):
         if self.handing is not None:
             raise HandOverError(
                 "the RAM blocks are being handed to another process, and cannot change",
-                hint="Call cancel() or finish() of the HandOver: the call decides which process owns the blocks",
+                hint="Call cancel() or finish() of the HandOver, which hand_over(mapper) returns again: the call "
+                "decides which process owns the blocks",
             )
         if self.changing:
             raise ReentrancyError(

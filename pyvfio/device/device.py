@@ -81,6 +81,8 @@ def _give_up(device: Device) -> int:
 
 
 _INFO_MAX = 1 << 20
+_SWITCHES = (("busmaster", "bus_master"), ("memoryenable", "memory_enabled"), ("memenable", "memory_enabled"))
+"""Letters of misspelt switches, and the switches that are meant."""
 _Result = TypeVar("_Result")
 
 
@@ -133,6 +135,19 @@ class Device(AttachedHandle):
         >>> device.bus_master = True
         >>> device.close()
     """
+
+    if not TYPE_CHECKING:  # a type checker that sees the method would accept any name
+
+        def __setattr__(self, name: str, value: object) -> None:
+            """Refuse a misspelt switch: without bus mastering, interrupts are lost without an error."""
+            if not hasattr(type(self), name):
+                letters = name.replace("_", "").lower()
+                for begin, meant in _SWITCHES:
+                    if begin in letters:
+                        raise AttributeError(
+                            f"a Device has no attribute {name!r}; you mean {meant}", name=name, obj=self
+                        )
+            super().__setattr__(name, value)
 
     @constructing(_undo_opening)
     def __init__(self, through: Group | Ioas | UnsafeNoIommu, bdf: str, *, vf_token: UUID | str | None = None) -> None:

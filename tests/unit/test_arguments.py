@@ -190,3 +190,19 @@ def test_the_holders_of_a_file_are_found_by_text_too(device: pyvfio.Device) -> N
         assert any(holder.is_this_process for holder in pci.holders_of("/dev/null", kernel=device.kernel))
     with pytest.raises(TypeError, match="not int"):
         pci.holders_of(3, kernel=device.kernel)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [
+        ("busmaster", "bus_master"),
+        ("bus_mastering", "bus_master"),
+        ("memory_enable", "memory_enabled"),
+        ("mem_enabled", "memory_enabled"),
+    ],
+)
+def test_a_misspelt_switch_of_a_device_is_refused(device: pyvfio.Device, misspelt: str, meant: str) -> None:
+    """As a new attribute it would do nothing, and interrupts would be lost without an error."""
+    with pytest.raises(AttributeError, match=f"no attribute '{misspelt}'; you mean {meant}"):
+        setattr(device, misspelt, True)
+    device.driver = "mine"  # type: ignore[attr-defined]

@@ -171,6 +171,18 @@ def test_what_is_cancelled_is_as_it_was(kernel: SpecialKernel, rig: Rig) -> None
     both_ways(rig, rig.blocks, places)
 
 
+def test_a_hand_over_that_the_program_has_lost_is_got_back_as_the_error_says(rig: Rig) -> None:
+    """Neither the collection of the object nor anything else decides which process owns the blocks."""
+    hand_over(rig.mapper)
+    gc.collect()
+    for change in (partial(rig.blocks["ring"].resize, PAGE_SIZE), rig.mapper.close):
+        with pytest.raises(HandOverError, match=r"which hand_over\(mapper\) returns again"):
+            change()
+    hand_over(rig.mapper).cancel()
+    rig.blocks["ring"].resize(PAGE_SIZE)
+    rig.check()
+
+
 def forget(taken: TakenOver, kernel: SpecialKernel, fds: list[int]) -> None:
     """It dies: its memory and descriptors go, and nothing else happens."""
     areas = [(block.vaddr, block.max_length + PAGE_SIZE) for block in taken.blocks]
