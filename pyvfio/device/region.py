@@ -37,6 +37,11 @@ from pyvfio.units import MIB, PAGE_SIZE, align_down, align_up, as_number, check_
 
 _PROT_READ, _PROT_WRITE, _MAP_SHARED = 1, 2, 1
 _WHOLE_MAX = 64 * MIB
+_RIGHTS = (
+    (ioctls.VFIO_REGION_INFO_FLAG_READ, "read"),
+    (ioctls.VFIO_REGION_INFO_FLAG_WRITE, "write"),
+    (ioctls.VFIO_REGION_INFO_FLAG_MMAP, "mmap"),
+)
 _WINDOW_SIZE = 2 * MIB  # of larger regions, the part around an access is mapped: one entry of a middle page table
 _ALL_ONES = (0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF)  # a load reads ones if no device answers
 _from_bytes = int.from_bytes  # half the cost of the attribute
@@ -532,7 +537,9 @@ class Region(Unique):
         return f"{name} (region {index}) of {self._device.bdf}"
 
     def __repr__(self) -> str:
-        return f"<Region {self._name} size={self.size:#x} {self.info.flags!s}>"
+        flags = self.info.flags
+        rights = [word for bit, word in _RIGHTS if flags & bit]
+        return f"<Region {self._name} size={self.size:#x} {' '.join(rights) or 'no access'}>"
 
     def _check_decoding(self) -> None:
         if self._device.windows.ended:

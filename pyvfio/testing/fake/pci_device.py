@@ -55,6 +55,10 @@ class Slot(Protocol):
         ...
 
 
+_LIKELY = {"bars": "bar_sizes", "bar_size": "bar_sizes", "vendor_id": "vendor", "device_id": "device"}
+"""Names that are likely to be taken for those of declarations."""
+
+
 class FakePciDevice(ABC):
     """The base class of a PCI device on a fake kernel.
 
@@ -95,6 +99,7 @@ class FakePciDevice(ABC):
     def __init__(self, bdf: str, *, driver: str | None = "vfio-pci") -> None:
         if not isinstance(sizes := self.bar_sizes, Mapping):
             raise ValueError(f"{bdf}: bar_sizes is a dict of sizes by BAR, such as {{0: 4096}}, not {sizes!r}")  # noqa: TRY004
+        self._check_names(bdf)
         self.bdf = bdf
         self._slot: Slot | None = None
         self.declaration = FakeDevice(
@@ -114,6 +119,13 @@ class FakePciDevice(ABC):
             config=self.config,
         )
         self.reset()
+
+    def _check_names(self, bdf: str) -> None:
+        """Raise ValueError for a class that declares nothing by a likely name of another declaration."""
+        own = {name for kind in type(self).__mro__ if kind not in FakePciDevice.__mro__ for name in vars(kind)}
+        for name, meant in _LIKELY.items():
+            if name in own and meant not in own:
+                raise ValueError(f"{bdf}: {type(self).__name__}.{name} declares nothing; you mean {meant}")
 
     # ----------------------------------------------------------------------------------------- what a device defines
 
