@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TypeVar
+
 from pyvfio.kernel import Kernel, LinuxKernel
+
+_Item = TypeVar("_Item")
+
+
+def checked_items(items: Iterable[_Item], what: str) -> list[_Item]:
+    """Return the items of an argument that takes several. Raises TypeError, which names the argument as `what`."""
+    if not isinstance(items, Iterable):
+        raise TypeError(f"{what} must be a list or another iterable, not {items!r}")
+    return list(items)
 
 
 def checked_kernel(kernel: Kernel | None) -> Kernel:

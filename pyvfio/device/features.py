@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Generic, Protocol, TypeVar, overload
 
 from pyvfio import ioctls
+from pyvfio.arguments import checked_items
 from pyvfio.device.eventfds import check_eventfd
 from pyvfio.device.windows import Windows
 from pyvfio.errors import IoctlError, UnsupportedError, VfioError
@@ -291,7 +292,7 @@ def checked_ranges(ranges: Iterable[tuple[int, int]] | None, size: int, what: st
 
     Raises TypeError, and ValueError for parts that are not whole pages or not in the BAR.
     """
-    given = [(0, size)] if ranges is None else list(ranges)
+    given = [(0, size)] if ranges is None else checked_items(ranges, "ranges")
     checked = tuple((as_number(offset, "offset"), as_number(length, "size")) for offset, length in given)
     if not checked:
         raise ValueError("a DMA-buf needs one part at least")

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Protocol, overload
 
 from pyvfio import ioctls
+from pyvfio.arguments import checked_items
 from pyvfio.device.attachment import DmaOwner
 from pyvfio.device.eventfds import Eventfd, Making, ReplacedError, Row, Vectors, descriptors, numbers, runs_of
 from pyvfio.device.windows import Windows
@@ -537,9 +538,7 @@ def _checked_fds(fds: Sequence[int | None]) -> list[int | None]:
 
 
 def _checked_vectors(vectors: Iterable[int]) -> tuple[int, ...]:
-    if not isinstance(vectors, Iterable):
-        raise TypeError(f"vectors must be a list of vectors or None, not {vectors!r}")
-    return tuple(dict.fromkeys(as_number(vector, "a vector") for vector in vectors))
+    return tuple(dict.fromkeys(as_number(vector, "a vector") for vector in checked_items(vectors, "vectors")))
 
 
 def _replaced(row: Row, start: int, new: Row, before: Row) -> Row:

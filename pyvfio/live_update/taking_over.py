@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pyvfio.arguments import checked_kernel
+from pyvfio.arguments import checked_items, checked_kernel
 from pyvfio.blocks.block import RamBlock
 from pyvfio.blocks.progress import ProgressCallback, preallocate
 from pyvfio.blocks.state import ResizedCallback
@@ -146,7 +146,7 @@ def take_over(
     """
     kernel = checked_kernel(kernel)
     callbacks = _check_callbacks(resized, place, policy_of, progress)
-    numbers = [_check_number(fd) for fd in fds]
+    numbers = [_check_number(fd) for fd in checked_items(fds, "fds")]
     wanted = _load(state, callbacks)
     _check_descriptors(kernel, wanted, numbers)
     taking = _Taking(kernel, wanted, numbers)

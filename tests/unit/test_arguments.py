@@ -180,8 +180,29 @@ def test_a_timeout_that_is_no_number_is_named(device: pyvfio.Device, timeout: ob
     for wait in (irq.wait, irq.wait_any, partial(device.region(0).poll32, 0, value=0)):
         with pytest.raises(TypeError, match=r"^timeout is a number of seconds"):
             wait(timeout=timeout)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"^vectors must be a list of vectors"):
-        irq.wait_any(0, timeout=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("items", [0, 1.5, None])
+def test_one_object_where_several_are_wanted_is_refused_by_name(device: pyvfio.Device, items: object) -> None:
+    """Not as something that is not iterable, deep inside."""
+    irq = device.irq(pyvfio.ioctls.VFIO_PCI_MSI_IRQ_INDEX)
+    calls: Mapping[str, Callable[[], object]] = {
+        "vectors": lambda: irq.wait_any(items, timeout=0),  # type: ignore[arg-type]
+        "ranges": lambda: device.dma_buf(device.region(0), items),  # type: ignore[arg-type]
+        "fds": lambda: pyvfio.take_over(b"{}", items, kernel=device.kernel),  # type: ignore[arg-type]
+    }
+    for name, call in calls.items():
+        if items is None and name != "fds":
+            continue  # all of them
+        with pytest.raises(TypeError, match=f"^{name} must be a list or another iterable, not "):
+            call()
+
+
+@pytest.mark.parametrize("version", [6.12, ["6.12"], None, "6.8"])
+def test_a_version_that_the_fake_does_not_have_is_refused_with_those_it_has(version: object) -> None:
+    """Of whatever class."""
+    with pytest.raises(ValueError, match=r"the fake can be 6\.1, 6\.12, 7\.3"):
+        FakeKernel(version)  # type: ignore[arg-type]
 
 
 def test_the_holders_of_a_file_are_found_by_text_too(device: pyvfio.Device) -> None:

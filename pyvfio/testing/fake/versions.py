@@ -132,7 +132,7 @@ _LINES = {"7": "7.3"}
 
 def kernel_version(name: str) -> KernelVersion:
     """Return the kernel of a name, or of a line of scripts/vm. Raises ValueError for an unknown name."""
-    found = VERSIONS.get(_LINES.get(name, name))
+    found = VERSIONS.get(_LINES.get(name, name)) if isinstance(name, str) else None
     if found is None:
         raise ValueError(f"unknown kernel version {name!r}: the fake can be {', '.join(VERSIONS)}")
     return found
