@@ -442,8 +442,8 @@ def closing(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
 def closing_in_one_step(call: Callable[[_Self], None]) -> Callable[[_Self], None]:
     """Decorate a close that only records that the object is closed: does nothing in a child, and is never deferred.
 
-    `call` must change nothing but by one statement without a call, such as an assignment to a dict of the program's
-    owner: no handler, finalizer or thread comes in between. A guarded call of the owner does the rest.
+    `call` makes its changes in one statement without a call, such as an assignment to a dict of the owner: no handler,
+    finalizer or thread comes in between. A guarded call of the owner does the rest.
     """
 
     @wraps(call)
