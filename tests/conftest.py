@@ -86,6 +86,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "taken, since to find their points takes as long (default: 5000)",
     )
     group.addoption(
+        "--scenes",
+        type=int,
+        metavar="N",
+        help="of how many operations under a policy each call is made to fail, chosen at random (default: all)",
+    )
+    group.addoption(
         "--thread-steps",
         type=int,
         default=100_000,
@@ -119,6 +125,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "iommufd(since=(6, 12)): what needs /dev/iommu and cdevs, which packaged kernels do not have"
     )
     config.addinivalue_line("markers", "each_operation: made for each of tests/interruptions/operations.py")
+    config.addinivalue_line("markers", "scene: made for each operation under each policy; --scenes takes some")
     config.addinivalue_line("markers", "judge: what needs Python 3.12, as tools/judge.py does")
     config.addinivalue_line("markers", "long: takes a tenth of a second or more; scripts/test --quick leaves it out")
     config.addinivalue_line("markers", "kvm: what needs a /dev/kvm that this user may open")
@@ -135,18 +142,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not AVAILABLE:
         absent.append("judge")
     left_out = [item for item in items if any(item.get_closest_marker(name) for name in absent)]
+    chance = random.Random(config.getoption("--hypothesis-seed"))  # noqa: S311 (nothing secret)
     if not config.getoption("--all-points"):
-        left_out += _other_operations(items, config.getoption("--points"), config.getoption("--hypothesis-seed"))
+        left_out += _other_operations(items, config.getoption("--points"), chance)
+    if (scenes := config.getoption("--scenes")) is not None:
+        marked = [item for item in items if item.get_closest_marker("scene")]
+        left_out += chance.sample(marked, max(len(marked) - scenes, 0))
     config.stash[LEFT_OUT] = sum(item.get_closest_marker("kvm") is not None for item in left_out)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
 
 
-def _other_operations(items: list[pytest.Item], points: int, seed: str | None) -> list[pytest.Item]:
+def _other_operations(items: list[pytest.Item], points: int, chance: random.Random) -> list[pytest.Item]:
     """What is not taken where few points are examined: each operation that is gets a fair number of them."""
     marked = [item for item in items if item.get_closest_marker("each_operation")]
-    chance = random.Random(seed)  # noqa: S311 (nothing secret)
     return chance.sample(marked, len(marked) - min(-(-len(marked) * points // FEW_POINTS), len(marked)))
 
 

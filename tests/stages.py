@@ -73,6 +73,8 @@ MANY_THREADS = "tests/unit/test_many_threads.py"
 SITE = "tests/unit/test_site.py"
 SAMPLES = ("--points=500", "--thread-steps=10000")
 """With --quick, and on all interpreters but the first: a tenth of pytest's defaults."""
+SCENES = 20
+"""With --quick, the number of operations whose calls are made to fail, of 80."""
 TOOLS = tuple(
     f"tests/unit/test_{name}.py"
     for name in (
@@ -153,7 +155,7 @@ def quick_stages(pythons: Sequence[str]) -> Iterator[Stage]:
     """Yield the stages of --quick.
 
     No test that is marked `long`, and no tests of the testing tools; mypy without pyright; one fake; a tenth of the
-    interruptions, collections and steps of threads, and each failing call of a quarter of the operations.
+    interruptions, collections and steps of threads, and each failing call of some operations.
     """
     first, short = pythons[0], ("-m", "not long")
     yield Stage("linters and types", 1000, _pytest(first, *LINTERS, "-k", "not pyright", quick=True))
@@ -161,8 +163,8 @@ def quick_stages(pythons: Sequence[str]) -> Iterator[Stage]:
         for number, files in enumerate(halves(_unit_files()), 1):
             name = f"unit tests, half {number} of 2, {_version(python)}"
             yield Stage(name, 100, _pytest(python, *short, *SAMPLES, *files, quick=True))
-    failures = (FAILURES, "-k", "not step_of_the_undo")
-    yield Stage("each failure of each call", 30, _pytest(first, *SAMPLES, *failures, quick=True))
+    failures = (FAILURES, "-k", "not step_of_the_undo", f"--scenes={SCENES}")
+    yield Stage("each failure of each call", 30, _pytest(first, *failures, quick=True))
     contract = ("tests/property", "tests/contract")
     yield Stage("random sequences, and the contract on the fake", 40, _pytest(first, *short, *contract, quick=True))
     for space in ("type1", "iommufd"):

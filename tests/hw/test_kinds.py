@@ -187,6 +187,7 @@ def test_memory_is_not_left_unreserved_where_the_machine_reserves_all(throwaway:
         blocks.add("ring", used_length=0, max_length=MIB, memory=Anonymous(noreserve=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("memory", [Anonymous(), Memfd()], ids=["anonymous", "memfd"])
 def test_a_block_that_is_whole_for_want_of_mappings_is_reached_as_far_as_it_is_used(
     rig: Rig, memory: MemoryKind

@@ -122,6 +122,7 @@ def test_settings_stay_on_huge_pages(rig: Rig, throwaway: None, settings: Memory
         check_life(rig, Memfd(hugetlb=2 * MIB), settings, prealloc=0, shared=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings", [ALL, NONE], ids=["all", "none"])
 @pytest.mark.parametrize("noreserve", [False, True], ids=["reserved", "noreserve"])
 @pytest.mark.parametrize("prealloc", [0, 1])

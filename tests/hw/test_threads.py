@@ -88,6 +88,7 @@ class _Worker:
         self._add()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("resize", "granule"),
     [("remap", None), ("extend", None), ("extend", PAGE_SIZE)],

@@ -224,6 +224,7 @@ def test_a_part_changes_by_as_many_calls_among_many_holes_as_among_few(change: s
     assert calls_among_holes(200, change) <= calls_among_holes(4, change) + 4
 
 
+@pytest.mark.long
 @given(st.lists(st.tuples(st.sampled_from(["discard", "populate", "resize"]), st.integers(0, 12), st.integers(0, 12))))
 def test_the_parts_of_a_block_are_those_of_a_set_of_pages(steps: list[tuple[str, int, int]]) -> None:
     populated, discarded = set(range(8)), set[int]()

@@ -293,6 +293,7 @@ class Pair:
         assert self.made.largest_free == max(0, *(last + 1 - max(first, IOVA_MIN) for first, last in free), 0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("looks", [False, True], ids=["between looks", "looked at each time"])
 @pytest.mark.parametrize("seed", range(8))
 def test_the_allocator_answers_as_the_simple_one(monkeypatch: pytest.MonkeyPatch, seed: int, *, looks: bool) -> None:

@@ -340,6 +340,7 @@ def questions(rig: Rig, memory: int) -> list[int]:
     return sorted(start + delta for start in starts for delta in (0, 1, PAGE_SIZE - 1))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::pyvfio.errors.MemoryNotReturnedWarning")  # some changes fail
 @settings(
     max_examples=40,
@@ -412,6 +413,7 @@ def layouts(draw: st.DrawFn) -> list[tuple[int, int, int, int]]:
     return pieces
 
 
+@pytest.mark.long
 @settings(max_examples=200)
 @given(pieces=layouts(), size=st.integers(1, 70), data=st.data())
 def test_runs_and_vectors_find_the_run_that_a_walk_finds(
@@ -474,6 +476,7 @@ def test_an_address_is_found_or_not_whatever_was_looked_up_before(layout: str) -
 # ------------------------------------------------------------------------------------------------------------- segments
 
 
+@pytest.mark.long
 @given(
     parts=st.lists(st.tuples(st.integers(0, 1 << 13), st.integers(1, 1 << 12)), max_size=5),
     top=st.booleans(),
@@ -572,6 +575,7 @@ def test_a_mapping_and_no_part_at_all(rig: Rig, way: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------- numpy
 
 
+@pytest.mark.long
 def test_a_program_that_does_not_use_numpy_does_not_get_it() -> None:
     """Nothing here imports it: not pyvfio, not a look-up of many addresses."""
     program = """if True:

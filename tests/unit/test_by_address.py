@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ class Thing(NamedTuple):
     vaddr: Vaddr
 
 
+@pytest.mark.long
 @given(
     steps=st.lists(
         st.tuples(st.sampled_from(["add", "remove", "ask", "clear"]), st.integers(0, 30)), min_size=1, max_size=60

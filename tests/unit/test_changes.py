@@ -109,6 +109,7 @@ steps_of_a_life = st.lists(
 )
 
 
+@pytest.mark.long
 @given(st.sampled_from(sorted(POLICIES)), steps_of_a_life)
 @example(
     "extend",
@@ -186,6 +187,7 @@ class Held:
         return self.number
 
 
+@pytest.mark.long
 @example([(7, 2), (12, 1), (9, 3)], set(), 9, 3)  # the neighbours on both sides come first
 @given(
     st.lists(st.tuples(st.integers(0, 20), st.integers(1, 8))),
@@ -250,6 +252,7 @@ def test_a_change_looks_at_the_pieces_that_it_concerns_and_at_no_other(kernel: S
         assert all(one <= other + 8 for one, other in zip(many, few, strict=True)), (few, many)
 
 
+@pytest.mark.long
 def test_a_block_that_comes_looks_at_no_piece_of_others(kernel: SpecialKernel) -> None:
     """How many mappings are promised to them is known."""
     with Rig(kernel, mapper=GRANULES) as rig:

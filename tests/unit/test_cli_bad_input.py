@@ -183,6 +183,7 @@ common.run(lambda: module.main(words, **given), name=module.NAME)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", COMMANDS)
 def test_without_root_a_command_does_its_work_or_says_what_it_needs(tree: SysfsTree, name: str) -> None:
     """The child is nobody, and can read what root can: nobody may have no Python otherwise."""
@@ -210,6 +211,7 @@ def buffering(*, on: bool) -> dict[str, str]:
     return environment if on else {**environment, "PYTHONUNBUFFERED": "1"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("stdout", "statuses"), [(">&-", {0, 1, 2}), (">/dev/full", {1, 2}), (">&0", {1, 2, 128 + signal.SIGPIPE})]
 )

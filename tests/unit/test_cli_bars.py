@@ -36,6 +36,7 @@ def on_terminal(program: str) -> str:
     return written.decode()
 
 
+@pytest.mark.long
 def test_a_bar_is_shown_on_a_terminal() -> None:
     """What it is of, and how far it has come."""
     written = on_terminal(WITH_BAR)
@@ -43,6 +44,7 @@ def test_a_bar_is_shown_on_a_terminal() -> None:
     assert "2/3" in written or "0/3" in written  # tqdm does not draw each step
 
 
+@pytest.mark.long
 def test_no_bar_is_shown_in_a_pipe() -> None:
     """Nor where tqdm is not installed."""
     done = subprocess.run([sys.executable, "-c", WITH_BAR], capture_output=True, check=True)
@@ -50,6 +52,7 @@ def test_no_bar_is_shown_in_a_pipe() -> None:
     assert on_terminal("import sys\nsys.modules['tqdm'] = None\n" + WITH_BAR) == ""
 
 
+@pytest.mark.long
 def test_each_step_of_a_long_change_has_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
     """And none of them is left behind, not even where the change ends in the middle."""
     with (

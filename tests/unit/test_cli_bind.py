@@ -1162,6 +1162,7 @@ def _operation(machine: Machine, name: str) -> Callable[[], object]:
     return lambda: pci.forget(NIC, etc=machine.etc)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("handler")
 @pytest.mark.parametrize("name", ["rights", "restore", "persist", "forget"])
 def test_a_handler_that_raises_leaves_driver_rights_and_rules_as_they_were(tmp_path: Path, name: str) -> None:

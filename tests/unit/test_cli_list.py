@@ -321,6 +321,7 @@ def on_terminal(*arguments: str, columns: int = 80, **variables: str) -> str:
         os.close(terminal)
 
 
+@pytest.mark.long
 def test_the_table_has_colours_on_a_terminal_alone(tree: SysfsTree, capsys: pytest.CaptureFixture[str]) -> None:
     """A terminal without colours, NO_COLOR and --color=never take them away. The width is the terminal's."""
     assert on_terminal().startswith("\x1b[1mBDF ")

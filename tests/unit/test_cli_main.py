@@ -48,6 +48,7 @@ def test_the_version_is_the_packages() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"pyvfio {pyvfio.__version__}\n", "")
 
 
+@pytest.mark.long
 def test_the_help_lists_each_command() -> None:
     """`pyvfio help` is the same."""
     done = run("--help")
@@ -56,6 +57,7 @@ def test_the_help_lists_each_command() -> None:
     assert run("help").stdout == done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_help_of_a_command_can_be_asked_for_in_two_ways(name: str) -> None:
     done = run("help", name)
@@ -295,6 +297,7 @@ def test_the_page_has_a_section_for_each_schema() -> None:
     assert schemas() == set(SAMPLES) == {name for name in sections() if name.startswith("pyvfio.")}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("schema", SAMPLES)
 def test_the_page_names_each_key_of_a_document(schema: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And no key that no document has."""

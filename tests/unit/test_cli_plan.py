@@ -193,6 +193,7 @@ def test_what_is_no_picture_is_said_in_a_line(text: str, tmp_path: Path) -> None
         draw.main([str(tmp_path / "file")])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("redirection", "why"), [("<&-", "stdin is closed"), (r"< <(printf '\xff')", "no picture can be read")]
 )

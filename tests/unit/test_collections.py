@@ -33,6 +33,7 @@ def chance(request: pytest.FixtureRequest) -> Iterator[random.Random]:
     gc.enable()
 
 
+@pytest.mark.long
 @pytest.mark.each_operation
 @pytest.mark.parametrize("operation", OPERATIONS, ids=str)
 def test_what_a_finalizer_closes_in_the_middle_of_an_operation_is_closed_before_or_after_it(

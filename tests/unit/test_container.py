@@ -621,6 +621,7 @@ def _closers(rig: Rig) -> dict[str, Callable[[], None]]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shared", [False, True], ids=["the device's own container", "a container of several"])
 def test_everything_may_be_closed_in_every_order_and_twice(kernel: SpecialKernel, *, shared: bool) -> None:
     """No step raises, no memory goes while a device reaches it, and at the end nothing is left."""
@@ -819,6 +820,7 @@ def test_memory_is_kept_while_another_process_keeps_the_group_in(kernel: Special
     assert kernel.mappings() == ()
 
 
+@pytest.mark.long
 def test_without_assertions_each_refusal_stays() -> None:
     """`python -O` changes nothing."""
     program = """

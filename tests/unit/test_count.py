@@ -13,6 +13,7 @@ LIMIT = 1.0
 """So many private attributes of others may be used in 1,000 lines of the package without testing/ and cli/."""
 
 
+@pytest.mark.long
 def test_private_attributes_of_others_are_rare() -> None:
     """A class whose state others need gets a public method for them."""
     counts = count()

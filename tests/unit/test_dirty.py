@@ -646,6 +646,7 @@ def test_an_iommu_that_does_not_track_is_told_apart_before_any_call() -> None:
 OCTETS = st.lists(st.sampled_from([0, 0, 0xFF, 0xFF, 1, 0x0A, 0x80, 0x5A, 0xFE, 0x7F]), min_size=1, max_size=24)
 
 
+@pytest.mark.long
 @given(OCTETS, st.data())
 def test_pages_are_found_as_their_bits_are_set(octets: list[int], data: st.DataObject) -> None:
     """Neighbours in one run, and what the kernel has left behind the last page is none."""

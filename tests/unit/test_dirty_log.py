@@ -421,6 +421,7 @@ class Copying:
 CUTS: dict[str, Literal["pages", "replace"]] = {"cut, pages": "pages", "cut, replace": "replace"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "policy"),
     [*((kind, policy) for kind in KINDS for policy in POLICIES), *(("iommufd", cut) for cut in CUTS)],
@@ -513,6 +514,7 @@ class Signaller:
             signal.signal(signal.SIGUSR1, before)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "kind"), [*((name, "type1") for name in OPERATIONS), ("collect", "iommufd")])
 def test_never_is_too_little_dirty_wherever_a_signal_handler_raises(name: str, kind: Kind) -> None:
     """In the log, in the list, in the mapper: what had been dirty and nobody was told of still is."""
@@ -673,6 +675,7 @@ class Told(DirtyTracking):
         return pyvfio.DirtyPages(found.page_size, found.pages, tuple(page for page in pages if asked.contains(page)))
 
 
+@pytest.mark.long
 @given(st.sampled_from(sorted(POLICIES)), _steps)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_the_log_is_a_set_of_pages(policy: str, life: list[tuple[str, range]]) -> None:

@@ -342,6 +342,7 @@ def test_addresses_are_found_both_ways_when_all_of_the_range_is_mapped(rig: Rig)
             mapper.translate_iova(iova + offset, size)
 
 
+@pytest.mark.long
 def test_a_look_up_takes_hardly_more_steps_among_many_mappings_than_among_few(rig: Rig) -> None:
     """Of blocks, of buffers and of what the kernel has: found by bisection, as the lines that are run say."""
     buffers = rig.memory(2 * 256 * PAGE_SIZE)
@@ -1029,6 +1030,7 @@ def test_in_a_forked_child_nothing_is_unmapped_and_closing_does_nothing(rig: Rig
     rig.free(memory, 2 * PAGE_SIZE)
 
 
+@pytest.mark.long
 def test_a_mapping_costs_at_most_300_bytes(rig: Rig) -> None:
     """Handle, allocator, table and every number in them, as tracemalloc counts them over thousands of mappings."""
     count = 2_000

@@ -140,6 +140,7 @@ def test_the_document_has_all_findings_under_these_keys(tmp_path: Path, capsys: 
     assert {"ok", "wrong"} <= {each["status"] for each in document["findings"]}
 
 
+@pytest.mark.long
 def test_the_page_names_each_check(tmp_path: Path) -> None:
     """And no check that is not made."""
     text = PAGE.read_text(encoding="utf-8").partition("## What is checked")[2].partition("The command line is")[0]
@@ -197,6 +198,7 @@ def test_wrong_usage_is_status_2(words: list[str]) -> None:
     assert done.stderr.endswith("; see pyvfio doctor --help\n")
 
 
+@pytest.mark.long
 def test_the_running_machine_can_be_examined_without_a_traceback_into_a_closed_pipe() -> None:
     """Whatever machine runs the tests."""
     reader, writer = os.pipe()
@@ -220,6 +222,7 @@ common.run(lambda: doctor.main(["--all"]), name=doctor.NAME)
 """
 
 
+@pytest.mark.long
 def test_a_user_without_rights_can_examine_the_running_machine() -> None:
     """With findings for the files that this user cannot read. The verdict is on stderr if something is wrong."""
     done = subprocess.run([sys.executable, "-c", AS_NOBODY], capture_output=True, text=True, check=False)

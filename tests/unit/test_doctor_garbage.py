@@ -70,6 +70,7 @@ def nearly_right(content: bytes, how: int) -> bytes:
     return faults[how // 4 % len(faults)]()
 
 
+@pytest.mark.long
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(
     shape=st.sampled_from(machines.MACHINES),
@@ -91,6 +92,7 @@ def test_garbage_ends_in_findings(shape: Callable[[MachineTree], None], spoilt: 
                 tree.machine.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [machines.acs_trouble, machines.in_container, machines.virtual_late])
 def test_each_file_with_a_fault_ends_in_findings(tmp_path: Path, shape: Callable[[MachineTree], None]) -> None:
     """One file at a time, with numbers that are none or too large, a line cut off, separators lost."""

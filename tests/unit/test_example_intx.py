@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import intx
 import pyvfio
 from pyvfio.testing import FakeEdu, FakeKernel
@@ -15,6 +17,7 @@ from tests.unit.fakes import BDF, nothing_left
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples/intx.py"
 
 
+@pytest.mark.long
 def test_the_program_runs_without_any_device() -> None:
     """And says that each cause was met by an interrupt."""
     command = [sys.executable, str(EXAMPLE), "--fake", "--json", "--rounds", "20"]

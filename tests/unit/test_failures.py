@@ -573,6 +573,7 @@ def _fail(kernel: SpecialKernel, policy: str, name: str, *plans: Case) -> tuple[
     return names
 
 
+@pytest.mark.scene
 @pytest.mark.parametrize(("policy", "name"), SCENES)
 def test_the_device_never_reaches_too_much_whichever_call_fails(kernel: SpecialKernel, policy: str, name: str) -> None:
     """The operation is made or is not; after RollbackError memory is kept; what comes next works or says why not."""

@@ -155,6 +155,7 @@ def test_each_public_method_goes_through_the_guard_or_has_no_state_to_guard() ->
     assert {name for name, function in methods.items() if not _is_guarded(function)} == listed
 
 
+@pytest.mark.long
 def test_each_class_that_has_state_has_a_guard() -> None:
     """As an attribute that is public, so that one object can hold the lock of another."""
     assert [kind.__name__ for kind in stateful() if not _has_guard(kind)] == []

@@ -266,6 +266,7 @@ def test_a_close_in_a_system_call_of_its_own_thread_waits_for_nothing(kernel: Fa
     assert open_fds() == before
 
 
+@pytest.mark.long
 def test_a_close_that_a_system_call_waits_for_leaves_the_descriptor_to_it(kernel: FakeKernel) -> None:
     """After a second: a finalizer in that thread may wait for a lock of the thread that closes.
 

@@ -130,6 +130,7 @@ def _measure(rig: Rig, use: Callable[[int], object], count: int) -> float:
     return sum(difference.size_diff for difference in after.compare_to(before, "filename")) / count
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["map_buffer", "map_temporary"])
 def test_a_mapping_of_a_slice_costs_at_most_300_bytes(rig: Rig, kind: str) -> None:
     """A temporary one that was closed, too."""

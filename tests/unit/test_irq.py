@@ -306,6 +306,7 @@ def test_vectors_are_added_and_stopped_without_a_word_about_the_others(
     assert [count(fd) for fd in own] == [0, 0, 0, 1, 1, 0, 1, 0]
 
 
+@pytest.mark.long
 def test_no_signal_is_lost_while_vectors_come_and_go(
     kernel: SpecialKernel, device: pyvfio.Device, own: list[int]
 ) -> None:

@@ -165,6 +165,7 @@ def test_the_lines_of_a_mistake_are_those_that_are_not_in_the_other_source(
     assert list(changed_lines(SOURCE, SOURCE.replace(old, new, 1))) == lines
 
 
+@pytest.mark.long
 def test_a_function_with_other_variables_of_a_closure_cannot_be_replaced(tmp_path: Path) -> None:
     """It keeps its code."""
     before = textwrap.dedent(

@@ -222,6 +222,7 @@ def test_an_eventfd_counts_and_reading_it_takes_the_count(kernel: LinuxKernel) -
     kernel.close(fd)
 
 
+@pytest.mark.long
 def test_a_signal_handler_that_raises_in_a_read_loses_no_count(kernel: LinuxKernel) -> None:
     """Wherever in the read signals come, until a hundred have: the count stays in the eventfd, or is returned."""
     fd = kernel.eventfd(0, os.EFD_NONBLOCK)

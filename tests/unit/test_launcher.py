@@ -20,6 +20,7 @@ from tests.unit.fakes import nothing_left
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples/launcher.py"
 
 
+@pytest.mark.long
 def test_both_parts_run_on_the_fake_kernel() -> None:
     """As a program."""
     done = subprocess.run([sys.executable, str(EXAMPLE), "--fake"], capture_output=True, text=True, check=True)

@@ -124,6 +124,7 @@ def test_every_module_has_its_place() -> None:
     assert homes == set(FLOORS)
 
 
+@pytest.mark.long
 def test_imports_go_downwards_only() -> None:
     """A breach is an arrow from a floor to one above it, or from the house into the cellar."""
     assert breaches(SOURCES, PACKAGES) == []
@@ -197,6 +198,7 @@ def test_what_is_allowed_is_no_breach(importer: str, source: str) -> None:
     assert breaches({**dict.fromkeys(SOURCES, ""), importer: source}, PACKAGES) == []
 
 
+@pytest.mark.long
 def test_importing_needs_neither_root_nor_vfio_nor_libudev() -> None:
     """Without any capability and without shared libraries of others; nothing in /dev/vfio or /sys is looked at."""
     script = textwrap.dedent(
@@ -262,6 +264,7 @@ def assertions(tree: ast.AST, inside: str = "") -> Iterator[str]:
         yield from assertions(node, node.name if isinstance(node, ast.FunctionDef) else inside)
 
 
+@pytest.mark.long
 def test_only_a_check_of_the_state_asserts() -> None:
     """`python -O` takes assertions away: nothing that a program depends on may be one."""
     found = {name for path in modules().values() for name in assertions(ast.parse(path.read_text(encoding="utf-8")))}

@@ -233,6 +233,7 @@ def test_a_new_process_that_dies_after_it_has_taken_over_takes_nothing_with_it(
 # ------------------------------------------------------------------------------------------------ failures
 
 
+@pytest.mark.long
 def test_whichever_call_of_a_take_over_fails_the_device_reaches_the_same_and_it_can_be_cancelled_or_tried_again(
     kernel: SpecialKernel, rig: Rig
 ) -> None:

@@ -409,6 +409,7 @@ def _live(steps: int) -> None:
         assert kernel.descriptors == ()
 
 
+@pytest.mark.long
 def test_eight_threads_make_every_call_and_all_is_as_it_should_be(request: pytest.FixtureRequest) -> None:
     """Also when a collection closes mappings in any of them, and a handler raises in the main thread."""
     steps = request.config.getoption("--thread-steps")

@@ -290,6 +290,7 @@ def test_a_reservation_that_fails_leaves_no_address_space_behind(kernel: FakeKer
 # ------------------------------------------------------------------------------------------------- using, growing
 
 
+@pytest.mark.long
 def test_only_the_active_part_can_be_used() -> None:
     """A child that reads or writes the tail or the guard page dies by SIGSEGV; one that uses the rest does not."""
     memory = reserve(active=4 * MIB)

@@ -76,6 +76,7 @@ def _files_of(root: Path) -> set[str]:
     return {str(path) for path in files if not any(Path(part).match(made) for part in path.parts for made in MADE_HERE)}
 
 
+@pytest.mark.long
 def test_the_source_distribution_has_all_that_a_clone_has(distributions: dict[str, Path]) -> None:
     """Pages, examples, tests, scripts and tools; scripts can be run."""
     source = distributions["source"]
@@ -124,6 +125,7 @@ def test_extras_are_those_that_the_pages_name() -> None:
     assert extras["numpy"] | extras["cli"] | extras["docs"] <= extras["dev"]
 
 
+@pytest.mark.long
 def test_each_package_that_is_imported_is_declared() -> None:
     """At run time, in an extra of users, or pytest, which the plugin runs in; and nothing is declared in vain."""
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "pyvfio").rglob("*.py")]
@@ -142,6 +144,7 @@ _BUILD_EDITABLE = (
 )
 
 
+@pytest.mark.long
 def test_a_type_checker_finds_the_installation_that_the_readme_names_for_it(
     distributions: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -183,6 +186,7 @@ def _copy(package: str, environment: Path) -> None:
             shutil.copy(source, target / file)
 
 
+@pytest.mark.long
 def test_the_installed_command_works_outside_of_the_clone(bare: Path, tmp_path: Path) -> None:
     """Version, help, the list of devices and the demonstration on the fake kernel; `python -m pyvfio` is the same."""
     assert run(bare / "pyvfio", "--version", cwd=tmp_path) == f"pyvfio {pyvfio.__version__}\n"
@@ -193,6 +197,7 @@ def test_the_installed_command_works_outside_of_the_clone(bare: Path, tmp_path: 
     assert Path(where.strip()).is_relative_to(bare.parent)
 
 
+@pytest.mark.long
 def test_the_first_program_of_the_readme_runs_where_pyvfio_is_installed(bare: Path, tmp_path: Path) -> None:
     """Without a change, in a directory of its own, and with each warning an error."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1047,6 +1047,7 @@ def _press_all() -> None:
         signal.raise_signal(number)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("what", ["bind", "unbind", "restore"])
 def test_signals_in_the_middle_of_a_change_leave_the_device_as_it_was(tmp_path: Path, what: str) -> None:

@@ -150,6 +150,7 @@ def pictures(draw: st.DrawFn) -> Picture:
     return Picture(draw(names), draw(st.sampled_from((WHOLE, hole))), tuple(spans), 39)
 
 
+@pytest.mark.long
 @given(picture=pictures(), width=st.integers(1, 200), rows=st.integers(1, 20), ascii_only=st.booleans())
 def test_text_fits_its_width(*, picture: Picture, width: int, rows: int, ascii_only: bool) -> None:
     """At any width from 30 columns on; with ASCII alone where that is asked for."""
@@ -158,6 +159,7 @@ def test_text_fits_its_width(*, picture: Picture, width: int, rows: int, ascii_o
     assert text.isascii() or not ascii_only
 
 
+@pytest.mark.long
 @given(pictures(), st.integers(1, 20))
 def test_svg_is_well_formed_and_stays_inside(picture: Picture, rows: int) -> None:
     """Whatever a block is called; and nothing is drawn outside of the document."""
@@ -176,6 +178,7 @@ def test_svg_is_well_formed_and_stays_inside(picture: Picture, rows: int) -> Non
             assert start - 0.1 <= x <= x + float(rect.attrib["width"]) <= start + length + 0.2
 
 
+@pytest.mark.long
 @given(pictures())
 def test_rows_cover_the_offered_ranges_without_overlap(picture: Picture) -> None:
     """Spans, free IOVA and IOVA that is not offered, ascending."""
@@ -187,6 +190,7 @@ def test_rows_cover_the_offered_ranges_without_overlap(picture: Picture) -> None
     assert at >= 1 << 39
 
 
+@pytest.mark.long
 @given(pictures())
 def test_any_picture_is_the_same_after_json(picture: Picture) -> None:
     """As `from_json(to_json())`."""
@@ -444,6 +448,7 @@ def test_several_pictures_are_one_document() -> None:
     assert titles[0][1] < titles[1][1]
 
 
+@pytest.mark.long
 @given(st.lists(st.integers(0, 400)))
 def test_a_line_of_pictures_is_kept_back_however_output_is_cut(cuts: list[int]) -> None:
     """All other lines go on, the last one too, which has no end."""

@@ -297,6 +297,7 @@ extents = st.lists(st.integers(0, 24), unique=True, max_size=10).map(
 POLICIES = [Policy(), Policy("extend"), Policy("extend", allow_gap=False), Policy("extend", granule=1), Policy("cut")]
 
 
+@pytest.mark.long
 @given(mapped=extents, wanted=extents, policy=st.sampled_from(POLICIES))
 def test_the_steps_reach_what_is_wanted_and_unmap_whole_pieces_only(
     mapped: list[Extent], wanted: list[Extent], policy: Policy
@@ -341,6 +342,7 @@ def test_a_part_and_what_is_without_it_make_up_the_whole(one: list[Extent], star
     assert sum(part.size for part in parts) == sum(extent.size for extent in one)
 
 
+@pytest.mark.long
 def test_a_refused_shrink_of_many_pieces_costs_as_one_that_succeeds(kernel: SpecialKernel) -> None:
     """The undo looks at each piece once, not at each for each."""
 

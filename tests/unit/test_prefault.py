@@ -107,6 +107,7 @@ def test_without_prefault_nothing_is_populated(kernel: PopulatingKernel) -> None
         assert kernel.populated == []
 
 
+@pytest.mark.long
 def test_several_threads_populate_at_once() -> None:
     """Two calls that wait for each other both come to their end; the slices make up what is new, each once."""
     two = partial(pyvfio.DmaMapper, prefault=2)
@@ -394,6 +395,7 @@ def made_of(kernel: SpecialKernel) -> list[str]:
     return [call.call for call in kernel.trace if call.call in names or MADV_POPULATE_WRITE in call.arguments.values()]
 
 
+@pytest.mark.long
 def test_several_threads_allocate_the_pages_of_a_memfd() -> None:
     """The file is extended, and each slice is populated by itself: fallocate would allocate all in one thread."""
     with PopulatingKernel(together=True) as kernel, pyvfio.RamBlockList(kernel=kernel) as blocks:
@@ -455,6 +457,7 @@ def test_one_thread_allocates_the_pages_of_a_memfd_by_fallocate(kernel: Populati
         assert made_of(kernel) == ["fallocate", "mprotect", "madvise"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [errno.EFAULT, errno.ENOMEM, errno.EINVAL], ids=errno.errorcode.get)
 def test_pages_of_a_memfd_that_threads_cannot_allocate_are_allocated_by_fallocate(
     kernel: PopulatingKernel, number: int
@@ -509,6 +512,7 @@ def test_memory_that_threads_could_not_allocate_nor_give_back_is_allocated_by_fa
         block._check()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("operation", ["add", "grow"])
 def test_a_callback_that_ends_an_allocation_by_threads_leaves_nothing(kernel: PopulatingKernel, operation: str) -> None:
     """After the first slice."""
@@ -537,6 +541,7 @@ def test_a_callback_that_ends_an_allocation_by_threads_leaves_nothing(kernel: Po
         block.resize(3 * SLICE)
 
 
+@pytest.mark.long
 def test_pages_that_a_shrink_has_left_are_zeros_again_when_threads_allocate(kernel: PopulatingKernel) -> None:
     """The file cannot be truncated, so what is behind the block holds old contents."""
     with pyvfio.RamBlockList(kernel=kernel) as blocks:
@@ -556,6 +561,7 @@ def test_pages_that_a_shrink_has_left_are_zeros_again_when_threads_allocate(kern
         block._check()
 
 
+@pytest.mark.long
 def test_a_kernel_that_cannot_populate_has_each_page_touched(kernel: PopulatingKernel) -> None:
     """And what is in a page stays."""
     with pyvfio.RamBlockList(kernel=kernel) as blocks:

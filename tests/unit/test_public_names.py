@@ -48,6 +48,7 @@ def test_type_checkers_see_the_names_that_a_program_gets() -> None:
         assert getattr(pyvfio, name) is getattr(import_module(seen[name]), name), name
 
 
+@pytest.mark.long
 def test_the_modules_are_there_after_a_bare_import() -> None:
     """And hand on what the pages name; help() and completion show them."""
     run("import pyvfio; pyvfio.testing.FakePciDevice; pyvfio.pci.read_device; pyvfio.ioctls.VFIO_PCI_MSI_IRQ_INDEX")
@@ -62,6 +63,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error(module: str) -> None:
         import_module(module).RamBlok  # noqa: B018
 
 
+@pytest.mark.long
 def test_a_name_imports_its_module_and_no_other() -> None:
     """Nor does importing the package import one."""
     loaded = "import sys, pyvfio; {}; print(*sorted(name for name in sys.modules if name.startswith('pyvfio')))"

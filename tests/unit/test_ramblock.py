@@ -1470,6 +1470,7 @@ def test_eight_threads_resize_and_look_at_the_same_time(kernel: FakeKernel) -> N
 # ------------------------------------------------------------------------------------------------------ interrupts
 
 
+@pytest.mark.long
 def test_a_signal_handler_that_raises_at_any_time_leaves_the_list_in_order() -> None:
     """Whenever it comes: what the notifier knows is what is used, and everything can be changed again."""
 

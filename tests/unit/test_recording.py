@@ -295,6 +295,7 @@ def test_an_access_is_in_the_file_before_it_returns(device: pyvfio.Device, file:
             assert file.read_text(encoding="ascii").endswith(f"w32 bar0 0x00000 {value:#010x}\n")
 
 
+@pytest.mark.long
 def test_a_program_that_is_killed_leaves_all_accesses_in_the_file(file: Path) -> None:
     """SIGKILL, which nobody can handle. The record says that the end is missing."""
     script = (

@@ -486,6 +486,7 @@ def run_steps(device: pyvfio.Device, steps: list[tuple[str, int, int]]) -> list[
     return seen
 
 
+@pytest.mark.long
 @settings(max_examples=50)
 @given(steps=_STEPS)
 def test_a_driver_sees_in_the_replay_what_it_saw_on_the_device(

@@ -152,6 +152,7 @@ def nothing_but_the_whole(kernel: SpecialKernel) -> None:
     kernel.fail(call="mprotect", errno=errno.ENOMEM)
 
 
+@pytest.mark.long
 @KINDS
 def test_a_process_that_has_no_mapping_left_gets_a_block_in_full(kind: MemoryKind) -> None:
     """Where the kernel refuses a part, for real: two mappings are left, of which the block's address space takes one

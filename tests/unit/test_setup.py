@@ -43,6 +43,7 @@ def settings(folder: Path, text: str, **environ: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in done.stdout.splitlines())
 
 
+@pytest.mark.long
 def test_uv_asks_the_indexes_that_pip_asks(tmp_path: Path) -> None:
     """With pip's certificates and constraints. As pip does, uv takes the newest release of all of them."""
     found = settings(
@@ -56,6 +57,7 @@ def test_uv_asks_the_indexes_that_pip_asks(tmp_path: Path) -> None:
     assert found["UV_INDEX_STRATEGY"] == "unsafe-best-match"
 
 
+@pytest.mark.long
 def test_pips_sections_and_variables_prevail_in_the_order_in_which_they_do_for_pip(tmp_path: Path) -> None:
     """Global, install, environment. A variable of uv that the user has set stays."""
     text = "[install]\nindex-url = http://install.invalid\n[global]\nindex-url = http://global.invalid\n"
@@ -74,12 +76,14 @@ def make(checkout: Path, name: str) -> Path:
     return venv
 
 
+@pytest.mark.long
 def test_an_environment_that_is_ready_is_taken_as_it_is(checkout: Path) -> None:
     """Nothing is installed again."""
     venv = make(checkout, VERSION)
     assert shell(checkout, 'ensure_venv "$PYTHON"').stdout == f"{venv}/bin/python\n"
 
 
+@pytest.mark.long
 def test_an_environment_is_ready_for_the_same_project_only(checkout: Path) -> None:
     """A changed pyproject.toml may have other dependencies. An environment that is half made is not ready."""
     venv = make(checkout, VERSION)

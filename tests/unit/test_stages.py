@@ -37,6 +37,7 @@ def test_a_stage_that_runs_alone_begins_when_the_others_have_ended(tmp_path: Pat
     assert (trace.read_text(), [outcome.stage.name for outcome in outcomes]) == ("abc", ["a", "b", "c"])
 
 
+@pytest.mark.long
 def test_the_processor_time_of_a_stage_includes_its_children(tmp_path: Path) -> None:
     """Those that it has waited for."""
     spin = "import time\nwhile time.process_time() < 0.3: pass"
@@ -114,12 +115,12 @@ def test_only_the_quick_stages_take_smaller_samples_and_leave_tests_out() -> Non
     """A tenth of the points and steps wherever these tests run; pyright and the tests marked as long."""
     quick = [stage.command for stage in stages.quick_stages([sys.executable])]
     for words in quick:
-        if any(word.startswith("tests/unit") for word in words) and not set(stages.LINTERS) & set(words):
+        if any(word.startswith("tests/unit") for word in words) and not {*stages.LINTERS, stages.FAILURES} & set(words):
             assert set(stages.SAMPLES) <= set(words)
     assert sum("not pyright" in words for words in quick) == 1
     assert sum("not long" in words for words in quick) == len(quick) - 2  # the linters and the failing calls
     for stage in stages.host_stages([sys.executable]):
-        assert not {"not pyright", "not long", *stages.SAMPLES} & set(stage.command)
+        assert not {"not pyright", "not long", f"--scenes={stages.SCENES}", *stages.SAMPLES} & set(stage.command)
 
 
 def test_the_quick_stages_have_each_test_file_of_the_package_once() -> None:

@@ -968,6 +968,7 @@ def busy_switching() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("busy_switching")
 @pytest.mark.parametrize("bdf", [BDF, SIBLING], ids=["callbacks", "memory"])
 def test_threads_that_access_registers_while_windows_are_dropped_see_values_or_errors(
