@@ -13,7 +13,7 @@ _Item = TypeVar("_Item")
 def checked_items(items: Iterable[_Item], what: str) -> list[_Item]:
     """Return the items of an argument that takes several. Raises TypeError, which names the argument as `what`."""
     if not isinstance(items, Iterable):
-        raise TypeError(f"{what} must be a list or another iterable, not {items!r}")
+        raise TypeError(f"{what} must be a list or another iterable, not {type(items).__name__}")
     return list(items)
 
 
