@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyvfio import ioctls, pci
+from pyvfio.arguments import checked_kernel
 from pyvfio.errors import (
     CapabilityError,
     GroupBusyError,
@@ -51,7 +52,7 @@ from pyvfio.iommu.iova_space import logger as map_logger
 from pyvfio.iommu.space import Mapping
 from pyvfio.iommu.table import describe_mappings
 from pyvfio.iommu.type1_errors import Type1MapRefusal
-from pyvfio.kernel import Kernel, LinuxKernel
+from pyvfio.kernel import Kernel
 from pyvfio.pci.groups import holders_of_group
 from pyvfio.pci.nodes import explain_container, explain_group
 from pyvfio.units import GIB, U64_MAX, Iova, IovaRange, align_up, format_ranges
@@ -93,7 +94,7 @@ class Group(Handle):
     @constructing(Handle.close_fd)
     def __init__(self, number: int, *, kernel: Kernel | None = None) -> None:
         number = _checked_number(number)
-        kernel = kernel or LinuxKernel()
+        kernel = checked_kernel(kernel)
         path = pci.group_node(number, kernel=kernel)
         try:
             fd = kernel.open(str(path), os.O_RDWR)
@@ -127,7 +128,7 @@ class Group(Handle):
         Source: VFIO_GROUP_GET_STATUS.
         """
         group = cls.__new__(cls)
-        group._own(kernel or LinuxKernel(), checked_fd(fd), _checked_number(number))
+        group._own(checked_kernel(kernel), checked_fd(fd), _checked_number(number))
         check_kind(group, group.get_status, "an IOMMU group")
         return group
 
@@ -316,7 +317,7 @@ class Container(IovaSpace):
         iommu_type: ioctls.VfioExtension | None = None,
         dma_bits: int = DMA_BITS,
     ) -> None:
-        kernel, wanted, bits = kernel or LinuxKernel(), _checked_type(iommu_type), check_dma_bits(dma_bits)
+        kernel, wanted, bits = checked_kernel(kernel), _checked_type(iommu_type), check_dma_bits(dma_bits)
         self._own(kernel, self._open(kernel), bits)
         try:
             self._check_version()
@@ -365,7 +366,7 @@ class Container(IovaSpace):
         wanted, groups, mapped = _checked_type(iommu_type), _checked_groups(groups), index(mapped)
         bits = check_dma_bits(dma_bits)
         container = cls.__new__(cls)
-        container._own(kernel or LinuxKernel(), checked_fd(fd), bits)
+        container._own(checked_kernel(kernel), checked_fd(fd), bits)
         check_kind(container, container._check_version, "a VFIO container")
         try:
             container._iommu_type = container._choose(wanted)

@@ -69,7 +69,7 @@ class PhysicalRange(NamedTuple):
         return f"PhysicalRange(offset={self.offset:#x}, address={self.address:#x}, size={self.size:#x})"
 
 
-class PhysicalMemory:
+class PhysicalMemory(Unique):
     """Memory of huge pages whose physical addresses are known. `UnsafeNoIommu.allocate` makes the object.
 
     The memory lives until the device is closed, since the device can access it until then.

@@ -26,6 +26,7 @@ from pyvfio.iommu.space import AddressSpace
 from pyvfio.mapper.by_address import ByAddress
 from pyvfio.mapper.held import Exports, OwnMemory, TemporaryMemory, export_buffer
 from pyvfio.mapper.window import READ, WRITE, Window
+from pyvfio.unique import Unique
 from pyvfio.units import MIB, Iova, Vaddr, check_whole_number
 
 if TYPE_CHECKING:  # collections.abc has it from 3.12 on
@@ -45,7 +46,7 @@ class Reserve(Protocol):
     def __call__(self, size: int, *, alignment: int, offset: int, dma_bits: int) -> Iova: ...
 
 
-class DmaMapping(ContextManager):
+class DmaMapping(ContextManager, Unique):
     """Memory of the caller that the device can reach: `size` bytes at `vaddr`, and at `iova` for the device.
 
     Made by `map_dma`, `map_buffer` and `map_temporary`; a context manager. A buffer stays exported, and so cannot be
@@ -129,7 +130,7 @@ def _close(mapping: DmaMapping) -> None:
     mapping.close()
 
 
-class BufferMapper:
+class BufferMapper(Unique):
     """Maps buffers of the caller into `space`. The subclass `DmaMapper` also follows RAM blocks.
 
     `dma_bits`: IOVAs chosen by the mapper lie below 2^`dma_bits`; None: the limit of `space`.

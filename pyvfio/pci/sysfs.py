@@ -10,9 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyvfio.arguments import checked_kernel
 from pyvfio.errors import DeviceNotFoundError, VfioError, descriptor_hint
 from pyvfio.guard import uninterrupted
-from pyvfio.kernel import Kernel, LinuxKernel
+from pyvfio.kernel import Kernel
 
 _logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def read_device(bdf: str, *, kernel: Kernel | None = None) -> PciDevice:
         >>> pci.read_device("0000:00:02.0", kernel=kernel).driver
         'vfio-pci'
     """
-    kernel = kernel or LinuxKernel()
+    kernel = checked_kernel(kernel)
     bdf = parse_bdf(bdf)
     path = device_path(kernel, bdf)
     home = f"{path}/"  # each `path / name` takes as long as the read of a file
@@ -165,7 +166,7 @@ def devices(*, kernel: Kernel | None = None) -> tuple[PciDevice, ...]:
         >>> [device.bdf for device in pci.devices(kernel=kernel) if device.is_vfio]
         ['0000:00:02.0', '0000:00:03.0']
     """
-    kernel = kernel or LinuxKernel()
+    kernel = checked_kernel(kernel)
     found = []
     directory = kernel.sysfs / "bus/pci/devices"
     for bdf in sorted(_udev_names(kernel) or list_names(directory)):

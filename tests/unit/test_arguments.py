@@ -13,20 +13,18 @@ from pyvfio import pci
 from pyvfio.testing import FakeKernel
 from tests.unit.fakes import BDF, OTHER_BDF
 
-REST: Mapping[str, object] = {"bdf": BDF, "etc": "/nonexistent", "fd": 0, "fds": [], "group": 2, "state": b"{}"}
-"""Arguments that such a call needs besides `kernel`, by name."""
-NOT_YET = {
-    "Container",
-    "Group",
-    "devices",
-    "read_device",
-    "holders_of",
-    "comes_later",
-    "restore",
-    "monitor",
-    "Diagnosis",
+REST: Mapping[str, object] = {
+    "bdf": BDF,
+    "etc": "/nonexistent",
+    "fd": 0,
+    "fds": [],
+    "group": 2,
+    "number": 2,
+    "state": b"{}",
 }
-"""Calls that use `kernel` in other modules, calls that need another object first, and a snapshot."""
+"""Arguments that such a call needs besides `kernel`, by name."""
+APART = {"holders_of", "comes_later", "restore", "monitor", "Diagnosis"}
+"""Calls that need another object first, a generator, and a snapshot."""
 
 
 def _takers() -> list[Callable[..., object]]:
@@ -37,7 +35,7 @@ def _takers() -> list[Callable[..., object]]:
         call
         for name, call in known.items()
         if callable(call)
-        and name not in NOT_YET
+        and name not in APART
         and not (inspect.isclass(call) and issubclass(call, BaseException))
         and "kernel" in _parameters(call)
     ]
