@@ -289,7 +289,10 @@ class IovaAllocator:
 
     def release(self, iova: int) -> None:
         """Release the reservation that begins at `iova`. Raises KeyError if there is none."""
-        size = self._reserved.pop(iova)
+        try:
+            size = self._reserved.pop(iova)
+        except KeyError:
+            raise KeyError(f"no IOVA is reserved from {iova:#x} on") from None
         if iova == self._answer and self._spare is None:
             self._spare = iova
         else:
