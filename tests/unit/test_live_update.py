@@ -1023,7 +1023,7 @@ def test_a_state_that_is_none_is_refused_with_what_is_wrong_with_it(
         ({"fds": [-1]}, ValueError, "no descriptor has the number -1"),
         ({"fds": [1 << 31]}, ValueError, "no descriptor has the number 2147483648"),
         ({"fds": [(1 << 31) - 1]}, HandOverError, "^1 descriptors were passed"),
-        ({"fds": 3}, TypeError, "fds must be a list or another iterable, not 3"),
+        ({"fds": 3}, TypeError, "fds must be a list or another iterable, not int"),
         ({"place": 5}, TypeError, "must be callable"),
         ({"policy_of": "x"}, TypeError, "must be callable"),
         ({"progress": 5}, TypeError, "must be callable"),
