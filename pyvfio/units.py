@@ -79,6 +79,14 @@ def _shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{type(value).__name__}: {text[:_SHOWN]}…"
 
 
+def as_switch(value: object, what: str) -> bool:
+    """Return a switch as a bool: True, False, 1 or 0, also numpy's. Raises TypeError, which names the argument."""
+    scalar = getattr(value, "shape", ()) == ()  # an array compares to an array
+    if scalar and value in (0, 1):
+        return bool(value)
+    raise TypeError(f"{what} must be True or False, not {_shown(value)}")
+
+
 def check_bool(value: object, what: str) -> None:
     """Raise TypeError, which names the argument as `what`, unless `value` is True or False."""
     if not isinstance(value, bool):

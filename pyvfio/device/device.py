@@ -43,7 +43,7 @@ from pyvfio.handle import attempt, attempt_all, check_kind, checked_fd
 from pyvfio.info import DeviceInfo, parse_device_info, parse_irq_info, parse_region_info
 from pyvfio.ioas import Ioas
 from pyvfio.kernel import Kernel
-from pyvfio.units import as_number, check_bool
+from pyvfio.units import as_number, as_switch, check_bool
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -445,8 +445,7 @@ class Device(AttachedHandle):
 
     @bus_master.setter
     def bus_master(self, on: bool) -> None:
-        check_bool(on, "bus_master")  # "off" would be true
-        self.config.change16(PCI_COMMAND, PCI_COMMAND_MASTER, on=on)
+        self.config.change16(PCI_COMMAND, PCI_COMMAND_MASTER, on=as_switch(on, "bus_master"))  # "off" would be true
 
     @property
     def memory_enabled(self) -> bool:
@@ -460,8 +459,7 @@ class Device(AttachedHandle):
 
     @memory_enabled.setter
     def memory_enabled(self, on: bool) -> None:
-        check_bool(on, "memory_enabled")
-        self.config.change16(PCI_COMMAND, PCI_COMMAND_MEMORY, on=on)
+        self.config.change16(PCI_COMMAND, PCI_COMMAND_MEMORY, on=as_switch(on, "memory_enabled"))
 
     @property
     def can_reset(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from importlib import import_module
 
 import pytest
 
@@ -12,6 +13,8 @@ import pyvfio
 from pyvfio import pci
 from pyvfio.testing import FakeKernel
 from tests.unit.fakes import BDF, OTHER_BDF
+
+np = import_module("numpy")  # without types: numbers of numpy are no ints for a type checker
 
 REST: Mapping[str, object] = {
     "bdf": BDF,
@@ -89,7 +92,7 @@ SWITCHES: Mapping[str, Callable[[pyvfio.Device, object], object]] = {
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-@pytest.mark.parametrize("value", ["off", "False", None, 0, 1, []])
+@pytest.mark.parametrize("value", ["off", "False", None, 2, -1, [], np.array([0, 1]), np.array([True])], ids=repr)
 def test_a_switch_takes_true_and_false_alone(device: pyvfio.Device, name: str, value: object) -> None:
     """The text "off" would be true, and would let a device do DMA."""
     assert device.config.size
@@ -98,6 +101,16 @@ def test_a_switch_takes_true_and_false_alone(device: pyvfio.Device, name: str, v
         SWITCHES[name](device, value)
     assert device.kernel.trace == []  # type: ignore[attr-defined]
     assert device.bus_master is False
+
+
+@pytest.mark.parametrize("name", ["bus_master", "memory_enabled"])
+def test_a_switch_of_the_device_takes_a_bit_as_well(device: pyvfio.Device, name: str) -> None:
+    """As C programs write it, and as numpy compares."""
+    for on, off in ((1, 0), (np.True_, np.False_), (np.uint8(1), np.uint8(0))):
+        setattr(device, name, on)
+        assert getattr(device, name) is True
+        setattr(device, name, off)
+        assert getattr(device, name) is False
 
 
 def test_a_snapshot_clears_on_true_alone(device: pyvfio.Device) -> None:
@@ -154,10 +167,9 @@ def test_a_number_that_is_none_is_refused_with_the_name_of_the_argument(device: 
 
 def test_a_number_may_be_of_numpy_and_a_switch_may_be_written(device: pyvfio.Device) -> None:
     """A register of one bit is a switch."""
-    numpy = pytest.importorskip("numpy")
     bar = device.region(0)
-    bar.write32(numpy.uint64(4), numpy.int8(1))
-    assert bar.read32(numpy.int32(4)) == 0xFFFFFFFE
+    bar.write32(np.uint64(4), np.int8(1))
+    assert bar.read32(np.int32(4)) == 0xFFFFFFFE
     bar.write32(4, True)  # noqa: FBT003
     assert bar.read32(4) == 0xFFFFFFFE
 
