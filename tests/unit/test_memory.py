@@ -196,7 +196,8 @@ def test_address_space_that_another_thread_may_have_is_not_unmapped(hole: tuple[
         there = sum(min(area.end, vaddr + 2 * MIB + PAGE_SIZE) - max(area.start, vaddr) for area in found)
         assert there == 2 * MIB + PAGE_SIZE - (hole[1] - hole[0] if by is None else 0)
         for area in found:
-            LinuxKernel().munmap(max(area.start, vaddr), min(area.end, vaddr + 2 * MIB + PAGE_SIZE) - vaddr)
+            start, end = max(area.start, vaddr), min(area.end, vaddr + 2 * MIB + PAGE_SIZE)
+            LinuxKernel().munmap(start, end - start)
 
 
 def test_a_refused_trim_says_which_part_could_not_be_unmapped() -> None:
