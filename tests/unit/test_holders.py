@@ -189,6 +189,17 @@ def test_a_temporary_mapping_of_a_fixed_one_leaves_nothing_behind(rig: Rig) -> N
     assert not is_exported(memory)
 
 
+def test_a_temporary_mapping_of_a_part_is_where_the_part_is_and_nowhere_else(rig: Rig) -> None:
+    """The IOVA of a block's part may be named, and no other."""
+    block = rig.add(used=4 * PAGE_SIZE)
+    with block.view(PAGE_SIZE, PAGE_SIZE) as part:
+        place = rig.mapper.iova(block, PAGE_SIZE)
+        with rig.mapper.map_temporary(part, iova=place) as mapping:
+            assert mapping.iova == place
+        with pytest.raises(ValueError, match=f"mapped at IOVA {place:#x}, and cannot be mapped at {0:#x}"):
+            rig.mapper.map_temporary(part, iova=0)
+
+
 def test_a_temporary_mapping_for_more_access_than_the_fixed_one_is_one_of_its_own(rig: Rig) -> None:
     """The device may do with each what was asked for there."""
     memory = mmap.mmap(-1, PAGE_SIZE)
