@@ -40,6 +40,7 @@ _TESTS = {
     "iommufd_ioctls": ("abi",),
     "page_tables": ("dirty", "cdev"),
     "testing": ("fake", "fake_notices", "fake_edu"),
+    "units": ("arguments",),
 }
 EVERYWHERE = ("tests/unit/test_failures.py", "tests/property")
 """These cover every operation of a mapper and its blocks."""
