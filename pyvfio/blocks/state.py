@@ -226,7 +226,7 @@ class BlockState:
                 self.memory.provide(old, length)  # a block that became whole may have no pages yet
                 self._populate(old, length)
                 self.memory.clear(old, length)
-            elif not self._extend(old, length):
+            elif self.prealloc is None or not self._extend(old, length):  # most blocks have none: no call for these
                 self.memory.activate(length)
                 if self.prealloc is not None:
                     self.prealloc.populate([(old, length)])
